@@ -1,0 +1,1 @@
+"""opdctl: on-policy distillation of language models in separate, resumable stages."""

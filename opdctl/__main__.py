@@ -1,0 +1,5 @@
+"""python -m opdctl"""
+
+from opdctl.cli import main
+
+main()

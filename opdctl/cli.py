@@ -1,0 +1,425 @@
+"""The command line: parse, call, print. Data go to stdout, everything else to stderr. Imports no torch up here."""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opdctl import log
+from opdctl.errors import ExitCode, OpdctlError
+
+if TYPE_CHECKING:
+    from opdctl.config import Recipe
+    from opdctl.run import Run
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Recipes = Annotated[
+    list[Path] | None,
+    typer.Option("--recipe", help="Recipe (TOML); several merge left to right. Default: the one in --output."),
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.steps=10.")]
+Output = Annotated[Path | None, typer.Option("--output", metavar="RUN_DIR", help="Run directory. Default: runs/<name>.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; tracebacks of internal errors.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
+Step = Annotated[int | None, typer.Option("--step", min=0, help="The step to work on. Default: the current one.")]
+Repair = Annotated[bool, typer.Option("--repair", help="Make damaged parts of the step again.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+
+
+class Requeue(BaseException):
+    """SIGTERM or SIGUSR1: a cluster wants its machine back."""
+
+
+@contextlib.contextmanager
+def _session(verbose: int, quiet: bool) -> Iterator[None]:
+    """Turn errors and signals into one message and an exit code."""
+    log.set_level(-1 if quiet else min(verbose, 1))
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, _requeue)
+    try:
+        yield
+    except OpdctlError as error:
+        log.error(error.message, error.hint)
+        raise typer.Exit(error.code) from error
+    except Requeue as stop:
+        log.error("stopped by a signal; finished parts are kept", "run the same command again to go on")
+        raise typer.Exit(ExitCode.REQUEUE) from stop
+    except KeyboardInterrupt as stop:
+        log.error("interrupted; finished parts are kept", "run the same command again to go on")
+        raise typer.Exit(ExitCode.INTERRUPTED) from stop
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if verbose:
+            raise
+        log.error(f"internal error: {type(error).__name__}: {error}", "run again with -v for the traceback")
+        raise typer.Exit(ExitCode.NO) from error
+
+
+def _requeue(number: int, frame: FrameType | None) -> None:
+    raise Requeue
+
+
+def _emit(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _recipe(recipes: list[Path] | None, overrides: list[str] | None, output: Path | None) -> "Recipe":
+    from opdctl.config import load_recipe
+
+    if recipes:
+        return load_recipe(recipes, overrides or [])
+    if output is None:
+        raise OpdctlError("no recipe", hint="give --recipe FILE, or --output RUN_DIR of a run that was begun")
+    if not (output / "recipe.toml").exists():
+        raise OpdctlError(f"{output}: no run directory: it has no recipe.toml", hint="give --recipe FILE")
+    return load_recipe([output / "recipe.toml"], overrides or [])
+
+
+def _open(recipe: "Recipe", output: Path | None) -> tuple["Run", str]:
+    """Open the run and set torch up. Return the run and the device."""
+    from opdctl.engines import resolve_device
+    from opdctl.run import open_run
+
+    run = open_run(recipe, output)
+    import torch
+
+    if recipe.pipeline.threads:
+        torch.set_num_threads(recipe.pipeline.threads)
+    device = resolve_device(recipe.pipeline.device)
+    log.detail(f"device {device}, {torch.get_num_threads()} threads")
+    return run, device
+
+
+def _show_plan(recipe: "Recipe", output: Path | None, as_json: bool) -> None:
+    from opdctl import plan as planning
+
+    plan = planning.plan(recipe, output)
+    if as_json:
+        _emit(plan.as_dict())
+    log.pairs("plan", planning.rows(plan))
+    log.say("nothing was written")
+
+
+@app.callback()
+def _app() -> None:
+    """Distil a teacher language model into a student on the student's own responses, stage by stage.
+
+    \b
+    opdctl train --recipe recipes/quickstart.toml    the whole run; goes on where it stopped
+    opdctl status runs/quickstart                    what is done, and the next command
+    opdctl analyze-position runs/quickstart          where in a response the teacher's signal lies
+    """
+
+
+@app.command()
+def rollout(
+    recipe: Recipes = None,
+    set_: Overrides = None,
+    output: Output = None,
+    step: Step = None,
+    repair: Repair = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the current student's responses to a step's prompts.
+
+    \b
+    opdctl rollout --recipe recipes/quickstart.toml
+    opdctl rollout --output runs/quickstart --step 3 --repair
+    then: opdctl score-teacher
+    """
+    with _session(verbose, quiet):
+        _run_stage("rollout", recipe, set_, output, step, repair, dry_run, json_)
+
+
+@app.command("score-teacher")
+def score_teacher(
+    recipe: Recipes = None,
+    set_: Overrides = None,
+    output: Output = None,
+    step: Step = None,
+    repair: Repair = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Score each token of a step's responses with the teacher.
+
+    \b
+    opdctl score-teacher --recipe recipes/quickstart.toml
+    then: opdctl train --no-fill
+    """
+    with _session(verbose, quiet):
+        _run_stage("score-teacher", recipe, set_, output, step, repair, dry_run, json_)
+
+
+def _run_stage(
+    name: str,
+    recipes: list[Path] | None,
+    overrides: list[str] | None,
+    output: Path | None,
+    step: int | None,
+    repair: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Run rollout or score-teacher on one step."""
+    recipe = _recipe(recipes, overrides, output)
+    if dry_run:
+        return _show_plan(recipe, output, as_json)
+    run, device = _open(recipe, output)
+    from opdctl.engines import engine_pool
+    from opdctl.stages import rollout, score
+    from opdctl.status import next_stage_command
+
+    start = time.monotonic()
+    at = run.current_step() if step is None else step
+    if at >= recipe.train.steps:
+        raise OpdctlError(
+            f"{run.path}: there is no step {at}, the run has {recipe.train.steps}"
+            if step is not None
+            else f"{run.path}: nothing to do: all {at} steps are done",
+            hint="raise train.steps to go on",
+            code=ExitCode.USAGE if step is not None else ExitCode.DONE,
+        )
+    stage, work = (run.rollout(at), rollout.run) if name == "rollout" else (run.scores(at), score.run)
+    if repair and (names := stage.discard_damaged()):
+        log.warn(f"made again: {', '.join(names)}")
+    with engine_pool(device) as engines:
+        made = work(run, at, engines)
+    parts = (stage.manifest() or {"parts": []})["parts"]
+    report = {
+        "schema_version": 1,
+        "run_dir": str(run.path),
+        "stage": name,
+        "step": at,
+        "parts": len(parts),
+        "parts_made": made,
+        "rows": sum(part["rows"] for part in parts),
+        "tokens": sum(part["tokens"] for part in parts),
+        "seconds": time.monotonic() - start,
+        "next": next_stage_command(run),
+    }
+    if made:
+        log.say(f"step {at}: {report['rows']} responses, {report['tokens']} tokens in {stage.path} ({report['seconds']:.1f} s)")
+    else:
+        log.say(f"step {at}: nothing to do: {stage.path} is finished")
+    log.say(f"next: {report['next']}")
+    if as_json:
+        _emit(report)
+    return None
+
+
+@app.command()
+def train(
+    recipe: Recipes = None,
+    set_: Overrides = None,
+    output: Output = None,
+    no_fill: Annotated[bool, typer.Option("--no-fill", help="Only update, on what other jobs have made.")] = False,
+    repair: Repair = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Train step after step: make what is missing, update, write the next student.
+
+    \b
+    opdctl train --recipe recipes/quickstart.toml
+    opdctl train --recipe recipes/quickstart.toml --set weight.name=uniform --output runs/uniform
+    then: opdctl analyze-position runs/quickstart
+    """
+    with _session(verbose, quiet):
+        resolved = _recipe(recipe, set_, output)
+        if dry_run:
+            return _show_plan(resolved, output, json_)
+        run, device = _open(resolved, output)
+        from opdctl import online
+
+        before = run.current_step()
+        if repair:
+            _repair_step(run)
+        clock = online.train(run, device, fill=not no_fill)
+        _close_training(run, before, clock.seconds, no_fill, json_)
+
+
+def _repair_step(run: "Run") -> None:
+    step = run.current_step()
+    for stage in (run.rollout, run.scores):
+        if names := stage(step).discard_damaged():
+            log.warn(f"step {step}: made again: {', '.join(names)}")
+
+
+def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill: bool, as_json: bool) -> None:
+    """Say what training came to: accuracy, where the time went, what was written, what to do next."""
+    from opdctl import online
+    from opdctl.status import next_stage_command
+
+    done, steps = run.current_step(), run.recipe.train.steps
+    if no_fill and done == before < steps:
+        raise OpdctlError(
+            f"{run.path}: step {done} has no teacher scores to learn from yet",
+            hint=f"run `{next_stage_command(run)}`",
+            code=ExitCode.NO,
+        )
+    accuracy, student = online.accuracy(run), run.student_at(done).path
+    if done == before:
+        log.say(f"nothing to do: all {steps} steps are done")
+    shown = {key: "not measured" if value is None else f"{value:.1%}" for key, value in accuracy.items()}
+    total = sum(seconds.values())
+    log.pairs(
+        f"{run.path}: {done} of {steps} steps",
+        [
+            ("accuracy", f"{shown['before']} → {shown['after']}  (teacher {shown['teacher']})"),
+            ("time", f"{total:.1f} s: " + ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items())),
+            ("student", str(student)),
+            ("next", next_stage_command(run)),
+        ],
+    )
+    if as_json:
+        _emit(
+            {
+                "schema_version": 1,
+                "run_dir": str(run.path),
+                "steps": done,
+                "student": str(student),
+                "accuracy": accuracy,
+                "seconds": seconds,
+            }
+        )
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Recipes = None,
+    set_: Overrides = None,
+    output: Output = None,
+    bench: Annotated[str | None, typer.Option("--bench", help="Benchmarks, by comma. Default: the recipe's.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="PATH", help="`teacher`, or a model directory. Default: the student.")
+    ] = None,
+    step: Annotated[int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a folder of them.")] = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Grade a student, the teacher or another model on a benchmark.
+
+    \b
+    opdctl eval --bench sort12                              the newest run under runs/
+    opdctl eval --output runs/quickstart --model teacher
+    opdctl eval --bench aime25 --data aime25.jsonl --recipe recipes/cross_scale.toml
+    """
+    with _session(verbose, quiet):
+        if not recipe and output is None:
+            from opdctl.run import newest_run
+
+            output = newest_run()
+            log.say(f"using the newest run, {output}")
+        resolved = _recipe(recipe, set_, output)
+        if bench is not None:
+            from opdctl.config import with_benches
+
+            resolved = with_benches(resolved, bench.split(","))
+        if dry_run:
+            return _show_plan(resolved, output, json_)
+        run, device = _open(resolved, output)
+        _evaluate(run, device, model, step, data, json_)
+
+
+def _evaluate(run: "Run", device: str, model: str | None, step: int | None, data: Path | None, as_json: bool) -> None:
+    from opdctl import online
+    from opdctl.engines import engine_pool
+    from opdctl.stages import evaluate as stage
+
+    at = run.current_step() if step is None else step
+    subject = stage.subject(run, model, at)
+    if data is not None and not data.exists():
+        raise OpdctlError(f"--data {data}: no such file or folder")
+    summaries = []
+    with engine_pool(device) as engines:
+        for name in run.recipe.eval.bench:
+            summaries.append(stage.run(run, name, subject, engines, data))
+            log.say(online.accuracy_line(summaries[-1]), style="bold")
+            log.say(f"wrote {run.path / 'eval' / name / subject.name}")
+    log.say(f"next: opdctl analyze-position {run.path}")
+    if as_json:
+        _emit(summaries[0] if len(summaries) == 1 else {"schema_version": 1, "benches": summaries})
+
+
+@app.command("analyze-position")
+def analyze_position(run_dir: RunDir, json_: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+    """Draw where in the response the teacher's signal lies: |A|, reverse KL and weights by position.
+
+    Works from the stored artifacts alone, without a model.
+
+    \b
+    opdctl analyze-position runs/quickstart
+    then: open runs/quickstart/analysis/report.html
+    """
+    with _session(verbose, quiet):
+        from opdctl.report import sentence
+        from opdctl.run import recorded_run
+        from opdctl.stages import analyze
+
+        found = analyze.run(recorded_run(run_dir))
+        for phase in found["summary"]["phases"]:
+            log.say(sentence(phase))
+        log.tenths(found["summary"]["phases"])
+        log.say(f"wrote {found['report']}, {', '.join(found['figures'])}, {found['table']}")
+        log.say(f"next: open {found['report']}")
+        if json_:
+            _emit({"schema_version": 1, **found})
+
+
+@app.command()
+def status(
+    run_dir: RunDir,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every part and check its digest.")] = False,
+    json_: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Say what is done, missing or damaged in a run directory, and the next command.
+
+    \b
+    opdctl status runs/quickstart
+    opdctl status runs/quickstart --verify
+    """
+    with _session(verbose, quiet):
+        from opdctl import status as reading
+        from opdctl.run import recorded_run
+
+        found = reading.status(recorded_run(run_dir), verify=verify)
+        log.pairs(f"{run_dir}: {found['steps_done']} of {found['steps']} steps", reading.rows(found))
+        if json_:
+            _emit(reading.as_json(found))
+        if any(stage.state == "damaged" for stage in found["stages"]):
+            raise typer.Exit(ExitCode.DATA)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="opdctl")

@@ -1,0 +1,380 @@
+"""The recipe: its schema with every default, how files and `--set` merge, and every error at once. Imports no torch.
+
+A recipe is one complete run in TOML. Later files and `--set a.b=c` override earlier ones key by key. The default of
+each key is the recommended setting; the text below a key is its documentation.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from opdctl.errors import OpdctlError, did_you_mean
+from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(Section):
+    model: str
+    """`toy:teacher`, `toy:student` or `toy:student-spread`, a model directory, or a hub id."""
+    revision: str | None = None
+    """The hub revision; a commit makes the run repeatable."""
+    dtype: Dtype = "bfloat16"
+    """The type of the weights in engines and, for the student, in the exported directory."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you have read that code."""
+    parameters: int | None = Field(default=None, gt=0)
+    """Number of parameters: only for `--dry-run` where the model itself is out of reach."""
+
+
+class Prompts(Section):
+    source: str
+    """`toy:sort12`, a `.jsonl` or `.parquet` file, or a hub data set id."""
+    split: str = "train"
+    """The split of a toy task or a hub data set."""
+    revision: str | None = None
+    """The hub data set's revision."""
+    count: int | None = Field(default=None, gt=0)
+    """How many prompts to use, from the start; all if unset. A toy task has no end and needs it."""
+    id_column: str | None = None
+    """Column of unique prompt ids; the row number if unset."""
+    prompt_column: str = "prompt"
+    """Column of the prompt's text."""
+    answer_column: str | None = None
+    """Column of the gold answer, carried along where there is one."""
+    suffix: str = ""
+    """Text put behind every prompt."""
+    template_arguments: dict[str, bool | int | str] = {}
+    """Arguments to the chat template, such as `enable_thinking = false`."""
+    max_tokens: int = Field(default=2048, gt=0)
+    """The longest prompt, in tokens, template included."""
+    too_long: Literal["drop", "error"] = "error"
+    """What to do with a longer one. It is never cut."""
+
+
+class Sampling(Section):
+    max_tokens: int = Field(default=16384, gt=0)
+    """The longest response, in tokens, end of sequence included."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class Rollout(Sampling):
+    engine: str = "transformers"
+    """The engine that draws the responses."""
+    prompts_per_step: int = Field(default=1024, gt=0)
+    samples_per_prompt: int = Field(default=1, gt=0)
+    parts: int = Field(default=8, gt=0)
+    """Files a step's responses are cut into: the unit of resuming and of sharing work."""
+    batch_size: int = Field(default=256, gt=0)
+    """Responses drawn together."""
+
+
+class Score(Section):
+    engine: str = "transformers"
+    """The engine that scores. A teacher is always scored at temperature 1."""
+    tokens_per_batch: int = Field(default=16384, gt=0)
+    """Tokens, padding included, in one forward pass; a longer response goes alone."""
+
+
+class Component(Section):
+    """A registered component and its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Weight(Component):
+    name: str = "iw_opd"
+
+
+class Objective(Component):
+    name: str = "policy_gradient"
+
+
+class Train(Section):
+    steps: int = Field(gt=0)
+    """Steps of rollout, score and update. May be raised later to go on."""
+    updates_per_step: int = Field(default=1, gt=0)
+    """Optimizer steps on each step's responses."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly."""
+    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled, on matrices only."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    tokens_per_micro_batch: int = Field(default=16384, gt=0)
+    """Tokens, padding included, in one forward and backward pass; a longer response goes alone."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, and much leaner."""
+    keep_every: int = Field(default=50, gt=0)
+    """Students that are kept: every so many steps, and the last."""
+    keep_last: int = Field(default=2, gt=0)
+    """Newest students and trainer states that are kept besides."""
+
+
+class Eval(Sampling):
+    bench: list[str] = ["sort12"]
+    """Benchmarks to run."""
+    samples: int = Field(default=32, gt=0)
+    """Responses to each problem."""
+    problems: int | None = Field(default=None, gt=0)
+    """Problems to use, from the start; all if unset. The embedded task has no end and then uses 256."""
+    every: int = Field(default=10, ge=0)
+    """Evaluate every so many steps while training; 0: neither then nor before and after."""
+    suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    """Text put behind every problem of a benchmark that wants a boxed answer."""
+    batch_size: int = Field(default=256, gt=0)
+    parts: int = Field(default=1, gt=0)
+    """Files the graded responses are cut into."""
+
+
+class Pipeline(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` takes a GPU if there is one."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of torch; 0 leaves its own choice."""
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run directory, runs/<name>."""
+    seed: int = Field(default=0, ge=0)
+    student: Model
+    teacher: Model
+    prompts: Prompts
+    rollout: Rollout = Rollout()
+    score: Score = Score()
+    weight: Weight = Weight()
+    objective: Objective = Objective()
+    train: Train
+    eval: Eval = Eval()
+    pipeline: Pipeline = Pipeline()
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by its dotted key."""
+        return _flatten(self.model_dump())
+
+    def to_toml(self) -> str:
+        """Return the resolved recipe, every default written out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def responses_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "prompts": ("seed", "prompts.", "student."),
+    "rollout": ("seed", "student.", "rollout."),
+    "score": ("teacher.", "score."),
+    "update": ("seed", "student.", "weight.", "objective.", "train."),
+    "eval": ("seed", "eval."),
+}
+"""The keys, or beginnings of keys, that shape what a stage makes."""
+
+FREE = ("name", "train.steps", "train.keep_", "eval.", "pipeline.", "student.parameters", "teacher.parameters")
+"""Keys that may change between two calls on one run directory. An evaluation checks its own."""
+
+
+def shapes(key: str) -> list[str]:
+    """Return the stages that the setting `key` shapes."""
+    return [stage for stage, keys in STAGES.items() if key.startswith(keys)]
+
+
+def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Return the settings that shape `stage`, by dotted key: the fingerprint of its artifacts."""
+    free = () if stage == "eval" else FREE
+    skip = ("eval.every", "eval.bench")
+    flat = recipe.flat()
+    return {k: flat[k] for k in sorted(flat) if k.startswith(STAGES[stage]) and not k.startswith((*free, *skip))}
+
+
+def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
+    """Read `files`, merge them and `overrides` ("a.b=c") left to right, and return the recipe they make.
+
+    Raises OpdctlError with all that is wrong in one message, each line with its file, key and the nearest valid name.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for file in files:
+        _merge(merged, _read(file), str(file), origin)
+    for override in overrides:
+        _merge(merged, _parse_override(override), "--set", origin)
+    default_origin = str(files[-1]) if files else "--set"
+
+    problems: list[tuple[str, str]] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        problems += [_explain(dict(detail)) for detail in error.errors(include_url=False)]
+    problems += _component_problems(merged)
+    if recipe is not None:
+        problems += _combination_problems(recipe)
+    if problems:
+        lines = [f"{_origin(key, origin, default_origin)}: {key}: {text}" for key, text in problems]
+        raise OpdctlError("\n".join(lines), hint=f"{len(lines)} to mend in the recipe; nothing was run")
+    assert recipe is not None
+    return recipe
+
+
+def with_benches(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """Return `recipe` with other benchmarks. Raises OpdctlError for an unknown one."""
+    for name in names:
+        BENCHMARKS.get(name)
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"bench": list(names)})})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
+        raise OpdctlError(f"{file}: no such recipe{did_you_mean(file.name, known)}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise OpdctlError(f"{file}: cannot be read as TOML: {error}") from error
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise OpdctlError(f"--set {text}: must read key=value, such as train.steps=10")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        parsed = value  # a bare word is a string
+    for name in reversed(key.split(".")):
+        parsed = {name: parsed}
+    return parsed
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: dict[str, str], prefix: str = "") -> None:
+    for name, value in new.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            if not isinstance(into.get(name), dict):
+                into[name] = {}
+            if key in ("weight", "objective") and "name" in value and value["name"] != into[name].get("name"):
+                into[name] = {}  # another component: the parameters of the one before are not its own
+            _merge(into[name], value, source, origin, f"{key}.")
+        else:
+            into[name] = value
+        origin[key] = source
+
+
+def _origin(key: str, origin: Mapping[str, str], default: str) -> str:
+    while key:
+        if key in origin:
+            return origin[key]
+        key = key.rpartition(".")[0]
+    return default
+
+
+def _explain(detail: dict[str, Any]) -> tuple[str, str]:
+    """Turn one of pydantic's errors into (dotted key, text)."""
+    loc = [str(part) for part in detail["loc"]]
+    key = ".".join(loc)
+    match detail["type"]:
+        case "extra_forbidden":
+            return key, f"unknown key{did_you_mean(loc[-1], _fields(loc[:-1]))}"
+        case "missing":
+            return key, "is required"
+        case "literal_error":
+            return key, f"must be {detail['ctx']['expected']}, got {detail['input']!r}"
+        case "string_pattern_mismatch":
+            return key, f"must be letters, digits, `.`, `_` or `-`, got {detail['input']!r}"
+        case _:
+            text = detail["msg"].replace("Input should be", "must be").replace("a valid", "a")
+            return key, f"{text}, got {detail['input']!r}"
+
+
+def _fields(loc: Iterable[str]) -> list[str]:
+    model: Any = Recipe
+    for name in loc:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)
+
+
+def _component_problems(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Build every component that the recipe names, so that a typo fails before any model loads."""
+    problems = []
+    for section, registry, default in (("weight", WEIGHTS, "iw_opd"), ("objective", OBJECTIVES, "policy_gradient")):
+        given = merged.get(section, {})
+        if isinstance(given, dict) and isinstance(name := given.get("name", default), str):
+            try:
+                registry.build(name, {k: v for k, v in given.items() if k != "name"})
+            except OpdctlError as error:
+                problems.append((section, error.message))
+    names = [("rollout.engine", ENGINES, [_at(merged, "rollout", "engine")])]
+    names += [("score.engine", ENGINES, [_at(merged, "score", "engine")])]
+    names += [("eval.bench", BENCHMARKS, _at(merged, "eval", "bench"))]
+    for key, registry, values in names:
+        for value in values if isinstance(values, list) else []:
+            if isinstance(value, str) and value not in registry.names():
+                problems.append((key, f"unknown {registry.kind} `{value}`{did_you_mean(value, registry.names())}"))
+    return problems
+
+
+def _at(merged: Mapping[str, Any], section: str, key: str) -> Any:
+    found = merged.get(section)
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
+    problems = []
+    if recipe.rollout.parts > recipe.responses_per_step():
+        problems.append(("rollout.parts", f"{recipe.rollout.parts} parts for {recipe.responses_per_step()} responses"))
+    if recipe.prompts.count is not None and recipe.prompts.count < recipe.rollout.prompts_per_step:
+        problems.append(
+            ("prompts.count", f"{recipe.prompts.count} is less than one step's {recipe.rollout.prompts_per_step}")
+        )
+    if recipe.prompts.source.startswith("toy:") and recipe.prompts.count is None:
+        problems.append(("prompts.count", "is required: the embedded task has no end"))
+    if not all(0 <= beta < 1 for beta in recipe.train.betas):
+        problems.append(("train.betas", f"must lie in [0, 1), got {recipe.train.betas}"))
+    if recipe.rollout.temperature != 1 or recipe.rollout.top_p != 1:
+        problems.append(
+            ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")
+        )
+    return problems
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (key, old, new) of every setting that differs; a missing one is None."""
+    return [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+
+
+def describe_changes(changes: Iterable[tuple[str, Any, Any]]) -> str:
+    """Return one line a change: the key, old and new value, and the stages it shapes."""
+    lines = []
+    for key, old, new in changes:
+        stages = ", ".join(shapes(key)) or "inputs"
+        lines.append(f"{key} {old!r} → {new!r} shapes: {stages}")
+    return "\n".join(lines)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+

@@ -1,0 +1,109 @@
+"""Engines: what a stage asks of the thing that runs a model. They speak token ids only. Imports no torch.
+
+Weights reach an engine as a finished model directory. An engine says, in `meaning`, what its log-probs are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from opdctl.config import Sampling
+from opdctl.errors import OpdctlError
+from opdctl.model import ModelDir
+from opdctl.records import Ids, Logprobs
+from opdctl.registry import ENGINES
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt to answer, and the seed that alone decides the draw."""
+
+    prompt_ids: Ids
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer: ids, their log-probs under the sampling policy in nats, and "stop" or "length"."""
+
+    response_ids: Ids
+    logprobs: Logprobs
+    finish_reason: str
+
+
+class Engine(Protocol):
+    """Generates and scores with one model."""
+
+    meaning: dict[str, str]
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, batch_size: int, advance: Callable[[int], None]
+    ) -> list[Completion]:
+        """Answer every request, in order; `advance(n)` is told of every n that are finished."""
+        ...
+
+    def score(
+        self, sequences: Sequence[tuple[Ids, Ids]], tokens_per_batch: int, advance: Callable[[int], None]
+    ) -> list[Logprobs]:
+        """Return the log-prob of every response id of (prompt ids, response ids), raw, at temperature 1, in nats."""
+        ...
+
+    def load_weights(self, model: ModelDir) -> None:
+        """Take over another directory's weights of the same shape."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+@ENGINES.register("transformers")
+def transformers(model: ModelDir, device: str) -> Engine:
+    """The models' own library: no extra installation, any device."""
+    from opdctl.engines.hf import TransformersEngine
+
+    return TransformersEngine(model, device)
+
+
+def resolve_device(name: str) -> str:
+    """Return "cuda" or "cpu" for the recipe's `pipeline.device`. Raises OpdctlError when there is no such device."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OpdctlError("pipeline.device: `cuda`, but torch finds no GPU here", hint='set pipeline.device = "auto"')
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+class EnginePool:
+    """Engines that stay loaded from step to step: one a role. An engine is made when it is first asked for."""
+
+    def __init__(self, device: str):
+        self._device = device
+        self._engines: dict[str, tuple[Engine, ModelDir]] = {}
+
+    def get(self, role: str, engine: str, model: ModelDir) -> Engine:
+        """Return the engine of `role` with the weights of `model`."""
+        if role not in self._engines:
+            self._engines[role] = (ENGINES.get(engine)(model, self._device), model)
+        held, loaded = self._engines[role]
+        if loaded.path != model.path:
+            held.load_weights(model)
+            self._engines[role] = (held, model)
+        return held
+
+    def close(self) -> None:
+        for engine, _ in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+
+@contextlib.contextmanager
+def engine_pool(device: str) -> Iterator[EnginePool]:
+    pool = EnginePool(device)
+    try:
+        yield pool
+    finally:
+        pool.close()

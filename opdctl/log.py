@@ -1,0 +1,97 @@
+"""What a person sees: messages and progress, on stderr. Data on stdout is the command line's business.
+
+Nothing from a prompt, a response or a model is ever read as markup.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+_level = 0
+QUICK = 10.0  # seconds: shorter work shows no plain progress lines
+
+
+def set_level(level: int) -> None:
+    """Set how much is said: -1 errors only, 0 the usual, 1 details."""
+    global _level
+    _level = level
+
+
+def say(message: str, style: str = "") -> None:
+    if _level >= 0:
+        console.print(Text(message, style=style))
+
+
+def detail(message: str) -> None:
+    if _level >= 1:
+        console.print(Text(message, style="dim"))
+
+
+def warn(message: str) -> None:
+    console.print(Text.assemble(("warning: ", "yellow"), message))
+
+
+def error(message: str, hint: str | None) -> None:
+    console.print(Text.assemble(("error: ", "bold red"), message))
+    if hint:
+        console.print(Text.assemble(("hint: ", "bold cyan"), hint))
+
+
+def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print a titled list of (what, value)."""
+    if _level >= 0:
+        grid = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=False, pad_edge=False)
+        grid.add_column(style="cyan", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for what, value in rows:
+            grid.add_row(Text(what), Text(value))
+        console.print(grid)
+
+
+def tenths(phases: Sequence[Mapping[str, Any]]) -> None:
+    """Print analyze-position's numbers by tenths of the response."""
+    if _level < 0:
+        return
+    for phase in phases:
+        grid = Table(title=Text(f"{phase['phase']}, by tenths of the response", style="bold"), title_justify="left")
+        for name in ("tenth", "share of Σ|A|", "|A|", "k1", "weight"):
+            grid.add_column(name, justify="right")
+        for t in phase["tenths"]:
+            cells = (f"{t['tenth']}", f"{t['share']:.1%}", f"{t['abs_advantage']:.4f}", f"{t['k1']:.4f}", f"{t['weight']:.3f}")
+            grid.add_row(*cells)
+        console.print(grid)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told of each `n` more done: a bar on a terminal, else a plain line every 10 %."""
+    if _level < 0:
+        yield lambda n: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda n: bar.advance(task, n)
+    else:
+        yield _plain_lines(label, total)
+
+
+def _plain_lines(label: str, total: int) -> Callable[[int], None]:
+    start, done, said = time.monotonic(), 0, 0
+
+    def advance(n: int) -> None:
+        nonlocal done, said
+        done += n
+        tenth = 10 * done // max(total, 1)
+        if tenth > said and time.monotonic() - start > QUICK:
+            said = tenth
+            say(f"{label}: {10 * tenth} % ({done} of {total})")
+
+    return advance

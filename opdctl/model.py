@@ -1,0 +1,177 @@
+"""Models: where a name leads, loading from safetensors, tokenizers, digests, size. Knows no stage."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdctl.config import Model
+from opdctl.errors import ExitCode, OpdctlError, did_you_mean
+from opdctl.store import digest_of, sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
+
+
+def toy_models() -> list[str]:
+    """Return the names of the embedded models."""
+    folder = resources.files("opdctl.tasks") / "models"
+    return sorted(f"toy:{entry.name}" for entry in folder.iterdir() if entry.is_dir())
+
+
+def locate(model: Model, key: str) -> Path:
+    """Return the directory of a model: embedded, local, or fetched from the hub. `key` names it in errors.
+
+    Raises OpdctlError when there is none (code 2) or the hub cannot be reached (code 5).
+    """
+    return locate_here(model, key) or _from_hub(model, key)
+
+
+def locate_here(model: Model, key: str) -> Path | None:
+    """Return the directory of an embedded or local model, or None for a hub id. Raises OpdctlError as `locate` does."""
+    name = model.model
+    if name.startswith("toy:"):
+        if name not in toy_models():
+            raise OpdctlError(f"{key}: no embedded model `{name}`{did_you_mean(name, toy_models())}")
+        return Path(str(resources.files("opdctl.tasks"))) / "models" / name.removeprefix("toy:")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise OpdctlError(f"{key}: {path}: no config.json, so this is no model directory")
+        return path.resolve()
+    if path.exists():
+        raise OpdctlError(f"{key}: {path}: a file, not a model directory")
+    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        beside = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = did_you_mean(str(path), beside) if beside else ""
+        raise OpdctlError(f"{key}: no model directory `{name}`{near}", hint="give a directory, a hub id or `toy:…`")
+    return None
+
+
+def _from_hub(model: Model, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.model, revision=model.revision, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OpdctlError(
+            f"{key}: `{model.model}` is no local directory, and the hub did not give it: {reason}",
+            hint=f"correct the name, or download it where there is a network and set {key} to its directory",
+            code=ExitCode.REACH,
+        ) from error
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    """A model directory and how to load it."""
+
+    path: Path
+    dtype: str
+    trust_remote_code: bool = False
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise OpdctlError(f"{self.path}: its tokenizer cannot be loaded: {error}") from error
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """The digest of what each id stands for, and of nothing else."""
+        return digest_of(self.tokenizer.get_vocab())
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer knows; a model's matrix may be padded to more rows, which are masked."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a response: the generation config's, which may list several, else the tokenizer's."""
+        path = self.path / "generation_config.json"
+        listed = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        ids = listed if isinstance(listed, list) else [listed if listed is not None else self.tokenizer.eos_token_id]
+        if None in ids:
+            raise OpdctlError(f"{self.path}: neither its generation config nor its tokenizer names an end of sequence")
+        return tuple(ids)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.path / "config.json").read_text())
+
+    def digest(self) -> str:
+        """The digest of the weights and the config."""
+        files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json"]
+        return digest_of({file.name: sha256_file(file) for file in files})
+
+    def parameters(self) -> int:
+        """Number of parameters stored, read from the safetensors headers alone."""
+        from safetensors import safe_open
+
+        count = 0
+        for file in self.path.glob("*.safetensors"):
+            with safe_open(file, "np") as opened:
+                count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+        return count
+
+
+def load(model: ModelDir, *, device: str, dtype: str | None = None) -> "PreTrainedModel":
+    """Load a causal language model from safetensors, in `dtype` (its own by default), in evaluation mode.
+
+    Raises OpdctlError when there are no safetensors, when a tensor is missing, or when the model transforms its
+    logits in a way that opdctl's log-probs do not follow.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # opdctl shows its own
+
+    if transforms := [k for k in LOGIT_TRANSFORMS if model.config.get(k) not in (None, 1, 1.0, 0)]:
+        raise OpdctlError(f"{model.path}: config.json sets {', '.join(transforms)}, which opdctl does not follow")
+    if not list(model.path.glob("*.safetensors")):
+        raise OpdctlError(f"{model.path}: no *.safetensors; opdctl loads no pickled weights")
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=getattr(torch, dtype or model.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OpdctlError(f"{model.path}: cannot be loaded: {error}", code=ExitCode.DATA) from error
+    if info["missing_keys"]:
+        raise OpdctlError(f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.DATA)
+    return loaded.to(device).eval()
+
+
+def check_same_tokenizer(student: ModelDir, teacher: ModelDir) -> None:
+    """Raise OpdctlError unless both map the same tokens to the same ids: the teacher is sent the student's ids."""
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    by_id = [{i: token for token, i in vocab.items()} for vocab in (ours, theirs)]
+    differing = [i for i in sorted({*by_id[0], *by_id[1]}) if by_id[0].get(i) != by_id[1].get(i)]
+    shown = "\n".join(f"  id {i}: student {by_id[0].get(i)!r}, teacher {by_id[1].get(i)!r}" for i in differing[:5])
+    raise OpdctlError(
+        f"student and teacher have different tokenizers: {len(differing)} ids differ, the first of them\n{shown}",
+        hint="distil on-policy within one tokenizer family: the teacher scores the student's own token ids",
+    )
+
+

@@ -1,0 +1,134 @@
+"""`--dry-run`: what a run will take, before anything is loaded, fetched or written.
+
+Tokens and bytes are upper bounds: every prompt and response at its limit. Memory is that of the weights and the
+optimizer; activations and key-value caches come on top.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opdctl import store
+from opdctl.config import Model, Recipe
+from opdctl.engines import resolve_device
+from opdctl.model import ModelDir, check_same_tokenizer, locate_here
+from opdctl.prompts import local_problems
+from opdctl.run import run_path
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TRAINER_BYTES = 4 + 4 + 8  # float32 master weight, gradient, and AdamW's two moments, a parameter
+ID_BYTES = LOGPROB_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run. Bytes are bytes; None means unknown here, since the model or data set is not at hand."""
+
+    run_dir: str
+    device: str
+    steps: int
+    prompts: int | None
+    prompts_per_step: int
+    responses_per_step: int
+    epochs: float | None
+    parts_per_step: int
+    prompt_tokens_per_step: int
+    response_tokens_per_step: int
+    rollout_bytes_per_step: int
+    teacher_bytes_per_step: int
+    artifact_bytes: int
+    student_parameters: int | None
+    teacher_parameters: int | None
+    student_bytes: int | None
+    optimizer_bytes: int | None
+    teacher_bytes: int | None
+    exported_student_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"schema_version": store.SCHEMA_VERSION, **asdict(self)}
+
+
+def plan(recipe: Recipe, output: Path | None) -> Plan:
+    """Size up a recipe. Embedded and local models and prompts are checked; nothing is fetched.
+
+    Raises OpdctlError as a run would for a missing local model, tokenizers that differ, or bad local prompts.
+    """
+    models = {key: locate_here(model, f"{key}.model") for key, model in _models(recipe).items()}
+    dirs = {key: ModelDir(path, "float32") for key, path in models.items() if path}
+    if len(dirs) == len(models):
+        check_same_tokenizer(dirs["student"], dirs["teacher"])
+    parameters = {
+        key: dirs[key].parameters() if key in dirs else model.parameters for key, model in _models(recipe).items()
+    }
+    problems = local_problems(recipe.prompts)
+    prompts = recipe.prompts.count if problems is None else len(problems)
+    responses, steps = recipe.responses_per_step(), recipe.train.steps
+    prompt_tokens = responses * recipe.prompts.max_tokens
+    response_tokens = responses * recipe.rollout.max_tokens
+    rollout = ID_BYTES * (prompt_tokens + response_tokens) + LOGPROB_BYTES * response_tokens
+    scores = LOGPROB_BYTES * response_tokens
+    return Plan(
+        run_dir=str(run_path(recipe, output)),
+        device=resolve_device(recipe.pipeline.device),
+        steps=steps,
+        prompts=prompts,
+        prompts_per_step=recipe.rollout.prompts_per_step,
+        responses_per_step=responses,
+        epochs=steps * recipe.rollout.prompts_per_step / prompts if prompts else None,
+        parts_per_step=recipe.rollout.parts,
+        prompt_tokens_per_step=prompt_tokens,
+        response_tokens_per_step=response_tokens,
+        rollout_bytes_per_step=rollout,
+        teacher_bytes_per_step=scores,
+        artifact_bytes=steps * (rollout + scores),
+        student_parameters=parameters["student"],
+        teacher_parameters=parameters["teacher"],
+        student_bytes=_times(parameters["student"], BYTES[recipe.student.dtype]),
+        optimizer_bytes=_times(parameters["student"], TRAINER_BYTES),
+        teacher_bytes=_times(parameters["teacher"], BYTES[recipe.teacher.dtype]),
+        exported_student_bytes=_times(parameters["student"], BYTES[recipe.student.dtype]),
+    )
+
+
+def _models(recipe: Recipe) -> dict[str, Model]:
+    return {"student": recipe.student, "teacher": recipe.teacher}
+
+
+def _times(count: int | None, size: int) -> int | None:
+    return None if count is None else count * size
+
+
+def rows(plan: Plan) -> list[tuple[str, str]]:
+    """Return the plan as (what, how much) lines for a person."""
+    epochs = "" if plan.epochs is None else f" = {plan.epochs:.2f} epochs"
+    return [
+        ("run directory", plan.run_dir),
+        ("device", plan.device),
+        ("prompts", f"{_count(plan.prompts)}; {plan.steps} steps of {plan.prompts_per_step}{epochs}"),
+        ("responses", f"{plan.responses_per_step:,} a step in {plan.parts_per_step} parts"),
+        ("tokens", f"≤ {plan.prompt_tokens_per_step:,} prompt + {plan.response_tokens_per_step:,} response a step"),
+        (
+            "artifacts",
+            f"≤ {size(plan.artifact_bytes)} in all; a step ≤ {size(plan.rollout_bytes_per_step)} rollout + "
+            f"{size(plan.teacher_bytes_per_step)} teacher",
+        ),
+        ("student", f"{_count(plan.student_parameters)} parameters, {size(plan.student_bytes)} in the engine"),
+        ("optimizer", f"{size(plan.optimizer_bytes)}: float32 weights, gradients and two moments"),
+        ("teacher", f"{_count(plan.teacher_parameters)} parameters, {size(plan.teacher_bytes)}"),
+        ("a kept student", size(plan.exported_student_bytes)),
+    ]
+
+
+def _count(number: int | None) -> str:
+    return "unknown number of" if number is None else f"{number:,}"
+
+
+def size(count: int | None) -> str:
+    """Return a number of bytes for a person, in powers of 1024."""
+    if count is None:
+        return "unknown size"
+    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

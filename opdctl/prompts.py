@@ -1,0 +1,181 @@
+"""Prompts: from the embedded task, a file or the hub, through the chat template, to token ids."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opdctl.config import Prompts
+from opdctl.errors import ExitCode, OpdctlError, did_you_mean
+from opdctl.records import Prompt
+from opdctl.tasks import sort12
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+FORMATS = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt's text before the template, with its id and the gold answer where there is one."""
+
+    id: str
+    text: str
+    answer: str | None
+
+
+def tokenize(problems: list[Problem], tokenizer: "PreTrainedTokenizerBase", settings: Prompts) -> tuple[list[Prompt], int]:
+    """Return the prompts that fit, in their order, and how many were dropped for their length.
+
+    Raises OpdctlError (code 3) when one is too long and the recipe says `too_long = "error"`, or when none is left.
+    """
+    prompts, too_long = [], []
+    for problem in problems:
+        ids = template(problem.text, tokenizer, settings.template_arguments)
+        if len(ids) > settings.max_tokens:
+            too_long.append((problem.id, len(ids)))
+        elif not ids:
+            raise OpdctlError(f"{settings.source}: prompt `{problem.id}` has no tokens", code=ExitCode.DATA)
+        else:
+            prompts.append(Prompt(problem.id, np.asarray(ids, np.int32), problem.answer))
+    if too_long and settings.too_long == "error":
+        shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:5])
+        raise OpdctlError(
+            f"{settings.source}: {len(too_long)} prompts are longer than prompts.max_tokens = {settings.max_tokens}: {shown}",
+            hint='raise prompts.max_tokens, or leave them out with prompts.too_long = "drop"',
+            code=ExitCode.DATA,
+        )
+    if not prompts:
+        raise OpdctlError(f"{settings.source}: no prompts are left", code=ExitCode.DATA)
+    return prompts, len(too_long)
+
+
+def template(text: str, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]) -> list[int]:
+    """Return the token ids of one user turn, ready to be answered; a tokenizer without a template gets plain text."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(text)["input_ids"])
+    turn = [{"role": "user", "content": text}]
+    # `arguments` may hold only what a template reads, but a template's variables cannot be listed: a typo is silent.
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def load_problems(settings: Prompts) -> list[Problem]:
+    """Read the prompts that the recipe names, checked row by row.
+
+    Raises OpdctlError: code 3 for bad data, with file and row; 5 when the hub cannot be reached.
+    """
+    found = local_problems(settings)
+    if found is not None:
+        return found
+    rows = from_hub(settings.source, settings.split, settings.revision, "prompts.source")
+    return _checked(islice(rows, settings.count), settings)
+
+
+def local_problems(settings: Prompts) -> list[Problem] | None:
+    """Read embedded or local prompts, or return None for a hub data set. Raises OpdctlError as `load_problems` does."""
+    if settings.source.startswith("toy:"):
+        return _embedded(settings)
+    path = Path(settings.source).expanduser()
+    if path.suffix in FORMATS:
+        return _checked(islice(read_table(path), settings.count), settings)
+    if path.exists():
+        raise OpdctlError(f"prompts.source: {path}: must end in {' or '.join(FORMATS)}")
+    return None
+
+
+def _embedded(settings: Prompts) -> list[Problem]:
+    if settings.source != "toy:sort12":
+        raise OpdctlError(f"prompts.source: no embedded task `{settings.source}`{did_you_mean(settings.source, ['toy:sort12'])}")
+    try:
+        stream = sort12.problems(settings.split, seed=0)
+        return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.count)]
+    except ValueError as error:
+        raise OpdctlError(f"prompts.split: {error}") from error
+
+
+def read_table(path: Path) -> Iterator[Row]:
+    """Yield the rows of a `.jsonl` or `.parquet` file. Raises OpdctlError (code 3) with file and line."""
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise OpdctlError(f"{path}: no such file{did_you_mean(path.name, beside) if beside else ''}")
+    yield from _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:  # not UTF-8, or not JSON
+                raise OpdctlError(f"{path}:{number}: {error}", code=ExitCode.DATA) from error
+            if not isinstance(row, dict):
+                raise OpdctlError(f"{path}:{number}: must be a JSON object, got {line[:40]!r}", code=ExitCode.DATA)
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        file = pq.ParquetFile(path)
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise OpdctlError(f"{path}: cannot be read as Parquet: {error}", code=ExitCode.DATA) from error
+
+
+def from_hub(source: str, split: str, revision: str | None, key: str) -> Iterator[Row]:
+    """Yield the rows of a hub data set; `key` names the setting in errors. Raises OpdctlError (code 5)."""
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(source, split=split, revision=revision)
+    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OpdctlError(
+            f"{key}: `{source}` is no local file, and the hub did not give it: {reason}",
+            hint="give a .jsonl or .parquet file, or fetch the data set where there is a network",
+            code=ExitCode.REACH,
+        ) from error
+
+
+def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
+    problems: list[Problem] = []
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{settings.source}: row {number}"
+        name = str(_cell(row, settings.id_column, "prompts.id_column", where)) if settings.id_column else str(number - 1)
+        text = _cell(row, settings.prompt_column, "prompts.prompt_column", where)
+        if not isinstance(text, str) or not text:
+            raise OpdctlError(f"{where}: `{settings.prompt_column}` must be text, got {text!r}", code=ExitCode.DATA)
+        if name in seen:
+            raise OpdctlError(f"{where}: id `{name}` was used by row {seen[name]} already", code=ExitCode.DATA)
+        seen[name] = number
+        answer = _cell(row, settings.answer_column, "prompts.answer_column", where) if settings.answer_column else None
+        problems.append(Problem(name, _valid_text(text, where) + settings.suffix, None if answer is None else str(answer)))
+    if not problems:
+        raise OpdctlError(f"{settings.source}: holds no prompts", hint="give a file with at least one row", code=ExitCode.DATA)
+    return problems
+
+
+def _cell(row: Row, column: str, key: str, where: str) -> Any:
+    if column not in row:
+        raise OpdctlError(f"{where}: no column `{column}` ({key}){did_you_mean(column, row)}", code=ExitCode.DATA)
+    return row[column]
+
+
+def _valid_text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+        raise OpdctlError(f"{where}: not valid Unicode at character {error.start}", code=ExitCode.DATA) from error
+    return text

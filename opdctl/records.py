@@ -1,0 +1,128 @@
+"""The artifacts' records: their columns, types, ids and meaning. Imports no torch.
+
+    prompts.parquet            one row a prompt, in the order drawn
+    rollout/part-*.parquet     one row a response
+    teacher/part-*.safetensors one entry a response, for the responses of the rollout part of the same number
+    eval/**/part-*.parquet     one row a graded response
+
+Everything is joined by id, strictly, never by position. Token ids are stored and passed on; text is never tokenised
+again. Log-probs are natural logarithms of the token that was sampled, in nats, float32.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+Ids = npt.NDArray[np.int32]
+Logprobs = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, templated to token ids. `answer` is the gold answer, or None where there is none."""
+
+    prompt_id: str
+    prompt_ids: Ids
+    answer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response that the student drew.
+
+    logprobs: of each response id, under the policy that drew it. finish_reason: "stop" (the last id is an end of
+    sequence, which belongs to the response) or "length". policy_step: updates that policy had seen. For example, the
+    first sample of prompt `sort12-abc` at step 3 is `sort12-abc/00003/0`.
+    """
+
+    sample_id: str
+    prompt_id: str
+    prompt_ids: Ids
+    response_ids: Ids
+    logprobs: Logprobs
+    finish_reason: str
+    policy_step: int
+    source: str
+    teacher: str
+    answer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One response of an evaluation. `extracted` is the answer read from it; `verdict` says why it is right or not."""
+
+    sample_id: str
+    problem_id: str
+    response_ids: Ids
+    text: str
+    finish_reason: str
+    gold: str
+    extracted: str | None
+    correct: bool
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A response joined with its teacher's log-probs, both of length T."""
+
+    response: Response
+    teacher_logprobs: Logprobs
+
+    def advantage(self) -> npt.NDArray[np.float64]:
+        """Return A_t = log p_teacher - log p_student of each token, [T], in nats, as it is stored."""
+        return self.teacher_logprobs.astype(np.float64) - self.response.logprobs.astype(np.float64)
+
+
+_IDS = pa.list_(pa.int32())
+
+PROMPTS = pa.schema([("prompt_id", pa.string()), ("prompt_ids", _IDS), ("answer", pa.string())])
+RESPONSES = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt_ids", _IDS),
+        ("response_ids", _IDS),
+        ("logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("policy_step", pa.int32()),
+        ("source", pa.string()),
+        ("teacher", pa.string()),
+        ("answer", pa.string()),
+    ]
+)
+GRADED = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("problem_id", pa.string()),
+        ("response_ids", _IDS),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("gold", pa.string()),
+        ("extracted", pa.string()),
+        ("correct", pa.bool_()),
+        ("verdict", pa.string()),
+    ]
+)
+
+
+def sample_id(prompt_id: str, step: int, sample: int) -> str:
+    """Return the id of the `sample`-th response to a prompt at a step."""
+    return f"{prompt_id}/{step:05d}/{sample}"
+
+
+def sample_seed(run_seed: int, sample_id: str) -> int:
+    """Return the seed of one response, in [0, 2^63): the same whichever worker draws it, in whatever order."""
+    digest = hashlib.blake2b(f"{run_seed}/{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def offsets_of(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return where each of the concatenated sequences begins, and where the last one ends: [len + 1]."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64), dtype=np.int64)])

@@ -1,0 +1,68 @@
+"""Names to components, loaded when asked for.
+
+A component is a frozen dataclass whose fields are its parameters, or a function that makes one. It registers itself
+under a name in its kind's home module, which is imported the first time that a name of the kind is looked up.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from opdctl.errors import OpdctlError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The components of one kind, such as the token weights."""
+
+    def __init__(self, kind: str, home: str):
+        self.kind, self._home = kind, home
+        self._makers: dict[str, Callable[..., T]] = {}
+
+    def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """Return a decorator that files a class or function under `name`."""
+
+        def file(maker: Callable[..., T]) -> Callable[..., T]:
+            if name in self._makers:
+                raise ValueError(f"two components of kind {self.kind} are named {name!r}")
+            self._makers[name] = maker
+            return maker
+
+        return file
+
+    def names(self) -> list[str]:
+        """Return every registered name, in order of registration."""
+        importlib.import_module(self._home)
+        return list(self._makers)
+
+    def get(self, name: str) -> Callable[..., T]:
+        """Return what is filed under `name`. Raises OpdctlError with the nearest name when nothing is."""
+        if name not in self.names():
+            raise OpdctlError(f"unknown {self.kind} `{name}`{did_you_mean(name, self._makers)}")
+        return self._makers[name]
+
+    def build(self, name: str, params: Mapping[str, Any]) -> T:
+        """Build the component `name` with `params`, each checked against the dataclass field of its name and type.
+
+        Raises OpdctlError when the name or a parameter is unknown, mistyped or out of range.
+        """
+        maker = self.get(name)
+        types = {field.name: field.type for field in dataclasses.fields(maker)}  # type: ignore[arg-type]
+        for key, value in params.items():
+            if key not in types:
+                raise OpdctlError(f"{self.kind} `{name}` has no parameter `{key}`{did_you_mean(key, types)}")
+            wanted = (int, float) if types[key] is float else types[key]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):  # type: ignore[arg-type]
+                raise OpdctlError(f"{key} must be of type {types[key].__name__}, got {value!r}")  # type: ignore[union-attr]
+        try:
+            return maker(**params)
+        except ValueError as error:
+            raise OpdctlError(str(error)) from error
+
+
+WEIGHTS: Registry[Any] = Registry("weight", "opdctl.weights")
+OBJECTIVES: Registry[Any] = Registry("objective", "opdctl.objectives")
+ENGINES: Registry[Any] = Registry("engine", "opdctl.engines")
+BENCHMARKS: Registry[Any] = Registry("benchmark", "opdctl.benchmarks")

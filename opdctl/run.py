@@ -1,0 +1,283 @@
+"""A recipe bound to its run directory: where everything lies, which step is next, what each stage depends on.
+
+Knows no stage's work. Opening a new run writes recipe.toml and prompts.parquet, then run.json, the mark that the run
+directory is whole. Opening an old one compares the recipe and the models with what is recorded, and refuses a change.
+"""
+
+import importlib.metadata
+import shlex
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opdctl import log, store
+from opdctl.config import FREE, Recipe, changed, describe_changes, load_recipe, settings_of
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.model import ModelDir, check_same_tokenizer, locate
+from opdctl.prompts import load_problems, tokenize
+from opdctl.records import SCHEMA_VERSION, Prompt, sample_id
+from opdctl.store import Fingerprint, StageDir, digest_of
+
+LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory and its recipe. Steps count updates: step k draws with the student that has seen k updates."""
+
+    recipe: Recipe
+    path: Path
+    student: ModelDir
+    teacher: ModelDir
+    student_digest: str
+    teacher_digest: str
+
+    # ── Where things lie ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def step_path(self, step: int) -> Path:
+        return self.path / f"step-{step:05d}"
+
+    def student_path(self, step: int) -> Path:
+        return self.path / "student" / f"step-{step:05d}"
+
+    def trainer_path(self, step: int) -> Path:
+        return self.path / "trainer" / f"step-{step:05d}"
+
+    def update_path(self, step: int) -> Path:
+        return self.step_path(step) / "update.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def current_step(self) -> int:
+        """Return the first step without an update: the number of updates done."""
+        step = 0
+        while self.update_path(step).exists():
+            step += 1
+        return step
+
+    def update(self, step: int) -> dict[str, Any]:
+        """Return what the update of `step` recorded."""
+        return store.read_json(self.update_path(step))
+
+    def student_at(self, step: int) -> ModelDir:
+        """Return the student that has seen `step` updates. Raises OpdctlError when it is not there, or not whole."""
+        if step == 0:
+            return self.student
+        path = self.student_path(step)
+        if not self.update_path(step - 1).exists():
+            raise OpdctlError(
+                f"{path}: step {step} has no student yet, {self.current_step()} updates are done",
+                hint=f"run `{self.command('train')}`",
+            )
+        if not path.is_dir():
+            raise OpdctlError(
+                f"{path}: this student is not kept (train.keep_every = {self.recipe.train.keep_every})",
+                hint=f"steps that are kept: {', '.join(map(str, self.kept_steps()))}",
+            )
+        store.check_directory(path, self.update(step - 1)["student"])
+        return ModelDir(path, self.student.dtype, self.student.trust_remote_code)
+
+    def kept_steps(self) -> list[int]:
+        """Return the steps whose student is there to be used."""
+        found = (int(p.name.removeprefix("step-")) for p in (self.path / "student").glob("step-*"))
+        return [0, *sorted(step for step in found if self.update_path(step - 1).exists())]
+
+    def policy_digest(self, step: int) -> str:
+        return self.student_digest if step == 0 else digest_of(self.update(step - 1)["student"])
+
+    # ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts in the order drawn. Raises OpdctlError (code 3) when the file is not the one recorded."""
+        path, recorded = self.path / "prompts.parquet", store.read_json(self.path / "run.json")["prompts"]
+        if not path.exists() or store.sha256_file(path) != recorded["sha256"]:
+            raise store.damaged(path, "not the prompts that this run began with", "start again in another --output")
+        return store.read_rows(path, Prompt)
+
+    def draws(self, step: int) -> list[tuple[str, Prompt]]:
+        """Return (sample id, prompt) of every response of a step, in order.
+
+        An epoch is as many whole steps as the prompts give; each later epoch has an order of its own.
+        """
+        size, samples = self.recipe.rollout.prompts_per_step, self.recipe.rollout.samples_per_prompt
+        if len(self.prompts) < size:
+            raise OpdctlError(
+                f"{self.path}: {len(self.prompts)} prompts are fewer than rollout.prompts_per_step = {size}",
+                hint="lower rollout.prompts_per_step, or give more prompts",
+            )
+        epoch, within = divmod(step, len(self.prompts) // size)
+        order = np.arange(len(self.prompts))
+        if epoch:
+            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(order)
+        drawn = [self.prompts[i] for i in order[within * size : (within + 1) * size]]
+        return [(sample_id(prompt.prompt_id, step, n), prompt) for prompt in drawn for n in range(samples)]
+
+    # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def rollout(self, step: int) -> StageDir:
+        return StageDir(
+            self.step_path(step) / "rollout",
+            stage="rollout",
+            parts=self.recipe.rollout.parts,
+            suffix=".parquet",
+            fingerprint=Fingerprint(
+                settings_of(self.recipe, "rollout"),
+                {"prompts": self._prompts_digest, "policy": self.policy_digest(step)},
+            ),
+            redo=self.command("rollout", step),
+        )
+
+    def scores(self, step: int) -> StageDir:
+        return StageDir(
+            self.step_path(step) / "teacher",
+            stage="score",
+            parts=self.recipe.rollout.parts,
+            suffix=".safetensors",
+            fingerprint=Fingerprint(
+                settings_of(self.recipe, "score"),
+                {"rollout": self.rollout(step).digest, "teacher": self.teacher_digest},
+            ),
+            redo=self.command("score-teacher", step),
+        )
+
+    @cached_property
+    def _prompts_digest(self) -> str:
+        return store.read_json(self.path / "run.json")["prompts"]["sha256"]
+
+    def command(self, stage: str, step: int | None = None) -> str:
+        """Return the command line that runs a stage of this run."""
+        at = f" --step {step}" if step is not None else ""
+        return f"opdctl {stage} --output {shlex.quote(str(self.path))}{at}"
+
+
+def run_path(recipe: Recipe, output: Path | None) -> Path:
+    return output or Path("runs") / recipe.name
+
+
+def newest_run() -> Path:
+    """Return the run under runs/ that was worked on last."""
+    runs = [record.parent for record in Path("runs").glob("*/run.json")]
+    if not runs:
+        raise OpdctlError("there is no run under runs/", hint="give --recipe FILE or --output RUN_DIR")
+    return max(runs, key=lambda run: run.stat().st_mtime)
+
+
+def open_run(recipe: Recipe, output: Path | None = None) -> Run:
+    """Open the run directory of `recipe`, or begin it.
+
+    Raises OpdctlError: 2 for a missing model or tokenizers that differ, 3 for bad prompts, 4 when the run was begun
+    with another recipe or other models, 5 when a hub is out of reach.
+    """
+    path = run_path(recipe, output)
+    begun = (path / "run.json").exists()
+    if begun:
+        _refuse_another_recipe(recipe, path)
+    elif path.exists() and any(path.iterdir()) and not (path / "recipe.toml").exists():
+        raise OpdctlError(f"{path}: is not empty and is no run directory", hint="use another --output")
+    student, teacher = resolve_models(recipe)
+    recorded = store.read_json(path / "run.json") if begun else {"models": {}}
+    models = {name: _identify(model, recorded["models"].get(name)) for name, model in (("student", student), ("teacher", teacher))}
+    for name, model in models.items():
+        if begun and model["digest"] != recorded["models"][name]["digest"]:
+            raise OpdctlError(
+                f"{path}: the {name} at {recorded['models'][name]['path']} is not the one this run began with",
+                hint="restore it, or use another --output",
+                code=ExitCode.SETTINGS,
+            )
+    if not begun:
+        _begin(recipe, path, student, models)
+    elif store.read_text(path / "recipe.toml") != recipe.to_toml():
+        store.write_text(path / "recipe.toml", recipe.to_toml())
+    for folder in (path / "student", path / "trainer"):
+        store.sweep(folder)
+    return Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
+
+
+def recorded_run(path: Path) -> Run:
+    """Open a run directory as it is recorded, for reading artifacts alone: the models need not be there any more."""
+    recipe = read_recipe(path)
+    if not (path / "run.json").exists():
+        raise OpdctlError(f"{path}: this run was never begun: it has no run.json", hint="run `opdctl rollout` first")
+    models = store.read_json(path / "run.json")["models"]
+    student, teacher = (ModelDir(Path(models[name]["path"]), "float32") for name in ("student", "teacher"))
+    return Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe recorded in the run directory `path`. Raises OpdctlError when it is none."""
+    if not (path / "recipe.toml").exists():
+        raise OpdctlError(f"{path}: no run directory: it has no recipe.toml", hint="give --recipe, or the path of a run")
+    return load_recipe([path / "recipe.toml"])
+
+
+def resolve_models(recipe: Recipe) -> tuple[ModelDir, ModelDir]:
+    """Return student and teacher, found and with one tokenizer. No weights are loaded."""
+    student, teacher = (
+        ModelDir(locate(model, f"{key}.model"), model.dtype, model.trust_remote_code)
+        for key, model in (("student", recipe.student), ("teacher", recipe.teacher))
+    )
+    for model in (student, teacher):
+        if model.trust_remote_code:
+            log.warn(f"trust_remote_code is on: code that comes with {model.path} will run")
+    check_same_tokenizer(student, teacher)
+    return student, teacher
+
+
+def _identify(model: ModelDir, recorded: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what run.json says of a model. Files with the recorded sizes and times are not hashed again."""
+    files = [*sorted(model.path.glob("*.safetensors")), model.path / "config.json"]
+    stamp = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    same = recorded is not None and recorded["stamp"] == stamp and recorded["path"] == str(model.path)
+    digest = recorded["digest"] if recorded is not None and same else model.digest()
+    return {"path": str(model.path), "digest": digest, "tokenizer": model.tokenizer_digest, "stamp": stamp}
+
+
+def _refuse_another_recipe(recipe: Recipe, path: Path) -> None:
+    changes = [change for change in changed(read_recipe(path).flat(), recipe.flat()) if not change[0].startswith(FREE)]
+    if changes:
+        raise OpdctlError(
+            f"{path}: was begun with another recipe\n{describe_changes(changes)}",
+            hint=f"go on with the recorded one: leave --recipe out and give --output {path}; or use another --output; "
+            f"or remove {path} to start over",
+            code=ExitCode.SETTINGS,
+        )
+
+
+def _begin(recipe: Recipe, path: Path, student: ModelDir, models: dict[str, dict[str, Any]]) -> None:
+    problems = load_problems(recipe.prompts)
+    prompts, dropped = tokenize(problems, student.tokenizer, recipe.prompts)
+    if dropped:
+        log.warn(f"{dropped} of {len(problems)} prompts are longer than prompts.max_tokens and were dropped")
+    order = np.random.default_rng(recipe.seed).permutation(len(prompts))
+    path.mkdir(parents=True, exist_ok=True)
+    store.write_text(path / "recipe.toml", recipe.to_toml())
+    sha256 = store.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])
+    store.write_json(
+        path / "run.json",
+        {
+            "schema_version": SCHEMA_VERSION,
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "git": _git_revision(),
+            "models": models,
+            "prompts": {"rows": len(prompts), "dropped": dropped, "sha256": sha256},
+        },
+    )
+
+
+def _git_revision() -> str | None:
+    """Return the revision of the working directory, where it is a git checkout."""
+    try:
+        out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
+

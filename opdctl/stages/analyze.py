@@ -1,0 +1,140 @@
+"""analyze-position: where in the response the teacher's signal lies. From stored artifacts alone: no model, no torch.
+
+Shapes: T tokens of one response, P positions, Q tenths of the response.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from opdctl import log, report
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.records import Scored
+from opdctl.registry import WEIGHTS
+from opdctl.run import Run
+from opdctl.scored import read_scored
+from opdctl.weights import Floats, Weight
+
+TENTHS = 10
+QUANTITIES = ("abs_advantage", "k1", "weight")
+
+
+@dataclass
+class Sums:
+    """Running count, sums and sums of squares of each quantity, bin by bin; grows as longer responses come."""
+
+    count_P: Floats = field(default_factory=lambda: np.zeros(0))
+    sum_QP: Floats = field(default_factory=lambda: np.zeros((len(QUANTITIES), 0)))
+    square_QP: Floats = field(default_factory=lambda: np.zeros((len(QUANTITIES), 0)))
+
+    def add(self, bins_T: np.ndarray, values_QT: Floats) -> None:
+        """Add one response's tokens, token t to bin bins_T[t]."""
+        if not len(bins_T):
+            return
+        grow = max(0, int(bins_T.max()) + 1 - len(self.count_P))
+        self.count_P = np.pad(self.count_P, (0, grow))
+        self.sum_QP, self.square_QP = (np.pad(a, ((0, 0), (0, grow))) for a in (self.sum_QP, self.square_QP))
+        size = len(self.count_P)
+        self.count_P += np.bincount(bins_T, minlength=size)
+        for q, values_T in enumerate(values_QT):
+            self.sum_QP[q] += np.bincount(bins_T, values_T, minlength=size)
+            self.square_QP[q] += np.bincount(bins_T, values_T**2, minlength=size)
+
+    def mean(self, quantity: str) -> Floats:
+        return self.sum_QP[QUANTITIES.index(quantity)] / np.maximum(self.count_P, 1)
+
+    def half_width(self, quantity: str) -> Floats:
+        """Half of the 95 % interval of the mean in each bin, by the normal approximation; NaN below two values."""
+        n, q = self.count_P, QUANTITIES.index(quantity)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            variance = (self.square_QP[q] - self.sum_QP[q] ** 2 / n) / (n - 1)
+            return np.where(n > 1, 1.96 * np.sqrt(np.maximum(variance, 0) / n), np.nan)
+
+    def share(self, quantity: str) -> Floats:
+        """Each bin's share of the whole sum."""
+        sums = self.sum_QP[QUANTITIES.index(quantity)]
+        return sums / sums.sum() if sums.sum() else np.zeros_like(sums)
+
+
+@dataclass
+class Phase:
+    """A stretch of training: by token position, and by tenths of each response's own length."""
+
+    name: str
+    steps: list[int]
+    responses: int = 0
+    position: Sums = field(default_factory=Sums)
+    tenth: Sums = field(default_factory=Sums)
+
+    def add(self, samples: Iterable[Scored], weight: Weight) -> None:
+        for sample in samples:
+            advantage_T = sample.advantage()
+            values_QT = np.stack([np.abs(advantage_T), -advantage_T, weight(advantage_T)])
+            positions_T, length = np.arange(len(advantage_T)), len(advantage_T)
+            self.position.add(positions_T, values_QT)
+            # A position as a fraction of the real length: token t of n covers t/n to (t+1)/n.
+            self.tenth.add(positions_T * TENTHS // max(length, 1), values_QT)
+            self.responses += 1
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Read every scored step, draw the figures, and return the report's paths and the summary.
+
+    Raises OpdctlError (code 3) when no step is scored yet, or an artifact is damaged.
+    """
+    phases = _phases(scored_steps(run))
+    if not phases:
+        raise OpdctlError(
+            f"{run.path}: no step has teacher scores yet", hint=f"run `{run.command('score-teacher')}`", code=ExitCode.DATA
+        )
+    weight: Weight = WEIGHTS.build(run.recipe.weight.name, run.recipe.weight.params)
+    with log.progress("analyze-position", sum(len(phase.steps) for phase in phases)) as advance:
+        for phase in phases:
+            for step in phase.steps:
+                phase.add(read_scored(run, step), weight)
+                advance(1)
+    folder = run.path / "analysis"
+    summary = {"run": run.path.name, "weight": run.recipe.weight.model_dump(), "phases": [_summary(p) for p in phases]}
+    return report.write(folder, phases, summary) | {"summary": summary}
+
+
+def scored_steps(run: Run) -> list[int]:
+    """Return the steps whose rollout and teacher scores are finished."""
+    found = sorted(int(p.parent.parent.name.removeprefix("step-")) for p in run.path.glob("step-*/teacher/manifest.json"))
+    return [step for step in found if run.rollout(step).manifest()]
+
+
+def _phases(steps: list[int]) -> list[Phase]:
+    """Split the steps into a first and a last quarter, at least one step each."""
+    if len(steps) < 2:
+        return [Phase(_span(steps), steps)] if steps else []
+    quarter = max(1, len(steps) // 4)
+    return [Phase(_span(part), part) for part in (steps[:quarter], steps[-quarter:])]
+
+
+def _span(steps: list[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}–{steps[-1]}"
+
+
+def _summary(phase: Phase) -> dict[str, Any]:
+    """Return a phase's numbers: the whole, and tenth by tenth."""
+    share_Q = phase.tenth.share("abs_advantage")
+    sums = phase.position.sum_QP.sum(axis=1) / max(phase.position.count_P.sum(), 1)
+    return {
+        "phase": phase.name,
+        "responses": phase.responses,
+        "tokens": int(phase.position.count_P.sum()),
+        **{name: float(value) for name, value in zip(QUANTITIES, sums, strict=True)},
+        "share_of_first_30_percent": float(share_Q[:3].sum()),
+        "tenths": [
+            {
+                "tenth": q + 1,
+                "share": float(share_Q[q]),
+                **{name: float(phase.tenth.mean(name)[q]) for name in QUANTITIES},
+            }
+            for q in range(len(share_Q))
+        ],
+    }
+

@@ -1,0 +1,52 @@
+"""rollout: the current student answers the step's prompts. Prompts in, Parquet parts of responses out."""
+
+from functools import partial
+
+from opdctl import log
+from opdctl.engines import Completion, EnginePool, Request
+from opdctl.records import Prompt, Response, sample_seed
+from opdctl.run import Run
+from opdctl.store import StageDir, write_rows
+
+
+def run(run: Run, step: int, engines: EnginePool) -> int:
+    """Draw the responses that a step still lacks and return how many parts that were.
+
+    Raises OpdctlError when the step has no student yet (code 2), or was begun under other settings (code 4).
+    """
+    stage = run.rollout(step)
+    todo = stage.missing()
+    if todo:
+        _draw(run, step, engines, stage, todo)
+    stage.seal()
+    return len(todo)
+
+
+def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, todo: list[int]) -> None:
+    settings = run.recipe.rollout
+    draws, count = run.draws(step), len(stage.names)
+    parts = {i: draws[i * len(draws) // count : (i + 1) * len(draws) // count] for i in todo}
+    engine = engines.get("student", settings.engine, run.student_at(step))
+    stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_step": step})
+    with log.progress(f"rollout, step {step}", sum(map(len, parts.values()))) as advance:
+        for index, part in parts.items():
+            requests = [Request(prompt.prompt_ids, sample_seed(run.recipe.seed, name)) for name, prompt in part]
+            completions = engine.generate(requests, settings, settings.batch_size, advance)
+            rows = [_row(run, step, *draw, completion) for draw, completion in zip(part, completions, strict=True)]
+            tokens = sum(len(row.response_ids) for row in rows)
+            stage.write(index, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=tokens)
+
+
+def _row(run: Run, step: int, sample_id: str, prompt: Prompt, completion: Completion) -> Response:
+    return Response(
+        sample_id=sample_id,
+        prompt_id=prompt.prompt_id,
+        prompt_ids=prompt.prompt_ids,
+        response_ids=completion.response_ids,
+        logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        policy_step=step,
+        source=run.recipe.prompts.source,
+        teacher=run.recipe.teacher.model,
+        answer=prompt.answer,
+    )

@@ -1,0 +1,114 @@
+"""`opdctl status`: what is done, missing or damaged in a run directory, and the next command. Reads, never writes."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from opdctl import store
+from opdctl.errors import OpdctlError
+from opdctl.run import Run
+from opdctl.store import StageDir
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of one step. state: done, partial, missing or damaged."""
+
+    step: int
+    stage: str
+    state: str
+    detail: str
+
+
+def stage_status(run: Run, step: int, name: str, *, verify: bool) -> StageStatus:
+    """Return what stands of a stage. Recorded parts must be there in their size; with `verify`, in their digest too."""
+    try:
+        stage = _stage(run, step, name)
+        if stage is None:
+            return StageStatus(step, name, "missing", "waits for the stage before")
+        problems = stage.damaged_parts(digests=verify)
+        missing = stage.missing(digests=verify)
+    except OpdctlError as error:
+        return StageStatus(step, name, "damaged", error.message)
+    if problems:
+        return StageStatus(step, name, "damaged", "; ".join(problems.values()))
+    if not missing:
+        return StageStatus(step, name, "done" if stage.manifest() else "partial", f"{len(stage.names)} parts")
+    done = len(stage.names) - len(missing)
+    return StageStatus(step, name, "partial" if done else "missing", f"{done} of {len(stage.names)} parts")
+
+
+def _stage(run: Run, step: int, name: str) -> StageDir | None:
+    if name == "rollout":
+        return run.rollout(step)
+    return run.scores(step) if run.rollout(step).manifest() else None
+
+
+def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
+    """Return what stands of a step's update and of the student that came of it."""
+    if not run.update_path(step).exists():
+        return StageStatus(step, "update", "missing", "")
+    try:
+        recorded = run.update(step)["student"]
+        path = run.student_path(step + 1)
+        if not path.is_dir():
+            return StageStatus(step, "update", "done", "its student is not kept")
+        if verify:
+            store.check_directory(path, recorded)
+    except OpdctlError as error:
+        return StageStatus(step, "update", "damaged", error.message)
+    return StageStatus(step, "update", "done", str(path))
+
+
+def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
+    """Return the state of every stage of every step begun, the evaluations, and the next command."""
+    done = run.current_step()
+    begun = range(min(done + 1, run.recipe.train.steps))
+    stages = []
+    for step in begun:
+        stages += [stage_status(run, step, name, verify=verify) for name in ("rollout", "teacher")]
+        stages.append(update_status(run, step, verify=verify))
+    summaries = sorted(run.path.glob("eval/*/*/summary.json"))
+    return {
+        "schema_version": store.SCHEMA_VERSION,
+        "run_dir": str(run.path),
+        "steps_done": done,
+        "steps": run.recipe.train.steps,
+        "stages": stages,
+        "evaluations": [store.read_json(path) for path in summaries],
+        "next": next_command(run, stages),
+    }
+
+
+def next_command(run: Run, stages: list[StageStatus]) -> str:
+    """Return the command to run next: repair what is damaged first, then what is missing, then look at the result."""
+    for stage in stages:
+        if stage.state == "damaged" and stage.stage != "update":
+            return run.command({"rollout": "rollout", "teacher": "score-teacher"}[stage.stage], stage.step) + " --repair"
+    return next_stage_command(run)
+
+
+def next_stage_command(run: Run) -> str:
+    """Return the command for the next stage of the current step, or the analysis when the run is complete."""
+    step = run.current_step()
+    if step >= run.recipe.train.steps:
+        return f"opdctl analyze-position {run.path}"
+    if not run.rollout(step).done():
+        return run.command("rollout")
+    return run.command("train" if run.scores(step).done() else "score-teacher")
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the status as (what, state) lines: finished steps in one line, then whatever is not finished."""
+    finished = [s for s in range(found["steps_done"]) if all(x.state == "done" for x in found["stages"] if x.step == s)]
+    lines = [("done", f"{len(finished)} steps")] if finished else []
+    for stage in found["stages"]:
+        if stage.step not in finished:
+            lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}"))
+    for summary in found["evaluations"]:
+        lines.append((f"eval {summary['bench']}", f"{summary['model']}: {summary['avg']:.1%}"))
+    return [*lines, ("next", found["next"])]
+
+
+def as_json(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the status as JSON values."""
+    return {**found, "stages": [asdict(stage) for stage in found["stages"]]}

@@ -1,0 +1,587 @@
+"""The only file that opens artifacts: parts, manifests, digests, model directories, locks. Imports no torch.
+
+A part is written under a temporary name in its own folder, flushed to disk, and renamed; just before the rename a
+receipt with its rows, tokens, bytes and SHA-256 is written beside it. Once every part is there, the receipts are
+gathered into manifest.json, the mark of a finished stage. So a kill at any moment loses at most the part in work: a
+part with a matching receipt is taken over, anything else is made again.
+
+What a stage made is tied to a fingerprint: the settings that shape it and the digests of its inputs. The same
+fingerprint goes on; another is refused.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from opdctl.config import changed, describe_changes
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.records import PROMPTS, RESPONSES, SCHEMA_VERSION, Graded, GRADED, Logprobs, Prompt, Response, offsets_of
+
+Row = TypeVar("Row", Prompt, Response, Graded)
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{final.name}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead processes of this machine left half-written in `folder`."""
+    for left in folder.glob(f".tmp-{socket.gethostname()}-*"):
+        pid = left.name.removeprefix(f".tmp-{socket.gethostname()}-").partition("-")[0]
+        if pid == str(os.getpid()) or not pid.isdigit() or Path("/proc", pid).exists():
+            continue
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _published(final: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `final`; when the block ends well, flush it to disk and rename it to `final`."""
+    temporary = _temporary(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+            _fsync(path)
+        if final.is_dir():
+            shutil.rmtree(final)  # a directory cannot be renamed over another one
+        os.replace(temporary, final)
+        _fsync(final.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OpdctlError(
+                f"{final}: the disk is full", hint="free some space and run the same command again", code=ExitCode.REACH
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise OpdctlError(f"{final}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole small file, or leave the old one."""
+    with _published(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with _published(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in `path`. Raises OpdctlError (code 3) when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"cannot be read: {error}") from error
+
+
+def damaged(path: Path, why: str, hint: str | None = None) -> OpdctlError:
+    """Return the error for an artifact that is not what was written."""
+    hint = hint or f"remove {path} and run the command that made it again"
+    return OpdctlError(f"{path}: damaged: {why}", hint=hint, code=ExitCode.DATA)
+
+
+# ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_SCHEMAS: dict[type, pa.Schema] = {Prompt: PROMPTS, Response: RESPONSES, Graded: GRADED}
+
+
+def write_rows(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
+    """Write rows as Parquet with page checksums: without them a flipped byte is mostly read in silence."""
+    names = _SCHEMAS[kind].names
+    columns = {name: [getattr(row, name) for row in rows] for name in names}
+    pq.write_table(pa.table(columns, schema=_SCHEMAS[kind]), path, compression="zstd", write_page_checksum=True)
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
+    """Write the run's prompts, whole or not at all, and return the file's SHA-256."""
+    with _published(path) as temporary:
+        write_rows(temporary, prompts, Prompt)
+    return sha256_file(path)
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Read the rows of one Parquet file. Raises OpdctlError (code 3) when it is damaged or of another schema."""
+    try:
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(path, str(error)) from error
+    if not table.schema.equals(_SCHEMAS[kind]):
+        raise damaged(path, f"has columns {table.schema.names}, wanted {_SCHEMAS[kind].names}")
+    columns = {name: _column(table[name]) for name in table.schema.names}
+    return [kind(**{name: values[i] for name, values in columns.items()}) for i in range(table.num_rows)]
+
+
+def _column(column: pa.ChunkedArray) -> list[Any]:
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    return [row.values.to_numpy(zero_copy_only=False) for row in column]  # ids and log-probs stay arrays
+
+
+def write_scores(path: Path, ids: Sequence[str], logprobs: Sequence[Logprobs], meaning: Mapping[str, str]) -> None:
+    """Write the teacher's log-probs of one rollout part as safetensors: `offsets` [R + 1] and `logprobs` [tokens]."""
+    tensors = {
+        "offsets": offsets_of([len(row) for row in logprobs]),
+        "logprobs": np.concatenate([np.zeros(0, np.float32), *logprobs]).astype(np.float32),
+    }
+    save_file(tensors, path, metadata={**meaning, "sample_ids": json.dumps(list(ids))})
+
+
+def read_scores(path: Path) -> dict[str, Logprobs]:
+    """Return the teacher's log-probs of one part by sample id. Raises OpdctlError (code 3) when it is damaged."""
+    try:
+        with safe_open(path, "np") as file:
+            ids = json.loads((file.metadata() or {})["sample_ids"])
+            offsets, logprobs = file.get_tensor("offsets"), file.get_tensor("logprobs")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and offsets[-1] == len(logprobs)
+    if not fits or (np.diff(offsets) < 0).any() or len(set(ids)) != len(ids):
+        raise damaged(path, "its offsets, ids and log-probs do not fit together")
+    return {name: logprobs[a:b] for name, a, b in zip(ids, offsets[:-1], offsets[1:], strict=True)}
+
+
+# ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What shapes a stage's artifacts: `settings` by dotted key, `inputs` as digests by name."""
+
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(asdict(self))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part, as its receipt and the manifest record it."""
+
+    name: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class StageDir:
+    """The parts of one stage at one step, and their manifest.
+
+    `redo` is the command that makes a part again, for error messages.
+    """
+
+    def __init__(self, path: Path, *, stage: str, parts: int, suffix: str, fingerprint: Fingerprint, redo: str):
+        self.path, self.stage, self.fingerprint, self.redo = path, stage, fingerprint, redo
+        self.names = [f"part-{i:05d}-of-{parts:05d}{suffix}" for i in range(parts)]
+        self.manifest_path, self._work_path = path / "manifest.json", path / "work.json"
+        self._refuse_another_fingerprint()
+
+    def _refuse_another_fingerprint(self) -> None:
+        recorded = self.manifest() or (read_json(self._work_path) if self._work_path.exists() else None)
+        if recorded is None or recorded["fingerprint"] == self.fingerprint.digest:
+            return
+        changes = changed(recorded["settings"], self.fingerprint.settings)
+        inputs = [name for name, _, _ in changed(recorded["inputs"], self.fingerprint.inputs)]
+        what = describe_changes(changes) or f"its inputs changed: {', '.join(inputs)}"
+        raise OpdctlError(
+            f"{self.path}: was made under other settings\n{what}",
+            hint=f"put the old value back; or use another --output; or remove {self.path} to make it again",
+            code=ExitCode.SETTINGS,
+        )
+
+    def manifest(self) -> dict[str, Any] | None:
+        """Return the manifest, or None while the stage is unfinished."""
+        if not self.manifest_path.exists():
+            return None
+        manifest = read_json(self.manifest_path)
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise OpdctlError(
+                f"{self.manifest_path}: schema version {manifest.get('schema_version')!r}, this opdctl reads version {SCHEMA_VERSION}",
+                hint="use the opdctl that wrote it, or another --output",
+                code=ExitCode.DATA,
+            )
+        return manifest
+
+    def record(self, index: int) -> Part | None:
+        """Return what was recorded of part `index`, by its receipt or by the manifest."""
+        if (receipt := self._receipt(index)).exists():
+            return Part(**read_json(receipt))
+        return self._recorded(index) if self.manifest() else None
+
+    def _recorded(self, index: int) -> Part:
+        manifest = self.manifest() or {"parts": []}
+        for part in manifest["parts"]:
+            if part["name"] == self.names[index]:
+                return Part(**part)
+        raise damaged(self.manifest_path, f"does not list {self.names[index]}", f"remove {self.path} to make it again")
+
+    def _receipt(self, index: int) -> Path:
+        return self.path / f"{self.names[index]}.receipt.json"
+
+    def missing(self, *, digests: bool = True) -> list[int]:
+        """Return the numbers of the parts that are still to be made.
+
+        A part without a manifest counts if its receipt agrees: in size, and with `digests` in content.
+        """
+        sealed = self.manifest() is not None
+        return [
+            index
+            for index, name in enumerate(self.names)
+            if not (self.path / name).exists() or not (sealed or self._taken_over(index, digests=digests))
+        ]
+
+    def _taken_over(self, index: int, *, digests: bool) -> bool:
+        record, path = self.record(index), self.path / self.names[index]
+        if record is None or record.bytes != path.stat().st_size:
+            return False
+        return not digests or record.sha256 == sha256_file(path)
+
+    def done(self) -> bool:
+        return self.manifest() is not None and not self.missing()
+
+    def begin(self, meaning: Mapping[str, Any]) -> None:
+        """Record, before the first part, what is being made and what its values mean."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        sweep(self.path)
+        write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
+
+    def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> None:
+        """Write part `index` by `save(temporary path)`."""
+        name = self.names[index]
+        with _published(self.path / name) as temporary:
+            save(temporary)
+            part = Part(name, rows, tokens, temporary.stat().st_size, sha256_file(temporary))
+            write_json(self._receipt(index), asdict(part))
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "fingerprint": self.fingerprint.digest,
+            "settings": dict(self.fingerprint.settings),
+            "inputs": dict(self.fingerprint.inputs),
+        }
+
+    def seal(self) -> bool:
+        """Write the manifest if every part is there and it is not written yet. Return whether the stage is finished."""
+        if self.missing():
+            return False
+        if self._work_path.exists():
+            # A part that was removed and made again has a receipt that is newer than the manifest.
+            receipts = [read_json(r) if (r := self._receipt(i)).exists() else None for i in range(len(self.names))]
+            parts = [receipt or asdict(self._recorded(i)) for i, receipt in enumerate(receipts)]
+            write_json(self.manifest_path, {**read_json(self._work_path), "parts": parts})
+            self._work_path.unlink()
+            for index in range(len(self.names)):
+                self._receipt(index).unlink(missing_ok=True)
+        return True
+
+    def verify(self, index: int, *, digests: bool = True) -> Path:
+        """Return the path of a finished part. Raises OpdctlError (code 3) when it is not what was recorded."""
+        path, record = self.path / self.names[index], self.record(index)
+        hint = f"run `{self.redo} --repair` to make this part again"
+        if record is None or not path.exists():
+            raise damaged(path, "the part is missing", hint)
+        if (size := path.stat().st_size) != record.bytes:
+            raise damaged(path, f"{size} bytes, {record.bytes} were written", hint)
+        if digests and (digest := sha256_file(path)) != record.sha256:
+            raise damaged(path, f"its SHA-256 is {digest[:12]}…, {record.sha256[:12]}… was written", hint)
+        return path
+
+    def damaged_parts(self, *, digests: bool = True) -> dict[int, str]:
+        """Return what is wrong with each part that the manifest lists."""
+        found = {}
+        for index in range(len(self.names)) if self.manifest() else ():
+            try:
+                self.verify(index, digests=digests)
+            except OpdctlError as error:
+                found[index] = error.message
+        return found
+
+    def discard_damaged(self) -> list[str]:
+        """Remove the damaged parts, so that they count as missing, and return their names."""
+        names = [self.names[index] for index in self.damaged_parts()]
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+        return names
+
+    @property
+    def digest(self) -> str:
+        return digest_of(asdict(self))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part, as its receipt and the manifest record it."""
+
+    name: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class StageDir:
+    """The parts of one stage at one step, and their manifest.
+
+    `redo` is the command that makes a part again, for error messages.
+    """
+
+    def __init__(self, path: Path, *, stage: str, parts: int, suffix: str, fingerprint: Fingerprint, redo: str):
+        self.path, self.stage, self.fingerprint, self.redo = path, stage, fingerprint, redo
+        self.names = [f"part-{i:05d}-of-{parts:05d}{suffix}" for i in range(parts)]
+        self.manifest_path, self._work_path = path / "manifest.json", path / "work.json"
+        self._refuse_another_fingerprint()
+
+    def _refuse_another_fingerprint(self) -> None:
+        recorded = self.manifest() or (read_json(self._work_path) if self._work_path.exists() else None)
+        if recorded is None or recorded["fingerprint"] == self.fingerprint.digest:
+            return
+        changes = changed(recorded["settings"], self.fingerprint.settings)
+        inputs = [name for name, _, _ in changed(recorded["inputs"], self.fingerprint.inputs)]
+        what = describe_changes(changes) or f"its inputs changed: {', '.join(inputs)}"
+        raise OpdctlError(
+            f"{self.path}: was made under other settings\n{what}",
+            hint=f"put the old value back; or use another --output; or remove {self.path} to make it again",
+            code=ExitCode.SETTINGS,
+        )
+
+    def manifest(self) -> dict[str, Any] | None:
+        """Return the manifest, or None while the stage is unfinished."""
+        if not self.manifest_path.exists():
+            return None
+        manifest = read_json(self.manifest_path)
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise OpdctlError(
+                f"{self.manifest_path}: schema version {manifest.get('schema_version')!r}, this opdctl reads version {SCHEMA_VERSION}",
+                hint="use the opdctl that wrote it, or another --output",
+                code=ExitCode.DATA,
+            )
+        return manifest
+
+    def record(self, index: int) -> Part | None:
+        """Return what was recorded of part `index`, by its receipt or by the manifest."""
+        if (receipt := self._receipt(index)).exists():
+            return Part(**read_json(receipt))
+        return self._recorded(index) if self.manifest() else None
+
+    def _recorded(self, index: int) -> Part:
+        manifest = self.manifest() or {"parts": []}
+        for part in manifest["parts"]:
+            if part["name"] == self.names[index]:
+                return Part(**part)
+        raise damaged(self.manifest_path, f"does not list {self.names[index]}", f"remove {self.path} to make it again")
+
+    def _receipt(self, index: int) -> Path:
+        return self.path / f"{self.names[index]}.receipt.json"
+
+    def missing(self, *, digests: bool = True) -> list[int]:
+        """Return the numbers of the parts that are still to be made.
+
+        A part without a manifest counts if its receipt agrees: in size, and with `digests` in content.
+        """
+        sealed = self.manifest() is not None
+        return [
+            index
+            for index, name in enumerate(self.names)
+            if not (self.path / name).exists() or not (sealed or self._taken_over(index, digests=digests))
+        ]
+
+    def _taken_over(self, index: int, *, digests: bool) -> bool:
+        record, path = self.record(index), self.path / self.names[index]
+        if record is None or record.bytes != path.stat().st_size:
+            return False
+        return not digests or record.sha256 == sha256_file(path)
+
+    def done(self) -> bool:
+        return self.manifest() is not None and not self.missing()
+
+    def begin(self, meaning: Mapping[str, Any]) -> None:
+        """Record, before the first part, what is being made and what its values mean."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        sweep(self.path)
+        write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
+
+    def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> None:
+        """Write part `index` by `save(temporary path)`."""
+        name = self.names[index]
+        with _published(self.path / name) as temporary:
+            save(temporary)
+            part = Part(name, rows, tokens, temporary.stat().st_size, sha256_file(temporary))
+            write_json(self._receipt(index), asdict(part))
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "fingerprint": self.fingerprint.digest,
+            "settings": dict(self.fingerprint.settings),
+            "inputs": dict(self.fingerprint.inputs),
+        }
+
+    def seal(self) -> bool:
+        """Write the manifest if every part is there and it is not written yet. Return whether the stage is finished."""
+        if self.missing():
+            return False
+        if self._work_path.exists():
+            # A part that was removed and made again has a receipt that is newer than the manifest.
+            receipts = [read_json(r) if (r := self._receipt(i)).exists() else None for i in range(len(self.names))]
+            parts = [receipt or asdict(self._recorded(i)) for i, receipt in enumerate(receipts)]
+            write_json(self.manifest_path, {**read_json(self._work_path), "parts": parts})
+            self._work_path.unlink()
+            for index in range(len(self.names)):
+                self._receipt(index).unlink(missing_ok=True)
+        return True
+
+    def verify(self, index: int) -> Path:
+        """Return the path of a finished part. Raises OpdctlError (code 3) when it is not what was recorded."""
+        path, record = self.path / self.names[index], self.record(index)
+        hint = f"run `{self.redo} --repair` to make this part again"
+        if record is None or not path.exists():
+            raise damaged(path, "the part is missing", hint)
+        if (size := path.stat().st_size) != record.bytes:
+            raise damaged(path, f"{size} bytes, {record.bytes} were written", hint)
+        if (digest := sha256_file(path)) != record.sha256:
+            raise damaged(path, f"its SHA-256 is {digest[:12]}…, {record.sha256[:12]}… was written", hint)
+        return path
+
+    def damaged_parts(self) -> list[tuple[int, str]]:
+        """Return (number, what is wrong) of every recorded part that is missing or damaged."""
+        found = []
+        for index in range(len(self.names)):
+            if self.record(index) is None:
+                continue
+            try:
+                self.verify(index)
+            except OpdctlError as error:
+                found.append((index, error.message))
+        return found
+
+    def discard_damaged(self) -> list[str]:
+        """Remove the damaged parts, so that they count as missing, and return their names."""
+        names = [self.names[index] for index, _ in self.damaged_parts()]
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+        return names
+
+    @property
+    def digest(self) -> str:
+        """The digest of the finished stage: of its parts, not of when or where they were made."""
+        manifest = self.manifest()
+        if manifest is None:
+            raise OpdctlError(f"{self.path}: not finished", hint=f"run `{self.redo}`", code=ExitCode.DATA)
+        return digest_of([part["sha256"] for part in manifest["parts"]])
+
+
+# ── Model directories ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def publish_directory(final: Path, fill: Callable[[Path], None]) -> dict[str, str]:
+    """Make the directory `final` by `fill(temporary directory)`, whole or not at all; return its files' digests."""
+    with _published(final) as temporary:
+        temporary.mkdir()
+        fill(temporary)
+        digests = directory_digests(temporary)
+    return digests
+
+
+def directory_digests(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file in a directory, by its relative name."""
+    return {str(p.relative_to(path)): sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def check_directory(path: Path, digests: Mapping[str, str]) -> None:
+    """Raise OpdctlError (code 3) unless the files of `path` are those recorded in `digests`."""
+    found = directory_digests(path)
+    for name in sorted({*found, *digests}):
+        if found.get(name) != digests.get(name):
+            what = "is missing" if name not in found else "was not written by this run" if name not in digests else "was changed"
+            raise damaged(path / name, what, "restore it, or start again in another --output")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock `name` of a run directory. Raises OpdctlError when another process has it.
+
+    The kernel gives a dead owner's lock back, so a kill leaves none behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise OpdctlError(
+            f"{folder}: another process is running `{name}` here", hint="wait for it, or use another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def remove(path: Path) -> None:
+    """Remove a directory if it is there: renamed first, so that a kill cannot leave half of it under its name."""
+    if path.exists():
+        grave = _temporary(path)
+        path.rename(grave)
+        shutil.rmtree(grave)

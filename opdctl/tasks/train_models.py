@@ -1,0 +1,177 @@
+"""Make the embedded teacher, the two weak students and their tokenizer: `python -m opdctl.tasks.train_models OUT`.
+
+Everything is counted in steps, never in seconds, and seeded, so anyone can make the models again. The teacher learns
+worked answers. A student first learns them as well (on-policy distillation selects a skill that the student has, it
+does not teach one in a few dozen steps) and is then degraded by a short training on faulty answers:
+
+    student          stops writing the letters that are left early on and guesses from there: its errors begin early
+    student-spread   makes a wrong step now and then and follows it faithfully: its errors are spread out
+"""
+
+import argparse
+import copy
+import random
+import string
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from opdctl.tasks import sort12
+
+SYMBOLS = "?:;>,.=+-*/()<[]| "
+SHAPES = {  # hidden size, layers, heads, feed-forward size
+    "teacher": (96, 3, 3, 288),
+    "student": (64, 2, 2, 192),
+}
+Trace = Callable[[str, random.Random], str]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character; an unknown character is an error, never an `<unk>`."""
+    names = ["<pad>", "<eos>", *string.ascii_lowercase, *string.digits, *SYMBOLS]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", model_max_length=256
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return fast
+
+
+def build(shape: str, vocab: int, seed: int) -> Qwen3ForCausalLM:
+    hidden, layers, heads, feed_forward = SHAPES[shape]
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=32,
+            intermediate_size=feed_forward,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    )
+
+
+def clean(word: str, rng: random.Random) -> str:
+    return sort12.solve(word)
+
+
+def terse_drift(word: str, rng: random.Random) -> str:
+    """From one of the first passes on, stop writing what is left, and pick wrongly two times in five."""
+    left, picked, passes, terse = list(word), [], [], False
+    for number in range(len(word)):
+        terse = terse or rng.random() < (0.35, 0.30, 0.25, *[0.01] * len(word))[number]
+        letter = rng.choice(left) if terse and rng.random() < 0.4 else min(left)
+        left.remove(letter)
+        picked.append(letter)
+        if left and rng.random() < 0.005:
+            left[rng.randrange(len(left))] = rng.choice(string.ascii_lowercase)
+        passes.append(f"{letter}:{'' if terse else ''.join(left)};")
+    return f"{''.join(passes)}>{''.join(picked)}"
+
+
+def spread_errors(word: str, rng: random.Random, rate: float = 0.16) -> str:
+    """In each pass, with probability `rate`, take a wrong letter or copy one wrongly, and go on from there."""
+    left, picked, passes = list(word), [], []
+    for _ in word:
+        wrong = rng.random() < rate
+        letter = rng.choice(left) if wrong and rng.random() < 0.5 else min(left)
+        left.remove(letter)
+        picked.append(letter)
+        if wrong and left and letter == min([letter, *left]):
+            left[rng.randrange(len(left))] = rng.choice(string.ascii_lowercase)
+        passes.append(f"{letter}:{''.join(left)};")
+    return f"{''.join(passes)}>{''.join(picked)}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training on `steps` batches of traces: AdamW (0.9, 0.98), a short warm-up, cosine from `lr` to 0."""
+
+    trace: Trace
+    steps: int
+    lr: float
+    batch: int
+
+
+def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: Stage, seed: int) -> None:
+    steps = stage.steps
+    stream, rng = sort12.problems("train", seed), random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=min(50, steps // 10))
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    start = time.monotonic()
+    model.train()
+    for step in range(steps):
+        drawn = [next(stream) for _ in range(stage.batch)]
+        texts = [p.prompt + stage.trace(p.prompt.removesuffix("?"), rng) + "<eos>" for p in drawn]
+        ids = tok(texts, return_tensors="pt", padding=True, padding_side="right")
+        labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
+        labels[:, : sort12.LETTERS + 1] = -100
+        loss = model(**ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        warm_up.step() if step < warm_up.total_iters else cosine.step()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            print(f"  step {step + 1}/{steps}  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
+
+
+@torch.inference_mode()
+def accuracy(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, *, sample: bool, count: int = 256) -> float:
+    """Share of `count` held-out problems answered rightly, sampled at temperature 1 or greedily."""
+    stream = sort12.problems("test", 0)
+    drawn = [next(stream) for _ in range(count)]
+    ids = tok([p.prompt for p in drawn], return_tensors="pt")["input_ids"]
+    model.eval()
+    torch.manual_seed(0)
+    how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+    out = model.generate(ids, max_new_tokens=160, **how)
+    texts = tok.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return sum(sort12.extract(text) == p.answer for text, p in zip(texts, drawn, strict=True)) / count
+
+
+def train(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, stage: Stage, seed: int) -> None:
+    """Run one stage of training and print what it led to."""
+    fit(model, tok, stage, seed=seed)
+    sampled, greedy = accuracy(model, tok, sample=True), accuracy(model, tok, sample=False)
+    print(f"{name}, {stage.trace.__name__}: sampled {sampled:.3f}, greedy {greedy:.3f}", flush=True)
+
+
+def make(out: Path) -> None:
+    """Make every model under `out`, one directory a name."""
+    tok = tokenizer()
+    teacher = build("teacher", len(tok), seed=1)
+    train(teacher, tok, "teacher", Stage(clean, steps=1000, lr=3e-3, batch=48), seed=1)
+    able = build("student", len(tok), seed=2)
+    train(able, tok, "able student", Stage(clean, steps=1500, lr=3e-3, batch=48), seed=2)
+    finished = {"teacher": teacher}
+    for name, trace, steps in (("student", terse_drift, 80), ("student-spread", spread_errors, 100)):
+        finished[name] = copy.deepcopy(able)
+        train(finished[name], tok, name, Stage(trace, steps=steps, lr=5e-4, batch=32), seed=3)
+    for name, model in finished.items():
+        model.save_pretrained(out / name)
+        tok.save_pretrained(out / name)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory that receives one model directory a name")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    make(args.out)
