@@ -52,10 +52,9 @@ def pad(sequences: Sequence[tuple[Ids, Ids]], device: str) -> Padded:
         ids[row, len(prompt) : len(prompt) + len(response)] = response
     rows = np.repeat(np.arange(len(sequences)), lengths)
     within = np.arange(len(rows)) - np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-    to = {"device": device}
     return Padded(
-        torch.from_numpy(ids).to(**to),
-        torch.from_numpy(rows).to(**to),
-        torch.from_numpy(starts[rows] + within).to(**to),
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(rows).to(device),
+        torch.from_numpy(starts[rows] + within).to(device),
         lengths,
     )

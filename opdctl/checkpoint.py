@@ -1,4 +1,4 @@
-"""The state of training, saved and restored whole: float32 master weights and the optimizer's moments, as safetensors."""
+"""The state of training, saved and restored whole: float32 master weights and the optimizer's moments."""
 
 from pathlib import Path
 

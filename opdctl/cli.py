@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opdctl import log
+from opdctl import SCHEMA_VERSION, log
 from opdctl.errors import ExitCode, OpdctlError
 
 if TYPE_CHECKING:
@@ -31,8 +31,12 @@ Recipes = Annotated[
     list[Path] | None,
     typer.Option("--recipe", help="Recipe (TOML); several merge left to right. Default: the one in --output."),
 ]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.steps=10.")]
-Output = Annotated[Path | None, typer.Option("--output", metavar="RUN_DIR", help="Run directory. Default: runs/<name>.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.steps=10.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="RUN_DIR", help="Run directory. Default: runs/<name>.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say more; tracebacks of internal errors.")]
@@ -55,7 +59,10 @@ def _session(verbose: int, quiet: bool) -> Iterator[None]:
     try:
         yield
     except OpdctlError as error:
-        log.error(error.message, error.hint)
+        if error.code == ExitCode.DONE:
+            log.say(error.message)
+        else:
+            log.error(error.message, error.hint)
         raise typer.Exit(error.code) from error
     except Requeue as stop:
         log.error("stopped by a signal; finished parts are kept", "run the same command again to go on")
@@ -122,9 +129,9 @@ def _app() -> None:
     """Distil a teacher language model into a student on the student's own responses, stage by stage.
 
     \b
-    opdctl train --recipe recipes/quickstart.toml    the whole run; goes on where it stopped
-    opdctl status runs/quickstart                    what is done, and the next command
-    opdctl analyze-position runs/quickstart          where in a response the teacher's signal lies
+    opdctl train --recipe recipes/quickstart.toml
+    opdctl status runs/quickstart
+    opdctl analyze-position runs/quickstart
     """
 
 
@@ -148,7 +155,11 @@ def rollout(
     then: opdctl score-teacher
     """
     with _session(verbose, quiet):
-        _run_stage("rollout", recipe, set_, output, step, repair, dry_run, json_)
+        resolved = _recipe(recipe, set_, output)
+        if dry_run:
+            _show_plan(resolved, output, json_)
+        else:
+            _run_stage("rollout", *_open(resolved, output), step, repair, json_)
 
 
 @app.command("score-teacher")
@@ -170,46 +181,28 @@ def score_teacher(
     then: opdctl train --no-fill
     """
     with _session(verbose, quiet):
-        _run_stage("score-teacher", recipe, set_, output, step, repair, dry_run, json_)
+        resolved = _recipe(recipe, set_, output)
+        if dry_run:
+            _show_plan(resolved, output, json_)
+        else:
+            _run_stage("score-teacher", *_open(resolved, output), step, repair, json_)
 
 
-def _run_stage(
-    name: str,
-    recipes: list[Path] | None,
-    overrides: list[str] | None,
-    output: Path | None,
-    step: int | None,
-    repair: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def _run_stage(name: str, run: "Run", device: str, step: int | None, repair: bool, as_json: bool) -> None:
     """Run rollout or score-teacher on one step."""
-    recipe = _recipe(recipes, overrides, output)
-    if dry_run:
-        return _show_plan(recipe, output, as_json)
-    run, device = _open(recipe, output)
     from opdctl.engines import engine_pool
     from opdctl.stages import rollout, score
     from opdctl.status import next_stage_command
 
-    start = time.monotonic()
-    at = run.current_step() if step is None else step
-    if at >= recipe.train.steps:
-        raise OpdctlError(
-            f"{run.path}: there is no step {at}, the run has {recipe.train.steps}"
-            if step is not None
-            else f"{run.path}: nothing to do: all {at} steps are done",
-            hint="raise train.steps to go on",
-            code=ExitCode.USAGE if step is not None else ExitCode.DONE,
-        )
+    start, at = time.monotonic(), _step(run, step)
     stage, work = (run.rollout(at), rollout.run) if name == "rollout" else (run.scores(at), score.run)
     if repair and (names := stage.discard_damaged()):
-        log.warn(f"made again: {', '.join(names)}")
+        log.warn(f"damaged, made again: {', '.join(names)}")
     with engine_pool(device) as engines:
         made = work(run, at, engines)
     parts = (stage.manifest() or {"parts": []})["parts"]
     report = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "run_dir": str(run.path),
         "stage": name,
         "step": at,
@@ -220,14 +213,21 @@ def _run_stage(
         "seconds": time.monotonic() - start,
         "next": next_stage_command(run),
     }
-    if made:
-        log.say(f"step {at}: {report['rows']} responses, {report['tokens']} tokens in {stage.path} ({report['seconds']:.1f} s)")
-    else:
-        log.say(f"step {at}: nothing to do: {stage.path} is finished")
+    counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
+    log.say(f"step {at}: " + (f"wrote {stage.path}: {counts}" if made else f"nothing to do: {stage.path} is finished"))
     log.say(f"next: {report['next']}")
     if as_json:
         _emit(report)
-    return None
+
+
+def _step(run: "Run", step: int | None) -> int:
+    """Return the step to work on. Raises OpdctlError when the run has no such step, or no step left (code 0)."""
+    at, steps = run.current_step() if step is None else step, run.recipe.train.steps
+    if at < steps:
+        return at
+    if step is None:
+        raise OpdctlError(f"{run.path}: all {steps} steps are done", hint="raise train.steps", code=ExitCode.DONE)
+    raise OpdctlError(f"--step {step}: {run.path} has steps 0 to {steps - 1}")
 
 
 @app.command()
@@ -252,22 +252,25 @@ def train(
     with _session(verbose, quiet):
         resolved = _recipe(recipe, set_, output)
         if dry_run:
-            return _show_plan(resolved, output, json_)
-        run, device = _open(resolved, output)
-        from opdctl import online
-
-        before = run.current_step()
-        if repair:
-            _repair_step(run)
-        clock = online.train(run, device, fill=not no_fill)
-        _close_training(run, before, clock.seconds, no_fill, json_)
+            _show_plan(resolved, output, json_)
+        else:
+            _train(*_open(resolved, output), no_fill, repair, json_)
 
 
-def _repair_step(run: "Run") -> None:
-    step = run.current_step()
+def _train(run: "Run", device: str, no_fill: bool, repair: bool, as_json: bool) -> None:
+    from opdctl import online
+
+    before = run.current_step()
+    if repair:
+        _repair_step(run, before)
+    clock = online.train(run, device, fill=not no_fill)
+    _close_training(run, before, clock.seconds, no_fill, as_json)
+
+
+def _repair_step(run: "Run", step: int) -> None:
     for stage in (run.rollout, run.scores):
         if names := stage(step).discard_damaged():
-            log.warn(f"step {step}: made again: {', '.join(names)}")
+            log.warn(f"step {step}: damaged, made again: {', '.join(names)}")
 
 
 def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill: bool, as_json: bool) -> None:
@@ -299,7 +302,7 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
     if as_json:
         _emit(
             {
-                "schema_version": 1,
+                "schema_version": SCHEMA_VERSION,
                 "run_dir": str(run.path),
                 "steps": done,
                 "student": str(student),
@@ -316,9 +319,12 @@ def evaluate(
     output: Output = None,
     bench: Annotated[str | None, typer.Option("--bench", help="Benchmarks, by comma. Default: the recipe's.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="PATH", help="`teacher`, or a model directory. Default: the student.")
+        str | None,
+        typer.Option("--model", metavar="PATH", help="`teacher`, or a model directory. Default: the student."),
     ] = None,
-    step: Annotated[int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a folder of them.")] = None,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -344,9 +350,9 @@ def evaluate(
 
             resolved = with_benches(resolved, bench.split(","))
         if dry_run:
-            return _show_plan(resolved, output, json_)
-        run, device = _open(resolved, output)
-        _evaluate(run, device, model, step, data, json_)
+            _show_plan(resolved, output, json_)
+        else:
+            _evaluate(*_open(resolved, output), model, step, data, json_)
 
 
 def _evaluate(run: "Run", device: str, model: str | None, step: int | None, data: Path | None, as_json: bool) -> None:
@@ -366,7 +372,7 @@ def _evaluate(run: "Run", device: str, model: str | None, step: int | None, data
             log.say(f"wrote {run.path / 'eval' / name / subject.name}")
     log.say(f"next: opdctl analyze-position {run.path}")
     if as_json:
-        _emit(summaries[0] if len(summaries) == 1 else {"schema_version": 1, "benches": summaries})
+        _emit(summaries[0] if len(summaries) == 1 else {"schema_version": SCHEMA_VERSION, "benches": summaries})
 
 
 @app.command("analyze-position")
@@ -391,7 +397,7 @@ def analyze_position(run_dir: RunDir, json_: Json = False, verbose: Verbose = 0,
         log.say(f"wrote {found['report']}, {', '.join(found['figures'])}, {found['table']}")
         log.say(f"next: open {found['report']}")
         if json_:
-            _emit({"schema_version": 1, **found})
+            _emit({"schema_version": SCHEMA_VERSION, **found})
 
 
 @app.command()

@@ -45,13 +45,15 @@ class Prompts(Section):
     revision: str | None = None
     """The hub data set's revision."""
     count: int | None = Field(default=None, gt=0)
-    """How many prompts to use, from the start; all if unset. A toy task has no end and needs it."""
+    """How many prompts to use, the first ones; all if unset. A toy task has no end and needs it."""
     id_column: str | None = None
     """Column of unique prompt ids; the row number if unset."""
     prompt_column: str = "prompt"
     """Column of the prompt's text."""
     answer_column: str | None = None
     """Column of the gold answer, carried along where there is one."""
+    at_least: dict[str, float] = {}
+    """Use only rows whose column has at least this value, such as `difficulty = 6`."""
     suffix: str = ""
     """Text put behind every prompt."""
     template_arguments: dict[str, bool | int | str] = {}
@@ -376,5 +378,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-

@@ -64,7 +64,13 @@ def tenths(phases: Sequence[Mapping[str, Any]]) -> None:
         for name in ("tenth", "share of Σ|A|", "|A|", "k1", "weight"):
             grid.add_column(name, justify="right")
         for t in phase["tenths"]:
-            cells = (f"{t['tenth']}", f"{t['share']:.1%}", f"{t['abs_advantage']:.4f}", f"{t['k1']:.4f}", f"{t['weight']:.3f}")
+            cells = (
+                f"{t['tenth']}",
+                f"{t['share']:.1%}",
+                f"{t['abs_advantage']:.4f}",
+                f"{t['k1']:.4f}",
+                f"{t['weight']:.3f}",
+            )
             grid.add_row(*cells)
         console.print(grid)
 

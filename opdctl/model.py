@@ -157,7 +157,9 @@ def load(model: ModelDir, *, device: str, dtype: str | None = None) -> "PreTrain
     except (OSError, ValueError, RuntimeError) as error:
         raise OpdctlError(f"{model.path}: cannot be loaded: {error}", code=ExitCode.DATA) from error
     if info["missing_keys"]:
-        raise OpdctlError(f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.DATA)
+        raise OpdctlError(
+            f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.DATA
+        )
     return loaded.to(device).eval()
 
 
@@ -173,5 +175,3 @@ def check_same_tokenizer(student: ModelDir, teacher: ModelDir) -> None:
         f"student and teacher have different tokenizers: {len(differing)} ids differ, the first of them\n{shown}",
         hint="distil on-policy within one tokenizer family: the teacher scores the student's own token ids",
     )
-
-

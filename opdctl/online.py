@@ -17,7 +17,9 @@ from opdctl.stages.train import Trainer
 class Clock:
     """Seconds spent in each stage."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("rollout", "score", "update", "eval"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("rollout", "score", "update", "eval"), 0.0)
+    )
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
@@ -107,4 +109,3 @@ def accuracy_line(summary: dict[str, Any]) -> str:
         f"{summary['bench']}, {summary['model']}: {summary['avg']:.1%} [{low:.1%}, {high:.1%}]"
         f"  ({summary['problems']} problems, Avg@{summary['samples']})"
     )
-

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opdctl import store
+from opdctl import SCHEMA_VERSION
 from opdctl.config import Model, Recipe
 from opdctl.engines import resolve_device
 from opdctl.model import ModelDir, check_same_tokenizer, locate_here
 from opdctl.prompts import local_problems
-from opdctl.run import run_path
+from opdctl.run import refuse_another_recipe, run_path
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINER_BYTES = 4 + 4 + 8  # float32 master weight, gradient, and AdamW's two moments, a parameter
@@ -45,7 +45,7 @@ class Plan:
     exported_student_bytes: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"schema_version": store.SCHEMA_VERSION, **asdict(self)}
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 def plan(recipe: Recipe, output: Path | None) -> Plan:
@@ -53,8 +53,11 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
 
     Raises OpdctlError as a run would for a missing local model, tokenizers that differ, or bad local prompts.
     """
+    path = run_path(recipe, output)
+    if (path / "run.json").exists():
+        refuse_another_recipe(recipe, path)
     models = {key: locate_here(model, f"{key}.model") for key, model in _models(recipe).items()}
-    dirs = {key: ModelDir(path, "float32") for key, path in models.items() if path}
+    dirs = {key: ModelDir(folder, "float32") for key, folder in models.items() if folder}
     if len(dirs) == len(models):
         check_same_tokenizer(dirs["student"], dirs["teacher"])
     parameters = {
@@ -68,7 +71,7 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     rollout = ID_BYTES * (prompt_tokens + response_tokens) + LOGPROB_BYTES * response_tokens
     scores = LOGPROB_BYTES * response_tokens
     return Plan(
-        run_dir=str(run_path(recipe, output)),
+        run_dir=str(path),
         device=resolve_device(recipe.pipeline.device),
         steps=steps,
         prompts=prompts,

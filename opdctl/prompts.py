@@ -32,7 +32,9 @@ class Problem:
     answer: str | None
 
 
-def tokenize(problems: list[Problem], tokenizer: "PreTrainedTokenizerBase", settings: Prompts) -> tuple[list[Prompt], int]:
+def tokenize(
+    problems: list[Problem], tokenizer: "PreTrainedTokenizerBase", settings: Prompts
+) -> tuple[list[Prompt], int]:
     """Return the prompts that fit, in their order, and how many were dropped for their length.
 
     Raises OpdctlError (code 3) when one is too long and the recipe says `too_long = "error"`, or when none is left.
@@ -49,7 +51,8 @@ def tokenize(problems: list[Problem], tokenizer: "PreTrainedTokenizerBase", sett
     if too_long and settings.too_long == "error":
         shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:5])
         raise OpdctlError(
-            f"{settings.source}: {len(too_long)} prompts are longer than prompts.max_tokens = {settings.max_tokens}: {shown}",
+            f"{settings.source}: {len(too_long)} prompts are longer than prompts.max_tokens = {settings.max_tokens}: "
+            f"{shown}",
             hint='raise prompts.max_tokens, or leave them out with prompts.too_long = "drop"',
             code=ExitCode.DATA,
         )
@@ -77,7 +80,7 @@ def load_problems(settings: Prompts) -> list[Problem]:
     if found is not None:
         return found
     rows = from_hub(settings.source, settings.split, settings.revision, "prompts.source")
-    return _checked(islice(rows, settings.count), settings)
+    return _checked(rows, settings)
 
 
 def local_problems(settings: Prompts) -> list[Problem] | None:
@@ -86,7 +89,7 @@ def local_problems(settings: Prompts) -> list[Problem] | None:
         return _embedded(settings)
     path = Path(settings.source).expanduser()
     if path.suffix in FORMATS:
-        return _checked(islice(read_table(path), settings.count), settings)
+        return _checked(read_table(path), settings)
     if path.exists():
         raise OpdctlError(f"prompts.source: {path}: must end in {' or '.join(FORMATS)}")
     return None
@@ -94,7 +97,9 @@ def local_problems(settings: Prompts) -> list[Problem] | None:
 
 def _embedded(settings: Prompts) -> list[Problem]:
     if settings.source != "toy:sort12":
-        raise OpdctlError(f"prompts.source: no embedded task `{settings.source}`{did_you_mean(settings.source, ['toy:sort12'])}")
+        raise OpdctlError(
+            f"prompts.source: no embedded task `{settings.source}`{did_you_mean(settings.source, ['toy:sort12'])}"
+        )
     try:
         stream = sort12.problems(settings.split, seed=0)
         return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.count)]
@@ -151,9 +156,11 @@ def from_hub(source: str, split: str, revision: str | None, key: str) -> Iterato
 def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
     problems: list[Problem] = []
     seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in islice(_wanted(rows, settings), settings.count):
         where = f"{settings.source}: row {number}"
-        name = str(_cell(row, settings.id_column, "prompts.id_column", where)) if settings.id_column else str(number - 1)
+        name = (
+            str(_cell(row, settings.id_column, "prompts.id_column", where)) if settings.id_column else str(number - 1)
+        )
         text = _cell(row, settings.prompt_column, "prompts.prompt_column", where)
         if not isinstance(text, str) or not text:
             raise OpdctlError(f"{where}: `{settings.prompt_column}` must be text, got {text!r}", code=ExitCode.DATA)
@@ -161,10 +168,25 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
             raise OpdctlError(f"{where}: id `{name}` was used by row {seen[name]} already", code=ExitCode.DATA)
         seen[name] = number
         answer = _cell(row, settings.answer_column, "prompts.answer_column", where) if settings.answer_column else None
-        problems.append(Problem(name, _valid_text(text, where) + settings.suffix, None if answer is None else str(answer)))
+        problems.append(
+            Problem(name, _valid_text(text, where) + settings.suffix, None if answer is None else str(answer))
+        )
     if not problems:
-        raise OpdctlError(f"{settings.source}: holds no prompts", hint="give a file with at least one row", code=ExitCode.DATA)
+        raise OpdctlError(
+            f"{settings.source}: holds no prompts", hint="give a file with at least one row", code=ExitCode.DATA
+        )
     return problems
+
+
+def _wanted(rows: Iterator[Row], settings: Prompts) -> Iterator[tuple[int, Row]]:
+    """Yield (number from 1, row) of the rows that `at_least` lets through."""
+    for number, row in enumerate(rows, 1):
+        values = [
+            (_cell(row, column, "prompts.at_least", f"{settings.source}: row {number}"), least)
+            for column, least in settings.at_least.items()
+        ]
+        if all(isinstance(value, int | float) and value >= least for value, least in values):
+            yield number, row
 
 
 def _cell(row: Row, column: str, key: str, where: str) -> Any:

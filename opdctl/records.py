@@ -17,8 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-
 Ids = npt.NDArray[np.int32]
 Logprobs = npt.NDArray[np.float32]
 

@@ -6,6 +6,7 @@ under a name in its kind's home module, which is imported the first time that a 
 
 import dataclasses
 import importlib
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -49,7 +50,8 @@ class Registry(Generic[T]):
         Raises OpdctlError when the name or a parameter is unknown, mistyped or out of range.
         """
         maker = self.get(name)
-        types = {field.name: field.type for field in dataclasses.fields(maker)}  # type: ignore[arg-type]
+        hints = typing.get_type_hints(maker)
+        types: dict[str, type] = {field.name: hints[field.name] for field in dataclasses.fields(maker)}  # type: ignore[arg-type]
         for key, value in params.items():
             if key not in types:
                 raise OpdctlError(f"{self.kind} `{name}` has no parameter `{key}`{did_you_mean(key, types)}")

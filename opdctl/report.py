@@ -13,7 +13,7 @@ import numpy as np
 from opdctl import store
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
+from matplotlib import pyplot as plt
 
 TITLES = {
     "abs_advantage": ("Discrepancy |A|", "mean |A| (nats)"),
@@ -40,7 +40,7 @@ def draw(phases: list[Any]) -> bytes:
     for axis, (quantity, (title, label)) in zip(axes, TITLES.items(), strict=True):
         for phase, colour in zip(phases, COLOURS, strict=False):
             sums = phase.position
-            shown = np.flatnonzero(sums.count_P >= max(2, phase.responses // 20))  # the ragged end is noise
+            shown = np.flatnonzero(sums.count_P >= max(2, phase.responses // 10))  # the ragged end is noise
             mean, half = sums.mean(quantity)[shown], sums.half_width(quantity)[shown]
             axis.plot(shown, mean, color=colour, lw=1.2, label=phase.name)
             axis.fill_between(shown, mean - half, mean + half, color=colour, alpha=0.18, lw=0)

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from opdctl import log, store
+from opdctl import SCHEMA_VERSION, log, store
 from opdctl.config import FREE, Recipe, changed, describe_changes, load_recipe, settings_of
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import load_problems, tokenize
-from opdctl.records import SCHEMA_VERSION, Prompt, sample_id
+from opdctl.records import Prompt, sample_id
 from opdctl.store import Fingerprint, StageDir, digest_of
 
 LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers")
@@ -180,12 +180,15 @@ def open_run(recipe: Recipe, output: Path | None = None) -> Run:
     path = run_path(recipe, output)
     begun = (path / "run.json").exists()
     if begun:
-        _refuse_another_recipe(recipe, path)
+        refuse_another_recipe(recipe, path)
     elif path.exists() and any(path.iterdir()) and not (path / "recipe.toml").exists():
         raise OpdctlError(f"{path}: is not empty and is no run directory", hint="use another --output")
     student, teacher = resolve_models(recipe)
     recorded = store.read_json(path / "run.json") if begun else {"models": {}}
-    models = {name: _identify(model, recorded["models"].get(name)) for name, model in (("student", student), ("teacher", teacher))}
+    models = {
+        name: _identify(model, recorded["models"].get(name))
+        for name, model in (("student", student), ("teacher", teacher))
+    }
     for name, model in models.items():
         if begun and model["digest"] != recorded["models"][name]["digest"]:
             raise OpdctlError(
@@ -215,7 +218,9 @@ def recorded_run(path: Path) -> Run:
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe recorded in the run directory `path`. Raises OpdctlError when it is none."""
     if not (path / "recipe.toml").exists():
-        raise OpdctlError(f"{path}: no run directory: it has no recipe.toml", hint="give --recipe, or the path of a run")
+        raise OpdctlError(
+            f"{path}: no run directory: it has no recipe.toml", hint="give --recipe, or the path of a run"
+        )
     return load_recipe([path / "recipe.toml"])
 
 
@@ -241,7 +246,8 @@ def _identify(model: ModelDir, recorded: dict[str, Any] | None) -> dict[str, Any
     return {"path": str(model.path), "digest": digest, "tokenizer": model.tokenizer_digest, "stamp": stamp}
 
 
-def _refuse_another_recipe(recipe: Recipe, path: Path) -> None:
+def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
+    """Raise OpdctlError (code 4) when the run in `path` was begun with a recipe that shapes other artifacts."""
     changes = [change for change in changed(read_recipe(path).flat(), recipe.flat()) if not change[0].startswith(FREE)]
     if changes:
         raise OpdctlError(
@@ -280,4 +286,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None
-

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opdctl import store
+from opdctl import SCHEMA_VERSION, store
 from opdctl.errors import OpdctlError
 from opdctl.run import Run
 from opdctl.store import StageDir
@@ -69,7 +69,7 @@ def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
         stages.append(update_status(run, step, verify=verify))
     summaries = sorted(run.path.glob("eval/*/*/summary.json"))
     return {
-        "schema_version": store.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "run_dir": str(run.path),
         "steps_done": done,
         "steps": run.recipe.train.steps,
@@ -83,7 +83,9 @@ def next_command(run: Run, stages: list[StageStatus]) -> str:
     """Return the command to run next: repair what is damaged first, then what is missing, then look at the result."""
     for stage in stages:
         if stage.state == "damaged" and stage.stage != "update":
-            return run.command({"rollout": "rollout", "teacher": "score-teacher"}[stage.stage], stage.step) + " --repair"
+            return (
+                run.command({"rollout": "rollout", "teacher": "score-teacher"}[stage.stage], stage.step) + " --repair"
+            )
     return next_stage_command(run)
 
 

@@ -28,9 +28,10 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from opdctl import SCHEMA_VERSION
 from opdctl.config import changed, describe_changes
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.records import PROMPTS, RESPONSES, SCHEMA_VERSION, Graded, GRADED, Logprobs, Prompt, Response, offsets_of
+from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Logprobs, Prompt, Response, offsets_of
 
 Row = TypeVar("Row", Prompt, Response, Graded)
 
@@ -246,7 +247,8 @@ class StageDir:
         manifest = read_json(self.manifest_path)
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise OpdctlError(
-                f"{self.manifest_path}: schema version {manifest.get('schema_version')!r}, this opdctl reads version {SCHEMA_VERSION}",
+                f"{self.manifest_path}: schema version {manifest.get('schema_version')!r}, "
+                f"this opdctl reads version {SCHEMA_VERSION}",
                 hint="use the opdctl that wrote it, or another --output",
                 code=ExitCode.DATA,
             )
@@ -357,165 +359,6 @@ class StageDir:
 
     @property
     def digest(self) -> str:
-        return digest_of(asdict(self))
-
-
-@dataclass(frozen=True)
-class Part:
-    """A finished part, as its receipt and the manifest record it."""
-
-    name: str
-    rows: int
-    tokens: int
-    bytes: int
-    sha256: str
-
-
-class StageDir:
-    """The parts of one stage at one step, and their manifest.
-
-    `redo` is the command that makes a part again, for error messages.
-    """
-
-    def __init__(self, path: Path, *, stage: str, parts: int, suffix: str, fingerprint: Fingerprint, redo: str):
-        self.path, self.stage, self.fingerprint, self.redo = path, stage, fingerprint, redo
-        self.names = [f"part-{i:05d}-of-{parts:05d}{suffix}" for i in range(parts)]
-        self.manifest_path, self._work_path = path / "manifest.json", path / "work.json"
-        self._refuse_another_fingerprint()
-
-    def _refuse_another_fingerprint(self) -> None:
-        recorded = self.manifest() or (read_json(self._work_path) if self._work_path.exists() else None)
-        if recorded is None or recorded["fingerprint"] == self.fingerprint.digest:
-            return
-        changes = changed(recorded["settings"], self.fingerprint.settings)
-        inputs = [name for name, _, _ in changed(recorded["inputs"], self.fingerprint.inputs)]
-        what = describe_changes(changes) or f"its inputs changed: {', '.join(inputs)}"
-        raise OpdctlError(
-            f"{self.path}: was made under other settings\n{what}",
-            hint=f"put the old value back; or use another --output; or remove {self.path} to make it again",
-            code=ExitCode.SETTINGS,
-        )
-
-    def manifest(self) -> dict[str, Any] | None:
-        """Return the manifest, or None while the stage is unfinished."""
-        if not self.manifest_path.exists():
-            return None
-        manifest = read_json(self.manifest_path)
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise OpdctlError(
-                f"{self.manifest_path}: schema version {manifest.get('schema_version')!r}, this opdctl reads version {SCHEMA_VERSION}",
-                hint="use the opdctl that wrote it, or another --output",
-                code=ExitCode.DATA,
-            )
-        return manifest
-
-    def record(self, index: int) -> Part | None:
-        """Return what was recorded of part `index`, by its receipt or by the manifest."""
-        if (receipt := self._receipt(index)).exists():
-            return Part(**read_json(receipt))
-        return self._recorded(index) if self.manifest() else None
-
-    def _recorded(self, index: int) -> Part:
-        manifest = self.manifest() or {"parts": []}
-        for part in manifest["parts"]:
-            if part["name"] == self.names[index]:
-                return Part(**part)
-        raise damaged(self.manifest_path, f"does not list {self.names[index]}", f"remove {self.path} to make it again")
-
-    def _receipt(self, index: int) -> Path:
-        return self.path / f"{self.names[index]}.receipt.json"
-
-    def missing(self, *, digests: bool = True) -> list[int]:
-        """Return the numbers of the parts that are still to be made.
-
-        A part without a manifest counts if its receipt agrees: in size, and with `digests` in content.
-        """
-        sealed = self.manifest() is not None
-        return [
-            index
-            for index, name in enumerate(self.names)
-            if not (self.path / name).exists() or not (sealed or self._taken_over(index, digests=digests))
-        ]
-
-    def _taken_over(self, index: int, *, digests: bool) -> bool:
-        record, path = self.record(index), self.path / self.names[index]
-        if record is None or record.bytes != path.stat().st_size:
-            return False
-        return not digests or record.sha256 == sha256_file(path)
-
-    def done(self) -> bool:
-        return self.manifest() is not None and not self.missing()
-
-    def begin(self, meaning: Mapping[str, Any]) -> None:
-        """Record, before the first part, what is being made and what its values mean."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        sweep(self.path)
-        write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
-
-    def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> None:
-        """Write part `index` by `save(temporary path)`."""
-        name = self.names[index]
-        with _published(self.path / name) as temporary:
-            save(temporary)
-            part = Part(name, rows, tokens, temporary.stat().st_size, sha256_file(temporary))
-            write_json(self._receipt(index), asdict(part))
-
-    def _header(self) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "stage": self.stage,
-            "fingerprint": self.fingerprint.digest,
-            "settings": dict(self.fingerprint.settings),
-            "inputs": dict(self.fingerprint.inputs),
-        }
-
-    def seal(self) -> bool:
-        """Write the manifest if every part is there and it is not written yet. Return whether the stage is finished."""
-        if self.missing():
-            return False
-        if self._work_path.exists():
-            # A part that was removed and made again has a receipt that is newer than the manifest.
-            receipts = [read_json(r) if (r := self._receipt(i)).exists() else None for i in range(len(self.names))]
-            parts = [receipt or asdict(self._recorded(i)) for i, receipt in enumerate(receipts)]
-            write_json(self.manifest_path, {**read_json(self._work_path), "parts": parts})
-            self._work_path.unlink()
-            for index in range(len(self.names)):
-                self._receipt(index).unlink(missing_ok=True)
-        return True
-
-    def verify(self, index: int) -> Path:
-        """Return the path of a finished part. Raises OpdctlError (code 3) when it is not what was recorded."""
-        path, record = self.path / self.names[index], self.record(index)
-        hint = f"run `{self.redo} --repair` to make this part again"
-        if record is None or not path.exists():
-            raise damaged(path, "the part is missing", hint)
-        if (size := path.stat().st_size) != record.bytes:
-            raise damaged(path, f"{size} bytes, {record.bytes} were written", hint)
-        if (digest := sha256_file(path)) != record.sha256:
-            raise damaged(path, f"its SHA-256 is {digest[:12]}…, {record.sha256[:12]}… was written", hint)
-        return path
-
-    def damaged_parts(self) -> list[tuple[int, str]]:
-        """Return (number, what is wrong) of every recorded part that is missing or damaged."""
-        found = []
-        for index in range(len(self.names)):
-            if self.record(index) is None:
-                continue
-            try:
-                self.verify(index)
-            except OpdctlError as error:
-                found.append((index, error.message))
-        return found
-
-    def discard_damaged(self) -> list[str]:
-        """Remove the damaged parts, so that they count as missing, and return their names."""
-        names = [self.names[index] for index, _ in self.damaged_parts()]
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
-        return names
-
-    @property
-    def digest(self) -> str:
         """The digest of the finished stage: of its parts, not of when or where they were made."""
         manifest = self.manifest()
         if manifest is None:
@@ -531,8 +374,7 @@ def publish_directory(final: Path, fill: Callable[[Path], None]) -> dict[str, st
     with _published(final) as temporary:
         temporary.mkdir()
         fill(temporary)
-        digests = directory_digests(temporary)
-    return digests
+        return directory_digests(temporary)
 
 
 def directory_digests(path: Path) -> dict[str, str]:
@@ -545,7 +387,13 @@ def check_directory(path: Path, digests: Mapping[str, str]) -> None:
     found = directory_digests(path)
     for name in sorted({*found, *digests}):
         if found.get(name) != digests.get(name):
-            what = "is missing" if name not in found else "was not written by this run" if name not in digests else "was changed"
+            what = (
+                "is missing"
+                if name not in found
+                else "was not written by this run"
+                if name not in digests
+                else "was changed"
+            )
             raise damaged(path / name, what, "restore it, or start again in another --output")
 
 

@@ -173,7 +173,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
     """
     logp_BV = (logits_BV / temperature).log_softmax(-1)
     if top_p < 1:
-        sorted_BV, order_BV = logp_BV.sort(-1, descending=True, stable=True)
+        sorted_BV, order_BV = logp_BV.sort(stable=True, dim=-1, descending=True)
         before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()
         sorted_BV = sorted_BV.masked_fill(before_BV >= top_p, -torch.inf)
         logp_BV = torch.full_like(logp_BV, -torch.inf).scatter(-1, order_BV, sorted_BV).log_softmax(-1)

@@ -87,7 +87,9 @@ def run(run: Run) -> dict[str, Any]:
     phases = _phases(scored_steps(run))
     if not phases:
         raise OpdctlError(
-            f"{run.path}: no step has teacher scores yet", hint=f"run `{run.command('score-teacher')}`", code=ExitCode.DATA
+            f"{run.path}: no step has teacher scores yet",
+            hint=f"run `{run.command('score-teacher')}`",
+            code=ExitCode.DATA,
         )
     weight: Weight = WEIGHTS.build(run.recipe.weight.name, run.recipe.weight.params)
     with log.progress("analyze-position", sum(len(phase.steps) for phase in phases)) as advance:
@@ -102,7 +104,9 @@ def run(run: Run) -> dict[str, Any]:
 
 def scored_steps(run: Run) -> list[int]:
     """Return the steps whose rollout and teacher scores are finished."""
-    found = sorted(int(p.parent.parent.name.removeprefix("step-")) for p in run.path.glob("step-*/teacher/manifest.json"))
+    found = sorted(
+        int(p.parent.parent.name.removeprefix("step-")) for p in run.path.glob("step-*/teacher/manifest.json")
+    )
     return [step for step in found if run.rollout(step).manifest()]
 
 
@@ -137,4 +141,3 @@ def _summary(phase: Phase) -> dict[str, Any]:
             for q in range(len(share_Q))
         ],
     }
-

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opdctl import log, store
+from opdctl import SCHEMA_VERSION, log, store
 from opdctl.benchmarks import Benchmark
 from opdctl.config import Eval, Model, settings_of
 from opdctl.engines import Completion, EnginePool, Request
@@ -85,7 +85,12 @@ def run(run: Run, bench: str, subject: Subject, engines: EnginePool, data: Path 
     if todo := stage.missing():
         _answer(run, benchmark, problems, subject, engines, stage, todo)
     stage.seal()
-    summary = _summarise(bench, subject.name, settings, [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), Graded)])
+    summary = _summarise(
+        bench,
+        subject.name,
+        settings,
+        [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), Graded)],
+    )
     if stored_summary(run, bench, subject.name) != summary:
         store.write_json(folder / "summary.json", summary)
     return summary
@@ -108,7 +113,10 @@ def _answer(
     with log.progress(f"eval {benchmark.name}, {subject.name}", total) as advance:
         for index, part in parts.items():
             draws = [(problem, f"{problem.id}/eval/{n}") for problem in part for n in range(settings.samples)]
-            requests = [Request(_prompt_ids(run, benchmark, subject.model, p), sample_seed(run.recipe.seed, name)) for p, name in draws]
+            requests = [
+                Request(_prompt_ids(run, benchmark, subject.model, p), sample_seed(run.recipe.seed, name))
+                for p, name in draws
+            ]
             completions = engine.generate(requests, settings, settings.batch_size, advance)
             rows = _grade(benchmark, subject.model, draws, completions)
             tokens = sum(len(row.response_ids) for row in rows)
@@ -154,7 +162,7 @@ def _summarise(bench: str, subject: str, settings: Eval, rows: list[Graded]) -> 
         verdicts[row.verdict] += 1
     estimate = average(list(by_problem.values()))
     return {
-        "schema_version": store.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "bench": bench,
         "model": subject,
         "problems": len(by_problem),

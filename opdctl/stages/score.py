@@ -12,7 +12,8 @@ from opdctl.store import StageDir, read_rows, write_scores
 def run(run: Run, step: int, engines: EnginePool) -> int:
     """Score the parts of a step that still lack it and return how many they were.
 
-    Raises OpdctlError when the step's rollout is unfinished or damaged (code 3), or was scored under other settings (4).
+    Raises OpdctlError when the step's rollout is unfinished or damaged (code 3), or it was scored under other settings
+    (code 4).
     """
     stage = run.scores(step)
     todo = stage.missing()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdctl import checkpoint, store
+from opdctl import SCHEMA_VERSION, checkpoint, store
 from opdctl.batches import Padded, by_token_budget, pad
 from opdctl.config import Train, settings_of
 from opdctl.errors import ExitCode, OpdctlError
@@ -68,7 +68,10 @@ class Trainer:
         batches = self._micro_batches(list(read_scored(self._run, step)))
         metrics = {"step": step} | self._update(step, batches)
         tokens = sum(len(batch.weight_N) for batch in batches)
-        metrics |= {"update_seconds": time.monotonic() - start, "tokens_per_second": tokens / (time.monotonic() - start)}
+        metrics |= {
+            "update_seconds": time.monotonic() - start,
+            "tokens_per_second": tokens / (time.monotonic() - start),
+        }
         self._publish(step, metrics)
         return metrics
 
@@ -104,7 +107,7 @@ class Trainer:
                 sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
             norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.max_grad_norm))
             if not math.isfinite(norm):
-                raise _not_finite(self._run, step, f"the gradient's norm is {norm}", [])
+                raise _not_finite(self._run, f"the gradient's norm is {norm}", [])
             self._optimizer.step()
             self._optimizer.zero_grad()
             means = {key: value / max(tokens, 1) for key, value in sums.items()}
@@ -138,7 +141,7 @@ class Trainer:
         )
         if not torch.isfinite(loss):
             names = [sample.response.sample_id for sample in batch.samples]
-            raise _not_finite(self._run, -1, f"the loss is {loss.item()}", names)
+            raise _not_finite(self._run, f"the loss is {loss.item()}", names)
         # The step's loss is (sum over all tokens) / (their number). Dividing each sum by that one number gives its
         # gradient whatever the micro-batches; a mean of their means would not.
         (loss / max(tokens, 1)).backward()
@@ -162,7 +165,7 @@ class Trainer:
         student = store.publish_directory(run.student_path(step + 1), self._export)
         fingerprint = update_fingerprint(run, step)
         record = {
-            "schema_version": store.SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSION,
             "stage": "update",
             "step": step,
             "settings": dict(fingerprint.settings),
@@ -207,7 +210,7 @@ def _adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
     )
 
 
-def _not_finite(run: Run, step: int, what: str, samples: list[str]) -> OpdctlError:
+def _not_finite(run: Run, what: str, samples: list[str]) -> OpdctlError:
     among = f" among {', '.join(samples[:5])}" if samples else ""
     return OpdctlError(
         f"{what}{among}; no optimizer step was made",

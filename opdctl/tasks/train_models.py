@@ -37,9 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", model_max_length=256
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", model_max_length=256)
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return fast
 
