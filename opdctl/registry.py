@@ -56,8 +56,8 @@ class Registry(Generic[T]):
             if key not in types:
                 raise OpdctlError(f"{self.kind} `{name}` has no parameter `{key}`{did_you_mean(key, types)}")
             wanted = (int, float) if types[key] is float else types[key]
-            if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):  # type: ignore[arg-type]
-                raise OpdctlError(f"{key} must be of type {types[key].__name__}, got {value!r}")  # type: ignore[union-attr]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):
+                raise OpdctlError(f"{key} must be of type {types[key].__name__}, got {value!r}")
         try:
             return maker(**params)
         except ValueError as error:

@@ -1,0 +1,77 @@
+"""What the tests share: a small recipe on the embedded task, and the command line in this process."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy processes with two threads each crawl on two cores
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from typer.testing import CliRunner
+
+from opdctl.cli import app
+from opdctl.config import Recipe, load_recipe
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "recipes" / "quickstart.toml"
+SMALL = (
+    "prompts.count=32",
+    "rollout.prompts_per_step=8",
+    "rollout.parts=2",
+    "train.steps=2",
+    "eval.problems=8",
+    "eval.every=0",
+    "pipeline.threads=1",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command came to: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def invoke(*args: object) -> Result:
+    """Run a command line in this process."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return Result(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def opdctl() -> Callable[..., Result]:
+    return invoke
+
+
+def small_recipe(*overrides: str) -> Recipe:
+    """Return the quickstart recipe cut down to two steps of eight prompts, with further overrides."""
+    return load_recipe([QUICKSTART], [*SMALL, *overrides])
+
+
+@pytest.fixture
+def small() -> Callable[..., Recipe]:
+    return small_recipe
+
+
+def sets(*overrides: str) -> list[str]:
+    """Return `--set` arguments for the small recipe and further overrides."""
+    return [word for override in (*SMALL, *overrides) for word in ("--set", override)]
+
+
+@pytest.fixture
+def stage_args(tmp_path: Path) -> Callable[..., list[object]]:
+    """Return `--recipe … --set … --output …` for a small run in the test's own folder."""
+
+    def build(*overrides: str, output: str = "run") -> list[object]:
+        return ["--recipe", QUICKSTART, *sets(*overrides), "--output", tmp_path / output]
+
+    return build
