@@ -181,7 +181,7 @@ def open_run(recipe: Recipe, output: Path | None = None) -> Run:
     begun = (path / "run.json").exists()
     if begun:
         refuse_another_recipe(recipe, path)
-    elif path.exists() and any(path.iterdir()) and not (path / "recipe.toml").exists():
+    elif any(not e.name.startswith(".") for e in _entries(path)) and not (path / "recipe.toml").exists():
         raise OpdctlError(f"{path}: is not empty and is no run directory", hint="use another --output")
     student, teacher = resolve_models(recipe)
     recorded = store.read_json(path / "run.json") if begun else {"models": {}}
@@ -200,9 +200,14 @@ def open_run(recipe: Recipe, output: Path | None = None) -> Run:
         _begin(recipe, path, student, models)
     elif store.read_text(path / "recipe.toml") != recipe.to_toml():
         store.write_text(path / "recipe.toml", recipe.to_toml())
-    for folder in (path / "student", path / "trainer"):
+    run = Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
+    for folder in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
         store.sweep(folder)
-    return Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
+    return run
+
+
+def _entries(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
 
 
 def recorded_run(path: Path) -> Run:

@@ -172,16 +172,17 @@ def write_scores(path: Path, ids: Sequence[str], logprobs: Sequence[Logprobs], m
         "offsets": offsets_of([len(row) for row in logprobs]),
         "logprobs": np.concatenate([np.zeros(0, np.float32), *logprobs]).astype(np.float32),
     }
-    save_file(tensors, path, metadata={**meaning, "sample_ids": json.dumps(list(ids))})
+    # One entry: safetensors writes several in an order that changes from call to call, and so would the digest.
+    save_file(tensors, path, metadata={"opdctl": json.dumps({**meaning, "sample_ids": list(ids)})})
 
 
 def read_scores(path: Path) -> dict[str, Logprobs]:
     """Return the teacher's log-probs of one part by sample id. Raises OpdctlError (code 3) when it is damaged."""
     try:
         with safe_open(path, "np") as file:
-            ids = json.loads((file.metadata() or {})["sample_ids"])
+            ids = json.loads((file.metadata() or {})["opdctl"])["sample_ids"]
             offsets, logprobs = file.get_tensor("offsets"), file.get_tensor("logprobs")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, str(error)) from error
     fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and offsets[-1] == len(logprobs)
     if not fits or (np.diff(offsets) < 0).any() or len(set(ids)) != len(ids):
@@ -324,6 +325,7 @@ class StageDir:
             parts = [receipt or asdict(self._recorded(i)) for i, receipt in enumerate(receipts)]
             write_json(self.manifest_path, {**read_json(self._work_path), "parts": parts})
             self._work_path.unlink()
+            sweep(self.path)
             for index in range(len(self.names)):
                 self._receipt(index).unlink(missing_ok=True)
         return True

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from opdctl.batches import by_token_budget, pad
 from opdctl.config import Sampling
 from opdctl.engines import Completion, Request
+from opdctl.errors import OpdctlError
 from opdctl.logprobs import response_logprobs
 from opdctl.model import ModelDir, load
 from opdctl.records import Ids, Logprobs
@@ -36,11 +37,13 @@ class TransformersEngine:
 
     def load_weights(self, model: ModelDir) -> None:
         state = {k: v for file in sorted(model.path.glob("*.safetensors")) for k, v in load_file(file).items()}
-        missing, unexpected = self._model.load_state_dict(state, strict=False)
-        self._model.tie_weights()
-        tied = set(self._model.all_tied_weights_keys)
-        if unexpected or not set(missing) <= tied:
-            raise ValueError(f"{model.path}: weights do not fit the loaded model: {[*missing, *unexpected][:5]}")
+        try:
+            missing, unexpected = self._model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # another shape
+            raise OpdctlError(f"{model.path}: weights do not fit the loaded model: {error}") from error
+        # A tied matrix is stored once; the loaded model's head already is its embedding.
+        if odd := [*unexpected, *(set(missing) - set(self._model.all_tied_weights_keys))]:
+            raise OpdctlError(f"{model.path}: weights do not fit the loaded model: {', '.join(sorted(odd)[:5])}")
 
     def close(self) -> None:
         del self._model

@@ -180,7 +180,9 @@ class Trainer:
     def _export(self, folder: Path) -> None:
         """Write a plain model directory: weights in the recipe's type, the rest as the student came."""
         dtype = getattr(torch, self._run.recipe.student.dtype)
-        state = {name: value.to(dtype) for name, value in self._model.state_dict().items()}
+        # A cast copy of a tied matrix is no longer tied and would be written a second time.
+        tied = self._model.all_tied_weights_keys
+        state = {name: value.to(dtype) for name, value in self._model.state_dict().items() if name not in tied}
         self._model.config.dtype = dtype
         self._model.save_pretrained(folder, state_dict=state)
         copy_tokenizer_and_settings(self._run.student, folder)

@@ -1,0 +1,391 @@
+"""The command line: help without torch, exit codes and messages for what goes wrong, and JSON alone on stdout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUICKSTART, Result, invoke, sets
+
+from opdctl.config import Model
+from opdctl.model import locate
+
+COMMANDS = ("rollout", "score-teacher", "train", "eval", "analyze-position", "status")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, so that nothing a command writes can be missed."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A whole small run, command by command, and what each printed. Tests only read it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    settings = sets("eval.every=1", "eval.problems=4", "eval.max_tokens=40", "rollout.max_tokens=40")
+    begin = ["--recipe", QUICKSTART, *settings, "--output", run, "--json"]
+    results = {
+        "rollout": invoke("rollout", *begin),
+        "score-teacher": invoke("score-teacher", "--output", run, "--json"),
+        "train": invoke("train", "--output", run, "--json"),
+        "eval": invoke("eval", "--output", run, "--json"),
+        "analyze-position": invoke("analyze-position", run, "--json"),
+        "status": invoke("status", run, "--json"),
+    }
+    for name, result in results.items():
+        assert result.code == 0, f"{name}: {result.err}"
+    return {"run": run, **results}
+
+
+@pytest.fixture
+def copy(finished: dict[str, Any], tmp_path: Path) -> Path:
+    """The finished run, to be changed."""
+    return Path(shutil.copytree(finished["run"], tmp_path / "run"))
+
+
+def words(result: Result) -> str:
+    """Return what a person reads, as one line."""
+    return " ".join(result.err.split())
+
+
+def check_refusal(result: Result, code: int, *told: str) -> None:
+    """Check exit code and message: what is wrong, on stderr, without a traceback, and nothing on stdout."""
+    assert result.code == code, result.err
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert "Traceback" not in result.err
+    assert "internal error" not in result.err
+    for text in told:
+        assert text in words(result), text
+
+
+def check_nothing_written(folder: Path = Path()) -> None:
+    assert [path for path in folder.rglob("*") if path.name in ("run.json", "recipe.toml", "prompts.parquet")] == []
+    assert not (folder / "runs").exists()
+
+
+def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+# ── Help ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_names_every_command() -> None:
+    done = python("-m", "opdctl", "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_help_of_every_command_shows_an_example_and_imports_no_torch() -> None:
+    script = (
+        "import json, sys\n"
+        "from typer.testing import CliRunner\n"
+        "from opdctl.cli import app\n"
+        "found = {c: CliRunner().invoke(app, [c, '--help']) for c in sys.argv[1:]}\n"
+        "heavy = sorted({'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules))\n"
+        "print(json.dumps([{c: [r.exit_code, r.stdout] for c, r in found.items()}, heavy]))\n"
+    )
+    found, heavy = json.loads(python("-c", script, *COMMANDS).stdout)
+    assert heavy == []
+    for command, (code, text) in found.items():
+        assert code == 0
+        assert f"opdctl {command}" in text
+
+
+@pytest.mark.parametrize(
+    "args", [["trian"], ["train", "--recpie", "a.toml"], ["train", "--step", "1"], ["status"], ["rollout", "--step=-1"]]
+)
+def test_a_wrong_flag_is_wrong_usage(args: list[str]) -> None:
+    result = invoke(*args)
+    assert result.code == 2
+    assert result.out == ""
+    assert "Traceback" not in result.err
+
+
+# ── What is refused, and how ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_typo_in_a_recipe_is_told_with_file_key_and_nearest_name(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(QUICKSTART.read_text().replace("learning_rate", "lerning_rate").replace("gamma", "gama"))
+    result = invoke("train", "--recipe", recipe)
+    check_refusal(
+        result, 2, f"{recipe}: train.lerning_rate", "`learning_rate`", f"{recipe}: weight", "`gamma`", "hint:"
+    )
+    check_nothing_written()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("override", "code", "told"),
+    [
+        ("student.model=./no/such/model", 2, ["student.model", "./no/such/model", "hint:"]),
+        ("teacher.model=/no/such/model", 2, ["teacher.model", "/no/such/model", "hint:"]),
+        ("student.model=toy:studnet", 2, ["student.model", "toy:studnet", "did you mean `toy:student`?"]),
+        ("prompts.source=prompts.jsonl", 2, ["prompts.jsonl", "no such file"]),
+        ("prompts.source=toy:sort21", 2, ["prompts.source", "toy:sort21", "did you mean `toy:sort12`?"]),
+        ("prompts.max_tokens=12", 3, ["prompts.max_tokens = 12", "with 13", "hint:", "drop"]),
+    ],
+)
+def test_what_is_not_there_or_does_not_fit_is_refused_before_anything_is_written(
+    override: str, code: int, told: list[str], dry: list[str]
+) -> None:
+    check_refusal(invoke("train", "--recipe", QUICKSTART, *sets(override), *dry), code, *told)
+    check_nothing_written()
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = invoke("rollout", "--recipe", QUICKSTART, *sets(f"student.model={tmp_path / 'empty'}"))
+    check_refusal(result, 2, "student.model", str(tmp_path / "empty"), "config.json")
+    check_nothing_written()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_teacher_with_another_tokenizer_is_refused_with_the_ids_that_differ(tmp_path: Path, dry: list[str]) -> None:
+    teacher = Path(shutil.copytree(locate(Model(model="toy:teacher"), "teacher.model"), tmp_path / "teacher"))
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    assert (vocabulary["a"], vocabulary["b"]) == (2, 3)
+    vocabulary["a"], vocabulary["b"] = 3, 2
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = invoke("train", "--recipe", QUICKSTART, *sets(f"teacher.model={teacher}"), *dry)
+    check_refusal(
+        result, 2, "2 ids differ", "id 2: student 'a', teacher 'b'", "id 3: student 'b', teacher 'a'", "hint:"
+    )
+    check_nothing_written()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"", "holds no prompts"), (b'{"prompt": "\xff"}\n', ":1:"), (b'{"promt": "a"}\n', "`promt`")]
+)
+def test_bad_prompts_are_bad_data(tmp_path: Path, content: bytes, told: str, dry: list[str]) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    result = invoke("train", "--recipe", QUICKSTART, *sets(f"prompts.source={path}"), *dry)
+    check_refusal(result, 3, str(path), told)
+    check_nothing_written()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_fewer_prompts_than_one_step_takes_are_refused(tmp_path: Path, dry: list[str]) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    result = invoke("rollout", "--recipe", QUICKSTART, *sets(f"prompts.source={path}"), *dry)
+    check_refusal(result, 2, "rollout.prompts_per_step = 8", "hint:")
+    check_nothing_written()
+
+
+@pytest.mark.parametrize("command", ["rollout", "score-teacher", "train"])
+def test_no_recipe_is_told_with_the_two_ways_to_give_one(command: str) -> None:
+    check_refusal(invoke(command), 2, "no recipe", "--recipe FILE", "--output RUN_DIR")
+
+
+def test_a_recipe_that_is_not_there_is_told() -> None:
+    check_refusal(invoke("train", "--recipe", "nowhere.toml"), 2, "nowhere.toml", "no such recipe")
+
+
+def test_eval_without_a_run_is_told() -> None:
+    check_refusal(invoke("eval"), 2, "no run under runs/", "hint:")
+
+
+@pytest.mark.parametrize(
+    "args", [["status"], ["analyze-position"], ["train", "--output"], ["rollout", "--output"], ["eval", "--output"]]
+)
+def test_a_folder_that_is_no_run_is_told(tmp_path: Path, args: list[str]) -> None:
+    (tmp_path / "here").mkdir()
+    for name in ("here", "nowhere"):
+        check_refusal(invoke(*args, tmp_path / name), 2, name, "recipe.toml", "hint:")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_folder_of_other_things_is_not_written_into(tmp_path: Path, dry: list[str]) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    result = invoke("train", "--recipe", QUICKSTART, *sets(), "--output", tmp_path / "thesis", *dry)
+    check_refusal(result, 2, str(tmp_path / "thesis"), "is not empty", "hint:")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+
+
+def test_a_recipe_beside_other_things_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    recipe = tmp_path / "mine" / "recipe.toml"
+    recipe.write_text("# my own words\n" + QUICKSTART.read_text())
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    result = invoke("rollout", "--recipe", recipe, *sets("rollout.max_tokens=2"), "--output", tmp_path / "mine")
+    assert recipe.read_text().startswith("# my own words")
+    check_refusal(result, 2, str(tmp_path / "mine"))
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        check_refusal(invoke("rollout", "--recipe", QUICKSTART, *sets(), "--output", output), 2, str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_hub_model_without_a_network_is_out_of_reach() -> None:
+    args = ["--recipe", str(QUICKSTART), *sets("student.model=nobody/nothing")]
+    done = python("-m", "opdctl", "rollout", *args, HF_HUB_OFFLINE="1")
+    result = Result(done.returncode, done.stdout, done.stderr)
+    check_refusal(result, 5, "student.model", "nobody/nothing", "hint:", "directory")
+    check_nothing_written()
+
+
+def test_hub_prompts_without_a_network_are_out_of_reach() -> None:
+    done = python(
+        "-m", "opdctl", "rollout", "--recipe", str(QUICKSTART), *sets("prompts.source=no/thing"), HF_HUB_OFFLINE="1"
+    )
+    check_refusal(Result(done.returncode, done.stdout, done.stderr), 5, "prompts.source", "no/thing", "hint:")
+    check_nothing_written()
+
+
+# ── On a run that is there ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("bench", ["amie24", "sort12,amie24", "sort12,,aime24", ""])
+def test_an_unknown_benchmark_is_told(finished: dict[str, Any], bench: str) -> None:
+    check_refusal(invoke("eval", "--output", finished["run"], "--bench", bench), 2, "unknown benchmark")
+
+
+def test_an_unknown_benchmark_gets_the_nearest_name(finished: dict[str, Any]) -> None:
+    check_refusal(invoke("eval", "--output", finished["run"], "--bench", "amie24"), 2, "did you mean `aime24`?")
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_missing_data_file_is_told(copy: Path, dry: list[str]) -> None:
+    result = invoke("eval", "--output", copy, "--bench", "aime24", "--data", "nowhere.jsonl", *dry)
+    check_refusal(result, 2, "nowhere.jsonl", "no such file")
+
+
+def test_a_data_folder_without_the_benchmark_is_told(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    result = invoke("eval", "--output", copy, "--bench", "aime24", "--data", tmp_path / "data")
+    check_refusal(result, 2, "aime24", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("choice", [["--bench", "aime24"], ["--set", "eval.samples=2"]])
+def test_an_evaluation_that_fails_leaves_the_recipe_of_the_run_as_it_was(copy: Path, choice: list[str]) -> None:
+    before = (copy / "recipe.toml").read_bytes()
+    assert invoke("eval", "--output", copy, *choice, "--data", "nowhere.jsonl").code == 2
+    assert (copy / "recipe.toml").read_bytes() == before
+
+
+def test_two_benchmarks_come_as_a_list(copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "eval")  # without the suffix, whose letters the embedded models lack, the settings are others
+    (tmp_path / "aime24.jsonl").write_text('{"problem": "ab", "answer": "7"}\n')
+    args = ["--bench", "sort12,aime24", "--data", tmp_path / "aime24.jsonl", "--set", "eval.suffix="]
+    before = (copy / "recipe.toml").read_text()
+    result = invoke("eval", "--output", copy, *args, "--json")
+    assert result.code == 0, result.err
+    assert result.json()["schema_version"] == 1
+    assert [(s["bench"], s["problems"]) for s in result.json()["benches"]] == [("sort12", 4), ("aime24", 1)]
+    assert result.json()["benches"][1]["verdicts"] == {"no_answer": 1}
+    assert 'bench = [\n    "sort12",\n]' in before
+    assert 'bench = [\n    "sort12",\n]' in (copy / "recipe.toml").read_text()  # `--bench` is for once
+
+
+def test_an_evaluation_of_a_model_that_is_not_there_is_told(finished: dict[str, Any]) -> None:
+    check_refusal(invoke("eval", "--output", finished["run"], "--model", "./nowhere"), 2, "--model", "./nowhere")
+
+
+@pytest.mark.parametrize("command", ["rollout", "score-teacher", "eval"])
+def test_a_step_that_the_run_has_not_is_told(finished: dict[str, Any], command: str) -> None:
+    check_refusal(invoke(command, "--output", finished["run"], "--step", "9"), 2, "9")
+
+
+def test_another_recipe_on_a_run_is_refused_with_what_changed_and_the_ways_on(finished: dict[str, Any]) -> None:
+    before = {path: path.read_bytes() for path in finished["run"].rglob("*") if path.is_file()}
+    for dry in ([], ["--dry-run"]):
+        result = invoke("train", "--output", finished["run"], "--set", "weight.gamma=0.75", *dry)
+        check_refusal(result, 4, "weight.gamma 0.5 → 0.75 shapes: update", "hint:", "another --output")
+    assert {path: path.read_bytes() for path in finished["run"].rglob("*") if path.is_file()} == before
+
+
+def test_json_is_one_object_alone_on_stdout(finished: dict[str, Any]) -> None:
+    for command in COMMANDS:
+        result = finished[command]
+        assert result.out.count("\n") == 1, command
+        assert result.json()["schema_version"] == 1, command
+        assert result.err, command
+
+
+def test_the_promised_keys_are_in_the_json(finished: dict[str, Any]) -> None:
+    run = str(finished["run"])
+    rollout = finished["rollout"].json()
+    assert (rollout["run_dir"], rollout["stage"], rollout["step"]) == (run, "rollout", 0)
+    assert (rollout["parts"], rollout["parts_made"], rollout["rows"]) == (2, 2, 8)
+    score = finished["score-teacher"].json()
+    assert (score["stage"], score["rows"], score["tokens"]) == ("score-teacher", 8, rollout["tokens"])
+    train = finished["train"].json()
+    assert (train["run_dir"], train["steps"]) == (run, 2)
+    assert set(train["accuracy"]) == {"before", "after", "teacher"}
+    assert all(0 <= share <= 1 for share in train["accuracy"].values())
+    assert set(train["seconds"]) == {"rollout", "score", "update", "eval"}
+    assert (Path(train["student"]) / "model.safetensors").is_file()
+    found = finished["eval"].json()
+    assert (found["bench"], found["problems"], found["samples"]) == ("sort12", 4, 1)
+    assert found["ci"][0] <= found["avg"] <= found["ci"][1]
+    assert found["avg"] == train["accuracy"]["after"]
+    analysis = finished["analyze-position"].json()
+    assert all(Path(path).is_file() for path in (analysis["report"], *analysis["figures"], analysis["table"]))
+    status = finished["status"].json()
+    assert (status["steps_done"], status["steps"]) == (2, 2)
+    assert {stage["state"] for stage in status["stages"]} == {"done"}
+    assert [stage["stage"] for stage in status["stages"]] == ["rollout", "teacher", "update"] * 2
+
+
+def test_every_command_names_the_next_one(finished: dict[str, Any]) -> None:
+    assert "next: opdctl score-teacher" in finished["rollout"].err
+    assert "next: opdctl train" in finished["score-teacher"].err
+    for command in ("train", "eval", "status"):
+        assert "opdctl analyze-position" in finished[command].err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["rollout", "--step", "0"], ["score-teacher", "--step", "1"], ["rollout"], ["score-teacher"], ["train"], ["eval"]],
+    ids=" ".join,
+)
+def test_a_finished_command_says_so_and_makes_nothing_again(finished: dict[str, Any], args: list[str]) -> None:
+    made = [*finished["run"].rglob("*.parquet"), *finished["run"].rglob("*.safetensors")]
+    before = {path: path.stat().st_mtime_ns for path in made}
+    result = invoke(*args, "--output", finished["run"])
+    assert result.code == 0, result.err
+    assert "nothing to do" in result.err or "all 2 steps are done" in result.err
+    assert result.out == ""
+    assert {path: path.stat().st_mtime_ns for path in made} == before
+
+
+@pytest.mark.parametrize("args", [["rollout"], ["score-teacher"], ["train"], ["eval"]], ids=" ".join)
+def test_a_finished_command_still_gives_its_json(finished: dict[str, Any], args: list[str]) -> None:
+    result = invoke(*args, "--output", finished["run"], "--json")
+    assert result.code == 0
+    assert result.json()["schema_version"] == 1
+
+
+def test_quiet_says_nothing_and_json_still_comes(finished: dict[str, Any]) -> None:
+    result = invoke("status", finished["run"], "--quiet", "--json")
+    assert (result.code, result.err) == (0, "")
+    assert result.json()["steps_done"] == 2
+
+
+def test_a_damaged_part_is_damaged_data_for_status(copy: Path) -> None:
+    part = sorted((copy / "step-00001" / "teacher").glob("*.safetensors"))[0]
+    part.write_bytes(part.read_bytes()[:-1])
+    result = invoke("status", copy, "--json")
+    assert result.code == 3
+    assert [s["stage"] for s in result.json()["stages"] if s["state"] == "damaged"] == ["teacher"]
+    assert "opdctl score-teacher" in result.json()["next"]
+    assert "--step 1 --repair" in result.json()["next"]

@@ -1,0 +1,149 @@
+"""The transformers engine, on the embedded models and on one whose every log-prob is known by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdctl.config import Model, Sampling
+from opdctl.engines import Request, resolve_device
+from opdctl.engines.hf import TransformersEngine, draw
+from opdctl.errors import OpdctlError
+from opdctl.model import ModelDir, locate
+from opdctl.records import sample_seed
+
+
+def directory(name: str) -> ModelDir:
+    return ModelDir(locate(Model(model=name), "model"), "float32")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return TransformersEngine(directory("toy:student"), "cpu")
+
+
+def requests(count: int, cut: int = 0) -> list[Request]:
+    """Prompts of 13 tokens; with `cut`, of 13 down to 13 - cut tokens, so that most need padding."""
+    rng = np.random.default_rng(7)
+    prompts = [rng.choice(np.arange(2, 28), 13, replace=False).astype(np.int32) for _ in range(count)]
+    return [Request(p[: 13 - i % (cut + 1)], sample_seed(0, f"sample {i}")) for i, p in enumerate(prompts)]
+
+
+def generate(engine, wanted, batch_size=64, **sampling):
+    return engine.generate(wanted, Sampling(**({"max_tokens": 40} | sampling)), batch_size, lambda n: None)
+
+
+def test_the_same_seed_gives_the_same_response_in_any_batch(engine):
+    wanted = requests(12, cut=4)
+    together = generate(engine, wanted)
+    alone = [generate(engine, [one])[0] for one in wanted]
+    backwards = generate(engine, wanted[::-1], batch_size=5)[::-1]
+    for a, b, c in zip(together, alone, backwards, strict=True):
+        np.testing.assert_array_equal(a.response_ids, b.response_ids)
+        np.testing.assert_array_equal(a.response_ids, c.response_ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=2e-5)
+
+
+def test_another_seed_gives_another_response(engine):
+    one = requests(1)[0]
+    found = {generate(engine, [Request(one.prompt_ids, seed)])[0].response_ids.tobytes() for seed in range(8)}
+    assert len(found) > 1
+
+
+def test_sampled_and_scored_logprobs_agree_so_teacher_equal_to_student_gives_no_advantage(engine):
+    """With prompts of several lengths: padding on the left without mask and positions is wrong by nats, in silence."""
+    wanted = requests(16, cut=5)
+    completions = generate(engine, wanted, max_tokens=160)
+    pairs = [(r.prompt_ids, c.response_ids) for r, c in zip(wanted, completions, strict=True)]
+    for budget in (1, 500, 100_000):
+        scores = engine.score(pairs, budget, lambda n: None)
+        for completion, score in zip(completions, scores, strict=True):
+            np.testing.assert_allclose(score, completion.logprobs, rtol=0, atol=1e-4)
+
+
+def test_finish_reasons_and_the_end_of_sequence(engine):
+    for completion in generate(engine, requests(64), max_tokens=116):
+        ends = completion.response_ids == 1
+        if completion.finish_reason == "stop":
+            assert ends[-1]
+            assert ends.sum() == 1
+        else:
+            assert len(completion.response_ids) == 116
+            assert not ends.any()
+        assert len(completion.logprobs) == len(completion.response_ids)
+
+
+def test_progress_adds_up_to_the_number_of_requests(engine):
+    told = []
+    engine.generate(requests(10), Sampling(max_tokens=110), 4, told.append)
+    assert sum(told) == 10
+
+
+def test_loaded_weights_give_the_other_model_s_logprobs_bit_for_bit(engine):
+    prompts = [(r.prompt_ids, np.arange(2, 20, dtype=np.int32)) for r in requests(4)]
+    other = TransformersEngine(directory("toy:student-spread"), "cpu")
+    fresh = TransformersEngine(directory("toy:student"), "cpu")
+    want = other.score(prompts, 1000, lambda n: None)
+    before = fresh.score(prompts, 1000, lambda n: None)
+    fresh.load_weights(directory("toy:student-spread"))
+    after = fresh.score(prompts, 1000, lambda n: None)
+    for a, b, c in zip(before, after, want, strict=True):
+        assert not np.allclose(a, b)
+        np.testing.assert_array_equal(b, c)
+
+
+def test_weights_of_another_shape_are_refused():
+    fresh = TransformersEngine(directory("toy:student"), "cpu")
+    with pytest.raises(OpdctlError, match="do not fit"):
+        fresh.load_weights(directory("toy:teacher"))
+
+
+def test_draw_by_hand():
+    # probabilities 1/2, 1/4, 1/4: u in [0, .5) → 0, [.5, .75) → 1, [.75, 1) → 2
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]])).repeat(5, 1)
+    tokens, logps = draw(logits, torch.tensor([0.0, 0.499, 0.501, 0.749, 0.751]), 1.0, 1.0)
+    assert tokens.tolist() == [0, 0, 1, 1, 2]
+    np.testing.assert_allclose(logps, np.log([0.5, 0.5, 0.25, 0.25, 0.25]), rtol=1e-6)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_gives_their_own_logprobs():
+    # of 1/2, 3/10, 2/10, top-p 0.6 keeps the first two: 5/8 and 3/8
+    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).repeat(2, 1)
+    tokens, logps = draw(logits, torch.tensor([0.1, 0.999]), 1.0, 0.6)
+    assert set(tokens.tolist()) == {1, 2}
+    assert sorted(logps.exp().tolist()) == pytest.approx([3 / 8, 5 / 8])
+
+
+def test_temperature_changes_the_distribution_and_its_logprobs():
+    # logits log 4 and 0 at temperature 2: 2 to 1
+    _, logps = draw(torch.tensor([[math.log(4), 0.0]]), torch.tensor([0.0]), 2.0, 1.0)
+    assert logps.exp().item() == pytest.approx(2 / 3)
+
+
+@given(st.lists(st.floats(-60, 60), min_size=1, max_size=40), st.floats(0, 1, exclude_max=True, width=32))
+@settings(max_examples=200)
+def test_draw_never_gives_a_token_of_probability_zero(logits, uniform):
+    barred = torch.tensor([[*logits, -torch.inf, -torch.inf]])
+    token, logp = draw(barred, torch.tensor([uniform]), 1.0, 1.0)
+    assert token.item() < len(logits)
+    assert torch.isfinite(logp).all()
+
+
+def test_draws_follow_the_distribution():
+    """A chi-squared test with fixed draws: 20,000 of 4 tokens; 16.27 is passed once in a thousand."""
+    share = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    uniforms = torch.from_numpy(np.random.default_rng(3).random(20_000, dtype=np.float32))
+    tokens, _ = draw(share.log().repeat(20_000, 1), uniforms, 1.0, 1.0)
+    found = torch.bincount(tokens, minlength=4)
+    assert ((found - 20_000 * share) ** 2 / (20_000 * share)).sum() < 16.27
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert resolve_device("auto") == "cpu"
+    with pytest.raises(OpdctlError, match="torch finds no GPU"):
+        resolve_device("cuda")

@@ -1,0 +1,396 @@
+"""The stages joined: one command or many, killed or not, cut this way or that - the same student."""
+
+import dataclasses
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import invoke, sets, small_recipe
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+
+from opdctl import online
+from opdctl.engines import engine_pool
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.records import Response
+from opdctl.run import open_run, recorded_run
+from opdctl.scored import join, read_scored
+from opdctl.stages import rollout, score
+from opdctl.stages.train import Trainer
+from opdctl.store import read_rows
+from opdctl.weights import IwOpd
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
+
+
+def train(output: Path, *overrides: str):
+    return invoke("train", "--recipe", QUICKSTART, *sets(*overrides), "--output", output, "--json")
+
+
+def artifacts(run: Path) -> dict[str, bytes]:
+    """Everything a run made that must not depend on how it was made: parts, students, trainer states."""
+    kept = ("part-", "student/", "trainer/")
+    files = {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if any(k in name for k in kept)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A small run made by one `train`."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = train(path)
+    assert result.code == 0, result.err
+    return path
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path) -> Path:
+    return Path(shutil.copytree(undisturbed, tmp_path / "run"))
+
+
+def test_training_moves_the_student(undisturbed):
+    run = recorded_run(undisturbed)
+    before, after = (load_file(run.student_at(step).path / "model.safetensors") for step in (0, 2))
+    assert before.keys() == after.keys()
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_the_stages_one_by_one_make_the_same_student_bit_for_bit(undisturbed, tmp_path):
+    common = ["--recipe", QUICKSTART, *sets(), "--output", tmp_path / "run"]
+    for _ in range(2):
+        for stage in (["rollout"], ["score-teacher"], ["train", "--no-fill"]):
+            result = invoke(*stage, *common)
+            assert result.code == 0, result.err
+    assert artifacts(tmp_path / "run") == artifacts(undisturbed)
+
+
+def renames_until_done(output: Path, kill_at: int | None) -> int:
+    """Train in a forked process that is killed just before its `kill_at`-th rename; return its wait status.
+
+    Every write of the store ends in a rename, so the renames are all the moments that a kill can tell apart.
+    """
+    child = os.fork()
+    if child == 0:
+        rename, count = os.replace, 0
+
+        def counted(*paths):
+            nonlocal count
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            return rename(*paths)
+
+        os.replace = counted
+        code = train(output).code
+        os._exit(100 + count if kill_at is None and code == 0 else code)
+    return os.waitpid(child, 0)[1]
+
+
+def test_killed_before_any_of_its_writes_and_started_again_it_makes_the_same_student(undisturbed, tmp_path):
+    total = os.waitstatus_to_exitcode(renames_until_done(tmp_path / "counted", None)) - 100
+    assert total > 30
+    for moment in range(0, total, 2):
+        output = tmp_path / f"killed-{moment}"
+        assert os.WTERMSIG(renames_until_done(output, moment)) == signal.SIGKILL
+        assert os.waitstatus_to_exitcode(renames_until_done(output, 10_000)) == 0, moment
+        assert artifacts(output) == artifacts(undisturbed), moment
+        assert not list(output.rglob(".tmp-*")), moment
+        assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+        shutil.rmtree(output)
+
+
+def test_killed_again_and_again_it_still_ends_with_the_same_student(undisturbed, tmp_path):
+    output, kills = tmp_path / "run", 0
+    while os.WIFSIGNALED(renames_until_done(output, 5)):
+        kills += 1
+        assert kills < 50
+    assert kills > 3
+    assert artifacts(output) == artifacts(undisturbed)
+
+
+def test_a_finished_command_does_nothing_and_says_so(copy):
+    before = {
+        path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file() and path.name != "metrics.jsonl"
+    }
+    for command in ("rollout", "score-teacher", "train"):
+        result = invoke(command, "--output", copy)
+        assert result.code == 0
+        assert "all 2 steps are done" in result.err
+    assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name != "metrics.jsonl"}
+
+
+def test_more_steps_go_on_from_the_last(undisturbed, copy, tmp_path):
+    longer = train(copy, "train.steps=3")
+    assert longer.code == 0, longer.err
+    assert longer.json()["steps"] == 3
+    assert train(tmp_path / "at-once", "train.steps=3").code == 0
+    for name in ("model.safetensors", "config.json"):
+        at = Path("student/step-00003") / name
+        assert (copy / at).read_bytes() == (tmp_path / "at-once" / at).read_bytes()
+
+
+def test_training_without_scores_names_the_command_that_is_next(tmp_path):
+    result = invoke("train", "--no-fill", "--recipe", QUICKSTART, *sets(), "--output", tmp_path / "run")
+    assert result.code == ExitCode.NO
+    assert f"opdctl rollout --output {tmp_path / 'run'}" in result.err
+
+
+def test_scoring_without_responses_names_the_command_that_is_next(tmp_path):
+    result = invoke("score-teacher", "--recipe", QUICKSTART, *sets(), "--output", tmp_path / "run")
+    assert result.code == ExitCode.DATA
+    assert "opdctl rollout" in result.err
+
+
+@pytest.mark.parametrize("change", ["weight.gamma=0.7", "rollout.max_tokens=150", "seed=1", "train.learning_rate=1e-3"])
+def test_a_changed_recipe_is_refused_with_what_changed_and_the_ways_on(copy, change):
+    before = artifacts(copy)
+    result = train(copy, change)
+    assert result.code == ExitCode.SETTINGS
+    assert f"{change.split('=')[0]} " in result.err
+    assert "→" in result.err
+    assert "another --output" in result.err
+    assert artifacts(copy) == before
+
+
+@pytest.mark.parametrize("stage", ["rollout", "teacher"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
+def test_a_damaged_part_stops_the_analysis_is_shown_by_status_and_repaired(copy, stage, damage):
+    part = next((copy / "step-00000" / stage).glob("part-00001*"))
+    whole = part.read_bytes()
+    if damage == "removed":
+        part.unlink()
+    else:
+        part.write_bytes(whole[:-7] if damage == "truncated" else whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
+    result = invoke("analyze-position", copy)
+    assert result.code == ExitCode.DATA
+    assert str(part) in result.err
+    assert "--repair" in result.err
+    shown = invoke("status", copy, "--verify", "--json")
+    assert shown.code == ExitCode.DATA
+    assert [s["state"] for s in shown.json()["stages"][:2]].count("damaged") == 1
+    command = shown.json()["next"].split()[1:]
+    assert "--repair" in command
+    assert invoke(*command).code == 0
+    assert part.read_bytes() == whole
+    assert invoke("status", copy, "--verify").code == 0
+
+
+def test_a_damaged_student_is_named_before_it_is_used(copy):
+    path = copy / "student/step-00002/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    result = train(copy, "train.steps=3")
+    assert result.code == ExitCode.DATA
+    assert str(path) in result.err
+
+
+def test_a_run_directory_that_was_moved_still_works(copy, tmp_path):
+    moved = copy.rename(tmp_path / "elsewhere")
+    assert train(moved, "train.steps=3").code == 0
+
+
+def test_another_model_under_the_same_path_is_refused(tmp_path):
+    model = tmp_path / "student"
+    shutil.copytree(QUICKSTART.parent.parent / "opdctl/tasks/models/student", model)
+    assert (
+        invoke("rollout", "--recipe", QUICKSTART, *sets(f"student.model={model}"), "--output", tmp_path / "run").code
+        == 0
+    )
+    shutil.copy(QUICKSTART.parent.parent / "opdctl/tasks/models/student-spread/model.safetensors", model)
+    result = invoke("rollout", "--output", tmp_path / "run")
+    assert result.code == ExitCode.SETTINGS
+    assert "is not the one this run began with" in result.err
+
+
+# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def gradient(run, step=0) -> dict[str, torch.Tensor]:
+    """Return the gradient that a step's responses give, before clipping."""
+    trainer = Trainer(run, "cpu")
+    batches = trainer._micro_batches(list(read_scored(run, step)))
+    tokens = sum(len(batch.weight_N) for batch in batches)
+    for batch in batches:
+        trainer._backward(batch, None, tokens)
+    return {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
+
+
+def assert_same_gradient(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """Within 1e-5 of each parameter's gradient by norm: what float32 leaves of sums over a thousand tokens."""
+    assert found.keys() == want.keys()
+    for name, value in found.items():
+        assert (value.double() - want[name].double()).norm() <= 1e-5 * want[name].norm(), name
+
+
+@pytest.fixture(scope="module")
+def scored_run(tmp_path_factory):
+    """A run whose first step is rolled out and scored."""
+    run = open_run(small_recipe(), tmp_path_factory.mktemp("scored") / "run")
+    with engine_pool("cpu") as engines:
+        rollout.run(run, 0, engines)
+        score.run(run, 0, engines)
+    return run
+
+
+@pytest.mark.parametrize("budget", [1, 300, 700])
+def test_the_gradient_does_not_depend_on_the_micro_batches(scored_run, budget):
+    train_settings = scored_run.recipe.train.model_copy(update={"tokens_per_micro_batch": budget})
+    recipe = scored_run.recipe.model_copy(update={"train": train_settings})
+    cut = dataclasses.replace(scored_run, recipe=recipe)
+    assert_same_gradient(gradient(cut), gradient(scored_run))
+
+
+def test_the_gradient_is_that_of_the_formula_on_full_logits(scored_run):
+    """- (1 / tokens) Σ w_t A_t ∇ log p, one response at a time, in float64."""
+    from opdctl.model import load
+
+    model = load(scored_run.student, device="cpu").double()
+    samples = list(read_scored(scored_run, 0))
+    tokens = sum(len(sample.response.response_ids) for sample in samples)
+    for sample in samples:
+        prompt, response = sample.response.prompt_ids, sample.response.response_ids
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        logp = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logp = logp.gather(-1, ids[len(prompt) :, None]).squeeze(-1)
+        advantage = torch.from_numpy(sample.teacher_logprobs).double() - logp.detach()
+        spent = advantage.abs().cumsum(0) - advantage.abs()
+        weight = 1 + 0.5 * (1 - spent / advantage.abs().sum())
+        (-(weight * advantage * logp).sum() / tokens).backward()
+    assert_same_gradient(gradient(scored_run), {name: p.grad for name, p in model.named_parameters()})
+
+
+def test_stored_logprobs_are_those_of_the_models(scored_run):
+    """The rollout's log-probs against the student, the teacher's against the teacher, by plain forward passes."""
+    from opdctl.model import load
+
+    models = {"student": load(scored_run.student, device="cpu"), "teacher": load(scored_run.teacher, device="cpu")}
+    for sample in read_scored(scored_run, 0):
+        prompt, response = sample.response.prompt_ids, sample.response.response_ids
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        for name, stored in (("student", sample.response.logprobs), ("teacher", sample.teacher_logprobs)):
+            with torch.no_grad():
+                whole = models[name](ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            want = whole.gather(-1, ids[len(prompt) :, None]).squeeze(-1)
+            np.testing.assert_allclose(stored, want.numpy(), rtol=0, atol=2e-4)
+
+
+def test_a_teacher_equal_to_the_student_gives_no_advantage_and_leaves_the_student_alone(tmp_path):
+    output = tmp_path / "run"
+    result = train(output, "teacher.model=toy:student", "train.steps=1", "train.weight_decay=0")
+    assert result.code == 0, result.err
+    advantage = np.concatenate([sample.advantage() for sample in read_scored(recorded_run(output), 0)])
+    assert np.abs(advantage).max() < 1e-4
+
+
+def test_several_updates_on_one_batch_keep_the_first_policy_as_the_old_one(tmp_path):
+    output = tmp_path / "run"
+    result = train(output, "train.updates_per_step=3", "train.steps=1", "train.learning_rate=1e-3")
+    assert result.code == 0, result.err
+    metrics = recorded_run(output).update(0)["metrics"]
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-5)  # described at the first update, before the student moved
+
+
+def test_bfloat16_students_keep_float32_master_weights(tmp_path):
+    output = tmp_path / "run"
+    result = train(output, "student.dtype=bfloat16", "train.steps=2")
+    assert result.code == 0, result.err
+    exported = load_torch(output / "student/step-00002/model.safetensors")
+    master = load_torch(output / "trainer/step-00002/state.safetensors")
+    for name, value in exported.items():
+        assert value.dtype == torch.bfloat16
+        assert master[f"weight/{name}"].dtype == torch.float32
+        torch.testing.assert_close(master[f"weight/{name}"].bfloat16(), value, rtol=0, atol=0)
+
+
+def test_the_exported_student_is_a_plain_model_directory(undisturbed):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = undisturbed / "student/step-00002"
+    model, info = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert AutoTokenizer.from_pretrained(path, local_files_only=True).decode([2, 3]) == "ab"
+    assert model.generation_config.eos_token_id == 1
+
+
+# ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_prompt_of_an_epoch_is_drawn_once_and_later_epochs_have_another_order(undisturbed):
+    run = recorded_run(undisturbed)  # 32 prompts, 8 a step
+    epochs = [
+        [prompt.prompt_id for step in range(4 * e, 4 * e + 4) for _, prompt in run.draws(step)] for e in (0, 1, 2)
+    ]
+    assert all(len(set(epoch)) == 32 for epoch in epochs)
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] == [prompt.prompt_id for prompt in run.prompts]
+
+
+def test_every_response_is_there_once_with_its_policy_and_answer(undisturbed):
+    run = recorded_run(undisturbed)
+    stage = run.rollout(1)
+    rows = [row for index in range(2) for row in read_rows(stage.verify(index), Response)]
+    assert [row.sample_id for row in rows] == [name for name, _ in run.draws(1)]
+    for row in rows:
+        assert row.policy_step == 1
+        assert row.answer == "".join(sorted(row.prompt_id.removeprefix("sort12-")))
+
+
+def test_joining_is_strict(scored_run):
+    samples = list(read_scored(scored_run, 0))
+    responses = [sample.response for sample in samples]
+    scores = {sample.response.sample_id: sample.teacher_logprobs for sample in samples}
+    first = responses[0].sample_id
+    assert [s.response.sample_id for s in join(responses, dict(reversed(scores.items())))] == [
+        r.sample_id for r in responses
+    ]
+    for broken, why in [
+        ({k: v for k, v in scores.items() if k != first}, first),
+        (scores | {"stranger": scores[first]}, "stranger"),
+        (scores | {first: scores[first][:-1]}, "teacher log-probs"),
+        (scores | {first: np.full_like(scores[first], np.nan)}, "position 0 is nan"),
+        (
+            scores | {first: np.append(scores[first][:-1], np.float32(-np.inf))},
+            f"position {len(scores[first]) - 1} is -inf",
+        ),
+    ]:
+        with pytest.raises(OpdctlError, match=why) as caught:
+            join(responses, broken)
+        assert caught.value.code == ExitCode.DATA
+    with pytest.raises(OpdctlError, match="occurs twice"):
+        join([*responses, responses[0]], scores)
+
+
+def test_old_students_go_and_the_ones_to_keep_stay(tmp_path):
+    output = tmp_path / "run"
+    assert train(output, "train.steps=6", "train.keep_every=4", "train.keep_last=1").code == 0
+    assert recorded_run(output).kept_steps() == [0, 4, 6]
+    assert [path.name for path in (output / "trainer").iterdir()] == ["step-00006"]
+    result = invoke("eval", "--output", output, "--step", "3")
+    assert result.code == ExitCode.USAGE
+    assert "0, 4, 6" in result.err
+
+
+def test_the_clock_covers_every_stage(tmp_path):
+    run = open_run(small_recipe("eval.every=1", "train.steps=1"), tmp_path / "run")
+    clock = online.train(run, "cpu")
+    assert all(seconds > 0 for seconds in clock.seconds.values())
+    accuracy = online.accuracy(run)
+    assert set(accuracy) == {"before", "after", "teacher"}
+    assert all(0 <= value <= 1 for value in accuracy.values())
+
+
+def test_the_weights_in_training_and_in_the_analysis_are_one_function(scored_run):
+    trainer = Trainer(scored_run, "cpu")
+    batches = trainer._micro_batches(list(read_scored(scored_run, 0)))
+    weights = {
+        s.response.sample_id: w for b in batches for s, w in zip(b.samples, b.padded.split(b.weight_N), strict=True)
+    }
+    for sample in read_scored(scored_run, 0):
+        want = IwOpd(0.5)(sample.advantage())
+        np.testing.assert_allclose(weights[sample.response.sample_id].numpy(), want, rtol=0, atol=1e-6)

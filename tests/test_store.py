@@ -1,0 +1,314 @@
+"""Parts, manifests and digests: what a kill leaves behind, and what damage is found."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opdctl import store
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.records import Prompt, Response, offsets_of, sample_id, sample_seed
+from opdctl.store import Fingerprint, StageDir
+
+
+def stage(folder, parts=3, settings=None, inputs=None) -> StageDir:
+    fingerprint = Fingerprint(settings or {"rollout.temperature": 1.0}, inputs or {"prompts": "abc"})
+    return StageDir(folder, stage="rollout", parts=parts, suffix=".txt", fingerprint=fingerprint, redo="opdctl rollout")
+
+
+def fill(made: StageDir, *parts: int) -> None:
+    made.begin({"engine": "test"})
+    for index in parts:
+        made.write(index, lambda path, i=index: path.write_text(f"part {i}"), rows=i_rows(index), tokens=10)
+
+
+def i_rows(index: int) -> int:
+    return index + 1
+
+
+def test_a_stage_is_finished_when_its_manifest_is_written(tmp_path):
+    made = stage(tmp_path / "s")
+    assert made.missing() == [0, 1, 2]
+    fill(made, 0, 1)
+    assert made.missing() == [2]
+    assert not made.seal()
+    assert not made.done()
+    fill(made, 2)
+    assert made.seal()
+    assert made.done()
+    manifest = json.loads(made.manifest_path.read_text())
+    assert [part["rows"] for part in manifest["parts"]] == [1, 2, 3]
+    assert [part["name"] for part in manifest["parts"]] == [f"part-0000{i}-of-00003.txt" for i in range(3)]
+    assert manifest["meaning"] == {"engine": "test"}
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["manifest.json", *made.names]
+
+
+def test_another_process_goes_on_with_the_parts_that_are_there(tmp_path):
+    fill(stage(tmp_path / "s"), 1)
+    again = stage(tmp_path / "s")
+    assert again.missing() == [0, 2]
+
+
+def test_a_part_without_its_receipt_is_made_again(tmp_path):
+    """As after a power cut, or when something else put a file there."""
+    made = stage(tmp_path / "s")
+    fill(made, 0)
+    (tmp_path / "s" / made.names[1]).write_text("part 1")
+    assert made.missing() == [1, 2]
+
+
+def test_an_unlisted_part_that_does_not_match_its_receipt_is_made_again(tmp_path):
+    made = stage(tmp_path / "s")
+    fill(made, 0, 1)
+    (tmp_path / "s" / made.names[0]).write_text("part 9")  # the same length
+    assert made.missing() == [0, 2]
+
+
+def test_a_writer_that_fails_leaves_nothing_under_any_name(tmp_path):
+    made = stage(tmp_path / "s")
+    fill(made, 0)
+
+    def torn(path):
+        path.write_text("half")
+        raise RuntimeError("torn")
+
+    with pytest.raises(RuntimeError, match="torn"):
+        made.write(1, torn, rows=1, tokens=1)
+    assert made.missing() == [1, 2]
+    assert not list((tmp_path / "s").glob(".tmp*"))
+
+
+def test_what_a_dead_process_left_half_written_is_swept_and_a_live_one_s_is_not(tmp_path):
+    child = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    host = store._temporary(tmp_path / "x").name.split("-")[1]
+    dead, alive = tmp_path / f".tmp-{host}-{int(child.stdout)}-part", tmp_path / f".tmp-{host}-{os.getppid()}-part"
+    for path in (dead, alive):
+        path.write_text("half")
+    store.sweep(tmp_path)
+    assert not dead.exists()
+    assert alive.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda data: data[:-1], "5 bytes, 6 were written"),
+        (lambda data: bytes([data[0] ^ 1]) + data[1:], "its SHA-256 is"),
+        (lambda data: None, "the part is missing"),
+    ],
+)
+def test_a_damaged_part_is_named_with_the_command_that_makes_it_again(tmp_path, damage, why):
+    made = stage(tmp_path / "s")
+    fill(made, 0, 1, 2)
+    made.seal()
+    path = tmp_path / "s" / made.names[1]
+    data = damage(path.read_bytes())
+    path.write_bytes(data) if data is not None else path.unlink()
+    made.verify(0)
+    with pytest.raises(OpdctlError) as caught:
+        made.verify(1)
+    assert caught.value.code == ExitCode.DATA
+    assert str(path) in caught.value.message
+    assert why in caught.value.message
+    assert "opdctl rollout --repair" in caught.value.hint
+    assert made.discard_damaged() == [made.names[1]]
+    assert made.missing() == [1]
+
+
+def test_a_part_made_again_with_other_bytes_changes_the_stage_s_digest(tmp_path):
+    made = stage(tmp_path / "s")
+    fill(made, 0, 1, 2)
+    made.seal()
+    before = made.digest
+    (tmp_path / "s" / made.names[1]).unlink()
+    made.begin({"engine": "test"})
+    made.write(1, lambda path: path.write_text("other"), rows=1, tokens=1)
+    made.seal()
+    assert made.digest != before
+    made.verify(1)
+
+
+def test_swapped_parts_are_found(tmp_path):
+    made = stage(tmp_path / "s")
+    fill(made, 0, 1, 2)
+    made.seal()
+    a, b = (tmp_path / "s" / made.names[i] for i in (0, 1))
+    first, second = a.read_text(), b.read_text()
+    a.write_text(second)
+    b.write_text(first)
+    assert list(made.damaged_parts()) == [0, 1]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_fingerprint_is_refused_and_the_change_named(tmp_path, finished):
+    made = stage(tmp_path / "s")
+    fill(made, *((0, 1, 2) if finished else (0,)))
+    made.seal()
+    with pytest.raises(OpdctlError) as caught:
+        stage(tmp_path / "s", settings={"rollout.temperature": 0.7})
+    assert caught.value.code == ExitCode.SETTINGS
+    assert "rollout.temperature 1.0 → 0.7 shapes: rollout" in caught.value.message
+    with pytest.raises(OpdctlError, match="its inputs changed: prompts"):
+        stage(tmp_path / "s", inputs={"prompts": "xyz"})
+
+
+def test_a_newer_schema_is_refused(tmp_path):
+    made = stage(tmp_path / "s", parts=1)
+    fill(made, 0)
+    made.seal()
+    manifest = json.loads(made.manifest_path.read_text()) | {"schema_version": 99}
+    made.manifest_path.write_text(json.dumps(manifest))
+    with pytest.raises(OpdctlError, match="schema version 99"):
+        stage(tmp_path / "s", parts=1)
+
+
+def response(name="p/00000/0", tokens=4) -> Response:
+    return Response(
+        sample_id=name,
+        prompt_id="p",
+        prompt_ids=np.array([5, 6], np.int32),
+        response_ids=np.arange(tokens, dtype=np.int32),
+        logprobs=np.linspace(-1, 0, tokens, dtype=np.float32),
+        finish_reason="stop",
+        policy_step=0,
+        source="toy:sort12",
+        teacher="toy:teacher",
+        answer=None,
+    )
+
+
+def test_responses_come_back_as_they_were(tmp_path):
+    rows = [response("a"), response("b", tokens=0), response("c", tokens=1)]
+    store.write_rows(tmp_path / "r.parquet", rows, Response)
+    for want, found in zip(rows, store.read_rows(tmp_path / "r.parquet", Response), strict=True):
+        for name in Response.__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
+        assert found.response_ids.dtype == np.int32
+        assert found.logprobs.dtype == np.float32
+
+
+def test_the_same_rows_make_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        store.write_rows(tmp_path / name, [response()], Response)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("position", range(8, 900, 37))
+def test_a_flipped_byte_in_parquet_is_never_read_in_silence(tmp_path, position):
+    path = tmp_path / "r.parquet"
+    store.write_rows(path, [response(tokens=50)], Response)
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 0x10
+    path.write_bytes(bytes(data))
+    try:
+        found = store.read_rows(path, Response)
+    except OpdctlError as error:
+        assert error.code == ExitCode.DATA
+    else:  # the flip hit bytes that carry no value
+        np.testing.assert_array_equal(found[0].logprobs, response(tokens=50).logprobs)
+        np.testing.assert_array_equal(found[0].response_ids, response(tokens=50).response_ids)
+
+
+def test_rows_of_another_kind_are_refused(tmp_path):
+    store.write_rows(tmp_path / "p.parquet", [Prompt("p", np.array([1], np.int32), "x")], Prompt)
+    with pytest.raises(OpdctlError, match="has columns"):
+        store.read_rows(tmp_path / "p.parquet", Response)
+
+
+def test_scores_come_back_by_id(tmp_path):
+    logprobs = [np.array([-1.5, -2.5], np.float32), np.zeros(0, np.float32), np.array([-3.0], np.float32)]
+    store.write_scores(tmp_path / "s.safetensors", ["a", "b", "c"], logprobs, {"teacher": "t"})
+    found = store.read_scores(tmp_path / "s.safetensors")
+    assert {name: values.tolist() for name, values in found.items()} == {"a": [-1.5, -2.5], "b": [], "c": [-3.0]}
+
+
+def test_a_truncated_score_part_is_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    store.write_scores(path, ["a"], [np.array([-1.0], np.float32)], {})
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(OpdctlError, match="damaged"):
+        store.read_scores(path)
+
+
+def test_scores_whose_offsets_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    store.write_scores(path, ["a", "a"], [np.array([-1.0], np.float32)] * 2, {})
+    with pytest.raises(OpdctlError, match="do not fit together"):
+        store.read_scores(path)
+
+
+def test_a_directory_is_published_whole_or_not_at_all(tmp_path):
+    digests = store.publish_directory(tmp_path / "m", lambda folder: (folder / "a").write_text("1") and None)
+    store.check_directory(tmp_path / "m", digests)
+
+    def torn(folder):
+        (folder / "a").write_text("2")
+        raise RuntimeError("torn")
+
+    with pytest.raises(RuntimeError, match="torn"):
+        store.publish_directory(tmp_path / "m", torn)
+    store.check_directory(tmp_path / "m", digests)
+    (tmp_path / "m" / "b").write_text("intruder")
+    with pytest.raises(OpdctlError, match="was not written by this run"):
+        store.check_directory(tmp_path / "m", digests)
+
+
+def test_a_lock_is_refused_while_held_and_free_after_its_owner_died(tmp_path):
+    hold = "import sys, time, pathlib; from opdctl import store\nwith store.locked(pathlib.Path(sys.argv[1]), 'train'):\n print('held', flush=True); time.sleep(60)"
+    owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "held\n"
+    with pytest.raises(OpdctlError, match="another process is running `train`"), store.locked(tmp_path, "train"):
+        pass
+    owner.kill()
+    owner.wait()
+    with store.locked(tmp_path, "train"):
+        pass
+
+
+def test_ids_and_seeds_are_fixed_for_ever():
+    """Another value here would make every run directory's responses others."""
+    assert sample_id("sort12-abc", 3, 0) == "sort12-abc/00003/0"
+    assert sample_seed(0, "sort12-abc/00003/0") == SEED
+
+
+SEED = 939531662881426345  # the first 63 bits of BLAKE2b-64 of "0/sort12-abc/00003/0"
+
+
+@given(st.integers(0, 2**31), st.text(max_size=30))
+def test_seeds_fit_every_engine(run_seed, name):
+    assert 0 <= sample_seed(run_seed, name) < 2**63
+
+
+def test_offsets_by_hand():
+    assert offsets_of([2, 0, 3]).tolist() == [0, 2, 2, 5]
+    assert offsets_of([]).tolist() == [0]
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    made = stage(tmp_path / "s")
+    made.begin({})
+
+    def full(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OpdctlError, match="the disk is full") as caught:
+        made.write(0, full, rows=1, tokens=1)
+    assert caught.value.code == ExitCode.REACH
+    assert not list((tmp_path / "s").glob(".tmp*"))
+
+
+def test_partial_saves_are_called_with_the_temporary_path(tmp_path):
+    made = stage(tmp_path / "s", parts=1)
+    made.begin({})
+    made.write(0, partial(store.write_rows, rows=[response()], kind=Response), rows=1, tokens=4)
+    made.seal()
+    assert store.read_rows(made.verify(0), Response)[0].sample_id == "p/00000/0"
