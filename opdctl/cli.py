@@ -360,6 +360,8 @@ def _evaluate(run: "Run", device: str, model: str | None, step: int | None, data
     from opdctl.engines import engine_pool
     from opdctl.stages import evaluate as stage
 
+    if model is not None and step is not None:
+        raise OpdctlError("--step and --model name two different models", hint="give one of them")
     at = run.current_step() if step is None else step
     subject = stage.subject(run, model, at)
     if data is not None and not data.exists():
@@ -376,28 +378,52 @@ def _evaluate(run: "Run", device: str, model: str | None, step: int | None, data
 
 
 @app.command("analyze-position")
-def analyze_position(run_dir: RunDir, json_: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+def analyze_position(
+    run_dir: Annotated[Path | None, typer.Argument(metavar="RUN_DIR", help="The run. Default: --output.")] = None,
+    recipe: Recipes = None,
+    set_: Overrides = None,
+    output: Output = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
     """Draw where in the response the teacher's signal lies: |A|, reverse KL and weights by position.
 
-    Works from the stored artifacts alone, without a model.
+    Works from the stored artifacts alone, without a model. Of a recipe, only [weight] matters here.
 
     \b
     opdctl analyze-position runs/quickstart
+    opdctl analyze-position runs/quickstart --set weight.gamma=1.0
     then: open runs/quickstart/analysis/report.html
     """
     with _session(verbose, quiet):
-        from opdctl.report import sentence
-        from opdctl.run import recorded_run
-        from opdctl.stages import analyze
+        from opdctl.run import recorded_run, run_path
 
-        found = analyze.run(recorded_run(run_dir))
-        for phase in found["summary"]["phases"]:
-            log.say(sentence(phase))
-        log.tenths(found["summary"]["phases"])
-        log.say(f"wrote {found['report']}, {', '.join(found['figures'])}, {found['table']}")
-        log.say(f"next: open {found['report']}")
-        if json_:
-            _emit({"schema_version": SCHEMA_VERSION, **found})
+        path = run_dir or output
+        resolved = _recipe(recipe, set_, path)
+        run = recorded_run(path or run_path(resolved, None)).with_weight(resolved.weight)
+        _analyze(run, dry_run, json_)
+
+
+def _analyze(run: "Run", dry_run: bool, as_json: bool) -> None:
+    from opdctl.report import sentence
+    from opdctl.stages import analyze
+
+    if dry_run:
+        steps = analyze.scored_steps(run)
+        log.say(f"{len(steps)} scored steps to read; nothing was written")
+        if as_json:
+            _emit({"schema_version": SCHEMA_VERSION, "run_dir": str(run.path), "steps": steps})
+        return
+    found = analyze.run(run)
+    for phase in found["summary"]["phases"]:
+        log.say(sentence(phase))
+    log.tenths(found["summary"]["phases"])
+    log.say(f"wrote {found['report']}, {', '.join(found['figures'])}, {found['table']}")
+    log.say(f"next: open {found['report']}")
+    if as_json:
+        _emit({"schema_version": SCHEMA_VERSION, **found})
 
 
 @app.command()

@@ -7,7 +7,7 @@ directory is whole. Opening an old one compares the recipe and the models with w
 import importlib.metadata
 import shlex
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from opdctl import SCHEMA_VERSION, log, store
-from opdctl.config import FREE, Recipe, changed, describe_changes, load_recipe, settings_of
+from opdctl.config import FREE, Recipe, Weight, changed, describe_changes, load_recipe, settings_of
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import load_problems, tokenize
@@ -35,6 +35,10 @@ class Run:
     teacher: ModelDir
     student_digest: str
     teacher_digest: str
+
+    def with_weight(self, weight: Weight) -> "Run":
+        """Return this run seen with another token weight: what is stored does not depend on it."""
+        return replace(self, recipe=self.recipe.model_copy(update={"weight": weight}))
 
     # ── Where things lie ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -109,11 +113,6 @@ class Run:
         An epoch is as many whole steps as the prompts give; each later epoch has an order of its own.
         """
         size, samples = self.recipe.rollout.prompts_per_step, self.recipe.rollout.samples_per_prompt
-        if len(self.prompts) < size:
-            raise OpdctlError(
-                f"{self.path}: {len(self.prompts)} prompts are fewer than rollout.prompts_per_step = {size}",
-                hint="lower rollout.prompts_per_step, or give more prompts",
-            )
         epoch, within = divmod(step, len(self.prompts) // size)
         order = np.arange(len(self.prompts))
         if epoch:
@@ -266,6 +265,13 @@ def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
 def _begin(recipe: Recipe, path: Path, student: ModelDir, models: dict[str, dict[str, Any]]) -> None:
     problems = load_problems(recipe.prompts)
     prompts, dropped = tokenize(problems, student.tokenizer, recipe.prompts)
+    if len(prompts) < recipe.rollout.prompts_per_step:
+        raise OpdctlError(
+            f"{recipe.prompts.source}: {len(prompts)} prompts are fewer than rollout.prompts_per_step = "
+            f"{recipe.rollout.prompts_per_step}",
+            hint="lower rollout.prompts_per_step, or give more prompts",
+            code=ExitCode.DATA,
+        )
     if dropped:
         log.warn(f"{dropped} of {len(problems)} prompts are longer than prompts.max_tokens and were dropped")
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))

@@ -91,7 +91,7 @@ def test_each_token_is_predicted_from_the_one_before_and_padding_changes_nothing
 def test_rows_beyond_the_tokenizer_get_no_probability(student):
     """With the vocabulary cut to 28 words, their probabilities alone make one."""
     model, directory = student
-    prompt, response = ragged([(5, 1)])[0]
+    prompt, _ = ragged([(5, 1)])[0]
     total = 0.0
     for word in range(28):
         padded = pad([(prompt, np.array([word], np.int32))], "cpu")

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,25 @@ def test_killed_again_and_again_it_still_ends_with_the_same_student(undisturbed,
         assert kills < 50
     assert kills > 3
     assert artifacts(output) == artifacts(undisturbed)
+
+
+def test_a_cluster_s_signal_stops_it_with_75_and_the_same_command_goes_on(undisturbed, tmp_path):
+    output = tmp_path / "run"
+    arguments = ["--recipe", str(QUICKSTART), *sets("train.steps=200"), "--output", str(output)]
+    command = [sys.executable, "-m", "opdctl", "train", *arguments]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    assert running.stderr.readline().startswith("step   1/200")
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate()
+    assert running.returncode == ExitCode.REQUEUE
+    assert "run the same command again to go on" in said
+    assert "Traceback" not in said
+    again = train(output, "train.steps=2")
+    assert again.code == 0, again.err
+    for step in (0, 1):
+        name = f"step-0000{step}/rollout/part-00000-of-00002.parquet"
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_a_finished_command_does_nothing_and_says_so(copy):
