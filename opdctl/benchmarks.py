@@ -1,5 +1,6 @@
 """Benchmarks: where the problems lie, how a problem is put, and how an answer is graded. Imports no torch."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -43,12 +44,19 @@ class Benchmark:
         problems = [self._problem(row, number) for number, row in enumerate(islice(rows, count))]
         if not problems:
             raise OpdctlError(f"{data or self.hub}: holds no problems", code=ExitCode.DATA)
+        if twice := [name for name, n in Counter(problem.id for problem in problems).items() if n > 1]:
+            raise OpdctlError(f"{data or self.hub}: id `{twice[0]}` occurs more than once", code=ExitCode.DATA)
         return problems
 
     def _file(self, data: Path) -> Path:
-        """Return `data`, or this benchmark's file in it when it is a folder."""
-        inside = [path for path in (data / f"{self.name}{suffix}" for suffix in FORMATS) if path.exists()]
-        return inside[0] if inside else data
+        """Return `data`, or this benchmark's file in it when it is a folder. Raises OpdctlError when it has none."""
+        if not data.is_dir():
+            return data
+        names = [f"{self.name}{suffix}" for suffix in FORMATS]
+        for name in names:
+            if (data / name).is_file():
+                return data / name
+        raise OpdctlError(f"--data {data}: holds no {' or '.join(names)}")
 
     def _problem(self, row: Row, number: int) -> Problem:
         return Problem(

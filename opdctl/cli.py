@@ -1,7 +1,9 @@
 """The command line: parse, call, print. Data go to stdout, everything else to stderr. Imports no torch up here."""
 
 import contextlib
+import importlib.metadata
 import json
+import os
 import signal
 import sys
 import time
@@ -59,10 +61,7 @@ def _session(verbose: int, quiet: bool) -> Iterator[None]:
     try:
         yield
     except OpdctlError as error:
-        if error.code == ExitCode.DONE:
-            log.say(error.message)
-        else:
-            log.error(error.message, error.hint)
+        log.error(error.message, error.hint)
         raise typer.Exit(error.code) from error
     except Requeue as stop:
         log.error("stopped by a signal; finished parts are kept", "run the same command again to go on")
@@ -72,6 +71,9 @@ def _session(verbose: int, quiet: bool) -> Iterator[None]:
         raise typer.Exit(ExitCode.INTERRUPTED) from stop
     except typer.Exit:
         raise
+    except BrokenPipeError as error:  # the reader of stdout has gone: there is nobody to tell
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it on its way out
+        raise typer.Exit(ExitCode.NO) from error
     except Exception as error:
         if verbose:
             raise
@@ -85,6 +87,7 @@ def _requeue(number: int, frame: FrameType | None) -> None:
 
 def _emit(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def _recipe(recipes: list[Path] | None, overrides: list[str] | None, output: Path | None) -> "Recipe":
@@ -99,12 +102,12 @@ def _recipe(recipes: list[Path] | None, overrides: list[str] | None, output: Pat
     return load_recipe([output / "recipe.toml"], overrides or [])
 
 
-def _open(recipe: "Recipe", output: Path | None) -> tuple["Run", str]:
+def _open(recipe: "Recipe", output: Path | None, *, record: bool = True) -> tuple["Run", str]:
     """Open the run and set torch up. Return the run and the device."""
     from opdctl.engines import resolve_device
     from opdctl.run import open_run
 
-    run = open_run(recipe, output)
+    run = open_run(recipe, output, record=record)
     import torch
 
     if recipe.pipeline.threads:
@@ -124,8 +127,18 @@ def _show_plan(recipe: "Recipe", output: Path | None, as_json: bool) -> None:
     log.say("nothing was written")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"opdctl {importlib.metadata.version('opdctl')}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def _app() -> None:
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Distil a teacher language model into a student on the student's own responses, stage by stage.
 
     \b
@@ -195,11 +208,13 @@ def _run_stage(name: str, run: "Run", device: str, step: int | None, repair: boo
     from opdctl.status import next_stage_command
 
     start, at = time.monotonic(), _step(run, step)
+    done = at is None
+    at = run.recipe.train.steps - 1 if at is None else at
     stage, work = (run.rollout(at), rollout.run) if name == "rollout" else (run.scores(at), score.run)
     if repair and (names := stage.discard_damaged()):
         log.warn(f"damaged, made again: {', '.join(names)}")
     with engine_pool(device) as engines:
-        made = work(run, at, engines)
+        made = 0 if done else work(run, at, engines)
     parts = (stage.manifest() or {"parts": []})["parts"]
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -214,20 +229,28 @@ def _run_stage(name: str, run: "Run", device: str, step: int | None, repair: boo
         "next": next_stage_command(run),
     }
     counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
-    log.say(f"step {at}: " + (f"wrote {stage.path}: {counts}" if made else f"nothing to do: {stage.path} is finished"))
+    if done:
+        log.say(f"nothing to do: all {run.recipe.train.steps} steps are done; raise train.steps to go on")
+    else:
+        log.say(f"step {at}: wrote {stage.path}: {counts}" if made else f"nothing to do: {stage.path} is finished")
     log.say(f"next: {report['next']}")
     if as_json:
         _emit(report)
 
 
-def _step(run: "Run", step: int | None) -> int:
-    """Return the step to work on. Raises OpdctlError when the run has no such step, or no step left (code 0)."""
-    at, steps = run.current_step() if step is None else step, run.recipe.train.steps
-    if at < steps:
-        return at
+def _step(run: "Run", step: int | None) -> int | None:
+    """Return the step to work on, or None when all are done. Raises OpdctlError for a step that is not there yet."""
+    current, steps = run.current_step(), run.recipe.train.steps
     if step is None:
-        raise OpdctlError(f"{run.path}: all {steps} steps are done", hint="raise train.steps", code=ExitCode.DONE)
-    raise OpdctlError(f"--step {step}: {run.path} has steps 0 to {steps - 1}")
+        return current if current < steps else None
+    if step >= steps:
+        raise OpdctlError(f"--step {step}: {run.path} has steps 0 to {steps - 1}")
+    if step > current:
+        raise OpdctlError(
+            f"--step {step}: step {step} has no student yet, {current} updates are done",
+            hint=f"run `{run.command('train')}`",
+        )
+    return step
 
 
 @app.command()
@@ -269,6 +292,8 @@ def _train(run: "Run", device: str, no_fill: bool, repair: bool, as_json: bool) 
 
 def _repair_step(run: "Run", step: int) -> None:
     for stage in (run.rollout, run.scores):
+        if step >= run.recipe.train.steps or not run.rollout(step).manifest():
+            return  # nothing of the step is finished, so nothing can be damaged
         if names := stage(step).discard_damaged():
             log.warn(f"step {step}: damaged, made again: {', '.join(names)}")
 
@@ -339,40 +364,52 @@ def evaluate(
     opdctl eval --bench aime25 --data aime25.jsonl --recipe recipes/cross_scale.toml
     """
     with _session(verbose, quiet):
+        from opdctl.config import with_benches
+
         if not recipe and output is None:
             from opdctl.run import newest_run
 
             output = newest_run()
             log.say(f"using the newest run, {output}")
         resolved = _recipe(recipe, set_, output)
-        if bench is not None:
-            from opdctl.config import with_benches
-
-            resolved = with_benches(resolved, bench.split(","))
+        chosen = with_benches(resolved, bench.split(",")) if bench is not None else resolved
+        if data is not None and not data.exists():
+            raise OpdctlError(f"--data {data}: no such file or folder")
         if dry_run:
-            _show_plan(resolved, output, json_)
+            _show_evaluation_plan(chosen, output, data, json_)
         else:
-            _evaluate(*_open(resolved, output), model, step, data, json_)
+            run, device = _open(resolved, output, record=False)
+            _evaluate(run.seen_with(bench=chosen.eval.bench), device, model, step, data, json_)
+
+
+def _show_evaluation_plan(recipe: "Recipe", output: Path | None, data: Path | None, as_json: bool) -> None:
+    from opdctl import plan as planning
+
+    found = planning.evaluation(recipe, output, data)
+    if as_json:
+        _emit(found)
+    log.pairs("plan", planning.evaluation_rows(found))
+    log.say("nothing was written")
 
 
 def _evaluate(run: "Run", device: str, model: str | None, step: int | None, data: Path | None, as_json: bool) -> None:
     from opdctl import online
     from opdctl.engines import engine_pool
     from opdctl.stages import evaluate as stage
+    from opdctl.status import next_stage_command
 
     if model is not None and step is not None:
         raise OpdctlError("--step and --model name two different models", hint="give one of them")
-    at = run.current_step() if step is None else step
-    subject = stage.subject(run, model, at)
-    if data is not None and not data.exists():
-        raise OpdctlError(f"--data {data}: no such file or folder")
+    subject = stage.subject(run, model, run.current_step() if step is None else step)
     summaries = []
     with engine_pool(device) as engines:
         for name in run.recipe.eval.bench:
-            summaries.append(stage.run(run, name, subject, engines, data))
-            log.say(online.accuracy_line(summaries[-1]), style="bold")
-            log.say(f"wrote {run.path / 'eval' / name / subject.name}")
-    log.say(f"next: opdctl analyze-position {run.path}")
+            summary, made = stage.run(run, name, subject, engines, data)
+            summaries.append(summary)
+            folder = run.path / "eval" / name / subject.name
+            log.say(online.accuracy_line(summary), style="bold")
+            log.say(f"wrote {folder}" if made else f"nothing to do: {folder} is finished")
+    log.say(f"next: {next_stage_command(run)}")
     if as_json:
         _emit(summaries[0] if len(summaries) == 1 else {"schema_version": SCHEMA_VERSION, "benches": summaries})
 
@@ -402,7 +439,7 @@ def analyze_position(
 
         path = run_dir or output
         resolved = _recipe(recipe, set_, path)
-        run = recorded_run(path or run_path(resolved, None)).with_weight(resolved.weight)
+        run = recorded_run(path or run_path(resolved, None)).seen_with(weight=resolved.weight)
         _analyze(run, dry_run, json_)
 
 

@@ -100,12 +100,15 @@ class Component(Section):
         return dict(self.model_extra or {})
 
 
+DEFAULT_NAMES = {"weight": "iw_opd", "objective": "policy_gradient"}
+
+
 class Weight(Component):
-    name: str = "iw_opd"
+    name: str = DEFAULT_NAMES["weight"]
 
 
 class Objective(Component):
-    name: str = "policy_gradient"
+    name: str = DEFAULT_NAMES["objective"]
 
 
 class Train(Section):
@@ -131,7 +134,7 @@ class Train(Section):
 
 
 class Eval(Sampling):
-    bench: list[str] = ["sort12"]
+    bench: list[str] = Field(default=["sort12"], min_length=1)
     """Benchmarks to run."""
     samples: int = Field(default=32, gt=0)
     """Responses to each problem."""
@@ -236,7 +239,7 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
 
 
 def with_benches(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """Return `recipe` with other benchmarks. Raises OpdctlError for an unknown one."""
+    """Return `recipe` with other benchmarks. Raises OpdctlError for one that there is not."""
     for name in names:
         BENCHMARKS.get(name)
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"bench": list(names)})})
@@ -254,13 +257,14 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
+    names = key.strip().split(".")
+    if not equals or not all(names) or "\n" in text:
         raise OpdctlError(f"--set {text}: must read key=value, such as train.steps=10")
     try:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
         parsed = value  # a bare word is a string
-    for name in reversed(key.split(".")):
+    for name in reversed(names):
         parsed = {name: parsed}
     return parsed
 
@@ -271,7 +275,8 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
         if isinstance(value, dict):
             if not isinstance(into.get(name), dict):
                 into[name] = {}
-            if key in ("weight", "objective") and "name" in value and value["name"] != into[name].get("name"):
+            default = DEFAULT_NAMES.get(key)
+            if default and "name" in value and value["name"] != into[name].get("name", default):
                 into[name] = {}  # another component: the parameters of the one before are not its own
             _merge(into[name], value, source, origin, f"{key}.")
         else:
@@ -300,6 +305,10 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
             return key, f"must be {detail['ctx']['expected']}, got {detail['input']!r}"
         case "string_pattern_mismatch":
             return key, f"must be letters, digits, `.`, `_` or `-`, got {detail['input']!r}"
+        case "int_type" | "int_from_float":
+            return key, f"must be an integer, got {detail['input']!r}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return key, f"must be a table of settings, got {detail['input']!r}"
         case _:
             text = detail["msg"].replace("Input should be", "must be").replace("a valid", "a")
             return key, f"{text}, got {detail['input']!r}"
@@ -315,13 +324,11 @@ def _fields(loc: Iterable[str]) -> list[str]:
 def _component_problems(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Build every component that the recipe names, so that a typo fails before any model loads."""
     problems = []
-    for section, registry, default in (("weight", WEIGHTS, "iw_opd"), ("objective", OBJECTIVES, "policy_gradient")):
+    for section, registry in (("weight", WEIGHTS), ("objective", OBJECTIVES)):
         given = merged.get(section, {})
-        if isinstance(given, dict) and isinstance(name := given.get("name", default), str):
-            try:
-                registry.build(name, {k: v for k, v in given.items() if k != "name"})
-            except OpdctlError as error:
-                problems.append((section, error.message))
+        if isinstance(given, dict) and isinstance(name := given.get("name", DEFAULT_NAMES[section]), str):
+            found = registry.problems(name, {k: v for k, v in given.items() if k != "name"})
+            problems += [(f"{section}.{key}".rstrip("."), text) for key, text in found]
     names = [("rollout.engine", ENGINES, [_at(merged, "rollout", "engine")])]
     names += [("score.engine", ENGINES, [_at(merged, "score", "engine")])]
     names += [("eval.bench", BENCHMARKS, _at(merged, "eval", "bench"))]

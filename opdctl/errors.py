@@ -35,10 +35,14 @@ class OpdctlError(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
+SHOWN = 10  # names that a message lists at most
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return "; did you mean `x`?" for the name nearest to `name`, else the names there are, else nothing."""
     names = sorted(names)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean `{near[0]}`?"
-    return f"; there are {', '.join(f'`{n}`' for n in names)}" if names else ""
+    shown = ", ".join(f"`{n}`" for n in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    return f"; there are {shown}" if names else ""

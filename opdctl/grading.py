@@ -15,6 +15,7 @@ from pebble import ProcessExpired, ProcessPool
 
 SECONDS = 15
 WORKERS = 2
+BRACE = re.compile(r"\\boxed\s*\{|\\\\|\\[{}]|[{}]")
 INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 
@@ -58,17 +59,25 @@ def mathematics(pairs: Sequence[tuple[str, str]]) -> list[Grade]:
 
 
 def last_boxed(response: str) -> str | None:
-    """Return what the last whole \\boxed{…} after any </think> holds, or None."""
+    """Return what the last whole \\boxed{…} after any </think> holds, or None. One pass, whatever is left open."""
     text = response.rpartition("</think>")[2]
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        depth, first = 1, start + len("\\boxed{")
-        for position in range(first, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[first:position].strip().strip("$").strip().removesuffix(".").removesuffix("\\").strip()
-        end = start
-    return None
+    opened: list[int | None] = []  # where a box's content begins; None for any other brace
+    last: tuple[int, int] | None = None
+    for brace in BRACE.finditer(text):
+        if brace[0] == "}":
+            start = opened.pop() if opened else None
+            if start is not None and (last is None or start > last[0]):
+                last = (start, brace.start())
+        elif brace[0] not in ("\\{", "\\}", "\\\\"):  # escaped ones are text
+            opened.append(brace.end() if brace[0].startswith("\\") else None)
+    return _stripped(text[slice(*last)]) if last else None
+
+
+def _stripped(answer: str) -> str:
+    """Take off what surrounds an answer without being one: white space, dollar signs, a trailing period."""
+    while (bare := answer.strip(" \t\n$").removesuffix(".").removesuffix("\\")) != answer:
+        answer = bare
+    return answer
 
 
 def _judge(pairs: Sequence[tuple[str, str]]) -> list[tuple[bool, str]]:
@@ -97,5 +106,7 @@ def _equal(gold: str, answer: str) -> tuple[bool, str]:
         want = parse(f"\\boxed{{{gold}}}", raise_on_error=True)
         got = parse(f"\\boxed{{{answer}}}", raise_on_error=True)
         return (bool(verify(want, got, raise_on_error=True)), "ok") if want and got else (False, "unparsable")
+    except (MemoryError, RecursionError):
+        raise  # the worker's end, not the answer's form
     except Exception:  # math-verify passes on whatever sympy and its parser raise
         return False, "unparsable"

@@ -47,12 +47,10 @@ def error(message: str, hint: str | None) -> None:
 def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print a titled list of (what, value)."""
     if _level >= 0:
-        grid = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=False, pad_edge=False)
-        grid.add_column(style="cyan", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for what, value in rows:
-            grid.add_row(Text(what), Text(value))
-        console.print(grid)
+        width = max(len(what) for what, _ in rows)
+        console.print(Text(title, style="bold"))
+        for what, value in rows:  # not a table: a path or a command must not be broken
+            console.print(Text.assemble((f"{what:<{width}}  ", "cyan"), value))
 
 
 def tenths(phases: Sequence[Mapping[str, Any]]) -> None:

@@ -50,8 +50,8 @@ def locate_here(model: Model, key: str) -> Path | None:
     if path.exists():
         raise OpdctlError(f"{key}: {path}: a file, not a model directory")
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
-        beside = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = did_you_mean(str(path), beside) if beside else ""
+        beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = did_you_mean(str(path), beside)
         raise OpdctlError(f"{key}: no model directory `{name}`{near}", hint="give a directory, a hub id or `toy:…`")
     return None
 

@@ -74,7 +74,8 @@ def evaluate_if_due(run: Run, step: int, engines: EnginePool, clock: Clock) -> N
         for subject in subjects:
             if evaluate.stored_summary(run, bench, subject.name) is None:
                 with clock.time("eval"):
-                    log.say(accuracy_line(evaluate.run(run, bench, subject, engines)), style="bold")
+                    summary, _ = evaluate.run(run, bench, subject, engines)
+                log.say(accuracy_line(summary), style="bold")
 
 
 def forget_old_students(run: Run) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from opdctl import SCHEMA_VERSION
+from opdctl.benchmarks import Benchmark
 from opdctl.config import Model, Recipe
 from opdctl.engines import resolve_device
 from opdctl.model import ModelDir, check_same_tokenizer, locate_here
 from opdctl.prompts import local_problems
-from opdctl.run import refuse_another_recipe, run_path
+from opdctl.registry import BENCHMARKS
+from opdctl.run import prepare_prompts, refuse_another_recipe, refuse_foreign_folder, run_path
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINER_BYTES = 4 + 4 + 8  # float32 master weight, gradient, and AdamW's two moments, a parameter
@@ -56,6 +58,8 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     path = run_path(recipe, output)
     if (path / "run.json").exists():
         refuse_another_recipe(recipe, path)
+    else:
+        refuse_foreign_folder(recipe, path)
     models = {key: locate_here(model, f"{key}.model") for key, model in _models(recipe).items()}
     dirs = {key: ModelDir(folder, "float32") for key, folder in models.items() if folder}
     if len(dirs) == len(models):
@@ -64,6 +68,8 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
         key: dirs[key].parameters() if key in dirs else model.parameters for key, model in _models(recipe).items()
     }
     problems = local_problems(recipe.prompts)
+    if problems is not None and "student" in dirs:
+        prepare_prompts(recipe, problems, dirs["student"])
     prompts = recipe.prompts.count if problems is None else len(problems)
     responses, steps = recipe.responses_per_step(), recipe.train.steps
     prompt_tokens = responses * recipe.prompts.max_tokens
@@ -93,6 +99,31 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     )
 
 
+def evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> dict[str, Any]:
+    """Size up an evaluation, benchmark by benchmark; None where the number of problems is only known to the hub."""
+    benches = []
+    for name in recipe.eval.bench:
+        benchmark: Benchmark = BENCHMARKS.get(name)()
+        here = data is not None or benchmark.hub is None
+        problems = len(benchmark.problems(recipe.eval.problems, data)) if here else recipe.eval.problems
+        responses = _times(problems, recipe.eval.samples)
+        tokens = _times(responses, recipe.eval.max_tokens)
+        benches.append({"bench": name, "problems": problems, "responses": responses, "max_response_tokens": tokens})
+    return {"schema_version": SCHEMA_VERSION, "run_dir": str(run_path(recipe, output)), "benches": benches}
+
+
+def evaluation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the plan of an evaluation as (benchmark, how much) lines for a person."""
+    return [
+        (
+            bench["bench"],
+            f"{_count(bench['problems'])} problems, {_count(bench['responses'])} responses, "
+            f"≤ {_count(bench['max_response_tokens'])} tokens",
+        )
+        for bench in found["benches"]
+    ]
+
+
 def _models(recipe: Recipe) -> dict[str, Model]:
     return {"student": recipe.student, "teacher": recipe.teacher}
 
@@ -116,14 +147,14 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
             f"{size(plan.teacher_bytes_per_step)} teacher",
         ),
         ("student", f"{_count(plan.student_parameters)} parameters, {size(plan.student_bytes)} in the engine"),
-        ("optimizer", f"{size(plan.optimizer_bytes)}: float32 weights, gradients and two moments"),
+        ("training", f"{size(plan.optimizer_bytes)}: float32 weights, gradients and two moments"),
         ("teacher", f"{_count(plan.teacher_parameters)} parameters, {size(plan.teacher_bytes)}"),
         ("a kept student", size(plan.exported_student_bytes)),
     ]
 
 
 def _count(number: int | None) -> str:
-    return "unknown number of" if number is None else f"{number:,}"
+    return "an unknown number of" if number is None else f"{number:,}"
 
 
 def size(count: int | None) -> str:

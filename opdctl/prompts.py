@@ -1,6 +1,7 @@
 """Prompts: from the embedded task, a file or the hub, through the chat template, to token ids."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -41,7 +42,7 @@ def tokenize(
     """
     prompts, too_long = [], []
     for problem in problems:
-        ids = template(problem.text, tokenizer, settings.template_arguments)
+        ids = template(problem, tokenizer, settings.template_arguments)
         if len(ids) > settings.max_tokens:
             too_long.append((problem.id, len(ids)))
         elif not ids:
@@ -61,14 +62,24 @@ def tokenize(
     return prompts, len(too_long)
 
 
-def template(text: str, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]) -> list[int]:
-    """Return the token ids of one user turn, ready to be answered; a tokenizer without a template gets plain text."""
-    if not tokenizer.chat_template:
-        return list(tokenizer(text)["input_ids"])
-    turn = [{"role": "user", "content": text}]
-    # `arguments` may hold only what a template reads, but a template's variables cannot be listed: a typo is silent.
-    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments)
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+def template(problem: Problem, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]) -> list[int]:
+    """Return the token ids of one user turn, ready to be answered; a tokenizer without a template gets plain text.
+
+    Raises OpdctlError (code 3) when the template or the tokenizer refuses the text.
+    """
+    try:
+        if not tokenizer.chat_template:
+            return list(tokenizer(problem.text)["input_ids"])
+        turn = [{"role": "user", "content": problem.text}]
+        # A template's variables cannot be listed, so a typo among `arguments` goes unseen.
+        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # tokenizers raises bare Exception, a template whatever it likes
+        raise OpdctlError(
+            f"prompt `{problem.id}` cannot be written in this tokenizer: {error}",
+            hint=f"its text begins {problem.text[:60]!r}",
+            code=ExitCode.DATA,
+        ) from error
 
 
 def load_problems(settings: Prompts) -> list[Problem]:
@@ -122,7 +133,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # not UTF-8, or not JSON
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
                 raise OpdctlError(f"{path}:{number}: {error}", code=ExitCode.DATA) from error
             if not isinstance(row, dict):
                 raise OpdctlError(f"{path}:{number}: must be a JSON object, got {line[:40]!r}", code=ExitCode.DATA)
@@ -134,7 +145,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         file = pq.ParquetFile(path)
         for batch in file.iter_batches():
             yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise OpdctlError(f"{path}: cannot be read as Parquet: {error}", code=ExitCode.DATA) from error
 
 
@@ -158,35 +169,40 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
     seen: dict[str, int] = {}
     for number, row in islice(_wanted(rows, settings), settings.count):
         where = f"{settings.source}: row {number}"
-        name = (
-            str(_cell(row, settings.id_column, "prompts.id_column", where)) if settings.id_column else str(number - 1)
-        )
+        name = _cell(row, settings.id_column, "prompts.id_column", where) if settings.id_column else number - 1
         text = _cell(row, settings.prompt_column, "prompts.prompt_column", where)
+        answer = _cell(row, settings.answer_column, "prompts.answer_column", where) if settings.answer_column else None
         if not isinstance(text, str) or not text:
             raise OpdctlError(f"{where}: `{settings.prompt_column}` must be text, got {text!r}", code=ExitCode.DATA)
-        if name in seen:
-            raise OpdctlError(f"{where}: id `{name}` was used by row {seen[name]} already", code=ExitCode.DATA)
-        seen[name] = number
-        answer = _cell(row, settings.answer_column, "prompts.answer_column", where) if settings.answer_column else None
-        problems.append(
-            Problem(name, _valid_text(text, where) + settings.suffix, None if answer is None else str(answer))
-        )
+        if name is None:
+            raise OpdctlError(f"{where}: `{settings.id_column}` is null", code=ExitCode.DATA)
+        if str(name) in seen:
+            raise OpdctlError(f"{where}: id `{name}` was used by row {seen[str(name)]} already", code=ExitCode.DATA)
+        seen[str(name)] = number
+        gold = None if answer is None else _valid_text(str(answer), where)
+        problems.append(Problem(_valid_text(str(name), where), _valid_text(text, where) + settings.suffix, gold))
     if not problems:
-        raise OpdctlError(
-            f"{settings.source}: holds no prompts", hint="give a file with at least one row", code=ExitCode.DATA
-        )
+        why = f"no row passes prompts.at_least = {settings.at_least}" if settings.at_least else "holds no prompts"
+        raise OpdctlError(f"{settings.source}: {why}", hint="at least one prompt is needed", code=ExitCode.DATA)
     return problems
 
 
 def _wanted(rows: Iterator[Row], settings: Prompts) -> Iterator[tuple[int, Row]]:
     """Yield (number from 1, row) of the rows that `at_least` lets through."""
     for number, row in enumerate(rows, 1):
-        values = [
-            (_cell(row, column, "prompts.at_least", f"{settings.source}: row {number}"), least)
-            for column, least in settings.at_least.items()
-        ]
-        if all(isinstance(value, int | float) and value >= least for value, least in values):
+        where = f"{settings.source}: row {number}"
+        if all(_number(row, column, where) >= least for column, least in settings.at_least.items()):
             yield number, row
+
+
+def _number(row: Row, column: str, where: str) -> float:
+    value = _cell(row, column, "prompts.at_least", where)
+    if value is None:
+        return -math.inf  # unknown is not enough
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        message = f"{where}: `{column}` (prompts.at_least) must be a number, got {value!r}"
+        raise OpdctlError(message, code=ExitCode.DATA)
+    return value
 
 
 def _cell(row: Row, column: str, key: str, where: str) -> Any:

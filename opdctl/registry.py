@@ -44,24 +44,51 @@ class Registry(Generic[T]):
             raise OpdctlError(f"unknown {self.kind} `{name}`{did_you_mean(name, self._makers)}")
         return self._makers[name]
 
-    def build(self, name: str, params: Mapping[str, Any]) -> T:
-        """Build the component `name` with `params`, each checked against the dataclass field of its name and type.
+    def problems(self, name: str, params: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return (parameter, what is wrong with it) of every bad parameter; "name" and "" for the whole.
 
-        Raises OpdctlError when the name or a parameter is unknown, mistyped or out of range.
+        Each parameter is checked against the dataclass field of its name and type, and by the component's own checks.
         """
-        maker = self.get(name)
+        try:
+            maker = self.get(name)
+        except OpdctlError as error:
+            return [("name", error.message)]
         hints = typing.get_type_hints(maker)
         types: dict[str, type] = {field.name: hints[field.name] for field in dataclasses.fields(maker)}  # type: ignore[arg-type]
+        found = []
         for key, value in params.items():
             if key not in types:
-                raise OpdctlError(f"{self.kind} `{name}` has no parameter `{key}`{did_you_mean(key, types)}")
-            wanted = (int, float) if types[key] is float else types[key]
-            if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):
-                raise OpdctlError(f"{key} must be of type {types[key].__name__}, got {value!r}")
-        try:
-            return maker(**params)
-        except ValueError as error:
-            raise OpdctlError(str(error)) from error
+                found.append((key, f"{self.kind} `{name}` has no parameter `{key}`{did_you_mean(key, types)}"))
+            elif not _fits(value, types[key]):
+                found.append((key, f"{key} must be of type {types[key].__name__}, got {value!r}"))
+            elif problem := _refusal(maker, {key: value}):
+                found.append((key, problem))
+        if not found and (problem := _refusal(maker, params)):
+            found.append(("", problem))
+        return found
+
+    def build(self, name: str, params: Mapping[str, Any]) -> T:
+        """Build the component `name` with `params`. Raises OpdctlError with everything that is wrong with them."""
+        if problems := self.problems(name, params):
+            raise OpdctlError("\n".join(text for _, text in problems))
+        return self.get(name)(**params)
+
+
+def _fits(value: Any, wanted: type) -> bool:
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    return isinstance(value, int | float if wanted is float else wanted)
+
+
+def _refusal(maker: Callable[..., Any], params: Mapping[str, Any]) -> str | None:
+    """Return why the component refuses `params`, or None."""
+    try:
+        maker(**params)
+    except ValueError as error:
+        return str(error)
+    except OverflowError:
+        return f"too large a number: {', '.join(params)}"
+    return None
 
 
 WEIGHTS: Registry[Any] = Registry("weight", "opdctl.weights")

@@ -18,7 +18,7 @@ from opdctl import SCHEMA_VERSION, log, store
 from opdctl.config import FREE, Recipe, Weight, changed, describe_changes, load_recipe, settings_of
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir, check_same_tokenizer, locate
-from opdctl.prompts import load_problems, tokenize
+from opdctl.prompts import Problem, load_problems, tokenize
 from opdctl.records import Prompt, sample_id
 from opdctl.store import Fingerprint, StageDir, digest_of
 
@@ -36,9 +36,11 @@ class Run:
     student_digest: str
     teacher_digest: str
 
-    def with_weight(self, weight: Weight) -> "Run":
-        """Return this run seen with another token weight: what is stored does not depend on it."""
-        return replace(self, recipe=self.recipe.model_copy(update={"weight": weight}))
+    def seen_with(self, *, weight: Weight | None = None, bench: list[str] | None = None) -> "Run":
+        """Return this run with another token weight or other benchmarks, which nothing recorded depends on."""
+        chosen = self.recipe.eval.model_copy(update={"bench": bench or self.recipe.eval.bench})
+        update = {"weight": weight or self.recipe.weight, "eval": chosen}
+        return replace(self, recipe=self.recipe.model_copy(update=update))
 
     # ── Where things lie ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -170,8 +172,8 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: run.stat().st_mtime)
 
 
-def open_run(recipe: Recipe, output: Path | None = None) -> Run:
-    """Open the run directory of `recipe`, or begin it.
+def open_run(recipe: Recipe, output: Path | None = None, *, record: bool = True) -> Run:
+    """Open the run directory of `recipe`, or begin it. With `record`, settings that may change are written down.
 
     Raises OpdctlError: 2 for a missing model or tokenizers that differ, 3 for bad prompts, 4 when the run was begun
     with another recipe or other models, 5 when a hub is out of reach.
@@ -180,8 +182,8 @@ def open_run(recipe: Recipe, output: Path | None = None) -> Run:
     begun = (path / "run.json").exists()
     if begun:
         refuse_another_recipe(recipe, path)
-    elif any(not e.name.startswith(".") for e in _entries(path)) and not (path / "recipe.toml").exists():
-        raise OpdctlError(f"{path}: is not empty and is no run directory", hint="use another --output")
+    else:
+        refuse_foreign_folder(recipe, path)
     student, teacher = resolve_models(recipe)
     recorded = store.read_json(path / "run.json") if begun else {"models": {}}
     models = {
@@ -197,7 +199,7 @@ def open_run(recipe: Recipe, output: Path | None = None) -> Run:
             )
     if not begun:
         _begin(recipe, path, student, models)
-    elif store.read_text(path / "recipe.toml") != recipe.to_toml():
+    elif record and store.read_text(path / "recipe.toml") != recipe.to_toml():
         store.write_text(path / "recipe.toml", recipe.to_toml())
     run = Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
     for folder in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
@@ -205,8 +207,15 @@ def open_run(recipe: Recipe, output: Path | None = None) -> Run:
     return run
 
 
-def _entries(path: Path) -> list[Path]:
-    return list(path.iterdir()) if path.is_dir() else []
+def refuse_foreign_folder(recipe: Recipe, path: Path) -> None:
+    """Raise OpdctlError unless `path` is a folder, or can be one, that holds nothing but the start of this very run."""
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise OpdctlError(f"{path}: {part} is a file, not a folder", hint="use another --output")
+    own, recorded = {"recipe.toml", "prompts.parquet"}, path / "recipe.toml"
+    found = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} if path.is_dir() else set()
+    if found - own or (recorded.exists() and store.read_text(recorded) != recipe.to_toml()):
+        raise OpdctlError(f"{path}: is not empty and is no run directory", hint="use another --output")
 
 
 def recorded_run(path: Path) -> Run:
@@ -262,8 +271,8 @@ def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
         )
 
 
-def _begin(recipe: Recipe, path: Path, student: ModelDir, models: dict[str, dict[str, Any]]) -> None:
-    problems = load_problems(recipe.prompts)
+def prepare_prompts(recipe: Recipe, problems: list[Problem], student: ModelDir) -> tuple[list[Prompt], int]:
+    """Return the prompts as token ids and how many were too long. Raises OpdctlError (code 3) when too few are left."""
     prompts, dropped = tokenize(problems, student.tokenizer, recipe.prompts)
     if len(prompts) < recipe.rollout.prompts_per_step:
         raise OpdctlError(
@@ -272,10 +281,15 @@ def _begin(recipe: Recipe, path: Path, student: ModelDir, models: dict[str, dict
             hint="lower rollout.prompts_per_step, or give more prompts",
             code=ExitCode.DATA,
         )
+    return prompts, dropped
+
+
+def _begin(recipe: Recipe, path: Path, student: ModelDir, models: dict[str, dict[str, Any]]) -> None:
+    problems = load_problems(recipe.prompts)
+    prompts, dropped = prepare_prompts(recipe, problems, student)
     if dropped:
         log.warn(f"{dropped} of {len(problems)} prompts are longer than prompts.max_tokens and were dropped")
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
-    path.mkdir(parents=True, exist_ok=True)
     store.write_text(path / "recipe.toml", recipe.to_toml())
     sha256 = store.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])
     store.write_json(

@@ -364,7 +364,7 @@ class StageDir:
         """The digest of the finished stage: of its parts, not of when or where they were made."""
         manifest = self.manifest()
         if manifest is None:
-            raise OpdctlError(f"{self.path}: not finished", hint=f"run `{self.redo}`", code=ExitCode.DATA)
+            raise OpdctlError(f"{self.path}: not finished", hint=f"run `{self.redo}`", code=ExitCode.NO)
         return digest_of([part["sha256"] for part in manifest["parts"]])
 
 

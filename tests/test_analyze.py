@@ -107,8 +107,8 @@ def test_empty_responses_and_responses_of_one_token_are_legal(run):
 
 def test_a_run_without_scores_names_the_next_command(run):
     result = invoke("analyze-position", run.path)
-    assert result.code == 3
-    assert "opdctl score-teacher" in result.err
+    assert result.code == 1
+    assert "opdctl rollout" in result.err
 
 
 def test_a_hostile_name_cannot_reach_the_report_as_markup(tmp_path):

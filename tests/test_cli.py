@@ -182,7 +182,7 @@ def test_fewer_prompts_than_one_step_takes_are_refused(tmp_path: Path, dry: list
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "a"}\n')
     result = invoke("rollout", "--recipe", QUICKSTART, *sets(f"prompts.source={path}"), *dry)
-    check_refusal(result, 2, "rollout.prompts_per_step = 8", "hint:")
+    check_refusal(result, 3, "rollout.prompts_per_step = 8", "hint:")
     check_nothing_written()
 
 
@@ -307,6 +307,27 @@ def test_an_evaluation_of_a_model_that_is_not_there_is_told(finished: dict[str, 
 @pytest.mark.parametrize("command", ["rollout", "score-teacher", "eval"])
 def test_a_step_that_the_run_has_not_is_told(finished: dict[str, Any], command: str) -> None:
     check_refusal(invoke(command, "--output", finished["run"], "--step", "9"), 2, "9")
+
+
+def test_a_step_before_its_student_is_there_is_told_what_to_run_first(tmp_path: Path) -> None:
+    begin = ["--recipe", QUICKSTART, *sets("rollout.max_tokens=4"), "--output", tmp_path / "run"]
+    assert invoke("rollout", *begin).code == 0
+    for command in ("rollout", "score-teacher"):
+        check_refusal(invoke(command, *begin, "--step", "1"), 2, "step 1", "0 updates are done", "opdctl train")
+    assert not (tmp_path / "run" / "step-00001").exists()
+
+
+def test_repair_of_a_run_without_damage_changes_nothing(copy: Path) -> None:
+    result = invoke("train", "--output", copy, "--repair")
+    assert result.code == 0, result.err
+    assert "nothing to do" in result.err
+
+
+def test_repair_on_a_new_run_just_trains(tmp_path: Path) -> None:
+    overrides = sets("rollout.max_tokens=4", "train.steps=1")
+    result = invoke("train", "--recipe", QUICKSTART, *overrides, "--output", tmp_path / "run", "--repair")
+    assert result.code == 0, result.err
+    assert (tmp_path / "run" / "step-00000" / "update.json").is_file()
 
 
 def test_another_recipe_on_a_run_is_refused_with_what_changed_and_the_ways_on(finished: dict[str, Any]) -> None:

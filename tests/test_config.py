@@ -53,8 +53,8 @@ def lines(error: OpdctlError) -> list[str]:
 # ── What is shipped ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_three_recipes_are_shipped() -> None:
-    assert [path.stem for path in RECIPES] == ["cross_scale", "quickstart", "same_size"]
+def test_the_recipes_are_shipped() -> None:
+    assert {"cross_scale", "quickstart", "same_size"} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -188,10 +188,12 @@ def test_the_interval_is_repeatable_and_holds_the_mean() -> None:
     assert 0 <= first.low < first.mean < first.high <= 1
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_problems_that_all_agree_have_an_interval_of_one_point(share: float) -> None:
-    found = average([[bool(share)] * 4] * 5)
-    assert (found.mean, found.low, found.high) == (share, share, share)
+def test_five_problems_all_right_or_all_wrong_have_the_exact_binomial_interval() -> None:
+    # by Clopper and Pearson: the share at which five of five have probability 2.5 %
+    bound = 0.025 ** (1 / 5)
+    right, wrong = average([[True] * 4] * 5), average([[False] * 4] * 5)
+    assert (right.mean, right.low, right.high) == pytest.approx((1.0, bound, 1.0))
+    assert (wrong.mean, wrong.low, wrong.high) == pytest.approx((0.0, 0.0, 1 - bound))
 
 
 def test_a_single_problem_says_nothing_of_others() -> None:

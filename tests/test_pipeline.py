@@ -14,6 +14,7 @@ import torch
 from conftest import invoke, sets, small_recipe
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from opdctl import online
 from opdctl.engines import engine_pool
@@ -162,7 +163,7 @@ def test_training_without_scores_names_the_command_that_is_next(tmp_path):
 
 def test_scoring_without_responses_names_the_command_that_is_next(tmp_path):
     result = invoke("score-teacher", "--recipe", QUICKSTART, *sets(), "--output", tmp_path / "run")
-    assert result.code == ExitCode.DATA
+    assert result.code == ExitCode.NO
     assert "opdctl rollout" in result.err
 
 
@@ -264,6 +265,26 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(scored_run, budget):
     recipe = scored_run.recipe.model_copy(update={"train": train_settings})
     cut = dataclasses.replace(scored_run, recipe=recipe)
     assert_same_gradient(gradient(cut), gradient(scored_run))
+
+
+def test_recomputed_activations_give_the_same_gradient_and_are_recomputed(scored_run, monkeypatch):
+    train_settings = scored_run.recipe.train.model_copy(update={"gradient_checkpointing": True})
+    recipe = scored_run.recipe.model_copy(update={"train": train_settings})
+    calls = []
+    monkeypatch.setattr(Qwen3MLP, "forward", counted(Qwen3MLP.forward, calls))
+    found = gradient(dataclasses.replace(scored_run, recipe=recipe))
+    recomputed = len(calls)
+    calls.clear()
+    assert_same_gradient(found, gradient(scored_run))
+    assert recomputed == 2 * len(calls)
+
+
+def counted(function, calls):
+    def count(*arguments):
+        calls.append(1)
+        return function(*arguments)
+
+    return count
 
 
 def test_the_gradient_is_that_of_the_formula_on_full_logits(scored_run):

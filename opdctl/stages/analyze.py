@@ -15,6 +15,7 @@ from opdctl.records import Scored
 from opdctl.registry import WEIGHTS
 from opdctl.run import Run
 from opdctl.scored import read_scored
+from opdctl.status import next_stage_command
 from opdctl.weights import Floats, Weight
 
 TENTHS = 10
@@ -82,15 +83,12 @@ class Phase:
 def run(run: Run) -> dict[str, Any]:
     """Read every scored step, draw the figures, and return the report's paths and the summary.
 
-    Raises OpdctlError (code 3) when no step is scored yet, or an artifact is damaged.
+    Raises OpdctlError when no step is scored yet (code 1), or an artifact is damaged (code 3).
     """
     phases = _phases(scored_steps(run))
     if not phases:
-        raise OpdctlError(
-            f"{run.path}: no step has teacher scores yet",
-            hint=f"run `{run.command('score-teacher')}`",
-            code=ExitCode.DATA,
-        )
+        hint = f"run `{next_stage_command(run)}`"
+        raise OpdctlError(f"{run.path}: no step has teacher scores yet", hint=hint, code=ExitCode.NO)
     weight: Weight = WEIGHTS.build(run.recipe.weight.name, run.recipe.weight.params)
     with log.progress("analyze-position", sum(len(phase.steps) for phase in phases)) as advance:
         for phase in phases:

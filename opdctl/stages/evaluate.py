@@ -1,7 +1,7 @@
 """eval: a model answers a benchmark's problems, several times each, and the answers are graded."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,10 @@ def stored_summary(run: Run, bench: str, subject: str) -> dict[str, Any] | None:
     return store.read_json(path) if path.exists() else None
 
 
-def run(run: Run, bench: str, subject: Subject, engines: EnginePool, data: Path | None = None) -> dict[str, Any]:
-    """Answer and grade what is missing of a benchmark, and return its summary.
+def run(
+    run: Run, bench: str, subject: Subject, engines: EnginePool, data: Path | None = None
+) -> tuple[dict[str, Any], int]:
+    """Answer and grade what is missing of a benchmark. Return its summary and how many parts were made.
 
     Raises OpdctlError: 3 for bad benchmark data, 4 when it was begun with other settings, 5 when data are out of reach.
     """
@@ -82,7 +84,8 @@ def run(run: Run, bench: str, subject: Subject, engines: EnginePool, data: Path 
         ),
         redo=run.command("eval") + f" --bench {bench}",
     )
-    if todo := stage.missing():
+    todo = stage.missing()
+    if todo:
         _answer(run, benchmark, problems, subject, engines, stage, todo)
     stage.seal()
     summary = _summarise(
@@ -93,7 +96,7 @@ def run(run: Run, bench: str, subject: Subject, engines: EnginePool, data: Path 
     )
     if stored_summary(run, bench, subject.name) != summary:
         store.write_json(folder / "summary.json", summary)
-    return summary
+    return summary, len(todo)
 
 
 def _answer(
@@ -124,8 +127,8 @@ def _answer(
 
 
 def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:
-    text = problem.text + (run.recipe.eval.suffix if benchmark.boxed else "")
-    ids = template(text, model.tokenizer, run.recipe.prompts.template_arguments)
+    asked = replace(problem, text=problem.text + (run.recipe.eval.suffix if benchmark.boxed else ""))
+    ids = template(asked, model.tokenizer, run.recipe.prompts.template_arguments)
     return np.asarray(ids, np.int32)
 
 

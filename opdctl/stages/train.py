@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdctl import SCHEMA_VERSION, checkpoint, store
 from opdctl.batches import Padded, by_token_budget, pad
@@ -51,8 +53,7 @@ class Trainer:
         # Master weights are float32 whatever the export's type: an update of 1e-5 is lost in bfloat16.
         self._model = load(run.student, device=device, dtype="float32")
         if self._settings.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable()
-            self._model.train()  # transformers checkpoints in training mode only; the embedded models have no dropout
+            _recompute_activations(self._model)
         self._optimizer = _adamw(self._model, self._settings)
         if step := run.current_step():
             folder = run.trainer_path(step)
@@ -210,6 +211,14 @@ def _adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
         lr=settings.learning_rate,
         betas=(settings.betas[0], settings.betas[1]),
     )
+
+
+def _recompute_activations(model: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on, and dropout not: transformers recomputes only layers in training mode, and a
+    policy with dropout is another policy than the one that drew the responses."""
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
 
 
 def _not_finite(run: Run, what: str, samples: list[str]) -> OpdctlError:
