@@ -314,12 +314,12 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
     if done == before:
         log.say(f"nothing to do: all {steps} steps are done")
     shown = {key: "not measured" if value is None else f"{value:.1%}" for key, value in accuracy.items()}
-    total = sum(seconds.values())
+    spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value)
     log.pairs(
         f"{run.path}: {done} of {steps} steps",
         [
             ("accuracy", f"{shown['before']} → {shown['after']}  (teacher {shown['teacher']})"),
-            ("time", f"{total:.1f} s: " + ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items())),
+            ("time", f"{sum(seconds.values()):.1f} s: {spent}" if spent else "none"),
             ("student", str(student)),
             ("next", next_stage_command(run)),
         ],

@@ -100,12 +100,13 @@ def next_stage_command(run: Run) -> str:
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the status as (what, state) lines: finished steps in one line, then whatever is not finished."""
-    finished = [s for s in range(found["steps_done"]) if all(x.state == "done" for x in found["stages"] if x.step == s)]
-    lines = [("done", f"{len(finished)} steps")] if finished else []
+    """Return the status as (what, state) lines: the steps before the first unfinished one together, then the rest."""
+    unfinished = {stage.step for stage in found["stages"] if stage.state != "done"}
+    finished = range(min([*unfinished, found["steps_done"]]))
+    lines = [("finished", f"steps 0 to {finished[-1]}" if finished[-1] else "step 0")] if finished else []
     for stage in found["stages"]:
         if stage.step not in finished:
-            lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}"))
+            lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
     for summary in found["evaluations"]:
         lines.append((f"eval {summary['bench']}", f"{summary['model']}: {summary['avg']:.1%}"))
     return [*lines, ("next", found["next"])]

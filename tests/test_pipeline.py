@@ -141,6 +141,7 @@ def test_a_finished_command_does_nothing_and_says_so(copy):
     for command in ("rollout", "score-teacher", "train"):
         result = invoke(command, "--output", copy)
         assert result.code == 0
+        assert "nothing to do" in result.err
         assert "all 2 steps are done" in result.err
     assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name != "metrics.jsonl"}
 
