@@ -426,7 +426,10 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+    """Make `path` hold one JSON line a value; a file that holds them already is left alone."""
+    text = "".join(json.dumps(value) + "\n" for value in values)
+    if not path.exists() or read_text(path) != text:
+        write_text(path, text)
 
 
 def remove(path: Path) -> None:
