@@ -1,9 +1,10 @@
 """Make the embedded teacher, the two weak students and their tokenizer: `python -m opdctl.tasks.train_models OUT`.
 
-Everything is counted in steps, never in seconds, and seeded, so anyone can make the models again, bit for bit on the same
-machine with the same number of threads; with `--threads 1` it takes about 15 minutes. The teacher learns
-worked answers. A student first learns them as well (on-policy distillation selects a skill that the student has, it
-does not teach one in a few dozen steps) and is then degraded by a short training on faulty answers:
+Everything is seeded and counted in steps, never in seconds, so anyone can make the models again: bit for bit on the
+same machine with the same number of threads. With `--threads 1` it takes about 15 minutes.
+
+The teacher learns worked answers. A student first learns them as well (on-policy distillation selects a skill that the
+student has, it does not teach one in a few dozen steps) and is then degraded by a short training on faulty answers:
 
     student          stops writing the letters that are left early on and guesses from there: its errors begin early
     student-spread   makes a wrong step now and then and follows it faithfully: its errors are spread out
