@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,12 +103,12 @@ def _recipe(recipes: list[Path] | None, overrides: list[str] | None, output: Pat
     return load_recipe([output / "recipe.toml"], overrides or [])
 
 
-def _open(recipe: "Recipe", output: Path | None, *, record: bool = True) -> tuple["Run", str]:
-    """Open the run and set torch up. Return the run and the device."""
+def _open(recipe: "Recipe", output: Path | None, *needs: str, record: bool = True) -> tuple["Run", str]:
+    """Open the run, with the models that are needed at hand, and set torch up. Return the run and the device."""
     from opdctl.engines import resolve_device
     from opdctl.run import open_run
 
-    run = open_run(recipe, output, record=record)
+    run = open_run(recipe, output, needs=needs, record=record)
     import torch
 
     if recipe.pipeline.threads:
@@ -172,7 +173,7 @@ def rollout(
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
-            _run_stage("rollout", *_open(resolved, output), step, repair, json_)
+            _run_stage("rollout", *_open(resolved, output, "student"), step, repair, json_)
 
 
 @app.command("score-teacher")
@@ -198,7 +199,7 @@ def score_teacher(
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
-            _run_stage("score-teacher", *_open(resolved, output), step, repair, json_)
+            _run_stage("score-teacher", *_open(resolved, output, "teacher"), step, repair, json_)
 
 
 def _run_stage(name: str, run: "Run", device: str, step: int | None, repair: bool, as_json: bool) -> None:
@@ -208,13 +209,9 @@ def _run_stage(name: str, run: "Run", device: str, step: int | None, repair: boo
     from opdctl.status import next_stage_command
 
     start, at = time.monotonic(), _step(run, step)
-    done = at is None
-    at = run.recipe.train.steps - 1 if at is None else at
     stage, work = (run.rollout(at), rollout.run) if name == "rollout" else (run.scores(at), score.run)
-    if repair and (names := stage.discard_damaged()):
-        log.warn(f"damaged, made again: {', '.join(names)}")
     with engine_pool(device) as engines:
-        made = 0 if done else work(run, at, engines)
+        made = work(run, at, engines, repair=repair)
     parts = (stage.manifest() or {"parts": []})["parts"]
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -229,20 +226,25 @@ def _run_stage(name: str, run: "Run", device: str, step: int | None, repair: boo
         "next": next_stage_command(run),
     }
     counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
-    if done:
+    if made:
+        log.say(f"step {at}: wrote {stage.path}: {counts}")
+    elif run.current_step() == run.recipe.train.steps:
         log.say(f"nothing to do: all {run.recipe.train.steps} steps are done; raise train.steps to go on")
     else:
-        log.say(f"step {at}: wrote {stage.path}: {counts}" if made else f"nothing to do: {stage.path} is finished")
+        log.say(f"nothing to do: {stage.path} is finished")
     log.say(f"next: {report['next']}")
     if as_json:
         _emit(report)
 
 
-def _step(run: "Run", step: int | None) -> int | None:
-    """Return the step to work on, or None when all are done. Raises OpdctlError for a step that is not there yet."""
+def _step(run: "Run", step: int | None) -> int:
+    """Return the step to work on: the current one by default, the last when all are done.
+
+    Raises OpdctlError for a step that the run has not, or not yet.
+    """
     current, steps = run.current_step(), run.recipe.train.steps
     if step is None:
-        return current if current < steps else None
+        return min(current, steps - 1)
     if step >= steps:
         raise OpdctlError(f"--step {step}: {run.path} has steps 0 to {steps - 1}")
     if step > current:
@@ -277,25 +279,16 @@ def train(
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
-            _train(*_open(resolved, output), no_fill, repair, json_)
+            needs = ("student",) if no_fill else ("student", "teacher")
+            _train(*_open(resolved, output, *needs), no_fill, repair, json_)
 
 
 def _train(run: "Run", device: str, no_fill: bool, repair: bool, as_json: bool) -> None:
     from opdctl import online
 
     before = run.current_step()
-    if repair:
-        _repair_step(run, before)
-    clock = online.train(run, device, fill=not no_fill)
+    clock = online.train(run, device, fill=not no_fill, repair=repair)
     _close_training(run, before, clock.seconds, no_fill, as_json)
-
-
-def _repair_step(run: "Run", step: int) -> None:
-    for stage in (run.rollout, run.scores):
-        if step >= run.recipe.train.steps or not run.rollout(step).manifest():
-            return  # nothing of the step is finished, so nothing can be damaged
-        if names := stage(step).discard_damaged():
-            log.warn(f"step {step}: damaged, made again: {', '.join(names)}")
 
 
 def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill: bool, as_json: bool) -> None:
@@ -310,7 +303,7 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
             hint=f"run `{next_stage_command(run)}`",
             code=ExitCode.NO,
         )
-    accuracy, student = online.accuracy(run), run.student_at(done).path
+    accuracy, student = online.accuracy(run), run.student_path(done) if done else run.student.path
     if done == before:
         log.say(f"nothing to do: all {steps} steps are done")
     shown = {key: "not measured" if value is None else f"{value:.1%}" for key, value in accuracy.items()}
@@ -351,6 +344,7 @@ def evaluate(
         int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a folder of them.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make damaged parts of the evaluation again.")] = False,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = 0,
@@ -378,8 +372,9 @@ def evaluate(
         if dry_run:
             _show_evaluation_plan(chosen, output, data, json_)
         else:
-            run, device = _open(resolved, output, record=False)
-            _evaluate(run.seen_with(bench=chosen.eval.bench), device, model, step, data, json_)
+            needs = ("teacher",) if model == "teacher" else ("student",)
+            run, device = _open(resolved, output, *needs, record=False)
+            _evaluate(replace(run, recipe=chosen), device, model, step, data, repair, json_)
 
 
 def _show_evaluation_plan(recipe: "Recipe", output: Path | None, data: Path | None, as_json: bool) -> None:
@@ -392,7 +387,9 @@ def _show_evaluation_plan(recipe: "Recipe", output: Path | None, data: Path | No
     log.say("nothing was written")
 
 
-def _evaluate(run: "Run", device: str, model: str | None, step: int | None, data: Path | None, as_json: bool) -> None:
+def _evaluate(
+    run: "Run", device: str, model: str | None, step: int | None, data: Path | None, repair: bool, as_json: bool
+) -> None:
     from opdctl import online
     from opdctl.engines import engine_pool
     from opdctl.stages import evaluate as stage
@@ -404,7 +401,7 @@ def _evaluate(run: "Run", device: str, model: str | None, step: int | None, data
     summaries = []
     with engine_pool(device) as engines:
         for name in run.recipe.eval.bench:
-            summary, made = stage.run(run, name, subject, engines, data)
+            summary, made = stage.run(run, name, subject, engines, data, repair=repair)
             summaries.append(summary)
             folder = run.path / "eval" / name / subject.name
             log.say(online.accuracy_line(summary), style="bold")
@@ -439,7 +436,8 @@ def analyze_position(
 
         path = run_dir or output
         resolved = _recipe(recipe, set_, path)
-        run = recorded_run(path or run_path(resolved, None)).seen_with(weight=resolved.weight)
+        run = recorded_run(path or run_path(resolved, None))
+        run = replace(run, recipe=run.recipe.model_copy(update={"weight": resolved.weight}))
         _analyze(run, dry_run, json_)
 
 
@@ -485,7 +483,7 @@ def status(
         log.pairs(f"{run_dir}: {found['steps_done']} of {found['steps']} steps", reading.rows(found))
         if json_:
             _emit(reading.as_json(found))
-        if any(stage.state == "damaged" for stage in found["stages"]):
+        if found["damaged_evaluations"] or any(stage.state == "damaged" for stage in found["stages"]):
             raise typer.Exit(ExitCode.DATA)
 
 

@@ -4,6 +4,7 @@ A recipe is one complete run in TOML. Later files and `--set a.b=c` override ear
 each key is the recommended setting; the text below a key is its documentation.
 """
 
+import dataclasses
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ class Rollout(Sampling):
     parts: int = Field(default=8, gt=0)
     """Files a step's responses are cut into: the unit of resuming and of sharing work."""
     batch_size: int = Field(default=256, gt=0)
-    """Responses drawn together."""
+    """Responses drawn together, at most one part's."""
 
 
 class Score(Section):
@@ -128,7 +129,7 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, and much leaner."""
     keep_every: int = Field(default=50, gt=0)
-    """Students that are kept: every so many steps, and the last."""
+    """Students that are kept: every so many steps, those evaluated, and the last."""
     keep_last: int = Field(default=2, gt=0)
     """Newest students and trainer states that are kept besides."""
 
@@ -188,7 +189,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "rollout": ("seed", "student.", "rollout."),
     "score": ("teacher.", "score."),
     "update": ("seed", "student.", "weight.", "objective.", "train."),
-    "eval": ("seed", "eval."),
+    "eval": ("seed", "eval.", "student.dtype", "prompts.template_arguments", "rollout.engine"),
 }
 """The keys, or beginnings of keys, that shape what a stage makes."""
 
@@ -204,7 +205,7 @@ def shapes(key: str) -> list[str]:
 def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings that shape `stage`, by dotted key: the fingerprint of its artifacts."""
     free = () if stage == "eval" else FREE
-    skip = ("eval.every", "eval.bench")
+    skip = ("eval.every", "eval.bench", "eval.batch_size")
     flat = recipe.flat()
     return {k: flat[k] for k in sorted(flat) if k.startswith(STAGES[stage]) and not k.startswith((*free, *skip))}
 
@@ -235,7 +236,32 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
         lines = [f"{_origin(key, origin, default_origin)}: {key}: {text}" for key, text in problems]
         raise OpdctlError("\n".join(lines), hint=f"{len(lines)} to mend in the recipe; nothing was run")
     assert recipe is not None
-    return recipe
+    return _with_absolute_paths(_with_defaults(recipe))
+
+
+def _with_defaults(recipe: Recipe) -> Recipe:
+    """Write out the parameters that the recipe leaves to its components: a later default must not change a run."""
+    update = {}
+    for section, registry in (("weight", WEIGHTS), ("objective", OBJECTIVES)):
+        given: Component = getattr(recipe, section)
+        built = registry.build(given.name, given.params)
+        update[section] = type(given)(name=given.name, **dataclasses.asdict(built))
+    return recipe.model_copy(update=update)
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Make the paths of local models and prompts absolute: a run goes on from whatever folder it is called in."""
+
+    def absolute(text: str) -> str:
+        path = Path(text).expanduser()
+        return str(path.resolve()) if path.exists() else text
+
+    update: dict[str, Any] = {
+        name: model.model_copy(update={"model": absolute(model.model)})
+        for name, model in (("student", recipe.student), ("teacher", recipe.teacher))
+    }
+    update["prompts"] = recipe.prompts.model_copy(update={"source": absolute(recipe.prompts.source)})
+    return recipe.model_copy(update=update)
 
 
 def with_benches(recipe: Recipe, names: Sequence[str]) -> Recipe:
@@ -361,6 +387,11 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
             ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")
         )
     return problems
+
+
+def is_kept(recipe: Recipe, step: int) -> bool:
+    """Whether the student of `step` stays when newer ones are there."""
+    return any(every and step % every == 0 for every in (recipe.train.keep_every, recipe.eval.every))
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

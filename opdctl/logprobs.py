@@ -29,6 +29,22 @@ def response_logprobs(
     return token_logprobs(hidden_ND, model.get_output_embeddings().weight[:vocab_size], targets_N)
 
 
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> float:
+    """Return how far, in nats, this file's log-probs are from those of the model's own logits, on a few tokens.
+
+    They differ when the model does more to its logits than multiply by the output matrix: a bias, a scale, a cap.
+    """
+    ids_1T = torch.arange(8, device=model.device)[None]
+    head_VD = model.get_output_embeddings().weight
+    positions_N = torch.arange(1, 8, device=model.device)
+    ours_N, _ = response_logprobs(
+        model, ids_1T, torch.zeros_like(positions_N), positions_N, vocab_size=head_VD.shape[0]
+    )
+    theirs_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)
+    return float((theirs_TV[:-1].gather(-1, ids_1T[0, 1:, None]).squeeze(-1) - ours_N).abs().max())
+
+
 def token_logprobs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return log softmax(hidden · headᵀ) at the targets, and the entropy without gradient, in nats, both [N]."""
     size = max(1, CHUNK_LOGITS // head_VD.shape[0])

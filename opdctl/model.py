@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+TOLERANCE = {True: 1e-3, False: 0.5}  # nats, by whether the weights are float32
 
 
 def toy_models() -> list[str]:
@@ -113,10 +117,20 @@ class ModelDir:
     def config(self) -> dict[str, Any]:
         return json.loads((self.path / "config.json").read_text())
 
+    def files(self) -> list[Path]:
+        """Return the files that make the model what it is: weights, configs, tokenizer, template, code."""
+        return sorted({file for pattern in FILES for file in self.path.glob(pattern) if not file.name.startswith(".")})
+
     def digest(self) -> str:
-        """The digest of the weights and the config."""
-        files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json"]
-        return digest_of({file.name: sha256_file(file) for file in files})
+        """Return the digest of every file of the model."""
+        return digest_of({file.name: sha256_file(file) for file in self.files()})
+
+    def copy_settings(self, folder: Path) -> None:
+        """Make all files of `folder` but its weights and config.json those of this model: what it makes ends alike."""
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        for file in self.files():
+            if file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHTS):
+                shutil.copyfile(file, folder / file.name)
 
     def parameters(self) -> int:
         """Number of parameters stored, read from the safetensors headers alone."""
@@ -139,10 +153,10 @@ def load(model: ModelDir, *, device: str, dtype: str | None = None) -> "PreTrain
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from opdctl.logprobs import check_head
+
     logging.disable_progress_bar()  # opdctl shows its own
 
-    if transforms := [k for k in LOGIT_TRANSFORMS if model.config.get(k) not in (None, 1, 1.0, 0)]:
-        raise OpdctlError(f"{model.path}: config.json sets {', '.join(transforms)}, which opdctl does not follow")
     if not list(model.path.glob("*.safetensors")):
         raise OpdctlError(f"{model.path}: no *.safetensors; opdctl loads no pickled weights")
     try:
@@ -160,7 +174,13 @@ def load(model: ModelDir, *, device: str, dtype: str | None = None) -> "PreTrain
         raise OpdctlError(
             f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.DATA
         )
-    return loaded.to(device).eval()
+    loaded = loaded.to(device).eval()
+    if (off := check_head(loaded)) > TOLERANCE[loaded.dtype == torch.float32]:
+        raise OpdctlError(
+            f"{model.path}: its logits are not its hidden states times its output matrix: {off:.2g} nats apart",
+            hint="models with a bias, a scale or a cap on their logits are not supported yet",
+        )
+    return loaded
 
 
 def check_same_tokenizer(student: ModelDir, teacher: ModelDir) -> None:

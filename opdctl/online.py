@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opdctl import log, store
+from opdctl.config import is_kept
 from opdctl.engines import EnginePool, engine_pool
 from opdctl.run import Run
 from opdctl.stages import evaluate, rollout, score
@@ -30,23 +31,25 @@ class Clock:
             self.seconds[stage] += time.monotonic() - start
 
 
-def train(run: Run, device: str, *, fill: bool = True) -> Clock:
+def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> Clock:
     """Train until the recipe's last step and return where the time went.
 
     With `fill`, rollouts and teacher scores that a step still lacks are made here, and the student is evaluated as the
-    recipe says. Without it only updates are made, as far as other jobs' artifacts reach.
+    recipe says. Without it only updates are made, as far as other jobs' artifacts reach. With `repair`, damaged parts
+    are made again.
     """
     clock, steps = Clock(), run.recipe.train.steps
     with store.locked(run.path, "train"), engine_pool(device) as engines:
         store.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in range(run.current_step())])
+        forget_old_students(run)
         trainer = None
         for step in range(run.current_step(), steps):
             if fill:
                 evaluate_if_due(run, step, engines, clock)
                 with clock.time("rollout"):
-                    rollout.run(run, step, engines)
+                    rollout.run(run, step, engines, repair=repair)
                 with clock.time("score"):
-                    score.run(run, step, engines)
+                    score.run(run, step, engines, repair=repair)
             elif not ready(run, step):
                 break
             with clock.time("update"):
@@ -55,7 +58,7 @@ def train(run: Run, device: str, *, fill: bool = True) -> Clock:
             log.say(line(metrics, steps))
             forget_old_students(run)
         if fill:
-            evaluate_if_due(run, steps, engines, clock)
+            evaluate_if_due(run, run.current_step(), engines, clock)
     return clock
 
 
@@ -67,7 +70,7 @@ def ready(run: Run, step: int) -> bool:
 def evaluate_if_due(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
     """Evaluate the student before the first step, every so many, and after the last; the teacher once."""
     settings = run.recipe.eval
-    if not settings.every or (step % settings.every and step != run.recipe.train.steps):
+    if not settings.every or (step % settings.every and step < run.recipe.train.steps):
         return
     subjects = [evaluate.student(run, step)] + ([evaluate.teacher(run)] if step == 0 else [])
     for bench in settings.bench:
@@ -83,7 +86,7 @@ def forget_old_students(run: Run) -> None:
     settings, done = run.recipe.train, run.current_step()
     for step in range(1, done - settings.keep_last + 1):
         store.remove(run.trainer_path(step))
-        if step % settings.keep_every and (not run.recipe.eval.every or step % run.recipe.eval.every):
+        if not is_kept(run.recipe, step):
             store.remove(run.student_path(step))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from opdctl import SCHEMA_VERSION
 from opdctl.benchmarks import Benchmark
-from opdctl.config import Model, Recipe
+from opdctl.config import Model, Recipe, is_kept
 from opdctl.engines import resolve_device
 from opdctl.model import ModelDir, check_same_tokenizer, locate_here
 from opdctl.prompts import local_problems
@@ -19,6 +19,7 @@ from opdctl.run import prepare_prompts, refuse_another_recipe, refuse_foreign_fo
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINER_BYTES = 4 + 4 + 8  # float32 master weight, gradient, and AdamW's two moments, a parameter
+STATE_BYTES = 4 + 8  # the float32 weight and the two moments, as they are saved
 ID_BYTES = LOGPROB_BYTES = 4
 
 
@@ -44,7 +45,8 @@ class Plan:
     student_bytes: int | None
     optimizer_bytes: int | None
     teacher_bytes: int | None
-    exported_student_bytes: int | None
+    students_kept: int
+    disk_bytes: int | None
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -76,6 +78,9 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     response_tokens = responses * recipe.rollout.max_tokens
     rollout = ID_BYTES * (prompt_tokens + response_tokens) + LOGPROB_BYTES * response_tokens
     scores = LOGPROB_BYTES * response_tokens
+    newest = min(recipe.train.keep_last, steps)
+    kept = newest + sum(is_kept(recipe, step) for step in range(1, steps - newest + 1))
+    disk = _times(parameters["student"], kept * BYTES[recipe.student.dtype] + newest * STATE_BYTES)
     return Plan(
         run_dir=str(path),
         device=resolve_device(recipe.pipeline.device),
@@ -95,7 +100,8 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
         student_bytes=_times(parameters["student"], BYTES[recipe.student.dtype]),
         optimizer_bytes=_times(parameters["student"], TRAINER_BYTES),
         teacher_bytes=_times(parameters["teacher"], BYTES[recipe.teacher.dtype]),
-        exported_student_bytes=_times(parameters["student"], BYTES[recipe.student.dtype]),
+        students_kept=kept,
+        disk_bytes=None if disk is None else steps * (rollout + scores) + disk,
     )
 
 
@@ -149,7 +155,7 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         ("student", f"{_count(plan.student_parameters)} parameters, {size(plan.student_bytes)} in the engine"),
         ("training", f"{size(plan.optimizer_bytes)}: float32 weights, gradients and two moments"),
         ("teacher", f"{_count(plan.teacher_parameters)} parameters, {size(plan.teacher_bytes)}"),
-        ("a kept student", size(plan.exported_student_bytes)),
+        ("disk", f"≤ {size(plan.disk_bytes)}: artifacts, {plan.students_kept} students, newest trainer states"),
     ]
 
 

@@ -71,7 +71,9 @@ class Registry(Generic[T]):
         """Build the component `name` with `params`. Raises OpdctlError with everything that is wrong with them."""
         if problems := self.problems(name, params):
             raise OpdctlError("\n".join(text for _, text in problems))
-        return self.get(name)(**params)
+        maker = self.get(name)
+        hints = typing.get_type_hints(maker)
+        return maker(**{key: float(value) if hints[key] is float else value for key, value in params.items()})
 
 
 def _fits(value: Any, wanted: type) -> bool:

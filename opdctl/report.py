@@ -67,6 +67,7 @@ def _csv(phases: list[Any]) -> str:
 
 def _page(summary: dict[str, Any], image: bytes) -> str:
     name = html.escape(summary["run"])
+    weight = html.escape(", ".join(f"{key} {value}" for key, value in summary["weight"].items()))
     sentences = "".join(f"<p>{html.escape(sentence(phase))}</p>" for phase in summary["phases"])
     tables = "".join(_tenths(phase) for phase in summary["phases"])
     picture = base64.b64encode(image).decode()
@@ -76,6 +77,7 @@ def _page(summary: dict[str, Any], image: bytes) -> str:
         "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right}"
         "th{border-bottom:1px solid}caption{text-align:left;font-weight:600}</style>"
         f"<h1>{name}: where the teacher’s signal lies</h1>{sentences}"
+        f"<p>Token weight: {weight}.</p>"
         f'<img alt="Discrepancy, reverse KL and weight by token position" src="data:image/png;base64,{picture}">'
         f"{tables}</html>\n"
     )

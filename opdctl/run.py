@@ -7,7 +7,8 @@ directory is whole. Opening an old one compares the recipe and the models with w
 import importlib.metadata
 import shlex
 import subprocess
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from opdctl import SCHEMA_VERSION, log, store
-from opdctl.config import FREE, Recipe, Weight, changed, describe_changes, load_recipe, settings_of
+from opdctl.config import FREE, Model, Recipe, changed, describe_changes, load_recipe, settings_of
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import Problem, load_problems, tokenize
@@ -35,12 +36,6 @@ class Run:
     teacher: ModelDir
     student_digest: str
     teacher_digest: str
-
-    def seen_with(self, *, weight: Weight | None = None, bench: list[str] | None = None) -> "Run":
-        """Return this run with another token weight or other benchmarks, which nothing recorded depends on."""
-        chosen = self.recipe.eval.model_copy(update={"bench": bench or self.recipe.eval.bench})
-        update = {"weight": weight or self.recipe.weight, "eval": chosen}
-        return replace(self, recipe=self.recipe.model_copy(update=update))
 
     # ── Where things lie ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -172,39 +167,41 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: run.stat().st_mtime)
 
 
-def open_run(recipe: Recipe, output: Path | None = None, *, record: bool = True) -> Run:
-    """Open the run directory of `recipe`, or begin it. With `record`, settings that may change are written down.
+BOTH = frozenset({"student", "teacher"})
 
-    Raises OpdctlError: 2 for a missing model or tokenizers that differ, 3 for bad prompts, 4 when the run was begun
-    with another recipe or other models, 5 when a hub is out of reach.
+
+def open_run(recipe: Recipe, output: Path | None = None, *, needs: Collection[str] = BOTH, record: bool = True) -> Run:
+    """Open the run directory of `recipe`, or begin it.
+
+    needs: the models that must be at hand; a begun run's others are taken as recorded. record: write settings that may
+    change down. Raises OpdctlError: 2 for a missing model or tokenizers that differ, 3 for bad prompts, 4 when the run
+    was begun with another recipe or other models, 5 when a hub is out of reach.
     """
     path = run_path(recipe, output)
-    begun = (path / "run.json").exists()
-    if begun:
-        refuse_another_recipe(recipe, path)
-    else:
+    if not (path / "run.json").exists():
         refuse_foreign_folder(recipe, path)
-    student, teacher = resolve_models(recipe)
-    recorded = store.read_json(path / "run.json") if begun else {"models": {}}
-    models = {
-        name: _identify(model, recorded["models"].get(name))
-        for name, model in (("student", student), ("teacher", teacher))
-    }
-    for name, model in models.items():
-        if begun and model["digest"] != recorded["models"][name]["digest"]:
-            raise OpdctlError(
-                f"{path}: the {name} at {recorded['models'][name]['path']} is not the one this run began with",
-                hint="restore it, or use another --output",
-                code=ExitCode.SETTINGS,
-            )
-    if not begun:
-        _begin(recipe, path, student, models)
-    elif record and store.read_text(path / "recipe.toml") != recipe.to_toml():
+        _begin(recipe, path)
+    refuse_another_recipe(recipe, path)
+    if record and store.read_text(path / "recipe.toml") != recipe.to_toml():
         store.write_text(path / "recipe.toml", recipe.to_toml())
-    run = Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
+    run = _as_recorded(recipe, path)
+    for name, model in (("student", run.student), ("teacher", run.teacher)):
+        if name in needs:
+            _check_model(path, name, model)
     for folder in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
         store.sweep(folder)
     return run
+
+
+def _check_model(path: Path, name: str, model: ModelDir) -> None:
+    """Raise OpdctlError (code 4) unless a model's files are those that the run began with."""
+    recorded = store.read_json(path / "run.json")["models"][name]
+    if not model.path.is_dir() or _identify(model, recorded)["digest"] != recorded["digest"]:
+        raise OpdctlError(
+            f"{path}: the {name} at {model.path} is not the one this run began with",
+            hint="restore it, or use another --output",
+            code=ExitCode.SETTINGS,
+        )
 
 
 def refuse_foreign_folder(recipe: Recipe, path: Path) -> None:
@@ -223,8 +220,16 @@ def recorded_run(path: Path) -> Run:
     recipe = read_recipe(path)
     if not (path / "run.json").exists():
         raise OpdctlError(f"{path}: this run was never begun: it has no run.json", hint="run `opdctl rollout` first")
+    return _as_recorded(recipe, path)
+
+
+def _as_recorded(recipe: Recipe, path: Path) -> Run:
+    """Return the run with its models where run.json says: a hub's newer revision does not concern it."""
     models = store.read_json(path / "run.json")["models"]
-    student, teacher = (ModelDir(Path(models[name]["path"]), "float32") for name in ("student", "teacher"))
+    student, teacher = (
+        ModelDir(Path(models[name]["path"]), settings.dtype, settings.trust_remote_code)
+        for name, settings in (("student", recipe.student), ("teacher", recipe.teacher))
+    )
     return Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
 
 
@@ -237,25 +242,16 @@ def read_recipe(path: Path) -> Recipe:
     return load_recipe([path / "recipe.toml"])
 
 
-def resolve_models(recipe: Recipe) -> tuple[ModelDir, ModelDir]:
-    """Return student and teacher, found and with one tokenizer. No weights are loaded."""
-    student, teacher = (
-        ModelDir(locate(model, f"{key}.model"), model.dtype, model.trust_remote_code)
-        for key, model in (("student", recipe.student), ("teacher", recipe.teacher))
-    )
-    for model in (student, teacher):
-        if model.trust_remote_code:
-            log.warn(f"trust_remote_code is on: code that comes with {model.path} will run")
-    check_same_tokenizer(student, teacher)
-    return student, teacher
+def _find(model: Model, name: str) -> ModelDir:
+    if model.trust_remote_code:
+        log.warn(f"trust_remote_code is on: code that comes with {model.model} will run")
+    return ModelDir(locate(model, f"{name}.model"), model.dtype, model.trust_remote_code)
 
 
 def _identify(model: ModelDir, recorded: dict[str, Any] | None) -> dict[str, Any]:
     """Return what run.json says of a model. Files with the recorded sizes and times are not hashed again."""
-    files = [*sorted(model.path.glob("*.safetensors")), model.path / "config.json"]
-    stamp = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    same = recorded is not None and recorded["stamp"] == stamp and recorded["path"] == str(model.path)
-    digest = recorded["digest"] if recorded is not None and same else model.digest()
+    stamp = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in model.files()}
+    digest = recorded["digest"] if recorded is not None and recorded["stamp"] == stamp else model.digest()
     return {"path": str(model.path), "digest": digest, "tokenizer": model.tokenizer_digest, "stamp": stamp}
 
 
@@ -284,11 +280,14 @@ def prepare_prompts(recipe: Recipe, problems: list[Problem], student: ModelDir) 
     return prompts, dropped
 
 
-def _begin(recipe: Recipe, path: Path, student: ModelDir, models: dict[str, dict[str, Any]]) -> None:
+def _begin(recipe: Recipe, path: Path) -> None:
+    student, teacher = _find(recipe.student, "student"), _find(recipe.teacher, "teacher")
+    check_same_tokenizer(student, teacher)
     problems = load_problems(recipe.prompts)
     prompts, dropped = prepare_prompts(recipe, problems, student)
     if dropped:
         log.warn(f"{dropped} of {len(problems)} prompts are longer than prompts.max_tokens and were dropped")
+    models = {name: _identify(model, None) for name, model in (("student", student), ("teacher", teacher))}
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     store.write_text(path / "recipe.toml", recipe.to_toml())
     sha256 = store.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])

@@ -17,7 +17,8 @@ def read_scored(run: Run, step: int) -> Iterator[Scored]:
     """
     rollout, scores = run.rollout(step), run.scores(step)
     for index in range(len(rollout.names)):
-        yield from join(read_rows(rollout.verify(index), Response), read_scores(scores.verify(index)))
+        responses = rollout.verify(index)
+        yield from join(read_rows(responses, Response), read_scores(scores.verify(index), rollout.sha256(index)))
 
 
 def join(responses: Sequence[Response], scores: Mapping[str, Logprobs]) -> list[Scored]:

@@ -44,19 +44,29 @@ def _stage(run: Run, step: int, name: str) -> StageDir | None:
 
 
 def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
-    """Return what stands of a step's update and of the student that came of it."""
+    """Return what stands of a step's update, and of the student and trainer state that came of it."""
     if not run.update_path(step).exists():
         return StageStatus(step, "update", "missing", "")
     try:
-        recorded = run.update(step)["student"]
-        path = run.student_path(step + 1)
-        if not path.is_dir():
-            return StageStatus(step, "update", "done", "its student is not kept")
-        if verify:
-            store.check_directory(path, recorded)
+        record, newest = run.update(step), step + 1 == run.current_step()
+        for name, path in (("student", run.student_path(step + 1)), ("trainer", run.trainer_path(step + 1))):
+            if newest and not path.is_dir():
+                raise store.damaged(path, "the newest is missing")
+            if verify and path.is_dir():
+                store.check_directory(path, record[name])
+        if verify and record["inputs"] != {"rollout": run.rollout(step).digest, "teacher": run.scores(step).digest}:
+            raise store.damaged(run.step_path(step), "the update was made from other responses or scores")
     except OpdctlError as error:
         return StageStatus(step, "update", "damaged", error.message)
-    return StageStatus(step, "update", "done", str(path))
+    kept = run.student_path(step + 1).is_dir()
+    return StageStatus(step, "update", "done", str(run.student_path(step + 1)) if kept else "its student is not kept")
+
+
+def evaluations(run: Run, *, verify: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the summaries of the finished evaluations, and what is damaged among them."""
+    paths = sorted(run.path.glob("eval/*/*/summary.json"))
+    problems = [problem for path in paths for problem in store.verify_sealed(path.parent)] if verify else []
+    return [store.read_json(path) for path in paths], problems
 
 
 def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
@@ -67,25 +77,27 @@ def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
     for step in begun:
         stages += [stage_status(run, step, name, verify=verify) for name in ("rollout", "teacher")]
         stages.append(update_status(run, step, verify=verify))
-    summaries = sorted(run.path.glob("eval/*/*/summary.json"))
+    summaries, problems = evaluations(run, verify=verify)
     return {
         "schema_version": SCHEMA_VERSION,
         "run_dir": str(run.path),
         "steps_done": done,
         "steps": run.recipe.train.steps,
         "stages": stages,
-        "evaluations": [store.read_json(path) for path in summaries],
+        "evaluations": summaries,
+        "damaged_evaluations": problems,
         "next": next_command(run, stages),
     }
 
 
 def next_command(run: Run, stages: list[StageStatus]) -> str:
-    """Return the command to run next: repair what is damaged first, then what is missing, then look at the result."""
+    """Return the command to run next: repair what can be made again first, then what is missing, then the result."""
     for stage in stages:
-        if stage.state == "damaged" and stage.stage != "update":
-            return (
-                run.command({"rollout": "rollout", "teacher": "score-teacher"}[stage.stage], stage.step) + " --repair"
-            )
+        # Responses can only be drawn again while the student that drew them is kept.
+        if stage.state == "damaged" and stage.stage == "rollout" and stage.step in run.kept_steps():
+            return run.command("rollout", stage.step) + " --repair"
+        if stage.state == "damaged" and stage.stage == "teacher":
+            return run.command("score-teacher", stage.step) + " --repair"
     return next_stage_command(run)
 
 
@@ -107,6 +119,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     for stage in found["stages"]:
         if stage.step not in finished:
             lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
+    lines += [("damaged", problem) for problem in found["damaged_evaluations"]]
     for summary in found["evaluations"]:
         lines.append((f"eval {summary['bench']}", f"{summary['model']}: {summary['avg']:.1%}"))
     return [*lines, ("next", found["next"])]

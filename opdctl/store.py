@@ -86,14 +86,21 @@ def _published(final: Path) -> Iterator[Path]:
         _fsync(final.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OpdctlError(
-                f"{final}: the disk is full", hint="free some space and run the same command again", code=ExitCode.REACH
-            ) from error
+            raise _disk_full(final) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise OpdctlError(f"{final}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
         raise
+    except SafetensorError as error:  # wraps the system's error in its text
+        if "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
+        raise _disk_full(final) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def _disk_full(path: Path) -> OpdctlError:
+    hint = "free some space and run the same command again"
+    return OpdctlError(f"{path}: the disk is full", hint=hint, code=ExitCode.REACH)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,11 +123,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`. Raises OpdctlError (code 3) when it cannot be read."""
+    """Return the JSON value in `path`. Raises OpdctlError (code 3) when it cannot be read: nothing makes it again."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise damaged(path, f"cannot be read: {error}") from error
+        hint = "restore it from a copy, or start again in another --output"
+        raise damaged(path, f"cannot be read: {error}", hint) from error
 
 
 def damaged(path: Path, why: str, hint: str | None = None) -> OpdctlError:
@@ -176,14 +184,20 @@ def write_scores(path: Path, ids: Sequence[str], logprobs: Sequence[Logprobs], m
     save_file(tensors, path, metadata={"opdctl": json.dumps({**meaning, "sample_ids": list(ids)})})
 
 
-def read_scores(path: Path) -> dict[str, Logprobs]:
-    """Return the teacher's log-probs of one part by sample id. Raises OpdctlError (code 3) when it is damaged."""
+def read_scores(path: Path, rollout_sha256: str) -> dict[str, Logprobs]:
+    """Return the teacher's log-probs of one part by sample id.
+
+    Raises OpdctlError (code 3) when it is damaged, or when it scores another rollout part than the one of this digest.
+    """
     try:
         with safe_open(path, "np") as file:
-            ids = json.loads((file.metadata() or {})["opdctl"])["sample_ids"]
+            meaning = json.loads((file.metadata() or {})["opdctl"])
+            ids, scored = meaning["sample_ids"], meaning["rollout"]
             offsets, logprobs = file.get_tensor("offsets"), file.get_tensor("logprobs")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, str(error)) from error
+    if scored != rollout_sha256:
+        raise damaged(path, "it scores other responses than those beside it")
     fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and offsets[-1] == len(logprobs)
     if not fits or (np.diff(offsets) < 0).any() or len(set(ids)) != len(ids):
         raise damaged(path, "its offsets, ids and log-probs do not fit together")
@@ -289,6 +303,24 @@ class StageDir:
             return False
         return not digests or record.sha256 == sha256_file(path)
 
+    def todo(self, *, repair: bool = False) -> list[int]:
+        """Return the numbers of the parts to make: the missing ones, and with `repair` the damaged ones too."""
+        return sorted({*self.missing(), *(self.damaged_parts() if repair else ())})
+
+    @contextlib.contextmanager
+    def work(self, *, repair: bool = False) -> Iterator[list[int]]:
+        """Yield the numbers of the parts to make, nobody else making any, and seal the stage when the block ends well.
+
+        A damaged part stays where it is until the new one takes its place. Raises OpdctlError (code 5) when another
+        process works on the stage.
+        """
+        if self.done() and not repair and not self._work_path.exists():
+            yield []
+            return
+        with locked(self.path.parent, self.path.name):
+            yield self.todo(repair=repair)
+            self.seal()
+
     def done(self) -> bool:
         return self.manifest() is not None and not self.missing()
 
@@ -324,11 +356,15 @@ class StageDir:
             receipts = [read_json(r) if (r := self._receipt(i)).exists() else None for i in range(len(self.names))]
             parts = [receipt or asdict(self._recorded(i)) for i, receipt in enumerate(receipts)]
             write_json(self.manifest_path, {**read_json(self._work_path), "parts": parts})
-            self._work_path.unlink()
-            sweep(self.path)
             for index in range(len(self.names)):
                 self._receipt(index).unlink(missing_ok=True)
+            sweep(self.path)
+            self._work_path.unlink()  # last: while it is there, sealing is tried again
         return True
+
+    def sha256(self, index: int) -> str:
+        """Return the recorded digest of a finished part."""
+        return self._recorded(index).sha256
 
     def verify(self, index: int, *, digests: bool = True) -> Path:
         """Return the path of a finished part. Raises OpdctlError (code 3) when it is not what was recorded."""
@@ -352,13 +388,6 @@ class StageDir:
                 found[index] = error.message
         return found
 
-    def discard_damaged(self) -> list[str]:
-        """Remove the damaged parts, so that they count as missing, and return their names."""
-        names = [self.names[index] for index in self.damaged_parts()]
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
-        return names
-
     @property
     def digest(self) -> str:
         """The digest of the finished stage: of its parts, not of when or where they were made."""
@@ -380,8 +409,9 @@ def publish_directory(final: Path, fill: Callable[[Path], None]) -> dict[str, st
 
 
 def directory_digests(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in a directory, by its relative name."""
-    return {str(p.relative_to(path)): sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    """Return the SHA-256 of every file in a directory by its relative name; hidden ones are a file manager's."""
+    files = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    return {str(p.relative_to(path)): sha256_file(p) for p in files}
 
 
 def check_directory(path: Path, digests: Mapping[str, str]) -> None:
@@ -411,7 +441,9 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise OpdctlError(
-            f"{folder}: another process is running `{name}` here", hint="wait for it, or use another --output"
+            f"{folder}: another process is working on `{name}` here",
+            hint="wait for it, or use another --output",
+            code=ExitCode.REACH,
         ) from None
     try:
         yield
@@ -438,3 +470,15 @@ def remove(path: Path) -> None:
         grave = _temporary(path)
         path.rename(grave)
         shutil.rmtree(grave)
+
+
+def verify_sealed(folder: Path) -> list[str]:
+    """Return what is wrong with the parts that the manifest in `folder` lists, whatever stage made them."""
+    found = []
+    for part in read_json(folder / "manifest.json")["parts"]:
+        path = folder / Path(part["name"]).name  # a name cannot lead out of the folder
+        if not path.exists():
+            found.append(f"{path}: missing")
+        elif sha256_file(path) != part["sha256"]:
+            found.append(f"{path}: its SHA-256 is not the one that was written")
+    return found

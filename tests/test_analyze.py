@@ -39,8 +39,9 @@ def plant(run: Run, step: int, advantages: list[np.ndarray]) -> None:
     rollout.seal()
     scores = run.scores(step)
     scores.begin({})
+    meaning = {"rollout": rollout.sha256(0)}
     logprobs = [(a - 1).astype(np.float32) for a in advantages]
-    scores.write(0, partial(write_scores, ids=names, logprobs=logprobs, meaning={}), rows=len(rows), tokens=0)
+    scores.write(0, partial(write_scores, ids=names, logprobs=logprobs, meaning=meaning), rows=len(rows), tokens=0)
     scores.seal()
 
 

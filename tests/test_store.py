@@ -119,8 +119,11 @@ def test_a_damaged_part_is_named_with_the_command_that_makes_it_again(tmp_path, 
     assert str(path) in caught.value.message
     assert why in caught.value.message
     assert "opdctl rollout --repair" in caught.value.hint
-    assert made.discard_damaged() == [made.names[1]]
-    assert made.missing() == [1]
+    assert made.todo(repair=True) == [1]
+    with made.work(repair=True) as todo:
+        fill(made, *todo)
+    assert made.verify(1).read_text() == "part 1"
+    assert made.todo(repair=True) == []
 
 
 def test_a_part_made_again_with_other_bytes_changes_the_stage_s_digest(tmp_path):
@@ -227,24 +230,43 @@ def test_rows_of_another_kind_are_refused(tmp_path):
 
 def test_scores_come_back_by_id(tmp_path):
     logprobs = [np.array([-1.5, -2.5], np.float32), np.zeros(0, np.float32), np.array([-3.0], np.float32)]
-    store.write_scores(tmp_path / "s.safetensors", ["a", "b", "c"], logprobs, {"teacher": "t"})
-    found = store.read_scores(tmp_path / "s.safetensors")
+    store.write_scores(tmp_path / "s.safetensors", ["a", "b", "c"], logprobs, {"rollout": "r"})
+    found = store.read_scores(tmp_path / "s.safetensors", "r")
     assert {name: values.tolist() for name, values in found.items()} == {"a": [-1.5, -2.5], "b": [], "c": [-3.0]}
 
 
 def test_a_truncated_score_part_is_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    store.write_scores(path, ["a"], [np.array([-1.0], np.float32)], {})
+    store.write_scores(path, ["a"], [np.array([-1.0], np.float32)], {"rollout": "r"})
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(OpdctlError, match="damaged"):
-        store.read_scores(path)
+        store.read_scores(path, "r")
 
 
 def test_scores_whose_offsets_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    store.write_scores(path, ["a", "a"], [np.array([-1.0], np.float32)] * 2, {})
+    store.write_scores(path, ["a", "a"], [np.array([-1.0], np.float32)] * 2, {"rollout": "r"})
     with pytest.raises(OpdctlError, match="do not fit together"):
-        store.read_scores(path)
+        store.read_scores(path, "r")
+
+
+def test_scores_of_other_responses_are_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    store.write_scores(path, ["a"], [np.array([-1.0], np.float32)], {"rollout": "r"})
+    with pytest.raises(OpdctlError, match="scores other responses"):
+        store.read_scores(path, "another")
+
+
+def test_two_processes_cannot_work_on_one_stage(tmp_path):
+    made = stage(tmp_path / "s")
+    with made.work() as todo:
+        assert todo == [0, 1, 2]
+        with pytest.raises(OpdctlError, match="another process is working") as caught, stage(tmp_path / "s").work():
+            pass
+        assert caught.value.code == ExitCode.REACH
+        fill(made, *todo)
+    with stage(tmp_path / "s").work() as todo:
+        assert todo == []
 
 
 def test_a_directory_is_published_whole_or_not_at_all(tmp_path):
@@ -270,7 +292,7 @@ def test_a_lock_is_refused_while_held_and_free_after_its_owner_died(tmp_path):
     )
     owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "held\n"
-    with pytest.raises(OpdctlError, match="another process is running `train`"), store.locked(tmp_path, "train"):
+    with pytest.raises(OpdctlError, match="another process is working on `train`"), store.locked(tmp_path, "train"):
         pass
     owner.kill()
     owner.wait()

@@ -52,7 +52,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, model: ModelDir) -> None:
-        """Take over another directory's weights of the same shape."""
+        """Take over another directory's weights."""
         ...
 
     def close(self) -> None:
@@ -82,16 +82,17 @@ class EnginePool:
 
     def __init__(self, device: str):
         self._device = device
-        self._engines: dict[str, tuple[Engine, ModelDir]] = {}
+        self._engines: dict[tuple[str, str], tuple[Engine, ModelDir]] = {}
 
     def get(self, role: str, engine: str, model: ModelDir) -> Engine:
         """Return the engine of `role` with the weights of `model`."""
-        if role not in self._engines:
-            self._engines[role] = (ENGINES.get(engine)(model, self._device), model)
-        held, loaded = self._engines[role]
+        key = (role, engine)
+        if key not in self._engines:
+            self._engines[key] = (ENGINES.get(engine)(model, self._device), model)
+        held, loaded = self._engines[key]
         if loaded.path != model.path:
             held.load_weights(model)
-            self._engines[role] = (held, model)
+            self._engines[key] = (held, model)
         return held
 
     def close(self) -> None:

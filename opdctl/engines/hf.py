@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from opdctl.batches import by_token_budget, pad
 from opdctl.config import Sampling
 from opdctl.engines import Completion, Request
-from opdctl.errors import OpdctlError
 from opdctl.logprobs import response_logprobs
 from opdctl.model import ModelDir, load
 from opdctl.records import Ids, Logprobs
@@ -30,23 +28,22 @@ class TransformersEngine:
     """Generates and scores with a transformers model in this process."""
 
     def __init__(self, model: ModelDir, device: str):
-        self._device, self._vocab_size = device, model.vocab_size
-        self._model = load(model, device=device)
-        self._eos = torch.tensor(model.eos_ids, device=device)
+        self._device = device
+        self.load_weights(model)
         self.meaning = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 
     def load_weights(self, model: ModelDir) -> None:
-        state = {k: v for file in sorted(model.path.glob("*.safetensors")) for k, v in load_file(file).items()}
-        try:
-            missing, unexpected = self._model.load_state_dict(state, strict=False)
-        except RuntimeError as error:  # another shape
-            raise OpdctlError(f"{model.path}: weights do not fit the loaded model: {error}") from error
-        # A tied matrix is stored once; the loaded model's head already is its embedding.
-        if odd := [*unexpected, *(set(missing) - set(self._model.all_tied_weights_keys))]:
-            raise OpdctlError(f"{model.path}: weights do not fit the loaded model: {', '.join(sorted(odd)[:5])}")
+        """Take over another directory's weights, by loading it anew.
+
+        A mixture of experts is stored in another shape than it is held in, so tensors cannot simply be copied over.
+        """
+        self.close()
+        self._model = load(model, device=self._device)
+        self._vocab_size = model.vocab_size
+        self._eos = torch.tensor(model.eos_ids, device=self._device)
 
     def close(self) -> None:
-        del self._model
+        self._model = None
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
@@ -83,12 +80,11 @@ class TransformersEngine:
         length_B = torch.full((count,), longest, device=self._device)
         stopped_B = torch.zeros(count, dtype=torch.bool, device=self._device)
 
-        batch = _Batch(self._model, [request.prompt_ids for request in requests], self._device)
+        batch = _Batch(self._model, self._vocab_size, [request.prompt_ids for request in requests], self._device)
         uniform_BT = uniform_BT.to(self._device)
         rows_B = torch.arange(count, device=self._device)
         for t in range(longest):
-            logits_BV = batch.logits()[:, : self._vocab_size].float()
-            token_B, logp_B = draw(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
+            token_B, logp_B = draw(batch.logits(), uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
             ids_BT[rows_B, t], logp_BT[rows_B, t] = token_B, logp_B
             ended_B = torch.isin(token_B, self._eos) & ~stopped_B[rows_B]
             length_B[rows_B[ended_B]] = t + 1
@@ -116,14 +112,16 @@ def _completions(ids_BT: Tensor, logp_BT: Tensor, length_B: Tensor, stopped_B: T
 
 
 class _Batch:
-    """Responses in work: the cache, the mask of real positions, and the logits of the next token.
+    """Responses in work: the cache, the mask of real positions, and the last hidden state.
 
     Prompts of different lengths are padded on the left, with position ids from the mask; where none needs padding there
     is no mask, which is faster.
     """
 
-    def __init__(self, model: torch.nn.Module, prompts: Sequence[Ids], device: str):
+    def __init__(self, model: PreTrainedModel, vocab_size: int, prompts: Sequence[Ids], device: str):
         self._model, self._cache = model, DynamicCache(config=model.config)
+        # In float32, as for scoring: logits in bfloat16 are an eighth of a nat apart where they matter.
+        self._head_VD = model.get_output_embeddings().weight[:vocab_size].float()
         longest = max(len(prompt) for prompt in prompts)
         ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -136,18 +134,18 @@ class _Batch:
         self._forward(ids_BT.to(device), positions_BT.to(device))
 
     def _forward(self, ids_BT: Tensor, positions_BT: Tensor) -> None:
-        out = self._model(
+        hidden_BTD = self._model.base_model(
             input_ids=ids_BT,
             position_ids=positions_BT,
             attention_mask=self._mask_BT,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
-        )
-        self._logits_BV = out.logits[:, -1]
+        ).last_hidden_state
+        self._hidden_BD = hidden_BTD[:, -1]
 
     def logits(self) -> Tensor:
-        return self._logits_BV
+        """Return the next token's logits over the tokenizer's own ids, [B, V], float32."""
+        return self._hidden_BD.float() @ self._head_VD.T
 
     def feed(self, token_B: Tensor) -> None:
         """Append one token to each response."""

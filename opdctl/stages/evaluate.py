@@ -24,26 +24,29 @@ from opdctl.store import Fingerprint, StageDir, digest_of, read_rows, write_rows
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is evaluated: a name for its folder, its files, their digest, and the engine role it takes."""
+    """The model that is evaluated: the name of its folder, its files, their digest, the engine role that it takes, and
+    the options of `opdctl eval` that choose it."""
 
     name: str
     model: ModelDir
     digest: str
     role: str
+    options: str
 
 
 def student(run: Run, step: int) -> Subject:
-    return Subject(f"step-{step:05d}", run.student_at(step), run.policy_digest(step), "student")
+    return Subject(f"step-{step:05d}", run.student_at(step), run.policy_digest(step), "student", f"--step {step}")
 
 
 def teacher(run: Run) -> Subject:
-    return Subject("teacher", run.teacher, run.teacher_digest, "teacher")
+    return Subject("teacher", run.teacher, run.teacher_digest, "teacher", "--model teacher")
 
 
 def other(path: Path, like: ModelDir) -> Subject:
     """A model directory that is no part of the run."""
     model = ModelDir(path, like.dtype, like.trust_remote_code)
-    return Subject(f"model-{path.name}", model, model.digest(), "model")
+    digest = model.digest()
+    return Subject(f"model-{path.name}-{digest[:8]}", model, digest, "model", f"--model {path}")
 
 
 def subject(run: Run, model: str | None, step: int) -> Subject:
@@ -57,15 +60,22 @@ def subject(run: Run, model: str | None, step: int) -> Subject:
 
 
 def stored_summary(run: Run, bench: str, subject: str) -> dict[str, Any] | None:
-    """Return the summary of a finished evaluation, or None."""
+    """Return the summary of a finished evaluation under the recipe's own protocol, or None."""
     path = run.path / "eval" / bench / subject / "summary.json"
-    return store.read_json(path) if path.exists() else None
+    summary = store.read_json(path) if path.exists() else None
+    return summary if summary and summary["protocol"] == _protocol(run.recipe.eval) else None
+
+
+def _protocol(settings: Eval) -> dict[str, Any]:
+    return settings.model_dump(exclude={"bench", "every", "parts", "batch_size"})
 
 
 def run(
-    run: Run, bench: str, subject: Subject, engines: EnginePool, data: Path | None = None
+    run: Run, bench: str, subject: Subject, engines: EnginePool, data: Path | None = None, *, repair: bool = False
 ) -> tuple[dict[str, Any], int]:
-    """Answer and grade what is missing of a benchmark. Return its summary and how many parts were made.
+    """Answer and grade what is missing of a benchmark, with `repair` what is damaged too.
+
+    Returns its summary and how many parts were made.
 
     Raises OpdctlError: 3 for bad benchmark data, 4 when it was begun with other settings, 5 when data are out of reach.
     """
@@ -82,12 +92,11 @@ def run(
             settings_of(run.recipe, "eval"),
             {"model": subject.digest, "problems": digest_of([(p.id, p.text, p.answer) for p in problems])},
         ),
-        redo=run.command("eval") + f" --bench {bench}",
+        redo=f"{run.command('eval')} --bench {bench} {subject.options}",
     )
-    todo = stage.missing()
-    if todo:
-        _answer(run, benchmark, problems, subject, engines, stage, todo)
-    stage.seal()
+    with stage.work(repair=repair) as todo:
+        if todo:
+            _answer(run, benchmark, problems, subject, engines, stage, todo)
     summary = _summarise(
         bench,
         subject.name,
@@ -115,7 +124,9 @@ def _answer(
     total = settings.samples * sum(map(len, parts.values()))
     with log.progress(f"eval {benchmark.name}, {subject.name}", total) as advance:
         for index, part in parts.items():
-            draws = [(problem, f"{problem.id}/eval/{n}") for problem in part for n in range(settings.samples)]
+            draws = [
+                (problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(settings.samples)
+            ]
             requests = [
                 Request(_prompt_ids(run, benchmark, subject.model, p), sample_seed(run.recipe.seed, name))
                 for p, name in draws
@@ -175,5 +186,5 @@ def _summarise(bench: str, subject: str, settings: Eval, rows: list[Graded]) -> 
         "truncated_share": sum(row.finish_reason == "length" for row in rows) / len(rows),
         "response_length": sum(len(row.response_ids) for row in rows) / len(rows),
         "verdicts": dict(sorted(verdicts.items())),
-        "protocol": settings.model_dump(exclude={"bench", "every"}),
+        "protocol": _protocol(settings),
     }

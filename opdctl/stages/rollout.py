@@ -9,16 +9,16 @@ from opdctl.run import Run
 from opdctl.store import StageDir, write_rows
 
 
-def run(run: Run, step: int, engines: EnginePool) -> int:
-    """Draw the responses that a step still lacks and return how many parts that were.
+def run(run: Run, step: int, engines: EnginePool, *, repair: bool = False) -> int:
+    """Draw the responses that a step still lacks and return how many parts that were; with `repair` damaged ones too.
 
-    Raises OpdctlError when the step has no student yet (code 2), or was begun under other settings (code 4).
+    Raises OpdctlError when the step's student is not there (code 2), when it was begun under other settings (code 4),
+    or when another process works on it (code 5).
     """
     stage = run.rollout(step)
-    todo = stage.missing()
-    if todo:
-        _draw(run, step, engines, stage, todo)
-    stage.seal()
+    with stage.work(repair=repair) as todo:
+        if todo:
+            _draw(run, step, engines, stage, todo)
     return len(todo)
 
 

@@ -9,17 +9,16 @@ from opdctl.run import Run
 from opdctl.store import StageDir, read_rows, write_scores
 
 
-def run(run: Run, step: int, engines: EnginePool) -> int:
-    """Score the parts of a step that still lack it and return how many they were.
+def run(run: Run, step: int, engines: EnginePool, *, repair: bool = False) -> int:
+    """Score the parts of a step that still lack it and return how many they were; with `repair` damaged ones too.
 
-    Raises OpdctlError when the step's rollout is unfinished or damaged (code 3), or it was scored under other settings
-    (code 4).
+    Raises OpdctlError when the step's rollout is unfinished (code 1) or damaged (code 3), when it was scored under
+    other settings (code 4), or when another process works on it (code 5).
     """
     stage = run.scores(step)
-    todo = stage.missing()
-    if todo:
-        _score(run, step, engines, stage, todo)
-    stage.seal()
+    with stage.work(repair=repair) as todo:
+        if todo:
+            _score(run, step, engines, stage, todo)
     return len(todo)
 
 
@@ -40,7 +39,7 @@ def _score(run: Run, step: int, engines: EnginePool, stage: StageDir, todo: list
             responses = read_rows(path, Response)
             sequences = [(response.prompt_ids, response.response_ids) for response in responses]
             logprobs = engine.score(sequences, settings.tokens_per_batch, advance)
-            part = meaning | {"rollout": rollout.names[index]}
+            part = meaning | {"rollout": rollout.sha256(index)}
             ids = [response.sample_id for response in responses]
             save = partial(write_scores, ids=ids, logprobs=logprobs, meaning=part)
             stage.write(index, save, rows=len(ids), tokens=sum(map(len, logprobs)))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdctl import SCHEMA_VERSION, checkpoint, store
@@ -20,7 +20,7 @@ from opdctl.batches import Padded, by_token_budget, pad
 from opdctl.config import Train, settings_of
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.logprobs import response_logprobs
-from opdctl.model import ModelDir, load
+from opdctl.model import load
 from opdctl.objectives import Objective
 from opdctl.records import Scored
 from opdctl.registry import OBJECTIVES, WEIGHTS
@@ -29,7 +29,7 @@ from opdctl.scored import read_scored
 from opdctl.store import Fingerprint
 from opdctl.weights import Weight
 
-NOT_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", ".*")
+OF_THE_UPDATE = ("loss", "ratio", "clip_share", "dual_clip_share")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Trainer:
         tokens = sum(len(batch.weight_N) for batch in batches)
         old_logps: list[Tensor | None] = [None] * len(batches)
         metrics: dict[str, Any] = {}
-        for update in range(self._settings.updates_per_step):
-            rate = self._learning_rate(step * self._settings.updates_per_step + update)
+        for _ in range(self._settings.updates_per_step):
+            rate = self._learning_rate(step)
             sums: dict[str, float] = {}
             for index, batch in enumerate(batches):
                 old_logps[index], found = self._backward(batch, old_logps[index], tokens)
@@ -112,8 +112,9 @@ class Trainer:
             self._optimizer.step()
             self._optimizer.zero_grad()
             means = {key: value / max(tokens, 1) for key, value in sums.items()}
-            # k1 and the rest describe the policy that drew the responses: later updates have moved away from it.
-            metrics = (metrics or means) | {"loss": means["loss"], "grad_norm": norm, "learning_rate": rate}
+            # k1 and the like describe the policy that drew the responses; what OF_THE_UPDATE names, the last update.
+            metrics = (metrics or means) | {key: means[key] for key in OF_THE_UPDATE if key in means}
+            metrics |= {"grad_norm": norm, "learning_rate": rate}
         responses = [sample.response for batch in batches for sample in batch.samples]
         return metrics | {
             "responses": len(responses),
@@ -149,10 +150,10 @@ class Trainer:
         sums |= {"loss": loss.detach(), "entropy": entropy_N.sum()}
         return old_logp_N, {key: float(value) for key, value in sums.items()}
 
-    def _learning_rate(self, update: int) -> float:
-        """Set and return the learning rate of an optimizer step, counted from 0: linear warm-up, then constant."""
+    def _learning_rate(self, step: int) -> float:
+        """Set and return the learning rate of a step, counted from 0: linear warm-up, then constant."""
         warmup = self._settings.warmup_steps
-        rate = self._settings.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
+        rate = self._settings.learning_rate * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -185,21 +186,15 @@ class Trainer:
         tied = self._model.all_tied_weights_keys
         state = {name: value.to(dtype) for name, value in self._model.state_dict().items() if name not in tied}
         self._model.config.dtype = dtype
+        self._model.generation_config = GenerationConfig()  # the student's own is copied as it is, valid or not
         self._model.save_pretrained(folder, state_dict=state)
-        copy_tokenizer_and_settings(self._run.student, folder)
+        self._run.student.copy_settings(folder)
 
 
 def update_fingerprint(run: Run, step: int) -> Fingerprint:
     return Fingerprint(
         settings_of(run.recipe, "update"), {"rollout": run.rollout(step).digest, "teacher": run.scores(step).digest}
     )
-
-
-def copy_tokenizer_and_settings(source: ModelDir, folder: Path) -> None:
-    """Copy tokenizer, generation config and template, so that the export is usable anywhere."""
-    for path in source.path.iterdir():
-        if path.is_file() and not any(path.match(pattern) for pattern in NOT_WEIGHTS):
-            (folder / path.name).write_bytes(path.read_bytes())
 
 
 def _adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
@@ -224,7 +219,7 @@ def _recompute_activations(model: PreTrainedModel) -> None:
 def _not_finite(run: Run, what: str, samples: list[str]) -> OpdctlError:
     among = f" among {', '.join(samples[:5])}" if samples else ""
     return OpdctlError(
-        f"{what}{among}; no optimizer step was made",
+        f"{what}{among}; nothing of this step was kept",
         hint=f"the last student is whole: {run.student_path(run.current_step())}; lower train.learning_rate?",
         code=ExitCode.DATA,
     )
