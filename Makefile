@@ -1,5 +1,8 @@
 # make quickstart   a virtual environment, the installation, and the whole pipeline on the embedded task
 # make test         the same environment with the tools for development; lint, types, tests
+#
+# Where the package index serves torch for CUDA, and CUDA is not wanted:
+#   make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -24,7 +27,7 @@ lint: $(VENV)/installed-dev
 $(VENV)/installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opdctl needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)"
+	$(PIP) $(TORCH)
 	$(PIP) --editable .
 	touch $@
 

@@ -75,7 +75,7 @@ def evaluate_if_due(run: Run, step: int, engines: EnginePool, clock: Clock) -> N
     subjects = [evaluate.student(run, step)] + ([evaluate.teacher(run)] if step == 0 else [])
     for bench in settings.bench:
         for subject in subjects:
-            if evaluate.stored_summary(run, bench, subject.name) is None:
+            if not evaluate.is_evaluated(run, bench, subject.name):
                 with clock.time("eval"):
                     summary, _ = evaluate.run(run, bench, subject, engines)
                 log.say(accuracy_line(summary), style="bold")

@@ -218,6 +218,76 @@ def test_a_damaged_part_stops_the_analysis_is_shown_by_status_and_repaired(copy,
     assert invoke("status", copy, "--verify").code == 0
 
 
+def flip(path: Path) -> bytes:
+    """Flip a bit in the middle of a file and return what it was."""
+    whole = path.read_bytes()
+    at = len(whole) // 2
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    return whole
+
+
+def test_the_last_step_of_a_finished_run_is_repaired_without_naming_it(copy):
+    part = next((copy / "step-00001" / "rollout").glob("part-00000*"))
+    whole = flip(part)
+    result = invoke("rollout", "--output", copy, "--repair")
+    assert result.code == 0, result.err
+    assert part.read_bytes() == whole
+
+
+def test_repair_that_cannot_make_a_part_again_leaves_it_and_status_does_not_ask_for_it(tmp_path):
+    output = tmp_path / "run"
+    assert train(output, "train.steps=3", "train.keep_last=1", "train.keep_every=50").code == 0
+    part = next((output / "step-00001" / "rollout").glob("part-00000*"))
+    flip(part)
+    damaged = part.read_bytes()
+    result = invoke("rollout", "--output", output, "--step", "1", "--repair")
+    assert result.code == ExitCode.USAGE
+    assert "is not kept" in result.err
+    assert part.read_bytes() == damaged
+    assert "--repair" not in invoke("status", output, "--verify", "--json").json()["next"]
+
+
+def test_status_finds_a_damaged_evaluation_and_eval_repairs_it(copy):
+    assert invoke("eval", "--output", copy).code == 0
+    part = next((copy / "eval/sort12/step-00002").glob("part-*"))
+    whole = flip(part)
+    assert invoke("status", copy, "--verify").code == ExitCode.DATA
+    result = invoke("eval", "--output", copy)
+    assert result.code == ExitCode.DATA
+    hint = next(line for line in result.err.splitlines() if line.startswith("hint"))
+    command = hint.partition("opdctl ")[2].partition("`")[0].split()
+    assert invoke(*command).code == 0
+    assert part.read_bytes() == whole
+
+
+@pytest.mark.parametrize("lost", ["student/step-00002", "trainer/step-00002"])
+def test_status_misses_the_newest_student_and_trainer_state(copy, lost):
+    shutil.rmtree(copy / lost)
+    result = invoke("status", copy)
+    assert result.code == ExitCode.DATA
+    assert lost in result.err
+
+
+def test_accuracies_of_another_protocol_are_not_shown_beside_one_another(tmp_path):
+    output = tmp_path / "run"
+    assert train(output, "eval.every=2").json()["accuracy"]["before"] is not None
+    later = train(output, "eval.every=2", "eval.samples=2", "train.steps=4").json()["accuracy"]
+    assert later["before"] is None
+    assert later["after"] is not None
+
+
+def test_fewer_steps_than_are_done_are_nothing_to_do(copy):
+    result = train(copy, "train.steps=1")
+    assert result.code == 0, result.err
+    assert result.json()["steps"] == 2
+    assert "nothing to do" in result.err
+
+
+def test_every_default_is_written_out_so_naming_one_changes_nothing(copy):
+    assert "dual_clip = 3.0" in (copy / "recipe.toml").read_text()
+    assert train(copy, "objective.dual_clip=3").code == 0
+
+
 def test_a_damaged_student_is_named_before_it_is_used(copy):
     path = copy / "student/step-00002/model.safetensors"
     data = bytearray(path.read_bytes())

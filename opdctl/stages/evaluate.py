@@ -59,6 +59,11 @@ def subject(run: Run, model: str | None, step: int) -> Subject:
     return other(path, run.student)
 
 
+def is_evaluated(run: Run, bench: str, subject: str) -> bool:
+    """Whether there is a finished evaluation, under whatever protocol."""
+    return (run.path / "eval" / bench / subject / "summary.json").exists()
+
+
 def stored_summary(run: Run, bench: str, subject: str) -> dict[str, Any] | None:
     """Return the summary of a finished evaluation under the recipe's own protocol, or None."""
     path = run.path / "eval" / bench / subject / "summary.json"
