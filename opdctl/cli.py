@@ -275,6 +275,8 @@ def train(
     then: opdctl analyze-position runs/quickstart
     """
     with _session(verbose, quiet):
+        if no_fill and repair:
+            raise OpdctlError("--no-fill makes no parts, so there is nothing to --repair", hint="give one of them")
         resolved = _recipe(recipe, set_, output)
         if dry_run:
             _show_plan(resolved, output, json_)

@@ -323,6 +323,10 @@ def test_repair_of_a_run_without_damage_changes_nothing(copy: Path) -> None:
     assert "nothing to do" in result.err
 
 
+def test_repair_without_filling_is_refused(tmp_path: Path) -> None:
+    check_refusal(invoke("train", "--output", tmp_path, "--repair", "--no-fill"), 2, "--no-fill", "--repair", "hint:")
+
+
 def test_repair_on_a_new_run_just_trains(tmp_path: Path) -> None:
     overrides = sets("rollout.max_tokens=4", "train.steps=1")
     result = invoke("train", "--recipe", QUICKSTART, *overrides, "--output", tmp_path / "run", "--repair")
