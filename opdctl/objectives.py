@@ -29,9 +29,11 @@ class Objective(Protocol):
 class PolicyGradient:
     """Policy gradient on the sampled tokens, the advantage being w_t A_t. Source: arXiv 2606.22600.
 
-    A is the teacher's log-prob less that of the policy the step starts from, by the trainer's own numbers; the weights
-    come from what the rollout engine stored, since they must be known before anything is batched. Both name the same
-    policy and differ by the engines' rounding. With ratio = p_student / p_old, a token's loss is that of PPO: the greater of -w A ratio and -w A clip(ratio), for
+    A is the teacher's log-prob less that of the policy the step starts from, by the trainer's own numbers. The weights
+    come from what the rollout engine stored, since they must be known before anything is batched; both name the same
+    policy and differ by the engines' rounding.
+
+    With ratio = p_student / p_old, a token's loss is that of PPO: the greater of -w A ratio and -w A clip(ratio), for
     negative advantages at most -w A dual_clip. It is multiplied by the truncated importance weight
     min(p_old / p_rollout, rollout_correction_cap) that corrects for the rollout engine's own log-probs.
     """
