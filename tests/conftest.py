@@ -10,11 +10,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy processes with two threads each crawl on two cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 from typer.testing import CliRunner
 
 from opdctl.cli import app
 from opdctl.config import Recipe, load_recipe
+
+# No test is timed, and a run on CI must not depend on luck.
+hypothesis.settings.register_profile("opdctl", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("opdctl")
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
