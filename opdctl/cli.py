@@ -93,14 +93,13 @@ def _emit(value: dict[str, Any]) -> None:
 
 def _recipe(recipes: list[Path] | None, overrides: list[str] | None, output: Path | None) -> "Recipe":
     from opdctl.config import load_recipe
+    from opdctl.run import read_recipe
 
     if recipes:
         return load_recipe(recipes, overrides or [])
     if output is None:
         raise OpdctlError("no recipe", hint="give --recipe FILE, or --output RUN_DIR of a run that was begun")
-    if not (output / "recipe.toml").exists():
-        raise OpdctlError(f"{output}: no run directory: it has no recipe.toml", hint="give --recipe FILE")
-    return load_recipe([output / "recipe.toml"], overrides or [])
+    return read_recipe(output, overrides or [])
 
 
 def _open(recipe: "Recipe", output: Path | None, *needs: str, record: bool = True) -> tuple["Run", str]:
@@ -405,7 +404,7 @@ def _evaluate(
         for name in run.recipe.eval.bench:
             summary, made = stage.run(run, name, subject, engines, data, repair=repair)
             summaries.append(summary)
-            folder = run.path / "eval" / name / subject.name
+            folder = run.evaluation_path(name, subject.name)
             log.say(online.accuracy_line(summary), style="bold")
             log.say(f"wrote {folder}" if made else f"nothing to do: {folder} is finished")
     log.say(f"next: {next_stage_command(run)}")

@@ -7,7 +7,7 @@ directory is whole. Opening an old one compares the recipe and the models with w
 import importlib.metadata
 import shlex
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,9 @@ class Run:
 
     def update_path(self, step: int) -> Path:
         return self.step_path(step) / "update.json"
+
+    def evaluation_path(self, bench: str, subject: str) -> Path:
+        return self.path / "eval" / bench / subject
 
     @property
     def metrics_path(self) -> Path:
@@ -196,7 +199,8 @@ def open_run(recipe: Recipe, output: Path | None = None, *, needs: Collection[st
 def _check_model(path: Path, name: str, model: ModelDir) -> None:
     """Raise OpdctlError (code 4) unless a model's files are those that the run began with."""
     recorded = store.read_json(path / "run.json")["models"][name]
-    if not model.path.is_dir() or _identify(model, recorded)["digest"] != recorded["digest"]:
+    # Files with the recorded sizes and times are not hashed again.
+    if not model.path.is_dir() or (_stamp(model) != recorded["stamp"] and model.digest() != recorded["digest"]):
         raise OpdctlError(
             f"{path}: the {name} at {model.path} is not the one this run began with",
             hint="restore it, or use another --output",
@@ -233,13 +237,13 @@ def _as_recorded(recipe: Recipe, path: Path) -> Run:
     return Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Return the recipe recorded in the run directory `path`. Raises OpdctlError when it is none."""
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe recorded in the run directory `path`, with `overrides`. Raises OpdctlError when it is none."""
     if not (path / "recipe.toml").exists():
         raise OpdctlError(
             f"{path}: no run directory: it has no recipe.toml", hint="give --recipe, or the path of a run"
         )
-    return load_recipe([path / "recipe.toml"])
+    return load_recipe([path / "recipe.toml"], overrides)
 
 
 def _find(model: Model, name: str) -> ModelDir:
@@ -248,11 +252,15 @@ def _find(model: Model, name: str) -> ModelDir:
     return ModelDir(locate(model, f"{name}.model"), model.dtype, model.trust_remote_code)
 
 
-def _identify(model: ModelDir, recorded: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what run.json says of a model. Files with the recorded sizes and times are not hashed again."""
-    stamp = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in model.files()}
-    digest = recorded["digest"] if recorded is not None and recorded["stamp"] == stamp else model.digest()
-    return {"path": str(model.path), "digest": digest, "tokenizer": model.tokenizer_digest, "stamp": stamp}
+def _identify(model: ModelDir) -> dict[str, Any]:
+    """Return what run.json says of a model."""
+    names = {"path": str(model.path), "digest": model.digest(), "tokenizer": model.tokenizer_digest}
+    return {**names, "stamp": _stamp(model)}
+
+
+def _stamp(model: ModelDir) -> dict[str, list[int]]:
+    """Return size and time of each file of a model."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in model.files()}
 
 
 def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
@@ -287,7 +295,7 @@ def _begin(recipe: Recipe, path: Path) -> None:
     prompts, dropped = prepare_prompts(recipe, problems, student)
     if dropped:
         log.warn(f"{dropped} of {len(problems)} prompts are longer than prompts.max_tokens and were dropped")
-    models = {name: _identify(model, None) for name, model in (("student", student), ("teacher", teacher))}
+    models = {name: _identify(model) for name, model in (("student", student), ("teacher", teacher))}
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     store.write_text(path / "recipe.toml", recipe.to_toml())
     sha256 = store.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])

@@ -34,6 +34,7 @@ from opdctl.errors import ExitCode, OpdctlError
 from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Logprobs, Prompt, Response, offsets_of
 
 Row = TypeVar("Row", Prompt, Response, Graded)
+T = TypeVar("T")
 
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -302,6 +303,11 @@ class StageDir:
         if record is None or record.bytes != path.stat().st_size:
             return False
         return not digests or record.sha256 == sha256_file(path)
+
+    def share(self, items: list[T], index: int) -> list[T]:
+        """Return the items of part `index`: the parts are even cuts of the whole, in order."""
+        count = len(self.names)
+        return items[index * len(items) // count : (index + 1) * len(items) // count]
 
     def todo(self, *, repair: bool = False) -> list[int]:
         """Return the numbers of the parts to make: the missing ones, and with `repair` the damaged ones too."""

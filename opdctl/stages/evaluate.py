@@ -61,12 +61,12 @@ def subject(run: Run, model: str | None, step: int) -> Subject:
 
 def is_evaluated(run: Run, bench: str, subject: str) -> bool:
     """Whether there is a finished evaluation, under whatever protocol."""
-    return (run.path / "eval" / bench / subject / "summary.json").exists()
+    return (run.evaluation_path(bench, subject) / "summary.json").exists()
 
 
 def stored_summary(run: Run, bench: str, subject: str) -> dict[str, Any] | None:
     """Return the summary of a finished evaluation under the recipe's own protocol, or None."""
-    path = run.path / "eval" / bench / subject / "summary.json"
+    path = run.evaluation_path(bench, subject) / "summary.json"
     summary = store.read_json(path) if path.exists() else None
     return summary if summary and summary["protocol"] == _protocol(run.recipe.eval) else None
 
@@ -87,7 +87,7 @@ def run(
     benchmark: Benchmark = BENCHMARKS.get(bench)()
     settings = run.recipe.eval
     problems = benchmark.problems(settings.problems, data)
-    folder = run.path / "eval" / bench / subject.name
+    folder = run.evaluation_path(bench, subject.name)
     stage = StageDir(
         folder,
         stage="eval",
@@ -122,10 +122,10 @@ def _answer(
     stage: StageDir,
     todo: list[int],
 ) -> None:
-    settings, count = run.recipe.eval, len(stage.names)
+    settings = run.recipe.eval
     engine = engines.get(subject.role, run.recipe.rollout.engine, subject.model)
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p})
-    parts = {i: problems[i * len(problems) // count : (i + 1) * len(problems) // count] for i in todo}
+    parts = {index: stage.share(problems, index) for index in todo}
     total = settings.samples * sum(map(len, parts.values()))
     with log.progress(f"eval {benchmark.name}, {subject.name}", total) as advance:
         for index, part in parts.items():

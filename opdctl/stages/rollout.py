@@ -24,8 +24,8 @@ def run(run: Run, step: int, engines: EnginePool, *, repair: bool = False) -> in
 
 def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, todo: list[int]) -> None:
     settings = run.recipe.rollout
-    draws, count = run.draws(step), len(stage.names)
-    parts = {i: draws[i * len(draws) // count : (i + 1) * len(draws) // count] for i in todo}
+    draws = run.draws(step)
+    parts = {index: stage.share(draws, index) for index in todo}
     engine = engines.get("student", settings.engine, run.student_at(step))
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_step": step})
     with log.progress(f"rollout, step {step}", sum(map(len, parts.values()))) as advance:
