@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opdctl import SCHEMA_VERSION, log
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 
 if TYPE_CHECKING:
     from opdctl.config import Recipe
@@ -46,6 +46,9 @@ Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say m
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
 Step = Annotated[int | None, typer.Option("--step", min=0, help="The step to work on. Default: the current one.")]
 Repair = Annotated[bool, typer.Option("--repair", help="Make damaged parts of the step again.")]
+Only = Annotated[
+    str | None, typer.Option("--only", metavar="NAME", help="Score with one model: teacher, teacher-NAME or reference.")
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
 
 
@@ -181,37 +184,60 @@ def score_teacher(
     set_: Overrides = None,
     output: Output = None,
     step: Step = None,
+    only: Only = None,
     repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Score each token of a step's responses with the teacher.
+    """Score each token of a step's responses with the teacher, or with every teacher and the reference model.
 
     \b
     opdctl score-teacher --recipe recipes/quickstart.toml
+    opdctl score-teacher --output runs/two-teachers --only teacher-math
     then: opdctl train --no-fill
     """
     with _session(verbose, quiet):
         resolved = _recipe(recipe, set_, output)
+        names = _scorers(resolved, only)
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
-            _run_stage("score-teacher", *_open(resolved, output, "teacher"), step, repair, json_)
+            _run_stage("score-teacher", *_open(resolved, output, *names), step, repair, json_, names)
 
 
-def _run_stage(name: str, run: "Run", device: str, step: int | None, repair: bool, as_json: bool) -> None:
-    """Run rollout or score-teacher on one step."""
+def _scorers(recipe: "Recipe", only: str | None) -> list[str]:
+    """Return the names of the models to score with."""
+    names = list(recipe.scorers())
+    if only is not None and only not in names:
+        raise OpdctlError(f"--only {only}: no such model{did_you_mean(only, names)}")
+    return names if only is None else [only]
+
+
+def _run_stage(
+    name: str,
+    run: "Run",
+    device: str,
+    step: int | None,
+    repair: bool,
+    as_json: bool,
+    scorers: Collection[str] = (),
+) -> None:
+    """Run rollout, or score-teacher with the `scorers`, on one step."""
     from opdctl.engines import engine_pool
     from opdctl.stages import rollout, score
     from opdctl.status import next_stage_command
 
     start, at = time.monotonic(), _step(run, step)
-    stage, work = (run.rollout(at), rollout.run) if name == "rollout" else (run.scores(at), score.run)
     with engine_pool(device) as engines:
-        made = work(run, at, engines, repair=repair)
-    parts = (stage.manifest() or {"parts": []})["parts"]
+        if name == "rollout":
+            made, stages = rollout.run(run, at, engines, repair=repair), [run.rollout(at)]
+        else:
+            made = score.run(run, at, engines, only=scorers, repair=repair)
+            stages = [run.score(at, scorer) for scorer in scorers]
+    parts = [part for stage in stages for part in (stage.manifest() or {"parts": []})["parts"]]
+    folders = ", ".join(str(stage.path) for stage in stages)
     report = {
         "schema_version": SCHEMA_VERSION,
         "run_dir": str(run.path),
@@ -226,11 +252,11 @@ def _run_stage(name: str, run: "Run", device: str, step: int | None, repair: boo
     }
     counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
     if made:
-        log.say(f"step {at}: wrote {stage.path}: {counts}")
+        log.say(f"step {at}: wrote {folders}: {counts}")
     elif run.current_step() == run.recipe.train.steps:
         log.say(f"nothing to do: all {run.recipe.train.steps} steps are done; raise train.steps to go on")
     else:
-        log.say(f"nothing to do: {stage.path} is finished")
+        log.say(f"nothing to do: {folders} {'is' if len(stages) == 1 else 'are'} finished")
     log.say(f"next: {report['next']}")
     if as_json:
         _emit(report)
@@ -260,6 +286,8 @@ def train(
     set_: Overrides = None,
     output: Output = None,
     no_fill: Annotated[bool, typer.Option("--no-fill", help="Only update, on what other jobs have made.")] = False,
+    list_weights: Annotated[bool, typer.Option("--list-weights", help="List the token weights, and stop.")] = False,
+    list_objectives: Annotated[bool, typer.Option("--list-objectives", help="List the objectives, and stop.")] = False,
     repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -274,14 +302,47 @@ def train(
     then: opdctl analyze-position runs/quickstart
     """
     with _session(verbose, quiet):
+        if list_weights or list_objectives:
+            _list_components(recipe, set_, output, list_weights, list_objectives, json_)
+            return
         if no_fill and repair:
             raise OpdctlError("--no-fill makes no parts, so there is nothing to --repair", hint="give one of them")
         resolved = _recipe(recipe, set_, output)
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
-            needs = ("student",) if no_fill else ("student", "teacher")
+            needs = _needed_to_update(resolved) if no_fill else resolved.models()
             _train(*_open(resolved, output, *needs), no_fill, repair, json_)
+
+
+def _list_components(
+    recipes: list[Path] | None,
+    overrides: list[str] | None,
+    output: Path | None,
+    weights: bool,
+    objectives: bool,
+    as_json: bool,
+) -> None:
+    """Print the components that a recipe can name; a given recipe's plugins are among them."""
+    from opdctl.registry import OBJECTIVES, WEIGHTS
+
+    if recipes or output:
+        _recipe(recipes, overrides, output)
+    found: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+    for wanted, title, registry in ((weights, "weights", WEIGHTS), (objectives, "objectives", OBJECTIVES)):
+        if wanted:
+            entries = registry.entries()
+            log.components(title, entries)
+            found[title] = [asdict(entry) for entry in entries]
+    if as_json:
+        _emit(found)
+
+
+def _needed_to_update(recipe: "Recipe") -> list[str]:
+    """Return the models whose files an update reads: full-vocabulary losses need the teachers' output matrices."""
+    from opdctl.config import objective_of
+
+    return ["student", *(recipe.teacher_models() if objective_of(recipe).support == "full" else ())]
 
 
 def _train(run: "Run", device: str, no_fill: bool, repair: bool, as_json: bool) -> None:
@@ -308,11 +369,12 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
     if done == before:
         log.say(f"nothing to do: all {steps} steps are done")
     shown = {key: "not measured" if value is None else f"{value:.1%}" for key, value in accuracy.items()}
+    teachers = ", ".join(f"{name} {shown[name]}" for name in run.recipe.teacher_models())
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value)
     log.pairs(
         f"{run.path}: {done} of {steps} steps",
         [
-            ("accuracy", f"{shown['before']} → {shown['after']}  (teacher {shown['teacher']})"),
+            ("accuracy", f"{shown['before']} → {shown['after']}  ({teachers})"),
             ("time", f"{sum(seconds.values()):.1f} s: {spent}" if spent else "none"),
             ("student", str(student)),
             ("next", next_stage_command(run)),
@@ -339,7 +401,7 @@ def evaluate(
     bench: Annotated[str | None, typer.Option("--bench", help="Benchmarks, by comma. Default: the recipe's.")] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="PATH", help="`teacher`, or a model directory. Default: the student."),
+        typer.Option("--model", metavar="PATH", help="`teacher`, `teacher-NAME` or a directory. Default: the student."),
     ] = None,
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
@@ -373,7 +435,7 @@ def evaluate(
         if dry_run:
             _show_evaluation_plan(chosen, output, data, json_)
         else:
-            needs = ("teacher",) if model == "teacher" else ("student",)
+            needs = (model,) if model in chosen.scorers() else ("student",)
             run, device = _open(resolved, output, *needs, record=False)
             _evaluate(replace(run, recipe=chosen), device, model, step, data, repair, json_)
 

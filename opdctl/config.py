@@ -5,7 +5,9 @@ each key is the recommended setting; the text below a key is its documentation.
 """
 
 import dataclasses
+import re
 import tomllib
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +16,14 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opdctl.errors import OpdctlError, did_you_mean
-from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS
+from opdctl.objectives import Objective as TokenObjective
+from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry, load_plugins
+from opdctl.weights import Weight as TokenWeight
+from opdctl.weights import build as build_weight
+from opdctl.weights import strongest
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Section(BaseModel):
@@ -53,6 +60,8 @@ class Prompts(Section):
     """Column of the prompt's text."""
     answer_column: str | None = None
     """Column of the gold answer, carried along where there is one."""
+    teacher_column: str | None = None
+    """Column with the name of each prompt's teacher, one of [teachers]."""
     at_least: dict[str, float] = {}
     """Use only rows whose column has at least this value, such as `difficulty = 6`."""
     suffix: str = ""
@@ -81,6 +90,10 @@ class Rollout(Sampling):
     """Files a step's responses are cut into: the unit of resuming and of sharing work."""
     batch_size: int = Field(default=256, gt=0)
     """Responses drawn together, at most one part's."""
+    entropy: bool = False
+    """Store the entropy of the student's distribution at each token. On by itself where a weight needs it."""
+    top_k: int = Field(default=0, ge=0)
+    """Store the student's most probable tokens, so many. At least what weight and objective need."""
 
 
 class Score(Section):
@@ -88,6 +101,14 @@ class Score(Section):
     """The engine that scores. A teacher is always scored at temperature 1."""
     tokens_per_batch: int = Field(default=16384, gt=0)
     """Tokens, padding included, in one forward pass; a longer response goes alone."""
+    entropy: bool = False
+    """Store the entropy of the teacher's distribution at each token. On by itself where a weight needs it."""
+    top_k: int = Field(default=0, ge=0)
+    """Store the teacher's most probable tokens, so many. At least what weight and objective need."""
+    student_top_k: bool = False
+    """Store the teacher's log-probs of the student's most probable tokens. On by itself where they are needed."""
+    hidden_states: bool = False
+    """Store the teacher's last hidden states, 4 bytes a dimension. On by itself for full-vocabulary losses."""
 
 
 class Component(Section):
@@ -101,11 +122,13 @@ class Component(Section):
         return dict(self.model_extra or {})
 
 
-DEFAULT_NAMES = {"weight": "iw_opd", "objective": "policy_gradient"}
+DEFAULT_NAMES = {"weight": "iw_opd", "objective": "policy_gradient", "weight.times": ""}
 
 
 class Weight(Component):
     name: str = DEFAULT_NAMES["weight"]
+    times: Component | None = None
+    """A second weight, that the first is multiplied by."""
 
 
 class Objective(Component):
@@ -117,6 +140,10 @@ class Train(Section):
     """Steps of rollout, score and update. May be raised later to go on."""
     updates_per_step: int = Field(default=1, gt=0)
     """Optimizer steps on each step's responses."""
+    aggregate: Literal["token", "response"] = "token"
+    """The loss is the mean over all tokens of the step, or the mean over responses of each one's mean."""
+    extrapolation: float = 1.0
+    """λ of reward extrapolation: the student is drawn to λ log T + (1 - λ) log R; other than 1 it needs [reference]."""
     learning_rate: float = Field(default=1e-5, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly."""
@@ -161,8 +188,14 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the run directory, runs/<name>."""
     seed: int = Field(default=0, ge=0)
+    plugins: list[str] = []
+    """Python modules of your own that register weights or objectives; they are imported, so they run."""
     student: Model
-    teacher: Model
+    teacher: Model | None = None
+    """The teacher. With several, [teachers.NAME] each, and `prompts.teacher_column` says which prompt is whose."""
+    teachers: dict[str, Model] = {}
+    reference: Model | None = None
+    """R of reward extrapolation: the student's own start, or the teacher's base. It scores every response too."""
     prompts: Prompts
     rollout: Rollout = Rollout()
     score: Score = Score()
@@ -183,18 +216,47 @@ class Recipe(Section):
     def responses_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
+    def teacher_models(self) -> dict[str, Model]:
+        """Return the teachers by the name that prompts, responses and folders know them by: `teacher`, or
+        `teacher-NAME` where there are several."""
+        return {"teacher": self.teacher} if self.teacher else {teacher_name(n): m for n, m in self.teachers.items()}
+
+    def scorers(self) -> dict[str, Model]:
+        """Return every model that scores responses, by name: the teachers, and `reference` where there is one."""
+        return self.teacher_models() | ({"reference": self.reference} if self.reference else {})
+
+    def models(self) -> dict[str, Model]:
+        """Return every model by name: the student and the scorers."""
+        return {"student": self.student} | self.scorers()
+
+
+def teacher_name(name: str) -> str:
+    """Return what the rest of opdctl calls the teacher of [teachers.NAME]."""
+    return f"teacher-{name}"
+
+
+def model_key(name: str) -> str:
+    """Return the recipe's key of a model's settings, such as `teachers.math` of `teacher-math`."""
+    return name.replace("teacher-", "teachers.", 1)
+
 
 STAGES: dict[str, tuple[str, ...]] = {
     "prompts": ("seed", "prompts.", "student."),
     "rollout": ("seed", "student.", "rollout."),
-    "score": ("teacher.", "score."),
-    "update": ("seed", "student.", "weight.", "objective.", "train."),
+    "score": ("teacher.", "teachers.", "reference.", "score."),
+    "update": ("seed", "plugins", "student.", "weight.", "objective.", "train."),
     "eval": ("seed", "eval.", "student.dtype", "prompts.template_arguments", "rollout.engine"),
 }
 """The keys, or beginnings of keys, that shape what a stage makes."""
 
-FREE = ("name", "train.steps", "train.keep_", "eval.", "pipeline.", "student.parameters", "teacher.parameters")
-"""Keys that may change between two calls on one run directory. An evaluation checks its own."""
+FREE = ("name", "train.steps", "train.keep_", "eval.", "pipeline.")
+FREE_END = ".parameters"
+"""Keys, by their beginning and their end, that may change between two calls on one run directory. An evaluation checks
+its own."""
+
+
+def is_free(key: str) -> bool:
+    return key.startswith(FREE) or key.endswith(FREE_END)
 
 
 def shapes(key: str) -> list[str]:
@@ -204,10 +266,15 @@ def shapes(key: str) -> list[str]:
 
 def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings that shape `stage`, by dotted key: the fingerprint of its artifacts."""
-    free = () if stage == "eval" else FREE
     skip = ("eval.every", "eval.bench", "eval.batch_size")
-    flat = recipe.flat()
-    return {k: flat[k] for k in sorted(flat) if k.startswith(STAGES[stage]) and not k.startswith((*free, *skip))}
+    flat = {k: v for k, v in recipe.flat().items() if k.startswith(STAGES[stage]) and not k.startswith(skip)}
+    return {k: flat[k] for k in sorted(flat) if stage == "eval" or not is_free(k)}
+
+
+def settings_of_scorer(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return the settings that shape what the model `name` says of responses: its own, and those of all scorers."""
+    own = ("score.", f"{model_key(name)}.")
+    return {key: value for key, value in settings_of(recipe, "score").items() if key.startswith(own)}
 
 
 def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -217,14 +284,16 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     """
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    recipe: Recipe | None = None
     for file in files:
         _merge(merged, _read(file), str(file), origin)
     for override in overrides:
         _merge(merged, _parse_override(override), "--set", origin)
     default_origin = str(files[-1]) if files else "--set"
 
+    if isinstance(plugins := merged.get("plugins"), list):
+        load_plugins([name for name in plugins if isinstance(name, str)])
     problems: list[tuple[str, str]] = []
-    recipe = None
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
@@ -239,14 +308,45 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     return _with_absolute_paths(_with_defaults(recipe))
 
 
+def weight_of(recipe: Recipe) -> TokenWeight:
+    """Build the recipe's token weight."""
+    given = recipe.weight
+    return build_weight(given.name, given.params, (given.times.name, given.times.params) if given.times else None)
+
+
+def objective_of(recipe: Recipe) -> TokenObjective:
+    """Build the recipe's objective."""
+    return OBJECTIVES.build(recipe.objective.name, recipe.objective.params)
+
+
+def needs_of(recipe: Recipe) -> dict[str, int | bool]:
+    """Return the settings of rollout and score that have stored what the recipe's weight and objective ask for."""
+    return strongest(weight_of(recipe).needs, objective_of(recipe).needs)
+
+
+def lacking(recipe: Recipe, needs: Mapping[str, int | bool]) -> dict[str, int | bool]:
+    """Return those of `needs` that the recipe does not meet."""
+    flat = recipe.flat()
+    return {key: value for key, value in needs.items() if flat[key] < value}
+
+
 def _with_defaults(recipe: Recipe) -> Recipe:
-    """Write out the parameters that the recipe leaves to its components: a later default must not change a run."""
-    update = {}
-    for section, registry in (("weight", WEIGHTS), ("objective", OBJECTIVES)):
-        given: Component = getattr(recipe, section)
-        built = registry.build(given.name, given.params)
-        update[section] = type(given)(name=given.name, **dataclasses.asdict(built))
+    """Write out what the recipe leaves to its components, since a later default must not change a run: their
+    parameters, and what the stages must store for them."""
+    weight, objective = recipe.weight, recipe.objective
+    times = weight.times and Component(name=weight.times.name, **_parameters(WEIGHTS, weight.times))
+    update: dict[str, Any] = {
+        "weight": Weight(name=weight.name, times=times, **_parameters(WEIGHTS, weight)),
+        "objective": Objective(name=objective.name, **_parameters(OBJECTIVES, objective)),
+    }
+    for key, value in lacking(recipe, needs_of(recipe)).items():
+        section, name = key.split(".")
+        update[section] = update.get(section, getattr(recipe, section)).model_copy(update={name: value})
     return recipe.model_copy(update=update)
+
+
+def _parameters(registry: Registry[Any], given: Component) -> dict[str, Any]:
+    return dataclasses.asdict(registry.build(given.name, given.params))
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -256,10 +356,15 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         path = Path(text).expanduser()
         return str(path.resolve()) if path.exists() else text
 
+    def local(model: Model) -> Model:
+        return model.model_copy(update={"model": absolute(model.model)})
+
     update: dict[str, Any] = {
-        name: model.model_copy(update={"model": absolute(model.model)})
-        for name, model in (("student", recipe.student), ("teacher", recipe.teacher))
+        name: local(model)
+        for name, model in (("student", recipe.student), ("teacher", recipe.teacher), ("reference", recipe.reference))
+        if model
     }
+    update["teachers"] = {name: local(model) for name, model in recipe.teachers.items()}
     update["prompts"] = recipe.prompts.model_copy(update={"source": absolute(recipe.prompts.source)})
     return recipe.model_copy(update=update)
 
@@ -302,8 +407,9 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
             if not isinstance(into.get(name), dict):
                 into[name] = {}
             default = DEFAULT_NAMES.get(key)
-            if default and "name" in value and value["name"] != into[name].get("name", default):
-                into[name] = {}  # another component: the parameters of the one before are not its own
+            if default is not None and "name" in value and value["name"] != into[name].get("name", default):
+                # Another component: the parameters of the one before are not its own.
+                into[name] = {k: v for k, v in into[name].items() if k == "times"}
             _merge(into[name], value, source, origin, f"{key}.")
         else:
             into[name] = value
@@ -341,19 +447,28 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
 
 
 def _fields(loc: Iterable[str]) -> list[str]:
-    model: Any = Recipe
+    """Return the keys of the section that `loc` leads to."""
+    kind: Any = Recipe
     for name in loc:
-        model = model.model_fields[name].annotation
-    return list(model.model_fields)
+        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else kind.model_fields[name].annotation
+        sections = [each for each in typing.get_args(kind) if isinstance(each, type) and issubclass(each, Section)]
+        if sections and typing.get_origin(kind) is not dict:
+            (kind,) = sections  # an optional section
+    return list(kind.model_fields)
 
 
 def _component_problems(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Build every component that the recipe names, so that a typo fails before any model loads."""
     problems = []
-    for section, registry in (("weight", WEIGHTS), ("objective", OBJECTIVES)):
-        given = merged.get(section, {})
-        if isinstance(given, dict) and isinstance(name := given.get("name", DEFAULT_NAMES[section]), str):
-            found = registry.problems(name, {k: v for k, v in given.items() if k != "name"})
+    if ("teacher" in merged) == bool(merged.get("teachers")):
+        what = "not beside [teachers]: give one or the other" if "teacher" in merged else "is required, or [teachers]"
+        problems.append(("teacher", what))
+    components = [("weight", WEIGHTS, merged.get("weight", {})), ("objective", OBJECTIVES, merged.get("objective", {}))]
+    components += [("weight.times", WEIGHTS, _at(merged, "weight", "times"))]
+    for section, registry, given in components:
+        if isinstance(given, dict) and isinstance(name := given.get("name", DEFAULT_NAMES[section] or None), str):
+            not_its_own = ("name", "times") if section == "weight" else ("name",)
+            found = registry.problems(name, {k: v for k, v in given.items() if k not in not_its_own})
             problems += [(f"{section}.{key}".rstrip("."), text) for key, text in found]
     names = [("rollout.engine", ENGINES, [_at(merged, "rollout", "engine")])]
     names += [("score.engine", ENGINES, [_at(merged, "score", "engine")])]
@@ -380,12 +495,29 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
         )
     if recipe.prompts.source.startswith("toy:") and recipe.prompts.count is None:
         problems.append(("prompts.count", "is required: the embedded task has no end"))
+    problems += _teacher_problems(recipe)
     if not all(0 <= beta < 1 for beta in recipe.train.betas):
         problems.append(("train.betas", f"must lie in [0, 1), got {recipe.train.betas}"))
     if recipe.rollout.temperature != 1 or recipe.rollout.top_p != 1:
         problems.append(
             ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")
         )
+    return problems
+
+
+def _teacher_problems(recipe: Recipe) -> list[tuple[str, str]]:
+    problems = []
+    for name in recipe.teachers:
+        if not NAME.fullmatch(name):
+            problems.append((f"teachers.{name}", "a name must be letters, digits, `_` or `-`"))
+    if bool(recipe.teachers) != (recipe.prompts.teacher_column is not None):
+        text = "names the column that says which of [teachers] is a prompt's own: give both or neither"
+        problems.append(("prompts.teacher_column", text))
+    if recipe.train.extrapolation != 1 and recipe.reference is None:
+        problems.append(("train.extrapolation", f"{recipe.train.extrapolation} needs a [reference] model"))
+    known = not OBJECTIVES.problems(recipe.objective.name, recipe.objective.params)
+    if recipe.train.extrapolation != 1 and known and objective_of(recipe).support != "sampled":
+        problems.append(("train.extrapolation", f"objective `{recipe.objective.name}` knows no reference model"))
     return problems
 
 

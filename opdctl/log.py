@@ -4,6 +4,7 @@ Nothing from a prompt, a response or a model is ever read as markup.
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,18 @@ def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
         console.print(Text(title, style="bold"))
         for what, value in rows:  # not a table: a path or a command must not be broken
             console.print(Text.assemble((f"{what:<{width}}  ", "cyan"), value))
+
+
+def components(title: str, entries: Sequence[Any]) -> None:
+    """Print registry entries: name, what it is, parameters with defaults, source."""
+    if _level >= 0:
+        console.print(Text(title, style="bold"))
+        for entry in entries:
+            parameters = ", ".join(
+                f"{name} = {json.dumps(value)}" for name, value in entry.parameters.items()
+            )  # as in TOML
+            console.print(Text.assemble((entry.name, "cyan"), f"  {entry.summary}"))
+            console.print(Text("    " + "; ".join(part for part in (parameters, entry.source) if part), style="dim"))
 
 
 def tenths(phases: Sequence[Mapping[str, Any]]) -> None:

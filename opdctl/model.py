@@ -17,6 +17,8 @@ from opdctl.store import digest_of, sha256_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from opdctl.logprobs import Head
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -132,6 +134,10 @@ class ModelDir:
             if file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHTS):
                 shutil.copyfile(file, folder / file.name)
 
+    def hidden_size(self) -> int | None:
+        """Size of the hidden states, as the config names it."""
+        return self.config.get("hidden_size") or self.config.get("text_config", {}).get("hidden_size")
+
     def parameters(self) -> int:
         """Number of parameters stored, read from the safetensors headers alone."""
         from safetensors import safe_open
@@ -177,21 +183,47 @@ def load(model: ModelDir, *, device: str, dtype: str | None = None) -> "PreTrain
     loaded = loaded.to(device).eval()
     if (off := check_head(loaded)) > TOLERANCE[loaded.dtype == torch.float32]:
         raise OpdctlError(
-            f"{model.path}: its logits are not its hidden states times its output matrix: {off:.2g} nats apart",
-            hint="models with a bias, a scale or a cap on their logits are not supported yet",
+            f"{model.path}: its logits are not what opdctl makes of its hidden states: {off:.2g} nats apart",
+            hint="an output matrix with bias, scale and soft cap is known; this model does more to its logits",
         )
     return loaded
 
 
-def check_same_tokenizer(student: ModelDir, teacher: ModelDir) -> None:
-    """Raise OpdctlError unless both map the same tokens to the same ids: the teacher is sent the student's ids."""
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+def load_head(model: ModelDir, *, device: str) -> "Head":
+    """Load a model's output matrix alone, and what else makes its logits, without the rest of its weights."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from opdctl.logprobs import output_head
+
+    config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    empty.tie_weights()
+    layer = empty.get_output_embeddings()
+    tensors = dict(empty.named_parameters(remove_duplicate=False))
+    for own, wanted in list(layer.named_parameters()):
+        names = {name for name, tensor in tensors.items() if tensor is wanted}
+        for file in model.path.glob("*.safetensors"):
+            with safe_open(file, "pt", device=device) as opened:
+                for name in names & set(opened.keys()):
+                    value = opened.get_tensor(name).to(getattr(torch, model.dtype))  # rounded as in the whole model
+                    setattr(layer, own, torch.nn.Parameter(value, requires_grad=False))
+        if getattr(layer, own).is_meta:
+            raise OpdctlError(f"{model.path}: no {' or '.join(sorted(names))} in its safetensors", code=ExitCode.DATA)
+    return output_head(empty, model.vocab_size)
+
+
+def check_same_tokenizer(student: ModelDir, other: ModelDir, name: str) -> None:
+    """Raise OpdctlError unless both map the same tokens to the same ids: a scorer is sent the student's ids."""
+    ours, theirs = student.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     if ours == theirs:
         return
     by_id = [{i: token for token, i in vocab.items()} for vocab in (ours, theirs)]
     differing = [i for i in sorted({*by_id[0], *by_id[1]}) if by_id[0].get(i) != by_id[1].get(i)]
-    shown = "\n".join(f"  id {i}: student {by_id[0].get(i)!r}, teacher {by_id[1].get(i)!r}" for i in differing[:5])
+    shown = "\n".join(f"  id {i}: student {by_id[0].get(i)!r}, {name} {by_id[1].get(i)!r}" for i in differing[:5])
     raise OpdctlError(
-        f"student and teacher have different tokenizers: {len(differing)} ids differ, the first of them\n{shown}",
+        f"student and {name} have different tokenizers: {len(differing)} ids differ, the first of them\n{shown}",
         hint="distil on-policy within one tokenizer family: the teacher scores the student's own token ids",
     )

@@ -50,7 +50,7 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
                     rollout.run(run, step, engines, repair=repair)
                 with clock.time("score"):
                     score.run(run, step, engines, repair=repair)
-            elif not ready(run, step):
+            elif not run.is_scored(step):
                 break
             with clock.time("update"):
                 trainer = trainer or Trainer(run, device)
@@ -62,17 +62,13 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
     return clock
 
 
-def ready(run: Run, step: int) -> bool:
-    """Whether a step's rollout and teacher scores are finished."""
-    return run.rollout(step).done() and run.scores(step).done()
-
-
 def evaluate_if_due(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
-    """Evaluate the student before the first step, every so many, and after the last; the teacher once."""
+    """Evaluate the student before the first step, every so many, and after the last; the teachers once."""
     settings = run.recipe.eval
     if not settings.every or (step % settings.every and step < run.recipe.train.steps):
         return
-    subjects = [evaluate.student(run, step)] + ([evaluate.teacher(run)] if step == 0 else [])
+    subjects = [evaluate.student(run, step)]
+    subjects += [evaluate.scorer(run, name) for name in run.recipe.teacher_models()] if step == 0 else []
     for bench in settings.bench:
         for subject in subjects:
             if not evaluate.is_evaluated(run, bench, subject.name):
@@ -91,8 +87,9 @@ def forget_old_students(run: Run) -> None:
 
 
 def accuracy(run: Run) -> dict[str, float | None]:
-    """Return the first benchmark's accuracy of the student before and now, and of the teacher; None if not measured."""
-    names = {"before": "step-00000", "after": f"step-{run.current_step():05d}", "teacher": "teacher"}
+    """Return the first benchmark's accuracy of the student before and now, and of each teacher; None: not measured."""
+    names = {"before": "step-00000", "after": f"step-{run.current_step():05d}"}
+    names |= {name: name for name in run.recipe.teacher_models()}
     found = {key: evaluate.stored_summary(run, run.recipe.eval.bench[0], name) for key, name in names.items()}
     return {key: summary["avg"] if summary else None for key, summary in found.items()}
 

@@ -4,23 +4,24 @@ Tokens and bytes are upper bounds: every prompt and response at its limit. Memor
 optimizer; activations and key-value caches come on top.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from opdctl import SCHEMA_VERSION
 from opdctl.benchmarks import Benchmark
-from opdctl.config import Model, Recipe, is_kept
+from opdctl.config import Recipe, Rollout, Score, is_kept, model_key
 from opdctl.engines import resolve_device
 from opdctl.model import ModelDir, check_same_tokenizer, locate_here
 from opdctl.prompts import local_problems
 from opdctl.registry import BENCHMARKS
-from opdctl.run import prepare_prompts, refuse_another_recipe, refuse_foreign_folder, run_path
+from opdctl.run import check_top_k, prepare_prompts, refuse_another_recipe, refuse_foreign_folder, run_path
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINER_BYTES = 4 + 4 + 8  # float32 master weight, gradient, and AdamW's two moments, a parameter
 STATE_BYTES = 4 + 8  # the float32 weight and the two moments, as they are saved
-ID_BYTES = LOGPROB_BYTES = 4
+ID_BYTES = LOGPROB_BYTES = HIDDEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Plan:
     prompt_tokens_per_step: int
     response_tokens_per_step: int
     rollout_bytes_per_step: int
-    teacher_bytes_per_step: int
-    artifact_bytes: int
-    student_parameters: int | None
-    teacher_parameters: int | None
-    student_bytes: int | None
+    score_bytes_per_step: int | None
+    artifact_bytes: int | None
+    parameters: dict[str, int | None]
+    """Of the student and of each model that scores."""
+    model_bytes: dict[str, int | None]
+    """Of each model's weights, in its own type."""
     optimizer_bytes: int | None
-    teacher_bytes: int | None
     students_kept: int
     disk_bytes: int | None
 
@@ -62,13 +63,14 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
         refuse_another_recipe(recipe, path)
     else:
         refuse_foreign_folder(recipe, path)
-    models = {key: locate_here(model, f"{key}.model") for key, model in _models(recipe).items()}
-    dirs = {key: ModelDir(folder, "float32") for key, folder in models.items() if folder}
-    if len(dirs) == len(models):
-        check_same_tokenizer(dirs["student"], dirs["teacher"])
-    parameters = {
-        key: dirs[key].parameters() if key in dirs else model.parameters for key, model in _models(recipe).items()
-    }
+    models = recipe.models()
+    folders = {name: locate_here(model, f"{model_key(name)}.model") for name, model in models.items()}
+    dirs = {name: ModelDir(folder, "float32") for name, folder in folders.items() if folder}
+    for name in dirs.keys() & recipe.scorers() if "student" in dirs else ():
+        check_same_tokenizer(dirs["student"], dirs[name], name)
+    if "student" in dirs:
+        check_top_k(recipe, dirs["student"])
+    parameters = {name: dirs[name].parameters() if name in dirs else model.parameters for name, model in models.items()}
     problems = local_problems(recipe.prompts)
     if problems is not None and "student" in dirs:
         prepare_prompts(recipe, problems, dirs["student"])
@@ -76,8 +78,9 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     responses, steps = recipe.responses_per_step(), recipe.train.steps
     prompt_tokens = responses * recipe.prompts.max_tokens
     response_tokens = responses * recipe.rollout.max_tokens
-    rollout = ID_BYTES * (prompt_tokens + response_tokens) + LOGPROB_BYTES * response_tokens
-    scores = LOGPROB_BYTES * response_tokens
+    rollout = ID_BYTES * (prompt_tokens + response_tokens) + _stored_bytes(recipe.rollout) * response_tokens
+    scores = _times(_score_bytes(recipe, dirs), response_tokens)
+    artifacts = _times(_plus(rollout, scores), steps)
     newest = min(recipe.train.keep_last, steps)
     kept = newest + sum(is_kept(recipe, step) for step in range(1, steps - newest + 1))
     disk = _times(parameters["student"], kept * BYTES[recipe.student.dtype] + newest * STATE_BYTES)
@@ -93,16 +96,31 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
         prompt_tokens_per_step=prompt_tokens,
         response_tokens_per_step=response_tokens,
         rollout_bytes_per_step=rollout,
-        teacher_bytes_per_step=scores,
-        artifact_bytes=steps * (rollout + scores),
-        student_parameters=parameters["student"],
-        teacher_parameters=parameters["teacher"],
-        student_bytes=_times(parameters["student"], BYTES[recipe.student.dtype]),
+        score_bytes_per_step=scores,
+        artifact_bytes=artifacts,
+        parameters=parameters,
+        model_bytes={name: _times(parameters[name], BYTES[model.dtype]) for name, model in models.items()},
         optimizer_bytes=_times(parameters["student"], TRAINER_BYTES),
-        teacher_bytes=_times(parameters["teacher"], BYTES[recipe.teacher.dtype]),
         students_kept=kept,
-        disk_bytes=None if disk is None else steps * (rollout + scores) + disk,
+        disk_bytes=_plus(artifacts, disk),
     )
+
+
+def _stored_bytes(settings: Rollout | Score) -> int:
+    """Return the bytes stored of a token: its log-prob, and where asked for the entropy and the most probable ids."""
+    return LOGPROB_BYTES * (1 + settings.entropy) + (ID_BYTES + LOGPROB_BYTES) * settings.top_k
+
+
+def _score_bytes(recipe: Recipe, dirs: Mapping[str, ModelDir]) -> int | None:
+    """Return the bytes that all scores of one token take; None if a hidden size is not known here."""
+    settings, teachers = recipe.score, recipe.teacher_models()
+    stored = _stored_bytes(settings) + LOGPROB_BYTES * recipe.rollout.top_k * settings.student_top_k
+    reference = LOGPROB_BYTES * (recipe.reference is not None)
+    if not settings.hidden_states:
+        return stored + reference
+    sizes = [dirs[name].hidden_size() if name in dirs else None for name in teachers]
+    known = [size for size in sizes if size is not None]
+    return stored + reference + HIDDEN_BYTES * max(known) if len(known) == len(sizes) else None
 
 
 def evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> dict[str, Any]:
@@ -130,12 +148,12 @@ def evaluation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _models(recipe: Recipe) -> dict[str, Model]:
-    return {"student": recipe.student, "teacher": recipe.teacher}
-
-
 def _times(count: int | None, size: int) -> int | None:
     return None if count is None else count * size
+
+
+def _plus(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 def rows(plan: Plan) -> list[tuple[str, str]]:
@@ -150,11 +168,13 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         (
             "artifacts",
             f"≤ {size(plan.artifact_bytes)} in all; a step ≤ {size(plan.rollout_bytes_per_step)} rollout + "
-            f"{size(plan.teacher_bytes_per_step)} teacher",
+            f"{size(plan.score_bytes_per_step)} scores",
         ),
-        ("student", f"{_count(plan.student_parameters)} parameters, {size(plan.student_bytes)} in the engine"),
+        *(
+            (name, f"{_count(plan.parameters[name])} parameters, {size(plan.model_bytes[name])} in the engine")
+            for name in plan.parameters
+        ),
         ("training", f"{size(plan.optimizer_bytes)}: float32 weights, gradients and two moments"),
-        ("teacher", f"{_count(plan.teacher_parameters)} parameters, {size(plan.teacher_bytes)}"),
         ("disk", f"≤ {size(plan.disk_bytes)}: artifacts, {plan.students_kept} students, newest trainer states"),
     ]
 

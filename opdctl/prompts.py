@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opdctl.config import Prompts
+from opdctl.config import Prompts, teacher_name
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 from opdctl.records import Prompt
 from opdctl.tasks import sort12
@@ -26,19 +26,26 @@ FORMATS = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt's text before the template, with its id and the gold answer where there is one."""
+    """A prompt's text before the template, with its id, the gold answer where there is one, and the name of its teacher
+    where there are several."""
 
     id: str
     text: str
     answer: str | None
+    teacher: str | None = None
 
 
 def tokenize(
-    problems: list[Problem], tokenizer: "PreTrainedTokenizerBase", settings: Prompts
+    problems: list[Problem],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: Prompts,
+    teachers: Sequence[str] = ("teacher",),
 ) -> tuple[list[Prompt], int]:
     """Return the prompts that fit, in their order, and how many were dropped for their length.
 
-    Raises OpdctlError (code 3) when one is too long and the recipe says `too_long = "error"`, or when none is left.
+    teachers: the names of the run's teachers; a prompt that names none has the only one. Raises OpdctlError (code 3)
+    when a prompt is too long and the recipe says `too_long = "error"`, when one names a teacher that there is not, or
+    when none is left.
     """
     prompts, too_long = [], []
     for problem in problems:
@@ -48,7 +55,8 @@ def tokenize(
         elif not ids:
             raise OpdctlError(f"{settings.source}: prompt `{problem.id}` has no tokens", code=ExitCode.DATA)
         else:
-            prompts.append(Prompt(problem.id, np.asarray(ids, np.int32), problem.answer))
+            teacher = _teacher(problem, settings, teachers)
+            prompts.append(Prompt(problem.id, np.asarray(ids, np.int32), problem.answer, teacher))
     if too_long and settings.too_long == "error":
         shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:5])
         raise OpdctlError(
@@ -60,6 +68,20 @@ def tokenize(
     if not prompts:
         raise OpdctlError(f"{settings.source}: no prompts are left", code=ExitCode.DATA)
     return prompts, len(too_long)
+
+
+def _teacher(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> str:
+    if problem.teacher is None:
+        return teachers[0]
+    if (name := teacher_name(problem.teacher)) not in teachers:
+        known = [each.removeprefix(teacher_name("")) for each in teachers]
+        raise OpdctlError(
+            f"{settings.source}: prompt `{problem.id}`: no teacher `{problem.teacher}`"
+            f"{did_you_mean(problem.teacher, known)}",
+            hint=f"column `{settings.teacher_column}` must hold one of [teachers]",
+            code=ExitCode.DATA,
+        )
+    return name
 
 
 def template(problem: Problem, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]) -> list[int]:
@@ -110,6 +132,11 @@ def _embedded(settings: Prompts) -> list[Problem]:
     if settings.source != "toy:sort12":
         raise OpdctlError(
             f"prompts.source: no embedded task `{settings.source}`{did_you_mean(settings.source, ['toy:sort12'])}"
+        )
+    if settings.teacher_column:
+        raise OpdctlError(
+            f"prompts.teacher_column: `{settings.source}` has no columns",
+            hint="several teachers need a file of prompts",
         )
     try:
         stream = sort12.problems(settings.split, seed=0)
@@ -180,11 +207,23 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
             raise OpdctlError(f"{where}: id `{name}` was used by row {seen[str(name)]} already", code=ExitCode.DATA)
         seen[str(name)] = number
         gold = None if answer is None else _valid_text(str(answer), where)
-        problems.append(Problem(_valid_text(str(name), where), _valid_text(text, where) + settings.suffix, gold))
+        teacher = _teacher_cell(row, settings, where)
+        problems.append(
+            Problem(_valid_text(str(name), where), _valid_text(text, where) + settings.suffix, gold, teacher)
+        )
     if not problems:
         why = f"no row passes prompts.at_least = {settings.at_least}" if settings.at_least else "holds no prompts"
         raise OpdctlError(f"{settings.source}: {why}", hint="at least one prompt is needed", code=ExitCode.DATA)
     return problems
+
+
+def _teacher_cell(row: Row, settings: Prompts, where: str) -> str | None:
+    if settings.teacher_column is None:
+        return None
+    name = _cell(row, settings.teacher_column, "prompts.teacher_column", where)
+    if not isinstance(name, str):
+        raise OpdctlError(f"{where}: `{settings.teacher_column}` must be text, got {name!r}", code=ExitCode.DATA)
+    return name
 
 
 def _wanted(rows: Iterator[Row], settings: Prompts) -> Iterator[tuple[int, Row]]:

@@ -1,16 +1,19 @@
 """The artifacts' records: their columns, types, ids and meaning. Imports no torch.
 
-    prompts.parquet            one row a prompt, in the order drawn
-    rollout/part-*.parquet     one row a response
-    teacher/part-*.safetensors one entry a response, for the responses of the rollout part of the same number
-    eval/**/part-*.parquet     one row a graded response
+    prompts.parquet              one row a prompt, in the order drawn
+    rollout/part-*.parquet       one row a response
+    teacher/part-*.safetensors   one entry a response, for the responses of the rollout part of the same number; so
+    reference/part-*.safetensors too where the recipe names a reference model
+    eval/**/part-*.parquet       one row a graded response
 
 Everything is joined by id, strictly, never by position. Token ids are stored and passed on; text is never tokenised
 again. Log-probs are natural logarithms of the token that was sampled, in nats, float32.
+
+Shapes: T tokens of one response, K most probable tokens at each, D hidden size.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +26,13 @@ Logprobs = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, templated to token ids. `answer` is the gold answer, or None where there is none."""
+    """One prompt, templated to token ids. `answer` is the gold answer, or None where there is none; `teacher` names
+    the scorer of its responses, such as `teacher` or `teacher-math`."""
 
     prompt_id: str
     prompt_ids: Ids
     answer: str | None
+    teacher: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +40,10 @@ class Response:
     """One response that the student drew.
 
     logprobs: of each response id, under the policy that drew it. finish_reason: "stop" (the last id is an end of
-    sequence, which belongs to the response) or "length". policy_step: updates that policy had seen. For example, the
-    first sample of prompt `sort12-abc` at step 3 is `sort12-abc/00003/0`.
+    sequence, which belongs to the response) or "length". policy_step: updates that policy had seen. Only where
+    the recipe asks for them: entropies [T] of the whole distribution at each token, in nats, and its most probable
+    tokens, falling, as top_ids and top_logprobs [T, K]. For example, the first sample of prompt `sort12-abc` at step 3
+    is `sort12-abc/00003/0`.
     """
 
     sample_id: str
@@ -49,6 +56,26 @@ class Response:
     source: str
     teacher: str
     answer: str | None
+    entropies: Logprobs | None = None
+    top_ids: Ids | None = None
+    top_logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a model says of one response's T tokens. All but the log-probs are there only if the recipe asks for them.
+
+    entropies [T] are of its whole distribution. top_ids and top_logprobs [T, K] are its own most probable tokens,
+    falling; student_top_logprobs [T, K] are its log-probs of the student's. hidden_states reads the last hidden states
+    [T, D] from disk: with the output matrix they give the whole distribution, and are too large to be kept.
+    """
+
+    logprobs: Logprobs
+    entropies: Logprobs | None = None
+    top_ids: Ids | None = None
+    top_logprobs: Logprobs | None = None
+    student_top_logprobs: Logprobs | None = None
+    hidden_states: Callable[[], npt.NDArray[np.float32]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +95,35 @@ class Graded:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A response joined with its teacher's log-probs, both of length T."""
+    """A response joined with what its teacher, and the reference model if there is one, say of its tokens."""
 
     response: Response
-    teacher_logprobs: Logprobs
-
-    def advantage(self) -> npt.NDArray[np.float64]:
-        """Return A_t = log p_teacher - log p_student of each token, [T], in nats, as it is stored."""
-        return self.teacher_logprobs.astype(np.float64) - self.response.logprobs.astype(np.float64)
+    teacher: Scores
+    reference: Scores | None = None
 
 
 _IDS = pa.list_(pa.int32())
 
-PROMPTS = pa.schema([("prompt_id", pa.string()), ("prompt_ids", _IDS), ("answer", pa.string())])
+_LOGPROBS = pa.list_(pa.float32())
+
+PROMPTS = pa.schema(
+    [("prompt_id", pa.string()), ("prompt_ids", _IDS), ("answer", pa.string()), ("teacher", pa.string())]
+)
 RESPONSES = pa.schema(
     [
         ("sample_id", pa.string()),
         ("prompt_id", pa.string()),
         ("prompt_ids", _IDS),
         ("response_ids", _IDS),
-        ("logprobs", pa.list_(pa.float32())),
+        ("logprobs", _LOGPROBS),
         ("finish_reason", pa.string()),
         ("policy_step", pa.int32()),
         ("source", pa.string()),
         ("teacher", pa.string()),
         ("answer", pa.string()),
+        ("entropies", _LOGPROBS),
+        ("top_ids", _IDS),
+        ("top_logprobs", _LOGPROBS),
     ]
 )
 GRADED = pa.schema(

@@ -7,7 +7,7 @@ directory is whole. Opening an old one compares the recipe and the models with w
 import importlib.metadata
 import shlex
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,25 @@ from typing import Any
 import numpy as np
 
 from opdctl import SCHEMA_VERSION, log, store
-from opdctl.config import FREE, Model, Recipe, changed, describe_changes, load_recipe, settings_of
+from opdctl.config import (
+    Model,
+    Recipe,
+    changed,
+    describe_changes,
+    is_free,
+    load_recipe,
+    model_key,
+    settings_of,
+    settings_of_scorer,
+)
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import Problem, load_problems, tokenize
 from opdctl.records import Prompt, sample_id
+from opdctl.registry import plugin_file
 from opdctl.store import Fingerprint, StageDir, digest_of
 
+REFERENCE = "reference"
 LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers")
 
 
@@ -32,10 +44,17 @@ class Run:
 
     recipe: Recipe
     path: Path
-    student: ModelDir
-    teacher: ModelDir
-    student_digest: str
-    teacher_digest: str
+    models: Mapping[str, ModelDir]
+    """`student`, the teachers and `reference`, by name."""
+    digests: Mapping[str, str]
+
+    @property
+    def student(self) -> ModelDir:
+        return self.models["student"]
+
+    def scorers(self) -> list[str]:
+        """Return the names of the models that score responses."""
+        return list(self.recipe.scorers())
 
     # ── Where things lie ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -95,7 +114,7 @@ class Run:
         return [0, *sorted(step for step in found if self.update_path(step - 1).exists())]
 
     def policy_digest(self, step: int) -> str:
-        return self.student_digest if step == 0 else digest_of(self.update(step - 1)["student"])
+        return self.digests["student"] if step == 0 else digest_of(self.update(step - 1)["student"])
 
     # ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,18 +154,34 @@ class Run:
             redo=self.command("rollout", step),
         )
 
-    def scores(self, step: int) -> StageDir:
+    def score(self, step: int, name: str) -> StageDir:
+        """Return the stage in which the model `name` scores a step's responses."""
         return StageDir(
-            self.step_path(step) / "teacher",
+            self.step_path(step) / name,
             stage="score",
             parts=self.recipe.rollout.parts,
             suffix=".safetensors",
             fingerprint=Fingerprint(
-                settings_of(self.recipe, "score"),
-                {"rollout": self.rollout(step).digest, "teacher": self.teacher_digest},
+                settings_of_scorer(self.recipe, name),
+                {"rollout": self.rollout(step).digest, name: self.digests[name]},
             ),
-            redo=self.command("score-teacher", step),
+            redo=self.command("score-teacher", step) + f" --only {name}",
         )
+
+    def scores(self, step: int) -> dict[str, StageDir]:
+        """Return the stages of all models that score a step's responses, by name."""
+        return {name: self.score(step, name) for name in self.scorers()}
+
+    def is_scored(self, step: int) -> bool:
+        """Whether a step's rollout and all its scores are finished."""
+        rollout = self.rollout(step)
+        return rollout.done() and all(stage.done() for stage in self.scores(step).values())
+
+    def inputs(self, step: int) -> dict[str, str]:
+        """Return the digests of what a step's update is made from. Raises OpdctlError (code 1) where unfinished."""
+        plugins = {f"plugin {name}": _plugin_digest(name) for name in self.recipe.plugins}
+        scores = {name: stage.digest for name, stage in self.scores(step).items()}
+        return {"rollout": self.rollout(step).digest, **scores, **plugins}
 
     @cached_property
     def _prompts_digest(self) -> str:
@@ -170,15 +205,19 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: run.stat().st_mtime)
 
 
-BOTH = frozenset({"student", "teacher"})
+def _plugin_digest(name: str) -> str:
+    file = plugin_file(name)
+    return store.sha256_file(file) if file and file.is_file() else "no file of its own"
 
 
-def open_run(recipe: Recipe, output: Path | None = None, *, needs: Collection[str] = BOTH, record: bool = True) -> Run:
+def open_run(
+    recipe: Recipe, output: Path | None = None, *, needs: Collection[str] | None = None, record: bool = True
+) -> Run:
     """Open the run directory of `recipe`, or begin it.
 
-    needs: the models that must be at hand; a begun run's others are taken as recorded. record: write settings that may
-    change down. Raises OpdctlError: 2 for a missing model or tokenizers that differ, 3 for bad prompts, 4 when the run
-    was begun with another recipe or other models, 5 when a hub is out of reach.
+    needs: the models that must be at hand, all if None; a begun run's others are taken as recorded. record: write
+    settings that may change down. Raises OpdctlError: 2 for a missing model or tokenizers that differ, 3 for bad
+    prompts, 4 when the run was begun with another recipe or other models, 5 when a hub is out of reach.
     """
     path = run_path(recipe, output)
     if not (path / "run.json").exists():
@@ -188,8 +227,8 @@ def open_run(recipe: Recipe, output: Path | None = None, *, needs: Collection[st
     if record and store.read_text(path / "recipe.toml") != recipe.to_toml():
         store.write_text(path / "recipe.toml", recipe.to_toml())
     run = _as_recorded(recipe, path)
-    for name, model in (("student", run.student), ("teacher", run.teacher)):
-        if name in needs:
+    for name, model in run.models.items():
+        if needs is None or name in needs:
             _check_model(path, name, model)
     for folder in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
         store.sweep(folder)
@@ -229,12 +268,12 @@ def recorded_run(path: Path) -> Run:
 
 def _as_recorded(recipe: Recipe, path: Path) -> Run:
     """Return the run with its models where run.json says: a hub's newer revision does not concern it."""
-    models = store.read_json(path / "run.json")["models"]
-    student, teacher = (
-        ModelDir(Path(models[name]["path"]), settings.dtype, settings.trust_remote_code)
-        for name, settings in (("student", recipe.student), ("teacher", recipe.teacher))
-    )
-    return Run(recipe, path, student, teacher, models["student"]["digest"], models["teacher"]["digest"])
+    recorded = store.read_json(path / "run.json")["models"]
+    models = {
+        name: ModelDir(Path(recorded[name]["path"]), settings.dtype, settings.trust_remote_code)
+        for name, settings in recipe.models().items()
+    }
+    return Run(recipe, path, models, {name: recorded[name]["digest"] for name in models})
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -249,7 +288,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def _find(model: Model, name: str) -> ModelDir:
     if model.trust_remote_code:
         log.warn(f"trust_remote_code is on: code that comes with {model.model} will run")
-    return ModelDir(locate(model, f"{name}.model"), model.dtype, model.trust_remote_code)
+    return ModelDir(locate(model, f"{model_key(name)}.model"), model.dtype, model.trust_remote_code)
 
 
 def _identify(model: ModelDir) -> dict[str, Any]:
@@ -265,7 +304,7 @@ def _stamp(model: ModelDir) -> dict[str, list[int]]:
 
 def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
     """Raise OpdctlError (code 4) when the run in `path` was begun with a recipe that shapes other artifacts."""
-    changes = [change for change in changed(read_recipe(path).flat(), recipe.flat()) if not change[0].startswith(FREE)]
+    changes = [change for change in changed(read_recipe(path).flat(), recipe.flat()) if not is_free(change[0])]
     if changes:
         raise OpdctlError(
             f"{path}: was begun with another recipe\n{describe_changes(changes)}",
@@ -277,7 +316,7 @@ def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
 
 def prepare_prompts(recipe: Recipe, problems: list[Problem], student: ModelDir) -> tuple[list[Prompt], int]:
     """Return the prompts as token ids and how many were too long. Raises OpdctlError (code 3) when too few are left."""
-    prompts, dropped = tokenize(problems, student.tokenizer, recipe.prompts)
+    prompts, dropped = tokenize(problems, student.tokenizer, recipe.prompts, list(recipe.teacher_models()))
     if len(prompts) < recipe.rollout.prompts_per_step:
         raise OpdctlError(
             f"{recipe.prompts.source}: {len(prompts)} prompts are fewer than rollout.prompts_per_step = "
@@ -288,14 +327,27 @@ def prepare_prompts(recipe: Recipe, problems: list[Problem], student: ModelDir) 
     return prompts, dropped
 
 
+def check_top_k(recipe: Recipe, student: ModelDir) -> None:
+    """Raise OpdctlError unless more tokens than the most probable ones that are to be stored are there."""
+    for key, top_k in (("rollout.top_k", recipe.rollout.top_k), ("score.top_k", recipe.score.top_k)):
+        if top_k >= student.vocab_size:
+            raise OpdctlError(
+                f"{key}: {top_k} of {student.vocab_size} tokens",
+                hint='store fewer; or take the whole vocabulary by an objective with support = "full"',
+            )
+
+
 def _begin(recipe: Recipe, path: Path) -> None:
-    student, teacher = _find(recipe.student, "student"), _find(recipe.teacher, "teacher")
-    check_same_tokenizer(student, teacher)
+    found = {name: _find(model, name) for name, model in recipe.models().items()}
+    student = found["student"]
+    for name in recipe.scorers():
+        check_same_tokenizer(student, found[name], name)
+    check_top_k(recipe, student)
     problems = load_problems(recipe.prompts)
     prompts, dropped = prepare_prompts(recipe, problems, student)
     if dropped:
         log.warn(f"{dropped} of {len(problems)} prompts are longer than prompts.max_tokens and were dropped")
-    models = {name: _identify(model) for name, model in (("student", student), ("teacher", teacher))}
+    models = {name: _identify(model) for name, model in found.items()}
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     store.write_text(path / "recipe.toml", recipe.to_toml())
     sha256 = store.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])

@@ -1,48 +1,107 @@
-"""Responses joined with their teacher scores, by id, part by part. Imports no torch, so the analysis needs no model."""
+"""Responses joined with their scores, by id, part by part. Imports no torch, so the analysis needs no model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.records import Logprobs, Response, Scored
-from opdctl.run import Run
+from opdctl.records import Logprobs, Response, Scored, Scores
+from opdctl.run import REFERENCE, Run
 from opdctl.store import read_rows, read_scores
+from opdctl.weights import Tokens
 
 
 def read_scored(run: Run, step: int) -> Iterator[Scored]:
-    """Yield a step's responses with their teacher scores, one verified part in memory at a time.
+    """Yield a step's responses with their scores, one verified part in memory at a time.
 
     Raises OpdctlError (code 3) when a part is missing or damaged, or when responses and scores do not join.
     """
-    rollout, scores = run.rollout(step), run.scores(step)
+    rollout, stages = run.rollout(step), run.scores(step)
     for index in range(len(rollout.names)):
-        responses = rollout.verify(index)
-        yield from join(read_rows(responses, Response), read_scores(scores.verify(index), rollout.sha256(index)))
+        responses = read_rows(rollout.verify(index), Response)
+        digest = rollout.sha256(index)
+        yield from join(responses, {name: read_scores(s.verify(index), digest) for name, s in stages.items()})
 
 
-def join(responses: Sequence[Response], scores: Mapping[str, Logprobs]) -> list[Scored]:
-    """Join strictly by sample id. Raises OpdctlError (code 3) for a missing, spare, short or non-finite score."""
-    wanted = {response.sample_id for response in responses}
-    if len(wanted) != len(responses) or wanted != scores.keys():
-        odd = sorted(wanted.symmetric_difference(scores))[:3] or ["a sample id that occurs twice"]
-        raise OpdctlError(f"responses and teacher scores do not join: {', '.join(odd)}", code=ExitCode.DATA)
+def join(responses: Sequence[Response], scores: Mapping[str, Mapping[str, Scores]]) -> list[Scored]:
+    """Join responses with the scores of each model, by the model's name and the sample's id.
+
+    A teacher scores the responses that name it, the reference all, and neither any other. Raises OpdctlError (code 3)
+    for a missing, spare, short or non-finite score.
+    """
+    if len({response.sample_id for response in responses}) != len(responses):
+        raise _do_not_join("responses", ["a sample id that occurs twice"])
+    if strange := sorted({response.teacher for response in responses} - scores.keys()):
+        raise _do_not_join("responses", [f"a teacher `{name}` that there is not" for name in strange])
+    for name, found in scores.items():
+        wanted = {r.sample_id for r in responses if name in (r.teacher, REFERENCE)}
+        if wanted != found.keys():
+            raise _do_not_join(name, sorted(wanted.symmetric_difference(found))[:3])
     joined = []
     for response in responses:
-        teacher = scores[response.sample_id]
-        if len(teacher) != len(response.response_ids) or len(response.logprobs) != len(response.response_ids):
-            raise OpdctlError(
-                f"{response.sample_id}: {len(response.response_ids)} tokens, {len(response.logprobs)} student and "
-                f"{len(teacher)} teacher log-probs",
-                code=ExitCode.DATA,
-            )
-        for who, values in (("student", response.logprobs), ("teacher", teacher)):
-            if not np.isfinite(values).all():
-                position = int(np.argmin(np.isfinite(values)))
-                raise OpdctlError(
-                    f"{response.sample_id}: the {who}'s log-prob at position {position} is {values[position]}",
-                    hint="a token the model gives no probability, or a model that computes NaN in its dtype",
-                    code=ExitCode.DATA,
-                )
-        joined.append(Scored(response, teacher))
+        teacher = scores[response.teacher][response.sample_id]
+        reference = scores[REFERENCE][response.sample_id] if REFERENCE in scores else None
+        _check(response, "student", response.logprobs)
+        _check(response, response.teacher, teacher.logprobs)
+        if reference:
+            _check(response, REFERENCE, reference.logprobs)
+        joined.append(Scored(response, teacher, reference))
     return joined
+
+
+def _do_not_join(name: str, odd: Iterable[str]) -> OpdctlError:
+    return OpdctlError(f"responses and scores do not join: {name}: {', '.join(odd)}", code=ExitCode.DATA)
+
+
+def _check(response: Response, who: str, logprobs: Logprobs) -> None:
+    """Raise OpdctlError unless there is one finite log-prob a token."""
+    if len(logprobs) != len(response.response_ids):
+        raise OpdctlError(
+            f"{response.sample_id}: {len(response.response_ids)} tokens, {len(logprobs)} log-probs of the {who}",
+            code=ExitCode.DATA,
+        )
+    if not np.isfinite(logprobs).all():
+        position = int(np.argmin(np.isfinite(logprobs)))
+        raise OpdctlError(
+            f"{response.sample_id}: the {who}'s log-prob at position {position} is {logprobs[position]}",
+            hint="a token the model gives no probability, or a model that computes NaN in its dtype",
+            code=ExitCode.DATA,
+        )
+
+
+def target(scored: Scored, extrapolation: float) -> Logprobs:
+    """Return the log-probs of what the student is drawn to, [T], in nats: the teacher, or λ log T + (1 - λ) log R.
+
+    The latter less log S is λ (log T - log R) - (log S - log R), the advantage of reward extrapolation
+    (arXiv 2602.12125), λ being `extrapolation`.
+    """
+    teacher = scored.teacher.logprobs
+    if extrapolation == 1:
+        return teacher
+    assert scored.reference is not None  # the recipe is refused without one
+    return extrapolation * teacher + (1 - extrapolation) * scored.reference.logprobs
+
+
+def tokens(scored: Scored, step: int, extrapolation: float) -> Tokens:
+    """Return a response's tokens as weights see them, float64."""
+    response, teacher = scored.response, scored.teacher
+    columns = {
+        "student_entropy": response.entropies,
+        "student_top_ids": response.top_ids,
+        "student_top_logp": response.top_logprobs,
+        "teacher_entropy": teacher.entropies,
+        "teacher_top_ids": teacher.top_ids,
+        "teacher_logp_of_student_top": teacher.student_top_logprobs,
+    }
+    student_logp_T = response.logprobs.astype(np.float64)
+    return Tokens(
+        student_logp_T,
+        teacher.logprobs.astype(np.float64),
+        target(scored, extrapolation).astype(np.float64) - student_logp_T,
+        step,
+        {
+            name: value.astype(np.float64) if value.dtype == np.float32 else value
+            for name, value in columns.items()
+            if value is not None
+        },
+    )

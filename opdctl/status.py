@@ -1,5 +1,6 @@
 """`opdctl status`: what is done, missing or damaged in a run directory, and the next command. Reads, never writes."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def stage_status(run: Run, step: int, name: str, *, verify: bool) -> StageStatus
 def _stage(run: Run, step: int, name: str) -> StageDir | None:
     if name == "rollout":
         return run.rollout(step)
-    return run.scores(step) if run.rollout(step).manifest() else None
+    return run.score(step, name) if run.rollout(step).manifest() else None
 
 
 def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
@@ -54,12 +55,17 @@ def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
                 raise store.damaged(path, "the newest is missing")
             if verify and path.is_dir():
                 store.check_directory(path, record[name])
-        if verify and record["inputs"] != {"rollout": run.rollout(step).digest, "teacher": run.scores(step).digest}:
+        if verify and not _same_artifacts(record["inputs"], run.inputs(step)):
             raise store.damaged(run.step_path(step), "the update was made from other responses or scores")
     except OpdctlError as error:
         return StageStatus(step, "update", "damaged", error.message)
     kept = run.student_path(step + 1).is_dir()
     return StageStatus(step, "update", "done", str(run.student_path(step + 1)) if kept else "its student is not kept")
+
+
+def _same_artifacts(recorded: Mapping[str, str], found: Mapping[str, str]) -> bool:
+    """Whether an update was made from the artifacts that are there; a plugin may have changed since."""
+    return all(recorded.get(name) == digest for name, digest in found.items() if not name.startswith("plugin "))
 
 
 def evaluations(run: Run, *, verify: bool) -> tuple[list[dict[str, Any]], list[str]]:
@@ -75,7 +81,7 @@ def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
     begun = range(min(done + 1, run.recipe.train.steps))
     stages = []
     for step in begun:
-        stages += [stage_status(run, step, name, verify=verify) for name in ("rollout", "teacher")]
+        stages += [stage_status(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
         stages.append(update_status(run, step, verify=verify))
     summaries, problems = evaluations(run, verify=verify)
     return {
@@ -96,7 +102,7 @@ def next_command(run: Run, stages: list[StageStatus]) -> str:
         # Responses can only be drawn again while the student that drew them is kept.
         if stage.state == "damaged" and stage.stage == "rollout" and stage.step in run.kept_steps():
             return run.command("rollout", stage.step) + " --repair"
-        if stage.state == "damaged" and stage.stage == "teacher":
+        if stage.state == "damaged" and stage.stage in run.scorers():
             return run.command("score-teacher", stage.step) + " --repair"
     return next_stage_command(run)
 
@@ -108,7 +114,7 @@ def next_stage_command(run: Run) -> str:
         return f"opdctl analyze-position {run.path}"
     if not run.rollout(step).done():
         return run.command("rollout")
-    return run.command("train" if run.scores(step).done() else "score-teacher")
+    return run.command("train" if run.is_scored(step) else "score-teacher")
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:

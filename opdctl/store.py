@@ -17,7 +17,8 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,10 @@ from safetensors.numpy import save_file
 from opdctl import SCHEMA_VERSION
 from opdctl.config import changed, describe_changes
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Logprobs, Prompt, Response, offsets_of
+from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Prompt, Response, Scores, offsets_of
+
+HIDDEN = "hidden_states"
+SCORE_COLUMNS = tuple(column.name for column in fields(Scores))
 
 Row = TypeVar("Row", Prompt, Response, Graded)
 T = TypeVar("T")
@@ -145,9 +149,13 @@ _SCHEMAS: dict[type, pa.Schema] = {Prompt: PROMPTS, Response: RESPONSES, Graded:
 
 def write_rows(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
     """Write rows as Parquet with page checksums: without them a flipped byte is mostly read in silence."""
-    names = _SCHEMAS[kind].names
-    columns = {name: [getattr(row, name) for row in rows] for name in names}
+    columns = {name: [_flat(getattr(row, name)) for row in rows] for name in _SCHEMAS[kind].names}
     pq.write_table(pa.table(columns, schema=_SCHEMAS[kind]), path, compression="zstd", write_page_checksum=True)
+
+
+def _flat(value: Any) -> Any:
+    """Return what a cell holds: arrays of several dimensions row by row."""
+    return value.reshape(-1) if isinstance(value, np.ndarray) else value
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
@@ -166,27 +174,39 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     if not table.schema.equals(_SCHEMAS[kind]):
         raise damaged(path, f"has columns {table.schema.names}, wanted {_SCHEMAS[kind].names}")
     columns = {name: _column(table[name]) for name in table.schema.names}
+    if kind is Response:
+        lengths = [len(ids) for ids in columns["response_ids"]]
+        columns |= {name: _by_token(columns[name], lengths) for name in ("top_ids", "top_logprobs")}
     return [kind(**{name: values[i] for name, values in columns.items()}) for i in range(table.num_rows)]
 
 
 def _column(column: pa.ChunkedArray) -> list[Any]:
     if not pa.types.is_list(column.type):
         return column.to_pylist()
-    return [row.values.to_numpy(zero_copy_only=False) for row in column]  # ids and log-probs stay arrays
+    # Ids and log-probs stay arrays; a column that was not asked for is null.
+    return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in column]
 
 
-def write_scores(path: Path, ids: Sequence[str], logprobs: Sequence[Logprobs], meaning: Mapping[str, str]) -> None:
-    """Write the teacher's log-probs of one rollout part as safetensors: `offsets` [R + 1] and `logprobs` [tokens]."""
-    tensors = {
-        "offsets": offsets_of([len(row) for row in logprobs]),
-        "logprobs": np.concatenate([np.zeros(0, np.float32), *logprobs]).astype(np.float32),
-    }
+def _by_token(flat: list[np.ndarray | None], lengths: list[int]) -> list[np.ndarray | None]:
+    """Bring the most probable tokens of each response back to one row a token, all of the same width."""
+    width = max((len(cell) // n for cell, n in zip(flat, lengths, strict=True) if cell is not None and n), default=0)
+    return [None if cell is None else cell.reshape(n, width) for cell, n in zip(flat, lengths, strict=True)]
+
+
+def write_scores(path: Path, ids: Sequence[str], scores: Sequence[Scores], meaning: Mapping[str, str]) -> None:
+    """Write what a model says of one rollout part as safetensors: `offsets` [R + 1], and each column [tokens, …]."""
+    tensors = {"offsets": offsets_of([len(row.logprobs) for row in scores])}
+    for name in SCORE_COLUMNS:
+        values = [value for row in scores if (value := getattr(row, name)) is not None]
+        if values:
+            tensors[name] = np.concatenate([value() if callable(value) else value for value in values])
+    tensors.setdefault("logprobs", np.zeros(0, np.float32))
     # One entry: safetensors writes several in an order that changes from call to call, and so would the digest.
     save_file(tensors, path, metadata={"opdctl": json.dumps({**meaning, "sample_ids": list(ids)})})
 
 
-def read_scores(path: Path, rollout_sha256: str) -> dict[str, Logprobs]:
-    """Return the teacher's log-probs of one part by sample id.
+def read_scores(path: Path, rollout_sha256: str) -> dict[str, Scores]:
+    """Return what a model says of one part, by sample id; hidden states are left on disk until they are asked for.
 
     Raises OpdctlError (code 3) when it is damaged, or when it scores another rollout part than the one of this digest.
     """
@@ -194,15 +214,30 @@ def read_scores(path: Path, rollout_sha256: str) -> dict[str, Logprobs]:
         with safe_open(path, "np") as file:
             meaning = json.loads((file.metadata() or {})["opdctl"])
             ids, scored = meaning["sample_ids"], meaning["rollout"]
-            offsets, logprobs = file.get_tensor("offsets"), file.get_tensor("logprobs")
+            names, offsets = set(file.keys()), file.get_tensor("offsets")
+            columns = {name: file.get_tensor(name) for name in names & set(SCORE_COLUMNS) - {HIDDEN}}
+            lengths = [len(column) for column in columns.values()]
+            lengths += [file.get_slice(HIDDEN).get_shape()[0]] if HIDDEN in names else []
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, str(error)) from error
     if scored != rollout_sha256:
         raise damaged(path, "it scores other responses than those beside it")
-    fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and offsets[-1] == len(logprobs)
+    fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and "logprobs" in columns and {*lengths} == {offsets[-1]}
     if not fits or (np.diff(offsets) < 0).any() or len(set(ids)) != len(ids):
         raise damaged(path, "its offsets, ids and log-probs do not fit together")
-    return {name: logprobs[a:b] for name, a, b in zip(ids, offsets[:-1], offsets[1:], strict=True)}
+    spans = zip(ids, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    return {
+        sample: Scores(
+            **{name: column[a:b] for name, column in columns.items()},
+            hidden_states=partial(_read_span, path, HIDDEN, a, b) if HIDDEN in names else None,
+        )
+        for sample, a, b in spans
+    }
+
+
+def _read_span(path: Path, name: str, start: int, stop: int) -> np.ndarray:
+    with safe_open(path, "np") as file:
+        return file.get_slice(name)[start:stop]
 
 
 # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────

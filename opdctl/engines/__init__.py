@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opdctl.config import Sampling
+from opdctl.config import Sampling, Score
 from opdctl.errors import OpdctlError
 from opdctl.model import ModelDir
-from opdctl.records import Ids, Logprobs
+from opdctl.records import Ids, Logprobs, Scores
 from opdctl.registry import ENGINES
 
 
@@ -27,11 +27,27 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An answer: ids, their log-probs under the sampling policy in nats, and "stop" or "length"."""
+    """An answer: ids, their log-probs under the sampling policy in nats, and "stop" or "length".
+
+    Where asked for, of the policy's whole distribution at each of the T tokens: its entropy in nats, [T], and its K
+    most probable ids, falling, with their log-probs, [T, K].
+    """
 
     response_ids: Ids
     logprobs: Logprobs
     finish_reason: str
+    entropies: Logprobs | None = None
+    top_ids: Ids | None = None
+    top_logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A response to be scored, after its prompt; `top_ids` [T, K] are further ids to be scored at each token."""
+
+    prompt_ids: Ids
+    response_ids: Ids
+    top_ids: Ids | None = None
 
 
 class Engine(Protocol):
@@ -40,15 +56,20 @@ class Engine(Protocol):
     meaning: dict[str, str]
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, batch_size: int, advance: Callable[[int], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        batch_size: int,
+        advance: Callable[[int], None],
+        *,
+        entropy: bool = False,
+        top_k: int = 0,
     ) -> list[Completion]:
         """Answer every request, in order; `advance(n)` is told of every n that are finished."""
         ...
 
-    def score(
-        self, sequences: Sequence[tuple[Ids, Ids]], tokens_per_batch: int, advance: Callable[[int], None]
-    ) -> list[Logprobs]:
-        """Return the log-prob of every response id of (prompt ids, response ids), raw, at temperature 1, in nats."""
+    def score(self, answered: Sequence[Answered], settings: Score, advance: Callable[[int], None]) -> list[Scores]:
+        """Return what the model says of every response's tokens, raw, at temperature 1, in nats."""
         ...
 
     def load_weights(self, model: ModelDir) -> None:

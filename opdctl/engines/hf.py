@@ -4,10 +4,13 @@ Sampling is a loop of its own over transformers' cache rather than `generate`, f
 do: each response has a random stream of its own, so the same seed gives the same response in any batch, and finished
 responses leave the batch.
 
-Shapes: B responses still in work, T positions, V vocabulary.
+Shapes: B responses still in work, T positions, V vocabulary, N response tokens of a batch, K most probable tokens,
+D hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +18,20 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opdctl.batches import by_token_budget, pad
-from opdctl.config import Sampling
-from opdctl.engines import Completion, Request
-from opdctl.logprobs import response_logprobs
+from opdctl.config import Sampling, Score
+from opdctl.engines import Answered, Completion, Request
+from opdctl.logprobs import Chunk, Head, output_head, over_chunks, response_states
 from opdctl.model import ModelDir, load
-from opdctl.records import Ids, Logprobs
+from opdctl.records import Ids, Scores
 
 SHRINK = 0.75  # drop finished rows once fewer than this share are in work: each drop copies the cache
 
 
 class TransformersEngine:
     """Generates and scores with a transformers model in this process."""
+
+    _model: Any = None
+    _head: Any = None
 
     def __init__(self, model: ModelDir, device: str):
         self._device = device
@@ -39,58 +45,84 @@ class TransformersEngine:
         """
         self.close()
         self._model = load(model, device=self._device)
-        self._vocab_size = model.vocab_size
+        # In float32 once: the product of hidden states and output matrix in bfloat16 is too coarse for log-probs.
+        self._head = output_head(self._model, model.vocab_size)
         self._eos = torch.tensor(model.eos_ids, device=self._device)
 
     def close(self) -> None:
-        self._model = None
+        self._model = self._head = None
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def score(
-        self, sequences: Sequence[tuple[Ids, Ids]], tokens_per_batch: int, advance: Callable[[int], None]
-    ) -> list[Logprobs]:
-        scores: dict[int, Logprobs] = {}
-        for batch in by_token_budget([len(p) + len(r) for p, r in sequences], tokens_per_batch):
-            padded = pad([sequences[i] for i in batch], self._device)
-            logp_N, _ = response_logprobs(
-                self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N, vocab_size=self._vocab_size
-            )
-            scores |= {i: logp_T.cpu().numpy() for i, logp_T in zip(batch, padded.split(logp_N), strict=True)}
+    def score(self, answered: Sequence[Answered], settings: Score, advance: Callable[[int], None]) -> list[Scores]:
+        scores: dict[int, Scores] = {}
+        lengths = [len(each.prompt_ids) + len(each.response_ids) for each in answered]
+        for batch in by_token_budget(lengths, settings.tokens_per_batch):
+            scores |= zip(batch, self._score_batch([answered[i] for i in batch], settings), strict=True)
             advance(len(batch))
-        return [scores[i] for i in range(len(sequences))]
+        return [scores[i] for i in range(len(answered))]
+
+    def _score_batch(self, batch: list[Answered], settings: Score) -> list[Scores]:
+        padded = pad([(each.prompt_ids, each.response_ids) for each in batch], self._device)
+        hidden_ND, ids_N = response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
+        ids_NK = ids_N[:, None]
+        if settings.student_top_k:
+            top_NK = np.concatenate([each.top_ids for each in batch]).astype(np.int64)
+            ids_NK = torch.cat([ids_NK, torch.from_numpy(top_NK).to(self._device)], dim=-1)
+        found: list[dict[str, Tensor]] = []
+
+        def read(chunk: Chunk) -> None:
+            columns = {"logprobs": chunk.picked_CK[:, 0]}
+            if settings.student_top_k:
+                columns["student_top_logprobs"] = chunk.picked_CK[:, 1:]
+            if settings.entropy:
+                columns["entropies"] = chunk.entropy_C()
+            if settings.top_k:
+                top_ids_CK, columns["top_logprobs"] = chunk.top(settings.top_k)
+                columns["top_ids"] = top_ids_CK.int()
+            found.append({name: value.cpu() for name, value in columns.items()})
+
+        over_chunks(self._head, hidden_ND, ids_NK, read)
+        whole = {name: torch.cat([chunk[name] for chunk in found]) for name in found[0]}
+        if settings.hidden_states:
+            whole["hidden_states"] = hidden_ND.float().cpu()
+        return _cut(whole, padded.lengths)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, batch_size: int, advance: Callable[[int], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        batch_size: int,
+        advance: Callable[[int], None],
+        *,
+        entropy: bool = False,
+        top_k: int = 0,
     ) -> list[Completion]:
         completions: list[Completion] = []
         for start in range(0, len(requests), batch_size):
-            completions += self._generate_batch(requests[start : start + batch_size], sampling, advance)
+            batch = requests[start : start + batch_size]
+            drawn = _Drawn(len(batch), sampling.max_tokens, self._device, entropy, top_k)
+            self._generate_batch(batch, sampling, drawn, advance)
+            completions += drawn.completions()
         return completions
 
     @torch.inference_mode()
     def _generate_batch(
-        self, requests: Sequence[Request], sampling: Sampling, advance: Callable[[int], None]
-    ) -> list[Completion]:
-        count, longest = len(requests), sampling.max_tokens
+        self, requests: Sequence[Request], sampling: Sampling, drawn: "_Drawn", advance: Callable[[int], None]
+    ) -> None:
+        longest = sampling.max_tokens
         uniform_BT = torch.from_numpy(np.stack([_uniforms(request.seed, longest) for request in requests]))
-        ids_BT = torch.zeros(count, longest, dtype=torch.int64, device=self._device)
-        logp_BT = torch.zeros(count, longest, device=self._device)
-        length_B = torch.full((count,), longest, device=self._device)
-        stopped_B = torch.zeros(count, dtype=torch.bool, device=self._device)
-
-        batch = _Batch(self._model, self._vocab_size, [request.prompt_ids for request in requests], self._device)
         uniform_BT = uniform_BT.to(self._device)
-        rows_B = torch.arange(count, device=self._device)
+        batch = _Batch(self._model, self._head, [request.prompt_ids for request in requests], self._device)
+        rows_B = torch.arange(len(requests), device=self._device)
         for t in range(longest):
-            token_B, logp_B = draw(batch.logits(), uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
-            ids_BT[rows_B, t], logp_BT[rows_B, t] = token_B, logp_B
-            ended_B = torch.isin(token_B, self._eos) & ~stopped_B[rows_B]
-            length_B[rows_B[ended_B]] = t + 1
-            stopped_B[rows_B[ended_B]] = True
+            logits_BV = batch.logits()
+            token_B, logp_B = draw(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
+            ended_B = torch.isin(token_B, self._eos) & ~drawn.stopped_B[rows_B]
+            drawn.put(rows_B, t, token_B, logp_B, logits_BV, ended_B)
             advance(int(ended_B.sum()))
-            working_B = ~stopped_B[rows_B]
+            working_B = ~drawn.stopped_B[rows_B]
             if not (working := int(working_B.sum())):
                 break
             if working < SHRINK * len(rows_B):
@@ -98,17 +130,60 @@ class TransformersEngine:
                 rows_B, token_B = rows_B[working_B], token_B[working_B]
             if t + 1 < longest:
                 batch.feed(token_B)
-        advance(int((~stopped_B).sum()))
-        return _completions(ids_BT, logp_BT, length_B, stopped_B)
+        advance(int((~drawn.stopped_B).sum()))
 
 
-def _completions(ids_BT: Tensor, logp_BT: Tensor, length_B: Tensor, stopped_B: Tensor) -> list[Completion]:
-    ids, logps = ids_BT.to(torch.int32).cpu().numpy(), logp_BT.cpu().numpy()
-    ends = zip(length_B.tolist(), stopped_B.tolist(), strict=True)
-    return [
-        Completion(ids[row, :length].copy(), logps[row, :length].copy(), "stop" if stopped else "length")
-        for row, (length, stopped) in enumerate(ends)
-    ]
+def _cut(columns: dict[str, Tensor], lengths: list[int]) -> list[Scores]:
+    """Cut columns of all tokens into one record a response."""
+    cut = {name: [value.numpy() for value in column.split(lengths)] for name, column in columns.items()}
+    scores = []
+    for row in range(len(lengths)):
+        values = {name: pieces[row] for name, pieces in cut.items()}
+        hidden_TD = values.pop("hidden_states", None)
+        scores.append(Scores(**values, hidden_states=None if hidden_TD is None else partial(np.asarray, hidden_TD)))
+    return scores
+
+
+class _Drawn:
+    """What is drawn of a batch of responses, token by token."""
+
+    def __init__(self, count: int, longest: int, device: str, entropy: bool, top_k: int):
+        self._columns = {
+            "response_ids": torch.zeros(count, longest, dtype=torch.int32, device=device),
+            "logprobs": torch.zeros(count, longest, device=device),
+        }
+        if entropy:
+            self._columns["entropies"] = torch.zeros(count, longest, device=device)
+        if top_k:
+            self._columns["top_ids"] = torch.zeros(count, longest, top_k, dtype=torch.int32, device=device)
+            self._columns["top_logprobs"] = torch.zeros(count, longest, top_k, device=device)
+        self._top_k = top_k
+        self._length_B = torch.full((count,), longest, device=device)
+        self.stopped_B = torch.zeros(count, dtype=torch.bool, device=device)
+
+    def put(self, rows_B: Tensor, t: int, token_B: Tensor, logp_B: Tensor, logits_BV: Tensor, ended_B: Tensor) -> None:
+        """Take down token t of the responses in `rows_B`; `ended_B` of them end with it."""
+        found = {"response_ids": token_B.int(), "logprobs": logp_B}
+        if self._top_k or "entropies" in self._columns:
+            logp_BV = logits_BV.log_softmax(-1)
+            found["entropies"] = -(logp_BV.exp() * logp_BV).sum(-1)
+            found["top_logprobs"], top_ids_BK = logp_BV.topk(self._top_k, dim=-1)
+            found["top_ids"] = top_ids_BK.int()
+        for name, column in self._columns.items():
+            column[rows_B, t] = found[name]
+        self._length_B[rows_B[ended_B]] = t + 1
+        self.stopped_B[rows_B[ended_B]] = True
+
+    def completions(self) -> list[Completion]:
+        columns = {name: column.cpu().numpy() for name, column in self._columns.items()}
+        ends = zip(self._length_B.tolist(), self.stopped_B.tolist(), strict=True)
+        return [
+            Completion(
+                **{name: column[row, :length].copy() for name, column in columns.items()},
+                finish_reason="stop" if stopped else "length",
+            )
+            for row, (length, stopped) in enumerate(ends)
+        ]
 
 
 class _Batch:
@@ -118,10 +193,8 @@ class _Batch:
     is no mask, which is faster.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, prompts: Sequence[Ids], device: str):
-        self._model, self._cache = model, DynamicCache(config=model.config)
-        # In float32, as for scoring: logits in bfloat16 are an eighth of a nat apart where they matter.
-        self._head_VD = model.get_output_embeddings().weight[:vocab_size].float()
+    def __init__(self, model: PreTrainedModel, head: Head, prompts: Sequence[Ids], device: str):
+        self._model, self._head, self._cache = model, head, DynamicCache(config=model.config)
         longest = max(len(prompt) for prompt in prompts)
         ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -145,7 +218,7 @@ class _Batch:
 
     def logits(self) -> Tensor:
         """Return the next token's logits over the tokenizer's own ids, [B, V], float32."""
-        return self._hidden_BD.float() @ self._head_VD.T
+        return self._head.logits(self._hidden_BD)
 
     def feed(self, token_B: Tensor) -> None:
         """Append one token to each response."""

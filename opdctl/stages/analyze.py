@@ -3,20 +3,19 @@
 Shapes: T tokens of one response, P positions, Q tenths of the response.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from opdctl import log, report
+from opdctl.config import lacking, weight_of
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.records import Scored
-from opdctl.registry import WEIGHTS
 from opdctl.run import Run
-from opdctl.scored import read_scored
+from opdctl.scored import read_scored, tokens
 from opdctl.status import next_stage_command
-from opdctl.weights import Floats, Weight
+from opdctl.weights import Floats, Tokens, Weight, weigh
 
 TENTHS = 10
 QUANTITIES = ("abs_advantage", "k1", "weight")
@@ -69,11 +68,12 @@ class Phase:
     position: Sums = field(default_factory=Sums)
     tenth: Sums = field(default_factory=Sums)
 
-    def add(self, samples: Iterable[Scored], weight: Weight) -> None:
-        for sample in samples:
-            advantage_T = sample.advantage()
-            values_QT = np.stack([np.abs(advantage_T), -advantage_T, weight(advantage_T)])
-            positions_T, length = np.arange(len(advantage_T)), len(advantage_T)
+    def add(self, step: Sequence[Tokens], weight: Weight) -> None:
+        """Add a step's responses, all of them: some weights rank the tokens of the whole step."""
+        for response, weight_T in zip(step, weigh(weight, step), strict=True):
+            advantage_T, length = response.advantage_T, len(response)
+            values_QT = np.stack([np.abs(advantage_T), -advantage_T, weight_T])
+            positions_T = np.arange(length)
             self.position.add(positions_T, values_QT)
             # A position as a fraction of the real length: token t of n covers t/n to (t+1)/n.
             self.tenth.add(positions_T * TENTHS // max(length, 1), values_QT)
@@ -89,23 +89,32 @@ def run(run: Run) -> dict[str, Any]:
     if not phases:
         hint = f"run `{next_stage_command(run)}`"
         raise OpdctlError(f"{run.path}: no step has teacher scores yet", hint=hint, code=ExitCode.NO)
-    weight: Weight = WEIGHTS.build(run.recipe.weight.name, run.recipe.weight.params)
+    weight = weight_of(run.recipe)
+    if missing := lacking(run.recipe, weight.needs):
+        settings = ", ".join(f"`{key} = {str(value).lower()}`" for key, value in missing.items())
+        raise OpdctlError(
+            f"{run.path}: weight `{run.recipe.weight.name}` needs what this run did not store",
+            hint=f"a run with {settings} in its recipe stores it; name the weight in the recipe and it is so by itself",
+            code=ExitCode.SETTINGS,
+        )
+    lam = run.recipe.train.extrapolation
     with log.progress("analyze-position", sum(len(phase.steps) for phase in phases)) as advance:
         for phase in phases:
             for step in phase.steps:
-                phase.add(read_scored(run, step), weight)
+                phase.add([tokens(scored, step, lam) for scored in read_scored(run, step)], weight)
                 advance(1)
     folder = run.path / "analysis"
-    summary = {"run": run.path.name, "weight": run.recipe.weight.model_dump(), "phases": [_summary(p) for p in phases]}
+    chosen = run.recipe.weight.model_dump(exclude_none=True)
+    summary = {"run": run.path.name, "weight": chosen, "phases": [_summary(p) for p in phases]}
     return report.write(folder, phases, summary) | {"summary": summary}
 
 
 def scored_steps(run: Run) -> list[int]:
     """Return the steps whose rollout and teacher scores are finished."""
     found = sorted(
-        int(p.parent.parent.name.removeprefix("step-")) for p in run.path.glob("step-*/teacher/manifest.json")
+        int(p.parent.parent.name.removeprefix("step-")) for p in run.path.glob("step-*/rollout/manifest.json")
     )
-    return [step for step in found if run.rollout(step).manifest()]
+    return [step for step in found if all(stage.manifest() for stage in run.scores(step).values())]
 
 
 def _phases(steps: list[int]) -> list[Phase]:

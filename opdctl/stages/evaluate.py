@@ -38,8 +38,9 @@ def student(run: Run, step: int) -> Subject:
     return Subject(f"step-{step:05d}", run.student_at(step), run.policy_digest(step), "student", f"--step {step}")
 
 
-def teacher(run: Run) -> Subject:
-    return Subject("teacher", run.teacher, run.teacher_digest, "teacher", "--model teacher")
+def scorer(run: Run, name: str) -> Subject:
+    """A model of the run that scores responses: a teacher, or the reference."""
+    return Subject(name, run.models[name], run.digests[name], name, f"--model {name}")
 
 
 def other(path: Path, like: ModelDir) -> Subject:
@@ -50,11 +51,11 @@ def other(path: Path, like: ModelDir) -> Subject:
 
 
 def subject(run: Run, model: str | None, step: int) -> Subject:
-    """Return what to evaluate: the student of `step`, the run's `teacher`, or a model directory."""
+    """Return what to evaluate: the student of `step`, a teacher of the run by name, or a model directory."""
     if model is None:
         return student(run, step)
-    if model == "teacher":
-        return teacher(run)
+    if model in run.scorers():
+        return scorer(run, model)
     path = locate(Model(model=model), "--model")
     return other(path, run.student)
 

@@ -31,7 +31,9 @@ def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, todo: list[
     with log.progress(f"rollout, step {step}", sum(map(len, parts.values()))) as advance:
         for index, part in parts.items():
             requests = [Request(prompt.prompt_ids, sample_seed(run.recipe.seed, name)) for name, prompt in part]
-            completions = engine.generate(requests, settings, settings.batch_size, advance)
+            completions = engine.generate(
+                requests, settings, settings.batch_size, advance, entropy=settings.entropy, top_k=settings.top_k
+            )
             rows = [_row(run, step, *draw, completion) for draw, completion in zip(part, completions, strict=True)]
             tokens = sum(len(row.response_ids) for row in rows)
             stage.write(index, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=tokens)
@@ -47,6 +49,9 @@ def _row(run: Run, step: int, sample_id: str, prompt: Prompt, completion: Comple
         finish_reason=completion.finish_reason,
         policy_step=step,
         source=run.recipe.prompts.source,
-        teacher=run.recipe.teacher.model,
+        teacher=prompt.teacher,
         answer=prompt.answer,
+        entropies=completion.entropies,
+        top_ids=completion.top_ids,
+        top_logprobs=completion.top_logprobs,
     )

@@ -1,45 +1,60 @@
-"""score-teacher: the teacher scores each token of a step's responses. Rollout parts in, safetensors parts out."""
+"""score-teacher: teachers, and a reference model, score each token of a step's responses. Rollout parts in,
+safetensors parts out, in one folder a model."""
 
+from collections.abc import Collection
 from functools import partial
 
 from opdctl import log
-from opdctl.engines import EnginePool
+from opdctl.config import Score
+from opdctl.engines import Answered, EnginePool
 from opdctl.records import Response
-from opdctl.run import Run
+from opdctl.run import REFERENCE, Run
 from opdctl.store import StageDir, read_rows, write_scores
 
 
-def run(run: Run, step: int, engines: EnginePool, *, repair: bool = False) -> int:
+def run(run: Run, step: int, engines: EnginePool, *, only: Collection[str] | None = None, repair: bool = False) -> int:
     """Score the parts of a step that still lack it and return how many they were; with `repair` damaged ones too.
 
-    Raises OpdctlError when the step's rollout is unfinished (code 1) or damaged (code 3), when it was scored under
-    other settings (code 4), or when another process works on it (code 5).
+    only: the models to score with; all of the recipe's if None. Raises OpdctlError when the step's rollout is
+    unfinished (code 1) or damaged (code 3), when it was scored under other settings (code 4), or when another process
+    works on it (code 5).
     """
-    stage = run.scores(step)
-    with stage.work(repair=repair) as todo:
-        if todo:
-            _score(run, step, engines, stage, todo)
-    return len(todo)
+    made = 0
+    for name in run.scorers() if only is None else only:
+        stage = run.score(step, name)
+        with stage.work(repair=repair) as todo:
+            if todo:
+                _score(run, step, name, engines, stage, todo)
+        made += len(todo)
+    return made
 
 
-def _score(run: Run, step: int, engines: EnginePool, stage: StageDir, todo: list[int]) -> None:
-    rollout, settings = run.rollout(step), run.recipe.score
-    engine = engines.get("teacher", settings.engine, run.teacher)
+def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir, todo: list[int]) -> None:
+    rollout, settings, model = run.rollout(step), _settings(run.recipe.score, name), run.models[name]
+    engine = engines.get(name, settings.engine, model)
     # Temperature 1 and no top-p: the teacher is a reference, not a sampler.
     meaning = engine.meaning | {
         "temperature": "1",
         "logprobs": "raw, float32, nats",
-        "teacher": run.teacher_digest,
-        "tokenizer": run.teacher.tokenizer_digest,
+        "model": run.digests[name],
+        "tokenizer": model.tokenizer_digest,
     }
     stage.begin(meaning)
-    with log.progress(f"score-teacher, step {step}", run.recipe.responses_per_step()) as advance:
+    with log.progress(f"score-teacher {name}, step {step}", run.recipe.responses_per_step()) as advance:
         for index in todo:
-            path = rollout.verify(index)
-            responses = read_rows(path, Response)
-            sequences = [(response.prompt_ids, response.response_ids) for response in responses]
-            logprobs = engine.score(sequences, settings.tokens_per_batch, advance)
+            rows = read_rows(rollout.verify(index), Response)
+            own = [row for row in rows if name in (row.teacher, REFERENCE)]
+            answered = [Answered(row.prompt_ids, row.response_ids, row.top_ids) for row in own]
+            scores = engine.score(answered, settings, advance)
             part = meaning | {"rollout": rollout.sha256(index)}
-            ids = [response.sample_id for response in responses]
-            save = partial(write_scores, ids=ids, logprobs=logprobs, meaning=part)
-            stage.write(index, save, rows=len(ids), tokens=sum(map(len, logprobs)))
+            save = partial(write_scores, ids=[row.sample_id for row in own], scores=scores, meaning=part)
+            stage.write(index, save, rows=len(own), tokens=sum(len(score.logprobs) for score in scores))
+            advance(len(rows) - len(own))
+
+
+def _settings(settings: Score, name: str) -> Score:
+    """Of a reference nothing but the log-probs is ever asked for."""
+    if name != REFERENCE:
+        return settings
+    nothing_else = {"entropy": False, "top_k": 0, "student_top_k": False, "hidden_states": False}
+    return settings.model_copy(update=nothing_else)

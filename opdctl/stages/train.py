@@ -1,11 +1,12 @@
 """train, one step of it: responses and teacher scores in, the next student out.
 
-Shapes: N response tokens of a micro-batch.
+Shapes: N response tokens of a micro-batch, C tokens of a chunk, K ids of a top-k support, V vocabulary, D hidden size.
 """
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,30 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdctl import SCHEMA_VERSION, checkpoint, store
-from opdctl.batches import Padded, by_token_budget, pad
-from opdctl.config import Train, settings_of
+from opdctl.config import Train, objective_of, settings_of, weight_of
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.logprobs import response_logprobs
-from opdctl.model import load
-from opdctl.objectives import Objective
-from opdctl.records import Scored
-from opdctl.registry import OBJECTIVES, WEIGHTS
+from opdctl.logprobs import Chunk, Head, output_head, over_chunks, response_states
+from opdctl.microbatches import MicroBatch, micro_batches
+from opdctl.model import load, load_head
+from opdctl.objectives import TokenBatch
 from opdctl.run import Run
 from opdctl.scored import read_scored
 from opdctl.store import Fingerprint
-from opdctl.weights import Weight
 
 OF_THE_UPDATE = ("loss", "ratio", "clip_share", "dual_clip_share")
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Whole responses, padded, with what is stored of each of their N tokens."""
+@dataclass
+class Tally:
+    """What chunk after chunk adds up to: the metrics' sums, and the student's log-probs of the sampled tokens."""
 
-    samples: list[Scored]
-    padded: Padded
-    rollout_logp_N: Tensor
-    teacher_logp_N: Tensor
-    weight_N: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    logps: list[Tensor] = field(default_factory=list)
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value_C in metrics.items():
+            total = value_C.detach().sum()
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
 
 
 class Trainer:
@@ -48,8 +48,8 @@ class Trainer:
 
     def __init__(self, run: Run, device: str):
         self._run, self._device, self._settings = run, device, run.recipe.train
-        self._weight: Weight = WEIGHTS.build(run.recipe.weight.name, run.recipe.weight.params)
-        self._objective: Objective = OBJECTIVES.build(run.recipe.objective.name, run.recipe.objective.params)
+        self._weight, self._objective = weight_of(run.recipe), objective_of(run.recipe)
+        self._teacher_heads: dict[str, Head] = {}
         # Master weights are float32 whatever the export's type: an update of 1e-5 is lost in bfloat16.
         self._model = load(run.student, device=device, dtype="float32")
         if self._settings.gradient_checkpointing:
@@ -66,89 +66,98 @@ class Trainer:
         Raises OpdctlError (code 3) when an artifact is damaged, or the loss or the gradient is not finite.
         """
         start = time.monotonic()
-        batches = self._micro_batches(list(read_scored(self._run, step)))
+        batches = self.micro_batches(step)
         metrics = {"step": step} | self._update(step, batches)
-        tokens = sum(len(batch.weight_N) for batch in batches)
-        metrics |= {
-            "update_seconds": time.monotonic() - start,
-            "tokens_per_second": tokens / (time.monotonic() - start),
-        }
+        seconds = time.monotonic() - start
+        metrics |= {"update_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
         self._publish(step, metrics)
         return metrics
 
-    def _micro_batches(self, scored: list[Scored]) -> list[MicroBatch]:
-        # Weights need whole responses and, some of them, the whole step: they are taken before anything is batched.
-        weights = [self._weight(sample.advantage()) for sample in scored]
-        sequences = [(sample.response.prompt_ids, sample.response.response_ids) for sample in scored]
-        cut = by_token_budget([len(p) + len(r) for p, r in sequences], self._settings.tokens_per_micro_batch)
-        return [
-            MicroBatch(
-                [scored[i] for i in batch],
-                pad([sequences[i] for i in batch], self._device),
-                self._column([scored[i].response.logprobs for i in batch]),
-                self._column([scored[i].teacher_logprobs for i in batch]),
-                self._column([weights[i] for i in batch]),
-            )
-            for batch in cut
-        ]
-
-    def _column(self, values: list[Any]) -> Tensor:
-        return torch.from_numpy(np.concatenate(values).astype(np.float32)).to(self._device)
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Read a step's responses and scores, weigh their tokens, and cut them into micro-batches."""
+        scored = list(read_scored(self._run, step))
+        return micro_batches(self._run.recipe, step, scored, self._weight, self._objective, self._device)
 
     def _update(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
         """Make the step's optimizer steps. The old policy is the one before the first, by the trainer's own numbers."""
-        tokens = sum(len(batch.weight_N) for batch in batches)
+        count = sum(len(batch.weight_N) for batch in batches)
         old_logps: list[Tensor | None] = [None] * len(batches)
         metrics: dict[str, Any] = {}
         for _ in range(self._settings.updates_per_step):
             rate = self._learning_rate(step)
             sums: dict[str, float] = {}
             for index, batch in enumerate(batches):
-                old_logps[index], found = self._backward(batch, old_logps[index], tokens)
+                old_logps[index], found = self._backward(batch, old_logps[index])
                 sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
             norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.max_grad_norm))
             if not math.isfinite(norm):
                 raise _not_finite(self._run, f"the gradient's norm is {norm}", [])
             self._optimizer.step()
             self._optimizer.zero_grad()
-            means = {key: value / max(tokens, 1) for key, value in sums.items()}
+            means = {key: value / (1 if key == "loss" else max(count, 1)) for key, value in sums.items()}
             # k1 and the like describe the policy that drew the responses; what OF_THE_UPDATE names, the last update.
             metrics = (metrics or means) | {key: means[key] for key in OF_THE_UPDATE if key in means}
             metrics |= {"grad_norm": norm, "learning_rate": rate}
         responses = [sample.response for batch in batches for sample in batch.samples]
         return metrics | {
             "responses": len(responses),
-            "tokens": tokens,
-            "response_length": tokens / max(len(responses), 1),
+            "tokens": count,
+            "response_length": count / max(len(responses), 1),
             "truncated_share": sum(r.finish_reason == "length" for r in responses) / max(len(responses), 1),
         }
 
-    def _backward(self, batch: MicroBatch, old_logp_N: Tensor | None, tokens: int) -> tuple[Tensor, dict[str, float]]:
-        """Add a micro-batch's gradient. Return the old policy's log-probs and the sums of loss and metrics."""
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._run.recipe.student.dtype == "bfloat16"):
-            logp_N, entropy_N = response_logprobs(
-                self._model,
-                batch.padded.input_ids_BT,
-                batch.padded.rows_N,
-                batch.padded.positions_N,
-                vocab_size=self._run.student.vocab_size,
-            )
-        old_logp_N = logp_N.detach() if old_logp_N is None else old_logp_N
-        loss, sums = self._objective(
-            logp_N=logp_N,
-            old_logp_N=old_logp_N,
-            rollout_logp_N=batch.rollout_logp_N,
-            teacher_logp_N=batch.teacher_logp_N,
-            weight_N=batch.weight_N,
-        )
+    def _backward(self, batch: MicroBatch, old_logp_N: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+        """Add a micro-batch's gradient. Return the old policy's log-probs, the loss, and the sums of the metrics."""
+        padded, tally, run = batch.padded, Tally(), self._run
+        with torch.autocast(self._device, torch.bfloat16, enabled=run.recipe.student.dtype == "bfloat16"):
+            hidden_ND, ids_N = response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
+        teacher_hidden_ND = self._teacher_states(batch)
+
+        def use(chunk: Chunk) -> Tensor:
+            old_logp_C = chunk.picked_CK[:, 0].detach() if old_logp_N is None else old_logp_N[chunk.rows]
+            loss_C, metrics = self._objective(self._token_batch(batch, chunk, old_logp_C, teacher_hidden_ND))
+            # What describes tokens whatever the objective; A by the trainer's numbers, on the sampled token.
+            advantage_C = batch.teacher_logp_N[chunk.rows] - old_logp_C
+            common = {"k1": -advantage_C, "abs_advantage": advantage_C.abs(), "weight": batch.weight_N[chunk.rows]}
+            tally.add({**metrics, **common, "entropy": chunk.entropy_C()})
+            tally.logps.append(chunk.picked_CK[:, 0].detach())
+            return (loss_C * batch.share_N[chunk.rows]).sum()
+
+        support = [] if batch.support_ids_NK is None else [batch.support_ids_NK]
+        head = output_head(self._model, run.student.vocab_size)
+        loss = over_chunks(head, hidden_ND, torch.cat([ids_N[:, None], *support], dim=-1), use)
         if not torch.isfinite(loss):
             names = [sample.response.sample_id for sample in batch.samples]
-            raise _not_finite(self._run, f"the loss is {loss.item()}", names)
-        # The step's loss is (sum over all tokens) / (their number). Dividing each sum by that one number gives its
-        # gradient whatever the micro-batches; a mean of their means would not.
-        (loss / max(tokens, 1)).backward()
-        sums |= {"loss": loss.detach(), "entropy": entropy_N.sum()}
-        return old_logp_N, {key: float(value) for key, value in sums.items()}
+            raise _not_finite(run, f"the loss is {loss.item()}", names)
+        loss.backward()
+        sums = {name: float(value) for name, value in tally.sums.items()}
+        return torch.cat(tally.logps) if old_logp_N is None else old_logp_N, sums | {"loss": loss.item()}
+
+    def _token_batch(
+        self, batch: MicroBatch, chunk: Chunk, old_logp_C: Tensor, teacher_hidden_ND: Tensor | None
+    ) -> TokenBatch:
+        """Return the chunk's tokens as the objective wants them, with every log-prob of its support."""
+        rows, student, teacher = chunk.rows, None, None
+        if teacher_hidden_ND is not None:
+            head = self._teacher_head(batch.samples[0].response.teacher)
+            student, teacher = chunk.logp_CV, head.logits(teacher_hidden_ND[rows]).log_softmax(-1)
+        elif batch.teacher_logp_NK is not None:
+            student, teacher = chunk.picked_CK[:, 1:], batch.teacher_logp_NK[rows]
+        return TokenBatch(
+            chunk.picked_CK[:, 0], old_logp_C, batch.rollout_logp_N[rows], batch.target_logp_N[rows], student, teacher
+        )
+
+    def _teacher_states(self, batch: MicroBatch) -> Tensor | None:
+        """Read the teacher's hidden states of a micro-batch, [N, D], where the objective is of the whole vocabulary."""
+        if self._objective.support != "full":
+            return None
+        readers = [sample.teacher.hidden_states for sample in batch.samples]
+        return torch.from_numpy(np.concatenate([read() for read in readers if read is not None])).to(self._device)
+
+    def _teacher_head(self, name: str) -> Head:
+        if name not in self._teacher_heads:
+            self._teacher_heads[name] = load_head(self._run.models[name], device=self._device)
+        return self._teacher_heads[name]
 
     def _learning_rate(self, step: int) -> float:
         """Set and return the learning rate of a step, counted from 0: linear warm-up, then constant."""
@@ -192,9 +201,7 @@ class Trainer:
 
 
 def update_fingerprint(run: Run, step: int) -> Fingerprint:
-    return Fingerprint(
-        settings_of(run.recipe, "update"), {"rollout": run.rollout(step).digest, "teacher": run.scores(step).digest}
-    )
+    return Fingerprint(settings_of(run.recipe, "update"), run.inputs(step))
 
 
 def _adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
