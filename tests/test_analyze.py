@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import invoke, small_recipe
 
-from opdctl.records import Response
+from opdctl.records import Response, Scores
 from opdctl.run import Run, open_run
 from opdctl.stages import analyze
 from opdctl.stages.analyze import Sums
@@ -29,7 +29,7 @@ def plant(run: Run, step: int, advantages: list[np.ndarray]) -> None:
             finish_reason="stop",
             policy_step=step,
             source="planted",
-            teacher="planted",
+            teacher="teacher",
             answer=None,
         )
         for name, advantage in zip(names, advantages, strict=True)
@@ -37,11 +37,11 @@ def plant(run: Run, step: int, advantages: list[np.ndarray]) -> None:
     rollout.begin({})
     rollout.write(0, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=0)
     rollout.seal()
-    scores = run.scores(step)
+    scores = run.score(step, "teacher")
     scores.begin({})
     meaning = {"rollout": rollout.sha256(0)}
-    logprobs = [(a - 1).astype(np.float32) for a in advantages]
-    scores.write(0, partial(write_scores, ids=names, logprobs=logprobs, meaning=meaning), rows=len(rows), tokens=0)
+    planted = [Scores((a - 1).astype(np.float32)) for a in advantages]
+    scores.write(0, partial(write_scores, ids=names, scores=planted, meaning=meaning), rows=len(rows), tokens=0)
     scores.seal()
 
 

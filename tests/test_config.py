@@ -9,7 +9,16 @@ from conftest import ROOT, invoke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdctl.config import Recipe, changed, describe_changes, load_recipe, settings_of, shapes, with_benches
+from opdctl.config import (
+    Recipe,
+    changed,
+    describe_changes,
+    load_recipe,
+    settings_of,
+    settings_of_scorer,
+    shapes,
+    with_benches,
+)
 from opdctl.errors import ExitCode, OpdctlError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -80,7 +89,7 @@ def test_a_dry_run_gives_its_plan_as_json(tmp_path: Path, monkeypatch: pytest.Mo
     # 64 prompts of 13 tokens and as many responses of 160; 4,096 prompts are 64 steps of 64.
     assert (plan["prompt_tokens_per_step"], plan["response_tokens_per_step"]) == (832, 10240)
     assert (plan["steps"], plan["epochs"]) == (64, 1.0)
-    assert (plan["student_parameters"], plan["teacher_parameters"]) == (110528, 365664)
+    assert plan["parameters"] == {"student": 110528, "teacher": 365664}
 
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -151,8 +160,8 @@ def test_the_embedded_task_needs_a_count(tmp_path: Path) -> None:
 def test_missing_keys_are_all_named_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "bare.toml"
     path.write_text("seed = 1\n")
-    missing = {"name", "student", "teacher", "prompts", "train"}
-    assert set(lines(refusal([path]))) == {f"{path}: {key}: is required" for key in missing}
+    missing = {f"{path}: {key}: is required" for key in ("name", "student", "prompts", "train")}
+    assert set(lines(refusal([path]))) == missing | {f"{path}: teacher: is required, or [teachers]"}
 
 
 def test_all_errors_come_at_once_each_with_its_file(smallest: Path, tmp_path: Path) -> None:
@@ -253,15 +262,62 @@ def test_set_must_read_key_equals_value(smallest: Path, override: str) -> None:
 def test_another_weight_drops_the_parameters_of_the_one_before(smallest: Path) -> None:
     before = load_recipe([smallest], ["weight.gamma=0.25"])
     after = load_recipe([smallest], ["weight.name=iw_opd", "weight.gamma=0.25", "weight.name=uniform"])
-    assert before.weight.params == {"gamma": 0.25}
+    assert before.weight.params == {"gamma": 0.25, "signed": False}
     assert (after.weight.name, after.weight.params) == ("uniform", {})
 
 
 def test_the_same_weight_named_again_keeps_its_parameters(smallest: Path) -> None:
     named = load_recipe([smallest], ["weight.name=iw_opd", "weight.gamma=0.25", "weight.name=iw_opd"])
     default = load_recipe([smallest], ["weight.gamma=0.25", "weight.name=iw_opd"])
-    assert named.weight.params == {"gamma": 0.25}
-    assert default.weight.params == {"gamma": 0.25}
+    assert named.weight.params == default.weight.params == {"gamma": 0.25, "signed": False}
+
+
+def test_a_second_weight_has_parameters_of_its_own_and_stays_when_the_first_changes(smallest: Path) -> None:
+    both = load_recipe(
+        [smallest], ["weight.times.name=prefix_only", "weight.times.fraction=0.2", "weight.name=uniform"]
+    )
+    assert both.weight.times is not None
+    assert (both.weight.name, both.weight.times.name) == ("uniform", "prefix_only")
+    assert both.weight.times.params == {"fraction": 0.2}
+    other = load_recipe([smallest], ["weight.times.name=prefix_only", "weight.times.name=linear_decay"])
+    assert other.weight.times is not None
+    assert other.weight.times.params == {"gamma": 0.5}
+    assert load_recipe([smallest]).weight.times is None
+    error = refusal([smallest], "weight.times.name=prefix_onli", "weight.gamma=-1")
+    assert any("weight.times.name" in line and "`prefix_only`" in line for line in lines(error))
+    assert any("weight.gamma" in line for line in lines(error))
+
+
+def test_what_weight_and_objective_need_is_stored_without_being_asked_for(smallest: Path) -> None:
+    recipe = load_recipe([smallest], ["weight.name=tip", "objective.name=jsd", "objective.top_k=20", "score.top_k=3"])
+    assert (recipe.rollout.entropy, recipe.rollout.top_k) == (True, 16)  # of tip
+    assert (recipe.score.student_top_k, recipe.score.top_k) == (True, 20)  # of tip; of jsd, more than was asked for
+    assert recipe.score.hidden_states is False
+    asked = load_recipe([smallest], ["weight.name=tip", "rollout.top_k=32"])
+    assert asked.rollout.top_k == 32
+    times = load_recipe([smallest], ["weight.times.name=prune", "objective.name=reverse_kl", "objective.support=full"])
+    assert (times.rollout.top_k, times.score.top_k, times.score.hidden_states) == (16, 16, True)
+
+
+def test_several_teachers_are_named_by_prompts_and_exclude_the_one(smallest: Path) -> None:
+    several = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teacher", "prompts.teacher_column=domain"]
+    assert "teacher: not beside [teachers]: give one or the other" in refusal([smallest], *several).message
+    text = smallest.read_text().replace('teacher.model = "toy:teacher"', "")
+    smallest.write_text(text)
+    recipe = load_recipe([smallest], several)
+    assert list(recipe.scorers()) == ["teacher-math", "teacher-code"]
+    assert set(settings_of_scorer(recipe, "teacher-math")) >= {"score.engine", "teachers.math.model"}
+    assert not any(key.startswith("teachers.code") for key in settings_of_scorer(recipe, "teacher-math"))
+    assert "prompts.teacher_column" in refusal([smallest], *several[:2]).message
+    assert "teachers.a/b" in refusal([smallest], *several, "teachers.a/b.model=toy:teacher").message
+
+
+def test_extrapolation_needs_a_reference_and_the_sampled_token(smallest: Path) -> None:
+    assert "needs a [reference] model" in refusal([smallest], "train.extrapolation=1.25").message
+    with_reference = ["train.extrapolation=1.25", "reference.model=toy:student"]
+    recipe = load_recipe([smallest], with_reference)
+    assert list(recipe.scorers()) == ["teacher", "reference"]
+    assert "knows no reference" in refusal([smallest], *with_reference, "objective.name=jsd").message
 
 
 def test_other_benchmarks_replace_the_recipes(smallest: Path) -> None:
@@ -309,6 +365,10 @@ def test_the_settings_of_a_stage_leave_out_what_may_change(smallest: Path) -> No
     assert set(settings_of(recipe, "score")) == {
         "score.engine",
         "score.tokens_per_batch",
+        "score.entropy",
+        "score.top_k",
+        "score.student_top_k",
+        "score.hidden_states",
         "teacher.model",
         "teacher.revision",
         "teacher.dtype",
@@ -327,7 +387,7 @@ def test_another_weight_changes_the_update_alone(smallest: Path) -> None:
     }
     assert differing == {"update"}
     changes = changed(old.flat(), new.flat())
-    assert changes == [("weight.gamma", 0.5, None), ("weight.name", "iw_opd", "uniform")]
+    assert changes[:2] == [("weight.gamma", 0.5, None), ("weight.name", "iw_opd", "uniform")]
     assert describe_changes(changes).splitlines()[1] == "weight.name 'iw_opd' → 'uniform' shapes: update"
 
 

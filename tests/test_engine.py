@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdctl.config import Model, Sampling
-from opdctl.engines import Request, resolve_device
+from opdctl.config import Model, Sampling, Score
+from opdctl.engines import Answered, Request, resolve_device
 from opdctl.engines.hf import TransformersEngine, draw
 from opdctl.errors import OpdctlError
 from opdctl.model import ModelDir, locate
@@ -57,11 +57,34 @@ def test_sampled_and_scored_logprobs_agree_so_teacher_equal_to_student_gives_no_
     """With prompts of several lengths: padding on the left without mask and positions is wrong by nats, in silence."""
     wanted = requests(16, cut=5)
     completions = generate(engine, wanted, max_tokens=160)
-    pairs = [(r.prompt_ids, c.response_ids) for r, c in zip(wanted, completions, strict=True)]
+    answered = [Answered(r.prompt_ids, c.response_ids) for r, c in zip(wanted, completions, strict=True)]
     for budget in (1, 500, 100_000):
-        scores = engine.score(pairs, budget, lambda n: None)
+        scores = engine.score(answered, Score(tokens_per_batch=budget), lambda n: None)
         for completion, score in zip(completions, scores, strict=True):
-            np.testing.assert_allclose(score, completion.logprobs, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(score.logprobs, completion.logprobs, rtol=0, atol=1e-4)
+            assert (score.entropies, score.top_ids, score.student_top_logprobs, score.hidden_states) == (None,) * 4
+
+
+def test_what_is_stored_besides_is_that_of_the_whole_distribution(engine):
+    """Entropy and most probable ids, drawn or scored, against one plain forward pass a response."""
+    wanted = requests(6, cut=5)
+    sampling, everything = Sampling(max_tokens=60), {"entropy": True, "top_k": 5}
+    completions = engine.generate(wanted, sampling, 256, lambda n: None, **everything)
+    answered = [Answered(r.prompt_ids, c.response_ids, c.top_ids) for r, c in zip(wanted, completions, strict=True)]
+    settings = Score(tokens_per_batch=400, student_top_k=True, hidden_states=True, **everything)
+    scores = engine.score(answered, settings, lambda n: None)
+    for each, drawn, scored in zip(answered, completions, scores, strict=True):
+        ids = torch.from_numpy(np.concatenate([each.prompt_ids, each.response_ids]).astype(np.int64))
+        with torch.no_grad():
+            whole = engine._model(ids[None]).logits[0, len(each.prompt_ids) - 1 : -1].double().log_softmax(-1)
+        entropy, (top, top_ids) = -(whole.exp() * whole).sum(-1), whole.topk(5, dim=-1)
+        for found in (drawn, scored):
+            np.testing.assert_allclose(found.entropies, entropy, atol=1e-4)
+            np.testing.assert_allclose(found.top_logprobs, top, atol=1e-4)
+            np.testing.assert_array_equal(found.top_ids, top_ids)
+        np.testing.assert_allclose(scored.student_top_logprobs, drawn.top_logprobs, atol=1e-4)
+        logits = torch.from_numpy(scored.hidden_states()) @ engine._model.lm_head.weight.T
+        np.testing.assert_allclose(logits.detach().log_softmax(-1), whole, atol=1e-4)
 
 
 def test_finish_reasons_and_the_end_of_sequence(engine):
@@ -83,16 +106,16 @@ def test_progress_adds_up_to_the_number_of_requests(engine):
 
 
 def test_loaded_weights_give_the_other_model_s_logprobs_bit_for_bit(engine):
-    prompts = [(r.prompt_ids, np.arange(2, 20, dtype=np.int32)) for r in requests(4)]
+    prompts = [Answered(r.prompt_ids, np.arange(2, 20, dtype=np.int32)) for r in requests(4)]
     other = TransformersEngine(directory("toy:student-spread"), "cpu")
     fresh = TransformersEngine(directory("toy:student"), "cpu")
-    want = other.score(prompts, 1000, lambda n: None)
-    before = fresh.score(prompts, 1000, lambda n: None)
+    want = other.score(prompts, Score(), lambda n: None)
+    before = fresh.score(prompts, Score(), lambda n: None)
     fresh.load_weights(directory("toy:student-spread"))
-    after = fresh.score(prompts, 1000, lambda n: None)
+    after = fresh.score(prompts, Score(), lambda n: None)
     for a, b, c in zip(before, after, want, strict=True):
-        assert not np.allclose(a, b)
-        np.testing.assert_array_equal(b, c)
+        assert not np.allclose(a.logprobs, b.logprobs)
+        np.testing.assert_array_equal(b.logprobs, c.logprobs)
 
 
 def test_draw_by_hand():

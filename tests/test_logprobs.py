@@ -1,64 +1,403 @@
 """Log-probs from hidden states: exact against the plain formula, in value and gradient, whatever the chunks."""
 
+import math
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opdctl import logprobs
 from opdctl.batches import by_token_budget, pad
 from opdctl.config import Model
+from opdctl.logprobs import Head, output_head, over_chunks, response_states
 from opdctl.model import ModelDir, load, locate
 
-D, V = 8, 11
+N, D, V, PADDED = 23, 8, 11, 13  # two rows of the matrix are no token's
+CHUNKS = [1, 4, N, 100]
+KINDS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "all": {"bias": True, "scale": 1.7, "softcap": 3.0},
+}
+_constants = torch.Generator().manual_seed(1)
+UPSTREAM_NK = torch.randn(N, 4, generator=_constants)
+TEACHER_NV = torch.randn(N, V, generator=_constants).log_softmax(-1)
+OLD_N = torch.tensor([-1.0, -0.1, 0.1, 1.0]).repeat(N)[:N]  # what the old policy's log-prob is more: two are clipped
+ADVANTAGE_N = torch.tensor([1.0, -2.0, 0.5, -0.3, 3.0]).repeat(N)[:N]
 
 
-def plain(hidden_ND, head_VD, targets_N):
-    """Log-softmax of the whole logits in float64."""
-    return (hidden_ND.double() @ head_VD.double().T).log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
+def ppo(picked_CK, rows):
+    ratio_C = (picked_CK[:, 0] - picked_CK[:, 0].detach() - OLD_N[rows]).exp()
+    advantage_C = ADVANTAGE_N[rows]
+    return -torch.minimum(ratio_C * advantage_C, ratio_C.clamp(0.8, 1.2) * advantage_C).sum()
 
 
-@pytest.fixture
-def inputs():
-    torch.manual_seed(0)
-    hidden = torch.randn(23, D, requires_grad=True)
-    head = torch.randn(V, D, requires_grad=True)
-    return hidden, head, torch.randint(0, V, (23,))
+def kl(logp_CV, rows):
+    return (logp_CV.exp() * (logp_CV - TEACHER_NV[rows])).sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 23, 100])
-def test_values_and_gradients_equal_those_of_the_plain_formula_for_every_chunk(inputs, chunk, monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * V)
-    hidden, head, targets = inputs
-    upstream = torch.linspace(-1, 1, 23)
-    found, entropy = logprobs.token_logprobs(hidden, head, targets)
-    gradients = torch.autograd.grad(found @ upstream, (hidden, head))
-    want = plain(hidden, head, targets)
-    wanted = torch.autograd.grad(want @ upstream.double(), (hidden, head))
-    torch.testing.assert_close(found.double(), want, rtol=0, atol=1e-5)
-    for gradient, other in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-5)
-    whole = (hidden.double() @ head.double().T).log_softmax(-1)
-    torch.testing.assert_close(entropy.double(), -(whole.exp() * whole).sum(-1), rtol=0, atol=1e-5)
-    assert not entropy.requires_grad
+# Of picked log-probs, a function that gives every log-prob, and the tokens' numbers.
+LOSSES = {
+    "linear": lambda picked_CK, whole, rows: (picked_CK * UPSTREAM_NK[rows]).sum(),
+    "squares": lambda picked_CK, whole, rows: (picked_CK.square() * UPSTREAM_NK[rows]).sum(),
+    "ppo": lambda picked_CK, whole, rows: ppo(picked_CK, rows),
+    "read only": lambda picked_CK, whole, rows: (picked_CK[:, 1] * whole().detach().amax(-1)).sum(),
+    "reverse kl": lambda picked_CK, whole, rows: kl(whole(), rows),
+    "forward kl": lambda picked_CK, whole, rows: -(TEACHER_NV[rows].exp() * whole()).sum(),
+    "both": lambda picked_CK, whole, rows: ppo(picked_CK, rows) + (whole().square() * TEACHER_NV[rows]).sum(),
+}
 
 
-def test_bfloat16_hidden_states_are_multiplied_in_float32(inputs):
-    hidden, head, targets = (value.detach() for value in inputs)
-    hidden, head = hidden.bfloat16(), head.bfloat16()
-    found, _ = logprobs.token_logprobs(hidden, head, targets)
-    torch.testing.assert_close(found.double(), plain(hidden, head, targets), rtol=0, atol=1e-5)
+def make(count=N, seed=0, bias=False, **kind):
+    """Return hidden states, a head and four ids a token, of which one comes twice; all but the ids want a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_ND, weight_VD, bias_V = (
+        torch.randn(*shape, generator=generator).requires_grad_() for shape in ((count, D), (PADDED, D), (PADDED,))
+    )
+    ids_NK = torch.randint(0, V, (count, 4), generator=generator)
+    ids_NK[:, 2] = ids_NK[:, 0]
+    return hidden_ND, Head(weight_VD, V, bias_V if bias else None, **kind), ids_NK
+
+
+def leaves(hidden_ND, head):
+    return [value for value in (hidden_ND, head.weight_VD, head.bias_V) if value is not None and value.requires_grad]
+
+
+def plain(hidden_ND, head):
+    """Log-softmax of the whole logits, in float64."""
+    logits_NV = hidden_ND.double() @ head.weight_VD.double().T
+    if head.bias_V is not None:
+        logits_NV = logits_NV + head.bias_V.double()
+    logits_NV = logits_NV * head.scale
+    if head.softcap:
+        logits_NV = head.softcap * (logits_NV / head.softcap).tanh()
+    return logits_NV[:, : head.vocab_size].log_softmax(-1)
+
+
+def plain_loss(loss, hidden_ND, head, ids_NK, order=slice(None)):
+    logp_NV = plain(hidden_ND, head)
+    return loss(logp_NV.gather(-1, ids_NK), lambda: logp_NV, order)
+
+
+def chunked_loss(loss, hidden_ND, head, ids_NK, order=None):
+    order = torch.arange(len(ids_NK)) if order is None else order
+    return over_chunks(
+        head, hidden_ND, ids_NK, lambda chunk: loss(chunk.picked_CK, lambda: chunk.logp_CV, order[chunk.rows])
+    )
+
+
+def in_chunks_of(tokens, vocab_size=V):
+    return patch.object(logprobs, "CHUNK_LOGITS", tokens * vocab_size)
+
+
+def assert_near(found, want, floor=0.0):
+    assert found.shape == want.shape
+    assert float((found.double() - want.double()).norm()) <= 1e-5 * float(want.double().norm()) + floor
+
+
+class Watch(TorchDispatchMode):
+    """Takes down the shape of every tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.shapes |= {tuple(value.shape) for value in tree_leaves(out) if isinstance(value, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_equal_those_of_the_plain_formula_for_every_chunk(kind, chunk):
+    hidden_ND, head, ids_NK = make(**KINDS[kind])
+    found, rows = [], []
+
+    def read(part):
+        rows.append(torch.arange(N)[part.rows])
+        divergence_C = (part.logp_CV.exp() * (part.logp_CV - TEACHER_NV[part.rows])).sum(-1)
+        found.append((part.picked_CK, part.entropy_C(), *part.top(5), part.logp_CV, divergence_C))
+
+    with in_chunks_of(chunk), torch.no_grad():
+        total = over_chunks(head, hidden_ND, ids_NK, read)
+    assert [len(part) for part in rows] == [min(chunk, N - start) for start in range(0, N, chunk)]
+    assert torch.cat(rows).tolist() == list(range(N))
+    assert total.item() == 0
+    whole_NV = plain(hidden_ND, head).detach()
+    top_Nk, top_ids_Nk = whole_NV.topk(5, dim=-1)
+    entropy_N, divergence_N = -(whole_NV.exp() * whole_NV).sum(-1), (whole_NV.exp() * (whole_NV - TEACHER_NV)).sum(-1)
+    wanted = (whole_NV.gather(-1, ids_NK), entropy_N, top_ids_Nk, top_Nk, whole_NV, divergence_N)
+    for value, want in zip((torch.cat(column) for column in zip(*found, strict=True)), wanted, strict=True):
+        torch.testing.assert_close(value.double(), want.double(), rtol=0, atol=1e-5)
+
+
+def test_a_chunk_has_one_token_where_the_vocabulary_is_larger_than_a_chunk():
+    hidden_ND, head, ids_NK = make()
+    sizes = []
+    with patch.object(logprobs, "CHUNK_LOGITS", V // 2):
+        over_chunks(head, hidden_ND, ids_NK, lambda chunk: sizes.append(len(chunk.picked_CK)))
+    assert sizes == [1] * N
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_equal_those_of_the_plain_formula_for_every_chunk(name, kind, chunk):
+    hidden_ND, head, ids_NK = make(**KINDS[kind])
+    wanted = plain_loss(LOSSES[name], hidden_ND, head, ids_NK)
+    with in_chunks_of(chunk):
+        found = chunked_loss(LOSSES[name], hidden_ND, head, ids_NK)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    wanted_grads = torch.autograd.grad(wanted, leaves(hidden_ND, head))
+    for grad, want in zip(torch.autograd.grad(found, leaves(hidden_ND, head)), wanted_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert_near(grad, want)
+
+
+@given(
+    name=st.sampled_from(sorted(LOSSES)),
+    kind=st.fixed_dictionaries(
+        {
+            "bias": st.booleans(),
+            "scale": st.sampled_from([1.0, 0.0625, 1.5]),
+            "softcap": st.sampled_from([None, 1.0, 30.0]),
+        }
+    ),
+    order=st.integers(0, N).flatmap(lambda count: st.permutations(range(count))),
+    chunk=st.integers(1, N + 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_gradients_are_the_same_whatever_the_chunks_and_the_order_of_tokens(name, kind, order, chunk, seed):
+    hidden_ND, head, ids_NK = make(len(order), seed, **kind)
+    with torch.no_grad():
+        hidden_ND /= 2  # no token is nearly sure: 1 - p would have few digits in float32
+    rows = torch.tensor(order, dtype=torch.int64)
+    wanted = plain_loss(LOSSES[name], hidden_ND, head, ids_NK, torch.arange(len(order)))
+    with in_chunks_of(chunk):  # the tokens in another order, each still with its own constants
+        found = chunked_loss(LOSSES[name], hidden_ND[rows], head, ids_NK[rows], rows)
+    wanted_grads = torch.autograd.grad(wanted, leaves(hidden_ND, head))
+    for grad, want in zip(torch.autograd.grad(found, leaves(hidden_ND, head)), wanted_grads, strict=True):
+        assert_near(grad, want, floor=1e-5)
+
+
+def test_rows_of_the_matrix_beyond_the_vocabulary_get_no_probability_and_no_gradient():
+    hidden_ND, head, ids_NK = make(bias=True)
+    with torch.no_grad():
+        head.weight_VD[V:] += 10  # would be likely
+        head.bias_V[V:] += 10
+    sums = []
+
+    def use(chunk):
+        sums.append(chunk.logp_CV.detach().exp().sum(-1))
+        assert chunk.top(V)[0].max() < V
+        return chunk.logp_CV.square().sum() + chunk.picked_CK.sum()
+
+    over_chunks(head, hidden_ND, ids_NK, use).backward()
+    torch.testing.assert_close(torch.cat(sums), torch.ones(N))
+    for value in (head.weight_VD, head.bias_V):
+        assert (value.grad[V:] == 0).all()
+        assert (value.grad[:V] != 0).all()
+
+
+@pytest.mark.parametrize("factor", [3.0, -0.5, 0.0])
+def test_the_gradient_is_scaled_by_what_comes_from_above_and_adds_up_over_calls(factor):
+    hidden_ND, head, ids_NK = make(bias=True)
+    wanted = torch.autograd.grad(plain_loss(LOSSES["both"], hidden_ND, head, ids_NK), leaves(hidden_ND, head))
+    (factor * chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)).backward()
+    chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK).backward()
+    for value, want in zip(leaves(hidden_ND, head), wanted, strict=True):
+        assert_near(value.grad, (factor + 1) * want)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "matrix", "bias", "head"])
+def test_what_is_frozen_gets_no_gradient_nor_memory_for_one_and_the_rest_its_own(frozen):
+    hidden_ND, head, ids_NK = make(bias=True)
+    values = {"hidden": hidden_ND, "matrix": head.weight_VD, "bias": head.bias_V}
+    still = [value for name, value in values.items() if frozen == name or (frozen == "head" and name != "hidden")]
+    for value in still:
+        value.requires_grad_(False)
+    wanted = torch.autograd.grad(plain_loss(LOSSES["both"], hidden_ND, head, ids_NK), leaves(hidden_ND, head))
+    with Watch() as watch, in_chunks_of(4):
+        chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK).backward()
+    for value, want in zip(leaves(hidden_ND, head), wanted, strict=True):
+        assert_near(value.grad, want)
+    assert [value.grad for value in still] == [None] * len(still)
+    whole = {tuple(value.shape) for value in still}
+    assert not whole & watch.shapes
+    assert {tuple(value.shape) for value in leaves(hidden_ND, head)} <= watch.shapes
+
+
+def test_where_all_is_frozen_the_loss_has_no_graph():
+    hidden_ND, head, ids_NK = make()
+    for value in leaves(hidden_ND, head):
+        value.requires_grad_(False)
+    found = chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)
+    assert not found.requires_grad
+    torch.testing.assert_close(found.double(), plain_loss(LOSSES["both"], hidden_ND, head, ids_NK), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_without_gradients_the_value_is_the_same_and_nothing_is_differentiated(mode, kind):
+    hidden_ND, head, ids_NK = make(**KINDS[kind])
+    wanting = []
+
+    def use(chunk):
+        wanting.append(chunk.picked_CK.requires_grad or chunk.logp_CV.requires_grad or torch.is_grad_enabled())
+        return LOSSES["both"](chunk.picked_CK, lambda: chunk.logp_CV, chunk.rows)
+
+    with mode(), in_chunks_of(4):
+        found = over_chunks(head, hidden_ND, ids_NK, use)
+    assert not found.requires_grad
+    assert wanting == [False] * math.ceil(N / 4)
+    torch.testing.assert_close(found.double(), plain_loss(LOSSES["both"], hidden_ND, head, ids_NK), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tokens_give_a_zero_loss_and_zero_gradients(name):
+    hidden_ND, head, ids_NK = make(0, bias=True)
+    found = chunked_loss(LOSSES[name], hidden_ND, head, ids_NK)
+    found.backward()
+    assert found.item() == 0
+    for value in (head.weight_VD, head.bias_V, hidden_ND):
+        torch.testing.assert_close(value.grad, torch.zeros_like(value))
+
+
+def test_no_tokens_can_be_read_too():
+    hidden_ND, head, ids_NK = make(0)
+    shapes = []
+
+    def read(chunk):
+        shapes.append([value.shape for value in (chunk.picked_CK, chunk.entropy_C(), *chunk.top(3), chunk.logp_CV)])
+
+    over_chunks(head, hidden_ND, ids_NK, read)
+    assert shapes == [[(0, 4), (0,), (0, 3), (0, 3), (0, V)]]
+
+
+def test_chunks_without_a_loss_or_with_a_constant_one_count_as_such_and_have_no_gradient():
+    hidden_ND, head, ids_NK = make()
+
+    def use(chunk):
+        start = chunk.rows.start
+        return None if start == 0 else torch.tensor(2.5) if start == 4 else chunk.picked_CK[:, 0].sum()
+
+    with in_chunks_of(4):
+        found = over_chunks(head, hidden_ND, ids_NK, use)
+    found.backward()
+    picked_N = plain(hidden_ND, head).gather(-1, ids_NK)[8:, 0]
+    assert found.item() == pytest.approx(2.5 + picked_N.sum().item(), rel=1e-5)
+    assert_near(head.weight_VD.grad, torch.autograd.grad(picked_N.sum(), head.weight_VD)[0])
+    assert (hidden_ND.grad[:8] == 0).all()
+
+
+@pytest.mark.parametrize("result", [None, torch.tensor(1.0)])
+def test_where_no_chunk_has_a_gradient_the_sum_still_takes_part_in_backward(result):
+    hidden_ND, head, ids_NK = make()
+    with in_chunks_of(5):
+        found = over_chunks(head, hidden_ND, ids_NK, lambda chunk: result)
+    found.backward()
+    assert found.item() == (0 if result is None else 5)
+    for value in (hidden_ND, head.weight_VD):
+        torch.testing.assert_close(value.grad, torch.zeros_like(value))
+
+
+def test_a_second_backward_is_refused_and_so_is_a_second_derivative():
+    hidden_ND, head, ids_NK = make()
+    found = chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)
+    found.backward(retain_graph=True)
+    first = hidden_ND.grad.clone()
+    with pytest.raises((RuntimeError, TypeError)):
+        found.backward()
+    torch.testing.assert_close(hidden_ND.grad, first, rtol=0, atol=0)
+    again = chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)
+    (slope_ND,) = torch.autograd.grad(again.square(), hidden_ND, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope_ND.sum().backward()
+
+
+def test_bfloat16_hidden_states_are_multiplied_in_float32_and_their_gradient_is_bfloat16():
+    hidden_ND, head, ids_NK = make(bias=True)
+    half_ND = hidden_ND.detach().bfloat16().requires_grad_()
+    single_ND = half_ND.detach().float().requires_grad_()
+    found = {}
+    for value_ND in (half_ND, single_ND):
+        loss = chunked_loss(LOSSES["both"], value_ND, head, ids_NK)
+        found[value_ND.dtype] = loss, *torch.autograd.grad(loss, [value_ND, head.weight_VD, head.bias_V])
+    (half, grad_ND, *half_grads), (single, want_ND, *single_grads) = found.values()
+    assert half.item() == single.item()
+    assert grad_ND.dtype == torch.bfloat16
+    torch.testing.assert_close(grad_ND, want_ND.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(half_grads, single_grads, rtol=0, atol=0)
+    assert single.item() == pytest.approx(plain_loss(LOSSES["both"], half_ND, head, ids_NK).item(), rel=1e-5)
+
+
+def test_autocast_changes_nothing():
+    hidden_ND, head, ids_NK = make(**KINDS["all"])
+    want = chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)
+    assert found.item() == want.item()
+    values = leaves(hidden_ND, head)
+    wanted = torch.autograd.grad(want, values)
+    torch.testing.assert_close(torch.autograd.grad(found, values), wanted, rtol=0, atol=0)
+
+
+def test_extreme_logits_give_finite_log_probs_and_gradients():
+    hidden_ND, head, ids_NK = make()
+    with torch.no_grad():
+        hidden_ND.mul_(1e4)
+    finite = []
+
+    def use(chunk):
+        finite.append(bool(chunk.logp_CV.isfinite().all() and chunk.entropy_C().isfinite().all()))
+        return LOSSES["both"](chunk.picked_CK, lambda: chunk.logp_CV, chunk.rows)
+
+    over_chunks(head, hidden_ND, ids_NK, use).backward()
+    assert finite == [True]
+    assert hidden_ND.grad.isfinite().all()
+    assert head.weight_VD.grad.isfinite().all()
+
+
+def test_nothing_of_the_size_of_tokens_times_vocabulary_is_built():
+    tokens, hidden, vocabulary, chunk = 64, 4, 400, 8
+    hidden_ND = torch.randn(tokens, hidden, requires_grad=True)
+    head = Head(torch.randn(vocabulary, hidden, requires_grad=True), vocabulary, torch.zeros(vocabulary), 0.5, 20.0)
+    teacher = Head(torch.randn(vocabulary, hidden), vocabulary)
+
+    def use(part):
+        other_CV = teacher.logits(hidden_ND[part.rows]).log_softmax(-1)
+        divergence = (part.logp_CV.exp() * (part.logp_CV - other_CV)).sum()
+        return divergence + part.picked_CK.sum() + part.entropy_C().sum() + part.top(7)[1].sum()
+
+    with Watch() as watch, in_chunks_of(chunk, vocabulary):
+        over_chunks(head, hidden_ND, torch.randint(0, vocabulary, (tokens, 3)), use).backward()
+    sizes = {math.prod(shape) for shape in watch.shapes}
+    assert chunk * vocabulary in sizes
+    assert max(sizes) <= chunk * vocabulary + vocabulary * hidden < tokens * vocabulary
 
 
 def test_by_hand_two_words_of_equal_logit():
-    # two words, logits 0 and 0: log 1/2 each, entropy log 2
-    found, entropy = logprobs.token_logprobs(torch.zeros(1, D), torch.zeros(2, D), torch.tensor([1]))
+    # two words, logits 0 and 0: log 1/2 each, entropy log 2; the gradient of the one's log-prob is ∓ 1/2 times hidden
+    head = Head(torch.zeros(2, D, requires_grad=True), 2)
+    entropies = []
+
+    def use(chunk):
+        entropies.append(chunk.entropy_C().item())
+        return chunk.picked_CK.sum()
+
+    found = over_chunks(head, torch.ones(1, D), torch.tensor([[1]]), use)
+    found.backward()
     assert found.item() == pytest.approx(-np.log(2))
-    assert entropy.item() == pytest.approx(np.log(2))
-
-
-def test_no_tokens_give_no_logprobs():
-    found, entropy = logprobs.token_logprobs(torch.zeros(0, D), torch.zeros(V, D), torch.zeros(0, dtype=torch.int64))
-    assert found.shape == entropy.shape == (0,)
+    assert entropies == pytest.approx([np.log(2)])
+    torch.testing.assert_close(head.weight_VD.grad, torch.tensor([[-0.5], [0.5]]).expand(2, D))
 
 
 @pytest.fixture(scope="module")
@@ -72,34 +411,23 @@ def ragged(lengths):
     return [(rng.integers(2, 28, p).astype(np.int32), rng.integers(2, 28, r).astype(np.int32)) for p, r in lengths]
 
 
+@torch.no_grad()
 def test_each_token_is_predicted_from_the_one_before_and_padding_changes_nothing(student):
     """Against one unpadded forward pass a sequence: the commonest fault is to be off by one."""
     model, directory = student
     sequences = ragged([(3, 5), (13, 40), (1, 1), (7, 0), (2, 17)])
     padded = pad(sequences, "cpu")
-    with torch.no_grad():
-        found, _ = logprobs.response_logprobs(
-            model, padded.input_ids_BT, padded.rows_N, padded.positions_N, vocab_size=directory.vocab_size
-        )
-        for (prompt, response), logp_T in zip(sequences, padded.split(found), strict=True):
-            ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
-            whole = model(ids[None]).logits[0].double().log_softmax(-1)
-            want = [whole[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
-            np.testing.assert_allclose(logp_T.numpy(), want, rtol=0, atol=2e-5)
-
-
-def test_rows_beyond_the_tokenizer_get_no_probability(student):
-    """With the vocabulary cut to 28 words, their probabilities alone make one."""
-    model, directory = student
-    prompt, _ = ragged([(5, 1)])[0]
-    total = 0.0
-    for word in range(28):
-        padded = pad([(prompt, np.array([word], np.int32))], "cpu")
-        with torch.no_grad():
-            arguments = (model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
-            total += float(logprobs.response_logprobs(*arguments, vocab_size=28)[0].exp())
-    assert directory.vocab_size == 56
-    assert total == pytest.approx(1, abs=1e-5)
+    hidden_ND, ids_N = response_states(model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
+    assert ids_N.tolist() == np.concatenate([response for _, response in sequences]).tolist()
+    found = []
+    head = output_head(model, directory.vocab_size)
+    with in_chunks_of(7, directory.vocab_size):
+        over_chunks(head, hidden_ND, ids_N[:, None], lambda chunk: found.append(chunk.picked_CK[:, 0]))
+    for (prompt, response), logp_T in zip(sequences, padded.split(torch.cat(found)), strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        whole = model(ids[None]).logits[0].double().log_softmax(-1)
+        want = [whole[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
+        np.testing.assert_allclose(logp_T.numpy(), want, rtol=0, atol=2e-5)
 
 
 def test_batches_keep_to_the_budget_and_hold_every_sequence_once():

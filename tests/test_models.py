@@ -74,24 +74,33 @@ def test_a_student_of_another_kind_trains_and_its_logprobs_are_its_own(kind, tmp
     assert result.code == 0, result.err
     run = recorded_run(tmp_path / "run")
     for step in (0, 1):  # step 1 was drawn by an engine that took the first update's weights over
-        models = [load(run.student_at(step), device="cpu"), load(run.teacher, device="cpu")]
+        models = [load(run.student_at(step), device="cpu"), load(run.models["teacher"], device="cpu")]
         for sample in read_scored(run, step):
             prompt, response = sample.response.prompt_ids, sample.response.response_ids
             assert response.max() < 56
             assert not np.isin(response[:-1], [1, 5]).any()
             ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
-            for model, stored in zip(models, (sample.response.logprobs, sample.teacher_logprobs), strict=True):
+            for model, stored in zip(models, (sample.response.logprobs, sample.teacher.logprobs), strict=True):
                 with torch.no_grad():
                     whole = model(ids[None]).logits[0, len(prompt) - 1 : -1, :56].log_softmax(-1)
                 np.testing.assert_allclose(stored, whole.gather(-1, ids[len(prompt) :, None])[:, 0], rtol=0, atol=1e-4)
 
 
-def test_a_model_that_does_more_to_its_logits_is_refused_not_scored_wrongly(tmp_path):
+def test_a_model_that_does_more_to_its_logits_is_refused_not_scored_wrongly(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = PhiForCausalLM(PhiConfig(**{**SMALL, "num_key_value_heads": 2}))
     torch.nn.init.normal_(model.lm_head.bias)
     path = save(model, tmp_path / "phi")
-    with pytest.raises(OpdctlError, match="its logits are not its hidden states times its output matrix"):
+    assert load(ModelDir(path, "float32"), device="cpu").lm_head.bias.abs().max() > 0
+    forward = PhiForCausalLM.forward
+
+    def doubled(self, **inputs):
+        output = forward(self, **inputs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(PhiForCausalLM, "forward", doubled)
+    with pytest.raises(OpdctlError, match="its logits are not what opdctl makes of its hidden states"):
         load(ModelDir(path, "float32"), device="cpu")
 
 

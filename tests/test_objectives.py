@@ -1,126 +1,430 @@
-"""The policy gradient: hand-worked losses, its gradient, and the three clips."""
+"""Every objective: hand-worked numbers, plain float64 references, gradients, and what must hold for any token."""
 
+import dataclasses
+import inspect
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdctl.errors import OpdctlError
-from opdctl.objectives import PolicyGradient
+from opdctl.objectives import TokenBatch, with_rest
 from opdctl.registry import OBJECTIVES
 
-LOG = math.log
+LOG, DOUBLE = math.log, torch.float64
+POLICY, DIVERGENCES = ["policy_gradient", "power", "top_d", "control"], ["forward_kl", "reverse_kl", "jsd"]
+K1, K2, K3 = (("sampled_kl", {"estimator": name}) for name in ("k1", "k2", "k3"))
+EVERY = [(name, {}) for name in OBJECTIVES.names()] + [K1, K3, ("top_d", {"alpha": 1.0})]
+EVERY += [(name, {"support": support}) for name in DIVERGENCES for support in ("full", "student")]
 
 
-def loss_of(logp, old, teacher, weight=None, rollout=None, **settings):
-    """Return (loss, metrics) of tokens given as plain lists."""
-    columns = {
-        "logp_N": logp,
-        "old_logp_N": old,
-        "rollout_logp_N": rollout or old,
-        "teacher_logp_N": teacher,
-        "weight_N": weight or [1.0] * len(old),
-    }
-    return PolicyGradient(**settings)(**{name: torch.as_tensor(c, dtype=torch.float64) for name, c in columns.items()})
+def batch(logp, target, old=None, rollout=None, student=None, teacher=None, dtype=DOUBLE) -> TokenBatch:
+    """Return tokens given as plain lists or as tensors; on-policy unless `old` or `rollout` are given."""
+    if old is None:
+        old = logp.detach() if torch.is_tensor(logp) else logp
+    columns = (logp, old, old if rollout is None else rollout, target, student, teacher)
+    return TokenBatch(*(None if column is None else torch.as_tensor(column, dtype=dtype) for column in columns))
 
 
-def test_on_policy_by_hand():
-    # A = -1 - -2 = 1 and -3 - -1 = -2; ratio 1; loss = -(1.5 · 1) - (1.25 · -2) = 1
-    loss, metrics = loss_of([-2.0, -1.0], [-2.0, -1.0], [-1.0, -3.0], [1.5, 1.25])
-    assert loss.item() == pytest.approx(1.0, abs=1e-15)
-    assert metrics["k1"].item() == 1.0  # -(1 - 2)
-    assert metrics["abs_advantage"].item() == 3.0
-    assert metrics["weight"].item() == 2.75
-    assert metrics["clip_share"].item() == metrics["dual_clip_share"].item() == 0
+def loss_of(name, tokens, **parameters):
+    return OBJECTIVES.build(name, parameters)(tokens)
 
 
-def test_the_gradient_on_policy_is_minus_weighted_advantage():
-    logp = torch.tensor([-2.0, -1.0], dtype=torch.float64, requires_grad=True)
-    loss_of(logp, [-2.0, -1.0], [-1.0, -3.0], [1.5, 1.25])[0].backward()
-    assert logp.grad.tolist() == [-1.5, 2.5]
+def loss_and_slope(name, logp, target, old=None, *, dtype=DOUBLE, **parameters) -> tuple[float, float]:
+    """Return the loss of one token and its derivative by the student's log-prob."""
+    leaf = torch.tensor([logp], dtype=dtype, requires_grad=True)
+    loss, _ = loss_of(name, batch(leaf, [target], None if old is None else [old], dtype=dtype), **parameters)
+    loss.sum().backward()
+    return loss.item(), leaf.grad.item()
 
 
-def test_a_good_token_gains_nothing_beyond_the_upper_clip():
-    # A = 1, ratio 2 > 1.2: loss -1.2, no gradient
-    logp = torch.tensor([-2.0 + LOG(2)], dtype=torch.float64, requires_grad=True)
-    loss, metrics = loss_of(logp, [-2.0], [-1.0])
-    loss.backward()
-    assert loss.item() == pytest.approx(-1.2)
-    assert logp.grad.item() == 0
-    assert metrics["clip_share"].item() == 1
-
-
-def test_a_bad_token_gains_nothing_below_the_lower_clip():
-    # A = -1, ratio 0.5 < 0.8: loss 0.8, no gradient
-    logp = torch.tensor([-2.0 + LOG(0.5)], dtype=torch.float64, requires_grad=True)
-    loss, _ = loss_of(logp, [-2.0], [-3.0])
-    loss.backward()
-    assert loss.item() == pytest.approx(0.8)
-    assert logp.grad.item() == 0
-
-
-def test_the_loss_of_a_bad_token_is_bounded_by_the_dual_clip():
-    # A = -1, ratio 5 > 3: loss 3 instead of 5
-    loss, metrics = loss_of([-2.0 + LOG(5)], [-2.0], [-3.0])
-    assert loss.item() == pytest.approx(3.0)
-    assert metrics["dual_clip_share"].item() == 1
-
-
-def test_the_rollout_correction_multiplies_and_is_capped():
-    # p_old / p_rollout = 2 and 20: the loss of A = 1 is -2 and, capped, -5
-    old, teacher = [-2.0, -2.0], [-1.0, -1.0]
-    loss, metrics = loss_of(old, old, teacher, rollout=[-2.0 - LOG(2), -2.0 - LOG(20)])
-    assert loss.item() == pytest.approx(-7.0)
-    assert metrics["rollout_correction"].item() == pytest.approx(7.0)
-
-
-def test_an_engine_that_is_off_by_a_thousand_nats_cannot_overflow():
-    loss, _ = loss_of([-2.0], [-2.0], [-1.0], rollout=[-1002.0])
-    assert loss.item() == pytest.approx(-5.0)
-
-
-def test_the_teacher_gets_no_gradient_and_gives_one():
-    """Never through A itself: the derivative of E[A] by that path has no teacher in it."""
-    old = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
-    teacher = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
-    logp = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
-    one = torch.ones(1, dtype=torch.float64)
-    loss, _ = PolicyGradient()(
-        logp_N=logp, old_logp_N=old.detach(), rollout_logp_N=old.detach(), teacher_logp_N=teacher, weight_N=one
-    )
-    loss.backward()
-    assert teacher.grad is None
-    assert logp.grad.item() == -1.0
-
-
-def reference(logp, old, rollout, teacher, weight) -> float:
-    """One token, by cases, as a person would work it."""
-    advantage = weight * (teacher - old)
-    ratio = math.exp(logp - old)
-    clipped = min(max(ratio, 0.8), 1.2)
-    loss = max(-advantage * ratio, -advantage * clipped)
-    if advantage < 0:
-        loss = min(loss, -advantage * 3.0)
-    return loss * min(math.exp(min(old - rollout, 50)), 5.0)
-
-
-NATS = st.floats(-30, 0)
-TOKEN = st.tuples(NATS, NATS, NATS, NATS, st.floats(0, 3))
-
-
-@given(st.lists(TOKEN, min_size=1, max_size=20))
-def test_the_sum_over_tokens_is_that_of_the_reference(tokens):
-    logp, old, rollout, teacher, weight = (list(column) for column in zip(*tokens, strict=True))
-    loss, _ = loss_of(logp, old, teacher, weight, rollout)
-    terms = [reference(*token) for token in tokens]
-    assert loss.item() == pytest.approx(math.fsum(terms), rel=1e-9, abs=1e-12 * sum(map(abs, terms)) + 1e-12)
+# ── On the sampled token ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("clip_low", 1.5), ("clip_high", 0.0), ("dual_clip", 1.0), ("rollout_correction_cap", math.inf)]
+    ("ratio", "target", "loss", "slope", "clipped", "dual"),
+    [
+        (1.0, -1.0, -1.0, -1.0, 0, 0),  # on-policy, A = 1: -A, and so is the derivative
+        (1.0, -4.0, 2.0, 2.0, 0, 0),  # A = -2
+        (2.0, -1.0, -1.2, 0, 1, 0),  # a good token, A = 1, gains nothing beyond the upper clip
+        (0.5, -1.0, -0.5, -0.5, 0, 0),  # but is pulled up from below: -A ratio
+        (0.5, -3.0, 0.8, 0, 1, 0),  # a bad token, A = -1, gains nothing below the lower clip
+        (2.0, -3.0, 2.0, 2.0, 0, 0),  # but is pushed down from above
+        (5.0, -3.0, 3.0, 0, 0, 1),  # at most by the dual clip: 3 instead of 5
+    ],
 )
-def test_clips_that_make_no_sense_are_refused(key, value):
-    with pytest.raises(OpdctlError, match=key):
-        OBJECTIVES.build("policy_gradient", {key: value})
+def test_the_policy_gradient_and_its_clips_by_hand(ratio, target, loss, slope, clipped, dual):
+    logp, old = -2.0 + LOG(ratio), -2.0
+    assert loss_and_slope("policy_gradient", logp, target, old) == (pytest.approx(loss), pytest.approx(slope))
+    _, metrics = loss_of("policy_gradient", batch([logp], [target], [old]))
+    found = {name: value.item() for name, value in metrics.items()}
+    shares = {"clip_share": clipped, "dual_clip_share": dual}
+    assert found == pytest.approx({"advantage": target - old, "ratio": ratio, "rollout_correction": 1} | shares)
+
+
+def test_the_rollout_correction_multiplies_and_is_capped_without_overflow():
+    # p_old / p_rollout = 2, 20, 1/4 and e^1000: the loss of A = 1 is -2, capped -5, -1/4 and again capped
+    rollout = [-2.0 - LOG(2), -2.0 - LOG(20), -2.0 + LOG(4), -1002.0]
+    tokens = batch([-2.0] * 4, [-1.0] * 4, rollout=rollout, dtype=torch.float32)
+    loss, metrics = loss_of("policy_gradient", tokens)
+    assert (-loss).tolist() == metrics["rollout_correction"].tolist() == pytest.approx([2.0, 5.0, 0.25, 5.0])
+
+
+@pytest.mark.parametrize(("target", "loss"), [(-99.0, -1.2), (-101.0, 3.0), (-100.0, 0.0)])
+def test_a_ratio_that_overflows_is_clipped_in_value_and_gradient(target, loss):
+    # A = 1, -1 and 0, ratio e^99 > 3e38
+    found = loss_and_slope("policy_gradient", -1.0, target, -100.0, dtype=torch.float32)
+    assert found == (pytest.approx(loss), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "advantage"),
+    [  # p_T = 3/4, p_S = 1/4
+        ("policy_gradient", {}, LOG(3)),
+        ("policy_gradient", {"advantage_clip": 1.0}, 1.0),
+        ("power", {}, 1 / 2),  # 3/4 - 1/4
+        ("power", {"alpha": 0.5}, math.sqrt(3) / 2 - 1 / 2),
+        ("top_d", {}, LOG(2)),  # log(1/2 · 3 + 1/2)
+        ("top_d", {"alpha": 0.25}, LOG(1.5)),  # log(1/4 · 3 + 3/4)
+        ("control", {}, -0.1),
+        ("control", {"penalty": 2.0, "advantage_clip": 0.5}, -0.5),
+    ],
+)
+def test_each_advantage_by_hand_is_minus_the_loss_and_minus_its_derivative(name, parameters, advantage):
+    found = loss_and_slope(name, LOG(1 / 4), LOG(3 / 4), **parameters)
+    assert found == (pytest.approx(-advantage), pytest.approx(-advantage))
+
+
+CLIPS = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "rollout_correction_cap": 5.0, "advantage_clip": 0.0}
+OTHERS = {"clip_low": 0.1, "clip_high": 0.4, "dual_clip": 1.3, "rollout_correction_cap": 2.0, "advantage_clip": 0.7}
+
+
+def reference(name, clips, logp, old, rollout, target) -> float:
+    """One token, by cases, as a person would work it."""
+    advantage = {
+        "policy_gradient": target - old,
+        "power": math.exp(target) - math.exp(old),
+        "top_d": LOG(0.5 * math.exp(target - old) + 0.5),
+        "control": -0.1,
+    }[name]
+    if clips["advantage_clip"] and abs(advantage) > clips["advantage_clip"]:
+        advantage = math.copysign(clips["advantage_clip"], advantage)
+    ratio = math.exp(logp - old)
+    clipped = min(max(ratio, 1 - clips["clip_low"]), 1 + clips["clip_high"])
+    loss = max(-advantage * ratio, -advantage * clipped)
+    if advantage < 0:
+        loss = min(loss, -advantage * clips["dual_clip"])
+    return loss * min(math.exp(min(old - rollout, 50)), clips["rollout_correction_cap"])
+
+
+NATS = st.floats(-30, 0)
+NEAR = st.tuples(st.floats(-30, -1), *[st.floats(-1, 1)] * 3).map(lambda n: (n[0], *(n[0] + d for d in n[1:])))
+
+
+@pytest.mark.parametrize("name", POLICY)
+@given(NEAR | st.tuples(NATS, NATS, NATS, NATS), st.sampled_from([CLIPS, OTHERS]))
+@settings(max_examples=300)
+def test_every_kind_of_policy_gradient_is_the_reference(name, token, clips):
+    logp, old, rollout, target = ([value] for value in token)
+    loss, _ = loss_of(name, batch(logp, target, old, rollout), **clips)
+    assert loss.item() == pytest.approx(reference(name, clips, *token), rel=1e-9, abs=1e-12)
+
+
+@given(NATS, NATS, st.floats(0.01, 10), st.floats(0.01, 0.99))
+def test_what_holds_of_the_advantages_for_any_teacher(logp, target, alpha, share):
+    tokens = batch([logp], [target])
+    assert abs(loss_of("power", tokens, alpha=alpha)[0].item()) <= 1
+    assert loss_of("top_d", tokens, alpha=share)[1]["advantage"].item() >= LOG(1 - share) - 1e-12
+    assert loss_of("top_d", tokens, alpha=1.0)[0].equal(loss_of("policy_gradient", tokens)[0])
+    assert loss_of("control", tokens)[0].equal(loss_of("control", batch([logp], [0.0]))[0])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "p_target", "value", "slope"),
+    [  # p_S = 1/4; A = ± log 2. The derivative of k1 itself would be 1 whatever the teacher
+        ("k1", 1 / 2, -LOG(2), -LOG(2)),
+        ("k1", 1 / 8, LOG(2), LOG(2)),
+        ("k2", 1 / 2, LOG(2) ** 2 / 2, -LOG(2)),
+        ("k2", 1 / 8, LOG(2) ** 2 / 2, LOG(2)),
+        ("k3", 1 / 2, 2 - 1 - LOG(2), 1 - 2),
+        ("k3", 1 / 8, 1 / 2 - 1 + LOG(2), 1 - 1 / 2),
+    ],
+)
+def test_the_estimators_and_their_gradients_by_hand(estimator, p_target, value, slope):
+    found = loss_and_slope("sampled_kl", LOG(1 / 4), LOG(p_target), estimator=estimator)
+    assert found == (pytest.approx(value), pytest.approx(slope))
+
+
+@given(NATS, NATS)
+def test_the_estimators_are_the_formulas(logp, target):
+    a = target - logp
+    k3 = math.expm1(a) - a if a <= 10 else math.exp(10) * (a - 9) - 1 - a
+    for estimator, value, slope in [("k1", -a, -a), ("k2", a * a / 2, -a), ("k3", k3, -math.expm1(min(a, 10)))]:
+        found = loss_and_slope("sampled_kl", logp, target, estimator=estimator)
+        assert found == pytest.approx((value, slope), rel=1e-9, abs=1e-14)
+        assert loss_of("sampled_kl", batch([logp], [target]), estimator=estimator)[1][estimator].item() == found[0]
+
+
+def test_k3_goes_on_beyond_its_cap_as_a_straight_line_of_the_same_value_and_slope():
+    for a in (500.0, 1000.0):  # e^10 (1 + A - 10) - 1 - A, whose derivative by the log-prob is 1 - e^10
+        found = loss_and_slope("sampled_kl", -a, 0.0, estimator="k3", dtype=torch.float32)
+        assert found == pytest.approx((math.exp(10) * (a - 9) - 1 - a, 1 - math.exp(10)))
+    for a in (2 - 1e-9, 2 + 1e-9):
+        found = loss_and_slope("sampled_kl", -a, 0.0, estimator="k3", cap=2.0)
+        assert found == pytest.approx((math.exp(2) - 3, 1 - math.exp(2)), abs=1e-7)
+
+
+@pytest.mark.parametrize("a", [1e-4, -1e-3, 0.03])
+def test_k3_keeps_its_digits_near_zero_in_float32(a):
+    # exp(A) is exact to 6e-8 only, and exp(A) - 1 - A is 5e-9 at A = 1e-4
+    found, _ = loss_of("sampled_kl", batch([0.0], [a], dtype=torch.float32), estimator="k3")
+    assert found.item() == pytest.approx(math.expm1(a) - a, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("own", "whole"),
+    [(("policy_gradient", {}), "reverse_kl"), (K1, "reverse_kl"), (K2, "reverse_kl"), (K3, "forward_kl")],
+)
+def test_the_expected_gradient_on_policy_is_that_of_the_whole_divergence(own, whole):
+    """Expected over the student's own samples: all of five words, by their probability."""
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1], dtype=DOUBLE, requires_grad=True)
+    teacher = torch.tensor([1.0, 0.5, -0.4, 0.0, 1.3], dtype=DOUBLE).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    (found,) = torch.autograd.grad(logp.exp().detach() @ loss_of(own[0], batch(logp, teacher), **own[1])[0], logits)
+    (want,) = torch.autograd.grad(distance(whole, logits.log_softmax(-1), teacher), logits)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [*((name, {}) for name in POLICY), K1])
+def test_neither_teacher_nor_engine_gets_a_gradient_through_an_advantage(name, parameters):
+    logp, target, rollout = (torch.tensor([x], dtype=DOUBLE, requires_grad=True) for x in (-2.0, -1.0, -2.1))
+    loss_of(name, batch(logp, target, rollout=rollout), **parameters)[0].sum().backward()
+    assert logp.grad.item() != 0
+    assert target.grad is rollout.grad is None
+
+
+# ── On a distribution ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def distance(name, student, teacher, **parameters) -> torch.Tensor:
+    """Return the divergence of two distributions given by log-probs, [S]: whole ones unless a support is given."""
+    tokens = batch([0.0], [0.0], student=student[None], teacher=teacher[None], dtype=student.dtype)
+    return loss_of(name, tokens, **{"support": "full"} | parameters)[0].sum()
+
+
+def logs(*probabilities) -> torch.Tensor:
+    return torch.tensor(probabilities, dtype=DOUBLE).log()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [  # the teacher's two words 3/4, 1/4, the student's 1/2, 1/2; M = 5/8, 3/8
+        ("forward_kl", 3 / 4 * LOG(3 / 2) + 1 / 4 * LOG(1 / 2)),
+        ("reverse_kl", 1 / 2 * LOG(2 / 3) + 1 / 2 * LOG(2)),
+        ("jsd", (3 / 4 * LOG(6 / 5) + 1 / 4 * LOG(2 / 3)) / 2 + (1 / 2 * LOG(4 / 5) + 1 / 2 * LOG(4 / 3)) / 2),
+    ],
+)
+def test_two_words_by_hand_and_a_top_one_with_the_rest_as_the_other_word(name, value):
+    assert distance(name, logs(1 / 2, 1 / 2), logs(3 / 4, 1 / 4)).item() == pytest.approx(value)
+    for support in ("teacher", "student"):
+        assert distance(name, logs(1 / 2), logs(3 / 4), support=support, top_k=1).item() == pytest.approx(value)
+
+
+def test_a_truncated_sum_would_be_negative_where_the_rest_keeps_it_positive():
+    # teacher 1/4, 3/8, 3/8, student 1/2, 1/4, 1/4, the support their first word:
+    # 1/4 log(1/2) = -0.17 by itself; the rest adds 3/4 log(3/2) = 0.30
+    alone = distance("forward_kl", logs(1 / 2), logs(1 / 4)).item()
+    assert alone == pytest.approx(1 / 4 * LOG(1 / 2)) == pytest.approx(-0.1733, abs=1e-4)
+    found = distance("forward_kl", logs(1 / 2), logs(1 / 4), support="teacher").item()
+    assert found == pytest.approx(alone + 3 / 4 * LOG(3 / 2)) == pytest.approx(0.1308, abs=1e-4)
+
+
+def formula(name, student, teacher, beta) -> float:
+    def kl(p, q):
+        return math.fsum(a * LOG(a / b) for a, b in zip(p, q, strict=True))
+
+    if name != "jsd":
+        return kl(teacher, student) if name == "forward_kl" else kl(student, teacher)
+    mixed = [beta * t + (1 - beta) * s for s, t in zip(student, teacher, strict=True)]
+    return beta * kl(teacher, mixed) + (1 - beta) * kl(student, mixed)
+
+
+def pairs(size) -> st.SearchStrategy[torch.Tensor]:
+    """Two distributions over one small vocabulary, as log-probs of logits up to ± size, [2, V]."""
+    words = st.lists(st.tuples(*[st.floats(-size, size)] * 2), min_size=2, max_size=6)
+    return words.map(lambda words: torch.tensor(words, dtype=DOUBLE).T.log_softmax(-1))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(pairs(5), st.integers(1, 5), st.floats(0.01, 0.99))
+def test_whole_and_top_k_divergences_are_the_formulas_and_the_latter_are_never_more(name, two, k, beta):
+    own, k = {"beta": beta} if name == "jsd" else {}, min(k, two.shape[1] - 1)
+    p, q = two.exp().tolist()
+    whole = distance(name, *two, **own).item()
+    assert whole == pytest.approx(formula(name, p, q, beta), rel=1e-8, abs=1e-10)
+    top = distance(name, *two[:, :k], support="teacher", **own).item()
+    want = formula(name, [*p[:k], math.fsum(p[k:])], [*q[:k], math.fsum(q[k:])], beta)
+    assert top == pytest.approx(want, rel=1e-8, abs=1e-10)
+    assert -1e-10 <= top <= whole + 1e-10  # the data processing inequality
+    if k == two.shape[1] - 1:
+        assert top == pytest.approx(whole, rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(pairs(60), st.sampled_from([torch.float32, DOUBLE]))
+def test_a_divergence_is_never_negative_and_zero_when_equal(name, two, dtype):
+    student, teacher = two.to(dtype)
+    for support, k in [("full", len(student)), ("teacher", 1), ("student", len(student) - 1)]:
+        # up to rounding, and up to the 1e-6 that a rest holds at least
+        assert distance(name, student[:k], teacher[:k], support=support).item() >= -2e-6
+        assert abs(distance(name, teacher[:k], teacher[:k], support=support).item()) <= 1e-6
+
+
+@given(pairs(60))
+def test_jsd_is_symmetric_and_bounded_by_log_two_at_beta_one_half(two):
+    student, teacher = two
+    found = distance("jsd", student, teacher).item()
+    assert found == pytest.approx(distance("jsd", teacher, student).item(), rel=1e-9, abs=1e-12)
+    assert found <= LOG(2) + 1e-12
+
+
+@pytest.mark.parametrize(("name", "parameters"), [each for each in EVERY if each is not K1])
+def test_gradients_are_those_of_finite_differences_through_logits(name, parameters):
+    """But for k1, whose gradient is on purpose not its own."""
+    torch.manual_seed(0)
+    objective = OBJECTIVES.build(name, parameters)
+    width = 6 if objective.support == "full" else 3
+    logits, teacher = 2 * torch.randn(2, 8, 6, dtype=DOUBLE)
+    teacher, old = teacher.log_softmax(-1), logits.log_softmax(-1)[:, 0] + 0.1 * torch.randn(8, dtype=DOUBLE)
+
+    def loss(logits):
+        student = logits.log_softmax(-1)
+        return objective(batch(student[:, 0], teacher[:, 0], old, old, student[:, :width], teacher[:, :width]))[0]
+
+    assert torch.autograd.gradcheck(loss, logits.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("name", "push"),
+    [  # student 1/2, 1/2, teacher 9/10, 1/10, the support the first word alone; the derivative by the second's logit
+        ("forward_kl", 1 / 2 - 1 / 10),  # q - p
+        ("reverse_kl", 1 / 2 * (LOG(5) - (LOG(5 / 9) + LOG(5)) / 2)),  # q (log(q / p) - KL)
+        ("jsd", 1 / 4 * (LOG(5 / 3) - (LOG(5 / 7) + LOG(5 / 3)) / 2)),  # the same towards M = 7/10, 3/10, halved
+    ],
+)
+def test_mass_off_the_support_is_pushed_back_which_without_a_rest_it_is_not(name, push):
+    logits, teacher = torch.zeros(2, dtype=DOUBLE, requires_grad=True), logs(9 / 10, 1 / 10)
+    student = logits.log_softmax(-1)
+    (found,) = torch.autograd.grad(distance(name, student[:1], teacher[:1], support="teacher"), logits)
+    assert found.tolist() == pytest.approx([-push, push])
+    # both brought to sum 1 on the support instead: no gradient at all
+    student = logits.log_softmax(-1)
+    alone = distance(name, student[:1].log_softmax(-1), teacher[:1].log_softmax(-1))
+    assert torch.autograd.grad(alone, logits)[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("support", "k"), [("full", 4), ("teacher", 1), ("teacher", 3)])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_extreme_logits_give_finite_values_and_gradients(name, support, k):
+    """One logit of four 1e4 above the others, so that a top-k holds all mass or none, to rounding in float32."""
+    peaks = 1e4 * torch.eye(4)
+    for logits, teacher in [(one.clone().requires_grad_(), other) for one in peaks for other in peaks]:
+        loss = distance(name, logits.log_softmax(-1)[:k], teacher.log_softmax(-1)[:k], support=support)
+        loss.backward()
+        assert -2e-6 <= loss.item() <= 1.1e4
+        assert logits.grad.isfinite().all()
+
+
+@given(st.floats(LOG(2e-6), LOG(0.5)), st.floats(-700, LOG(0.5)), st.integers(1, 5))
+def test_the_rest_of_nearly_all_mass_and_of_nearly_none_is_exact(log_rest, log_held, k):
+    for held, want in [(math.log1p(-math.exp(log_rest)), log_rest), (log_held, math.log1p(-math.exp(log_held)))]:
+        logp = torch.full((k,), held - LOG(k), dtype=DOUBLE)
+        found = with_rest(logp)
+        assert found[:-1].equal(logp)
+        assert found[-1].item() == pytest.approx(want, rel=1e-9)
+        found = with_rest(torch.tensor([held], dtype=torch.float32))[-1].item()
+        held = torch.tensor(held, dtype=torch.float32).item()  # exact for the number that it is given
+        assert found == pytest.approx(LOG(-math.expm1(held)) if held > -1 else math.log1p(-math.exp(held)), rel=1e-6)
+
+
+@pytest.mark.parametrize("held", [3e-7, 0.0, -1e-8, -1e-6, -LOG(2), -100.0, -1e4, -3e38])
+def test_the_rest_is_never_nothing_and_its_gradient_is_finite(held):
+    logp = torch.tensor([held, held - 50], requires_grad=True)
+    rest = with_rest(logp)[-1]
+    rest.backward()
+    assert LOG(0.9e-6) <= rest.item() <= 0
+    assert logp.grad.isfinite().all()
+
+
+# ── Every objective ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def worked(objective, tokens, rows) -> dict[str, torch.Tensor]:
+    """Return some of the tokens' losses, metrics, and gradients by what is the student's."""
+    columns = {field.name: getattr(tokens, field.name)[rows].clone() for field in dataclasses.fields(tokens)}
+    leaves = [columns[name].requires_grad_() for name in ("logp_N", "student_logp_NS")]
+    loss, metrics = objective(TokenBatch(**columns))
+    assert {value.shape for value in (loss, *metrics.values())} == {(len(rows),)}
+    gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+    return {"loss": loss, **metrics, "by_logp": gradients[0], "by_support": gradients[1]}
+
+
+@pytest.mark.parametrize(("name", "parameters"), EVERY)
+@given(st.permutations(range(6)), st.integers(0, 6), st.integers(0, 2**32))
+@settings(max_examples=25)
+def test_a_batch_is_its_tokens_one_by_one_in_any_order_and_cut(name, parameters, order, cut, seed):
+    objective, source = OBJECTIVES.build(name, parameters), torch.Generator().manual_seed(seed)
+    student, teacher = (3 * torch.randn(2, 6, 5, generator=source, dtype=DOUBLE)).log_softmax(-1)
+    old, rollout = student[:, 0] + 0.3 * torch.randn(2, 6, generator=source, dtype=DOUBLE)
+    width = 5 if objective.support == "full" else 3
+    tokens = TokenBatch(student[:, 0], old, rollout, teacher[:, 0], student[:, :width], teacher[:, :width])
+    alone = [worked(objective, tokens, [row]) for row in order]
+    pieces = [worked(objective, tokens, rows) for rows in (order[:cut], order[cut:])]  # one may have no tokens
+    for key in alone[0]:
+        found, want = (torch.cat([each[key] for each in cuts]) for cuts in (pieces, alone))
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("entry", OBJECTIVES.entries(), ids=lambda entry: entry.name)
+def test_each_has_a_summary_on_one_line_and_a_source(entry):
+    assert entry.summary == inspect.getdoc(OBJECTIVES.get(entry.name)).splitlines()[0]
+    assert entry.summary.endswith(".")
+    assert entry.source
+
+
+def test_what_each_needs_stored_is_a_setting_of_the_recipe(small):
+    top_k = {"score.top_k": 7}, {"rollout.top_k": 7, "score.student_top_k": True}
+    needs = dict(zip(("full", "teacher", "student"), ({"score.hidden_states": True}, *top_k), strict=True))
+    for name in OBJECTIVES.names():
+        for support, wanted in needs.items() if name in DIVERGENCES else [("sampled", {})]:
+            objective = OBJECTIVES.build(name, {"support": support, "top_k": 7} if wanted else {})
+            assert (objective.support, objective.needs) == (support, wanted)
+            assert wanted.keys() <= small().flat().keys()
+
+
+REFUSED = {
+    "clip_low": (["policy_gradient", "power"], [0.0, 1.0, -0.1, math.nan]),
+    "clip_high": (["policy_gradient"], [0.0, math.inf]),
+    "dual_clip": (POLICY, [1.0, math.nan]),
+    "rollout_correction_cap": (["policy_gradient"], [0.0, math.inf, "5"]),
+    "advantage_clip": (["policy_gradient"], [-1.0, math.inf]),
+    "alpha": (["power", "top_d"], [0.0, -1.0, math.inf]),
+    "penalty": (["control"], [0.0, -0.1, math.inf]),
+    "cap": (["sampled_kl"], [0.0, 80.0, math.nan]),
+    "estimator": (["sampled_kl"], ["k4"]),
+    "support": (DIVERGENCES, ["techer", "sampled"]),
+    "top_k": (DIVERGENCES, [0, 1.5, True]),
+    "beta": (["jsd"], [0.0, 1.0, math.nan]),
+    "temprature": (OBJECTIVES.names(), [1.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [(name, key, value) for key, (names, values) in REFUSED.items() for name in names for value in values],
+)
+def test_parameters_that_make_no_sense_are_refused_by_name(name, key, value):
+    with pytest.raises(OpdctlError, match=rf"\b{key}\b"):
+        OBJECTIVES.build(name, {key: value})

@@ -20,9 +20,9 @@ from opdctl import online
 from opdctl.engines import engine_pool
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import load
-from opdctl.records import Response
+from opdctl.records import Response, Scores
 from opdctl.run import open_run, recorded_run
-from opdctl.scored import join, read_scored
+from opdctl.scored import join, read_scored, tokens
 from opdctl.stages import rollout, score
 from opdctl.stages.train import Trainer
 from opdctl.store import read_rows
@@ -322,10 +322,8 @@ def test_another_model_under_the_same_path_is_refused(tmp_path):
 def gradient(run, step=0) -> dict[str, torch.Tensor]:
     """Return the gradient that a step's responses give, before clipping."""
     trainer = Trainer(run, "cpu")
-    batches = trainer._micro_batches(list(read_scored(run, step)))
-    tokens = sum(len(batch.weight_N) for batch in batches)
-    for batch in batches:
-        trainer._backward(batch, None, tokens)
+    for batch in trainer.micro_batches(step):
+        trainer._backward(batch, None)
     return {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
 
 
@@ -384,7 +382,7 @@ def test_the_gradient_is_that_of_the_formula_on_full_logits(scored_run):
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
         logp = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         logp = logp.gather(-1, ids[len(prompt) :, None]).squeeze(-1)
-        advantage = torch.from_numpy(sample.teacher_logprobs).double() - logp.detach()
+        advantage = torch.from_numpy(sample.teacher.logprobs).double() - logp.detach()
         spent = advantage.abs().cumsum(0) - advantage.abs()
         weight = 1 + 0.5 * (1 - spent / advantage.abs().sum())
         (-(weight * advantage * logp).sum() / tokens).backward()
@@ -393,11 +391,11 @@ def test_the_gradient_is_that_of_the_formula_on_full_logits(scored_run):
 
 def test_stored_logprobs_are_those_of_the_models(scored_run):
     """The rollout's log-probs against the student, the teacher's against the teacher, by plain forward passes."""
-    models = {"student": load(scored_run.student, device="cpu"), "teacher": load(scored_run.teacher, device="cpu")}
+    models = {name: load(model, device="cpu") for name, model in scored_run.models.items()}
     for sample in read_scored(scored_run, 0):
         prompt, response = sample.response.prompt_ids, sample.response.response_ids
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
-        for name, stored in (("student", sample.response.logprobs), ("teacher", sample.teacher_logprobs)):
+        for name, stored in (("student", sample.response.logprobs), ("teacher", sample.teacher.logprobs)):
             with torch.no_grad():
                 whole = models[name](ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             want = whole.gather(-1, ids[len(prompt) :, None]).squeeze(-1)
@@ -408,7 +406,7 @@ def test_a_teacher_equal_to_the_student_gives_no_advantage(tmp_path):
     output = tmp_path / "run"
     result = train(output, "teacher.model=toy:student", "train.steps=1")
     assert result.code == 0, result.err
-    advantage = np.concatenate([sample.advantage() for sample in read_scored(recorded_run(output), 0)])
+    advantage = np.concatenate([tokens(sample, 0, 1.0).advantage_T for sample in read_scored(recorded_run(output), 0)])
     assert np.abs(advantage).max() < 1e-4
     assert recorded_run(output).update(0)["metrics"]["abs_advantage"] < 1e-5
 
@@ -419,7 +417,7 @@ def test_in_bfloat16_the_noise_floor_of_the_advantage_is_small(tmp_path):
     both = ("student.dtype=bfloat16", "teacher.dtype=bfloat16", "teacher.model=toy:student", "train.steps=1")
     result = train(output, *both)
     assert result.code == 0, result.err
-    advantage = np.concatenate([sample.advantage() for sample in read_scored(recorded_run(output), 0)])
+    advantage = np.concatenate([tokens(sample, 0, 1.0).advantage_T for sample in read_scored(recorded_run(output), 0)])
     assert 0 < np.abs(advantage).mean() < 0.01
 
 
@@ -494,26 +492,30 @@ def test_every_response_is_there_once_with_its_policy_and_answer(undisturbed):
 def test_joining_is_strict(scored_run):
     samples = list(read_scored(scored_run, 0))
     responses = [sample.response for sample in samples]
-    scores = {sample.response.sample_id: sample.teacher_logprobs for sample in samples}
+    scores = {sample.response.sample_id: sample.teacher for sample in samples}
     first = responses[0].sample_id
-    assert [s.response.sample_id for s in join(responses, dict(reversed(scores.items())))] == [
-        r.sample_id for r in responses
-    ]
+    logprobs = scores[first].logprobs
+    backwards = {"teacher": dict(reversed(scores.items()))}
+    assert [s.response.sample_id for s in join(responses, backwards)] == [r.sample_id for r in responses]
     for broken, why in [
         ({k: v for k, v in scores.items() if k != first}, first),
         (scores | {"stranger": scores[first]}, "stranger"),
-        (scores | {first: scores[first][:-1]}, "teacher log-probs"),
-        (scores | {first: np.full_like(scores[first], np.nan)}, "position 0 is nan"),
+        (scores | {first: Scores(logprobs[:-1])}, "log-probs of the teacher"),
+        (scores | {first: Scores(np.full_like(logprobs, np.nan))}, "position 0 is nan"),
         (
-            scores | {first: np.append(scores[first][:-1], np.float32(-np.inf))},
-            f"position {len(scores[first]) - 1} is -inf",
+            scores | {first: Scores(np.append(logprobs[:-1], np.float32(-np.inf)))},
+            f"position {len(logprobs) - 1} is -inf",
         ),
     ]:
         with pytest.raises(OpdctlError, match=why) as caught:
-            join(responses, broken)
+            join(responses, {"teacher": broken})
         assert caught.value.code == ExitCode.DATA
     with pytest.raises(OpdctlError, match="occurs twice"):
-        join([*responses, responses[0]], scores)
+        join([*responses, responses[0]], {"teacher": scores})
+    with pytest.raises(OpdctlError, match="a teacher `teacher` that there is not"):
+        join(responses, {"teacher-math": scores})
+    with pytest.raises(OpdctlError, match="teacher-math"):
+        join(responses, {"teacher": scores, "teacher-math": {first: scores[first]}})
 
 
 def test_old_students_go_and_the_ones_to_keep_stay(tmp_path):
@@ -537,10 +539,10 @@ def test_the_clock_covers_every_stage(tmp_path):
 
 def test_the_weights_in_training_and_in_the_analysis_are_one_function(scored_run):
     trainer = Trainer(scored_run, "cpu")
-    batches = trainer._micro_batches(list(read_scored(scored_run, 0)))
+    batches = trainer.micro_batches(0)
     weights = {
         s.response.sample_id: w for b in batches for s, w in zip(b.samples, b.padded.split(b.weight_N), strict=True)
     }
     for sample in read_scored(scored_run, 0):
-        want = IwOpd(0.5)(sample.advantage())
+        want = IwOpd(0.5)(tokens(sample, 0, 1.0))
         np.testing.assert_allclose(weights[sample.response.sample_id].numpy(), want, rtol=0, atol=1e-6)

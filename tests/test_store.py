@@ -1,5 +1,6 @@
 """Parts, manifests and digests: what a kill leaves behind, and what damage is found."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from opdctl import store
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.records import Prompt, Response, offsets_of, sample_id, sample_seed
+from opdctl.records import Prompt, Response, Scores, offsets_of, sample_id, sample_seed
 from opdctl.store import Fingerprint, StageDir
 
 
@@ -183,19 +184,25 @@ def response(name="p/00000/0", tokens=4) -> Response:
         finish_reason="stop",
         policy_step=0,
         source="toy:sort12",
-        teacher="toy:teacher",
+        teacher="teacher",
         answer=None,
     )
 
 
-def test_responses_come_back_as_they_were(tmp_path):
-    rows = [response("a"), response("b", tokens=0), response("c", tokens=1)]
+def with_more(row: Response) -> Response:
+    """Return the response with an entropy and three most probable ids at each token."""
+    tokens = len(row.response_ids)
+    top_ids = np.arange(3 * tokens, dtype=np.int32).reshape(tokens, 3)
+    return dataclasses.replace(row, entropies=row.logprobs * -2, top_ids=top_ids, top_logprobs=-top_ids.astype("f4"))
+
+
+@pytest.mark.parametrize("more", [lambda row: row, with_more])
+def test_responses_come_back_as_they_were(tmp_path, more):
+    rows = [more(row) for row in (response("a"), response("b", tokens=0), response("c", tokens=1))]
     store.write_rows(tmp_path / "r.parquet", rows, Response)
     for want, found in zip(rows, store.read_rows(tmp_path / "r.parquet", Response), strict=True):
         for name in Response.__dataclass_fields__:
-            np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
-        assert found.response_ids.dtype == np.int32
-        assert found.logprobs.dtype == np.float32
+            np.testing.assert_array_equal(getattr(found, name), getattr(want, name), strict=True)
 
 
 def test_the_same_rows_make_the_same_bytes(tmp_path):
@@ -223,21 +230,41 @@ def test_a_flipped_byte_in_parquet_is_never_read_in_silence(tmp_path):
 
 
 def test_rows_of_another_kind_are_refused(tmp_path):
-    store.write_rows(tmp_path / "p.parquet", [Prompt("p", np.array([1], np.int32), "x")], Prompt)
+    store.write_rows(tmp_path / "p.parquet", [Prompt("p", np.array([1], np.int32), "x", "teacher")], Prompt)
     with pytest.raises(OpdctlError, match="has columns"):
         store.read_rows(tmp_path / "p.parquet", Response)
 
 
+ONE = Scores(np.array([-1.0], np.float32))
+
+
 def test_scores_come_back_by_id(tmp_path):
     logprobs = [np.array([-1.5, -2.5], np.float32), np.zeros(0, np.float32), np.array([-3.0], np.float32)]
-    store.write_scores(tmp_path / "s.safetensors", ["a", "b", "c"], logprobs, {"rollout": "r"})
+    store.write_scores(tmp_path / "s.safetensors", ["a", "b", "c"], [Scores(row) for row in logprobs], {"rollout": "r"})
     found = store.read_scores(tmp_path / "s.safetensors", "r")
-    assert {name: values.tolist() for name, values in found.items()} == {"a": [-1.5, -2.5], "b": [], "c": [-3.0]}
+    assert {name: s.logprobs.tolist() for name, s in found.items()} == {"a": [-1.5, -2.5], "b": [], "c": [-3.0]}
+    assert all(score.entropies is None and score.hidden_states is None for score in found.values())
+
+
+def test_everything_that_can_be_scored_comes_back_by_id(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def scores(tokens: int) -> Scores:
+        floats = [rng.normal(size=(tokens, *width)).astype(np.float32) for width in ((), (), (3,), (2,), (5,))]
+        ids = rng.integers(0, 9, (tokens, 3)).astype(np.int32)
+        return Scores(floats[0], floats[1], ids, floats[2], floats[3], lambda: floats[4])
+
+    wanted = {"a": scores(4), "b": scores(0), "c": scores(1)}
+    store.write_scores(tmp_path / "s.safetensors", list(wanted), list(wanted.values()), {"rollout": "r"})
+    for name, found in store.read_scores(tmp_path / "s.safetensors", "r").items():
+        for column in ("logprobs", "entropies", "top_ids", "top_logprobs", "student_top_logprobs"):
+            np.testing.assert_array_equal(getattr(found, column), getattr(wanted[name], column), strict=True)
+        np.testing.assert_array_equal(found.hidden_states(), wanted[name].hidden_states(), strict=True)
 
 
 def test_a_truncated_score_part_is_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    store.write_scores(path, ["a"], [np.array([-1.0], np.float32)], {"rollout": "r"})
+    store.write_scores(path, ["a"], [ONE], {"rollout": "r"})
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(OpdctlError, match="damaged"):
         store.read_scores(path, "r")
@@ -245,14 +272,14 @@ def test_a_truncated_score_part_is_refused(tmp_path):
 
 def test_scores_whose_offsets_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    store.write_scores(path, ["a", "a"], [np.array([-1.0], np.float32)] * 2, {"rollout": "r"})
+    store.write_scores(path, ["a", "a"], [ONE] * 2, {"rollout": "r"})
     with pytest.raises(OpdctlError, match="do not fit together"):
         store.read_scores(path, "r")
 
 
 def test_scores_of_other_responses_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    store.write_scores(path, ["a"], [np.array([-1.0], np.float32)], {"rollout": "r"})
+    store.write_scores(path, ["a"], [ONE], {"rollout": "r"})
     with pytest.raises(OpdctlError, match="scores other responses"):
         store.read_scores(path, "another")
 

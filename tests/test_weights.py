@@ -1,66 +1,510 @@
-"""Token weights: hand-worked numbers, a float64 reference, and what must hold for every response."""
+"""Token weights: hand-worked numbers, a plain reference of each formula, and what must hold for every step."""
 
+import inspect
 import math
+import random
+from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from opdctl.errors import OpdctlError
+from opdctl.errors import ExitCode, OpdctlError
 from opdctl.registry import WEIGHTS
-from opdctl.weights import IwOpd, Uniform
+from opdctl.weights import SETTING, Product, Tokens, Weight, build, weigh
 
-ADVANTAGES = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=200).map(np.array)
+K = 16
+LN2, LN3 = math.log(2), math.log(3)
 
 
-def test_iw_opd_by_hand():
+def tokens(advantage, teacher=None, step=0, **columns):
+    """Return a response of plain lists that no weight can write to; the teacher's log-probs are -1 unless given."""
+    teacher_T = np.full(len(advantage), -1.0) if teacher is None else np.array(teacher, float)
+    advantage_T, columns = np.array(advantage, float), {name: np.array(value) for name, value in columns.items()}
+    for value in (advantage_T, teacher_T, *columns.values()):
+        value.flags.writeable = False
+    return Tokens(teacher_T - advantage_T, teacher_T, advantage_T, step, columns)
+
+
+def blank(length, step=0):
+    return tokens(np.zeros(length), step=step)
+
+
+def weights_of(name, step, **params):
+    """Return the weights of a step's responses, as lists."""
+    return [weight_T.tolist() for weight_T in weigh(WEIGHTS.build(name, params), step)]
+
+
+def close(found, wanted, tolerance=1e-10):
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+        assert len(ours) == len(theirs)
+
+
+def response_of(stored, step, length, sizes, pairs, pick):
+    """Return a response of values picked out of `sizes` and `pairs`, with the columns that the settings `stored` store.
+
+    A token's pair (a, b) makes -(a + b k) the student's, or the teacher's, log-prob of the student's k-th id.
+    """
+
+    def some(values):
+        return np.array(pick(values, k=length))
+
+    ids_TK = np.tile(np.arange(K), (length, 1))
+    advantage_T, teacher_T = some(sizes) * some([-1, 1]), -some(sizes)
+    columns = {"student_entropy": some(sizes), "teacher_entropy": some(sizes), "student_top_ids": ids_TK}
+    columns["teacher_top_ids"] = ids_TK[:, ::-1] + some(range(1 - K, K))[:, None].astype(int)
+    for name in ("student_top_logp", "teacher_logp_of_student_top"):
+        a_T, b_T = np.array(pick(pairs, k=length)).reshape(-1, 2).T
+        columns[name] = -(a_T[:, None] + b_T[:, None] * ids_TK)
+    return tokens(advantage_T, teacher_T, step, **{name: x for name, x in columns.items() if SETTING[name] in stored})
+
+
+@st.composite
+def steps_of(draw, size, pair):
+    """Draw a function that makes a step's responses of what is stored."""
+    sizes, pairs = draw(st.lists(size, min_size=1, max_size=5)), draw(st.lists(pair, min_size=1, max_size=3))
+    lengths = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 80]), max_size=5))
+    step, seed = draw(st.integers(0, 130)), draw(st.integers(0, 999))
+
+    def make(stored=()):
+        note(f"step {step}, seed {seed}, lengths {lengths}, of {sizes} and {pairs}")
+        pick = random.Random(seed).choices
+        return [response_of(stored, step, length, sizes, pairs, pick) for length in lengths]
+
+    return make
+
+
+# Eighths tie, and their sums are exact; the top tokens' probabilities are (1 - r) r^k.
+STEPS = steps_of(
+    st.integers(0, 40).map(lambda n: n / 8),
+    st.sampled_from([0.1, 0.3, 0.5, 0.8, 0.9]).map(lambda r: (-math.log(1 - r), -math.log(r))),
+)
+EXTREME = st.sampled_from([0.0, 5e-324, 1e-310, 1.0, 1e300]) | st.floats(0, 1e300)
+EXTREME_STEPS = steps_of(EXTREME, st.tuples(EXTREME, EXTREME))
+EVERY = [(name, {}) for name in WEIGHTS.names()] + [
+    ("iw_opd", {"signed": True}),
+    ("prefix_curriculum", {"mode": "mask", "schedule": "linear"}),
+    ("tip", {"top_k": 0}),
+]
+POSITION = ["linear_decay", "position_sigmoid", "prefix_only", "suffix_only", "prefix_boost", "prefix_curriculum"]
+
+
+# ── By hand ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SIGNED = {"signed": True}
+SURPRISE = tokens([0] * 4, [-LN2, -2 * LN2, -3 * LN2, 0])
+TOP = {"student_top_ids": [[1, 2, 3]] * 5, "teacher_top_ids": [[2, 1, 9], [7, 1, 2], [1, 2, 3], [3, 8, 1], [1, 3, 2]]}
+BY_HAND = [
+    ("uniform", {}, tokens([3, -1]), [1, 1]),
     # |A| = 1, 0, 3, 4; total 8; spent before each token 0, 1/8, 1/8, 4/8; w = 1 + 0.5 (1 - spent)
-    weight = IwOpd(gamma=0.5)(np.array([-1.0, 0.0, 3.0, -4.0]))
-    np.testing.assert_allclose(weight, [1.5, 1.4375, 1.4375, 1.25], rtol=0, atol=1e-15)
+    ("iw_opd", {}, tokens([-1, 0, 3, -4]), [1.5, 1.4375, 1.4375, 1.25]),
+    ("iw_opd", {"gamma": 0.75}, tokens([0, 0, 0]), [1.75, 1.75, 1.75]),  # nothing to spend
+    ("iw_opd", {"gamma": 0.0}, tokens([1, -2]), [1, 1]),
+    ("iw_opd", SIGNED, tokens([2, -1, 3]), [1.5, 1.25, 1.375]),  # total 4; before each token 0, 2/4, 1/4
+    ("iw_opd", SIGNED, tokens([-3, 1, 1]), [1.5, 1, 1]),  # total -1; 0, 3 and 2, both held at 1
+    ("iw_opd", SIGNED, tokens([-1, 3]), [1.5, 1.5]),  # total 2; 0, -1/2 held at 0
+    ("iw_opd", SIGNED, tokens([1, -1]), [1.5, 1.5]),  # total 0: no share to speak of
+    ("iw_opd", SIGNED, tokens([3, -1, -2]), [1.5, 1.5, 1.5]),  # the same
+    # r = 1, 2, 1, of mean 4/3; the last A is never before a token
+    ("prefix_ratio", {"alpha": 1.0}, tokens([LN2, -LN2, 9]), [0.75, 1.5, 0.75]),
+    # r = 1, 2^-1, 2^1, of mean 7/6
+    ("prefix_ratio", {"alpha": 0.5}, tokens([-2 * LN2, 4 * LN2, 0]), [6 / 7, 3 / 7, 12 / 7]),
+    # -log p = 1, 2, 3, 0 in ln 2; the two last before each are none, {1}, {1, 2}, {2, 3}; their worst half 1, 2, 3:
+    # exp(-Q) = 1/2, 1/4, 1/8, the last of which is below 0.2
+    ("teacher_confidence", {"alpha": 1.0, "window": 2, "q": 0.5, "w_min": 0.2}, SURPRISE, [1, 0.5, 0.25, 0.2]),
+    # the same with alpha 2 and all of each window: Q = 1, 3/2, 5/2 in ln 2, exp(-2 Q) = 2^-2, 2^-3, 2^-5
+    ("teacher_confidence", {"alpha": 2.0, "window": 2, "q": 0.0, "w_min": 0.0}, SURPRISE, [1, 1 / 4, 1 / 8, 1 / 32]),
+    # two ids each share 1, 1/2, 1, 0, 1/2; so far below 0.7: 0, 1, 1, 2, 3; 1 - 0.4 of these 1, 0.6, 0.6, 0.2, -0.2
+    ("prune", {"drop": 0.4, "top_k": 2}, tokens([0] * 5, **TOP), [1.5, 1.1, 1.1, 0.7, 0.5]),
+    # with tau 0.5 only the fourth is below
+    ("prune", {"drop": 0.4, "top_k": 2, "tau": 0.5, "base": 0.0}, tokens([0] * 5, **TOP), [1, 1, 1, 0.6, 0.6]),
+    ("linear_decay", {}, blank(5), [1.5, 1.375, 1.25, 1.125, 1]),
+    ("linear_decay", {"gamma": 2.0}, blank(1), [3]),
+    # t/n = 1/4 … 1; sigmoid of -1, 0, 1, 2: 0.268941421370, 0.5, 0.731058578630, 0.880797077978; 0.25 + 0.75 of these
+    ("position_sigmoid", {"tau": 0.5, "scale": 0.25}, blank(4), [0.45170606603, 0.625, 0.79829393397, 0.91059780848]),
+    ("prefix_only", {}, blank(5), [1, 1, 0, 0, 0]),  # 0.3 · 5 = 1.5, so two
+    ("prefix_only", {"fraction": 0.07}, blank(100), [1] * 7 + [0] * 93),  # though 0.07 * 100 > 7
+    ("suffix_only", {}, blank(5), [0, 0, 0, 1, 1]),
+    ("suffix_only", {"fraction": 0.0}, blank(2), [0, 0]),
+    ("prefix_boost", {}, blank(5), [1.5, 1.5, 1, 1, 1]),
+    ("prefix_boost", {"fraction": 0.5, "multiplier": 0.25}, blank(2), [0.25, 1]),
+    ("prefix_curriculum", {}, blank(4, step=50), [1.5, 1.5, 1.5, 1]),  # half-way from 0.3 to 1 is 0.65: 2.6 of 4 tokens
+]
 
 
-def test_iw_opd_without_any_discrepancy_weighs_one_plus_gamma():
-    np.testing.assert_array_equal(IwOpd(gamma=0.7)(np.zeros(3)), [1.7, 1.7, 1.7])
+@pytest.mark.parametrize(("name", "params", "response", "wanted"), BY_HAND)
+def test_one_response_by_hand(name, params, response, wanted):
+    close(weights_of(name, [response], **params), [wanted])
 
 
-def test_iw_opd_of_one_token_and_of_none():
-    np.testing.assert_array_equal(IwOpd(gamma=0.5)(np.array([-2.0])), [1.5])
-    assert IwOpd()(np.zeros(0)).shape == (0,)
+# Of 20 tokens, at steps 0 to 5. Cosine: (1 - cos(pi/4)) / 2 = 0.1464 is 2.93, (1 - cos(3 pi/4)) / 2 = 0.8536 17.07.
+@pytest.mark.parametrize(("schedule", "kept"), [("linear", [0, 5, 10, 15, 20, 20]), ("cosine", [0, 3, 10, 18, 20, 20])])
+def test_the_curriculum_grows_over_its_steps_and_then_stays(schedule, kept):
+    params = {"schedule": schedule, "start": 0.0, "end": 1.0, "steps": 4}
+    step = [blank(20, step) for step in range(6)]
+    assert weights_of("prefix_curriculum", step, mode="mask", **params) == [[1] * n + [0] * (20 - n) for n in kept]
+    boosted = weights_of("prefix_curriculum", step, mode="boost", multiplier=3.0, **params)
+    assert boosted == [[3] * n + [1] * (20 - n) for n in kept]
 
 
-def test_gamma_zero_is_uniform():
-    advantage = np.array([0.3, -2.0, 1.1])
-    np.testing.assert_array_equal(IwOpd(gamma=0.0)(advantage), Uniform()(advantage))
+# Entropies 0, 1, 2, 4 are 0, 1/4, 1/2, 1 of their range; |A| = 4, 0, 1, 2 are 1, 0, 1/4, 1/2.
+# h + d - h d = 1, 1/4, 1/2 + 1/4 - 1/8 = 5/8, 1 + 1/2 - 1/2 = 1; of four tokens, 0.25 are one and 0.51 are three
+TIP = [tokens([-4, 0], student_entropy=[0.0, 1.0]), tokens([1, 2], student_entropy=[2.0, 4.0])]
 
 
-def reference(advantage: np.ndarray, gamma: float) -> list[float]:
-    """The formula, term by term, in exactly summed float64."""
-    total = math.fsum(abs(a) for a in advantage)
-    spent = [math.fsum(abs(a) for a in advantage[:t]) for t in range(len(advantage))]
-    return [1 + gamma * (1 - (before / total if total else 0)) for before in spent]
+@pytest.mark.parametrize(
+    ("rho", "wanted"), [(0, [0, 0, 0, 0]), (0.25, [1, 0, 0, 1]), (0.51, [1, 0, 1, 1]), (1, [1] * 4)]
+)
+def test_tip_on_the_sampled_token_by_hand(rho, wanted):
+    assert weights_of("tip", TIP, rho=rho, top_k=0) == [wanted[:2], wanted[2:]]
 
 
-@given(ADVANTAGES, st.floats(0, 5))
-def test_iw_opd_is_the_formula_and_falls_from_one_plus_gamma_towards_one(advantage, gamma):
-    weight = IwOpd(gamma)(advantage)
-    np.testing.assert_allclose(weight, reference(advantage, gamma), rtol=1e-12)
-    assert weight[0] == 1 + gamma
-    assert (np.diff(weight) <= 1e-12).all()
-    assert weight.min() >= 1
+# The student gives its first token 1/2, 1/2, 3/4, 1/2, the teacher 1/4, 1/2, 1/4, 1/2, and the rest what is left:
+# KL = ln(2)/2 + ln(2/3)/2 = ln(4/3)/2, 0, 3/4 ln 3 - 1/4 ln 3 = ln(3)/2, 0; of their range d = 0.26186, 0, 1, 0.
+@pytest.mark.parametrize(("entropy", "wanted"), [(0.25, [1, 0, 1, 1]), (0.27, [0, 1, 1, 1])])
+def test_tip_on_the_most_probable_tokens_by_hand(entropy, wanted):
+    student = [[-LN2, -9], [-LN2, -9], [LN3 - 2 * LN2, -9], [-LN2, -9]]  # the second is beyond top_k
+    teacher = [[-2 * LN2, -9], [-LN2, -9], [-2 * LN2, -9], [-LN2, -9]]
+    columns = {"student_top_logp": student, "teacher_logp_of_student_top": teacher}
+    response = tokens([0, 9, 0, 0], student_entropy=[0, entropy, 0, 1], **columns)
+    assert weights_of("tip", [response], rho=0.75, top_k=1) == [wanted]
 
 
-@given(ADVANTAGES, st.floats(1e-3, 1e3))
-def test_iw_opd_does_not_depend_on_the_scale_of_the_discrepancy(advantage, scale):
-    np.testing.assert_allclose(IwOpd()(advantage * scale), IwOpd()(advantage), rtol=1e-9)
+def test_tip_keeps_the_greatest_entropy_and_the_greatest_divergence_as_equals():
+    # h = 0, 1, 1/4 and d = 0, 4/10, 1: h + d - h d = 0, 1, 1
+    response = tokens([0, 4, 10], student_entropy=[0.0, 4.0, 1.0])
+    assert weights_of("tip", [response], rho=0.1, top_k=0) == [[0, 1, 1]]
 
 
-@given(ADVANTAGES)
-def test_iw_opd_does_not_see_the_sign(advantage):
-    np.testing.assert_array_equal(IwOpd()(advantage), IwOpd()(-advantage))
+def test_tip_ranks_the_smallest_numbers_there_are():
+    response = tokens([0, 0, 0], student_entropy=[0.0, 5e-324, 0.0])
+    assert weights_of("tip", [response], rho=0.3, top_k=0) == [[0, 1, 0]]
 
 
-@pytest.mark.parametrize("gamma", [-0.1, math.inf, math.nan])
-def test_a_gamma_that_makes_no_sense_is_refused(gamma):
-    with pytest.raises(OpdctlError, match="gamma must be a finite number >= 0"):
-        WEIGHTS.build("iw_opd", {"gamma": gamma})
+# Mean log p_teacher is -1, -2, -3: the 50th percentile is -2. H_T / 8 = 0, 1/4, 1/2, 1; H_S / 4 = 1/4, 1/2, 1, 0.
+FIRE = [
+    tokens([0, 0], [-0.5, -1.5], teacher_entropy=[0.0, 2.0], student_entropy=[1.0, 2.0]),
+    tokens([0], [-2], teacher_entropy=[4.0], student_entropy=[4.0]),
+    tokens([], [], teacher_entropy=[], student_entropy=[]),
+    tokens([0], [-3], teacher_entropy=[8.0], student_entropy=[0.0]),
+]
+
+
+def test_fire_by_hand():
+    # alpha 1, beta 2: (2)(3/2) = 3, (7/4)(2) = 7/2, (3/2)(3) = 9/2; mean 11/3
+    close(weights_of("fire", FIRE, percentile=50, beta=2), [[9 / 11, 21 / 22], [27 / 22], [], [0]])
+    # alpha 2, beta 1, all kept: (3)(5/4) = 15/4, (5/2)(3/2) = 15/4, (2)(2) = 4, (1)(1) = 1; mean 25/8
+    close(weights_of("fire", FIRE, percentile=0, alpha=2), [[1.2, 1.2], [1.28], [], [0.32]])
+
+
+def test_fire_keeps_the_response_that_is_the_percentile():
+    # -8 … -1, then -0.1: the 28th percentile of 26 is the one with 0.28 · 25 = 7 before it, though 0.28 * 25 > 7.
+    means = [*range(-8, 0), *[-0.1] * 18]
+    step = [tokens([0], [mean], teacher_entropy=[0.0], student_entropy=[0.0]) for mean in means]
+    close(weights_of("fire", step, percentile=28), [[0]] * 7 + [[1]] * 19)
+
+
+# ── By the formula ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def first(fraction, length):
+    """Return ceil(fraction · length) of the decimal number that is written."""
+    return math.ceil(Fraction(str(fraction)) * length)
+
+
+def iw_opd(t, gamma, signed):
+    spend = [a if signed else abs(a) for a in t.advantage_T.tolist()]
+    shares = [math.fsum(spend[:k]) / (math.fsum(spend) or math.inf) for k in range(len(t))]
+    return [1 + gamma * (1 - min(max(share, 0), 1)) for share in shares]
+
+
+def prefix_ratio(t, alpha):
+    ratios = [math.exp(alpha * math.fsum(t.advantage_T[:k])) for k in range(len(t))]
+    return [ratio / (math.fsum(ratios) / len(t)) for ratio in ratios]
+
+
+def teacher_confidence(t, alpha, window, q, w_min):
+    weights = [1.0][: len(t)]
+    for k in range(1, len(t)):
+        surprise = sorted(-logp for logp in t.teacher_logp_T[max(0, k - window) : k].tolist())
+        worst = surprise[-max(1, math.ceil((1 - Fraction(str(q))) * len(surprise))) :]
+        weights.append(max(w_min, math.exp(-alpha * math.fsum(worst) / len(worst))))
+    return weights
+
+
+def prune(t, drop, tau, base, top_k):
+    weights, drifted = [], 0
+    for student, teacher in zip(t.columns["student_top_ids"], t.columns["teacher_top_ids"], strict=True):
+        drifted += len({*student[:top_k].tolist()} & {*teacher[:top_k].tolist()}) < Fraction(str(tau)) * top_k
+        weights.append(min(max(1 - drop * drifted, 0), 1) + base)
+    return weights
+
+
+def linear_decay(t, gamma):
+    return [1 + gamma * (1 - k / (len(t) - 1 or 1)) for k in range(len(t))]
+
+
+def position_sigmoid(t, w_min, tau, scale):
+    return [w_min + (1 - w_min) / (1 + math.exp((tau - k / len(t)) / scale)) for k in range(1, len(t) + 1)]
+
+
+def prefix_boost(t, fraction, multiplier, outside=1):
+    return [multiplier if k < first(fraction, len(t)) else outside for k in range(len(t))]
+
+
+def prefix_curriculum(t, mode, schedule, start, end, steps, multiplier):
+    progress = min(t.step, steps) / steps
+    grown = progress if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * progress)
+    fraction = round(start + (end - start) * grown, 12)  # or a rounding error would make it one token more
+    return prefix_boost(t, fraction, multiplier) if mode == "boost" else prefix_boost(t, fraction, 1, 0)
+
+
+SHARE, SIZE = st.integers(0, 100).map(lambda n: n / 100), st.floats(0, 5)
+CURRICULUM = {"mode": st.sampled_from(["boost", "mask"]), "schedule": st.sampled_from(["cosine", "linear"])}
+CURRICULUM |= {"start": SHARE, "end": SHARE, "steps": st.integers(1, 120), "multiplier": SIZE}
+CONFIDENCE = {"alpha": st.floats(0, 2), "window": st.integers(1, 70), "q": SHARE, "w_min": st.floats(0, 1)}
+FORMULAS = [
+    ("uniform", lambda t: [1] * len(t), STEPS, {}),
+    ("iw_opd", iw_opd, EXTREME_STEPS, {"gamma": SIZE, "signed": st.just(False)}),
+    ("iw_opd", iw_opd, STEPS, {"gamma": SIZE, "signed": st.just(True)}),
+    ("prefix_ratio", prefix_ratio, STEPS, {"alpha": st.floats(0, 0.5)}),
+    ("teacher_confidence", teacher_confidence, STEPS, CONFIDENCE),
+    ("prune", prune, STEPS, {"drop": SHARE, "tau": SHARE, "base": SIZE, "top_k": st.integers(1, K)}),
+    ("linear_decay", linear_decay, STEPS, {"gamma": SIZE}),
+    ("position_sigmoid", position_sigmoid, STEPS, {"w_min": SHARE, "tau": SHARE, "scale": st.floats(0.002, 5)}),
+    ("prefix_only", lambda t, fraction: prefix_boost(t, fraction, 1, 0), STEPS, {"fraction": SHARE}),
+    ("suffix_only", lambda t, fraction: prefix_boost(t, fraction, 1, 0)[::-1], STEPS, {"fraction": SHARE}),
+    ("prefix_boost", prefix_boost, STEPS, {"fraction": SHARE, "multiplier": SIZE}),
+    ("prefix_curriculum", prefix_curriculum, STEPS, CURRICULUM),
+]
+
+
+@pytest.mark.parametrize(("name", "formula", "steps", "params"), FORMULAS)
+@given(data=st.data())
+def test_a_weight_of_one_response_is_its_formula(name, formula, steps, params, data):
+    params, step = data.draw(st.fixed_dictionaries(params)), data.draw(steps)(SETTING.values())
+    close(weights_of(name, step, **params), [formula(t, **params) for t in step], 1e-9)
+
+
+def kl_to_teacher(t, k, top_k):
+    logps = [t.columns[name][k, :top_k].tolist() for name in ("student_top_logp", "teacher_logp_of_student_top")]
+    student, teacher = ([*each, math.log(max(1 - math.fsum(map(math.exp, each)), 1e-6))] for each in logps)
+    return max(0.0, math.fsum(math.exp(s) * (s - other) for s, other in zip(student, teacher, strict=True)))
+
+
+def of_range(values):
+    low, high = min(values, default=0), max(values, default=0)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+
+
+@given(STEPS, SHARE, st.integers(0, K))
+def test_tip_is_its_formula(step, rho, top_k):
+    step = step(SETTING.values())
+    entropy = of_range([h for t in step for h in t.columns["student_entropy"].tolist()])
+    apart = [kl_to_teacher(t, k, top_k) if top_k else abs(t.advantage_T[k]) for t in step for k in range(len(t))]
+    scores = [h + d - h * d for h, d in zip(entropy, of_range(apart), strict=True)]
+    count = first(rho, len(scores))
+    least = sorted(scores, reverse=True)[count - 1] if count else math.inf
+    found = [weight for weights in weights_of("tip", step, rho=rho, top_k=top_k) for weight in weights]
+    assert sum(found) >= count
+    assert {*found} <= {0, 1}
+    for weight, score in zip(found, scores, strict=True):
+        assert weight == (score > least) or abs(score - least) < 1e-9  # within rounding of the last one kept
+
+
+@given(STEPS, SIZE, SIZE, st.integers(0, 100))
+def test_fire_is_its_formula(step, alpha, beta, percentile):
+    step = step(SETTING.values())
+    means = {i: math.fsum(t.teacher_logp_T) / len(t) for i, t in enumerate(step) if len(t)}
+    ranked = sorted(means.values())
+    below, part = divmod(Fraction(percentile, 100) * (len(ranked) - 1), 1)
+    least = ranked[below] + float(part) * (ranked[below + (part > 0)] - ranked[below]) if ranked else 0
+    kept = [i for i, mean in means.items() if mean >= least]
+    entropies = [[t.columns[name].tolist() for t in step] for name in ("teacher_entropy", "student_entropy")]
+    top_t, top_s = (max((h for each in entropy for h in each), default=0) or 1 for entropy in entropies)
+    wanted = [
+        [(1 + alpha * (1 - t / top_t)) * (1 + beta * s / top_s) * (i in kept) for t, s in zip(*each, strict=True)]
+        for i, each in enumerate(zip(*entropies, strict=True))
+    ]
+    mean = math.fsum(weight for i in kept for weight in wanted[i]) / (sum(len(step[i]) for i in kept) or 1)
+    found = weights_of("fire", step, alpha=alpha, beta=beta, percentile=percentile)
+    close(found, [[weight / mean for weight in each] for each in wanted], 1e-9)
+
+
+# ── What must hold ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("name", "params"), EVERY)
+@settings(max_examples=50)
+@given(step=EXTREME_STEPS)
+def test_every_weight_is_one_finite_number_of_at_least_nought_a_token_from_the_columns_it_needs(name, params, step):
+    weight = WEIGHTS.build(name, params)
+    step = step(weight.needs)
+    with np.errstate(invalid="raise", divide="raise", over="raise"):
+        weights = weight.over(step)
+    assert [(weight_T.shape, weight_T.dtype) for weight_T in weights] == [((len(t),), np.float64) for t in step]
+    assert all(np.isfinite(weight_T).all() and (weight_T >= 0).all() for weight_T in weights)
+
+
+@pytest.mark.parametrize(("name", "params"), EVERY)
+@settings(max_examples=40)
+@given(step=STEPS, data=st.data())
+def test_neither_order_nor_company_matters_to_a_response_unless_its_weight_is_of_the_step(name, params, step, data):
+    weight = WEIGHTS.build(name, params)
+    step = step(weight.needs)
+    order, weights = data.draw(st.permutations(range(len(step)))), weigh(weight, step)
+    close(weigh(weight, [step[i] for i in order]), [weights[i] for i in order])
+    if type(weight).over is Weight.over:
+        close([weigh(weight, [response])[0] for response in step], weights, 0)
+
+
+@pytest.mark.parametrize(("name", "params"), [("tip", {"top_k": 0}), ("fire", {"percentile": 0})])
+def test_tip_and_fire_weigh_by_the_whole_step(name, params):
+    one, other, third = (tokens(x, student_entropy=x, teacher_entropy=x) for x in ([1.0, 2.0], [7.0, 9.0], [0.0, 0.5]))
+    whole = weights_of(name, [one, other], **params)
+    assert weights_of(name, [one, third], **params)[0] != whole[0]
+    assert weights_of(name, [one], **params) + weights_of(name, [other], **params) != whole
+
+
+@pytest.mark.parametrize("name", POSITION)
+@settings(max_examples=30)
+@given(step=EXTREME_STEPS)
+def test_a_position_weight_depends_on_the_real_length_only(name, step):
+    assert weights_of(name, step()) == weights_of(name, [blank(len(t), t.step) for t in step()])
+
+
+@pytest.mark.parametrize("name", ["iw_opd", "linear_decay"])
+@given(EXTREME_STEPS, st.floats(0, 1e6))
+def test_iw_opd_and_linear_decay_fall_from_one_plus_gamma_to_no_less_than_one(name, step, gamma):
+    for weights in filter(None, weights_of(name, step(), gamma=gamma)):
+        assert weights[0] == 1 + gamma
+        assert weights == sorted(weights, reverse=True)
+        assert weights[-1] >= 1
+
+
+@given(STEPS, EXTREME_STEPS, st.integers(-300, 300), st.booleans())
+def test_iw_opd_sees_neither_scale_nor_sign(step, extreme, power, signed):
+    scaled = [tokens(math.ldexp(-1.0, power) * t.advantage_T) for t in step()]
+    assert weights_of("iw_opd", scaled, signed=signed) == weights_of("iw_opd", step(), signed=signed)
+    mirrored = [tokens(-t.advantage_T) for t in extreme()]
+    assert weights_of("iw_opd", mirrored, signed=signed) == weights_of("iw_opd", extreme(), signed=signed)
+    absolute = [tokens(np.abs(t.advantage_T)) for t in extreme()]
+    assert weights_of("iw_opd", absolute) == weights_of("iw_opd", extreme())
+
+
+@given(EXTREME_STEPS, st.floats(0, 10))
+def test_prefix_ratio_has_mean_one_in_each_response(step, alpha):
+    for weights in filter(None, weights_of("prefix_ratio", step(), alpha=alpha)):
+        assert math.fsum(weights) / len(weights) == pytest.approx(1)
+
+
+@given(EXTREME_STEPS, SIZE, SIZE, st.floats(0, 100))
+def test_fire_has_mean_one_over_the_tokens_that_it_keeps(step, alpha, beta, percentile):
+    step = step(SETTING.values())
+    weights = weights_of("fire", step, alpha=alpha, beta=beta, percentile=percentile)
+    kept = [weight for each in weights if any(each) for weight in each]
+    assert bool(kept) == any(map(len, step))
+    assert not kept or (math.fsum(kept) / len(kept) == pytest.approx(1) and min(kept) > 0)
+
+
+# ── Products, and what is refused ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_product_by_hand():
+    # iw_opd 1.5, 1.4375, 1.4375, 1.25 and 1.5, 1.5, on the first half of each
+    weight = build("iw_opd", {}, ("prefix_only", {"fraction": 0.5}))
+    close(weigh(weight, [tokens([-1, 0, 3, -4]), blank(2)]), [[1.5, 1.4375, 0, 0], [1.5, 0]])
+    # tip keeps [1, 0] and [0, 1] of the whole step; linear_decay is 1.5, 1 in each
+    close(weigh(build("tip", {"top_k": 0}, ("linear_decay", {"gamma": 0.5})), TIP), [[1.5, 0], [0, 1]])
+    assert build("iw_opd", {"gamma": 2.0}) == WEIGHTS.build("iw_opd", {"gamma": 2.0})
+
+
+def test_a_product_needs_the_union_and_the_greater_number():
+    prune, tip = WEIGHTS.build("prune", {"top_k": 8}), WEIGHTS.build("tip", {"top_k": 32})
+    wanted = {"rollout.entropy": True, "rollout.top_k": 32, "score.top_k": 8, "score.student_top_k": True}
+    assert Product(prune, tip).needs == Product(tip, prune).needs == wanted
+    assert Product(prune, WEIGHTS.build("uniform", {})).needs == prune.needs
+
+
+def test_each_weight_needs_what_it_reads():
+    needs = {name: WEIGHTS.build(name, {}).needs for name in WEIGHTS.names()}
+    assert needs["prune"] == {"rollout.top_k": 16, "score.top_k": 16}
+    assert needs["tip"] == {"rollout.entropy": True, "rollout.top_k": 16, "score.student_top_k": True}
+    assert needs["fire"] == {"rollout.entropy": True, "score.entropy": True}
+    assert not any(needs[name] for name in [*POSITION, "uniform", "iw_opd", "prefix_ratio", "teacher_confidence"])
+    assert WEIGHTS.build("prune", {"top_k": 3}).needs == {"rollout.top_k": 3, "score.top_k": 3}
+    assert WEIGHTS.build("tip", {"top_k": 0}).needs == {"rollout.entropy": True}
+
+
+@pytest.mark.parametrize("weights", [[1, math.nan], [1, math.inf], [1, -1e-300], [1], [1, 1, 1], [[1, 1]], []])
+def test_what_is_no_weight_is_refused(weights):
+    with pytest.raises(OpdctlError, match="gives a response of 2 tokens weights") as refused:
+        weigh(SimpleNamespace(over=lambda step: [np.ones(1), np.array(weights, float)]), [blank(1), blank(2)])
+    assert refused.value.code == ExitCode.DATA
+
+
+STORED = ["rollout.entropy", "rollout.top_k", "rollout.top_k", "score.entropy", "score.top_k", "score.student_top_k"]
+
+
+@pytest.mark.parametrize(("column", "setting"), [*zip(SETTING, STORED, strict=True)])
+def test_a_column_that_is_not_stored_names_its_setting(column, setting):
+    with pytest.raises(OpdctlError, match=column) as refused:
+        blank(1).stored(column)
+    assert refused.value.code == ExitCode.SETTINGS
+    assert f"`{setting}`" in refused.value.hint
+    assert tokens([0], **{column: [3]}).stored(column).tolist() == [3]
+
+
+PARAMETERS = [(entry.name, key, kind) for entry in WEIGHTS.entries() for key, kind in entry.parameters.items()]
+WRONG = {bool: [1, "true"], str: ["bost", 1], int: [1.5, True, "3"], float: [math.nan, math.inf, True, "3"]}
+
+
+@pytest.mark.parametrize(("name", "key", "default"), PARAMETERS)
+def test_a_parameter_of_the_wrong_type_or_not_finite_is_refused(name, key, default):
+    for value in WRONG[type(default)]:
+        with pytest.raises(OpdctlError, match=f"^{key} must be "):
+            WEIGHTS.build(name, {key: value})
+
+
+RANGES = """
+0 inf iw_opd.gamma linear_decay.gamma prefix_ratio.alpha teacher_confidence.alpha prune.drop prune.base tip.top_k
+0 inf prefix_boost.multiplier prefix_curriculum.multiplier fire.alpha fire.beta
+0 1 teacher_confidence.q teacher_confidence.w_min prune.tau position_sigmoid.w_min position_sigmoid.tau tip.rho
+0 1 prefix_only.fraction suffix_only.fraction prefix_boost.fraction prefix_curriculum.start prefix_curriculum.end
+0 100 fire.percentile
+1 inf teacher_confidence.window prune.top_k prefix_curriculum.steps
+0.002 inf position_sigmoid.scale
+"""
+RANGES = [(low, high, path) for low, high, *paths in map(str.split, RANGES.strip().splitlines()) for path in paths]
+
+
+@pytest.mark.parametrize(("low", "high", "path"), RANGES)
+def test_a_parameter_out_of_its_range_is_refused(low, high, path):
+    low, high = float(low), float(high)
+    name, key = path.split(".")
+    whole = isinstance(getattr(WEIGHTS.build(name, {}), key), int)
+    for value in (low, min(high, 1e6)):
+        assert getattr(WEIGHTS.build(name, {key: int(value) if whole else value}), key) == value
+    for value in [int(low) - 1] if whole else [math.nextafter(low, -1), math.nextafter(high, math.inf)]:
+        with pytest.raises(OpdctlError, match=f"^{key} must be a finite number "):
+            WEIGHTS.build(name, {key: value})
+
+
+def test_a_wrong_choice_or_name_is_refused_with_the_right_ones():
+    with pytest.raises(OpdctlError, match="mode must be 'boost' or 'mask', got 'bost'"):
+        WEIGHTS.build("prefix_curriculum", {"mode": "bost"})
+    with pytest.raises(OpdctlError, match="schedule must be 'cosine' or 'linear', got 'step'"):
+        WEIGHTS.build("prefix_curriculum", {"schedule": "step"})
+    with pytest.raises(OpdctlError, match="has no parameter `gama`; did you mean `gamma`"):
+        build("uniform", {}, ("iw_opd", {"gama": 1.0}))
+
+
+@pytest.mark.parametrize("entry", WEIGHTS.entries(), ids=WEIGHTS.names())
+def test_every_weight_says_in_one_line_what_it_is_and_where_it_comes_from(entry):
+    maker = WEIGHTS.get(entry.name)
+    assert entry.summary == inspect.getdoc(maker).splitlines()[0]
+    assert entry.summary.endswith(".")  # a dataclass without a docstring says its signature of itself
+    assert entry.source

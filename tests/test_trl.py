@@ -1,0 +1,165 @@
+"""IW-OPD and the divergences against TRL's own functions, called as they are; skipped where TRL is not installed.
+
+The same are A, the weights, and the gradient by the student's logits of the mean over tokens. Not the same are:
+
+- The loss's value. TRL's is the mean of -w A log p, opdctl's that of -w A ratio with ratio 1: only their gradients are
+  equal. TRL logs the mean of w A, which is minus opdctl's loss.
+- A response whose |A| add up to less than `iw_opd_epsilon`, 1e-8: TRL divides by epsilon, so that its weights stay near
+  1 + gamma; opdctl divides by the sum, however small. Where every A is zero both weigh 1 + gamma.
+- The engine's log-probs, where they are not the trainer's. TRL takes them as log p_student in A and in the weights, and
+  corrects for nothing. opdctl takes them in the weights; its A is by the trainer's, and its loss is multiplied by
+  min(p_old / p_rollout, rollout_correction_cap).
+- A step of several updates. TRL has neither ratio nor clip; without the engine's log-probs A and the weights are those
+  of the student as it is, not of the one that the step began with.
+- The mean. Without `num_items_in_batch` TRL's is over the micro-batch, 0 for one without tokens; opdctl's is over the
+  whole step's tokens or, if asked for, over responses.
+- Precision. TRL's weights are a running sum in the logits' type, opdctl's are float64. opdctl's log-softmax is float32
+  at least.
+- Temperature. TRL divides the logits of both models by the one that it samples at; opdctl's log-probs are at 1.
+- A teacher's log-prob that is not finite. TRL raises at the loss, opdctl when it joins responses and scores.
+- A top-k divergence. TRL's jsd takes the student's and the teacher's top-k together, opdctl's one of them. The least
+  that the rest can hold is 1e-7 in TRL, 1e-6 in opdctl.
+"""
+
+import os
+from collections import defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opdctl.objectives import TokenBatch
+from opdctl.registry import OBJECTIVES
+from opdctl.weights import IwOpd, Tokens
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+Trainer = pytest.importorskip("trl.experimental.iw_opd", reason="TRL with IW-OPD is not installed").IWOPDTrainer
+IGNORED = -100  # the label of a token that is none of a response's
+
+
+def theirs(logits_BTV, ids_BT, labels_BT, teacher_BT, gamma=0.5, **arguments):
+    """Return TRL's loss and what it logs."""
+    trainer = SimpleNamespace(
+        temperature=1.0,
+        iw_opd_gamma=gamma,
+        iw_opd_epsilon=1e-8,
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+    )
+    loss = Trainer._compute_iw_opd_loss(trainer, logits_BTV, ids_BT, labels_BT, teacher_BT, **arguments)
+    return loss, {name.removeprefix("iw_opd/"): value for name, (value,) in trainer._metrics["train"].items()}
+
+
+def ours(logits_BTV, ids_BT, labels_BT, teacher_BT, gamma=0.5, rollout_logprobs=None):
+    """Return opdctl's loss and weights, of the real tokens only."""
+    logp_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BT[..., None])[..., 0]
+    rollout_BT = logp_BT.detach() if rollout_logprobs is None else rollout_logprobs
+    weights = []
+    for student_T, teacher_T, real_T in zip(
+        rollout_BT.double(), teacher_BT.double(), labels_BT != IGNORED, strict=True
+    ):
+        student, teacher = student_T[real_T].numpy(), teacher_T[real_T].numpy()
+        weights.append(IwOpd(gamma)(Tokens(student, teacher, teacher - student)))
+    weight_N = torch.from_numpy(np.concatenate(weights))
+    logp_N, rollout_N, teacher_N = (value[labels_BT != IGNORED] for value in (logp_BT, rollout_BT, teacher_BT))
+    loss_N, _ = OBJECTIVES.build("policy_gradient", {})(TokenBatch(logp_N, logp_N.detach(), rollout_N, teacher_N))
+    return (loss_N * weight_N).mean(), weight_N
+
+
+def ragged(seed, dtype=torch.float64):
+    """Return logits, ids, labels and teacher of a few responses, padded on both sides and with tokens masked within."""
+    source = torch.Generator().manual_seed(seed)
+    rows, columns = 1 + torch.randint(4, (), generator=source), 2 + torch.randint(40, (), generator=source)
+    logits_BTV, others_BTV = 3 * torch.randn(2, rows, columns, 7, generator=source, dtype=dtype)
+    ids_BT = torch.randint(7, (rows, columns), generator=source)
+    place_T, ends_B2 = torch.arange(columns), torch.randint(columns, (rows, 2), generator=source).sort(-1).values
+    real_BT = (ends_B2[:, :1] <= place_T) & (place_T < ends_B2[:, 1:])  # of some rows nothing
+    real_BT &= torch.rand(rows, columns, generator=source) < 0.9
+    real_BT[0, 0] = True
+    teacher_BT = others_BTV.log_softmax(-1).gather(-1, ids_BT[..., None])[..., 0]
+    # What stands where no token is must not matter.
+    return logits_BTV, ids_BT, ids_BT.where(real_BT, IGNORED), teacher_BT.where(real_BT, torch.nan)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([torch.float32, torch.float64]), st.floats(0, 2))
+def test_weights_advantage_and_gradient_are_trls(seed, dtype, gamma):
+    logits, *rest = ragged(seed, dtype)
+    logits.requires_grad_()
+    (their_loss, logged), (our_loss, weight_N) = theirs(logits, *rest, gamma), ours(logits, *rest, gamma)
+    (their_gradient,), (our_gradient,) = (torch.autograd.grad(loss, logits) for loss in (their_loss, our_loss))
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-6, atol=1e-6)
+    assert -our_loss.item() == pytest.approx(logged["mean_advantage"], rel=1e-6, abs=1e-6)
+    found = [logged[name] for name in ("mean_weight", "min_weight", "max_weight")]
+    assert found == pytest.approx([x.item() for x in (weight_N.mean(), weight_N.min(), weight_N.max())], abs=1e-6)
+
+
+def test_micro_batches_of_trl_add_up_to_the_mean_over_the_steps_tokens():
+    batches = [ragged(seed) for seed in range(5)]
+    counts = [int((labels != IGNORED).sum()) for _, _, labels, _ in batches]
+    for logits, *_ in batches:
+        logits.requires_grad_()
+    for batch, count in zip(batches, counts, strict=True):
+        (want,) = torch.autograd.grad(theirs(*batch, num_items_in_batch=torch.tensor(sum(counts)))[0], batch[0])
+        (found,) = torch.autograd.grad(ours(*batch)[0] * count / sum(counts), batch[0])
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+
+
+def one(advantages):
+    """Return one response over two words of equal logits, p = 1/2, with these A."""
+    ids = torch.zeros(1, len(advantages), dtype=torch.int64)
+    logits = torch.zeros(1, len(advantages), 2, dtype=torch.float64)
+    return logits, ids, ids, torch.tensor([advantages], dtype=torch.float64) - np.log(2)
+
+
+def test_the_loss_differs_in_value_by_the_log_prob_in_it():
+    # A = 1 and -3, w = 1.5 and 1.5 - 0.5/4 = 1.375; w A = 1.5 and -4.125, their mean -1.3125
+    assert ours(*one([1.0, -3.0]))[0].item() == pytest.approx(1.3125)
+    assert theirs(*one([1.0, -3.0]))[0].item() == pytest.approx(-1.3125 * np.log(2))
+
+
+def test_below_epsilon_trls_weights_stay_where_they_start_and_ours_fall_as_ever():
+    # |A| = 1e-10 four times: the last token's share is 3/4; by TRL 3e-10/1e-8
+    tokens = one([1e-10, -1e-10, 1e-10, 1e-10])
+    assert ours(*tokens)[1].tolist() == pytest.approx([1.5, 1.375, 1.25, 1.125], abs=1e-6)
+    assert theirs(*tokens)[1]["min_weight"] == pytest.approx(1.5 - 0.5 * 0.03, abs=1e-6)
+    nothing = one([0.0, 0.0])
+    assert ours(*nothing)[1].tolist() == [1.5, 1.5]
+    assert theirs(*nothing)[1]["min_weight"] == 1.5
+
+
+def test_an_engine_of_other_log_probs_is_corrected_for_by_us_and_not_by_trl():
+    # p = 1/2, the engine's 1/4, A = 1; TRL: A = 1 + log 2. Both w = 1.5; ours times 1/2 / 1/4 = 2
+    logits, *rest = one([1.0])
+    rollout = torch.full((1, 1), np.log(1 / 4), dtype=torch.float64)
+    assert ours(logits, *rest, rollout_logprobs=rollout)[0].item() == pytest.approx(-1.5 * 2)
+    logged = theirs(logits, *rest, rollout_logprobs=rollout)[1]
+    assert logged["mean_advantage"] == pytest.approx(1.5 * (1 + np.log(2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "beta", "top_k"),
+    [
+        ("forward_kl", {"support": "full"}, 0.0, 0),
+        ("reverse_kl", {"support": "full"}, 1.0, 0),
+        ("jsd", {"support": "full", "beta": 0.3}, 0.3, 0),
+        ("forward_kl", {"support": "teacher"}, 0.0, 3),
+        ("reverse_kl", {"support": "student"}, 1.0, 3),
+    ],
+)
+def test_divergences_and_their_gradients_are_trls(name, parameters, beta, top_k):
+    student, teacher = torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student.requires_grad_()
+    labels = torch.arange(50).where(torch.arange(50) % 5 > 0, IGNORED)
+    want = Trainer.generalized_jsd_loss(student, teacher, labels, beta=beta, top_k=top_k)
+    columns = [logits[labels != IGNORED].log_softmax(-1) for logits in (student, teacher)]
+    if top_k:
+        chosen = columns[0 if name == "reverse_kl" else 1].topk(top_k).indices
+        columns = [column.gather(-1, chosen) for column in columns]
+    nothing = torch.zeros(len(columns[0]))
+    found = OBJECTIVES.build(name, parameters)(TokenBatch(*[nothing] * 4, *columns))[0].mean()
+    torch.testing.assert_close(found, want)
+    gradients = (torch.autograd.grad(loss, student)[0] for loss in (found, want))
+    torch.testing.assert_close(*gradients)
