@@ -109,7 +109,7 @@ class Chunk:
     def entropy_C(self) -> Tensor:
         """Return the entropy of each token's distribution, without gradient."""
         logp_CV = self._logits_CV - self._logz_C1
-        return -logp_CV.exp().mul_(logp_CV).sum(-1)
+        return -logp_CV.exp().mul_(logp_CV).sum(-1).clamp(max=0)  # rounding must not make it negative
 
     @torch.no_grad()
     def top(self, k: int) -> tuple[Tensor, Tensor]:

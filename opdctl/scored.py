@@ -41,10 +41,10 @@ def join(responses: Sequence[Response], scores: Mapping[str, Mapping[str, Scores
     for response in responses:
         teacher = scores[response.teacher][response.sample_id]
         reference = scores[REFERENCE][response.sample_id] if REFERENCE in scores else None
-        _check(response, "student", response.logprobs)
-        _check(response, response.teacher, teacher.logprobs)
+        _check(response, "student", response)
+        _check(response, response.teacher, teacher)
         if reference:
-            _check(response, REFERENCE, reference.logprobs)
+            _check(response, REFERENCE, reference)
         joined.append(Scored(response, teacher, reference))
     return joined
 
@@ -53,20 +53,24 @@ def _do_not_join(name: str, odd: Iterable[str]) -> OpdctlError:
     return OpdctlError(f"responses and scores do not join: {name}: {', '.join(odd)}", code=ExitCode.DATA)
 
 
-def _check(response: Response, who: str, logprobs: Logprobs) -> None:
-    """Raise OpdctlError unless there is one finite log-prob a token."""
-    if len(logprobs) != len(response.response_ids):
-        raise OpdctlError(
-            f"{response.sample_id}: {len(response.response_ids)} tokens, {len(logprobs)} log-probs of the {who}",
-            code=ExitCode.DATA,
-        )
-    if not np.isfinite(logprobs).all():
-        position = int(np.argmin(np.isfinite(logprobs)))
-        raise OpdctlError(
-            f"{response.sample_id}: the {who}'s log-prob at position {position} is {logprobs[position]}",
-            hint="a token the model gives no probability, or a model that computes NaN in its dtype",
-            code=ExitCode.DATA,
-        )
+def _check(response: Response, who: str, said: Response | Scores) -> None:
+    """Raise OpdctlError unless each column that is stored has one row a token, and is finite."""
+    for column in ("logprobs", "entropies", "top_logprobs", "student_top_logprobs"):
+        values = getattr(said, column, None)
+        if values is None:
+            continue
+        if len(values) != len(response.response_ids):
+            raise OpdctlError(
+                f"{response.sample_id}: {len(response.response_ids)} tokens, {len(values)} {column} of the {who}",
+                code=ExitCode.DATA,
+            )
+        if not np.isfinite(values).all():
+            position = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(-1)))
+            raise OpdctlError(
+                f"{response.sample_id}: the {who}'s {column} at position {position} is {values[position]}",
+                hint="a token the model gives no probability, or a model that computes NaN in its dtype",
+                code=ExitCode.DATA,
+            )
 
 
 def target(scored: Scored, extrapolation: float) -> Logprobs:

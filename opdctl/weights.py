@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 from opdctl.registry import WEIGHTS
 
 Floats = npt.NDArray[np.float64]
@@ -51,6 +51,8 @@ class Tokens:
 
     def stored(self, column: str) -> npt.NDArray[Any]:
         """Return an optional column. Raises OpdctlError (code 4) with the setting to add when it is not stored."""
+        if column not in SETTING:
+            raise OpdctlError(f"a weight asks for a column `{column}`{did_you_mean(column, SETTING)}")
         if column not in self.columns:
             raise OpdctlError(
                 f"a weight asks for {column}, which is not stored",
@@ -70,7 +72,7 @@ class Weight:
 
     def __call__(self, tokens: Tokens) -> Floats:
         """Return the weights of one response's tokens, [T], finite and at least 0."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self} weighs a whole step, by `over`")
 
     def over(self, step: Sequence[Tokens]) -> list[Floats]:
         """Return the weights of each of a step's responses."""
@@ -112,6 +114,8 @@ def weigh(weight: Weight, step: Sequence[Tokens]) -> list[Floats]:
     Raises OpdctlError (code 3) when a weight is not finite, negative, or of another length than the response.
     """
     weights = weight.over(step)
+    if len(weights) != len(step):
+        raise OpdctlError(f"{weight} gives {len(weights)} arrays of weights for {len(step)} responses")
     for tokens, weight_T in zip(step, weights, strict=True):
         if weight_T.shape != (len(tokens),) or not (np.isfinite(weight_T).all() and (weight_T >= 0).all()):
             raise OpdctlError(
@@ -225,10 +229,11 @@ class TeacherConfidence(Weight):
         if not len(tokens):
             return np.zeros(0)
         # Row t holds the window before token t, the worst first; what lies before the response is never counted.
-        padded = np.concatenate([np.full(self.window, -np.inf), -tokens.teacher_logp_T[:-1]])
-        worst_TW = -np.sort(-np.lib.stride_tricks.sliding_window_view(padded, self.window), axis=-1)
-        seen_T = np.minimum(np.arange(len(tokens)), self.window)
-        counted_T = np.maximum(1, np.ceil(np.round((1 - self.q) * seen_T, 9)).astype(int))
+        window = min(self.window, len(tokens))
+        padded = np.concatenate([np.full(window, -np.inf), -tokens.teacher_logp_T[:-1]])
+        worst_TW = -np.sort(-np.lib.stride_tricks.sliding_window_view(padded, window), axis=-1)
+        seen_T = np.minimum(np.arange(len(tokens)), window)
+        counted_T = np.array([max(1, _first(1 - self.q, seen)) for seen in seen_T])
         sums_TW = np.cumsum(np.where(np.isfinite(worst_TW), worst_TW, 0.0), axis=-1)
         worst_T = np.where(seen_T > 0, sums_TW[np.arange(len(tokens)), counted_T - 1] / counted_T, 0.0)
         return np.maximum(np.exp(-self.alpha * worst_T), self.w_min)
@@ -339,7 +344,7 @@ class PrefixBoost(Weight):
         _check("multiplier", self.multiplier, 0)
 
     def __call__(self, tokens: Tokens) -> Floats:
-        return 1.0 + (self.multiplier - 1.0) * PrefixOnly(self.fraction)(tokens)
+        return np.where(PrefixOnly(self.fraction)(tokens) > 0, self.multiplier, 1.0)
 
 
 @WEIGHTS.register("prefix_curriculum", "arXiv 2606.22600")

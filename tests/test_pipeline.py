@@ -500,7 +500,7 @@ def test_joining_is_strict(scored_run):
     for broken, why in [
         ({k: v for k, v in scores.items() if k != first}, first),
         (scores | {"stranger": scores[first]}, "stranger"),
-        (scores | {first: Scores(logprobs[:-1])}, "log-probs of the teacher"),
+        (scores | {first: Scores(logprobs[:-1])}, "logprobs of the teacher"),
         (scores | {first: Scores(np.full_like(logprobs, np.nan))}, "position 0 is nan"),
         (
             scores | {first: Scores(np.append(logprobs[:-1], np.float32(-np.inf)))},
@@ -510,6 +510,9 @@ def test_joining_is_strict(scored_run):
         with pytest.raises(OpdctlError, match=why) as caught:
             join(responses, {"teacher": broken})
         assert caught.value.code == ExitCode.DATA
+    spoilt = Scores(logprobs, entropies=np.full_like(logprobs, np.nan))
+    with pytest.raises(OpdctlError, match="entropies at position 0 is nan"):
+        join(responses, {"teacher": scores | {first: spoilt}})
     with pytest.raises(OpdctlError, match="occurs twice"):
         join([*responses, responses[0]], {"teacher": scores})
     with pytest.raises(OpdctlError, match="a teacher `teacher` that there is not"):

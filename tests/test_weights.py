@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.registry import WEIGHTS
-from opdctl.weights import SETTING, Product, Tokens, Weight, build, weigh
+from opdctl.weights import SETTING, Product, Tokens, Uniform, Weight, build, weigh
 
 K = 16
 LN2, LN3 = math.log(2), math.log(3)
@@ -117,6 +117,13 @@ BY_HAND = [
     ("teacher_confidence", {"alpha": 1.0, "window": 2, "q": 0.5, "w_min": 0.2}, SURPRISE, [1, 0.5, 0.25, 0.2]),
     # the same with alpha 2 and all of each window: Q = 1, 3/2, 5/2 in ln 2, exp(-2 Q) = 2^-2, 2^-3, 2^-5
     ("teacher_confidence", {"alpha": 2.0, "window": 2, "q": 0.0, "w_min": 0.0}, SURPRISE, [1, 1 / 4, 1 / 8, 1 / 32]),
+    # the worst 0.3 of 8, 9 and 10 are three each, though (1 - 0.7) * 10 > 3; of them one, two and three are ln 2, not 0
+    (
+        "teacher_confidence",
+        {"alpha": 1.0, "q": 0.7},
+        tokens([0] * 11, [0.0] * 7 + [-LN2] * 4),
+        [1] * 8 + [2 ** (-1 / 3), 2 ** (-2 / 3), 1 / 2],
+    ),
     # two ids each share 1, 1/2, 1, 0, 1/2; so far below 0.7: 0, 1, 1, 2, 3; 1 - 0.4 of these 1, 0.6, 0.6, 0.2, -0.2
     ("prune", {"drop": 0.4, "top_k": 2}, tokens([0] * 5, **TOP), [1.5, 1.1, 1.1, 0.7, 0.5]),
     # with tau 0.5 only the fourth is below
@@ -508,3 +515,11 @@ def test_every_weight_says_in_one_line_what_it_is_and_where_it_comes_from(entry)
     assert entry.summary == inspect.getdoc(maker).splitlines()[0]
     assert entry.summary.endswith(".")  # a dataclass without a docstring says its signature of itself
     assert entry.source
+
+
+def test_a_plugin_s_typo_in_a_column_and_too_few_arrays_are_told(monkeypatch):
+    with pytest.raises(OpdctlError, match="did you mean `student_entropy`"):
+        tokens([0.0]).stored("student_entrop")
+    monkeypatch.setattr(Uniform, "over", lambda self, step: [])
+    with pytest.raises(OpdctlError, match="0 arrays of weights for 1 responses"):
+        weigh(Uniform(), [tokens([0.0])])

@@ -166,7 +166,7 @@ class _Drawn:
         found = {"response_ids": token_B.int(), "logprobs": logp_B}
         if self._top_k or "entropies" in self._columns:
             logp_BV = logits_BV.log_softmax(-1)
-            found["entropies"] = -(logp_BV.exp() * logp_BV).sum(-1)
+            found["entropies"] = -(logp_BV.exp() * logp_BV).sum(-1).clamp(max=0)
             found["top_logprobs"], top_ids_BK = logp_BV.topk(self._top_k, dim=-1)
             found["top_ids"] = top_ids_BK.int()
         for name, column in self._columns.items():
