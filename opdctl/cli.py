@@ -230,7 +230,7 @@ def _run_stage(
     from opdctl.status import next_stage_command
 
     start, at = time.monotonic(), _step(run, step)
-    with engine_pool(device) as engines:
+    with engine_pool(run.recipe, device) as engines:
         if name == "rollout":
             made, stages = rollout.run(run, at, engines, repair=repair), [run.rollout(at)]
         else:
@@ -462,7 +462,7 @@ def _evaluate(
         raise OpdctlError("--step and --model name two different models", hint="give one of them")
     subject = stage.subject(run, model, run.current_step() if step is None else step)
     summaries = []
-    with engine_pool(device) as engines:
+    with engine_pool(run.recipe, device) as engines:
         for name in run.recipe.eval.bench:
             summary, made = stage.run(run, name, subject, engines, data, repair=repair)
             summaries.append(summary)

@@ -23,6 +23,7 @@ from opdctl.weights import build as build_weight
 from opdctl.weights import strongest
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+AUTO = "auto"
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -43,6 +44,10 @@ class Model(Section):
     """Run code that comes with the model. Off unless you have read that code."""
     parameters: int | None = Field(default=None, gt=0)
     """Number of parameters: only for `--dry-run` where the model itself is out of reach."""
+    server: str | None = Field(default=None, pattern=r"^https?://")
+    """Address of a vLLM server of this very model, such as `http://host:8000/v1`, for the engine `server`."""
+    served_name: str | None = None
+    """The name that the server gives the model; its only one if unset."""
 
 
 class Prompts(Section):
@@ -82,8 +87,9 @@ class Sampling(Section):
 
 
 class Rollout(Sampling):
-    engine: str = "transformers"
-    """The engine that draws the responses."""
+    engine: str = "auto"
+    """The engine that draws responses, of evaluations too: `transformers`, `vllm`, `server`; `auto` is vLLM where it is
+    installed and has a device to run on."""
     prompts_per_step: int = Field(default=1024, gt=0)
     samples_per_prompt: int = Field(default=1, gt=0)
     parts: int = Field(default=8, gt=0)
@@ -97,8 +103,8 @@ class Rollout(Sampling):
 
 
 class Score(Section):
-    engine: str = "transformers"
-    """The engine that scores. A teacher is always scored at temperature 1."""
+    engine: str = "auto"
+    """The engine that scores, as for rollouts. A teacher is always scored at temperature 1."""
     tokens_per_batch: int = Field(default=16384, gt=0)
     """Tokens, padding included, in one forward pass; a longer response goes alone."""
     entropy: bool = False
@@ -177,6 +183,44 @@ class Eval(Sampling):
     """Files the graded responses are cut into."""
 
 
+class Vllm(Section):
+    """Settings of the engine `vllm`."""
+
+    tensor_parallel: int = Field(default=1, gt=0)
+    """GPUs that share each layer."""
+    pipeline_parallel: int = Field(default=1, gt=0)
+    """Groups of GPUs that hold successive layers."""
+    data_parallel: int = Field(default=1, gt=0)
+    """Copies of the model."""
+    memory_share: float = Field(default=0.9, gt=0, le=1)
+    """Share of the GPU's memory that the engine may take."""
+    max_model_len: int | None = Field(default=None, gt=0)
+    """Longest prompt and response together, in tokens; what the recipe can ask for if unset."""
+    max_sequences: int = Field(default=256, gt=0)
+    """Responses in work at once."""
+    max_batched_tokens: int = Field(default=8192, gt=0)
+    """Tokens in one forward pass. Scoring holds about two float32 copies of their logits."""
+    eager: bool = False
+    """Run without compiled graphs: a faster start, slower steps."""
+    sleep: bool = False
+    """Give the GPU memory back between stages."""
+    extra: dict[str, bool | int | float | str] = {}
+    """Further arguments to vLLM's engine."""
+
+
+class Server(Section):
+    """Settings of the engine `server`."""
+
+    api_key_env: str = "OPDCTL_API_KEY"
+    """The environment variable that holds the API key, if the server wants one. A key is never written anywhere."""
+    concurrency: int = Field(default=32, gt=0)
+    """Requests under way at once."""
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    """Time for one request."""
+    retries: int = Field(default=6, ge=0)
+    """Further attempts after a lost connection, 429 or 5xx, with growing pauses."""
+
+
 class Pipeline(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; `auto` takes a GPU if there is one."""
@@ -203,6 +247,8 @@ class Recipe(Section):
     objective: Objective = Objective()
     train: Train
     eval: Eval = Eval()
+    vllm: Vllm = Vllm()
+    server: Server = Server()
     pipeline: Pipeline = Pipeline()
 
     def flat(self) -> dict[str, Any]:
@@ -249,8 +295,8 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 """The keys, or beginnings of keys, that shape what a stage makes."""
 
-FREE = ("name", "train.steps", "train.keep_", "eval.", "pipeline.")
-FREE_END = ".parameters"
+FREE = ("name", "train.steps", "train.keep_", "eval.", "pipeline.", "vllm.", "server.")
+FREE_END = (".parameters", ".server", ".served_name")
 """Keys, by their beginning and their end, that may change between two calls on one run directory. An evaluation checks
 its own."""
 
@@ -470,8 +516,8 @@ def _component_problems(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
             not_its_own = ("name", "times") if section == "weight" else ("name",)
             found = registry.problems(name, {k: v for k, v in given.items() if k not in not_its_own})
             problems += [(f"{section}.{key}".rstrip("."), text) for key, text in found]
-    names = [("rollout.engine", ENGINES, [_at(merged, "rollout", "engine")])]
-    names += [("score.engine", ENGINES, [_at(merged, "score", "engine")])]
+    engines = {key: _at(merged, key, "engine") for key in ("rollout", "score")}
+    names = [(f"{key}.engine", ENGINES, [name]) for key, name in engines.items() if name != AUTO]
     names += [("eval.bench", BENCHMARKS, _at(merged, "eval", "bench"))]
     for key, registry, values in names:
         for value in values if isinstance(values, list) else []:

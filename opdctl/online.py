@@ -39,7 +39,7 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
     are made again.
     """
     clock, steps = Clock(), run.recipe.train.steps
-    with store.locked(run.path, "train"), engine_pool(device) as engines:
+    with store.locked(run.path, "train"), engine_pool(run.recipe, device) as engines:
         store.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in range(run.current_step())])
         forget_old_students(run)
         trainer = None

@@ -16,7 +16,14 @@ from opdctl.engines import resolve_device
 from opdctl.model import ModelDir, check_same_tokenizer, locate_here
 from opdctl.prompts import local_problems
 from opdctl.registry import BENCHMARKS
-from opdctl.run import check_top_k, prepare_prompts, refuse_another_recipe, refuse_foreign_folder, run_path
+from opdctl.run import (
+    check_top_k,
+    prepare_prompts,
+    refuse_another_recipe,
+    refuse_foreign_folder,
+    run_path,
+    with_engines,
+)
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINER_BYTES = 4 + 4 + 8  # float32 master weight, gradient, and AdamW's two moments, a parameter
@@ -59,6 +66,7 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     Raises OpdctlError as a run would for a missing local model, tokenizers that differ, or bad local prompts.
     """
     path = run_path(recipe, output)
+    recipe = with_engines(recipe, path)
     if (path / "run.json").exists():
         refuse_another_recipe(recipe, path)
     else:

@@ -17,6 +17,7 @@ import numpy as np
 
 from opdctl import SCHEMA_VERSION, log, store
 from opdctl.config import (
+    AUTO,
     Model,
     Recipe,
     changed,
@@ -27,6 +28,7 @@ from opdctl.config import (
     settings_of,
     settings_of_scorer,
 )
+from opdctl.engines import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import Problem, load_problems, tokenize
@@ -193,6 +195,21 @@ class Run:
         return f"opdctl {stage} --output {shlex.quote(str(self.path))}{at}"
 
 
+def with_engines(recipe: Recipe, path: Path) -> Recipe:
+    """Return the recipe with the engine in the place of each `auto`: the one that the run in `path` was begun with, or
+    the one that is right here. Says the choice."""
+    begun = read_recipe(path) if (path / "recipe.toml").exists() else None
+    update = {}
+    for section in ("rollout", "score"):
+        settings = getattr(recipe, section)
+        if settings.engine == AUTO:
+            name = getattr(begun, section).engine if begun else ("vllm" if has_vllm() else "transformers")
+            update[section] = settings.model_copy(update={"engine": name})
+            if not begun:
+                log.say(f"{section}.engine: auto is `{name}` here")
+    return recipe.model_copy(update=update)
+
+
 def run_path(recipe: Recipe, output: Path | None) -> Path:
     return output or Path("runs") / recipe.name
 
@@ -220,6 +237,7 @@ def open_run(
     prompts, 4 when the run was begun with another recipe or other models, 5 when a hub is out of reach.
     """
     path = run_path(recipe, output)
+    recipe = with_engines(recipe, path)
     if not (path / "run.json").exists():
         refuse_foreign_folder(recipe, path)
         _begin(recipe, path)

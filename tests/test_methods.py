@@ -33,7 +33,7 @@ EVERYTHING += ("score.student_top_k=true", "score.hidden_states=true", "referenc
 def stored(tmp_path_factory) -> Run:
     """A run whose first step is rolled out and scored, with all that can be stored."""
     run = open_run(small_recipe(*EVERYTHING), tmp_path_factory.mktemp("stored") / "run")
-    with engine_pool("cpu") as engines:
+    with engine_pool(run.recipe, "cpu") as engines:
         rollout.run(run, 0, engines)
         score.run(run, 0, engines)
     return run

@@ -338,7 +338,7 @@ def assert_same_gradient(found: dict[str, torch.Tensor], want: dict[str, torch.T
 def scored_run(tmp_path_factory):
     """A run whose first step is rolled out and scored."""
     run = open_run(small_recipe(), tmp_path_factory.mktemp("scored") / "run")
-    with engine_pool("cpu") as engines:
+    with engine_pool(run.recipe, "cpu") as engines:
         rollout.run(run, 0, engines)
         score.run(run, 0, engines)
     return run
