@@ -21,6 +21,7 @@ from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 if TYPE_CHECKING:
     from opdctl.config import Recipe
     from opdctl.run import Run
+    from opdctl.store import Shard
 
 app = typer.Typer(
     add_completion=True,
@@ -46,6 +47,10 @@ Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Say m
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
 Step = Annotated[int | None, typer.Option("--step", min=0, help="The step to work on. Default: the current one.")]
 Repair = Annotated[bool, typer.Option("--repair", help="Make damaged parts of the step again.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Make the parts of worker I of N, from 0. Default: of a Slurm array."),
+]
 Only = Annotated[
     str | None, typer.Option("--only", metavar="NAME", help="Score with one model: teacher, teacher-NAME or reference.")
 ]
@@ -157,6 +162,7 @@ def rollout(
     set_: Overrides = None,
     output: Output = None,
     step: Step = None,
+    shard: ShardOption = None,
     repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -175,7 +181,7 @@ def rollout(
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
-            _run_stage("rollout", *_open(resolved, output, "student"), step, repair, json_)
+            _run_stage("rollout", *_open(resolved, output, "student"), step, repair, json_, shard)
 
 
 @app.command("score-teacher")
@@ -185,6 +191,7 @@ def score_teacher(
     output: Output = None,
     step: Step = None,
     only: Only = None,
+    shard: ShardOption = None,
     repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -204,7 +211,7 @@ def score_teacher(
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
-            _run_stage("score-teacher", *_open(resolved, output, *names), step, repair, json_, names)
+            _run_stage("score-teacher", *_open(resolved, output, *names), step, repair, json_, shard, names)
 
 
 def _scorers(recipe: "Recipe", only: str | None) -> list[str]:
@@ -222,6 +229,7 @@ def _run_stage(
     step: int | None,
     repair: bool,
     as_json: bool,
+    shard: str | None,
     scorers: Collection[str] = (),
 ) -> None:
     """Run rollout, or score-teacher with the `scorers`, on one step."""
@@ -229,12 +237,12 @@ def _run_stage(
     from opdctl.stages import rollout, score
     from opdctl.status import next_stage_command
 
-    start, at = time.monotonic(), _step(run, step)
+    start, at, own = time.monotonic(), _step(run, step), _shard(shard)
     with engine_pool(run.recipe, device) as engines:
         if name == "rollout":
-            made, stages = rollout.run(run, at, engines, repair=repair), [run.rollout(at)]
+            made, stages = rollout.run(run, at, engines, repair=repair, shard=own), [run.rollout(at)]
         else:
-            made = score.run(run, at, engines, only=scorers, repair=repair)
+            made = score.run(run, at, engines, only=scorers, repair=repair, shard=own)
             stages = [run.score(at, scorer) for scorer in scorers]
     parts = [part for stage in stages for part in (stage.manifest() or {"parts": []})["parts"]]
     folders = ", ".join(str(stage.path) for stage in stages)
@@ -260,6 +268,25 @@ def _run_stage(
     log.say(f"next: {report['next']}")
     if as_json:
         _emit(report)
+
+
+def _shard(text: str | None) -> "Shard":
+    """Return the worker that `--shard` or Slurm's array names. Raises OpdctlError when that makes no sense."""
+    from opdctl.store import WHOLE, Shard
+
+    if text is None:
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
+        task, least, count = (os.environ.get(name) for name in names)
+        if task is None or count is None:
+            return WHOLE
+        text = f"{int(task) - int(least or 0)}/{count}"
+        log.say(f"shard {text}, by Slurm's array")
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise OpdctlError(
+            f"--shard {text}: must read I/N with 0 <= I < N, such as 0/4", hint="N workers are I = 0 … N-1"
+        )
+    return Shard(int(index), int(count))
 
 
 def _step(run: "Run", step: int | None) -> int:

@@ -226,6 +226,9 @@ class Pipeline(Section):
     """Where models run; `auto` takes a GPU if there is one."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 leaves its own choice."""
+    parity_rms: float = Field(default=0.0, ge=0)
+    """Stop where an engine's log-probs are further than this, RMS in nats, from the trainer's own on a few responses of
+    a step's first part; 0 checks nothing. The model is loaded a second time for it."""
 
 
 class Recipe(Section):

@@ -256,6 +256,23 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Worker `index` of `count`: its parts are those whose number leaves that remainder."""
+
+    index: int = 0
+    count: int = 1
+
+    def own(self, parts: int) -> list[int]:
+        return list(range(self.index, parts, self.count))
+
+    def among(self, parts: Iterable[int]) -> list[int]:
+        return [part for part in parts if part % self.count == self.index]
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
 class Part:
     """A finished part, as its receipt and the manifest record it."""
 
@@ -349,18 +366,21 @@ class StageDir:
         return sorted({*self.missing(), *(self.damaged_parts() if repair else ())})
 
     @contextlib.contextmanager
-    def work(self, *, repair: bool = False) -> Iterator[list[int]]:
-        """Yield the numbers of the parts to make, nobody else making any, and seal the stage when the block ends well.
+    def work(self, *, repair: bool = False, shard: Shard = WHOLE) -> Iterator[list[int]]:
+        """Yield the numbers of the shard's parts to make, nobody else making them; seal the stage when all are there.
 
         A damaged part stays where it is until the new one takes its place. Raises OpdctlError (code 5) when another
-        process works on the stage.
+        process works on one of these parts.
         """
         if self.done() and not repair and not self._work_path.exists():
             yield []
             return
-        with locked(self.path.parent, self.path.name):
-            yield self.todo(repair=repair)
-            self.seal()
+        with contextlib.ExitStack() as locks:
+            for index in shard.own(len(self.names)):
+                locks.enter_context(locked(self.path.parent, f"{self.path.name}-part-{index:05d}"))
+            yield shard.among(self.todo(repair=repair))
+            with locked(self.path.parent, self.path.name, wait=True):  # two shards may finish at once
+                self.seal()
 
     def done(self) -> bool:
         return self.manifest() is not None and not self.missing()
@@ -471,15 +491,15 @@ def check_directory(path: Path, digests: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold the lock `name` of a run directory. Raises OpdctlError when another process has it.
+def locked(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock `name` of a run directory. Raises OpdctlError when another process has it, unless told to wait.
 
     The kernel gives a dead owner's lock back, so a kill leaves none behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / f".{name}.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         raise OpdctlError(
             f"{folder}: another process is working on `{name}` here",

@@ -2,21 +2,21 @@
 
 from functools import partial
 
-from opdctl import log
-from opdctl.engines import Completion, EnginePool, Request
+from opdctl import log, parity
+from opdctl.engines import Answered, Completion, EnginePool, Request
 from opdctl.records import Prompt, Response, sample_seed
 from opdctl.run import Run
-from opdctl.store import StageDir, write_rows
+from opdctl.store import WHOLE, Shard, StageDir, write_rows
 
 
-def run(run: Run, step: int, engines: EnginePool, *, repair: bool = False) -> int:
+def run(run: Run, step: int, engines: EnginePool, *, repair: bool = False, shard: Shard = WHOLE) -> int:
     """Draw the responses that a step still lacks and return how many parts that were; with `repair` damaged ones too.
 
-    Raises OpdctlError when the step's student is not there (code 2), when it was begun under other settings (code 4),
-    or when another process works on it (code 5).
+    shard: the parts that are this worker's. Raises OpdctlError when the step's student is not there (code 2), when it
+    was begun under other settings (code 4), or when another process works on it (code 5).
     """
     stage = run.rollout(step)
-    with stage.work(repair=repair) as todo:
+    with stage.work(repair=repair, shard=shard) as todo:
         if todo:
             _draw(run, step, engines, stage, todo)
     return len(todo)
@@ -34,6 +34,10 @@ def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, todo: list[
             completions = engine.generate(
                 requests, settings, settings.batch_size, advance, entropy=settings.entropy, top_k=settings.top_k
             )
+            if index == 0:
+                answered = [Answered(r.prompt_ids, c.response_ids) for r, c in zip(requests, completions, strict=True)]
+                student = run.student_at(step)
+                parity.check(run.recipe, settings.engine, student, answered, [c.logprobs for c in completions])
             rows = [_row(run, step, *draw, completion) for draw, completion in zip(part, completions, strict=True)]
             tokens = sum(len(row.response_ids) for row in rows)
             stage.write(index, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=tokens)

@@ -4,25 +4,33 @@ safetensors parts out, in one folder a model."""
 from collections.abc import Collection
 from functools import partial
 
-from opdctl import log
+from opdctl import log, parity
 from opdctl.config import Score
 from opdctl.engines import Answered, EnginePool
 from opdctl.records import Response
 from opdctl.run import REFERENCE, Run
-from opdctl.store import StageDir, read_rows, write_scores
+from opdctl.store import WHOLE, Shard, StageDir, read_rows, write_scores
 
 
-def run(run: Run, step: int, engines: EnginePool, *, only: Collection[str] | None = None, repair: bool = False) -> int:
+def run(
+    run: Run,
+    step: int,
+    engines: EnginePool,
+    *,
+    only: Collection[str] | None = None,
+    repair: bool = False,
+    shard: Shard = WHOLE,
+) -> int:
     """Score the parts of a step that still lack it and return how many they were; with `repair` damaged ones too.
 
-    only: the models to score with; all of the recipe's if None. Raises OpdctlError when the step's rollout is
-    unfinished (code 1) or damaged (code 3), when it was scored under other settings (code 4), or when another process
-    works on it (code 5).
+    only: the models to score with; all of the recipe's if None. shard: the parts that are this worker's. Raises
+    OpdctlError when the step's rollout is unfinished (code 1) or damaged (code 3), when it was scored under other
+    settings (code 4), or when another process works on it (code 5).
     """
     made = 0
     for name in run.scorers() if only is None else only:
         stage = run.score(step, name)
-        with stage.work(repair=repair) as todo:
+        with stage.work(repair=repair, shard=shard) as todo:
             if todo:
                 _score(run, step, name, engines, stage, todo)
         made += len(todo)
@@ -46,6 +54,8 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir,
             own = [row for row in rows if name in (row.teacher, REFERENCE)]
             answered = [Answered(row.prompt_ids, row.response_ids, row.top_ids) for row in own]
             scores = engine.score(answered, settings, advance)
+            if index == 0 and own:
+                parity.check(run.recipe, settings.engine, model, answered, [each.logprobs for each in scores])
             part = meaning | {"rollout": rollout.sha256(index)}
             save = partial(write_scores, ids=[row.sample_id for row in own], scores=scores, meaning=part)
             stage.write(index, save, rows=len(own), tokens=sum(len(score.logprobs) for score in scores))

@@ -22,11 +22,12 @@ from opdctl.errors import ExitCode, OpdctlError
 from opdctl.logprobs import Chunk, Head, output_head, over_chunks, response_states
 from opdctl.microbatches import MicroBatch, micro_batches
 from opdctl.model import load, load_head
-from opdctl.objectives import TokenBatch
+from opdctl.objectives import LARGEST_LOG_RATIO, TokenBatch
 from opdctl.run import Run
 from opdctl.scored import read_scored
 from opdctl.store import Fingerprint
 
+SQUARED = "rollout_correction_squared"
 OF_THE_UPDATE = ("loss", "ratio", "clip_share", "dual_clip_share")
 
 
@@ -98,6 +99,9 @@ class Trainer:
             # k1 and the like describe the policy that drew the responses; what OF_THE_UPDATE names, the last update.
             metrics = (metrics or means) | {key: means[key] for key in OF_THE_UPDATE if key in means}
             metrics |= {"grad_norm": norm, "learning_rate": rate}
+        if (square := metrics.pop(SQUARED, None)) is not None:
+            # Of how many tokens of equal weight the truncated importance weights are worth, as a share of all.
+            metrics["effective_sample_size"] = metrics["rollout_correction"] ** 2 / max(square, 1e-30)
         responses = [sample.response for batch in batches for sample in batch.samples]
         return metrics | {
             "responses": len(responses),
@@ -119,7 +123,10 @@ class Trainer:
             # What describes tokens whatever the objective; A by the trainer's numbers, on the sampled token.
             advantage_C = batch.teacher_logp_N[chunk.rows] - old_logp_C
             common = {"k1": -advantage_C, "abs_advantage": advantage_C.abs(), "weight": batch.weight_N[chunk.rows]}
-            tally.add({**metrics, **common, "entropy": chunk.entropy_C()})
+            mismatch = _mismatch(old_logp_C - batch.rollout_logp_N[chunk.rows])
+            if "rollout_correction" in metrics:
+                mismatch[SQUARED] = metrics["rollout_correction"].square()
+            tally.add({**metrics, **common, **mismatch, "entropy": chunk.entropy_C()})
             tally.logps.append(chunk.picked_CK[:, 0].detach())
             return (loss_C * batch.share_N[chunk.rows]).sum()
 
@@ -198,6 +205,13 @@ class Trainer:
         self._model.generation_config = GenerationConfig()  # the student's own is copied as it is, valid or not
         self._model.save_pretrained(folder, state_dict=state)
         self._run.student.copy_settings(folder)
+
+
+def _mismatch(difference_C: Tensor) -> dict[str, Tensor]:
+    """Return what tells trainer and rollout engine apart, from log p_trainer - log p_engine of the sampled tokens: the
+    ratio, 1 in the mean, and KL(engine || trainer) by the k3 estimator."""
+    difference_C = difference_C.clamp(max=LARGEST_LOG_RATIO)
+    return {"mismatch_ratio": difference_C.exp(), "mismatch_kl": difference_C.expm1() - difference_C}
 
 
 def update_fingerprint(run: Run, step: int) -> Fingerprint:

@@ -1,0 +1,115 @@
+"""Several workers on one stage, the parity gate, and what tells trainer and engine apart."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICKSTART, invoke, sets
+
+from opdctl.cli import _shard
+from opdctl.engines.hf import TransformersEngine
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.records import Scores
+from opdctl.registry import ENGINES
+from opdctl.run import recorded_run
+from opdctl.stages.train import _mismatch
+from opdctl.store import Shard, locked
+
+PARTS = sets("rollout.parts=4", "train.steps=1")
+
+
+def parts(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("part-*") if "receipt" not in path.name}
+
+
+def test_shards_make_the_parts_of_one_worker_bit_for_bit_in_any_order(tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert invoke("train", "--recipe", QUICKSTART, *PARTS, "--output", whole).code == 0
+    for command in ("rollout", "score-teacher"):
+        for shard in ("2/3", "0/3", "1/3"):
+            folder = output / "step-00000" / ("rollout" if command == "rollout" else "teacher")
+            assert not (folder / "manifest.json").exists()
+            result = invoke(command, "--recipe", QUICKSTART, *PARTS, "--output", output, "--shard", shard, "--json")
+            assert result.code == 0, result.err
+            assert result.json()["parts_made"] == (2 if shard == "0/3" else 1)
+    for stage in ("rollout", "teacher"):
+        assert parts(output / "step-00000" / stage) == parts(whole / "step-00000" / stage)
+    assert invoke("train", "--no-fill", "--output", output).code == 0
+    student = "student/step-00001/model.safetensors"
+    assert (output / student).read_bytes() == (whole / student).read_bytes()
+
+
+def test_a_part_that_another_worker_has_is_refused_and_the_others_are_not(tmp_path):
+    common = ["--recipe", QUICKSTART, *PARTS, "--output", tmp_path / "run"]
+    assert invoke("rollout", *common, "--shard", "0/4").code == 0
+    with locked(tmp_path / "run" / "step-00000", "rollout-part-00001"):
+        assert invoke("rollout", *common, "--shard", "0/2").code == 0
+        for overlapping in (["--shard", "1/2"], []):
+            result = invoke("rollout", *common, *overlapping)
+            assert result.code == ExitCode.REACH
+            assert "rollout-part-00001" in result.err
+    assert invoke("rollout", *common).code == 0
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "0/0", "1/2/3"])
+def test_a_shard_that_makes_no_sense_is_refused(text):
+    with pytest.raises(OpdctlError, match="must read I/N"):
+        _shard(text)
+
+
+def test_slurm_s_array_is_a_shard(monkeypatch):
+    assert _shard(None) == Shard(0, 1)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "3")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    assert _shard(None) == Shard(2, 4)
+    assert _shard("0/2") == Shard(0, 2)
+
+
+# ── The parity gate ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Biased(TransformersEngine):
+    """An engine whose log-probs are 0.1 nat off."""
+
+    def score(self, *arguments):
+        return [Scores(found.logprobs - np.float32(0.1)) for found in super().score(*arguments)]
+
+
+@pytest.fixture
+def biased():
+    ENGINES.register("biased")(lambda model, place: Biased(model, place.device))
+    yield
+    del ENGINES._makers["biased"]
+
+
+@pytest.mark.parametrize(("bound", "code"), [(0.05, ExitCode.DATA), (0.2, 0), (0, 0)])
+def test_an_engine_that_is_off_is_stopped_by_the_bound_before_it_writes(biased, tmp_path, bound, code):
+    overrides = sets("score.engine=biased", f"pipeline.parity_rms={bound}", "train.steps=1")
+    result = invoke("train", "--recipe", QUICKSTART, *overrides, "--output", tmp_path / "run")
+    assert result.code == code, result.err
+    assert ("RMS 0.1, max 0.1 nats" in result.err) == (bound > 0)
+    if code:
+        assert "0.1 nats RMS from the trainer's, pipeline.parity_rms is 0.05" in result.err
+        assert not parts(tmp_path / "run/step-00000/teacher")
+
+
+# ── Trainer and engine ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_mismatch_by_hand():
+    # the trainer twice, once and half as sure: ratios 2, 1, 1/2; k3: 2 - 1 - log 2, 0, 1/2 - 1 + log 2
+    found = _mismatch(torch.tensor([math.log(2), 0.0, -math.log(2)]))
+    assert found["mismatch_ratio"].tolist() == pytest.approx([2, 1, 0.5])
+    assert found["mismatch_kl"].tolist() == pytest.approx([1 - math.log(2), 0, math.log(2) - 0.5], abs=1e-6)
+
+
+def test_each_step_tells_how_far_the_engine_is_from_the_trainer(tmp_path):
+    assert invoke("train", "--recipe", QUICKSTART, *PARTS, "--output", tmp_path / "run").code == 0
+    metrics = recorded_run(tmp_path / "run").update(0)["metrics"]
+    assert metrics["mismatch_ratio"] == pytest.approx(1, abs=1e-4)
+    assert 0 <= metrics["mismatch_kl"] < 1e-6
+    assert metrics["effective_sample_size"] == pytest.approx(1, abs=1e-4)
+    assert "rollout_correction_squared" not in metrics
