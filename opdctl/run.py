@@ -238,9 +238,7 @@ def open_run(
     """
     path = run_path(recipe, output)
     recipe = with_engines(recipe, path)
-    if not (path / "run.json").exists():
-        refuse_foreign_folder(recipe, path)
-        _begin(recipe, path)
+    _begin_once(recipe, path)
     refuse_another_recipe(recipe, path)
     if record and store.read_text(path / "recipe.toml") != recipe.to_toml():
         store.write_text(path / "recipe.toml", recipe.to_toml())
@@ -353,6 +351,19 @@ def check_top_k(recipe: Recipe, student: ModelDir) -> None:
                 f"{key}: {top_k} of {student.vocab_size} tokens",
                 hint='store fewer; or take the whole vocabulary by an objective with support = "full"',
             )
+
+
+def _begin_once(recipe: Recipe, path: Path) -> None:
+    """Begin the run if it is not begun. Workers that do so at the same time write the same files, each whole."""
+    if (path / "run.json").exists():
+        return
+    try:
+        refuse_foreign_folder(recipe, path)
+    except OpdctlError:
+        if (path / "run.json").exists():
+            return  # another worker was faster, and is at work already
+        raise
+    _begin(recipe, path)
 
 
 def _begin(recipe: Recipe, path: Path) -> None:

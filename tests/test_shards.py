@@ -1,6 +1,9 @@
 """Several workers on one stage, the parity gate, and what tells trainer and engine apart."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from conftest import QUICKSTART, invoke, sets
 
 from opdctl.cli import _shard
+from opdctl.config import load_recipe
 from opdctl.engines.hf import TransformersEngine
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.records import Scores
@@ -68,6 +72,36 @@ def test_slurm_s_array_is_a_shard(monkeypatch):
     assert _shard("0/2") == Shard(0, 2)
 
 
+SBATCH = """#!/usr/bin/env bash
+# Runs what it is given, as Slurm would, each task of an array after the other.
+count=1
+for word in "$@"; do case $word in --array=0-*) count=$(( ${word#--array=0-} + 1 ));; esac; done
+for ((task = 0; task < count; task++)); do
+  SLURM_ARRAY_TASK_ID=$task SLURM_ARRAY_TASK_MIN=0 SLURM_ARRAY_TASK_COUNT=$count bash -c "${@: -1}" >&2
+done
+echo "$RANDOM;cluster"
+"""
+
+
+def test_the_chain_of_slurm_jobs_makes_the_student_of_one_process(tmp_path):
+    """The script itself, with a stand-in for sbatch that runs each job at once."""
+    script = QUICKSTART.parent.parent / "docs/slurm/chain.sh"
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "opdctl").write_text(f'#!/bin/sh\nexec {sys.executable} -m opdctl "$@"\n')
+    for name in ("sbatch", "opdctl"):
+        (tmp_path / name).chmod(0o755)
+    small = load_recipe([QUICKSTART], [o for o in PARTS if o != "--set"] + ["train.steps=2"])
+    (tmp_path / "small.toml").write_text(small.to_toml())
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "WORKERS": "2"}
+    command = ["bash", script, "small.toml", "run", "0", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "shard 1/2, by Slurm's array" in done.stderr
+    assert invoke("train", "--recipe", tmp_path / "small.toml", "--output", tmp_path / "whole").code == 0
+    student = "student/step-00002/model.safetensors"
+    assert (tmp_path / "run" / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
+
+
 # ── The parity gate ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -113,3 +147,14 @@ def test_each_step_tells_how_far_the_engine_is_from_the_trainer(tmp_path):
     assert 0 <= metrics["mismatch_kl"] < 1e-6
     assert metrics["effective_sample_size"] == pytest.approx(1, abs=1e-4)
     assert "rollout_correction_squared" not in metrics
+
+
+def test_workers_that_begin_a_run_at_the_same_time_do_not_disturb_one_another(tmp_path):
+    common = ["--recipe", str(QUICKSTART), *PARTS, "--output", str(tmp_path / "run"), "--shard"]
+    command = [sys.executable, "-m", "opdctl", "rollout", *common]
+    workers = [subprocess.Popen([*command, f"{i}/3"], stderr=subprocess.PIPE, text=True) for i in range(3)]
+    for worker in workers:
+        _, said = worker.communicate()
+        assert worker.returncode == 0, said
+    assert (tmp_path / "run/step-00000/rollout/manifest.json").exists()
+    assert invoke("status", tmp_path / "run", "--verify").code == 0
