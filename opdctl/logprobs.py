@@ -14,7 +14,6 @@ K ids picked out of it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,16 +93,19 @@ class Chunk:
         self.rows, self._logits_CV, self._ids_CK, self._gradient = rows, logits_CV, ids_CK, gradient
         self._logz_C1 = logits_CV.logsumexp(-1, keepdim=True)
         self.picked_CK = self._leaf(logits_CV.gather(-1, ids_CK) - self._logz_C1)
+        self._whole_CV: Tensor | None = None
 
     def _leaf(self, value: Tensor) -> Tensor:
         return value.requires_grad_() if self._gradient else value
 
-    @cached_property
+    @property
     def logp_CV(self) -> Tensor:
         """The log-prob of every id."""
-        with torch.no_grad():
-            logp_CV = self._logits_CV - self._logz_C1
-        return self._leaf(logp_CV)
+        if self._whole_CV is None:
+            with torch.no_grad():
+                logp_CV = self._logits_CV - self._logz_C1
+            self._whole_CV = self._leaf(logp_CV)
+        return self._whole_CV
 
     @torch.no_grad()
     def entropy_C(self) -> Tensor:
@@ -121,8 +123,7 @@ class Chunk:
     def gradient(self, loss: Tensor, head: Head) -> Tensor:
         """Return the gradient of `loss` by hidden · weightᵀ + bias, [C, V]. Uses the logits up."""
         slope = head.slope(self._logits_CV)
-        whole = self.__dict__.get("logp_CV")
-        leaves = [self.picked_CK] if whole is None else [self.picked_CK, whole]
+        leaves = [leaf for leaf in (self.picked_CK, self._whole_CV) if leaf is not None]
         picked_CK, *rest = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         # d log softmax(z)_k / d z_v = [k = v] - p_v, and so for each log-prob that the loss depends on.
         total_C1 = picked_CK.sum(-1, keepdim=True) + sum(grad_CV.sum(-1, keepdim=True) for grad_CV in rest)
@@ -140,7 +141,8 @@ def over_chunks(head: Head, hidden_ND: Tensor, ids_NK: Tensor, use: Use) -> Tens
     """Call `use` on every chunk of tokens and return the sum of the scalars that it returns.
 
     The sum is differentiable, once, in the hidden states and the head's parameters. `use` must treat tokens one by one,
-    so that the chunks' sums add up, whatever the chunks; it returns None where there is no loss to it.
+    so that the chunks' sums add up, whatever the chunks; it returns None where there is no loss to it. No gradient
+    reaches anything else that `use` works with.
     """
     values: tuple[Tensor | None, ...] = (hidden_ND, head.weight_VD, head.bias_V)
     if not torch.is_grad_enabled():
@@ -170,27 +172,27 @@ class _OverChunks(torch.autograd.Function):
                 total += loss.detach()
             if loss is not None and loss.requires_grad:
                 _add(grads, chunk.gradient(loss, head), hidden_ND[rows].float(), head, rows)
-        ctx.grads, ctx.dtype = grads, hidden_ND.dtype
+        ctx.grads = grads
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V = (None if value is None else value.mul_(grad) for value in ctx.grads)
-        ctx.grads = None
-        return None if hidden_ND is None else hidden_ND.to(ctx.dtype), weight_VD, bias_V, None, None, None
+        if ctx.grads is None:
+            raise RuntimeError("over_chunks: its gradient can be taken once: it is scaled in place")
+        grads, ctx.grads = ctx.grads, None
+        return *(None if value is None else value.mul_(grad) for value in grads), None, None, None
 
 
 def _add(grads: list[Tensor | None], grad_CV: Tensor, hidden_CD: Tensor, head: Head, rows: slice) -> None:
     """Add a chunk's share to the gradients of hidden states, matrix and bias, where they are wanted."""
     hidden_ND, weight_VD, bias_V = grads
-    with torch.autocast(grad_CV.device.type, enabled=False):
-        if hidden_ND is not None:
-            torch.mm(grad_CV, head.weight_VD[: head.vocab_size], out=hidden_ND[rows])
-        if weight_VD is not None:
-            weight_VD[: head.vocab_size].addmm_(grad_CV.T, hidden_CD)
-        if bias_V is not None:
-            bias_V[: head.vocab_size] += grad_CV.sum(0)
+    if hidden_ND is not None:
+        torch.mm(grad_CV, head.weight_VD[: head.vocab_size], out=hidden_ND[rows])
+    if weight_VD is not None:
+        weight_VD[: head.vocab_size].addmm_(grad_CV.T, hidden_CD)
+    if bias_V is not None:
+        bias_V[: head.vocab_size] += grad_CV.sum(0)
 
 
 def response_states(

@@ -181,7 +181,9 @@ def load(model: ModelDir, *, device: str, dtype: str | None = None) -> "PreTrain
             f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.DATA
         )
     loaded = loaded.to(device).eval()
-    if (off := check_head(loaded)) > TOLERANCE[loaded.dtype == torch.float32]:
+    if loaded.base_model is loaded:
+        raise OpdctlError(f"{model.path}: {type(loaded).__name__} keeps its output matrix among its layers")
+    if not (off := check_head(loaded)) <= TOLERANCE[loaded.dtype == torch.float32]:  # NaN is not below anything
         raise OpdctlError(
             f"{model.path}: its logits are not what opdctl makes of its hidden states: {off:.2g} nats apart",
             hint="an output matrix with bias, scale and soft cap is known; this model does more to its logits",
@@ -200,7 +202,6 @@ def load_head(model: ModelDir, *, device: str) -> "Head":
     config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=model.trust_remote_code)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    empty.tie_weights()
     layer = empty.get_output_embeddings()
     tensors = dict(empty.named_parameters(remove_duplicate=False))
     for own, wanted in list(layer.named_parameters()):

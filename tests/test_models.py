@@ -182,3 +182,14 @@ def test_relative_paths_hold_from_whatever_folder_a_run_goes_on(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     result = invoke("train", "--output", tmp_path / "run", "--set", "train.steps=2")
     assert result.code == 0, result.err
+
+
+def test_a_model_of_nan_is_refused_when_it_is_loaded(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = Path(shutil.copytree(TOY, tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OpdctlError, match="nan nats apart"):
+        load(ModelDir(path, "float32"), device="cpu")
