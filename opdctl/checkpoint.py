@@ -1,34 +1,57 @@
-"""The state of training, saved and restored whole: float32 master weights and the optimizer's moments."""
+"""The state of training, saved and restored whole: what is trained, in float32, and the optimizer's moments.
 
+torch's distributed checkpoint on its safetensors storage: each rank writes its own shards, and any other number of
+ranks reads them back. There is no pickle: the shards' places lie in the files' own headers. What else training needs
+is no state: the learning rate and every random draw follow from the recipe's seed and the step.
+"""
+
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.optim import AdamW
 
-FILE = "state.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write the state into `folder`. Tied weights are one parameter and are stored once."""
-    tensors: dict[str, Tensor] = {}
+def save(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
+    """Write the state into `folder`. Called by every rank. Tied weights are one parameter and are stored once."""
+    with warnings.catch_warnings(action="ignore"):  # that there is one process only: so it may be
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        state_dict_saver.save(_state(model, optimizer), storage_writer=writer)
+
+
+def restore(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
+    """Read the state in `folder` back, bit for bit, whatever the number of ranks that wrote it. Called by every rank.
+
+    Raises ValueError unless the files hold exactly the model's tensors, in their shapes.
+    """
+    state = _state(model, optimizer)
+    reader = HuggingFaceStorageReader(str(folder))
+    entries: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    stored = {name: tuple(entry.size) for name, entry in entries.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if differing := {name for name, _ in stored.items() ^ wanted.items()}:
+        raise ValueError(f"{folder}: not the state of this model: {', '.join(sorted(differing)[:5])}")
+    with warnings.catch_warnings(action="ignore"):  # that there is one process only: so it may be
+        state_dict_loader.load(state, storage_reader=reader)
+
+
+def _state(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """Return every tensor of the state by name; the moments are made where there was no update yet."""
+    state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = value.detach()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE)
-
-
-def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Read the state in `folder` back, bit for bit."""
-    tensors = load_file(folder / FILE)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors.pop(f"weight/{name}"))
-            keys = [key for key in tensors if key.endswith(f"/{name}") and key.count("/") == 1]
-            state = {key.partition("/")[0]: tensors.pop(key) for key in keys}
-            # AdamW keeps its step count on the CPU, the moments beside the parameter.
-            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
-    if tensors:
-        raise ValueError(f"{folder / FILE}: tensors that the model has no place for: {sorted(tensors)[:5]}")
+        if not parameter.requires_grad:
+            continue
+        own = optimizer.state[parameter]
+        if not own:
+            own["step"] = torch.zeros(())
+            own.update({key: torch.zeros_like(parameter) for key in MOMENTS})
+        state[f"weight/{name}"] = parameter.detach()
+        state |= {f"{key}/{name}": own[key] for key in ("step", *MOMENTS)}
+    return state

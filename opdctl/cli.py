@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opdctl import SCHEMA_VERSION, log
+from opdctl import SCHEMA_VERSION, dist, log
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Requeue(BaseException):
 @contextlib.contextmanager
 def _session(verbose: int, quiet: bool) -> Iterator[None]:
     """Turn errors and signals into one message and an exit code."""
-    log.set_level(-1 if quiet else min(verbose, 1))
+    others = not dist.is_main()  # they say their errors, and no more
+    log.set_level(-1 if quiet or others else min(verbose, 1), f"rank {dist.rank()}: " if others else "")
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, _requeue)
     try:
@@ -73,7 +74,8 @@ def _session(verbose: int, quiet: bool) -> Iterator[None]:
         log.error(error.message, error.hint)
         raise typer.Exit(error.code) from error
     except Requeue as stop:
-        log.error("stopped by a signal; finished parts are kept", "run the same command again to go on")
+        if not others:
+            log.error("stopped by a signal; finished parts are kept", "run the same command again to go on")
         raise typer.Exit(ExitCode.REQUEUE) from stop
     except KeyboardInterrupt as stop:
         log.error("interrupted; finished parts are kept", "run the same command again to go on")
@@ -84,10 +86,15 @@ def _session(verbose: int, quiet: bool) -> Iterator[None]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it on its way out
         raise typer.Exit(ExitCode.NO) from error
     except Exception as error:
+        if dist.is_echo(error):
+            log.error("another process of this run has failed, as it says itself", None)
+            raise typer.Exit(ExitCode.NO) from error
         if verbose:
             raise
         log.error(f"internal error: {type(error).__name__}: {error}", "run again with -v for the traceback")
         raise typer.Exit(ExitCode.NO) from error
+    finally:
+        dist.stop()
 
 
 def _requeue(number: int, frame: FrameType | None) -> None:
@@ -95,8 +102,9 @@ def _requeue(number: int, frame: FrameType | None) -> None:
 
 
 def _emit(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    if dist.is_main():
+        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
 
 
 def _recipe(recipes: list[Path] | None, overrides: list[str] | None, output: Path | None) -> "Recipe":
@@ -115,7 +123,8 @@ def _open(recipe: "Recipe", output: Path | None, *needs: str, record: bool = Tru
     from opdctl.engines import resolve_device
     from opdctl.run import open_run
 
-    run = open_run(recipe, output, needs=needs, record=record)
+    dist.start()
+    run = dist.main_first(lambda: open_run(recipe, output, needs=needs, record=record))
     import torch
 
     if recipe.pipeline.threads:
@@ -271,9 +280,11 @@ def _run_stage(
 
 
 def _shard(text: str | None) -> "Shard":
-    """Return the worker that `--shard` or Slurm's array names. Raises OpdctlError when that makes no sense."""
+    """Return the worker that `--shard`, torchrun or Slurm's array names. Raises OpdctlError for a senseless one."""
     from opdctl.store import WHOLE, Shard
 
+    if text is None and dist.world() > 1:
+        return Shard(dist.rank(), dist.world())
     if text is None:
         names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
         task, least, count = (os.environ.get(name) for name in names)
@@ -398,10 +409,12 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
     shown = {key: "not measured" if value is None else f"{value:.1%}" for key, value in accuracy.items()}
     teachers = ", ".join(f"{name} {shown[name]}" for name in run.recipe.teacher_models())
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value)
+    best = online.best(run)
     log.pairs(
         f"{run.path}: {done} of {steps} steps",
         [
             ("accuracy", f"{shown['before']} → {shown['after']}  ({teachers})"),
+            ("best", f"step {best[0]}, {best[1]:.1%}" if best else "not measured"),
             ("time", f"{sum(seconds.values()):.1f} s: {spent}" if spent else "none"),
             ("student", str(student)),
             ("next", next_stage_command(run)),
@@ -415,6 +428,7 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
                 "steps": done,
                 "student": str(student),
                 "accuracy": accuracy,
+                "best": {"step": best[0], "accuracy": best[1]} if best else None,
                 "seconds": seconds,
             }
         )

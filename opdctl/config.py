@@ -153,6 +153,10 @@ class Train(Section):
     learning_rate: float = Field(default=1e-5, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up: stays, or falls to 0 at step `decay_steps`."""
+    decay_steps: int | None = Field(default=None, gt=0)
+    """The step at which a falling learning rate is 0. Its own, so that raising `steps` changes no step before."""
     betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled, on matrices only."""
@@ -161,10 +165,34 @@ class Train(Section):
     """Tokens, padding included, in one forward and backward pass; a longer response goes alone."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, and much leaner."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer states in the CPU's memory, and a block at a time on the GPU."""
+    max_truncated_share: float = Field(default=1.0, gt=0, le=1)
+    """Stop as collapsed where more of the responses than this run into `rollout.max_tokens`, in each of three steps."""
+    min_entropy: float = Field(default=0.0, ge=0)
+    """Stop as collapsed where the policy's entropy, in nats a token, is below this, in each of three steps."""
+    save_every: int = Field(default=1, gt=0)
+    """Steps from one saved trainer state, 12 bytes a parameter, to the next. Updates since the last one are made once
+    more where a run goes on, from their stored responses and scores."""
     keep_every: int = Field(default=50, gt=0)
     """Students that are kept: every so many steps, those evaluated, and the last."""
     keep_last: int = Field(default=2, gt=0)
     """Newest students and trainer states that are kept besides."""
+
+
+class Lora(Section):
+    """Train adapters instead of the weights."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapters; 0 trains the weights themselves."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is dropped. The policy in training is then not quite the one that responded."""
+    targets: list[str] = Field(default=["all-linear"], min_length=1)
+    """Names of the layers that get one; `all-linear` is every linear layer but the output matrix."""
+    modules_to_save: list[str] = []
+    """Names of layers that are trained whole besides."""
 
 
 class Eval(Sampling):
@@ -221,6 +249,15 @@ class Server(Section):
     """Further attempts after a lost connection, 429 or 5xx, with growing pauses."""
 
 
+class Tracking(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Trackers, each an extra to install: `pip install 'opdctl[wandb]'`."""
+    project: str = "opdctl"
+    """The project's name at trackio and Weights & Biases."""
+
+
 class Pipeline(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; `auto` takes a GPU if there is one."""
@@ -249,9 +286,11 @@ class Recipe(Section):
     weight: Weight = Weight()
     objective: Objective = Objective()
     train: Train
+    lora: Lora = Lora()
     eval: Eval = Eval()
     vllm: Vllm = Vllm()
     server: Server = Server()
+    tracking: Tracking = Tracking()
     pipeline: Pipeline = Pipeline()
 
     def flat(self) -> dict[str, Any]:
@@ -293,12 +332,25 @@ STAGES: dict[str, tuple[str, ...]] = {
     "prompts": ("seed", "prompts.", "student."),
     "rollout": ("seed", "student.", "rollout."),
     "score": ("teacher.", "teachers.", "reference.", "score."),
-    "update": ("seed", "plugins", "student.", "weight.", "objective.", "train."),
+    "update": ("seed", "plugins", "student.", "weight.", "objective.", "train.", "lora."),
     "eval": ("seed", "eval.", "student.dtype", "prompts.template_arguments", "rollout.engine"),
 }
 """The keys, or beginnings of keys, that shape what a stage makes."""
 
-FREE = ("name", "train.steps", "train.keep_", "eval.", "pipeline.", "vllm.", "server.")
+FREE = (
+    "name",
+    "train.steps",
+    "train.keep_",
+    "train.save_every",
+    "train.cpu_offload",
+    "train.max_truncated_share",
+    "train.min_entropy",
+    "eval.",
+    "tracking.",
+    "pipeline.",
+    "vllm.",
+    "server.",
+)
 FREE_END = (".parameters", ".server", ".served_name")
 """Keys, by their beginning and their end, that may change between two calls on one run directory. An evaluation checks
 its own."""
@@ -547,6 +599,9 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
     problems += _teacher_problems(recipe)
     if not all(0 <= beta < 1 for beta in recipe.train.betas):
         problems.append(("train.betas", f"must lie in [0, 1), got {recipe.train.betas}"))
+    decay, warmup = recipe.train.decay_steps, recipe.train.warmup_steps
+    if recipe.train.schedule != "constant" and (decay is None or decay <= warmup):
+        problems.append(("train.decay_steps", f"a falling learning rate needs one above train.warmup_steps, {warmup}"))
     if recipe.rollout.temperature != 1 or recipe.rollout.top_p != 1:
         problems.append(
             ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")

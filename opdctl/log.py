@@ -16,13 +16,14 @@ from rich.text import Text
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _level = 0
+_name = ""
 QUICK = 10.0  # seconds: shorter work shows no plain progress lines
 
 
-def set_level(level: int) -> None:
-    """Set how much is said: -1 errors only, 0 the usual, 1 details."""
-    global _level
-    _level = level
+def set_level(level: int, name: str = "") -> None:
+    """Set how much is said, -1 errors only, 0 the usual, 1 details; and whose errors these are, among several ranks."""
+    global _level, _name
+    _level, _name = level, name
 
 
 def say(message: str, style: str = "") -> None:
@@ -40,7 +41,7 @@ def warn(message: str) -> None:
 
 
 def error(message: str, hint: str | None) -> None:
-    console.print(Text.assemble(("error: ", "bold red"), message))
+    console.print(Text.assemble(_name, ("error: ", "bold red"), message))
     if hint:
         console.print(Text.assemble(("hint: ", "bold cyan"), hint))
 

@@ -38,10 +38,10 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Return the logits, [C, V], float32. Not differentiable: see `over_chunks`."""
+    def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
+        """Return the logits, [C, V], float32, in `out_CV` if given. Not differentiable: see `over_chunks`."""
         with torch.no_grad(), torch.autocast(hidden_CD.device.type, enabled=False):
-            logits_CV = hidden_CD.float() @ self.weight_VD[: self.vocab_size].T
+            logits_CV = torch.mm(hidden_CD.float(), self.weight_VD[: self.vocab_size].T, out=out_CV)
             if self.bias_V is not None:
                 logits_CV += self.bias_V[: self.vocab_size]
             if self.scale != 1:
@@ -50,9 +50,11 @@ class Head:
                 logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
             return logits_CV
 
-    def slope(self, logits_CV: Tensor) -> Tensor | float:
-        """Return the derivative of logits by hidden · weightᵀ + bias."""
-        return self.scale * (1 - (logits_CV / self.softcap).square()) if self.softcap else self.scale
+    def slope(self, logits_CV: Tensor) -> Tensor:
+        """Return the derivative of logits by hidden · weightᵀ + bias. Uses the logits up."""
+        if not self.softcap:
+            return logits_CV.fill_(self.scale)
+        return logits_CV.div_(self.softcap).square_().neg_().add_(1).mul_(self.scale)
 
 
 def output_head(model: PreTrainedModel, vocab_size: int) -> Head:
@@ -83,55 +85,51 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 class Chunk:
-    """Some tokens and their logits; alive only while the function that it is handed to runs.
+    """Some tokens and their log-probs; alive only while the function that it is handed to runs.
 
-    rows: which of the batch's tokens these are. picked_CK: the log-probs of the ids asked for, in nats. Where a
-    gradient is wanted it flows from `picked_CK` and, if that was asked for, from `logp_CV`.
+    rows: which of the batch's tokens these are. logp_CV: the log-prob of every id, in nats. picked_CK: those of the ids
+    asked for. Where a gradient is wanted it flows from `picked_CK` and, if that was used, from `logp_CV`.
     """
 
-    def __init__(self, rows: slice, logits_CV: Tensor, ids_CK: Tensor, gradient: bool):
-        self.rows, self._logits_CV, self._ids_CK, self._gradient = rows, logits_CV, ids_CK, gradient
-        self._logz_C1 = logits_CV.logsumexp(-1, keepdim=True)
-        self.picked_CK = self._leaf(logits_CV.gather(-1, ids_CK) - self._logz_C1)
-        self._whole_CV: Tensor | None = None
-
-    def _leaf(self, value: Tensor) -> Tensor:
-        return value.requires_grad_() if self._gradient else value
-
-    @property
-    def logp_CV(self) -> Tensor:
-        """The log-prob of every id."""
-        if self._whole_CV is None:
-            with torch.no_grad():
-                logp_CV = self._logits_CV - self._logz_C1
-            self._whole_CV = self._leaf(logp_CV)
-        return self._whole_CV
+    def __init__(self, rows: slice, logits_CV: Tensor, spare_CV: Tensor, ids_CK: Tensor, gradient: bool):
+        self.rows, self._ids_CK = rows, ids_CK
+        # log softmax in the two given arrays: what costs time here is memory, and fresh memory most of all.
+        greatest_C1 = logits_CV.amax(-1, keepdim=True)
+        self._p_CV = torch.exp(logits_CV.sub_(greatest_C1), out=spare_CV)
+        mass_C1 = self._p_CV.sum(-1, keepdim=True)
+        self._p_CV.div_(mass_C1)
+        self.logp_CV = logits_CV.sub_(mass_C1.log())
+        self._logz_C1 = greatest_C1 + mass_C1.log()
+        self.picked_CK = self.logp_CV.gather(-1, ids_CK)
+        if gradient:
+            self.logp_CV.requires_grad_()
+            self.picked_CK.requires_grad_()
 
     @torch.no_grad()
     def entropy_C(self) -> Tensor:
         """Return the entropy of each token's distribution, without gradient."""
-        logp_CV = self._logits_CV - self._logz_C1
-        return -logp_CV.exp().mul_(logp_CV).sum(-1).clamp(max=0)  # rounding must not make it negative
+        return -torch.einsum("cv,cv->c", self._p_CV, self.logp_CV).clamp(max=0)  # rounding must not make it negative
 
     @torch.no_grad()
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """Return the ids and log-probs of the `k` most probable tokens, falling, [C, k], without gradient."""
-        logits_Ck, ids_Ck = self._logits_CV.topk(k, dim=-1)
-        return ids_Ck, logits_Ck - self._logz_C1
+        logp_Ck, ids_Ck = self.logp_CV.topk(k, dim=-1)
+        return ids_Ck, logp_Ck
 
     @torch.no_grad()
     def gradient(self, loss: Tensor, head: Head) -> Tensor:
-        """Return the gradient of `loss` by hidden · weightᵀ + bias, [C, V]. Uses the logits up."""
-        slope = head.slope(self._logits_CV)
-        leaves = [leaf for leaf in (self.picked_CK, self._whole_CV) if leaf is not None]
-        picked_CK, *rest = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        """Return the gradient of `loss` by hidden · weightᵀ + bias, [C, V]. Uses the chunk up."""
+        picked_CK, whole_CV = torch.autograd.grad(loss, [self.picked_CK, self.logp_CV], allow_unused=True)
         # d log softmax(z)_k / d z_v = [k = v] - p_v, and so for each log-prob that the loss depends on.
-        total_C1 = picked_CK.sum(-1, keepdim=True) + sum(grad_CV.sum(-1, keepdim=True) for grad_CV in rest)
-        grad_CV = self._logits_CV.sub_(self._logz_C1).exp_().mul_(-total_C1)
-        grad_CV.scatter_add_(-1, self._ids_CK, picked_CK)
-        for logp_grad_CV in rest:
-            grad_CV += logp_grad_CV
-        return grad_CV.mul_(slope) if head.softcap or head.scale != 1 else grad_CV
+        total_C1 = sum(grad.sum(-1, keepdim=True) for grad in (picked_CK, whole_CV) if grad is not None)
+        grad_CV = self._p_CV.mul_(-total_C1)
+        if picked_CK is not None:
+            grad_CV.scatter_add_(-1, self._ids_CK, picked_CK)
+        if whole_CV is not None:
+            grad_CV += whole_CV
+        if head.softcap or head.scale != 1:
+            grad_CV *= head.slope(self.logp_CV.detach().add_(self._logz_C1))
+        return grad_CV
 
 
 Use = Callable[[Chunk], Tensor | None]
@@ -162,10 +160,14 @@ class _OverChunks(torch.autograd.Function):
         ]
         gradient = any(grad is not None for grad in grads)
         total = torch.zeros((), device=hidden_ND.device)
-        size = max(1, CHUNK_LOGITS // head.vocab_size)
+        size = min(max(1, CHUNK_LOGITS // head.vocab_size), max(1, len(hidden_ND)))
+        logits_CV, spare_CV = (torch.empty(size, head.vocab_size, device=hidden_ND.device) for _ in range(2))
         for start in range(0, max(len(hidden_ND), 1), size):  # no tokens are one empty chunk
             rows = slice(start, start + size)
-            chunk = Chunk(rows, head.logits(hidden_ND[rows]), ids_NK[rows], gradient)
+            count = len(ids_NK[rows])
+            chunk = Chunk(
+                rows, head.logits(hidden_ND[rows], logits_CV[:count]), spare_CV[:count], ids_NK[rows], gradient
+            )
             with torch.set_grad_enabled(gradient):
                 loss = use(chunk)
             if loss is not None:

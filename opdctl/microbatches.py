@@ -4,7 +4,7 @@ Knows no model. Shapes: N response tokens of a micro-batch, K ids of a top-k sup
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,19 @@ class MicroBatch:
     share_N: Tensor
     support_ids_NK: Tensor | None
     teacher_logp_NK: Tensor | None
+    counts: bool = True
+    """False where it only keeps a rank in step with the others."""
+
+
+def own_share(batches: Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
+    """Return the micro-batches of one of `world` ranks, the same number for each.
+
+    Sharded layers are gathered by all ranks together, so one that has none left goes through the smallest again, with
+    losses of zero.
+    """
+    smallest = min(batches, key=lambda batch: batch.padded.input_ids_BT.numel())
+    idle = replace(smallest, share_N=torch.zeros_like(smallest.share_N), counts=False)
+    return [batches[i] if i < len(batches) else idle for i in range(rank, -(-len(batches) // world) * world, world)]
 
 
 def micro_batches(

@@ -124,7 +124,7 @@ def test_values_equal_those_of_the_plain_formula_for_every_chunk(kind, chunk):
     def read(part):
         rows.append(torch.arange(N)[part.rows])
         divergence_C = (part.logp_CV.exp() * (part.logp_CV - TEACHER_NV[part.rows])).sum(-1)
-        found.append((part.picked_CK, part.entropy_C(), *part.top(5), part.logp_CV, divergence_C))
+        found.append((part.picked_CK, part.entropy_C(), *part.top(5), part.logp_CV.clone(), divergence_C))
 
     with in_chunks_of(chunk), torch.no_grad():
         total = over_chunks(head, hidden_ND, ids_NK, read)

@@ -47,7 +47,7 @@ def under(run: Run, *overrides: str) -> Run:
 def gradient(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss and the gradient of a step, before clipping."""
     trainer = Trainer(run, "cpu")
-    batches = trainer.micro_batches(0)
+    batches = trainer.micro_batches(0, list(read_scored(run, 0)))
     loss = sum(trainer._backward(batch, None)[1]["loss"] for batch in batches)
     return loss, {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
 
@@ -167,7 +167,7 @@ def test_extrapolated_rewards_move_the_target_and_the_weight(stored):
         np.testing.assert_allclose(tokens(sample, 0, 1.25).advantage_T, 1.25 * (t - r) - (s - r), atol=1e-5)
         np.testing.assert_array_equal(tokens(sample, 0, 1.0).advantage_T, t - s)
     run = under(stored, "train.extrapolation=1.25")
-    batches = Trainer(run, "cpu").micro_batches(0)
+    batches = Trainer(run, "cpu").micro_batches(0, list(read_scored(run, 0)))
     weights, targets = (
         {s.response.sample_id: v for b in batches for s, v in zip(b.samples, b.padded.split(column(b)), strict=True)}
         for column in (lambda b: b.weight_N, lambda b: b.target_logp_N)
@@ -218,7 +218,7 @@ def test_statistics_of_the_step_are_those_of_all_micro_batches(stored):
     """tip keeps half of the step's tokens, however they are batched: no micro-batch has statistics of its own."""
     step = [tokens(sample, 0, 1.0) for sample in read_scored(stored, 0)]
     run = under(stored, "weight.name=tip", "train.tokens_per_micro_batch=200")
-    batches = Trainer(run, "cpu").micro_batches(0)
+    batches = Trainer(run, "cpu").micro_batches(0, list(read_scored(run, 0)))
     assert len(batches) > 3
     kept = torch.cat([batch.weight_N for batch in batches])
     assert sum(float(weight.sum()) for weight in weigh(WEIGHTS.build("tip", {}), step)) == float(kept.sum())

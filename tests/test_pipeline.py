@@ -322,7 +322,7 @@ def test_another_model_under_the_same_path_is_refused(tmp_path):
 def gradient(run, step=0) -> dict[str, torch.Tensor]:
     """Return the gradient that a step's responses give, before clipping."""
     trainer = Trainer(run, "cpu")
-    for batch in trainer.micro_batches(step):
+    for batch in trainer.micro_batches(step, list(read_scored(run, step))):
         trainer._backward(batch, None)
     return {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
 
@@ -542,7 +542,7 @@ def test_the_clock_covers_every_stage(tmp_path):
 
 def test_the_weights_in_training_and_in_the_analysis_are_one_function(scored_run):
     trainer = Trainer(scored_run, "cpu")
-    batches = trainer.micro_batches(0)
+    batches = trainer.micro_batches(0, list(read_scored(scored_run, 0)))
     weights = {
         s.response.sample_id: w for b in batches for s, w in zip(b.samples, b.padded.split(b.weight_N), strict=True)
     }

@@ -4,8 +4,8 @@ Sampling is a loop of its own over transformers' cache rather than `generate`, f
 do: each response has a random stream of its own, so the same seed gives the same response in any batch, and finished
 responses leave the batch.
 
-Shapes: B responses still in work, T positions, V vocabulary, N response tokens of a batch, K most probable tokens,
-D hidden size.
+Shapes: B responses still in work, T positions, V vocabulary, N response tokens of a batch, or blocks of b = BLOCK ids;
+K most probable tokens, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from opdctl.logprobs import Chunk, Head, output_head, over_chunks, response_stat
 from opdctl.model import ModelDir, load
 from opdctl.records import Ids, Scores
 
+BLOCK = 512  # probabilities that are cumulated one by one; more than that, block by block first
 SHRINK = 0.75  # drop finished rows once fewer than this share are in work: each drop copies the cache
 
 
@@ -245,15 +246,36 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
 
     The log-probs are those of the distribution that was sampled, after temperature and top-p.
     """
-    logp_BV = (logits_BV / temperature).log_softmax(-1)
+    if temperature != 1:
+        logits_BV = logits_BV / temperature
     if top_p < 1:
-        sorted_BV, order_BV = logp_BV.sort(stable=True, dim=-1, descending=True)
-        before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()
-        sorted_BV = sorted_BV.masked_fill(before_BV >= top_p, -torch.inf)
-        logp_BV = torch.full_like(logp_BV, -torch.inf).scatter(-1, order_BV, sorted_BV).log_softmax(-1)
-    cumulative_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
+        logits_BV = _nucleus(logits_BV, top_p)
+    logz_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    token_B1 = _invert((logits_BV - logz_B1).exp_(), uniform_B[:, None].double())
+    return token_B1.squeeze(-1), (logits_BV.gather(-1, token_B1) - logz_B1).squeeze(-1)
+
+
+def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
+    """Return the logits without the tokens beyond the most probable ones that hold `top_p` of the mass."""
+    sorted_BV, order_BV = logits_BV.sort(stable=True, dim=-1, descending=True)
+    p_BV = sorted_BV.softmax(-1)
+    sorted_BV = sorted_BV.masked_fill(p_BV.cumsum(-1) - p_BV >= top_p, -torch.inf)
+    return torch.full_like(logits_BV, -torch.inf).scatter(-1, order_BV, sorted_BV)
+
+
+def _invert(p_BV: Tensor, uniform_B1: Tensor) -> Tensor:
+    """Return where the cumulated probabilities, in float64, pass `uniform_B1`, [B, 1].
+
+    First the block, then the token in it: a float64 sum over a whole large vocabulary costs as much as the model.
+    """
+    blocks_BNb = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    ends_BN = blocks_BNb.sum(-1, dtype=torch.float64).cumsum(-1)
     # Scaled by the sum, so that rounding can neither draw past the end nor draw a token of probability zero.
-    threshold_B1 = uniform_B[:, None].double() * cumulative_BV[:, -1:]
-    token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
-    token_B = token_B.clamp(max=logp_BV.shape[-1] - 1)
-    return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+    target_B1 = uniform_B1 * ends_BN[:, -1:]
+    block_B1 = torch.searchsorted(ends_BN, target_B1, right=True).clamp(max=ends_BN.shape[-1] - 1)
+    block_Bb = blocks_BNb.take_along_dim(block_B1[..., None], dim=1).squeeze(1)
+    ends_Bb = block_Bb.cumsum(-1, dtype=torch.float64)
+    within_B1 = target_B1 - torch.where(block_B1 > 0, ends_BN.gather(-1, (block_B1 - 1).clamp(min=0)), 0.0)
+    token_B1 = torch.searchsorted(ends_Bb, within_B1, right=True)
+    last_B1 = BLOCK - 1 - (block_Bb.flip(-1) > 0).int().argmax(-1, keepdim=True)
+    return block_B1 * BLOCK + token_B1.minimum(last_B1)

@@ -125,14 +125,17 @@ class VllmEngine:
 
         def work() -> Iterator[tuple[Ids, dict[str, Any]]]:
             for request in requests:
-                yield request.prompt_ids, {
-                    "seed": request.seed,
-                    "temperature": sampling.temperature,
-                    "top_p": sampling.top_p,
-                    "max_tokens": sampling.max_tokens,
-                    "stop_token_ids": self._eos,
-                    "logprobs": top_k,
-                }
+                yield (
+                    request.prompt_ids,
+                    {
+                        "seed": request.seed,
+                        "temperature": sampling.temperature,
+                        "top_p": sampling.top_p,
+                        "max_tokens": sampling.max_tokens,
+                        "stop_token_ids": self._eos,
+                        "logprobs": top_k,
+                    },
+                )
 
         return [_completion(output.outputs[0], top_k) for output in self._run(work(), batch_size, advance)]
 

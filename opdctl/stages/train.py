@@ -4,30 +4,32 @@ Shapes: N response tokens of a micro-batch, C tokens of a chunk, K ids of a top-
 """
 
 import math
+import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opdctl import SCHEMA_VERSION, checkpoint, store
+from opdctl import SCHEMA_VERSION, card, checkpoint, dist, log, policy, store
 from opdctl.config import Train, objective_of, settings_of, weight_of
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.logprobs import Chunk, Head, output_head, over_chunks, response_states
-from opdctl.microbatches import MicroBatch, micro_batches
-from opdctl.model import load, load_head
+from opdctl.microbatches import MicroBatch, micro_batches, own_share
+from opdctl.model import load_head
 from opdctl.objectives import LARGEST_LOG_RATIO, TokenBatch
+from opdctl.records import Scored, sample_seed
 from opdctl.run import Run
 from opdctl.scored import read_scored
 from opdctl.store import Fingerprint
 
 SQUARED = "rollout_correction_squared"
+QUANTILES = (0.5, 0.9, 0.99)
 OF_THE_UPDATE = ("loss", "ratio", "clip_share", "dual_clip_share")
 
 
@@ -51,64 +53,83 @@ class Trainer:
         self._run, self._device, self._settings = run, device, run.recipe.train
         self._weight, self._objective = weight_of(run.recipe), objective_of(run.recipe)
         self._teacher_heads: dict[str, Head] = {}
-        # Master weights are float32 whatever the export's type: an update of 1e-5 is lost in bfloat16.
-        self._model = load(run.student, device=device, dtype="float32")
-        if self._settings.gradient_checkpointing:
-            _recompute_activations(self._model)
+        self._model = policy.policy(run.student, run.recipe, device)
         self._optimizer = _adamw(self._model, self._settings)
-        if step := run.current_step():
-            folder = run.trainer_path(step)
-            store.check_directory(folder, run.update(step - 1)["trainer"])
-            checkpoint.restore(folder, self._model, self._optimizer)
+        self._restore(run.current_step())
 
-    def step(self, step: int) -> dict[str, Any]:
+    def _restore(self, done: int) -> None:
+        """Take up the newest state that was saved, and make the updates since then once more, from their artifacts."""
+        run = self._run
+        there = (step for step in range(done, 0, -1) if run.update(step - 1)["trainer"])
+        saved = next((step for step in there if run.trainer_path(step).is_dir()), 0)
+        if saved:
+            store.check_directory(run.trainer_path(saved), run.update(saved - 1)["trainer"])
+            checkpoint.restore(run.trainer_path(saved), self._model, self._optimizer)
+        if saved == done:
+            return
+        log.say(f"no trainer state of step {done}: making the updates from step {saved} on once more")
+        for step in range(saved, done):
+            self._update(step, self.micro_batches(step, list(read_scored(run, step))))
+        again = _publish_together(run.path / ".again", lambda folder: self._export(folder, done))
+        store.remove(run.path / ".again")
+        recorded = run.update(done - 1)["student"]
+        if dist.is_main() and any(again[name] != recorded[name] for name in again if name != card.FILE):
+            log.warn("these updates came out otherwise than before in the last bits; going on from the new ones")
+
+    def step(self, step: int, stage_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
         """Update the student on the responses of `step`, write what comes of it, and return the step's metrics.
 
-        Raises OpdctlError (code 3) when an artifact is damaged, or the loss or the gradient is not finite.
+        stage_seconds: what the stages before took, as far as they were made now. Called by all ranks. Raises
+        OpdctlError (code 3) when an artifact is damaged, or the loss or the gradient is not finite.
         """
         start = time.monotonic()
-        batches = self.micro_batches(step)
-        metrics = {"step": step} | self._update(step, batches)
-        seconds = time.monotonic() - start
-        metrics |= {"update_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+        scored = list(read_scored(self._run, step))
+        batches = self.micro_batches(step, scored)
+        metrics = {"step": step} | self._update(step, batches) | describe(scored)
+        seconds = dict(stage_seconds) | {"update": time.monotonic() - start}
+        for stage, each in seconds.items():
+            metrics |= {f"{stage}_seconds": each, f"{stage}_tokens_per_second": metrics["tokens"] / each}
+        metrics["peak_memory_gib"] = _peak_memory(self._device)
         self._publish(step, metrics)
         return metrics
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """Read a step's responses and scores, weigh their tokens, and cut them into micro-batches."""
-        scored = list(read_scored(self._run, step))
-        return micro_batches(self._run.recipe, step, scored, self._weight, self._objective, self._device)
+    def micro_batches(self, step: int, scored: list[Scored]) -> list[MicroBatch]:
+        """Weigh a step's tokens, cut them into micro-batches, and return this rank's."""
+        batches = micro_batches(self._run.recipe, step, scored, self._weight, self._objective, self._device)
+        return own_share(batches, dist.rank(), dist.world())
 
     def _update(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
         """Make the step's optimizer steps. The old policy is the one before the first, by the trainer's own numbers."""
-        count = sum(len(batch.weight_N) for batch in batches)
+        torch.manual_seed(sample_seed(self._run.recipe.seed, f"update {step} {dist.rank()}"))  # for adapters' dropout
         old_logps: list[Tensor | None] = [None] * len(batches)
         metrics: dict[str, Any] = {}
         for _ in range(self._settings.updates_per_step):
-            rate = self._learning_rate(step)
+            rate = self._set_learning_rate(step)
             sums: dict[str, float] = {}
             for index, batch in enumerate(batches):
                 old_logps[index], found = self._backward(batch, old_logps[index])
-                sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
-            norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.max_grad_norm))
-            if not math.isfinite(norm):
-                raise _not_finite(self._run, f"the gradient's norm is {norm}", [])
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            means = {key: value / (1 if key == "loss" else max(count, 1)) for key, value in sums.items()}
+                sums = {key: sums.get(key, 0.0) + value * batch.counts for key, value in found.items()}
+            norm = self._optimizer_step()
+            sums = dist.totals(sums)
+            count = max(sums.pop("tokens"), 1)
+            means = {key: value / (1 if key == "loss" else count) for key, value in sums.items()}
             # k1 and the like describe the policy that drew the responses; what OF_THE_UPDATE names, the last update.
             metrics = (metrics or means) | {key: means[key] for key in OF_THE_UPDATE if key in means}
             metrics |= {"grad_norm": norm, "learning_rate": rate}
         if (square := metrics.pop(SQUARED, None)) is not None:
             # Of how many tokens of equal weight the truncated importance weights are worth, as a share of all.
             metrics["effective_sample_size"] = metrics["rollout_correction"] ** 2 / max(square, 1e-30)
-        responses = [sample.response for batch in batches for sample in batch.samples]
-        return metrics | {
-            "responses": len(responses),
-            "tokens": count,
-            "response_length": count / max(len(responses), 1),
-            "truncated_share": sum(r.finish_reason == "length" for r in responses) / max(len(responses), 1),
-        }
+        return metrics
+
+    def _optimizer_step(self) -> float:
+        """Update the parameters and return the gradient's norm. Raises OpdctlError when that is not finite."""
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        norm = float(dist.whole(torch.nn.utils.clip_grad_norm_(trained, self._settings.max_grad_norm)))
+        if not math.isfinite(norm):
+            raise _not_finite(self._run, f"the gradient's norm is {norm}", [])
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
 
     def _backward(self, batch: MicroBatch, old_logp_N: Tensor | None) -> tuple[Tensor, dict[str, float]]:
         """Add a micro-batch's gradient. Return the old policy's log-probs, the loss, and the sums of the metrics."""
@@ -138,7 +159,8 @@ class Trainer:
             raise _not_finite(run, f"the loss is {loss.item()}", names)
         loss.backward()
         sums = {name: float(value) for name, value in tally.sums.items()}
-        return torch.cat(tally.logps) if old_logp_N is None else old_logp_N, sums | {"loss": loss.item()}
+        sums |= {"loss": loss.item(), "tokens": len(batch.share_N)}
+        return torch.cat(tally.logps) if old_logp_N is None else old_logp_N, sums
 
     def _token_batch(
         self, batch: MicroBatch, chunk: Chunk, old_logp_C: Tensor, teacher_hidden_ND: Tensor | None
@@ -166,45 +188,92 @@ class Trainer:
             self._teacher_heads[name] = load_head(self._run.models[name], device=self._device)
         return self._teacher_heads[name]
 
-    def _learning_rate(self, step: int) -> float:
-        """Set and return the learning rate of a step, counted from 0: linear warm-up, then constant."""
-        warmup = self._settings.warmup_steps
-        rate = self._settings.learning_rate * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+    def _set_learning_rate(self, step: int) -> float:
+        rate = learning_rate(self._settings, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         return rate
 
     def _publish(self, step: int, metrics: dict[str, Any]) -> None:
         """Write trainer state and student, then update.json, which makes them count."""
-        run = self._run
-        trainer = store.publish_directory(
-            run.trainer_path(step + 1), lambda folder: checkpoint.save(folder, self._model, self._optimizer)
-        )
-        student = store.publish_directory(run.student_path(step + 1), self._export)
-        fingerprint = update_fingerprint(run, step)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "stage": "update",
-            "step": step,
-            "settings": dict(fingerprint.settings),
-            "inputs": dict(fingerprint.inputs),
-            "trainer": trainer,
-            "student": student,
-            "metrics": metrics,
-        }
-        store.write_json(run.update_path(step), record)
-        store.append_line(run.metrics_path, metrics)
+        run, done, trainer = self._run, step + 1, {}
+        if done % self._settings.save_every == 0 or done == self._settings.steps:
+            trainer = _publish_together(
+                run.trainer_path(done), lambda folder: checkpoint.save(folder, self._model, self._optimizer)
+            )
+        student = _publish_together(run.student_path(done), lambda folder: self._export(folder, done, metrics))
+        if dist.is_main():
+            fingerprint = update_fingerprint(run, step)
+            record = {
+                "schema_version": SCHEMA_VERSION,
+                "stage": "update",
+                "step": step,
+                "settings": dict(fingerprint.settings),
+                "inputs": dict(fingerprint.inputs),
+                "trainer": trainer,
+                "student": student,
+                "metrics": metrics,
+            }
+            store.write_json(run.update_path(step), record)
+            store.append_line(run.metrics_path, metrics)
+        dist.barrier()
 
-    def _export(self, folder: Path) -> None:
-        """Write a plain model directory: weights in the recipe's type, the rest as the student came."""
-        dtype = getattr(torch, self._run.recipe.student.dtype)
-        # A cast copy of a tied matrix is no longer tied and would be written a second time.
-        tied = self._model.all_tied_weights_keys
-        state = {name: value.to(dtype) for name, value in self._model.state_dict().items() if name not in tied}
-        self._model.config.dtype = dtype
-        self._model.generation_config = GenerationConfig()  # the student's own is copied as it is, valid or not
-        self._model.save_pretrained(folder, state_dict=state)
-        self._run.student.copy_settings(folder)
+    def _export(self, folder: Path, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        recipe = self._run.recipe
+        policy.export(self._model, self._run.student, recipe.student.dtype, folder)
+        if dist.is_main():
+            card.write(folder, recipe, step, metrics or {})
+
+
+def _publish_together(final: Path, fill: Callable[[Path], None]) -> dict[str, str]:
+    """Let every rank write its share into a directory that rank 0 publishes; return its files' digests, there."""
+
+    def together(folder: Path | None) -> None:
+        fill(cast(Path, dist.share(folder)))
+        dist.barrier()
+
+    if dist.is_main():
+        return store.publish_directory(final, together)
+    together(None)
+    return {}
+
+
+def learning_rate(settings: Train, step: int) -> float:
+    """Return the learning rate of a step, counted from 0: a linear rise, then the schedule's fall, if any.
+
+    A function of the step alone, so going on after a kill needs no state.
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    assert settings.decay_steps is not None  # the recipe is refused without
+    left = max(0.0, 1 - (step - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps))
+    return settings.learning_rate * (left if settings.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+
+
+def describe(scored: Sequence[Scored]) -> dict[str, float]:
+    """Return what a step's responses are like, all ranks' together; A by the stored log-probs, in nats."""
+    responses = [sample.response for sample in scored]
+    lengths = [len(response.response_ids) for response in responses]
+    gaps = [np.abs(sample.teacher.logprobs - sample.response.logprobs) for sample in scored]
+    found = {
+        "responses": len(responses),
+        "tokens": sum(lengths),
+        "response_length": sum(lengths) / max(len(responses), 1),
+        "truncated_share": sum(r.finish_reason == "length" for r in responses) / max(len(responses), 1),
+    }
+    if found["tokens"]:
+        quantiles = np.quantile(np.concatenate(gaps), QUANTILES)
+        found |= {f"abs_advantage_p{q * 100:.0f}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}
+    return found
+
+
+def _peak_memory(device: str) -> float:
+    """Return the most memory that this process has held so far, in GiB: the GPU's, or its resident set on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _mismatch(difference_C: Tensor) -> dict[str, Tensor]:
@@ -220,21 +289,13 @@ def update_fingerprint(run: Run, step: int) -> Fingerprint:
 
 def _adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
     """Return AdamW whose weight decay spares vectors: norms and biases are no weights to be shrunk."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=settings.learning_rate,
         betas=(settings.betas[0], settings.betas[1]),
     )
-
-
-def _recompute_activations(model: PreTrainedModel) -> None:
-    """Turn gradient checkpointing on, and dropout not: transformers recomputes only layers in training mode, and a
-    policy with dropout is another policy than the one that drew the responses."""
-    model.gradient_checkpointing_enable()
-    for module in model.modules():
-        module.training = isinstance(module, GradientCheckpointingLayer)
 
 
 def _not_finite(run: Run, what: str, samples: list[str]) -> OpdctlError:

@@ -1,0 +1,236 @@
+"""One training step of TRL's IWOPDTrainer against one of opdctl's: seconds and peak memory, on the same models, prompts
+and lengths, each in a process of its own. TRL comes from an environment of its own:
+
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 trl==1.16.0
+    python tests/bench/against_trl.py --trl /tmp/trl/bin/python
+    python tests/bench/against_trl.py --trl /tmp/trl/bin/python --embedded
+
+The first step of each is a warm-up and does not count. Of TRL's step, what is not generation is scoring and update.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+SHAPES = {"student": (256, 4, 4, 768), "teacher": (384, 6, 6, 1152)}  # hidden, layers, heads, intermediate
+EMBEDDED = Path(__file__).parents[2] / "opdctl/tasks/models"
+PROMPT = 32
+
+
+def make_models(folder: Path, vocab: int) -> None:
+    """Write a random Qwen3 student and teacher with a vocabulary of real size, and a tokenizer of as many words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, vocab)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    for seed, (name, (hidden, layers, heads, inner)) in enumerate(SHAPES.items()):
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=2,
+            head_dim=64,
+            intermediate_size=inner,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        Qwen3ForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def make_prompts(path: Path, count: int, embedded: bool) -> None:
+    import numpy as np
+
+    from opdctl.tasks import sort12
+
+    rng = np.random.default_rng(0)
+    if embedded:
+        texts = [problem.prompt for problem in itertools.islice(sort12.problems("train", 0), count)]
+    else:
+        texts = [" ".join(f"t{i}" for i in rng.integers(3, 1000, PROMPT)) for _ in range(count)]
+    path.write_text("".join(json.dumps({"id": str(i), "prompt": text}) + "\n" for i, text in enumerate(texts)))
+
+
+def run_trl(args: argparse.Namespace) -> dict[str, Any]:
+    """Train some steps with TRL; return the seconds of each step and of its generation."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
+
+    torch.set_num_threads(args.threads)
+    steps: list[float] = []
+    generations: list[float] = []
+
+    class Timed(IWOPDTrainer):  # type: ignore[misc]
+        def _fill_buffer(self, *given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            made = super()._fill_buffer(*given, **named)
+            generations.append(time.perf_counter() - start)
+            return made
+
+        def training_step(self, *given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            loss = super().training_step(*given, **named)
+            steps.append(time.perf_counter() - start)
+            return loss
+
+    prompts = [json.loads(line)["prompt"] for line in (args.models / "prompts.jsonl").read_text().splitlines()]
+    answer = {"role": "assistant", "content": prompts[0].split()[0]}  # asked for, and not used on-policy
+    rows = [{"messages": [{"role": "user", "content": prompt}, answer]} for prompt in prompts]
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(args.models / name, dtype=torch.float32) for name in SHAPES
+    )
+    longest = args.prompt_tokens
+    settings = IWOPDConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=args.batch,
+        max_steps=args.steps,
+        max_prompt_length=longest,
+        max_length=longest + args.completion,
+        max_completion_length=args.completion,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        distillation_objective="iw_opd",
+        iw_opd_gamma=0.5,
+        temperature=1.0,
+        top_p=1.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Timed(
+        model=student,
+        teacher_model=teacher,
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(args.models / "student"),
+    )
+    trainer.train()
+    return {"step": steps, "generation": generations, "rest": [s - g for s, g in zip(steps, generations, strict=True)]}
+
+
+def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
+    """Train some steps with opdctl, its artifacts written as always; return the seconds of each step and its stages."""
+    import torch
+
+    from opdctl.config import load_recipe
+    from opdctl.engines import engine_pool
+    from opdctl.run import open_run
+    from opdctl.stages import rollout, score
+    from opdctl.stages.train import Trainer
+
+    torch.set_num_threads(args.threads)
+    settings = {
+        "name": "bench",
+        "student.model": str(args.models / "student"),
+        "student.dtype": "float32",
+        "teacher.model": str(args.models / "teacher"),
+        "teacher.dtype": "float32",
+        "prompts.source": str(args.models / "prompts.jsonl"),
+        "prompts.id_column": "id",
+        "rollout.engine": "transformers",
+        "rollout.prompts_per_step": args.batch,
+        "rollout.parts": 1,
+        "rollout.max_tokens": args.completion,
+        "score.engine": "transformers",
+        "score.tokens_per_batch": 4096,
+        "weight.name": "iw_opd",
+        "weight.gamma": 0.5,
+        "train.steps": args.steps,
+        "train.learning_rate": 1e-5,
+        "train.tokens_per_micro_batch": 4096,
+    }
+    recipe = load_recipe([], [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    seconds: dict[str, list[float]] = {"generation": [], "score": [], "update": []}
+    run = open_run(recipe, Path(tempfile.mkdtemp()) / "run")
+    trainer = Trainer(run, "cpu")
+    with engine_pool(recipe, "cpu") as engines:
+        for step in range(args.steps):
+            work = {
+                "generation": lambda step=step: rollout.run(run, step, engines),
+                "score": lambda step=step: score.run(run, step, engines),
+                "update": lambda step=step: trainer.step(step),
+            }
+            for name, stage in work.items():
+                start = time.perf_counter()
+                stage()
+                seconds[name].append(time.perf_counter() - start)
+    rest = [a + b for a, b in zip(seconds["score"], seconds["update"], strict=True)]
+    return seconds | {"rest": rest, "step": [a + b for a, b in zip(seconds["generation"], rest, strict=True)]}
+
+
+def measure(python: str, system: str, words: list[str]) -> dict[str, Any]:
+    print(f"{system} …", file=sys.stderr)
+    done = subprocess.run([python, __file__, "--system", system, *words], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(args: argparse.Namespace, words: list[str]) -> None:
+    make_prompts(args.models / "prompts.jsonl", args.batch * args.steps, args.embedded)
+    found = {"TRL": measure(args.trl, "trl", words), "opdctl": measure(sys.executable, "opdctl", words)}
+    print(f"batch {args.batch} x {args.completion} tokens, {args.threads} threads; medians of {args.steps - 1} steps\n")
+    print("| | TRL | opdctl | TRL / opdctl |\n|---|---|---|---|")
+    for name in ("generation", "rest", "step"):
+        theirs, ours = (median(found[system][name][1:]) for system in ("TRL", "opdctl"))
+        label = {"rest": "score and update", "step": "the whole step"}.get(name, name)
+        print(f"| {label} | {theirs:.2f} s | {ours:.2f} s | {theirs / ours:.2f} |")
+    theirs, ours = (found[system]["peak_gib"] for system in ("TRL", "opdctl"))
+    print(f"| peak memory | {theirs:.2f} GiB | {ours:.2f} GiB | {theirs / ours:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", help="the python of an environment with TRL")
+    parser.add_argument("--embedded", action="store_true", help="the embedded models and task")
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--completion", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT + 2)
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--system", choices=["trl", "opdctl"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.system:
+        found = {"trl": run_trl, "opdctl": run_opdctl}[args.system](args)
+        print(json.dumps(found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.models = args.models or Path(folder)
+        if args.embedded:
+            for name in SHAPES:
+                (args.models / name).symlink_to(EMBEDDED / name)
+        elif not (args.models / "student").is_dir():
+            make_models(args.models, args.vocab)
+        names = ("batch", "completion", "steps", "threads", "prompt_tokens", "models")
+        words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+        compare(args, words)
+
+
+if __name__ == "__main__":
+    main()
