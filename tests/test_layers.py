@@ -19,7 +19,7 @@ ORDER = [  # a file imports from lines above its own only
     ["store"],
     ["log", "logprobs", "stats", "grading", "checkpoint", "batches", "tasks.sort12"],
     ["tasks.train_models", "prompts", "model"],
-    ["benchmarks", "engines"],
+    ["benchmarks", "engines", "engines.http"],
     ["engines.hf", "engines.vllm", "engines.server", "run"],
     ["parity", "scored", "plan", "status", "report"],
     ["microbatches"],
