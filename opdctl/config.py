@@ -44,7 +44,7 @@ class Model(Section):
     """Run code that comes with the model. Off unless you have read that code."""
     parameters: int | None = Field(default=None, gt=0)
     """Number of parameters: only for `--dry-run` where the model itself is out of reach."""
-    server: str | None = Field(default=None, pattern=r"^https?://")
+    server: str | None = Field(default=None, pattern=r"^https?://[^\s@?#]+$")
     """Address of a vLLM server of this very model, such as `http://host:8000/v1`, for the engine `server`."""
     served_name: str | None = None
     """The name that the server gives the model; its only one if unset."""
@@ -246,7 +246,7 @@ class Server(Section):
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Time for one request."""
     retries: int = Field(default=6, ge=0)
-    """Further attempts after a lost connection, 429 or 5xx, with growing pauses."""
+    """Further attempts after a lost connection, a time-out, 408, 429 or 5xx, with growing pauses."""
 
 
 class Tracking(Section):
@@ -536,6 +536,8 @@ def _explain(detail: dict[str, Any]) -> tuple[str, str]:
             return key, "is required"
         case "literal_error":
             return key, f"must be {detail['ctx']['expected']}, got {detail['input']!r}"
+        case "string_pattern_mismatch" if loc[-1] == "server":  # not shown: it may have a password in it
+            return key, "must be an address such as http://host:8000/v1, without a password or query; see [server]"
         case "string_pattern_mismatch":
             return key, f"must be letters, digits, `.`, `_` or `-`, got {detail['input']!r}"
         case "int_type" | "int_from_float":

@@ -18,7 +18,7 @@ class ExitCode(IntEnum):
     SETTINGS = 4
     """The run directory was made under other settings."""
     REACH = 5
-    """Something needed is out of reach: a model hub, disk space."""
+    """Something needed is out of reach: a model hub, a server, disk space."""
     REQUEUE = 75
     """Stopped by SIGTERM or SIGUSR1: run the same command again."""
     INTERRUPTED = 130

@@ -65,8 +65,9 @@ def locate_here(model: Model, key: str) -> Path | None:
 def _from_hub(model: Model, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = [pattern for pattern in FILES if not (model.server and pattern in WEIGHTS)]  # a server has its own
     try:
-        return Path(snapshot_download(model.model, revision=model.revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(model.model, revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OpdctlError(

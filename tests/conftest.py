@@ -1,4 +1,4 @@
-"""What the tests share: a small recipe on the embedded task, and the command line in this process."""
+"""What the tests share: a small recipe on the embedded task, the command line in this process, and work for engines."""
 
 import json
 import os
@@ -11,11 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy processes with two thr
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from opdctl.cli import app
-from opdctl.config import Recipe, load_recipe
+from opdctl.config import Model, Recipe, Sampling, load_recipe
+from opdctl.engines import Completion, Engine, Request
+from opdctl.model import ModelDir, locate
+from opdctl.records import sample_seed
 
 # No test is timed, and a run on CI must not depend on luck.
 hypothesis.settings.register_profile("opdctl", deadline=None, derandomize="CI" in os.environ)
@@ -80,3 +84,18 @@ def stage_args(tmp_path: Path) -> Callable[..., list[object]]:
         return ["--recipe", QUICKSTART, *sets(*overrides), "--output", tmp_path / output]
 
     return build
+
+
+def directory(name: str) -> ModelDir:
+    return ModelDir(locate(Model(model=name), "model"), "float32")
+
+
+def requests(count: int, cut: int = 0) -> list[Request]:
+    """Prompts of 13 tokens; with `cut`, of 13 down to 13 - cut tokens, so that most need padding."""
+    rng = np.random.default_rng(7)
+    prompts = [rng.choice(np.arange(2, 28), 13, replace=False).astype(np.int32) for _ in range(count)]
+    return [Request(p[: 13 - i % (cut + 1)], sample_seed(0, f"sample {i}")) for i, p in enumerate(prompts)]
+
+
+def generate(engine: Engine, wanted: list[Request], batch_size: int = 64, **sampling: Any) -> list[Completion]:
+    return engine.generate(wanted, Sampling(**({"max_tokens": 40} | sampling)), batch_size, lambda n: None)

@@ -5,35 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import directory, generate, requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdctl.config import Model, Sampling, Score
+from opdctl.config import Sampling, Score
 from opdctl.engines import Answered, Request, resolve_device
 from opdctl.engines.hf import TransformersEngine, draw
 from opdctl.errors import OpdctlError
-from opdctl.model import ModelDir, locate
-from opdctl.records import sample_seed
-
-
-def directory(name: str) -> ModelDir:
-    return ModelDir(locate(Model(model=name), "model"), "float32")
 
 
 @pytest.fixture(scope="module")
 def engine():
     return TransformersEngine(directory("toy:student"), "cpu")
-
-
-def requests(count: int, cut: int = 0) -> list[Request]:
-    """Prompts of 13 tokens; with `cut`, of 13 down to 13 - cut tokens, so that most need padding."""
-    rng = np.random.default_rng(7)
-    prompts = [rng.choice(np.arange(2, 28), 13, replace=False).astype(np.int32) for _ in range(count)]
-    return [Request(p[: 13 - i % (cut + 1)], sample_seed(0, f"sample {i}")) for i, p in enumerate(prompts)]
-
-
-def generate(engine, wanted, batch_size=64, **sampling):
-    return engine.generate(wanted, Sampling(**({"max_tokens": 40} | sampling)), batch_size, lambda n: None)
 
 
 def test_the_same_seed_gives_the_same_response_in_any_batch(engine):

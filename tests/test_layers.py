@@ -19,7 +19,7 @@ ORDER = [  # a file imports from lines above its own only
     ["store"],
     ["dist", "log", "logprobs", "stats", "grading", "checkpoint", "batches", "tasks.sort12"],
     ["tasks.train_models", "prompts", "model"],
-    ["benchmarks", "card", "engines", "policy", "tracking"],
+    ["benchmarks", "card", "engines", "engines.http", "policy", "tracking"],
     ["engines.hf", "engines.vllm", "engines.server", "run"],
     ["parity", "scored", "plan", "status", "report"],
     ["microbatches"],

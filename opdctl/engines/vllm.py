@@ -15,42 +15,64 @@ import gc
 import itertools
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from opdctl.batches import by_token_budget
 from opdctl.config import Recipe, Sampling, Score
 from opdctl.engines import Answered, Completion, Place, Request
-from opdctl.errors import OpdctlError
+from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir
 from opdctl.records import Ids, Logprobs, Scores
 
 DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: a killed run leaves no engine behind
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_RAISE_ON_LOGIT_NANS": "1",  # else it answers with token 0
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # see _max_model_len, which checks the recipe's own value
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; else nearly all memory, each engine, beside the trainer
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's too
 }
 for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+# vLLM heeds its level only from the first engine on, and warns before.
+getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
 
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import vllm
+        import vllm.v1.engine.core
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+        from vllm.sampling_params import RequestOutputKind
 except ImportError as error:
     raise OpdctlError(
         f"the engine `vllm` needs vLLM: {error}", hint="pip install 'opdctl[vllm]', or engine = \"transformers\""
     ) from error
+
+_running: weakref.WeakSet["VllmEngine"] = weakref.WeakSet()
+_take_down = vllm.v1.engine.core.cleanup_dist_env_and_memory
+
+
+def _take_down_with_the_last() -> None:
+    if not _running:
+        _take_down()
+
+
+# All engines of a process share its process group, and vLLM takes it down with the first of them that stops.
+vllm.v1.engine.core.cleanup_dist_env_and_memory = _take_down_with_the_last
+if vllm.platforms.current_platform.is_cpu():
+    # It moves all memory of the process to one NUMA node, the trainer's too, and says so on stderr.
+    torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]
 
 SMALL_VOCABULARY = 4096  # up to here vLLM is asked for the log-prob of every id
 
@@ -66,33 +88,30 @@ class VllmEngine:
         self.meaning = {"engine": "vllm", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 
     def _start(self, model: ModelDir) -> None:
-        self._eos, self._vocab_size = list(model.eos_ids), model.vocab_size
-        try:
-            with _quiet():
-                self._llm = vllm.LLM(**_arguments(model, self._place))
-        except (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
-            self.close()
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise OpdctlError(
-                f"vLLM does not start with {model.path}: {reason}", hint="see the recipe's section [vllm]"
-            ) from error
-        self._room = self._llm.llm_engine.model_config.max_model_len
+        self._path, self._eos, self._vocab_size = model.path, list(model.eos_ids), model.vocab_size
+        _check_whole(model)
+        arguments = _arguments(model, self._place)
+        with _told(f"does not start with {model.path}", "see the recipe's section [vllm]"):
+            self._llm = vllm.LLM(**arguments)
+        _running.add(self)
+        self._room = self._llm.llm_engine.model_config.max_model_len - 1  # see _max_model_len
         self._llm.collective_rpc("opdctl_mask", args=(model.vocab_size,))
         self._sleep()
 
     def load_weights(self, model: ModelDir) -> None:
         """Take over another directory's weights; in a fresh engine where vLLM does not take them over rightly."""
         self._wake()
-        with _quiet():
+        with _told(f"does not take over the weights of {model.path}"):
             taken = all(self._llm.collective_rpc("opdctl_load", args=(str(model.path),)))
         if not (taken and self._llm.reset_prefix_cache()):
             self.close()
             self._start(model)
             return
-        self._eos = list(model.eos_ids)
+        self._path, self._eos = model.path, list(model.eos_ids)
         self._sleep()
 
     def close(self) -> None:
+        _running.discard(self)
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
@@ -120,6 +139,8 @@ class VllmEngine:
     ) -> list[Completion]:
         if entropy:
             raise _beyond("the entropy of what it samples", "rollout")
+        if top_k and (sampling.temperature, sampling.top_p) != (1, 1):
+            raise _beyond("the most probable ids of before temperature and top-p", "rollout")
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         self._check_room(longest + sampling.max_tokens, f"a prompt of {longest} tokens, {sampling.max_tokens} more")
 
@@ -137,7 +158,9 @@ class VllmEngine:
                     },
                 )
 
-        return [_completion(output.outputs[0], top_k) for output in self._run(work(), batch_size, advance)]
+        completions = [_completion(output.outputs[0], top_k) for output in self._run(work(), batch_size, advance)]
+        self._check_numbers(completions)
+        return completions
 
     def score(self, answered: Sequence[Answered], settings: Score, advance: Callable[[int], None]) -> list[Scores]:
         whole = settings.entropy or settings.student_top_k
@@ -147,7 +170,7 @@ class VllmEngine:
             what = "entropies" if settings.entropy else "log-probs of ids that it is given"
             raise _beyond(f"{what} over {self._vocab_size} ids, only over {SMALL_VOCABULARY}", "score")
         lengths = [len(each.prompt_ids) + len(each.response_ids) for each in answered]
-        self._check_room(max(lengths, default=0) + 1, f"a prompt and response of {max(lengths, default=0)} tokens")
+        self._check_room(max(lengths, default=0), f"a prompt and response of {max(lengths, default=0)} tokens")
         # At least one token must be drawn, though none is wanted.
         params = {"max_tokens": 1, "prompt_logprobs": -1 if whole else settings.top_k}
         scores: dict[int, Scores] = {}
@@ -156,7 +179,13 @@ class VllmEngine:
             outputs = self._run(((text, params) for text in texts), len(batch), advance)
             for i, output in zip(batch, outputs, strict=True):
                 scores[i] = _scores(answered[i], output.prompt_logprobs, settings, self._vocab_size)
+        self._check_numbers(scores.values())
         return [scores[i] for i in range(len(answered))]
+
+    def _check_numbers(self, found: Iterable[Completion | Scores]) -> None:
+        # Of NaN vLLM makes an answer like any other: token 0, over and over.
+        if any(np.isnan(each.logprobs).any() for each in found):
+            raise OpdctlError(f"{self._path}: vLLM gets NaN from this model", code=ExitCode.DATA)
 
     def _check_room(self, tokens: int, what: str) -> None:
         if tokens > self._room:
@@ -181,7 +210,7 @@ class VllmEngine:
                     under_way.add(str(index))
                 if not under_way:
                     break
-                finished = {output.request_id: output for output in engine.step() if output.finished}
+                finished = {output.request_id: output for output in engine.step()}
                 done |= finished
                 under_way -= finished.keys()
                 advance(len(finished))
@@ -245,14 +274,38 @@ def _is_of(table: Any, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _told(what: str, hint: str | None = None) -> Iterator[None]:
+    """Turn whatever vLLM raises over a model or an argument into one message, and let it warn of nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OpdctlError(f"vLLM {what}: {reason}", hint=hint) from error
 
 
 def _beyond(what: str, section: str) -> OpdctlError:
     return OpdctlError(f"{section}: vLLM does not give {what}", hint=f'set {section}.engine = "transformers"')
+
+
+def _check_whole(model: ModelDir) -> None:
+    """Raise OpdctlError when a tensor is missing: vLLM takes what the memory held for it, without a word."""
+    if "quantization_config" in model.config:
+        return  # its tensors have other names than transformers' until it is loaded
+    logging.disable_progress_bar()
+    try:
+        _, info = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            device_map="meta",  # reads the files' headers alone
+            local_files_only=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception:  # what transformers cannot load, vLLM may be able to, or say why not
+        return
+    if missing := sorted(info["missing_keys"]):
+        raise OpdctlError(f"{model.path}: weights missing: {', '.join(missing[:5])}", code=ExitCode.DATA)
 
 
 def _arguments(model: ModelDir, place: Place) -> dict[str, Any]:
@@ -308,13 +361,15 @@ def _max_model_len(model: ModelDir, recipe: Recipe) -> int:
 
 def _params(**settings: Any) -> Any:
     # ignore_eos: the ends of sequence are those in stop_token_ids, and no other.
-    return vllm.SamplingParams(ignore_eos=True, detokenize=False, flat_logprobs=True, **settings)
+    # FINAL_ONLY: otherwise each step copies each response so far.
+    kind = RequestOutputKind.FINAL_ONLY
+    return vllm.SamplingParams(ignore_eos=True, detokenize=False, flat_logprobs=True, output_kind=kind, **settings)
 
 
-def _table(flat: Any, ids_T: Ids, first: int) -> tuple[Ids, Logprobs]:
+def _table(flat: Any, ids_T: Ids, first: int, top_k: int) -> tuple[Ids, Logprobs]:
     """Return ids and log-probs that vLLM gives at positions from `first` on, [T, W], the token itself in front."""
     if not len(ids_T):
-        return np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
+        return np.zeros((0, 1 + top_k), np.int32), np.zeros((0, 1 + top_k), np.float32)
     span = slice(flat.start_indices[first], flat.end_indices[first + len(ids_T) - 1])
     ids_TW = np.array(flat.token_ids[span], np.int32).reshape(len(ids_T), -1)
     logprobs_TW = np.array(flat.logprobs[span], np.float32).reshape(ids_TW.shape)
@@ -332,7 +387,7 @@ def _top(ids_TW: Ids, logprobs_TW: Logprobs, top_k: int) -> tuple[Ids, Logprobs]
 
 def _completion(output: Any, top_k: int) -> Completion:
     ids_T = np.array(output.token_ids, np.int32)
-    ids_TW, logprobs_TW = _table(output.logprobs, ids_T, 0)
+    ids_TW, logprobs_TW = _table(output.logprobs, ids_T, 0, top_k)
     top_ids_TK, top_TK = _top(ids_TW, logprobs_TW, top_k) if top_k else (None, None)
     return Completion(
         ids_T,
@@ -344,7 +399,7 @@ def _completion(output: Any, top_k: int) -> Completion:
 
 
 def _scores(answered: Answered, flat: Any, settings: Score, vocab_size: int) -> Scores:
-    ids_TW, logprobs_TW = _table(flat, answered.response_ids, len(answered.prompt_ids))
+    ids_TW, logprobs_TW = _table(flat, answered.response_ids, len(answered.prompt_ids), settings.top_k)
     found: dict[str, Any] = {"logprobs": logprobs_TW[:, 0].copy()}
     if settings.top_k:
         found["top_ids"], found["top_logprobs"] = _top(ids_TW, logprobs_TW, settings.top_k)

@@ -163,6 +163,7 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
         "train.steps": args.steps,
         "train.learning_rate": 1e-5,
         "train.tokens_per_micro_batch": 4096,
+        "train.save_every": 1000,
     }
     recipe = load_recipe([], [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     seconds: dict[str, list[float]] = {"generation": [], "score": [], "update": []}
