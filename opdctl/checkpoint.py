@@ -17,13 +17,17 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.optim import AdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS, "step")
 
 
 def save(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
     """Write the state into `folder`. Called by every rank. Tied weights are one parameter and are stored once."""
     with warnings.catch_warnings(action="ignore"):  # that there is one process only: so it may be
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        state_dict_saver.save(_state(model, optimizer), storage_writer=writer)
+        state = _state(model, optimizer)
+        # A file is put together in memory before it is written: so one for each kind of tensor.
+        files = {name: 1 + KINDS.index(name.partition("/")[0]) for name in state}
+        writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+        state_dict_saver.save(state, storage_writer=writer)
 
 
 def restore(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
@@ -50,7 +54,7 @@ def _state(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
             continue
         own = optimizer.state[parameter]
         if not own:
-            own["step"] = torch.zeros(())
+            own["step"] = torch.zeros((), device=parameter.device)
             own.update({key: torch.zeros_like(parameter) for key in MOMENTS})
         state[f"weight/{name}"] = parameter.detach()
         state |= {f"{key}/{name}": own[key] for key in ("step", *MOMENTS)}

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**24  # float32 logits of a chunk: 64 MiB
+FEW = 32  # rows up to which a CPU multiplies a large matrix by them twice as fast as them by the matrix
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class Head:
     def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
         """Return the logits, [C, V], float32, in `out_CV` if given. Not differentiable: see `over_chunks`."""
         with torch.no_grad(), torch.autocast(hidden_CD.device.type, enabled=False):
-            logits_CV = torch.mm(hidden_CD.float(), self.weight_VD[: self.vocab_size].T, out=out_CV)
+            weight_VD, hidden_CD = self.weight_VD[: self.vocab_size], hidden_CD.float()
+            if out_CV is None and len(hidden_CD) <= FEW:
+                logits_CV = torch.mm(weight_VD, hidden_CD.T).T.contiguous()
+            else:
+                logits_CV = torch.mm(hidden_CD, weight_VD.T, out=out_CV)
             if self.bias_V is not None:
                 logits_CV += self.bias_V[: self.vocab_size]
             if self.scale != 1:

@@ -116,6 +116,12 @@ class ModelDir:
             raise OpdctlError(f"{self.path}: neither its generation config nor its tokenizer names an end of sequence")
         return tuple(ids)
 
+    def trained(self, path: Path) -> "ModelDir":
+        """Return what training has made of this model, in `path`: its tokenizer is the same, and not read again."""
+        other = ModelDir(path, self.dtype, self.trust_remote_code)
+        vars(other).update(tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+        return other
+
     @cached_property
     def config(self) -> dict[str, Any]:
         return json.loads((self.path / "config.json").read_text())

@@ -55,6 +55,7 @@ class Plan:
     optimizer_bytes: int | None
     students_kept: int
     disk_bytes: int | None
+    lora: bool
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -91,7 +92,11 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     artifacts = _times(_plus(rollout, scores), steps)
     newest = min(recipe.train.keep_last, steps)
     kept = newest + sum(is_kept(recipe, step) for step in range(1, steps - newest + 1))
-    disk = _times(parameters["student"], kept * BYTES[recipe.student.dtype] + newest * STATE_BYTES)
+    frozen, own = (
+        recipe.lora.rank > 0,
+        BYTES[recipe.student.dtype],
+    )  # of adapters the size is not known here; it is small
+    disk = _times(parameters["student"], kept * own + (0 if frozen else newest * STATE_BYTES))
     return Plan(
         run_dir=str(path),
         device=resolve_device(recipe.pipeline.device),
@@ -108,7 +113,8 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
         artifact_bytes=artifacts,
         parameters=parameters,
         model_bytes={name: _times(parameters[name], BYTES[model.dtype]) for name, model in models.items()},
-        optimizer_bytes=_times(parameters["student"], TRAINER_BYTES),
+        optimizer_bytes=_times(parameters["student"], own if frozen else TRAINER_BYTES),
+        lora=frozen,
         students_kept=kept,
         disk_bytes=_plus(artifacts, disk),
     )
@@ -167,6 +173,7 @@ def _plus(one: int | None, other: int | None) -> int | None:
 def rows(plan: Plan) -> list[tuple[str, str]]:
     """Return the plan as (what, how much) lines for a person."""
     epochs = "" if plan.epochs is None else f" = {plan.epochs:.2f} epochs"
+    trained = "frozen weights; adapters come on top" if plan.lora else "float32 weights, gradients and two moments"
     return [
         ("run directory", plan.run_dir),
         ("device", plan.device),
@@ -182,7 +189,7 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
             (name, f"{_count(plan.parameters[name])} parameters, {size(plan.model_bytes[name])} in the engine")
             for name in plan.parameters
         ),
-        ("training", f"{size(plan.optimizer_bytes)}: float32 weights, gradients and two moments"),
+        ("training", f"{size(plan.optimizer_bytes)}: {trained}"),
         ("disk", f"≤ {size(plan.disk_bytes)}: artifacts, {plan.students_kept} students, newest trainer states"),
     ]
 

@@ -108,7 +108,7 @@ class Run:
                 hint=f"steps that are kept: {', '.join(map(str, self.kept_steps()))}",
             )
         store.check_directory(path, self.update(step - 1)["student"])
-        return ModelDir(path, self.student.dtype, self.student.trust_remote_code)
+        return self.student.trained(path)
 
     def kept_steps(self) -> list[int]:
         """Return the steps whose student is there to be used."""

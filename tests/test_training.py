@@ -100,7 +100,8 @@ def test_both_processes_make_parts_and_save_shards_and_one_speaks(together, tmp_
     done = torchrun(tmp_path / "run", "train.steps=1")
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr.count("step 1/1") == 1
-    assert len(list((together / "trainer/step-00005").glob("*.safetensors"))) == 2
+    states = [path.name[:11] for path in (together / "trainer/step-00005").iterdir()]
+    assert set(states) == {"shard-00001", "shard-00002"}
     assert invoke("status", together, "--verify").code == 0
 
 
@@ -109,8 +110,7 @@ def test_what_two_began_one_goes_on_with(alone, tmp_path):
     result = train(tmp_path / "run", *FIVE)
     assert result.code == 0, result.err
     assert furthest(weights(alone, 5), weights(tmp_path / "run", 5)) < 1e-5
-    states = [load_file(path) for path in (tmp_path / "run/trainer/step-00005").glob("*.safetensors")]
-    assert len(states) == 1
+    assert all(path.name.startswith("shard-00001") for path in (tmp_path / "run/trainer/step-00005").iterdir())
 
 
 def test_what_one_began_two_go_on_with(alone, tmp_path):
@@ -241,8 +241,8 @@ def test_only_the_adapter_is_trained_and_the_merged_export_is_a_plain_model(adap
     targets = {name for name in before if "_proj." in name}
     assert {name for name in before if not torch.equal(before[name], after[name])} == targets
     assert sorted(p.name for p in (step / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    states = load_file(next((adapted / "trainer/step-00005").glob("*.safetensors")))
-    assert states
+    states = [name for path in (adapted / "trainer/step-00005").iterdir() for name in load_file(path)]
+    assert len(states) > 50
     assert all("lora_" in name for name in states)
 
 

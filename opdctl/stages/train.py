@@ -295,6 +295,7 @@ def _adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
         [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=settings.learning_rate,
         betas=(settings.betas[0], settings.betas[1]),
+        fused=True,  # no temporary copies of all parameters
     )
 
 
