@@ -51,7 +51,7 @@ def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
     try:
         record, newest = run.update(step), step + 1 == run.current_step()
         for name, path in (("student", run.student_path(step + 1)), ("trainer", run.trainer_path(step + 1))):
-            if newest and not path.is_dir():
+            if name == "student" and newest and not path.is_dir():
                 raise store.damaged(path, "the newest is missing")
             if verify and path.is_dir():
                 store.check_directory(path, record[name])

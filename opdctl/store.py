@@ -475,7 +475,9 @@ def directory_digests(path: Path) -> dict[str, str]:
     return {str(p.relative_to(path)): sha256_file(p) for p in files}
 
 
-def check_directory(path: Path, digests: Mapping[str, str]) -> None:
+def check_directory(
+    path: Path, digests: Mapping[str, str], hint: str = "restore it, or start again in another --output"
+) -> None:
     """Raise OpdctlError (code 3) unless the files of `path` are those recorded in `digests`."""
     found = directory_digests(path)
     for name in sorted({*found, *digests}):
@@ -487,7 +489,7 @@ def check_directory(path: Path, digests: Mapping[str, str]) -> None:
                 if name not in digests
                 else "was changed"
             )
-            raise damaged(path / name, what, "restore it, or start again in another --output")
+            raise damaged(path / name, what, hint)
 
 
 @contextlib.contextmanager

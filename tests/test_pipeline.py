@@ -260,12 +260,13 @@ def test_status_finds_a_damaged_evaluation_and_eval_repairs_it(copy):
     assert part.read_bytes() == whole
 
 
-@pytest.mark.parametrize("lost", ["student/step-00002", "trainer/step-00002"])
-def test_status_misses_the_newest_student_and_trainer_state(copy, lost):
-    shutil.rmtree(copy / lost)
+def test_status_misses_the_newest_student_but_no_trainer_state_which_updates_make_again(copy):
+    shutil.rmtree(copy / "trainer/step-00002")
+    assert invoke("status", copy).code == 0
+    shutil.rmtree(copy / "student/step-00002")
     result = invoke("status", copy)
     assert result.code == ExitCode.DATA
-    assert lost in result.err
+    assert "student/step-00002" in result.err
 
 
 def test_accuracies_of_another_protocol_are_not_shown_beside_one_another(tmp_path):
@@ -448,7 +449,8 @@ def test_bfloat16_students_keep_float32_master_weights(tmp_path):
     result = train(output, "student.dtype=bfloat16", "train.steps=2")
     assert result.code == 0, result.err
     exported = load_torch(output / "student/step-00002/model.safetensors")
-    master = load_torch(output / "trainer/step-00002/state.safetensors")
+    files = (output / "trainer/step-00002").iterdir()
+    master = {name: value for file in files for name, value in load_torch(file).items()}
     for name, value in exported.items():
         assert value.dtype == torch.bfloat16
         assert master[f"weight/{name}"].dtype == torch.float32

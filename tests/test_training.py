@@ -196,6 +196,8 @@ def test_updates_since_the_last_saved_state_are_made_once_more(alone, tmp_path):
     assert [p.name for p in sorted((run / "trainer").iterdir())] == ["step-00003", "step-00006"]
     (run / "step-00005/update.json").unlink()  # as if killed before the sixth update
     shutil.rmtree(run / "trainer/step-00006")
+    shutil.rmtree(run / "student/step-00006")
+    assert invoke("status", run, "--verify").code == 0
     result = train(run, *FIVE, "train.save_every=3", "train.steps=6")
     assert result.code == 0
     assert "making the updates from step 3 on once more" in result.err
@@ -204,6 +206,20 @@ def test_updates_since_the_last_saved_state_are_made_once_more(alone, tmp_path):
     whole = tmp_path / "whole"
     assert train(whole, *FIVE, "train.steps=6").code == 0
     assert furthest(weights(whole, 6), weights(run, 6)) == 0
+
+
+def test_a_damaged_state_is_named_and_without_it_the_one_before_is_taken(alone, tmp_path):
+    run, newest = tmp_path / "run", tmp_path / "run/trainer/step-00004"
+    assert train(run, *FIVE, "train.steps=4").code == 0
+    damaged = next(newest.iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
+    result = train(run, *FIVE)
+    assert result.code == ExitCode.DATA
+    assert damaged.name in result.err
+    assert f"delete {newest}" in " ".join(result.err.split())
+    shutil.rmtree(newest)
+    assert train(run, *FIVE).code == 0
+    assert furthest(weights(alone, 5), weights(run, 5)) == 0
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(alone, tmp_path):

@@ -63,8 +63,10 @@ class Trainer:
         there = (step for step in range(done, 0, -1) if run.update(step - 1)["trainer"])
         saved = next((step for step in there if run.trainer_path(step).is_dir()), 0)
         if saved:
-            store.check_directory(run.trainer_path(saved), run.update(saved - 1)["trainer"])
-            checkpoint.restore(run.trainer_path(saved), self._model, self._optimizer)
+            folder = run.trainer_path(saved)
+            hint = f"delete {folder}: the state before it is taken, and the updates since are made once more"
+            store.check_directory(folder, run.update(saved - 1)["trainer"], hint)
+            checkpoint.restore(folder, self._model, self._optimizer)
         if saved == done:
             return
         log.say(f"no trainer state of step {done}: making the updates from step {saved} on once more")
