@@ -393,7 +393,11 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     default_origin = str(files[-1]) if files else "--set"
 
     if isinstance(plugins := merged.get("plugins"), list):
-        load_plugins([name for name in plugins if isinstance(name, str)])
+        try:
+            load_plugins([name for name in plugins if isinstance(name, str)])
+        except OpdctlError as error:
+            where = _origin("plugins", origin, default_origin)
+            raise OpdctlError(f"{where}: {error.message}", hint=error.hint, code=error.code) from error
     problems: list[tuple[str, str]] = []
     try:
         recipe = Recipe.model_validate(merged)
