@@ -5,7 +5,6 @@ Without torchrun there is one process, which is rank 0 of one. Imports torch onl
 
 import datetime
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Value = TypeVar("Value")
+_ours = False  # whether the process group was made here
 PATIENCE = datetime.timedelta(days=1)  # one rank may evaluate for hours; a dead one is torchrun's to notice
 
 
@@ -46,14 +46,19 @@ def start() -> None:
     import torch
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    global _ours
     torch.distributed.init_process_group(backend, timeout=PATIENCE)
+    _ours = True
 
 
 def stop() -> None:
-    """Part from the other processes."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
+    """Part from the other processes. A process group that vLLM has made in this process is not ours to take down."""
+    global _ours
+    if _ours:
+        import torch
+
         torch.distributed.destroy_process_group()
+        _ours = False
 
 
 def is_echo(error: BaseException) -> bool:
@@ -69,7 +74,9 @@ def mesh(device: str) -> "DeviceMesh":
 
     if not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        global _ours
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        _ours = True
     return init_device_mesh(device, (world(),))
 
 
