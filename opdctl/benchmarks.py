@@ -5,82 +5,205 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
-from opdctl import grading
-from opdctl.errors import ExitCode, OpdctlError
-from opdctl.prompts import FORMATS, Problem, Row, from_hub, read_table
+from opdctl import execution, grading
+from opdctl.config import NAME, TABLES, Eval, is_table
+from opdctl.errors import ExitCode, OpdctlError, did_you_mean
+from opdctl.prompts import Problem, Row, from_hub, read_table
 from opdctl.registry import BENCHMARKS
 from opdctl.tasks import sort12
 
 EMBEDDED_PROBLEMS = 256
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One benchmark. `hub` is None for the embedded task; columns are tried in order."""
-
-    name: str
-    grade: grading.Grader
-    hub: str | None = None
-    split: str = "train"
-    id_columns: tuple[str, ...] = ("id", "problem_idx", "unique_id")
-    problem_columns: tuple[str, ...] = ("problem", "question", "prompt")
-    answer_columns: tuple[str, ...] = ("answer",)
+class Source(Protocol):
+    """Where a benchmark's problems come from. `where` names it; `local` says whether no network is needed."""
 
     @property
-    def boxed(self) -> bool:
-        """Whether the answer is asked for within \\boxed{}."""
-        return self.hub is not None
+    def where(self) -> str: ...
 
-    def problems(self, count: int | None, data: Path | None) -> list[Problem]:
-        """Return the first `count` problems, all by default, from `data` if given, else from where they lie.
+    @property
+    def local(self) -> bool: ...
+
+    def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
+        """Yield the problems of the benchmark `name`, from the local file or folder `data` if one is given.
+
+        `count` is how many are wanted; only a source without an end needs to know.
 
         Raises OpdctlError: code 3 for bad data, 5 when the hub cannot be reached.
         """
-        if self.hub is None:
-            drawn = islice(sort12.problems("test", seed=0), count or EMBEDDED_PROBLEMS)
-            return [Problem(p.id, p.prompt, p.answer) for p in drawn]
-        rows = read_table(self._file(data)) if data else from_hub(self.hub, self.split, None, "--bench")
-        problems = [self._problem(row, number) for number, row in enumerate(islice(rows, count))]
+        ...
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark. `samples` is how often a problem is answered unless the recipe says otherwise; `boxed`: the answer
+    is asked for within \\boxed{}, by the recipe's suffix."""
+
+    name: str
+    source: Source
+    grader: grading.Grader
+    samples: int = 32
+    boxed: bool = True
+
+    def samples_under(self, settings: Eval) -> int:
+        """Return how often each problem is answered."""
+        return settings.samples or (1 if settings.temperature == 0 else self.samples)
+
+    def problems(self, count: int | None, data: Path | None) -> list[Problem]:
+        """Return the first `count` problems, all by default. Raises OpdctlError as their source does."""
+        where = str(data or self.source.where)
+        problems = list(islice(self.source.problems(self.name, count, data), count))
         if not problems:
-            raise OpdctlError(f"{data or self.hub}: holds no problems", code=ExitCode.DATA)
+            raise OpdctlError(f"{where}: holds no problems", code=ExitCode.DATA)
         if twice := [name for name, n in Counter(problem.id for problem in problems).items() if n > 1]:
-            raise OpdctlError(f"{data or self.hub}: id `{twice[0]}` occurs more than once", code=ExitCode.DATA)
+            raise OpdctlError(f"{where}: id `{twice[0]}` occurs more than once", code=ExitCode.DATA)
         return problems
 
-    def _file(self, data: Path) -> Path:
-        """Return `data`, or this benchmark's file in it when it is a folder. Raises OpdctlError when it has none."""
-        if not data.is_dir():
-            return data
-        names = [f"{self.name}{suffix}" for suffix in FORMATS]
-        for name in names:
-            if (data / name).is_file():
-                return data / name
-        raise OpdctlError(f"--data {data}: holds no {' or '.join(names)}")
 
-    def _problem(self, row: Row, number: int) -> Problem:
-        return Problem(
-            str(self._cell(row, self.id_columns, number) if any(c in row for c in self.id_columns) else number),
-            str(self._cell(row, self.problem_columns, number)),
-            str(self._cell(row, self.answer_columns, number)),
-        )
+@dataclass(frozen=True)
+class Columns:
+    """Names that a column may have, tried in order. Without an id column the row number is the id."""
 
-    def _cell(self, row: Row, columns: tuple[str, ...], number: int) -> object:
+    id: tuple[str, ...] = ("id", "problem_idx", "unique_id")
+    problem: tuple[str, ...] = ("problem", "question", "prompt")
+    answer: tuple[str, ...] = ("answer", "final_answer")
+
+    def problems(self, rows: Iterator[Row], where: str) -> Iterator[Problem]:
+        for number, row in enumerate(rows):
+            name = self._cell(row, self.id, f"{where}: problem {number}") if set(self.id) & {*row} else number
+            text = self._cell(row, self.problem, f"{where}: problem {number}")
+            answer = self._cell(row, self.answer, f"{where}: problem {number}")
+            yield Problem(str(name), str(text), gold(answer))
+
+    def _cell(self, row: Row, columns: tuple[str, ...], where: str) -> Any:
         for column in columns:
             if row.get(column) is not None:
                 return row[column]
         raise OpdctlError(
-            f"{self.name}: problem {number} has none of the columns {', '.join(columns)}; it has {', '.join(row)}",
+            f"{where} has none of the columns {', '.join(columns)}; it has {', '.join(row)}"
+            f"{did_you_mean(columns[0], row)}",
             code=ExitCode.DATA,
         )
 
 
+def gold(answer: Any) -> str:
+    """Return a data set's answer as text: what stands behind GSM8K's `####`, several answers with commas between, and
+    27.0 as 27."""
+    if isinstance(answer, list):
+        return ", ".join(map(gold, answer))
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return str(answer).rpartition("####")[2].strip()
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the hub, at one revision; the hub's library keeps it in its cache."""
+
+    id: str
+    revision: str
+    split: str = "test"
+    subset: str | None = None
+    local: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"{self.id}@{self.revision}"
+
+    def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
+        if data is not None:
+            return Columns().problems(read_table(file_of(name, data)), str(data))
+        hint = f"give local data by --data FILE_OR_DIR, such as a {name}.jsonl; or run it once where there is a network"
+        key = f"--bench {name}"
+        rows = from_hub(self.id, self.split, self.revision, key, subset=self.subset, hint=hint)
+        return Columns().problems(rows, self.id)
+
+
+def file_of(name: str, data: Path) -> Path:
+    """Return `data`, or the file of the benchmark `name` in it when it is a folder. Raises OpdctlError if none is."""
+    if not data.is_dir():
+        return data
+    names = [f"{name}{suffix}" for suffix in TABLES]
+    for each in names:
+        if (data / each).is_file():
+            return data / each
+    raise OpdctlError(f"--data {data}: holds no {' or '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embedded task, whose problems have no end: the first ones of its test split."""
+
+    where: str = "toy:sort12"
+    local: bool = True
+
+    def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
+        for problem in islice(sort12.problems("test", seed=0), count or EMBEDDED_PROBLEMS):
+            yield Problem(problem.id, problem.prompt, problem.answer)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file of the user's own."""
+
+    where: str
+    columns: Columns
+    local: bool = True
+
+    def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
+        return self.columns.problems(read_table(Path(self.where).expanduser()), self.where)
+
+
+@dataclass(frozen=True)
+class EvalPlus:
+    """HumanEval+ or MBPP+, from the package evalplus, which pins their version."""
+
+    where: str
+    local: bool = False
+
+    def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
+        return iter(execution.problems(self.where, file_of(name, data) if data else None))
+
+
+def find(name: str, settings: Eval) -> Benchmark:
+    """Return the benchmark `name`, or the one that a file of the user's own is. Raises OpdctlError if there is none."""
+    if not is_table(name):
+        found: Benchmark = BENCHMARKS.get(name)()
+        return found
+    stem = Path(name).stem
+    if stem in BENCHMARKS.names():
+        raise OpdctlError(f"{name}: `{stem}` is another benchmark's name", hint=f"give --bench {stem} --data {name}")
+    if not NAME.fullmatch(stem):
+        raise OpdctlError(f"{name}: a benchmark's name must be letters, digits, `_` or `-`", hint="rename the file")
+    own = (settings.id_column, settings.problem_column, settings.answer_column)
+    tried = (Columns.id, Columns.problem, Columns.answer)
+    columns = Columns(*((column,) if column else names for column, names in zip(own, tried, strict=True)))
+    grader = grading.mathematics if settings.grader == "mathematics" else grading.text
+    return Benchmark(stem, Table(name, columns), grader)
+
+
 def _all() -> Iterator[Benchmark]:
-    yield Benchmark("sort12", grading.exact(sort12.extract))
-    yield Benchmark("aime24", grading.mathematics, "HuggingFaceH4/aime_2024")
-    yield Benchmark("aime25", grading.mathematics, "MathArena/aime_2025")
-    yield Benchmark("hmmt25_feb", grading.mathematics, "MathArena/hmmt_feb_2025")
-    yield Benchmark("hmmt25_nov", grading.mathematics, "MathArena/hmmt_nov_2025")
+    math = grading.mathematics
+    yield Benchmark("sort12", Embedded(), grading.Text(sort12.extract), samples=1, boxed=False)
+    yield Benchmark("aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math)
+    yield Benchmark("aime25", Hub("MathArena/aime_2025", "c94da77eb22bbd6439e62a323bec18493a421302", "train"), math)
+    yield Benchmark(
+        "hmmt25_feb", Hub("MathArena/hmmt_feb_2025", "6fdc4277120810ff75aa22d2d5489b91f7a262a1", "train"), math
+    )
+    yield Benchmark(
+        "hmmt25_nov", Hub("MathArena/hmmt_nov_2025", "118dbfb45c4c9467c672268ed55166642897aa46", "train"), math
+    )
+    yield Benchmark("amc23", Hub("math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057"), math)
+    yield Benchmark("math500", Hub("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"), math, 4)
+    yield Benchmark(
+        "gsm8k", Hub("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", subset="main"), math, samples=4
+    )
+    yield Benchmark("minerva", Hub("math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96"), math, 4)
+    yield Benchmark("olympiadbench", Hub("math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84"), math, 4)
+    yield Benchmark("humaneval_plus", EvalPlus("humaneval"), execution.code, samples=4, boxed=False)
+    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), execution.code, samples=4, boxed=False)
 
 
 for _benchmark in _all():

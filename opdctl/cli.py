@@ -55,6 +55,36 @@ Only = Annotated[
     str | None, typer.Option("--only", metavar="NAME", help="Score with one model: teacher, teacher-NAME or reference.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+EvaluatedRun = Annotated[
+    Path | None,
+    typer.Option("--run", "--output", metavar="RUN_DIR", help="The run. Default: the newest one under runs/."),
+]
+EvaluatedStep = Annotated[
+    int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
+]
+EvaluatedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="Another model: a directory, a hub id, `toy:…`, or `teacher` of the run. Without a run: into eval/.",
+    ),
+]
+Benches = Annotated[
+    str | None,
+    typer.Option("--bench", metavar="A,B,…", help="Benchmarks, or files of your own. Default: the recipe's."),
+]
+Data = Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a folder of them.")]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option("--compare", metavar="A B", help="Compare two finished evaluations, or two runs, and stop."),
+]
+ShowFailures = Annotated[
+    int, typer.Option("--show-failures", metavar="K", min=0, help="Print so many wrong responses of each benchmark.")
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Let HumanEval+ and MBPP+ run what the model wrote.")
+]
 
 
 class Requeue(BaseException):
@@ -120,18 +150,24 @@ def _recipe(recipes: list[Path] | None, overrides: list[str] | None, output: Pat
 
 def _open(recipe: "Recipe", output: Path | None, *needs: str, record: bool = True) -> tuple["Run", str]:
     """Open the run, with the models that are needed at hand, and set torch up. Return the run and the device."""
-    from opdctl.engines import resolve_device
     from opdctl.run import open_run
 
     dist.start()
     run = dist.main_first(lambda: open_run(recipe, output, needs=needs, record=record))
+    return run, _device(recipe)
+
+
+def _device(recipe: "Recipe") -> str:
+    """Set torch up as the recipe says, and return the device."""
     import torch
+
+    from opdctl.engines import resolve_device
 
     if recipe.pipeline.threads:
         torch.set_num_threads(recipe.pipeline.threads)
     device = resolve_device(recipe.pipeline.device)
     log.detail(f"device {device}, {torch.get_num_threads()} threads")
-    return run, device
+    return device
 
 
 def _show_plan(recipe: "Recipe", output: Path | None, as_json: bool) -> None:
@@ -438,47 +474,112 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
 def evaluate(
     recipe: Recipes = None,
     set_: Overrides = None,
-    output: Output = None,
-    bench: Annotated[str | None, typer.Option("--bench", help="Benchmarks, by comma. Default: the recipe's.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="PATH", help="`teacher`, `teacher-NAME` or a directory. Default: the student."),
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a folder of them.")] = None,
+    run_dir: EvaluatedRun = None,
+    step: EvaluatedStep = None,
+    model: EvaluatedModel = None,
+    bench: Benches = None,
+    data: Data = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the benchmarks, and stop.")] = False,
+    compare: Compare = None,
+    show_failures: ShowFailures = 0,
+    allow_code_execution: AllowCode = False,
+    shard: ShardOption = None,
     repair: Annotated[bool, typer.Option("--repair", help="Make damaged parts of the evaluation again.")] = False,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Grade a student, the teacher or another model on a benchmark.
+    """Grade a student, a teacher or any model on benchmarks, with intervals.
 
     \b
     opdctl eval --bench sort12                              the newest run under runs/
-    opdctl eval --output runs/quickstart --model teacher
-    opdctl eval --bench aime25 --data aime25.jsonl --recipe recipes/cross_scale.toml
+    opdctl eval --run runs/quickstart --model teacher
+    opdctl eval --model Qwen/Qwen3-0.6B --bench aime25,math500 --set eval.samples=4
+    opdctl eval --compare runs/uniform runs/quickstart
     """
     with _session(verbose, quiet):
         from opdctl.config import with_benches
 
-        if not recipe and output is None:
-            from opdctl.run import newest_run
-
-            output = newest_run()
-            log.say(f"using the newest run, {output}")
-        resolved = _recipe(recipe, set_, output)
-        chosen = with_benches(resolved, bench.split(",")) if bench is not None else resolved
+        if list_:
+            _list_benches(json_)
+            return
+        names = bench.split(",") if bench is not None else None
+        if compare is not None:
+            _compare(*compare, names, json_)
+            return
+        overrides = [*(set_ or []), *(["eval.allow_code_execution=true"] if allow_code_execution else [])]
+        resolved, output = _evaluation_recipe(recipe, overrides, run_dir, model)
+        chosen = with_benches(resolved, resolved.eval.bench if names is None else names)
         if data is not None and not data.exists():
             raise OpdctlError(f"--data {data}: no such file or folder")
+        if model is not None and step is not None:
+            raise OpdctlError("--step and --model name two different models", hint="give one of them")
         if dry_run:
             _show_evaluation_plan(chosen, output, data, json_)
-        else:
-            needs = (model,) if model in chosen.scorers() else ("student",)
-            run, device = _open(resolved, output, *needs, record=False)
-            _evaluate(replace(run, recipe=chosen), device, model, step, data, repair, json_)
+            return
+        run, device = _open_evaluation(resolved, recipe, output, model)
+        run = replace(run, recipe=with_benches(run.recipe, chosen.eval.bench))
+        _evaluate(run, device, model, step, data, repair, shard, show_failures, json_)
+
+
+def _list_benches(as_json: bool) -> None:
+    from opdctl.benchmarks import Benchmark
+    from opdctl.registry import BENCHMARKS
+
+    found: list[Benchmark] = [BENCHMARKS.get(name)() for name in BENCHMARKS.names()]
+    rows = [
+        {
+            "bench": each.name,
+            "source": each.source.where,
+            "grader": each.grader.name,
+            "samples": each.samples,
+        }
+        for each in found
+    ]
+    log.table(
+        "benchmarks", ("name", "data", "grader", "samples"), [list(map(str, each.values())) for each in rows], left=3
+    )
+    log.say("or a file of your own: --bench mine.jsonl (.parquet, .csv)")
+    if as_json:
+        _emit({"schema_version": SCHEMA_VERSION, "benchmarks": rows})
+
+
+def _compare(one: Path, other: Path, benches: list[str] | None, as_json: bool) -> None:
+    from opdctl import evaluations
+
+    found = evaluations.compare(one, other, benches)
+    evaluations.show_comparison(found)
+    if as_json:
+        _emit({"schema_version": SCHEMA_VERSION, "comparisons": found})
+
+
+def _evaluation_recipe(
+    recipes: list[Path] | None, overrides: list[str], output: Path | None, model: str | None
+) -> tuple["Recipe", Path | None]:
+    """Return the recipe to evaluate by and the run directory, or where a model that is of no run has its results."""
+    from opdctl.config import is_scorer, recipe_to_evaluate
+    from opdctl.run import newest_run
+
+    of_a_run = recipes or (output is not None and (output / "recipe.toml").exists())
+    if model is not None and not is_scorer(model) and not of_a_run:
+        return recipe_to_evaluate(model, overrides), output or Path()
+    if not recipes and output is None:
+        output = newest_run()
+        log.say(f"using the newest run, {output}")
+    return _recipe(recipes, overrides, output), output
+
+
+def _open_evaluation(
+    recipe: "Recipe", given: list[Path] | None, output: Path | None, model: str | None
+) -> tuple["Run", str]:
+    """Open the run to evaluate in, or its stand-in where there is none."""
+    from opdctl.run import bare_run
+
+    if not given and output is not None and not (output / "recipe.toml").exists():
+        return bare_run(recipe, output), _device(recipe)
+    needs = model if model in recipe.scorers() else "student"
+    return _open(recipe, output, str(needs), record=False)
 
 
 def _show_evaluation_plan(recipe: "Recipe", output: Path | None, data: Path | None, as_json: bool) -> None:
@@ -492,27 +593,46 @@ def _show_evaluation_plan(recipe: "Recipe", output: Path | None, data: Path | No
 
 
 def _evaluate(
-    run: "Run", device: str, model: str | None, step: int | None, data: Path | None, repair: bool, as_json: bool
+    run: "Run",
+    device: str,
+    model: str | None,
+    step: int | None,
+    data: Path | None,
+    repair: bool,
+    shard: str | None,
+    failures: int,
+    as_json: bool,
 ) -> None:
-    from opdctl import online
+    from opdctl import evaluations
     from opdctl.engines import engine_pool
     from opdctl.stages import evaluate as stage
-    from opdctl.status import next_stage_command
 
-    if model is not None and step is not None:
-        raise OpdctlError("--step and --model name two different models", hint="give one of them")
-    subject = stage.subject(run, model, run.current_step() if step is None else step)
+    subject, own = stage.subject(run, model, step), _shard(shard)
     summaries = []
     with engine_pool(run.recipe, device) as engines:
         for name in run.recipe.eval.bench:
-            summary, made = stage.run(run, name, subject, engines, data, repair=repair)
-            summaries.append(summary)
+            summary, made = stage.run(run, name, subject, engines, data, repair=repair, shard=own)
             folder = run.evaluation_path(name, subject.name)
-            log.say(online.accuracy_line(summary), style="bold")
+            if summary is None:
+                log.say(f"wrote {made} parts of {folder}; the summary comes with the last shard's parts")
+                continue
+            summaries.append(summary)
+            evaluations.show(summary)
+            evaluations.show_failures(evaluations.load(folder), failures)
             log.say(f"wrote {folder}" if made else f"nothing to do: {folder} is finished")
-    log.say(f"next: {next_stage_command(run)}")
+    log.say(f"next: {_after_evaluation(run, summaries)}")
     if as_json:
         _emit(summaries[0] if len(summaries) == 1 else {"schema_version": SCHEMA_VERSION, "benches": summaries})
+
+
+def _after_evaluation(run: "Run", summaries: list[dict[str, Any]]) -> str:
+    """Return the command that goes on with the run, or one that looks at the responses."""
+    from opdctl.status import next_stage_command
+
+    if (run.path / "run.json").exists():
+        return next_stage_command(run)
+    folders = [run.evaluation_path(each["bench"], each["model"]) for each in summaries]
+    return f"evaluate another model, then `opdctl eval --compare {folders[0]} OTHER`" if folders else "the other shards"
 
 
 @app.command("analyze-position")
@@ -546,7 +666,7 @@ def analyze_position(
 
 
 def _analyze(run: "Run", dry_run: bool, as_json: bool) -> None:
-    from opdctl.report import sentence
+    from opdctl.report import sentence, tenths
     from opdctl.stages import analyze
 
     if dry_run:
@@ -558,7 +678,8 @@ def _analyze(run: "Run", dry_run: bool, as_json: bool) -> None:
     found = analyze.run(run)
     for phase in found["summary"]["phases"]:
         log.say(sentence(phase))
-    log.tenths(found["summary"]["phases"])
+    for phase in found["summary"]["phases"]:
+        log.table(f"{phase['phase']}, by tenths of the response", *tenths(phase))
     log.say(f"wrote {found['report']}, {', '.join(found['figures'])}, {found['table']}")
     log.say(f"next: open {found['report']}")
     if as_json:

@@ -24,6 +24,7 @@ from opdctl.weights import strongest
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AUTO = "auto"
+TABLES = (".jsonl", ".parquet", ".csv")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -52,7 +53,7 @@ class Model(Section):
 
 class Prompts(Section):
     source: str
-    """`toy:sort12`, a `.jsonl` or `.parquet` file, or a hub data set id."""
+    """`toy:sort12`, a `.jsonl`, `.parquet` or `.csv` file, or a hub data set id."""
     split: str = "train"
     """The split of a toy task or a hub data set."""
     revision: str | None = None
@@ -197,18 +198,32 @@ class Lora(Section):
 
 class Eval(Sampling):
     bench: list[str] = Field(default=["sort12"], min_length=1)
-    """Benchmarks to run."""
-    samples: int = Field(default=32, gt=0)
-    """Responses to each problem."""
+    """Benchmarks to run: names, or `.jsonl`, `.parquet` or `.csv` files of your own."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 takes the most probable token: one response a problem, always the same."""
+    samples: int | None = Field(default=None, gt=0)
+    """Responses to each problem; as many as the benchmark names if unset, 32 for AIME and HMMT."""
     problems: int | None = Field(default=None, gt=0)
     """Problems to use, from the start; all if unset. The embedded task has no end and then uses 256."""
     every: int = Field(default=10, ge=0)
     """Evaluate every so many steps while training; 0: neither then nor before and after."""
     suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Text put behind every problem of a benchmark that wants a boxed answer."""
+    template_arguments: dict[str, bool | int | str] = {"enable_thinking": False}
+    """Arguments to the chat template; one that a template does not know changes nothing."""
     batch_size: int = Field(default=256, gt=0)
-    parts: int = Field(default=1, gt=0)
-    """Files the graded responses are cut into."""
+    parts: int = Field(default=8, gt=0)
+    """Files the graded responses are cut into, at most one a problem: the unit of resuming and of sharing work."""
+    grader: Literal["mathematics", "text"] = "mathematics"
+    """How a file of your own is graded: by what the answer means, or letter by letter."""
+    id_column: str | None = None
+    """Column of the problems' ids in a file of your own; `id`, or the row number, if unset."""
+    problem_column: str | None = None
+    """Column of the problems' text in a file of your own; `problem`, `question` or `prompt` if unset."""
+    answer_column: str | None = None
+    """Column of the gold answers in a file of your own; `answer` if unset."""
+    allow_code_execution: bool = False
+    """Let HumanEval+ and MBPP+ run what the model wrote, within limits: `opdctl eval --allow-code-execution`."""
 
 
 class Vllm(Section):
@@ -323,6 +338,11 @@ def teacher_name(name: str) -> str:
     return f"teacher-{name}"
 
 
+def is_scorer(name: str) -> bool:
+    """Whether `name` is what a run calls a model that scores."""
+    return name in ("teacher", "reference") or name.startswith(teacher_name(""))
+
+
 def model_key(name: str) -> str:
     """Return the recipe's key of a model's settings, such as `teachers.math` of `teacher-math`."""
     return name.replace("teacher-", "teachers.", 1)
@@ -333,7 +353,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "rollout": ("seed", "student.", "rollout."),
     "score": ("teacher.", "teachers.", "reference.", "score."),
     "update": ("seed", "plugins", "student.", "weight.", "objective.", "train.", "lora."),
-    "eval": ("seed", "eval.", "student.dtype", "prompts.template_arguments", "rollout.engine"),
+    "eval": ("seed", "eval.", "student.dtype", "rollout.engine"),
 }
 """The keys, or beginnings of keys, that shape what a stage makes."""
 
@@ -356,6 +376,11 @@ FREE_END = (".parameters", ".server", ".served_name")
 its own."""
 
 
+def is_table(name: str) -> bool:
+    """Whether a benchmark's name is that of a file of the user's own."""
+    return name.endswith(TABLES)
+
+
 def is_free(key: str) -> bool:
     return key.startswith(FREE) or key.endswith(FREE_END)
 
@@ -367,7 +392,7 @@ def shapes(key: str) -> list[str]:
 
 def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings that shape `stage`, by dotted key: the fingerprint of its artifacts."""
-    skip = ("eval.every", "eval.bench", "eval.batch_size")
+    skip = ("eval.every", "eval.bench", "eval.batch_size", "eval.allow_code_execution")
     flat = {k: v for k, v in recipe.flat().items() if k.startswith(STAGES[stage]) and not k.startswith(skip)}
     return {k: flat[k] for k in sorted(flat) if stage == "eval" or not is_free(k)}
 
@@ -378,14 +403,15 @@ def settings_of_scorer(recipe: Recipe, name: str) -> dict[str, Any]:
     return {key: value for key, value in settings_of(recipe, "score").items() if key.startswith(own)}
 
 
-def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
-    """Read `files`, merge them and `overrides` ("a.b=c") left to right, and return the recipe they make.
+def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
+    """Read `files`, merge them and `overrides` ("a.b=c") left to right onto `base`, and return the recipe they make.
 
     Raises OpdctlError with all that is wrong in one message, each line with its file, key and the nearest valid name.
     """
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     recipe: Recipe | None = None
+    _merge(merged, base or {}, "--model", origin)
     for file in files:
         _merge(merged, _read(file), str(file), origin)
     for override in overrides:
@@ -411,6 +437,12 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
         raise OpdctlError("\n".join(lines), hint=f"{len(lines)} to mend in the recipe; nothing was run")
     assert recipe is not None
     return _with_absolute_paths(_with_defaults(recipe))
+
+
+def recipe_to_evaluate(model: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a recipe to evaluate `model` alone by: what it says of teacher, prompts and training is never used."""
+    unused = {"teacher": {"model": model}, "prompts": {"source": "toy:sort12", "count": 1024}, "train": {"steps": 1}}
+    return load_recipe([], overrides, {"name": "eval", "student": {"model": model}} | unused)
 
 
 def weight_of(recipe: Recipe) -> TokenWeight:
@@ -457,12 +489,8 @@ def _parameters(registry: Registry[Any], given: Component) -> dict[str, Any]:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make the paths of local models and prompts absolute: a run goes on from whatever folder it is called in."""
 
-    def absolute(text: str) -> str:
-        path = Path(text).expanduser()
-        return str(path.resolve()) if path.exists() else text
-
     def local(model: Model) -> Model:
-        return model.model_copy(update={"model": absolute(model.model)})
+        return model.model_copy(update={"model": _absolute(model.model)})
 
     update: dict[str, Any] = {
         name: local(model)
@@ -470,15 +498,22 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         if model
     }
     update["teachers"] = {name: local(model) for name, model in recipe.teachers.items()}
-    update["prompts"] = recipe.prompts.model_copy(update={"source": absolute(recipe.prompts.source)})
-    return recipe.model_copy(update=update)
+    update["prompts"] = recipe.prompts.model_copy(update={"source": _absolute(recipe.prompts.source)})
+    return with_benches(recipe.model_copy(update=update), recipe.eval.bench)
+
+
+def _absolute(text: str) -> str:
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.exists() else text
 
 
 def with_benches(recipe: Recipe, names: Sequence[str]) -> Recipe:
     """Return `recipe` with other benchmarks. Raises OpdctlError for one that there is not."""
     for name in names:
-        BENCHMARKS.get(name)
-    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"bench": list(names)})})
+        if not is_table(name):
+            BENCHMARKS.get(name)
+    bench = [_absolute(name) if is_table(name) else name for name in names]
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"bench": bench})})
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -582,7 +617,7 @@ def _component_problems(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
     names += [("eval.bench", BENCHMARKS, _at(merged, "eval", "bench"))]
     for key, registry, values in names:
         for value in values if isinstance(values, list) else []:
-            if isinstance(value, str) and value not in registry.names():
+            if isinstance(value, str) and value not in registry.names() and not is_table(value):
                 problems.append((key, f"unknown {registry.kind} `{value}`{did_you_mean(value, registry.names())}"))
     return problems
 
@@ -608,6 +643,8 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
     decay, warmup = recipe.train.decay_steps, recipe.train.warmup_steps
     if recipe.train.schedule != "constant" and (decay is None or decay <= warmup):
         problems.append(("train.decay_steps", f"a falling learning rate needs one above train.warmup_steps, {warmup}"))
+    if recipe.eval.temperature == 0 and recipe.eval.samples not in (None, 1):
+        problems.append(("eval.samples", "at temperature 0 all samples are the same: leave it out, or set it to 1"))
     if recipe.rollout.temperature != 1 or recipe.rollout.top_p != 1:
         problems.append(
             ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")

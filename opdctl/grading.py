@@ -4,19 +4,26 @@ math-verify can hang or die on an answer. Each worker can be killed alone, so su
 it is wrong, and the verdict says why.
 """
 
+import atexit
 import multiprocessing
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
 
-SECONDS = 15
-WORKERS = 2
+from opdctl import answers
+
+SECONDS = 15  # for one pair; whole, as pebble wants them
+WORKERS = 8
 BRACE = re.compile(r"\\boxed\s*\{|\\\\|\\[{}]|[{}]")
-INTEGER = re.compile(r"[+-]?\d{1,18}")
+JUDGED = ("ok", "unparsable")  # verdicts after which an answer may be compared with others
+
+Votes = list[list[str | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,34 +35,98 @@ class Grade:
     verdict: str
 
 
-Grader = Callable[[Sequence[tuple[str, str]]], list[Grade]]
+class Grader(Protocol):
+    """Reads answers and judges them. `runs_code`: the answers are programs, which it runs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def runs_code(self) -> bool: ...
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        """Grade (gold answer, response) pairs."""
+        ...
+
+    def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
+        """Return what each sample of each problem, a gold answer and its samples' grades, votes for.
+
+        A vote is a text: the gold answer where the sample is right, else the same for all wrong answers that are equal;
+        None without an answer.
+        """
+        ...
+
+    def readable(self, golds: Sequence[str]) -> list[bool]:
+        """Return of each gold answer whether one in another spelling can be compared with it."""
+        ...
 
 
-def exact(extract: Callable[[str], str | None]) -> Grader:
-    """Return a grader of (gold, response) pairs that compares what `extract` finds with the gold answer as text."""
+@dataclass(frozen=True)
+class Text:
+    """Compares what `extract` finds with the gold answer, letter by letter."""
 
-    def grade(pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        found = [(gold, extract(response)) for gold, response in pairs]
+    extract: Callable[[str], str | None]
+    name: str = "text"
+    runs_code: bool = False
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        found = [(gold, self.extract(response)) for gold, response in pairs]
         return [Grade(answer, answer == gold, "ok" if answer is not None else "no_answer") for gold, answer in found]
 
-    return grade
+    def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
+        return [[grade.extracted for grade in grades] for _, grades in problems]
+
+    def readable(self, golds: Sequence[str]) -> list[bool]:
+        return [True] * len(golds)
 
 
-def mathematics(pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-    """Grade (gold, response) pairs by the last \\boxed of each response. Plain integers are compared as integers."""
-    answers = [last_boxed(response) for _, response in pairs]
-    grades: dict[int, Grade] = {}
-    hard: list[int] = []
-    for index, ((gold, _), answer) in enumerate(zip(pairs, answers, strict=True)):
-        if answer is None:
-            grades[index] = Grade(None, False, "no_answer")
-        elif INTEGER.fullmatch(gold.strip()) and INTEGER.fullmatch(answer):
-            grades[index] = Grade(answer, int(gold) == int(answer), "ok")
-        else:
-            hard.append(index)
-    for index, (correct, verdict) in zip(hard, _judge([(pairs[i][0], answers[i] or "") for i in hard]), strict=True):
-        grades[index] = Grade(answers[index], correct, verdict)
-    return [grades[index] for index in range(len(pairs))]
+@dataclass(frozen=True)
+class Mathematics:
+    """Compares the last \\boxed of a response with the gold answer by what they mean."""
+
+    name: str = "mathematics"
+    runs_code: bool = False
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        found = [last_boxed(response) for _, response in pairs]
+        asked = [(gold, answer) for (gold, _), answer in zip(pairs, found, strict=True) if answer is not None]
+        judged = iter(_judge(asked))
+        return [Grade(None, False, "no_answer") if answer is None else Grade(answer, *next(judged)) for answer in found]
+
+    def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
+        """One answer a round is compared with all classes found so far, for all problems at once."""
+        ballots = [_Ballot(gold, grades) for gold, grades in problems]
+        while any(ballot.open for ballot in ballots):
+            asked = [ballot.questions() for ballot in ballots]
+            judged = iter(_judge([pair for pairs in asked for pair in pairs]))
+            for ballot, pairs in zip(ballots, asked, strict=True):
+                ballot.settle([next(judged)[0] for _ in pairs])
+        return [ballot.votes for ballot in ballots]
+
+    def readable(self, golds: Sequence[str]) -> list[bool]:
+        return [found is True for found in _in_workers(answers.readable, [(answers.tidy(gold),) for gold in golds])]
+
+
+class _Ballot:
+    """One problem's vote while its classes of equal wrong answers are being found."""
+
+    def __init__(self, gold: str, grades: Sequence[Grade]):
+        self.votes = [gold if grade.correct else grade.extracted for grade in grades]
+        wrong = {g.extracted: g.verdict for g in grades if not g.correct and g.extracted is not None}
+        self.open = [answer for answer, verdict in wrong.items() if verdict in JUDGED]  # texts, each once
+        self._classes: list[str] = []
+
+    def questions(self) -> list[tuple[str, str]]:
+        return [(known, self.open[0]) for known in self._classes] if self.open else []
+
+    def settle(self, same: Sequence[bool]) -> None:
+        if self.open:
+            answer = self.open.pop(0)
+            known = next((one for one, equal in zip(self._classes, same, strict=True) if equal), None)
+            if known is None:
+                self._classes.append(answer)
+            else:
+                self.votes = [known if vote == answer else vote for vote in self.votes]
 
 
 def last_boxed(response: str) -> str | None:
@@ -70,43 +141,68 @@ def last_boxed(response: str) -> str | None:
                 last = (start, brace.start())
         elif brace[0] not in ("\\{", "\\}", "\\\\"):  # escaped ones are text
             opened.append(brace.end() if brace[0].startswith("\\") else None)
-    return _stripped(text[slice(*last)]) if last else None
+    # White space, dollar signs and a trailing period surround an answer without being one.
+    return text[slice(*last)].strip(" \t\n$").rstrip(" \t\n$.\\") if last else None
 
 
-def _stripped(answer: str) -> str:
-    """Take off what surrounds an answer without being one: white space, dollar signs, a trailing period."""
-    while (bare := answer.strip(" \t\n$").removesuffix(".").removesuffix("\\")) != answer:
-        answer = bare
-    return answer
+mathematics = Mathematics()
+text = Text(last_boxed)
+
+
+# ── Worker processes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _judge(pairs: Sequence[tuple[str, str]]) -> list[tuple[bool, str]]:
-    if not pairs:
-        return []
-    # gmpy2, where sympy finds it, hangs for ever or aborts on towers of powers.
-    os.environ["SYMPY_GROUND_TYPES"] = "python"
-    judged = []
-    with ProcessPool(max_workers=WORKERS, context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.schedule(_equal, args=list(pair), timeout=SECONDS) for pair in pairs]
-        for future in futures:
-            try:
-                judged.append(future.result())
-            except FutureTimeoutError:
-                judged.append((False, "timeout"))
-            except (ProcessExpired, MemoryError, RecursionError):
-                judged.append((False, "crash"))
-    return judged
+    """Return (whether they say the same, verdict) of (gold, answer) pairs. Equal pairs are judged once."""
+    found: dict[tuple[str, str], tuple[bool, str]] = {}
+    hard: dict[tuple[str, str], tuple[str, str]] = {}
+    for gold, answer in dict.fromkeys(pairs):
+        if not answer or len(answer) > answers.LONGEST:
+            found[gold, answer] = (False, "unparsable")
+            continue
+        tidied = answers.tidy(gold), answers.tidy(answer)
+        seen = answers.by_sight(*tidied)
+        if seen is None:
+            hard[gold, answer] = tidied
+        else:
+            found[gold, answer] = (seen, "ok")
+    for pair, result in zip(hard, _in_workers(answers.same, list(hard.values())), strict=True):
+        found[pair] = (result, "ok") if isinstance(result, bool) else (False, result)
+    return [found[pair] for pair in pairs]
 
 
-def _equal(gold: str, answer: str) -> tuple[bool, str]:
-    """Judge one pair; runs in a worker, whose main thread math-verify's own time limits need."""
-    from math_verify import parse, verify
+def _in_workers(function: Callable[..., bool], arguments: Iterable[tuple[str, ...]]) -> list[Any]:
+    """Return function(*each) for each of `arguments`, or the verdict on what came of it instead."""
+    futures = [_pool(os.getpid()).schedule(function, args=list(each), timeout=SECONDS) for each in arguments]
+    return [_result(future) for future in futures]
 
+
+def _result(future: Any) -> bool | str:
     try:
-        want = parse(f"\\boxed{{{gold}}}", raise_on_error=True)
-        got = parse(f"\\boxed{{{answer}}}", raise_on_error=True)
-        return (bool(verify(want, got, raise_on_error=True)), "ok") if want and got else (False, "unparsable")
-    except (MemoryError, RecursionError):
-        raise  # the worker's end, not the answer's form
-    except Exception:  # math-verify passes on whatever sympy and its parser raise
-        return False, "unparsable"
+        return bool(future.result())
+    except FutureTimeoutError:
+        return "timeout"
+    except (ProcessExpired, MemoryError, RecursionError):
+        return "crash"
+    except answers.UnreadableError:
+        return "unparsable"
+
+
+@cache
+def _pool(owner: int) -> ProcessPool:
+    """Return the workers of the process `owner`, which stay for the next answers: each takes a second to begin."""
+    workers = min(len(os.sched_getaffinity(owner)), WORKERS)
+    pool = ProcessPool(
+        max_workers=workers,
+        max_tasks=1000,
+        initializer=answers.start,
+        context=multiprocessing.get_context("spawn"),
+    )
+    atexit.register(_close, pool, owner)
+    return pool
+
+
+def _close(pool: ProcessPool, owner: int) -> None:
+    if os.getpid() == owner:
+        pool.stop()
+        pool.join()

@@ -1,12 +1,13 @@
 """What a person sees: messages and progress, on stderr. Data on stdout is the command line's business.
 
-Nothing from a prompt, a response or a model is ever read as markup.
+Nothing from a prompt, a response or a model is ever read as markup, nor as an order to the terminal.
 """
 
 import contextlib
 import json
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,9 @@ from rich.text import Text
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _level = 0
 _name = ""
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)  # moves the cursor, colours, turns text round
 QUICK = 10.0  # seconds: shorter work shows no plain progress lines
 
 
@@ -26,24 +30,28 @@ def set_level(level: int, name: str = "") -> None:
     _level, _name = level, name
 
 
+def _safe(text: str) -> str:
+    return UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def say(message: str, style: str = "") -> None:
     if _level >= 0:
-        console.print(Text(message, style=style))
+        console.print(Text(_safe(message), style=style))
 
 
 def detail(message: str) -> None:
     if _level >= 1:
-        console.print(Text(message, style="dim"))
+        console.print(Text(_safe(message), style="dim"))
 
 
 def warn(message: str) -> None:
-    console.print(Text.assemble(("warning: ", "yellow"), message))
+    console.print(Text.assemble(("warning: ", "yellow"), _safe(message)))
 
 
 def error(message: str, hint: str | None) -> None:
-    console.print(Text.assemble(_name, ("error: ", "bold red"), message))
+    console.print(Text.assemble(_name, ("error: ", "bold red"), _safe(message)))
     if hint:
-        console.print(Text.assemble(("hint: ", "bold cyan"), hint))
+        console.print(Text.assemble(("hint: ", "bold cyan"), _safe(hint)))
 
 
 def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -52,7 +60,7 @@ def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
         width = max(len(what) for what, _ in rows)
         console.print(Text(title, style="bold"))
         for what, value in rows:  # not a table: a path or a command must not be broken
-            console.print(Text.assemble((f"{what:<{width}}  ", "cyan"), value))
+            console.print(Text.assemble((f"{what:<{width}}  ", "cyan"), _safe(value)))
 
 
 def components(title: str, entries: Sequence[Any]) -> None:
@@ -67,24 +75,16 @@ def components(title: str, entries: Sequence[Any]) -> None:
             console.print(Text("    " + "; ".join(part for part in (parameters, entry.source) if part), style="dim"))
 
 
-def tenths(phases: Sequence[Mapping[str, Any]]) -> None:
-    """Print analyze-position's numbers by tenths of the response."""
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print a table, its first `left` columns to the left, the others, numbers mostly, to the right."""
     if _level < 0:
         return
-    for phase in phases:
-        grid = Table(title=Text(f"{phase['phase']}, by tenths of the response", style="bold"), title_justify="left")
-        for name in ("tenth", "share of Σ|A|", "|A|", "k1", "weight"):
-            grid.add_column(name, justify="right")
-        for t in phase["tenths"]:
-            cells = (
-                f"{t['tenth']}",
-                f"{t['share']:.1%}",
-                f"{t['abs_advantage']:.4f}",
-                f"{t['k1']:.4f}",
-                f"{t['weight']:.3f}",
-            )
-            grid.add_row(*cells)
-        console.print(grid)
+    grid = Table(title=Text(_safe(title), style="bold"), title_justify="left")
+    for number, name in enumerate(header):
+        grid.add_column(name, justify="right" if number >= left else "left")
+    for row in rows:
+        grid.add_row(*(Text(_safe(cell)) for cell in row))
+    console.print(grid)
 
 
 @contextlib.contextmanager

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from opdctl import SCHEMA_VERSION
-from opdctl.benchmarks import Benchmark
+from opdctl.benchmarks import find
 from opdctl.config import Recipe, Rollout, Score, is_kept, model_key
 from opdctl.engines import resolve_device
 from opdctl.model import ModelDir, check_same_tokenizer, locate_here
 from opdctl.prompts import local_problems
-from opdctl.registry import BENCHMARKS
 from opdctl.run import (
     check_top_k,
     prepare_prompts,
@@ -141,10 +140,10 @@ def evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> dict[s
     """Size up an evaluation, benchmark by benchmark; None where the number of problems is only known to the hub."""
     benches = []
     for name in recipe.eval.bench:
-        benchmark: Benchmark = BENCHMARKS.get(name)()
-        here = data is not None or benchmark.hub is None
+        benchmark = find(name, recipe.eval)
+        here = data is not None or benchmark.source.local
         problems = len(benchmark.problems(recipe.eval.problems, data)) if here else recipe.eval.problems
-        responses = _times(problems, recipe.eval.samples)
+        responses = _times(problems, benchmark.samples_under(recipe.eval))
         tokens = _times(responses, recipe.eval.max_tokens)
         benches.append({"bench": name, "problems": problems, "responses": responses, "max_response_tokens": tokens})
     return {"schema_version": SCHEMA_VERSION, "run_dir": str(run_path(recipe, output)), "benches": benches}

@@ -1,5 +1,6 @@
 """Prompts: from the embedded task, a file or the hub, through the chat template, to token ids."""
 
+import csv
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opdctl.config import Prompts, teacher_name
+from opdctl.config import TABLES, Prompts, is_table, teacher_name
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 from opdctl.records import Prompt
 from opdctl.tasks import sort12
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-FORMATS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ def local_problems(settings: Prompts) -> list[Problem] | None:
     if settings.source.startswith("toy:"):
         return _embedded(settings)
     path = Path(settings.source).expanduser()
-    if path.suffix in FORMATS:
+    if is_table(settings.source):
         return _checked(read_table(path), settings)
     if path.exists():
-        raise OpdctlError(f"prompts.source: {path}: must end in {' or '.join(FORMATS)}")
+        raise OpdctlError(f"prompts.source: {path}: must end in {' or '.join(TABLES)}")
     return None
 
 
@@ -146,11 +146,14 @@ def _embedded(settings: Prompts) -> list[Problem]:
 
 
 def read_table(path: Path) -> Iterator[Row]:
-    """Yield the rows of a `.jsonl` or `.parquet` file. Raises OpdctlError (code 3) with file and line."""
+    """Yield the rows of a `.jsonl`, `.parquet` or `.csv` file, whose cells are all text.
+
+    Raises OpdctlError (code 3) with file and line.
+    """
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise OpdctlError(f"{path}: no such file{did_you_mean(path.name, beside) if beside else ''}")
-    yield from _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+    yield from {".jsonl": _read_jsonl, ".csv": _read_csv}.get(path.suffix, _read_parquet)(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -167,6 +170,20 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             yield row
 
 
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                if None in row or None in row.values():
+                    why = f"has not {len(rows.fieldnames or ())} cells, as the first line has"
+                    raise OpdctlError(f"{path}:{rows.line_num}: {why}", code=ExitCode.DATA)
+                yield row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise OpdctlError(f"{path}:{rows.line_num + 1}: {error}", code=ExitCode.DATA) from error
+
+
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(path)
@@ -176,17 +193,25 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise OpdctlError(f"{path}: cannot be read as Parquet: {error}", code=ExitCode.DATA) from error
 
 
-def from_hub(source: str, split: str, revision: str | None, key: str) -> Iterator[Row]:
+def from_hub(
+    source: str,
+    split: str,
+    revision: str | None,
+    key: str,
+    *,
+    subset: str | None = None,
+    hint: str = "give a .jsonl, .parquet or .csv file, or fetch the data set where there is a network",
+) -> Iterator[Row]:
     """Yield the rows of a hub data set; `key` names the setting in errors. Raises OpdctlError (code 5)."""
     import datasets
 
     try:
-        yield from datasets.load_dataset(source, split=split, revision=revision)
+        yield from datasets.load_dataset(source, subset, split=split, revision=revision)
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OpdctlError(
             f"{key}: `{source}` is no local file, and the hub did not give it: {reason}",
-            hint="give a .jsonl or .parquet file, or fetch the data set where there is a network",
+            hint=hint,
             code=ExitCode.REACH,
         ) from error
 

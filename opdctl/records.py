@@ -80,7 +80,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """One response of an evaluation. `extracted` is the answer read from it; `verdict` says why it is right or not."""
+    """One response of an evaluation.
+
+    extracted: the answer read from it. verdict: ok, or why it could not be judged. vote: what it counts as in a majority
+    vote: the gold answer where it is right, else one spelling for all equal wrong answers; None where it has no answer.
+    """
 
     sample_id: str
     problem_id: str
@@ -91,6 +95,7 @@ class Graded:
     extracted: str | None
     correct: bool
     verdict: str
+    vote: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,7 @@ GRADED = pa.schema(
         ("extracted", pa.string()),
         ("correct", pa.bool_()),
         ("verdict", pa.string()),
+        ("vote", pa.string()),
     ]
 )
 

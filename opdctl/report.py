@@ -92,12 +92,25 @@ def sentence(phase: dict[str, Any]) -> str:
     )
 
 
-def _tenths(phase: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{t['tenth']}<td>{t['share']:.1%}<td>{t['abs_advantage']:.4f}<td>{t['k1']:.4f}<td>{t['weight']:.4f}"
+def tenths(phase: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return a phase's numbers by tenths of the response: the header, and a row a tenth."""
+    rows = [
+        [
+            str(t["tenth"]),
+            f"{t['share']:.1%}",
+            f"{t['abs_advantage']:.4f}",
+            f"{t['k1']:.4f}",
+            f"{t['weight']:.3f}",
+        ]
         for t in phase["tenths"]
-    )
+    ]
+    return ("tenth", "share of Σ|A|", "|A|", "k1", "weight"), rows
+
+
+def _tenths(phase: dict[str, Any]) -> str:
+    header, rows = tenths(phase)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}' for cell in row)}" for row in rows)
     return (
         f"<table><caption>{html.escape(phase['phase'])}, by tenths of the response</caption>"
-        f"<tr><th>tenth<th>share of Σ|A|<th>|A|<th>k1<th>weight{rows}</table>"
+        f"<tr>{''.join(f'<th>{name}' for name in header)}{body}</table>"
     )

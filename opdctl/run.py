@@ -23,6 +23,7 @@ from opdctl.config import (
     changed,
     describe_changes,
     is_free,
+    is_table,
     load_recipe,
     model_key,
     settings_of,
@@ -73,7 +74,7 @@ class Run:
         return self.step_path(step) / "update.json"
 
     def evaluation_path(self, bench: str, subject: str) -> Path:
-        return self.path / "eval" / bench / subject
+        return self.path / "eval" / (Path(bench).stem if is_table(bench) else bench) / subject
 
     @property
     def metrics_path(self) -> Path:
@@ -151,7 +152,7 @@ class Run:
             suffix=".parquet",
             fingerprint=Fingerprint(
                 settings_of(self.recipe, "rollout"),
-                {"prompts": self._prompts_digest, "policy": self.policy_digest(step)},
+                {"prompts": str(self.prompts_digest), "policy": self.policy_digest(step)},
             ),
             redo=self.command("rollout", step),
         )
@@ -186,8 +187,10 @@ class Run:
         return {"rollout": self.rollout(step).digest, **scores, **plugins}
 
     @cached_property
-    def _prompts_digest(self) -> str:
-        return store.read_json(self.path / "run.json")["prompts"]["sha256"]
+    def prompts_digest(self) -> str | None:
+        """The digest of the prompts, or None where a model is only evaluated."""
+        path = self.path / "run.json"
+        return store.read_json(path)["prompts"]["sha256"] if path.exists() else None
 
     def command(self, stage: str, step: int | None = None) -> str:
         """Return the command line that runs a stage of this run."""
@@ -195,12 +198,12 @@ class Run:
         return f"opdctl {stage} --output {shlex.quote(str(self.path))}{at}"
 
 
-def with_engines(recipe: Recipe, path: Path) -> Recipe:
+def with_engines(recipe: Recipe, path: Path, sections: Sequence[str] = ("rollout", "score")) -> Recipe:
     """Return the recipe with the engine in the place of each `auto`: the one that the run in `path` was begun with, or
     the one that is right here. Says the choice."""
     begun = read_recipe(path) if (path / "recipe.toml").exists() else None
     update = {}
-    for section in ("rollout", "score"):
+    for section in sections:
         settings = getattr(recipe, section)
         if settings.engine == AUTO:
             name = getattr(begun, section).engine if begun else ("vllm" if has_vllm() else "transformers")
@@ -274,6 +277,11 @@ def refuse_foreign_folder(recipe: Recipe, path: Path) -> None:
         raise OpdctlError(f"{path}: is not empty and is no run directory", hint="use another --output")
 
 
+def bare_run(recipe: Recipe, path: Path) -> Run:
+    """Return what an evaluation in `path` needs of a run where there is none: the model is no part of it."""
+    return Run(with_engines(recipe, path, ("rollout",)), path, {}, {})
+
+
 def recorded_run(path: Path) -> Run:
     """Open a run directory as it is recorded, for reading artifacts alone: the models need not be there any more."""
     recipe = read_recipe(path)
@@ -301,10 +309,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe([path / "recipe.toml"], overrides)
 
 
-def _find(model: Model, name: str) -> ModelDir:
+def find_model(model: Model, key: str) -> ModelDir:
+    """Return where a model lies and how to load it; `key` names it in errors. Raises OpdctlError as `locate` does."""
     if model.trust_remote_code:
         log.warn(f"trust_remote_code is on: code that comes with {model.model} will run")
-    return ModelDir(locate(model, f"{model_key(name)}.model"), model.dtype, model.trust_remote_code)
+    return ModelDir(locate(model, key), model.dtype, model.trust_remote_code)
 
 
 def _identify(model: ModelDir) -> dict[str, Any]:
@@ -367,7 +376,7 @@ def _begin_once(recipe: Recipe, path: Path) -> None:
 
 
 def _begin(recipe: Recipe, path: Path) -> None:
-    found = {name: _find(model, name) for name, model in recipe.models().items()}
+    found = {name: find_model(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
     student = found["student"]
     for name in recipe.scorers():
         check_same_tokenizer(student, found[name], name)

@@ -535,6 +535,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(grave)
 
 
+def sealed_rows(folder: Path, kind: type[Row]) -> list[Row]:
+    """Return the rows of a finished stage, whatever made it. Raises OpdctlError (code 3) where a part is damaged."""
+    if problems := verify_sealed(folder):
+        raise OpdctlError(
+            "\n".join(problems), hint="run the command that made it again with --repair", code=ExitCode.DATA
+        )
+    names = [Path(part["name"]).name for part in read_json(folder / "manifest.json")["parts"]]
+    return [row for name in names for row in read_rows(folder / name, kind)]
+
+
 def verify_sealed(folder: Path) -> list[str]:
     """Return what is wrong with the parts that the manifest in `folder` lists, whatever stage made them."""
     found = []

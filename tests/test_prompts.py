@@ -215,9 +215,16 @@ def test_a_missing_file_gets_the_nearest_name(tmp_path: Path, suffix: str) -> No
 
 
 def test_a_file_of_another_format_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    path = tmp_path / "p.csv"
+    path = tmp_path / "p.txt"
     path.write_text("prompt\na\n")
-    assert ".jsonl or .parquet" in refusal(path, ExitCode.USAGE).message
+    assert ".jsonl or .parquet or .csv" in refusal(path, ExitCode.USAGE).message
+
+
+def test_a_csv_file_gives_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text('prompt,answer\n"a, b",1\nc,2\n')
+    problems = load_problems(Prompts(source=str(path), answer_column="answer"))
+    assert [(p.id, p.text, p.answer) for p in problems] == [("0", "a, b", "1"), ("1", "c", "2")]
 
 
 @pytest.mark.parametrize(

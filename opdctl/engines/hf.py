@@ -244,8 +244,11 @@ def _uniforms(seed: int, count: int) -> np.ndarray:
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Sample one token a row by inverting the distribution at `uniform_B`; return ids and their log-probs, [B].
 
-    The log-probs are those of the distribution that was sampled, after temperature and top-p.
+    The log-probs are those of the distribution that was sampled, after temperature and top-p; at temperature 0 all of
+    it is on the most probable token.
     """
+    if temperature == 0:
+        return logits_BV.argmax(-1), torch.zeros_like(uniform_B)
     if temperature != 1:
         logits_BV = logits_BV / temperature
     if top_p < 1:

@@ -1,25 +1,28 @@
 """eval: a model answers a benchmark's problems, several times each, and the answers are graded."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opdctl import SCHEMA_VERSION, log, store
-from opdctl.benchmarks import Benchmark
-from opdctl.config import Eval, Model, settings_of
+from opdctl import SCHEMA_VERSION, contamination, log, stats, store
+from opdctl.benchmarks import Benchmark, find
+from opdctl.config import Eval, Model, Recipe, settings_of
 from opdctl.engines import Completion, EnginePool, Request
+from opdctl.errors import OpdctlError
 from opdctl.grading import Grade
-from opdctl.model import ModelDir, locate
+from opdctl.model import ModelDir
 from opdctl.prompts import Problem, template
 from opdctl.records import Graded, sample_seed
-from opdctl.registry import BENCHMARKS
-from opdctl.run import Run
-from opdctl.stats import average
-from opdctl.store import Fingerprint, StageDir, digest_of, read_rows, write_rows
+from opdctl.run import Run, find_model
+from opdctl.store import WHOLE, Fingerprint, Shard, StageDir, digest_of, read_rows, write_rows
+
+KILLER = 200  # characters of an answer that killed its grader, in the summary
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,24 @@ def scorer(run: Run, name: str) -> Subject:
     return Subject(name, run.models[name], run.digests[name], name, f"--model {name}")
 
 
-def other(path: Path, like: ModelDir) -> Subject:
-    """A model directory that is no part of the run."""
-    model = ModelDir(path, like.dtype, like.trust_remote_code)
+def other(name: str, like: Model) -> Subject:
+    """A model that is no part of the run: a directory or a hub id, loaded as `like` says."""
+    if like.model != name:  # what was said of another model's revision and code does not hold for this one
+        like = like.model_copy(update={"model": name, "revision": None, "trust_remote_code": False})
+    model = find_model(like, "--model")
     digest = model.digest()
-    return Subject(f"model-{path.name}-{digest[:8]}", model, digest, "model", f"--model {path}")
+    label = name if name.startswith("toy:") else Path(name).name
+    return Subject(f"{label.replace(':', '-')}-{digest[:8]}", model, digest, "model", f"--model {name}")
 
 
-def subject(run: Run, model: str | None, step: int) -> Subject:
-    """Return what to evaluate: the student of `step`, a teacher of the run by name, or a model directory."""
+def subject(run: Run, model: str | None, step: int | None) -> Subject:
+    """Return what to evaluate: the student of `step`, the newest by default, or a teacher of the run by name, or another
+    model."""
     if model is None:
-        return student(run, step)
+        return student(run, run.current_step() if step is None else step)
     if model in run.scorers():
         return scorer(run, model)
-    path = locate(Model(model=model), "--model")
-    return other(path, run.student)
+    return other(model, run.recipe.student)
 
 
 def is_evaluated(run: Run, bench: str, subject: str) -> bool:
@@ -69,49 +75,121 @@ def stored_summary(run: Run, bench: str, subject: str) -> dict[str, Any] | None:
     """Return the summary of a finished evaluation under the recipe's own protocol, or None."""
     path = run.evaluation_path(bench, subject) / "summary.json"
     summary = store.read_json(path) if path.exists() else None
-    return summary if summary and summary["protocol"] == _protocol(run.recipe.eval) else None
+    protocol = _protocol(run.recipe, find(bench, run.recipe.eval)) if summary else None
+    return summary if summary and summary["protocol"] == protocol else None
 
 
-def _protocol(settings: Eval) -> dict[str, Any]:
-    return settings.model_dump(exclude={"bench", "every", "parts", "batch_size"})
+def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
+    """Return all that decides what is asked and how it is answered and graded."""
+    settings = recipe.eval
+    return {
+        "samples": benchmark.samples_under(settings),
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+        "suffix": settings.suffix if benchmark.boxed else "",
+        "template_arguments": settings.template_arguments,
+        "problems": settings.problems,
+        "grader": benchmark.grader.name,
+        "seed": recipe.seed,
+        "engine": recipe.rollout.engine,
+        "dtype": recipe.student.dtype,
+    }
 
 
 def run(
-    run: Run, bench: str, subject: Subject, engines: EnginePool, data: Path | None = None, *, repair: bool = False
-) -> tuple[dict[str, Any], int]:
-    """Answer and grade what is missing of a benchmark, with `repair` what is damaged too.
+    run: Run,
+    bench: str,
+    subject: Subject,
+    engines: EnginePool,
+    data: Path | None = None,
+    *,
+    repair: bool = False,
+    shard: Shard = WHOLE,
+) -> tuple[dict[str, Any] | None, int]:
+    """Answer and grade what is missing of the shard's parts of a benchmark, with `repair` what is damaged too.
 
-    Returns its summary and how many parts were made.
+    Returns its summary, None while other shards are at work, and how many parts were made.
 
-    Raises OpdctlError: 3 for bad benchmark data, 4 when it was begun with other settings, 5 when data are out of reach.
+    Raises OpdctlError: 2 when it would run code and may not, 3 for bad benchmark data, 4 when it was begun with other
+    settings, 5 when data are out of reach.
     """
-    benchmark: Benchmark = BENCHMARKS.get(bench)()
-    settings = run.recipe.eval
-    problems = benchmark.problems(settings.problems, data)
-    folder = run.evaluation_path(bench, subject.name)
-    stage = StageDir(
-        folder,
-        stage="eval",
-        parts=min(settings.parts, len(problems)),
-        suffix=".parquet",
-        fingerprint=Fingerprint(
-            settings_of(run.recipe, "eval"),
-            {"model": subject.digest, "problems": digest_of([(p.id, p.text, p.answer) for p in problems])},
-        ),
-        redo=f"{run.command('eval')} --bench {bench} {subject.options}",
-    )
-    with stage.work(repair=repair) as todo:
+    benchmark = find(bench, run.recipe.eval)
+    _refuse_code(benchmark, run.recipe.eval)
+    problems = benchmark.problems(run.recipe.eval.problems, data)
+    stage = _stage(run, benchmark, problems, subject)
+    for folder in (stage.path, stage.path.parent):
+        store.sweep(folder)
+    with stage.work(repair=repair, shard=shard) as todo:
         if todo:
             _answer(run, benchmark, problems, subject, engines, stage, todo)
-    summary = _summarise(
-        bench,
-        subject.name,
-        settings,
-        [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), Graded)],
-    )
-    if stored_summary(run, bench, subject.name) != summary:
-        store.write_json(folder / "summary.json", summary)
+    if not stage.done():
+        return None, len(todo)
+    rows = [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), Graded)]
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "bench": benchmark.name,
+        "model": subject.name,
+        **summarise(rows),
+        "protocol": _protocol(run.recipe, benchmark),
+        "benchmark": _about(run, benchmark, problems, data),
+    }
+    path = stage.path / "summary.json"
+    if not path.exists() or store.read_json(path) != summary:
+        store.write_json(path, summary)
     return summary, len(todo)
+
+
+def _refuse_code(benchmark: Benchmark, settings: Eval) -> None:
+    if benchmark.grader.runs_code and not settings.allow_code_execution:
+        raise OpdctlError(
+            f"--bench {benchmark.name}: would run code that a model wrote",
+            hint="give --allow-code-execution; docs/eval.md says within which limits it runs",
+        )
+
+
+def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], subject: Subject) -> StageDir:
+    return StageDir(
+        run.evaluation_path(benchmark.name, subject.name),
+        stage="eval",
+        parts=min(run.recipe.eval.parts, len(problems)),
+        suffix=".parquet",
+        fingerprint=Fingerprint(
+            settings_of(run.recipe, "eval") | {"eval.samples": benchmark.samples_under(run.recipe.eval)},
+            {"model": subject.digest, "problems": _digest(problems)},
+        ),
+        redo=f"{run.command('eval')} --bench {benchmark.name} {subject.options}",
+    )
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+    return digest_of([(problem.id, problem.text, problem.answer) for problem in problems])
+
+
+def _about(run: Run, benchmark: Benchmark, problems: Sequence[Problem], data: Path | None) -> dict[str, Any]:
+    """Return what there is to know of the benchmark itself: where it came from, golds that no answer can be compared
+    with, and what the training prompts hold of it. Kept beside the evaluations, since it takes a while."""
+    path = run.evaluation_path(benchmark.name, "benchmark.json")
+    key = {"digest": _digest(problems), "prompts": digest_of(run.prompts_digest)}
+    if path.exists() and (known := store.read_json(path))["key"] == key:
+        return known["about"]
+    golds = benchmark.grader.readable([problem.answer or "" for problem in problems])
+    about = {
+        "source": str(data or benchmark.source.where),
+        "digest": key["digest"],
+        "unreadable_golds": [problem.id for problem, readable in zip(problems, golds, strict=True) if not readable],
+        "contamination": _contamination(run, problems),
+    }
+    store.write_json(path, {"key": key, "about": about})
+    return about
+
+
+def _contamination(run: Run, problems: Sequence[Problem]) -> dict[str, Any] | None:
+    """Return what the run's prompts hold of the problems, or None where there is no training."""
+    if run.prompts_digest is None:
+        return None
+    prompts = run.student.tokenizer.batch_decode([p.prompt_ids for p in run.prompts], skip_special_tokens=True)
+    return contamination.report({problem.id: problem.text for problem in problems}, prompts)
 
 
 def _answer(
@@ -124,43 +202,50 @@ def _answer(
     todo: list[int],
 ) -> None:
     settings = run.recipe.eval
+    samples = benchmark.samples_under(settings)
     engine = engines.get(subject.role, run.recipe.rollout.engine, subject.model)
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p})
     parts = {index: stage.share(problems, index) for index in todo}
-    total = settings.samples * sum(map(len, parts.values()))
+    total = samples * sum(map(len, parts.values()))
     with log.progress(f"eval {benchmark.name}, {subject.name}", total) as advance:
         for index, part in parts.items():
-            draws = [
-                (problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(settings.samples)
-            ]
+            draws = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
             requests = [
                 Request(_prompt_ids(run, benchmark, subject.model, p), sample_seed(run.recipe.seed, name))
                 for p, name in draws
             ]
             completions = engine.generate(requests, settings, settings.batch_size, advance)
-            rows = _grade(benchmark, subject.model, draws, completions)
+            rows = _graded(benchmark, subject.model, draws, completions)
             tokens = sum(len(row.response_ids) for row in rows)
             stage.write(index, partial(write_rows, rows=rows, kind=Graded), rows=len(rows), tokens=tokens)
 
 
 def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:
-    asked = replace(problem, text=problem.text + (run.recipe.eval.suffix if benchmark.boxed else ""))
-    ids = template(asked, model.tokenizer, run.recipe.prompts.template_arguments)
-    return np.asarray(ids, np.int32)
+    settings = run.recipe.eval
+    asked = replace(problem, text=problem.text + (settings.suffix if benchmark.boxed else ""))
+    return np.asarray(template(asked, model.tokenizer, settings.template_arguments), np.int32)
 
 
-def _grade(
+def _graded(
     benchmark: Benchmark, model: ModelDir, draws: list[tuple[Problem, str]], completions: list[Completion]
 ) -> list[Graded]:
+    """Return the rows of whole problems: the vote of a sample depends on the problem's other samples."""
     texts = model.tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
-    grades = benchmark.grade([(problem.answer or "", text) for (problem, _), text in zip(draws, texts, strict=True)])
+    golds = [problem.answer or "" for problem, _ in draws]
+    grades = benchmark.grader.grade(list(zip(golds, texts, strict=True)))
+    by_problem = [
+        (group[0][0][0].answer or "", [grade for _, grade in group])
+        for _, found in groupby(zip(draws, grades, strict=True), key=lambda pair: pair[0][0].id)
+        if (group := list(found))
+    ]
+    votes = [vote for own in benchmark.grader.votes(by_problem) for vote in own]
     return [
-        _row(name, problem, completion, text, grade)
-        for (problem, name), completion, text, grade in zip(draws, completions, texts, grades, strict=True)
+        _row(name, problem, completion, text, grade, vote)
+        for (problem, name), completion, text, grade, vote in zip(draws, completions, texts, grades, votes, strict=True)
     ]
 
 
-def _row(name: str, problem: Problem, completion: Completion, text: str, grade: Grade) -> Graded:
+def _row(name: str, problem: Problem, completion: Completion, text: str, grade: Grade, vote: str | None) -> Graded:
     return Graded(
         sample_id=name,
         problem_id=problem.id,
@@ -171,26 +256,45 @@ def _row(name: str, problem: Problem, completion: Completion, text: str, grade: 
         extracted=grade.extracted,
         correct=grade.correct,
         verdict=grade.verdict,
+        vote=vote,
     )
 
 
-def _summarise(bench: str, subject: str, settings: Eval, rows: list[Graded]) -> dict[str, Any]:
-    by_problem: dict[str, list[bool]] = defaultdict(list)
-    verdicts: dict[str, int] = defaultdict(int)
+def summarise(rows: Sequence[Graded]) -> dict[str, Any]:
+    """Return the accuracies with their intervals, the lengths and the verdicts of an evaluation's rows."""
+    by_problem: dict[str, list[Graded]] = defaultdict(list)
     for row in rows:
-        by_problem[row.problem_id].append(row.correct)
-        verdicts[row.verdict] += 1
-    estimate = average(list(by_problem.values()))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "bench": bench,
-        "model": subject,
-        "problems": len(by_problem),
-        "samples": settings.samples,
-        "avg": estimate.mean,
-        "ci": [estimate.low, estimate.high],
-        "truncated_share": sum(row.finish_reason == "length" for row in rows) / len(rows),
-        "response_length": sum(len(row.response_ids) for row in rows) / len(rows),
-        "verdicts": dict(sorted(verdicts.items())),
-        "protocol": _protocol(settings),
+        by_problem[row.problem_id].append(row)
+    correct = [[row.correct for row in own] for own in by_problem.values()]
+    votes = [[row.vote for row in own] for own in by_problem.values()]
+    samples = min(map(len, correct))
+    avg, these = stats.over_problems([float(np.mean(own)) for own in correct]), stats.of_these(correct)
+    passed = {k: [stats.pass_at_k(own, k) for own in correct] for k in stats.sizes(samples)}
+    majority = {
+        k: [stats.maj_at_k(vote, own, k) for vote, own in zip(votes, correct, strict=True)]
+        for k in (stats.sizes(samples) if any(vote for own in votes for vote in own) else ())
     }
+    lengths = [len(row.response_ids) for row in rows]
+    return {
+        "problems": len(by_problem),
+        "samples": samples,
+        "avg": avg.mean,
+        "ci": [avg.low, avg.high],
+        "ci_these": [these.low, these.high] if these else None,
+        "pass_at": _estimates(passed),
+        "maj_at": _estimates(majority),
+        "truncated_share": sum(row.finish_reason == "length" for row in rows) / len(rows),
+        "response_length": float(np.mean(lengths)),
+        "response_lengths": {f"p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)} | {"max": max(lengths)},
+        "verdicts": dict(sorted(Counter(row.verdict for row in rows).items())),
+        "killers": [
+            {"sample_id": row.sample_id, "verdict": row.verdict, "extracted": (row.extracted or "")[:KILLER]}
+            for row in rows
+            if row.verdict in ("timeout", "crash")
+        ],
+    }
+
+
+def _estimates(by_k: dict[int, list[float]]) -> dict[str, dict[str, Any]]:
+    found = {k: stats.over_problems(values) for k, values in by_k.items()}
+    return {str(k): {"mean": each.mean, "ci": [each.low, each.high]} for k, each in found.items()}
