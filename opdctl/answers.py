@@ -21,7 +21,16 @@ LONGEST = 2000  # characters; no gold answer comes near, and what is longer is n
 MEMORY = 4 * 2**30  # bytes of address space for a worker
 
 SYMBOLS = str.maketrans(
-    {"\N{MINUS SIGN}": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "°": ""}
+    {
+        "\N{MINUS SIGN}": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "°": "",
+    }
 )
 SPACING = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])|(?<!\\)\\[,;:> ]|~|\\?\$|\\?%")
 FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
@@ -42,7 +51,8 @@ NUMBER = re.compile(r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})", re.ASCII)
 RATIO = re.compile(r"([+-]?)(?:\\frac\{(\d{1,400})\}\{(\d{1,400})\}|\\frac(\d)(\d)|(\d{1,400})/(\d{1,400}))", re.ASCII)
 NAME = re.compile(r"\(?([a-zA-Z])\)?|([a-zA-Z]{3,}(?: [a-zA-Z]+)*)")
 BASE = re.compile(r"([0-9A-Fa-f]+)\s*_\s*(?:\{\s*(\w+)\s*\}|(\d+))")
-BASES = {name: str(base) for base, name in enumerate("two three four five six seven eight nine ten".split(), 2)}
+DIGITS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+BASES = {name: str(base) for base, name in enumerate(DIGITS, 2)}
 MATRIX = re.compile(r"\\begin\s*\{([pbvB]?matrix)\}(.*)\\end\s*\{\1\}", re.DOTALL)
 BELOW, ABOVE = r"(?:<|\\l(?:t|eq?(?:slant)?)(?![a-z]))", r"(?:>|\\g(?:t|eq?(?:slant)?)(?![a-z]))"
 BETWEEN = re.compile(rf"(.+?)({BELOW})\s*[a-zA-Z]\s*({BELOW})(.+)")
