@@ -35,6 +35,7 @@ from opdctl.config import changed, describe_changes
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Prompt, Response, Scores, offsets_of
 
+BEGUN = ("work.json", "manifest.json")  # a stage whose folder holds one of them was begun
 HIDDEN = "hidden_states"
 SCORE_COLUMNS = tuple(column.name for column in fields(Scores))
 
@@ -293,7 +294,7 @@ class StageDir:
     def __init__(self, path: Path, *, stage: str, parts: int, suffix: str, fingerprint: Fingerprint, redo: str):
         self.path, self.stage, self.fingerprint, self.redo = path, stage, fingerprint, redo
         self.names = [f"part-{i:05d}-of-{parts:05d}{suffix}" for i in range(parts)]
-        self.manifest_path, self._work_path = path / "manifest.json", path / "work.json"
+        self._work_path, self.manifest_path = (path / name for name in BEGUN)
         self._claim: claims.Claim | None = None
         self._refuse_another_fingerprint()
 
