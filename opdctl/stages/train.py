@@ -62,6 +62,13 @@ class Trainer:
         run = self._run
         there = (step for step in range(done, 0, -1) if run.update(step - 1)["trainer"])
         saved = next((step for step in there if run.trainer_path(step).is_dir()), 0)
+        if past := [step for step in run.earlier if saved < step]:
+            raise OpdctlError(
+                f"{run.path / 'trainer'}: no state since the recipe was changed at step {max(past)}, and the updates "
+                "before cannot be made once more under the recipe of now",
+                hint=f"restore {run.trainer_path(max(past))} from a copy, or start again in another --output",
+                code=ExitCode.DATA,
+            )
         if saved:
             folder = run.trainer_path(saved)
             hint = f"delete {folder}: the state before it is taken, and the updates since are made once more"
