@@ -2,9 +2,9 @@
 
     python tests/bench/follow.py --out OUT [--seeds 3] [--steps 64] [--staleness 0 1 2]
 
-Each process has one thread. The wall time is from the first update to the last, so neither the start of processes nor the
-filling of the pipeline counts; the single process makes no evaluations on its way. Accuracy is the last student's, on
-1,024 problems, mean of the seeds ± 2 standard errors. Runs of one seed stand beside one another in time, so a busy
+Each process has one thread. The wall time is from the first update to the last, so neither the start of processes nor
+the filling of the pipeline counts; the single process makes no evaluations on its way. Accuracy is the last student's,
+on 1,024 problems, mean of the seeds ± 2 standard errors. Runs of one seed stand beside one another in time, so a busy
 machine disturbs them alike, but for this: three processes get more of a busy machine than one.
 """
 
