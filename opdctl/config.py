@@ -5,6 +5,8 @@ each key is the recommended setting; the text below a key is its documentation.
 """
 
 import dataclasses
+import itertools
+import json
 import re
 import tomllib
 import typing
@@ -17,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.objectives import Objective as TokenObjective
+from opdctl.objectives import PolicyGradient
 from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry, load_plugins
 from opdctl.weights import Weight as TokenWeight
 from opdctl.weights import build as build_weight
@@ -280,6 +283,11 @@ class Pipeline(Section):
     """Where models run; `auto` takes a GPU if there is one."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 leaves its own choice."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Steps that `rollout --follow` may run ahead: the responses of step s are then drawn by the newest student there
+    is, of step s - max_staleness at least. 0 is on-policy. More needs an objective with a rollout correction."""
+    max_idle_seconds: float = Field(default=3600.0, gt=0)
+    """How long a stage with `--follow` waits for its inputs, where no other one is at work, before it gives up."""
     parity_rms: float = Field(default=0.0, ge=0)
     """Stop where an engine's log-probs are further than this, RMS in nats, from the trainer's own on a few responses of
     a step's first part; 0 checks nothing. The model is loaded a second time for it."""
@@ -390,6 +398,20 @@ def is_free(key: str) -> bool:
 def shapes(key: str) -> list[str]:
     """Return the stages that the setting `key` shapes."""
     return [stage for stage, keys in STAGES.items() if key.startswith(keys)]
+
+
+CHAIN = {"rollout": "rollouts", "score": "scores", "update": "updates"}
+"""What the stages of a step make, in the order in which each builds on the one before."""
+FIXED = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
+"""Keys that a run is begun with for good: what was made under others is of no use to it."""
+
+
+def untouched(keys: Iterable[str]) -> list[str]:
+    """Return the stages of a step whose artifacts depend on none of the settings."""
+    shaped = {stage for key in keys for stage in shapes(key)}
+    if "prompts" in shaped:
+        return []
+    return list(itertools.takewhile(lambda stage: stage not in shaped, CHAIN))
 
 
 def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -654,7 +676,16 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
         problems.append(
             ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")
         )
+    if recipe.pipeline.max_staleness and not _corrects_rollouts(recipe):
+        text = f"objective `{recipe.objective.name}` has no rollout correction; `policy_gradient` and its variants have"
+        problems.append(("pipeline.max_staleness", text))
     return problems
+
+
+def _corrects_rollouts(recipe: Recipe) -> bool:
+    """Whether the objective corrects for responses of an older student; one that does not exist has its own error."""
+    given = recipe.objective
+    return bool(OBJECTIVES.problems(given.name, given.params)) or isinstance(objective_of(recipe), PolicyGradient)
 
 
 def _runs_code(bench: str) -> bool:
@@ -688,12 +719,24 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, A
 
 
 def describe_changes(changes: Iterable[tuple[str, Any, Any]]) -> str:
-    """Return one line a change: the key, old and new value, and the stages it shapes."""
+    """Return one line a change: the key, old and new value, what it shapes, and what comes before that."""
     lines = []
     for key, old, new in changes:
-        stages = ", ".join(shapes(key)) or "inputs"
-        lines.append(f"{key} {old!r} → {new!r} shapes: {stages}")
+        names = [CHAIN.get(stage, stage) for stage in shapes(key)] or ["inputs"]
+        shaped = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        free = " or ".join(CHAIN[stage] for stage in untouched([key]))
+        lines.append(f"{key} {old!r} → {new!r} shapes {shaped}" + (f", not {free}" if free else ""))
     return "\n".join(lines)
+
+
+def as_overrides(changes: Sequence[tuple[str, Any, Any]]) -> list[str] | None:
+    """Return the changes as `--set` takes them, or None where one takes a setting away, which no `--set` can say."""
+    components = {key.removesuffix("name") for key, _, _ in changes if key.endswith(".name")}
+    own = [(key, new) for key, _, new in changes if new is not None]
+    if any(new is None and not key.startswith(tuple(components)) for key, _, new in changes):
+        return None
+    # A component's name comes first: it takes the parameters of the one before away.
+    return [f"{key}={json.dumps(new)}" for key, new in sorted(own, key=lambda pair: not pair[0].endswith(".name"))]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

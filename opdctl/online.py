@@ -2,14 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from opdctl import dist, log, store, tracking
+from opdctl import claims, dist, log, store, tracking
 from opdctl.config import is_kept
 from opdctl.engines import EnginePool, engine_pool
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.follow import following
 from opdctl.run import Run
 from opdctl.stages import evaluate, rollout, score
 from opdctl.stages.train import Trainer
@@ -34,30 +36,33 @@ class Clock:
             self.seconds[stage] += time.monotonic() - start
 
 
-def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> Clock:
+def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, repair: bool = False) -> Clock:
     """Train until the recipe's last step and return where the time went. Called by all ranks.
 
     With `fill`, rollouts and teacher scores that a step still lacks are made here, each rank its parts, and the student
-    is evaluated as the recipe says. Without it only updates are made, as far as other jobs' artifacts reach. With
-    `repair`, damaged parts are made again. Raises OpdctlError (code 1) where training has collapsed by the recipe's
-    bounds.
+    is evaluated as the recipe says. Without it only updates are made, as far as other jobs' artifacts reach; with
+    `follow` they are waited for. With `repair`, damaged parts are made again. Raises OpdctlError (code 1) where
+    training has collapsed by the recipe's bounds.
     """
     clock, steps = Clock(), run.recipe.train.steps
     with contextlib.ExitStack() as stack:
         if dist.is_main():
-            stack.enter_context(store.locked(run.path, "train"))
+            stack.enter_context(claims.claimed(run.path, "train"))
             store.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in range(run.current_step())])
             forget_old_students(run)
         dist.barrier()
         engines = stack.enter_context(engine_pool(run.recipe, device))
         track = stack.enter_context(tracking.trackers(run.recipe, run.path))
-        trainer = None
+        follower = stack.enter_context(following(run, "train")) if follow else None
+        trainer = Trainer(run, device) if follow and run.current_step() < steps else None
         for step in range(run.current_step(), steps):
             dist.main_first(lambda: refuse_collapse(run))
             seconds: dict[str, float] = {}
             if fill:
                 evaluate_if_due(run, step, engines, clock)
                 seconds = fill_in(run, step, engines, clock, repair)
+            elif follower is not None:
+                dist.main_first(partial(follower.wait_for, step, partial(run.is_scored, step), "the teacher's scores"))
             elif not run.is_scored(step):
                 break
             with clock.time("update"):
@@ -72,6 +77,21 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
     return clock
 
 
+def follow(run: Run, device: str, stage: str, scorers: Collection[str], shard: store.Shard) -> None:
+    """Draw the responses of step after step, or score them with the `scorers`, as soon as their inputs are there, until
+    the recipe's last. Raises OpdctlError (code 5) when there were none for `pipeline.max_idle_seconds`."""
+    with engine_pool(run.recipe, device) as engines, following(run, stage) as follower:
+        for step in range(run.current_step(), run.recipe.train.steps):
+            if stage == "rollout":
+                follower.wait_for(step, partial(run.may_draw, step), "a student")
+                made = rollout.run(run, step, engines, shard=shard, wait=True)
+                log.say(f"step {step}: {made} parts drawn by the student of step {run.policy_step(step)}")
+            else:
+                follower.wait_for(step, partial(run.is_drawn, step), "the responses")
+                made = score.run(run, step, engines, only=scorers, shard=shard, wait=True)
+                log.say(f"step {step}: {made} parts scored")
+
+
 def fill_in(run: Run, step: int, engines: EnginePool, clock: Clock, repair: bool) -> dict[str, float]:
     """Make a step's rollout and scores where they are missing: each rank its share of the parts.
 
@@ -82,7 +102,7 @@ def fill_in(run: Run, step: int, engines: EnginePool, clock: Clock, repair: bool
     for name, (make, whole) in stages.items():
         start = time.monotonic()
         with clock.time(name):
-            made = dist.totals({"parts": make(run, step, engines, repair=repair, shard=shard)})["parts"]
+            made = dist.totals({"parts": make(run, step, engines, repair=repair, shard=shard, wait=True)})["parts"]
         if made == whole:
             seconds[name] = time.monotonic() - start
     return seconds
@@ -128,8 +148,8 @@ def _evaluate(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
         for subject in subjects:
             if not evaluate.is_evaluated(run, bench, subject.name):
                 with clock.time("eval"):
-                    summary, _ = evaluate.run(run, bench, subject, engines)
-                assert summary is not None  # no shard: the whole of it was made
+                    summary, _ = evaluate.run(run, bench, subject, engines, wait=True)
+                assert summary is not None  # waited for
                 log.say(accuracy_line(summary), style="bold")
 
 
@@ -139,7 +159,8 @@ def forget_old_students(run: Run) -> None:
     saved = [step for step in range(1, done + 1) if run.trainer_path(step).is_dir()]
     for step in saved[: -settings.keep_last]:
         store.remove(run.trainer_path(step))
-    for step in range(1, done - settings.keep_last + 1):
+    drawing = run.recipe.pipeline.max_staleness + 1  # students that may still be drawn with
+    for step in range(1, done - max(settings.keep_last, drawing) + 1):
         if not is_kept(run.recipe, step):
             store.remove(run.student_path(step))
 
@@ -166,11 +187,12 @@ def accuracy(run: Run) -> dict[str, float | None]:
 
 def line(metrics: dict[str, Any], steps: int) -> str:
     """Return a step's metrics as one line."""
+    lag = f"  lag {metrics['lag']}" if metrics["lag"] else ""
     return (
         f"step {metrics['step'] + 1:>{len(str(steps))}}/{steps}"
         f"  loss {metrics['loss']:+.4f}  |A| {metrics['abs_advantage']:.4f}  entropy {metrics['entropy']:.3f}"
         f"  length {metrics['response_length']:.0f}  truncated {metrics['truncated_share']:.0%}"
-        f"  grad {metrics['grad_norm']:.2f}"
+        f"  grad {metrics['grad_norm']:.2f}{lag}"
     )
 
 

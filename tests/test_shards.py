@@ -1,9 +1,12 @@
 """Several workers on one stage, the parity gate, and what tells trainer and engine apart."""
 
+import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 from conftest import QUICKSTART, invoke, sets
 
+from opdctl import claims
 from opdctl.cli import _shard
 from opdctl.config import load_recipe
 from opdctl.engines.hf import TransformersEngine
@@ -19,7 +23,7 @@ from opdctl.records import Scores
 from opdctl.registry import ENGINES
 from opdctl.run import recorded_run
 from opdctl.stages.train import _mismatch
-from opdctl.store import Shard, locked
+from opdctl.store import Shard
 
 PARTS = sets("rollout.parts=4", "train.steps=1")
 
@@ -45,16 +49,18 @@ def test_shards_make_the_parts_of_one_worker_bit_for_bit_in_any_order(tmp_path):
     assert (output / student).read_bytes() == (whole / student).read_bytes()
 
 
-def test_a_part_that_another_worker_has_is_refused_and_the_others_are_not(tmp_path):
+def test_a_part_that_another_worker_has_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT", 0.1)
     common = ["--recipe", QUICKSTART, *PARTS, "--output", tmp_path / "run"]
     assert invoke("rollout", *common, "--shard", "0/4").code == 0
-    with locked(tmp_path / "run" / "step-00000", "rollout-part-00001"):
-        assert invoke("rollout", *common, "--shard", "0/2").code == 0
-        for overlapping in (["--shard", "1/2"], []):
-            result = invoke("rollout", *common, *overlapping)
-            assert result.code == ExitCode.REACH
-            assert "rollout-part-00001" in result.err
-    assert invoke("rollout", *common).code == 0
+    with claims.claimed(tmp_path / "run" / "step-00000", "rollout-part-00001"):
+        result = invoke("rollout", *common, "--json")
+        assert result.code == 0, result.err
+        assert result.json()["parts_made"] == 2
+        assert "3 of 4 parts are there; others are at work on the rest" in result.err
+    result = invoke("rollout", *common, "--json")
+    assert result.json()["parts_made"] == 1
+    assert result.json()["parts"] == 4
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "0/0", "1/2/3"])
@@ -97,6 +103,39 @@ def test_the_chain_of_slurm_jobs_makes_the_student_of_one_process(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "shard 1/2, by Slurm's array" in done.stderr
+    assert invoke("train", "--recipe", tmp_path / "small.toml", "--output", tmp_path / "whole").code == 0
+    student = "student/step-00002/model.safetensors"
+    assert (tmp_path / "run" / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
+
+
+def test_slurm_s_jobs_that_stay_go_back_into_the_queue_and_make_the_same_student(tmp_path):
+    """The script itself; sbatch only notes the jobs, which run here, and one gets the signal before its time limit."""
+    script = QUICKSTART.parent.parent / "docs/slurm/follow.sh"
+    sbatch = 'for i; do [[ $i == *.sh ]] && break; shift; done; echo "$@" >> jobs'
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{sbatch}\n")
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" >> requeued\n')
+    (tmp_path / "opdctl").write_text(f'#!/bin/sh\nexec {sys.executable} -m opdctl "$@"\n')
+    for name in ("sbatch", "scontrol", "opdctl"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "small.toml").write_text(load_recipe([QUICKSTART], [*PARTS[1::2], "train.steps=2"]).to_toml())
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    subprocess.run(["bash", script, "small.toml", "run"], cwd=tmp_path, env=environment, check=True)
+    lines = (tmp_path / "jobs").read_text().splitlines()
+    assert [line.split()[3] for line in lines] == ["rollout", "score-teacher", "train"]
+
+    def start(line: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["bash", *line.split()], cwd=tmp_path, env=environment)
+
+    jobs = [start(line) for line in lines]
+    heard = tmp_path / "run/followers"
+    while not list(heard.glob("score-teacher-*")):
+        assert jobs[1].poll() is None
+        time.sleep(0.05)
+    jobs[1].send_signal(signal.SIGUSR1)
+    assert jobs[1].wait() == ExitCode.REQUEUE
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    jobs[1] = start(lines[1])
+    assert [job.wait() for job in jobs] == [0, 0, 0]
     assert invoke("train", "--recipe", tmp_path / "small.toml", "--output", tmp_path / "whole").code == 0
     student = "student/step-00002/model.safetensors"
     assert (tmp_path / "run" / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
@@ -150,11 +189,16 @@ def test_each_step_tells_how_far_the_engine_is_from_the_trainer(tmp_path):
 
 
 def test_workers_that_begin_a_run_at_the_same_time_do_not_disturb_one_another(tmp_path):
-    common = ["--recipe", str(QUICKSTART), *PARTS, "--output", str(tmp_path / "run"), "--shard"]
+    common = ["--recipe", str(QUICKSTART), *PARTS, "--output", str(tmp_path / "run"), "--json"]
     command = [sys.executable, "-m", "opdctl", "rollout", *common]
-    workers = [subprocess.Popen([*command, f"{i}/3"], stderr=subprocess.PIPE, text=True) for i in range(3)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    made = 0
     for worker in workers:
-        _, said = worker.communicate()
+        out, said = worker.communicate()
         assert worker.returncode == 0, said
+        made += json.loads(out)["parts_made"]
+    assert made == 4  # each once
     assert (tmp_path / "run/step-00000/rollout/manifest.json").exists()
+    assert not list((tmp_path / "run").rglob("*.lock"))
     assert invoke("status", tmp_path / "run", "--verify").code == 0

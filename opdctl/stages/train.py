@@ -62,6 +62,13 @@ class Trainer:
         run = self._run
         there = (step for step in range(done, 0, -1) if run.update(step - 1)["trainer"])
         saved = next((step for step in there if run.trainer_path(step).is_dir()), 0)
+        if past := [step for step in run.earlier if saved < step]:
+            raise OpdctlError(
+                f"{run.path / 'trainer'}: no state since the recipe was changed at step {max(past)}, and the updates "
+                "before cannot be made once more under the recipe of now",
+                hint=f"restore {run.trainer_path(max(past))} from a copy, or start again in another --output",
+                code=ExitCode.DATA,
+            )
         if saved:
             folder = run.trainer_path(saved)
             hint = f"delete {folder}: the state before it is taken, and the updates since are made once more"
@@ -87,7 +94,8 @@ class Trainer:
         start = time.monotonic()
         scored = list(read_scored(self._run, step))
         batches = self.micro_batches(step, scored)
-        metrics = {"step": step} | self._update(step, batches) | describe(scored)
+        lag = step - self._run.policy_step(step)
+        metrics = {"step": step, "lag": lag} | self._update(step, batches) | describe(scored)
         seconds = dict(stage_seconds) | {"update": time.monotonic() - start}
         for stage, each in seconds.items():
             metrics |= {f"{stage}_seconds": each, f"{stage}_tokens_per_second": metrics["tokens"] / each}
@@ -199,6 +207,8 @@ class Trainer:
     def _publish(self, step: int, metrics: dict[str, Any]) -> None:
         """Write trainer state and student, then update.json, which makes them count."""
         run, done, trainer = self._run, step + 1, {}
+        if dist.is_main() and run.update_path(step).exists():  # this process was suspended, and lost its claim
+            raise OpdctlError(f"{run.path}: another process has made step {done} meanwhile", code=ExitCode.REACH)
         if done % self._settings.save_every == 0 or done == self._settings.steps:
             trainer = _publish_together(
                 run.trainer_path(done), lambda folder: checkpoint.save(folder, self._model, self._optimizer)
