@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opdctl import SCHEMA_VERSION
+from opdctl import SCHEMA_VERSION, store
 from opdctl.benchmarks import find
 from opdctl.config import Recipe, Rollout, Score, is_kept, model_key
 from opdctl.engines import resolve_device
@@ -198,11 +198,5 @@ def _count(number: int | None) -> str:
 
 
 def size(count: int | None) -> str:
-    """Return a number of bytes for a person, in powers of 1024."""
-    if count is None:
-        return "unknown size"
-    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    """Return a number of bytes for a person, or that it is not known."""
+    return "unknown size" if count is None else store.readable(count)

@@ -31,6 +31,7 @@ from opdctl.config import (
 )
 from opdctl.engines import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.manifests import RunRecord, UpdateRecord
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import Problem, load_problems, tokenize
 from opdctl.records import Prompt, sample_id
@@ -89,9 +90,10 @@ class Run:
             step += 1
         return step
 
-    def update(self, step: int) -> dict[str, Any]:
+    def update(self, step: int) -> UpdateRecord:
         """Return what the update of `step` recorded."""
-        return store.read_json(self.update_path(step))
+        path = self.update_path(step)
+        return store.read_json(path, UpdateRecord, f"remove {path} and run `{self.command('train')}`: it is made again")
 
     def student_at(self, step: int) -> ModelDir:
         """Return the student that has seen `step` updates. Raises OpdctlError when it is not there, or not whole."""
@@ -124,7 +126,7 @@ class Run:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The prompts in the order drawn. Raises OpdctlError (code 3) when the file is not the one recorded."""
-        path, recorded = self.path / "prompts.parquet", store.read_json(self.path / "run.json")["prompts"]
+        path, recorded = self.path / "prompts.parquet", read_record(self.path)["prompts"]
         if not path.exists() or store.sha256_file(path) != recorded["sha256"]:
             raise store.damaged(path, "not the prompts that this run began with", "start again in another --output")
         return store.read_rows(path, Prompt)
@@ -189,8 +191,7 @@ class Run:
     @cached_property
     def prompts_digest(self) -> str | None:
         """The digest of the prompts, or None where a model is only evaluated."""
-        path = self.path / "run.json"
-        return store.read_json(path)["prompts"]["sha256"] if path.exists() else None
+        return read_record(self.path)["prompts"]["sha256"] if (self.path / "run.json").exists() else None
 
     def command(self, stage: str, step: int | None = None) -> str:
         """Return the command line that runs a stage of this run."""
@@ -256,7 +257,7 @@ def open_run(
 
 def _check_model(path: Path, name: str, model: ModelDir) -> None:
     """Raise OpdctlError (code 4) unless a model's files are those that the run began with."""
-    recorded = store.read_json(path / "run.json")["models"][name]
+    recorded = read_record(path)["models"][name]
     # Files with the recorded sizes and times are not hashed again.
     if not model.path.is_dir() or (_stamp(model) != recorded["stamp"] and model.digest() != recorded["digest"]):
         raise OpdctlError(
@@ -292,12 +293,19 @@ def recorded_run(path: Path) -> Run:
 
 def _as_recorded(recipe: Recipe, path: Path) -> Run:
     """Return the run with its models where run.json says: a hub's newer revision does not concern it."""
-    recorded = store.read_json(path / "run.json")["models"]
+    recorded = read_record(path)["models"]
+    if missing := sorted(recipe.models().keys() - recorded.keys()):
+        raise store.damaged(path / "run.json", f"does not tell of the {missing[0]}", "start again in another --output")
     models = {
         name: ModelDir(Path(recorded[name]["path"]), settings.dtype, settings.trust_remote_code)
         for name, settings in recipe.models().items()
     }
     return Run(recipe, path, models, {name: recorded[name]["digest"] for name in models})
+
+
+def read_record(path: Path) -> RunRecord:
+    """Return what the run in `path` was begun with. Raises OpdctlError (code 3) when that is damaged."""
+    return store.read_json(path / "run.json", RunRecord)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

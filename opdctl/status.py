@@ -50,11 +50,12 @@ def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
         return StageStatus(step, "update", "missing", "")
     try:
         record, newest = run.update(step), step + 1 == run.current_step()
-        for name, path in (("student", run.student_path(step + 1)), ("trainer", run.trainer_path(step + 1))):
-            if name == "student" and newest and not path.is_dir():
-                raise store.damaged(path, "the newest is missing")
+        student, trainer = run.student_path(step + 1), run.trainer_path(step + 1)
+        if newest and not student.is_dir():
+            raise store.damaged(student, "the newest is missing")
+        for path, digests in ((student, record["student"]), (trainer, record["trainer"])):
             if verify and path.is_dir():
-                store.check_directory(path, record[name])
+                store.check_directory(path, digests)
         if verify and not _same_artifacts(record["inputs"], run.inputs(step)):
             raise store.damaged(run.step_path(step), "the update was made from other responses or scores")
     except OpdctlError as error:
