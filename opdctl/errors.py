@@ -35,6 +35,12 @@ class OpdctlError(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: the GPU's or the CPU's, by torch's words, which have no class in common."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
 SHOWN = 10  # names that a message lists at most
 
 

@@ -46,12 +46,17 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
     with contextlib.ExitStack() as stack:
         if dist.is_main():
             stack.enter_context(store.locked(run.path, "train"))
+            for folder in (run.path / "student", run.path / "trainer"):
+                store.sweep(folder, everyones=True)  # whoever began something here is dead: we hold the lock
             store.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in range(run.current_step())])
             forget_old_students(run)
         dist.barrier()
         engines = stack.enter_context(engine_pool(run.recipe, device))
         track = stack.enter_context(tracking.trackers(run.recipe, run.path))
         trainer = None
+        if repair and dist.share(dist.is_main() and not has_whole_student(run)):
+            trainer = Trainer(run, device)
+            trainer.repair_student(run.current_step())
         for step in range(run.current_step(), steps):
             dist.main_first(lambda: refuse_collapse(run))
             seconds: dict[str, float] = {}
@@ -70,6 +75,15 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
         if fill:
             evaluate_if_due(run, run.current_step(), engines, clock)
     return clock
+
+
+def has_whole_student(run: Run) -> bool:
+    """Whether the newest student is what was written."""
+    try:
+        run.student_at(run.current_step())
+    except OpdctlError:
+        return False
+    return True
 
 
 def fill_in(run: Run, step: int, engines: EnginePool, clock: Clock, repair: bool) -> dict[str, float]:

@@ -105,12 +105,14 @@ class Run:
                 f"{path}: step {step} has no student yet, {self.current_step()} updates are done",
                 hint=f"run `{self.command('train')}`",
             )
-        if not path.is_dir():
+        newest = step == self.current_step()
+        if not path.is_dir() and not newest:
             raise OpdctlError(
                 f"{path}: this student is not kept (train.keep_every = {self.recipe.train.keep_every})",
                 hint=f"steps that are kept: {', '.join(map(str, self.kept_steps()))}",
             )
-        store.check_directory(path, self.update(step - 1)["student"])
+        hint = f"run `{self.command('train')} --repair`: it is made again" if newest else f"remove {path}"
+        store.check_directory(path, self.update(step - 1)["student"], hint)
         return self.student.trained(path)
 
     def kept_steps(self) -> list[int]:

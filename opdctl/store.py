@@ -584,7 +584,7 @@ def directory_digests(path: Path) -> dict[str, str]:
 def check_directory(
     path: Path, digests: Mapping[str, str], hint: str = "restore it, or start again in another --output"
 ) -> None:
-    """Raise OpdctlError (code 3) unless the files of `path` are those recorded in `digests`."""
+    """Raise OpdctlError (code 3) unless the files of `path` are those recorded in `digests`; none if it is not there."""
     refuse_links(path.parent, path, *path.rglob("*"))
     found = directory_digests(path)
     for name in sorted({*found, *digests}):
@@ -597,6 +597,16 @@ def check_directory(
                 else "was changed"
             )
             raise damaged(path / name, what, hint)
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file is there and has this digest."""
+    return path.is_file() and not path.is_symlink() and sha256_file(path) == sha256
+
+
+def copy(path: Path, folder: Path) -> None:
+    """Put a copy of a file into a folder, in the place of one of its name."""
+    shutil.copyfile(path, folder / path.name)
 
 
 @contextlib.contextmanager

@@ -333,7 +333,7 @@ def gradient(run, step=0) -> dict[str, torch.Tensor]:
     """Return the gradient that a step's responses give, before clipping."""
     trainer = Trainer(run, "cpu")
     for batch in trainer.micro_batches(step, list(read_scored(run, step))):
-        trainer._backward(batch, None)
+        trainer._backward(batch)
     return {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
 
 
