@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import invoke, sets, small_recipe
+from conftest import artifacts, invoke, names, sets, small_recipe
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
@@ -33,22 +33,6 @@ QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 
 def train(output: Path, *overrides: str):
     return invoke("train", "--recipe", QUICKSTART, *sets(*overrides), "--output", output, "--json")
-
-
-def artifacts(run: Path) -> dict[str, object]:
-    """Everything a run made that must not depend on how it was made: parts, students, trainer states.
-
-    Of trainer states every tensor to the bit: safetensors writes several metadata entries in an order that changes.
-    """
-    kept = ("part-", "student/", "trainer/")
-    files = {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if p.is_file()}
-    return {name: content(path) for name, path in files.items() if any(k in name for k in kept)}
-
-
-def content(path: Path) -> object:
-    if "trainer" not in path.parts or path.suffix != ".safetensors":
-        return path.read_bytes()
-    return {name: (value.shape, value.tobytes()) for name, value in load_file(path).items()}
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +110,6 @@ def test_killed_before_any_of_its_changes_and_started_again_it_ends_the_same(tmp
         assert sorted(names(output)) == sorted(names(whole)), moment
         assert len((output / "metrics.jsonl").read_text().splitlines()) == 3
         shutil.rmtree(output)
-
-
-def names(run: Path) -> list[str]:
-    return [str(path.relative_to(run)) for path in run.rglob("*")]
 
 
 def test_killed_again_and_again_it_still_ends_with_the_same_student(tmp_path):
