@@ -309,7 +309,13 @@ def _run_stage(
         "next": next_stage_command(run),
     }
     counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
-    if made:
+    if not all(stage.done() for stage in stages):
+        there, whole = (
+            sum(len(s.names) - len(s.missing(digests=False)) for s in stages),
+            sum(len(s.names) for s in stages),
+        )
+        log.say(f"step {at}: {there} of {whole} parts are there; others are at work on the rest")
+    elif made:
         log.say(f"step {at}: wrote {folders}: {counts}")
     elif run.current_step() == run.recipe.train.steps:
         log.say(f"nothing to do: all {run.recipe.train.steps} steps are done; raise train.steps to go on")

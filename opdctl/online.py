@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdctl import dist, log, store, tracking
+from opdctl import claims, dist, log, store, tracking
 from opdctl.config import is_kept
 from opdctl.engines import EnginePool, engine_pool
 from opdctl.errors import ExitCode, OpdctlError
@@ -45,9 +45,9 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
     clock, steps = Clock(), run.recipe.train.steps
     with contextlib.ExitStack() as stack:
         if dist.is_main():
-            stack.enter_context(store.locked(run.path, "train"))
+            stack.enter_context(claims.claimed(run.path, "train"))
             for folder in (run.path / "student", run.path / "trainer"):
-                store.sweep(folder, everyones=True)  # whoever began something here is dead: we hold the lock
+                store.sweep(folder, everyones=True)  # whoever began something here is dead: the run is claimed
             store.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in range(run.current_step())])
             forget_old_students(run)
         dist.barrier()
@@ -96,7 +96,7 @@ def fill_in(run: Run, step: int, engines: EnginePool, clock: Clock, repair: bool
     for name, (make, whole) in stages.items():
         start = time.monotonic()
         with clock.time(name):
-            made = dist.totals({"parts": make(run, step, engines, repair=repair, shard=shard)})["parts"]
+            made = dist.totals({"parts": make(run, step, engines, repair=repair, shard=shard, wait=True)})["parts"]
         if made == whole:
             seconds[name] = time.monotonic() - start
     return seconds
@@ -142,7 +142,7 @@ def _evaluate(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
         for subject in subjects:
             if not evaluate.is_evaluated(run, bench, subject.name):
                 with clock.time("eval"):
-                    summary, _ = evaluate.run(run, bench, subject, engines)
+                    summary, _ = evaluate.run(run, bench, subject, engines, wait=True)
                 log.say(accuracy_line(summary), style="bold")
 
 

@@ -1,4 +1,4 @@
-"""The only file that opens artifacts: parts, manifests, digests, model directories, locks. Imports no torch.
+"""The only file that opens artifacts: parts, manifests, digests, model directories. Imports no torch.
 
 A part is written under a temporary name in its own folder, flushed to disk, and renamed; just before the rename a
 receipt with its rows, tokens, bytes and SHA-256 is written beside it. Once every part is there, the receipts are
@@ -16,24 +16,25 @@ fingerprint goes on; another is refused.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from opdctl import SCHEMA_VERSION, manifests
+from opdctl import SCHEMA_VERSION, claims, manifests
 from opdctl.config import changed, describe_changes
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.manifests import Manifest, PartRecord, ScoresRecord, Work
@@ -405,11 +406,12 @@ class StageDir:
         self.path, self.stage, self.fingerprint, self.redo = path, stage, fingerprint, redo
         self.names = [f"part-{i:05d}-of-{parts:05d}{suffix}" for i in range(parts)]
         self.manifest_path, self._work_path = path / "manifest.json", path / "work.json"
+        self._claim: claims.Claim | None = None
         refuse_links(path.parent, path)
         self._refuse_another_fingerprint()
 
     def _refuse_another_fingerprint(self) -> None:
-        recorded = self.manifest() or (self._read(self._work_path, Work) if self._work_path.exists() else None)
+        recorded = self.manifest() or self._read(self._work_path, Work)
         if recorded is None or recorded["fingerprint"] == self.fingerprint.digest:
             return
         changes = changed(recorded["settings"], self.fingerprint.settings)
@@ -423,15 +425,23 @@ class StageDir:
 
     def manifest(self) -> Manifest | None:
         """Return the manifest, or None while the stage is unfinished."""
-        return self._read(self.manifest_path, Manifest) if self.manifest_path.exists() else None
+        found: Manifest | None = self._read(self.manifest_path, Manifest)
+        return found
 
     def _read(self, path: Path, kind: Any) -> Any:
-        return read_json(path, kind, f"remove {path} and run `{self.redo}`: what it tells of is made again")
+        """Return what a JSON file says, or None where there is none, or none any more: another may be sealing."""
+        try:
+            hint = f"remove {path} and run `{self.redo}`: what it tells of is made again"
+            return read_json(path, kind, hint) if path.exists() else None
+        except OpdctlError:
+            if path.exists():
+                raise
+            return None
 
     def record(self, index: int) -> Part | None:
         """Return what was recorded of part `index`, by its receipt or by the manifest."""
-        if (receipt := self._receipt(index)).exists():
-            return Part(**self._read(receipt, PartRecord))
+        if receipt := self._read(self._receipt(index), PartRecord):
+            return Part(**receipt)
         return self._recorded(index) if self.manifest() else None
 
     def _recorded(self, index: int) -> Part:
@@ -449,12 +459,12 @@ class StageDir:
 
         A part without a manifest counts if its receipt agrees: in size, and with `digests` in content.
         """
-        sealed = self.manifest() is not None
-        return [
-            index
-            for index, name in enumerate(self.names)
-            if not (self.path / name).exists() or not (sealed or self._taken_over(index, digests=digests))
-        ]
+        return [index for index in range(len(self.names)) if self._is_missing(index, digests=digests)]
+
+    def _is_missing(self, index: int, *, digests: bool = True) -> bool:
+        if not (self.path / self.names[index]).exists():
+            return True
+        return self.manifest() is None and not self._taken_over(index, digests=digests)
 
     def _taken_over(self, index: int, *, digests: bool) -> bool:
         record, path = self.record(index), self.path / self.names[index]
@@ -472,38 +482,77 @@ class StageDir:
         return sorted({*self.missing(), *(self.damaged_parts() if repair else ())})
 
     @contextlib.contextmanager
-    def work(self, *, repair: bool = False, shard: Shard = WHOLE) -> Iterator[list[int]]:
-        """Yield the numbers of the shard's parts to make, nobody else making them; seal the stage when all are there.
+    def work(self, *, repair: bool = False, shard: Shard = WHOLE, wait: bool = False) -> Iterator[Iterator[int] | None]:
+        """Yield the shard's parts to make, each claimed for as long as the caller is at it, or None where there is
+        none to make; then seal the stage if all parts are there.
 
-        A damaged part stays where it is until the new one takes its place. Raises OpdctlError (code 5) when another
-        process works on one of these parts.
+        A damaged part stays where it is until the new one takes its place. Parts that others have claimed are left to
+        them as soon as they show life, and taken over if they do not; with `wait` the shard's parts are all there at
+        the end, whoever made them.
         """
+        folder, name = self.path.parent, self.path.name
         if self.done() and not repair and not self._work_path.exists():
-            yield []
-            return
-        with contextlib.ExitStack() as locks:
-            for index in shard.own(len(self.names)):
-                locks.enter_context(locked(self.path.parent, f"{self.path.name}-part-{index:05d}"))
-            yield shard.among(self.todo(repair=repair))
-            with locked(self.path.parent, self.path.name, wait=True):  # two shards may finish at once
-                self.seal()
+            yield None
+        else:
+            wanted = shard.among(self.todo(repair=repair))
+            with contextlib.closing(self._claim_each(wanted, repair=repair, wait=wait)) as parts:
+                first = next(parts, None)
+                yield None if first is None else itertools.chain([first], parts)
+            if not self.missing(digests=False):
+                with claims.claimed(folder, name, wait=True):  # two workers may finish at once
+                    self.seal()
+        claims.sweep(folder, name)
+
+    def _claim_each(self, wanted: Iterable[int], *, repair: bool, wait: bool) -> Generator[int]:
+        left = {index: claims.Claim(self.path.parent, f"{self.path.name}-part-{index:05d}") for index in wanted}
+        pause = claims.pauses()
+        while left:
+            for index, claim in list(left.items()):
+                if claim.take():
+                    del left[index]
+                    self._claim, pause = claim, claims.pauses()
+                    try:
+                        if self._is_wanted(index, repair=repair):  # its owner may just have finished it
+                            yield index
+                    finally:
+                        self._claim = None
+                        claim.give_back()
+                elif not wait and claim.shows_life():
+                    del left[index]
+            if left:
+                time.sleep(next(pause))
+
+    def _is_wanted(self, index: int, *, repair: bool) -> bool:
+        return self._is_missing(index) or (repair and self._damage(index) is not None)
 
     def done(self) -> bool:
         return self.manifest() is not None and not self.missing()
 
     def begin(self, meaning: Mapping[str, Any]) -> None:
         """Record, before the first part, what is being made and what its values mean."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.path)
         sweep(self.path)
         write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
 
-    def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> None:
-        """Write part `index` by `save(temporary path)`."""
+    def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> bool:
+        """Write part `index` by `save(temporary path)`. Return whether it counts: where the claim to it was lost, it is
+        another's, and what was made here is dropped."""
         name = self.names[index]
-        with _published(self.path / name) as temporary:
-            save(temporary)
-            part = Part(name, rows, tokens, temporary.stat().st_size, sha256_file(temporary))
-            write_json(self._receipt(index), asdict(part))
+        try:
+            with _published(self.path / name) as temporary:
+                save(temporary)
+                part = Part(name, rows, tokens, temporary.stat().st_size, sha256_file(temporary))
+                _fsync(temporary)  # may take its time, so before the claim is looked at
+                self._check_claim()
+                write_json(self._receipt(index), asdict(part))
+                self._check_claim()
+        except claims.LostClaim:
+            return False
+        return True
+
+    def _check_claim(self) -> None:
+        if self._claim is not None and not self._claim.held():
+            raise claims.LostClaim
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -518,14 +567,16 @@ class StageDir:
         """Write the manifest if every part is there and it is not written yet. Return whether the stage is finished."""
         if self.missing():
             return False
-        if self._work_path.exists():
-            # A part that was removed and made again has a receipt that is newer than the manifest.
-            parts = [asdict(self.record(i) or self._recorded(i)) for i in range(len(self.names))]
-            write_json(self.manifest_path, {**self._read(self._work_path, Work), "parts": parts})
+        # A part that was removed and made again has a receipt that is newer than the manifest.
+        receipts = [self._read(self._receipt(index), PartRecord) for index in range(len(self.names))]
+        if self._work_path.exists() or any(receipts):
+            header: Work = self._read(self._work_path, Work) or self._read(self.manifest_path, Manifest)
+            parts = [receipt or asdict(self._recorded(i)) for i, receipt in enumerate(receipts)]
+            write_json(self.manifest_path, {**header, "parts": parts})
             for index in range(len(self.names)):
                 self._receipt(index).unlink(missing_ok=True)
             sweep(self.path)
-            self._work_path.unlink()  # last: while it is there, sealing is tried again
+            self._work_path.unlink(missing_ok=True)  # last: while it is there, sealing is tried again
         return True
 
     def sha256(self, index: int) -> str:
@@ -547,13 +598,16 @@ class StageDir:
 
     def damaged_parts(self, *, digests: bool = True) -> dict[int, str]:
         """Return what is wrong with each part that the manifest lists."""
-        found = {}
-        for index in range(len(self.names)) if self.manifest() else ():
-            try:
-                self.verify(index, digests=digests)
-            except OpdctlError as error:
-                found[index] = error.message
-        return found
+        indices = range(len(self.names)) if self.manifest() else ()
+        return {index: what for index in indices if (what := self._damage(index, digests=digests))}
+
+    def _damage(self, index: int, *, digests: bool = True) -> str | None:
+        """Return what is wrong with a part, or None."""
+        try:
+            self.verify(index, digests=digests)
+        except OpdctlError as error:
+            return error.message
+        return None
 
     @property
     def digest(self) -> str:
@@ -584,7 +638,7 @@ def directory_digests(path: Path) -> dict[str, str]:
 def check_directory(
     path: Path, digests: Mapping[str, str], hint: str = "restore it, or start again in another --output"
 ) -> None:
-    """Raise OpdctlError (code 3) unless the files of `path` are those recorded in `digests`; none if it is not there."""
+    """Raise OpdctlError (code 3) unless the files of `path` are those in `digests`; none are where it is not there."""
     refuse_links(path.parent, path, *path.rglob("*"))
     found = directory_digests(path)
     for name in sorted({*found, *digests}):
@@ -607,28 +661,6 @@ def is_whole(path: Path, sha256: str) -> bool:
 def copy(path: Path, folder: Path) -> None:
     """Put a copy of a file into a folder, in the place of one of its name."""
     shutil.copyfile(path, folder / path.name)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `name` of a run directory. Raises OpdctlError when another process has it, unless told to wait.
-
-    The kernel gives a dead owner's lock back, so a kill leaves none behind.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / f".{name}.lock")
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        raise OpdctlError(
-            f"{folder}: another process is working on `{name}` here",
-            hint="wait for it, or use another --output",
-            code=ExitCode.REACH,
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Faults: at every write, rename and fsync of the store in turn; a full disk, one that is read-only, clocks that jump."""
+"""Faults: at every write, rename and flush of the store in turn; a full disk, a read-only one, clocks that jump."""
 
 import errno
 import os

@@ -16,6 +16,7 @@ ORDER = [  # a file imports from lines above its own only
     ["objectives"],
     ["config"],
     ["records", "manifests"],
+    ["claims"],
     ["store"],
     ["dist", "log", "logprobs", "stats", "contamination", "grading", "checkpoint", "batches", "tasks.sort12"],
     ["tasks.train_models", "prompts", "model"],

@@ -1,5 +1,6 @@
 """Several workers on one stage, the parity gate, and what tells trainer and engine apart."""
 
+import json
 import math
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import QUICKSTART, invoke, sets
 
+from opdctl import claims
 from opdctl.cli import _shard
 from opdctl.config import load_recipe
 from opdctl.engines.hf import TransformersEngine
@@ -19,7 +21,7 @@ from opdctl.records import Scores
 from opdctl.registry import ENGINES
 from opdctl.run import recorded_run
 from opdctl.stages.train import _mismatch
-from opdctl.store import Shard, locked
+from opdctl.store import Shard
 
 PARTS = sets("rollout.parts=4", "train.steps=1")
 
@@ -45,16 +47,18 @@ def test_shards_make_the_parts_of_one_worker_bit_for_bit_in_any_order(tmp_path):
     assert (output / student).read_bytes() == (whole / student).read_bytes()
 
 
-def test_a_part_that_another_worker_has_is_refused_and_the_others_are_not(tmp_path):
+def test_a_part_that_another_worker_has_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT", 0.1)
     common = ["--recipe", QUICKSTART, *PARTS, "--output", tmp_path / "run"]
     assert invoke("rollout", *common, "--shard", "0/4").code == 0
-    with locked(tmp_path / "run" / "step-00000", "rollout-part-00001"):
-        assert invoke("rollout", *common, "--shard", "0/2").code == 0
-        for overlapping in (["--shard", "1/2"], []):
-            result = invoke("rollout", *common, *overlapping)
-            assert result.code == ExitCode.REACH
-            assert "rollout-part-00001" in result.err
-    assert invoke("rollout", *common).code == 0
+    with claims.claimed(tmp_path / "run" / "step-00000", "rollout-part-00001"):
+        result = invoke("rollout", *common, "--json")
+        assert result.code == 0, result.err
+        assert result.json()["parts_made"] == 2
+        assert "3 of 4 parts are there; others are at work on the rest" in result.err
+    result = invoke("rollout", *common, "--json")
+    assert result.json()["parts_made"] == 1
+    assert result.json()["parts"] == 4
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "0/0", "1/2/3"])
@@ -150,11 +154,16 @@ def test_each_step_tells_how_far_the_engine_is_from_the_trainer(tmp_path):
 
 
 def test_workers_that_begin_a_run_at_the_same_time_do_not_disturb_one_another(tmp_path):
-    common = ["--recipe", str(QUICKSTART), *PARTS, "--output", str(tmp_path / "run"), "--shard"]
+    common = ["--recipe", str(QUICKSTART), *PARTS, "--output", str(tmp_path / "run"), "--json"]
     command = [sys.executable, "-m", "opdctl", "rollout", *common]
-    workers = [subprocess.Popen([*command, f"{i}/3"], stderr=subprocess.PIPE, text=True) for i in range(3)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    made = 0
     for worker in workers:
-        _, said = worker.communicate()
+        out, said = worker.communicate()
         assert worker.returncode == 0, said
+        made += json.loads(out)["parts_made"]
+    assert made == 4  # each once
     assert (tmp_path / "run/step-00000/rollout/manifest.json").exists()
+    assert not list((tmp_path / "run").rglob("*.lock"))
     assert invoke("status", tmp_path / "run", "--verify").code == 0

@@ -121,8 +121,8 @@ def test_a_damaged_part_is_named_with_the_command_that_makes_it_again(tmp_path, 
     assert why in caught.value.message
     assert "opdctl rollout --repair" in caught.value.hint
     assert made.todo(repair=True) == [1]
-    with made.work(repair=True) as todo:
-        fill(made, *todo)
+    with made.work(repair=True) as parts:
+        fill(made, *parts)
     assert made.verify(1).read_text() == "part 1"
     assert made.todo(repair=True) == []
 
@@ -284,18 +284,6 @@ def test_scores_of_other_responses_are_refused(tmp_path):
         store.read_scores(path, "another")
 
 
-def test_two_processes_cannot_work_on_one_stage(tmp_path):
-    made = stage(tmp_path / "s")
-    with made.work() as todo:
-        assert todo == [0, 1, 2]
-        with pytest.raises(OpdctlError, match="another process is working") as caught, stage(tmp_path / "s").work():
-            pass
-        assert caught.value.code == ExitCode.REACH
-        fill(made, *todo)
-    with stage(tmp_path / "s").work() as todo:
-        assert todo == []
-
-
 def test_a_directory_is_published_whole_or_not_at_all(tmp_path):
     digests = store.publish_directory(tmp_path / "m", lambda folder: (folder / "a").write_text("1") and None)
     store.check_directory(tmp_path / "m", digests)
@@ -310,21 +298,6 @@ def test_a_directory_is_published_whole_or_not_at_all(tmp_path):
     (tmp_path / "m" / "b").write_text("intruder")
     with pytest.raises(OpdctlError, match="was not written by this run"):
         store.check_directory(tmp_path / "m", digests)
-
-
-def test_a_lock_is_refused_while_held_and_free_after_its_owner_died(tmp_path):
-    hold = (
-        "import pathlib, sys, time; from opdctl import store\n"
-        "with store.locked(pathlib.Path(sys.argv[1]), 'train'):\n    print('held', flush=True); time.sleep(60)"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout.readline() == "held\n"
-    with pytest.raises(OpdctlError, match="another process is working on `train`"), store.locked(tmp_path, "train"):
-        pass
-    owner.kill()
-    owner.wait()
-    with store.locked(tmp_path, "train"):
-        pass
 
 
 def test_ids_and_seeds_are_fixed_for_ever():

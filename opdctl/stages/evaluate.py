@@ -1,7 +1,7 @@
 """eval: a model answers a benchmark's problems, several times each, and the answers are graded."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -106,10 +106,12 @@ def run(
     *,
     repair: bool = False,
     shard: Shard = WHOLE,
+    wait: bool = False,
 ) -> tuple[dict[str, Any] | None, int]:
     """Answer and grade what is missing of the shard's parts of a benchmark, with `repair` what is damaged too.
 
-    Returns its summary, None while other shards are at work, and how many parts were made.
+    Returns its summary, None while other workers are at it, which is waited for with `wait`, and how many parts were
+    made.
 
     Raises OpdctlError: 2 when it would run code and may not, 3 for bad benchmark data, 4 when it was begun with other
     settings, 5 when data are out of reach.
@@ -120,11 +122,10 @@ def run(
     stage = _stage(run, benchmark, problems, subject)
     for folder in (stage.path, stage.path.parent):
         store.sweep(folder)
-    with stage.work(repair=repair, shard=shard) as todo:
-        if todo:
-            _answer(run, benchmark, problems, subject, engines, stage, todo)
+    with stage.work(repair=repair, shard=shard, wait=wait) as parts:
+        made = _answer(run, benchmark, problems, subject, engines, stage, parts) if parts else 0
     if not stage.done():
-        return None, len(todo)
+        return None, made
     rows = [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), Graded)]
     summary = {
         "schema_version": SCHEMA_VERSION,
@@ -137,7 +138,7 @@ def run(
     path = stage.path / "summary.json"
     if not path.exists() or store.read_json(path) != summary:
         store.write_json(path, summary)
-    return summary, len(todo)
+    return summary, made
 
 
 def _refuse_code(benchmark: Benchmark, settings: Eval) -> None:
@@ -199,16 +200,15 @@ def _answer(
     subject: Subject,
     engines: EnginePool,
     stage: StageDir,
-    todo: list[int],
-) -> None:
-    settings = run.recipe.eval
+    parts: Iterator[int],
+) -> int:
+    settings, made = run.recipe.eval, 0
     samples = benchmark.samples_under(settings)
     engine = engines.get(subject.role, run.recipe.rollout.engine, subject.model)
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p})
-    parts = {index: stage.share(problems, index) for index in todo}
-    total = samples * sum(map(len, parts.values()))
-    with log.progress(f"eval {benchmark.name}, {subject.name}", total) as advance:
-        for index, part in parts.items():
+    with log.progress(f"eval {benchmark.name}, {subject.name}", samples * len(problems)) as advance:
+        for index in parts:
+            part = stage.share(problems, index)
             draws = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
             requests = [
                 Request(_prompt_ids(run, benchmark, subject.model, p), sample_seed(run.recipe.seed, name))
@@ -217,7 +217,8 @@ def _answer(
             completions = engine.generate(requests, settings, settings.batch_size, advance)
             rows = _graded(benchmark, subject.model, draws, completions)
             tokens = sum(len(row.response_ids) for row in rows)
-            stage.write(index, partial(write_rows, rows=rows, kind=Graded), rows=len(rows), tokens=tokens)
+            made += stage.write(index, partial(write_rows, rows=rows, kind=Graded), rows=len(rows), tokens=tokens)
+    return made
 
 
 def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:

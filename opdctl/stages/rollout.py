@@ -1,5 +1,6 @@
 """rollout: the current student answers the step's prompts. Prompts in, Parquet parts of responses out."""
 
+from collections.abc import Iterator
 from functools import partial
 
 from opdctl import log, parity
@@ -9,38 +10,39 @@ from opdctl.run import Run
 from opdctl.store import WHOLE, Shard, StageDir, write_rows
 
 
-def run(run: Run, step: int, engines: EnginePool, *, repair: bool = False, shard: Shard = WHOLE) -> int:
+def run(
+    run: Run, step: int, engines: EnginePool, *, repair: bool = False, shard: Shard = WHOLE, wait: bool = False
+) -> int:
     """Draw the responses that a step still lacks and return how many parts that were; with `repair` damaged ones too.
 
-    shard: the parts that are this worker's. Raises OpdctlError when the step's student is not there (code 2), when it
-    was begun under other settings (code 4), or when another process works on it (code 5).
+    shard: the parts that are this worker's. wait: come back when all of them are there, also those that others have
+    claimed. Raises OpdctlError when the step's student is not there (code 2), or when it was begun under other settings
+    (code 4).
     """
     stage = run.rollout(step)
-    with stage.work(repair=repair, shard=shard) as todo:
-        if todo:
-            _draw(run, step, engines, stage, todo)
-    return len(todo)
+    with stage.work(repair=repair, shard=shard, wait=wait) as parts:
+        return _draw(run, step, engines, stage, parts) if parts else 0
 
 
-def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, todo: list[int]) -> None:
-    settings = run.recipe.rollout
-    draws = run.draws(step)
-    parts = {index: stage.share(draws, index) for index in todo}
-    engine = engines.get("student", settings.engine, run.student_at(step))
+def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
+    settings, made = run.recipe.rollout, 0
+    draws, student = run.draws(step), run.student_at(step)
+    engine = engines.get("student", settings.engine, student)
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_step": step})
-    with log.progress(f"rollout, step {step}", sum(map(len, parts.values()))) as advance:
-        for index, part in parts.items():
+    with log.progress(f"rollout, step {step}", len(draws)) as advance:
+        for index in parts:
+            part = stage.share(draws, index)
             requests = [Request(prompt.prompt_ids, sample_seed(run.recipe.seed, name)) for name, prompt in part]
             completions = engine.generate(
                 requests, settings, settings.batch_size, advance, entropy=settings.entropy, top_k=settings.top_k
             )
             if index == 0:
                 answered = [Answered(r.prompt_ids, c.response_ids) for r, c in zip(requests, completions, strict=True)]
-                student = run.student_at(step)
                 parity.check(run.recipe, settings.engine, student, answered, [c.logprobs for c in completions])
             rows = [_row(run, step, *draw, completion) for draw, completion in zip(part, completions, strict=True)]
             tokens = sum(len(row.response_ids) for row in rows)
-            stage.write(index, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=tokens)
+            made += stage.write(index, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=tokens)
+    return made
 
 
 def _row(run: Run, step: int, sample_id: str, prompt: Prompt, completion: Completion) -> Response:

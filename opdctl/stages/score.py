@@ -1,7 +1,7 @@
 """score-teacher: teachers, and a reference model, score each token of a step's responses. Rollout parts in,
 safetensors parts out, in one folder a model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
 
 from opdctl import log, parity
@@ -21,25 +21,24 @@ def run(
     only: Collection[str] | None = None,
     repair: bool = False,
     shard: Shard = WHOLE,
+    wait: bool = False,
 ) -> int:
     """Score the parts of a step that still lack it and return how many they were; with `repair` damaged ones too.
 
-    only: the models to score with; all of the recipe's if None. shard: the parts that are this worker's. Raises
-    OpdctlError when the step's rollout is unfinished (code 1) or damaged (code 3), when it was scored under other
-    settings (code 4), or when another process works on it (code 5).
+    only: the models to score with; all of the recipe's if None. shard: the parts that are this worker's. wait: come
+    back when all of them are there, also those that others have claimed. Raises OpdctlError when the step's rollout is
+    unfinished (code 1) or damaged (code 3), or when it was scored under other settings (code 4).
     """
     made = 0
     for name in run.scorers() if only is None else only:
         stage = run.score(step, name)
-        with stage.work(repair=repair, shard=shard) as todo:
-            if todo:
-                _score(run, step, name, engines, stage, todo)
-        made += len(todo)
+        with stage.work(repair=repair, shard=shard, wait=wait) as parts:
+            made += _score(run, step, name, engines, stage, parts) if parts else 0
     return made
 
 
-def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir, todo: list[int]) -> None:
-    rollout, settings, model = run.rollout(step), _settings(run.recipe.score, name), run.models[name]
+def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
+    rollout, settings, model, made = run.rollout(step), _settings(run.recipe.score, name), run.models[name], 0
     engine = engines.get(name, settings.engine, model)
     # Temperature 1 and no top-p: the teacher is a reference, not a sampler.
     meaning = engine.meaning | {
@@ -50,7 +49,7 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir,
     }
     stage.begin(meaning)
     with log.progress(f"score-teacher {name}, step {step}", run.recipe.responses_per_step()) as advance:
-        for index in todo:
+        for index in parts:
             rows = read_rows(rollout.verify(index), Response)
             check_ids(rows, model)
             own = [row for row in rows if name in (row.teacher, REFERENCE)]
@@ -60,8 +59,9 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir,
                 parity.check(run.recipe, settings.engine, model, answered, [each.logprobs for each in scores])
             part = meaning | {"rollout": rollout.sha256(index)}
             save = partial(write_scores, ids=[row.sample_id for row in own], scores=scores, meaning=part)
-            stage.write(index, save, rows=len(own), tokens=sum(len(score.logprobs) for score in scores))
+            made += stage.write(index, save, rows=len(own), tokens=sum(len(score.logprobs) for score in scores))
             advance(len(rows) - len(own))
+    return made
 
 
 def _settings(settings: Score, name: str) -> Score:

@@ -1,0 +1,103 @@
+"""Who is at work on what: claims that processes lay to names in a folder of a file system that they share.
+
+A claim is a lock file that its owner touches every few seconds for as long as it works (filelock's SoftFileLease). A
+dead owner's claim is taken over: at once where it died on this machine, elsewhere when nobody has touched the file for
+a whole lease. Whoever waits times that by a clock of its own, so clocks that differ or jump do no harm.
+
+A lease is not a lock: an owner that was suspended for longer than one goes on, and does not know. So it writes
+whole files, and asks `held` before it puts one in its place.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from opdctl.errors import ExitCode, OpdctlError
+
+LEASE = 60.0  # seconds without a sign of life after which a claim is taken over
+HEARTBEAT = 5.0  # seconds from one sign of life to the next
+LONGEST_PAUSE = 1.0  # seconds
+
+
+class LostClaim(Exception):  # noqa: N818 - nobody's error
+    """The claim went to another while its owner was suspended."""
+
+
+class Claim:
+    """One claim, to be taken and given back by one thread."""
+
+    def __init__(self, folder: Path, name: str):
+        self.name, self._path = name, folder / f".{name}.lock"
+        self._lease = filelock.SoftFileLease(self._path, lease_duration=LEASE, heartbeat_interval=HEARTBEAT)
+        self._seen: tuple[int, int] | None = None
+
+    def take(self) -> bool:
+        """Return whether the claim is ours now. Never waits; a dead owner's is taken over when it has been asked for
+        during a whole lease. Raises OpdctlError (code 5) where the folder cannot be written."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lease.acquire(blocking=False)
+        except filelock.Timeout:
+            return False
+        except OSError as error:
+            raise OpdctlError(f"{self._path}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
+        return True
+
+    def give_back(self) -> None:
+        self._lease.release()
+
+    def held(self) -> bool:
+        """Whether the claim is still ours."""
+        owner = self._lease.owner
+        return owner is not None and owner.token == self._lease.token
+
+    def shows_life(self) -> bool:
+        """Whether another owner has touched the claim since this was first asked."""
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return False
+        now = (stat.st_ino, stat.st_mtime_ns)
+        self._seen = self._seen or now
+        return now != self._seen
+
+    def owner(self) -> str:
+        owner = self._lease.owner
+        return f"process {owner.pid} on {owner.hostname}" if owner else "another process"
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the claim `name`. Raises OpdctlError (code 5) when another process has it and lives, unless told to wait."""
+    claim, pause = Claim(folder, name), pauses()
+    while not claim.take():
+        if not wait and claim.shows_life():
+            raise OpdctlError(
+                f"{folder}: {claim.owner()} is working on `{name}` here",
+                hint="wait for it, or use another --output",
+                code=ExitCode.REACH,
+            )
+        time.sleep(next(pause))
+    try:
+        yield
+    finally:
+        claim.give_back()
+
+
+def pauses() -> Iterator[float]:
+    """Yield the seconds between one look and the next at what others do: more and more."""
+    pause = 0.02
+    while True:
+        yield pause
+        pause = min(1.5 * pause, LONGEST_PAUSE)
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Remove the claims beginning with `name` that dead processes of this machine have left."""
+    for path in folder.glob(f".{name}*.lock"):
+        claim = Claim(folder, path.name.removeprefix(".").removesuffix(".lock"))
+        if claim.take():
+            claim.give_back()
