@@ -283,11 +283,13 @@ def _run_stage(
     scorers: Collection[str] = (),
 ) -> None:
     """Run rollout, or score-teacher with the `scorers`, on one step."""
+    from opdctl import plan as planning
     from opdctl.engines import engine_pool
     from opdctl.stages import rollout, score
     from opdctl.status import next_stage_command
 
     start, at, own = time.monotonic(), _step(run, step), _shard(shard)
+    planning.check_space(run, [name.removesuffix("-teacher")])
     with engine_pool(run.recipe, device) as engines:
         if name == "rollout":
             made, stages = rollout.run(run, at, engines, repair=repair, shard=own), [run.rollout(at)]

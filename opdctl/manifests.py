@@ -73,9 +73,12 @@ class ModelRecord(TypedDict):
 
 
 class PromptsRecord(TypedDict):
+    """prompts.parquet. source_sha256: the digest of the file that they came from, if it was one."""
+
     rows: Count
     dropped: Count
     sha256: Digest
+    source_sha256: Digest | None
 
 
 class RunRecord(TypedDict):

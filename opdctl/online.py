@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdctl import claims, dist, log, store, tracking
+from opdctl import claims, dist, log, plan, store, tracking
 from opdctl.config import is_kept
 from opdctl.engines import EnginePool, engine_pool
 from opdctl.errors import ExitCode, OpdctlError
@@ -59,6 +59,7 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
             trainer.repair_student(run.current_step())
         for step in range(run.current_step(), steps):
             dist.main_first(lambda: refuse_collapse(run))
+            dist.main_first(lambda: plan.check_space(run, ("rollout", "score", "update") if fill else ("update",)))
             seconds: dict[str, float] = {}
             if fill:
                 evaluate_if_due(run, step, engines, clock)

@@ -8,7 +8,7 @@ import importlib.metadata
 import shlex
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -246,15 +246,38 @@ def open_run(
     recipe = with_engines(recipe, path)
     _begin_once(recipe, path)
     refuse_another_recipe(recipe, path)
+    if record:
+        _check_source(recipe, path)
     if record and store.read_text(path / "recipe.toml") != recipe.to_toml():
         store.write_text(path / "recipe.toml", recipe.to_toml())
     run = _as_recorded(recipe, path)
-    for name, model in run.models.items():
-        if needs is None or name in needs:
-            _check_model(path, name, model)
+    needed = [name for name in run.models if needs is None or name in needs]
+    run = replace(run, models={**run.models, **{name: _found_again(run, name) for name in needed}})
+    for name in needed:
+        _check_model(path, name, run.models[name])
+        _warn_of_code(recipe.models()[name])
     for folder in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
         store.sweep(folder)
     return run
+
+
+def _found_again(run: Run, name: str) -> ModelDir:
+    """Return where a model lies: as recorded, or where this machine has what is known by a name, not by a path."""
+    model, settings = run.models[name], run.recipe.models()[name]
+    if model.path.is_dir() or Path(settings.model).is_absolute():
+        return model
+    return replace(model, path=locate(settings, f"{model_key(name)}.model"))
+
+
+def _check_source(recipe: Recipe, path: Path) -> None:
+    """Raise OpdctlError (code 4) where the file that the prompts came from is there, and is another one by now."""
+    recorded, source = read_record(path)["prompts"]["source_sha256"], Path(recipe.prompts.source)
+    if recorded and source.is_file() and store.sha256_file(source) != recorded:
+        raise OpdctlError(
+            f"{path}: {source} is not what it was when this run took its prompts from it",
+            hint="restore it, or use another --output for the new prompts; removed, it is not missed",
+            code=ExitCode.SETTINGS,
+        )
 
 
 def _check_model(path: Path, name: str, model: ModelDir) -> None:
@@ -321,9 +344,13 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def find_model(model: Model, key: str) -> ModelDir:
     """Return where a model lies and how to load it; `key` names it in errors. Raises OpdctlError as `locate` does."""
+    _warn_of_code(model)
+    return ModelDir(locate(model, key), model.dtype, model.trust_remote_code)
+
+
+def _warn_of_code(model: Model) -> None:
     if model.trust_remote_code:
         log.warn(f"trust_remote_code is on: code that comes with {model.model} will run")
-    return ModelDir(locate(model, key), model.dtype, model.trust_remote_code)
 
 
 def _identify(model: ModelDir) -> dict[str, Any]:
@@ -386,11 +413,20 @@ def _begin_once(recipe: Recipe, path: Path) -> None:
 
 
 def _begin(recipe: Recipe, path: Path) -> None:
-    found = {name: find_model(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
+    found = {
+        name: ModelDir(locate(model, f"{model_key(name)}.model"), model.dtype, model.trust_remote_code)
+        for name, model in recipe.models().items()
+    }
     student = found["student"]
     for name in recipe.scorers():
         check_same_tokenizer(student, found[name], name)
     check_top_k(recipe, student)
+    for name, model in found.items():
+        if (rows := model.rows()) > student.vocab_size:
+            log.say(
+                f"{name}: of {rows} rows of its output matrix the tokenizer knows {student.vocab_size}; the others "
+                "are masked"
+            )
     problems = load_problems(recipe.prompts)
     prompts, dropped = prepare_prompts(recipe, problems, student)
     if dropped:
@@ -399,6 +435,7 @@ def _begin(recipe: Recipe, path: Path) -> None:
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     store.write_text(path / "recipe.toml", recipe.to_toml())
     sha256 = store.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])
+    source = store.sha256_file(Path(recipe.prompts.source)) if is_table(recipe.prompts.source) else None
     store.write_json(
         path / "run.json",
         {
@@ -406,7 +443,7 @@ def _begin(recipe: Recipe, path: Path) -> None:
             "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "git": _git_revision(),
             "models": models,
-            "prompts": {"rows": len(prompts), "dropped": dropped, "sha256": sha256},
+            "prompts": {"rows": len(prompts), "dropped": dropped, "sha256": sha256, "source_sha256": source},
         },
     )
 

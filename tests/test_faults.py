@@ -5,18 +5,27 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import QUICKSTART, Result, artifacts, invoke, names, sets
 
-from opdctl import status, store
+from opdctl import claims, status, store
 from opdctl.errors import ExitCode
 from opdctl.run import recorded_run
 
 TINY = ("rollout.prompts_per_step=4", "rollout.max_tokens=4", "train.steps=2", "train.keep_last=1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """A claim whose file a power cut has spoilt is waited for during a whole lease."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "LEASE", 0.3)
+        patch.setattr(claims, "HEARTBEAT", 0.1)
+        yield
 
 
 def train(output: Path, *overrides: str) -> Result:
