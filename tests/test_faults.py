@@ -16,7 +16,7 @@ from opdctl import claims, status, store
 from opdctl.errors import ExitCode
 from opdctl.run import recorded_run
 
-TINY = ("rollout.prompts_per_step=4", "rollout.max_tokens=4", "train.steps=2", "train.keep_last=1")
+TINY = ("rollout.prompts_per_step=4", "rollout.max_tokens=4", "rollout.parts=1", "train.steps=1")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,6 +48,7 @@ CALLS = {  # where store.py finds what writes, renames and flushes
     "write_bytes": Path,
     "write_table": store.pq,
     "save_file": store,
+    "open": Path,
     "mkdir": Path,
     "rename": Path,
     "replace": os,
@@ -73,7 +74,8 @@ class Disk:
 
     def _wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
-            if sys._getframe(1).f_code.co_filename != store.__file__:
+            theirs = sys._getframe(1).f_code.co_filename != store.__file__
+            if theirs or (name == "open" and arguments[1] == "rb"):
                 return call(*arguments, **options)
             if self.count == self.at:
                 self.at = None
@@ -145,7 +147,7 @@ def check_nothing_wrong_is_read(output: Path, whole: Path) -> None:
 def test_after_a_fault_at_any_write_rename_or_flush_a_rerun_ends_the_same(fault, whole, tmp_path):
     code, total = train_until(tmp_path / "counted", None, fault)
     assert code == 0
-    assert total > 150
+    assert total > 80
     for at in range(total):
         output = tmp_path / f"run-{at}"
         code, _ = train_until(output, at, fault)
