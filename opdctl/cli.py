@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -50,6 +50,9 @@ Repair = Annotated[bool, typer.Option("--repair", help="Make damaged parts of th
 ShardOption = Annotated[
     str | None,
     typer.Option("--shard", metavar="I/N", help="Make the parts of worker I of N, from 0. Default: of a Slurm array."),
+]
+Follow = Annotated[
+    bool, typer.Option("--follow", help="Stay, with the model loaded, and work on each step as its inputs appear.")
 ]
 Only = Annotated[
     str | None, typer.Option("--only", metavar="NAME", help="Score with one model: teacher, teacher-NAME or reference.")
@@ -213,6 +216,7 @@ def rollout(
     output: Output = None,
     step: Step = None,
     shard: ShardOption = None,
+    follow: Follow = False,
     repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -224,12 +228,16 @@ def rollout(
     \b
     opdctl rollout --recipe recipes/quickstart.toml
     opdctl rollout --output runs/quickstart --step 3 --repair
+    opdctl rollout --output runs/quickstart --follow
     then: opdctl score-teacher
     """
     with _session(verbose, quiet):
+        _refuse_to_follow(follow, {"--step": step is not None, "--repair": repair})
         resolved = _recipe(recipe, set_, output)
         if dry_run:
             _show_plan(resolved, output, json_)
+        elif follow:
+            _follow("rollout", *_open(resolved, output, "student"), json_, shard)
         else:
             _run_stage("rollout", *_open(resolved, output, "student"), step, repair, json_, shard)
 
@@ -242,6 +250,7 @@ def score_teacher(
     step: Step = None,
     only: Only = None,
     shard: ShardOption = None,
+    follow: Follow = False,
     repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -256,12 +265,21 @@ def score_teacher(
     then: opdctl train --no-fill
     """
     with _session(verbose, quiet):
+        _refuse_to_follow(follow, {"--step": step is not None, "--repair": repair})
         resolved = _recipe(recipe, set_, output)
         names = _scorers(resolved, only)
         if dry_run:
             _show_plan(resolved, output, json_)
+        elif follow:
+            _follow("score-teacher", *_open(resolved, output, *names), json_, shard, names)
         else:
             _run_stage("score-teacher", *_open(resolved, output, *names), step, repair, json_, shard, names)
+
+
+def _refuse_to_follow(follow: bool, others: Mapping[str, bool]) -> None:
+    for option, given in others.items():
+        if follow and given:
+            raise OpdctlError(f"--follow goes from step to step and makes what is missing: give it without {option}")
 
 
 def _scorers(recipe: "Recipe", only: str | None) -> list[str]:
@@ -328,6 +346,28 @@ def _run_stage(
         _emit(report)
 
 
+def _follow(
+    name: str, run: "Run", device: str, as_json: bool, shard: str | None, scorers: Collection[str] = ()
+) -> None:
+    """Run rollout, or score-teacher with the `scorers`, on one step after another."""
+    from opdctl import online
+    from opdctl.status import next_stage_command
+
+    start, first, steps = time.monotonic(), run.current_step(), run.recipe.train.steps
+    online.follow(run, device, name, scorers, _shard(shard))
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "run_dir": str(run.path),
+        "stage": name,
+        "steps": list(range(first, steps)),
+        "seconds": time.monotonic() - start,
+        "next": next_stage_command(run),
+    }
+    log.say(f"{name}: all {steps} steps are done here; next: {report['next']}")
+    if as_json:
+        _emit(report)
+
+
 def _shard(text: str | None) -> "Shard":
     """Return the worker that `--shard`, torchrun or Slurm's array names. Raises OpdctlError for a senseless one."""
     from opdctl.store import WHOLE, Shard
@@ -359,7 +399,7 @@ def _step(run: "Run", step: int | None) -> int:
         return min(current, steps - 1)
     if step >= steps:
         raise OpdctlError(f"--step {step}: {run.path} has steps 0 to {steps - 1}")
-    if step > current:
+    if not run.may_draw(step):
         raise OpdctlError(
             f"--step {step}: step {step} has no student yet, {current} updates are done",
             hint=f"run `{run.command('train')}`",
@@ -373,6 +413,9 @@ def train(
     set_: Overrides = None,
     output: Output = None,
     no_fill: Annotated[bool, typer.Option("--no-fill", help="Only update, on what other jobs have made.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Only update, and wait for what other jobs still have to make.")
+    ] = False,
     list_weights: Annotated[bool, typer.Option("--list-weights", help="List the token weights, and stop.")] = False,
     list_objectives: Annotated[bool, typer.Option("--list-objectives", help="List the objectives, and stop.")] = False,
     repair: Repair = False,
@@ -392,14 +435,15 @@ def train(
         if list_weights or list_objectives:
             _list_components(recipe, set_, output, list_weights, list_objectives, json_)
             return
+        _refuse_to_follow(follow, {"--repair": repair})
         if no_fill and repair:
             raise OpdctlError("--no-fill makes no parts, so there is nothing to --repair", hint="give one of them")
         resolved = _recipe(recipe, set_, output)
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
-            needs = _needed_to_update(resolved) if no_fill else resolved.models()
-            _train(*_open(resolved, output, *needs), no_fill, repair, json_)
+            needs = _needed_to_update(resolved) if no_fill or follow else resolved.models()
+            _train(*_open(resolved, output, *needs), no_fill or follow, follow, repair, json_)
 
 
 def _list_components(
@@ -432,11 +476,11 @@ def _needed_to_update(recipe: "Recipe") -> list[str]:
     return ["student", *(recipe.teacher_models() if objective_of(recipe).support == "full" else ())]
 
 
-def _train(run: "Run", device: str, no_fill: bool, repair: bool, as_json: bool) -> None:
+def _train(run: "Run", device: str, no_fill: bool, follow: bool, repair: bool, as_json: bool) -> None:
     from opdctl import online
 
     before = run.current_step()
-    clock = online.train(run, device, fill=not no_fill, repair=repair)
+    clock = online.train(run, device, fill=not no_fill, follow=follow, repair=repair)
     _close_training(run, before, clock.seconds, no_fill, as_json)
 
 

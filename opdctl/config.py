@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.objectives import Objective as TokenObjective
+from opdctl.objectives import PolicyGradient
 from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry, load_plugins
 from opdctl.weights import Weight as TokenWeight
 from opdctl.weights import build as build_weight
@@ -281,6 +282,11 @@ class Pipeline(Section):
     """Where models run; `auto` takes a GPU if there is one."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 leaves its own choice."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Steps that `rollout --follow` may run ahead: the responses of step s are then drawn by the newest student there
+    is, of step s - max_staleness at least. 0 is on-policy. More needs an objective with a rollout correction."""
+    max_idle_seconds: float = Field(default=3600.0, gt=0)
+    """How long a stage with `--follow` waits for its inputs before it gives up; more than the others take for a step."""
     parity_rms: float = Field(default=0.0, ge=0)
     """Stop where an engine's log-probs are further than this, RMS in nats, from the trainer's own on a few responses of
     a step's first part; 0 checks nothing. The model is loaded a second time for it."""
@@ -652,7 +658,16 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
         problems.append(
             ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")
         )
+    if recipe.pipeline.max_staleness and not _corrects_rollouts(recipe):
+        text = f"objective `{recipe.objective.name}` has no rollout correction; `policy_gradient` and its variants have"
+        problems.append(("pipeline.max_staleness", text))
     return problems
+
+
+def _corrects_rollouts(recipe: Recipe) -> bool:
+    """Whether the objective corrects for responses of an older student; one that does not exist has its own error."""
+    given = recipe.objective
+    return bool(OBJECTIVES.problems(given.name, given.params)) or isinstance(objective_of(recipe), PolicyGradient)
 
 
 def _teacher_problems(recipe: Recipe) -> list[tuple[str, str]]:

@@ -2,14 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from opdctl import claims, dist, log, plan, store, tracking
 from opdctl.config import is_kept
 from opdctl.engines import EnginePool, engine_pool
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.follow import following
 from opdctl.run import Run
 from opdctl.stages import evaluate, rollout, score
 from opdctl.stages.train import Trainer
@@ -34,13 +36,13 @@ class Clock:
             self.seconds[stage] += time.monotonic() - start
 
 
-def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> Clock:
+def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, repair: bool = False) -> Clock:
     """Train until the recipe's last step and return where the time went. Called by all ranks.
 
     With `fill`, rollouts and teacher scores that a step still lacks are made here, each rank its parts, and the student
-    is evaluated as the recipe says. Without it only updates are made, as far as other jobs' artifacts reach. With
-    `repair`, damaged parts are made again. Raises OpdctlError (code 1) where training has collapsed by the recipe's
-    bounds.
+    is evaluated as the recipe says. Without it only updates are made, as far as other jobs' artifacts reach; with
+    `follow` they are waited for. With `repair`, damaged parts are made again. Raises OpdctlError (code 1) where
+    training has collapsed by the recipe's bounds.
     """
     clock, steps = Clock(), run.recipe.train.steps
     with contextlib.ExitStack() as stack:
@@ -53,9 +55,10 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
         dist.barrier()
         engines = stack.enter_context(engine_pool(run.recipe, device))
         track = stack.enter_context(tracking.trackers(run.recipe, run.path))
-        trainer = None
+        follower = stack.enter_context(following(run, "train")) if follow else None
+        trainer = Trainer(run, device) if follow and run.current_step() < steps else None
         if repair and dist.share(dist.is_main() and not has_whole_student(run)):
-            trainer = Trainer(run, device)
+            trainer = trainer or Trainer(run, device)
             trainer.repair_student(run.current_step())
         for step in range(run.current_step(), steps):
             dist.main_first(lambda: refuse_collapse(run))
@@ -64,6 +67,8 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
             if fill:
                 evaluate_if_due(run, step, engines, clock)
                 seconds = fill_in(run, step, engines, clock, repair)
+            elif follower is not None:
+                dist.main_first(partial(follower.wait_for, step, partial(run.is_scored, step), "the teacher's scores"))
             elif not run.is_scored(step):
                 break
             with clock.time("update"):
@@ -85,6 +90,21 @@ def has_whole_student(run: Run) -> bool:
     except OpdctlError:
         return False
     return True
+
+
+def follow(run: Run, device: str, stage: str, scorers: Collection[str], shard: store.Shard) -> None:
+    """Draw the responses of step after step, or score them with the `scorers`, as soon as their inputs are there, until
+    the recipe's last. Raises OpdctlError (code 5) when there were none for `pipeline.max_idle_seconds`."""
+    with engine_pool(run.recipe, device) as engines, following(run, stage) as follower:
+        for step in range(run.current_step(), run.recipe.train.steps):
+            if stage == "rollout":
+                follower.wait_for(step, partial(run.may_draw, step), "a student")
+                made = rollout.run(run, step, engines, shard=shard, wait=True)
+                log.say(f"step {step + 1}: {made} parts drawn by the student of step {run.policy_step(step)}")
+            else:
+                follower.wait_for(step, partial(run.is_drawn, step), "the responses")
+                made = score.run(run, step, engines, only=scorers, shard=shard, wait=True)
+                log.say(f"step {step + 1}: {made} parts scored")
 
 
 def fill_in(run: Run, step: int, engines: EnginePool, clock: Clock, repair: bool) -> dict[str, float]:
@@ -153,7 +173,8 @@ def forget_old_students(run: Run) -> None:
     saved = [step for step in range(1, done + 1) if run.trainer_path(step).is_dir()]
     for step in saved[: -settings.keep_last]:
         store.remove(run.trainer_path(step))
-    for step in range(1, done - settings.keep_last + 1):
+    drawing = run.recipe.pipeline.max_staleness + 1  # students that may still be drawn with
+    for step in range(1, done - max(settings.keep_last, drawing) + 1):
         if not is_kept(run.recipe, step):
             store.remove(run.student_path(step))
 
@@ -180,11 +201,12 @@ def accuracy(run: Run) -> dict[str, float | None]:
 
 def line(metrics: dict[str, Any], steps: int) -> str:
     """Return a step's metrics as one line."""
+    lag = f"  lag {metrics['lag']}" if metrics["lag"] else ""
     return (
         f"step {metrics['step'] + 1:>{len(str(steps))}}/{steps}"
         f"  loss {metrics['loss']:+.4f}  |A| {metrics['abs_advantage']:.4f}  entropy {metrics['entropy']:.3f}"
         f"  length {metrics['response_length']:.0f}  truncated {metrics['truncated_share']:.0%}"
-        f"  grad {metrics['grad_norm']:.2f}"
+        f"  grad {metrics['grad_norm']:.2f}{lag}"
     )
 
 

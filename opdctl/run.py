@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from opdctl import SCHEMA_VERSION, log, store
+from opdctl import SCHEMA_VERSION, claims, log, store
 from opdctl.config import (
     AUTO,
     Model,
@@ -120,8 +120,48 @@ class Run:
         found = (int(p.name.removeprefix("step-")) for p in (self.path / "student").glob("step-*"))
         return [0, *sorted(step for step in found if self.update_path(step - 1).exists())]
 
-    def policy_digest(self, step: int) -> str:
+    def student_digest(self, step: int) -> str:
         return self.digests["student"] if step == 0 else digest_of(self.update(step - 1)["student"])
+
+    # ── Policies ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _policy_path(self, step: int) -> Path:
+        return self.step_path(step) / "rollout" / "policy.json"
+
+    def policy_step(self, step: int) -> int:
+        """Return how many updates the student has seen that draws a step's responses: `step`, or what was settled."""
+        path = self._policy_path(step)
+        return int(store.read_json(path)["policy_step"]) if path.exists() else step
+
+    def _refuse_stale(self, step: int) -> None:
+        """Raise OpdctlError (code 4) where a step that is still to be learnt from is too stale for the recipe."""
+        policy, bound = self.policy_step(step), self.recipe.pipeline.max_staleness
+        if step - policy > bound and not self.update_path(step).exists():
+            raise OpdctlError(
+                f"{self.step_path(step)}: drawn by the student of step {policy}; "
+                f"pipeline.max_staleness = {bound} wants that of step {step - bound} at least",
+                hint=f"put the old value back; or remove {self.step_path(step)} to draw it again",
+                code=ExitCode.SETTINGS,
+            )
+
+    def may_draw(self, step: int) -> bool:
+        """Whether there is a student that is new enough to draw a step's responses."""
+        return self._policy_path(step).exists() or self.current_step() + self.recipe.pipeline.max_staleness >= step
+
+    def settle_policy(self, step: int) -> None:
+        """Settle that the newest student there is draws a step's responses. Who comes first decides for all workers;
+        without staleness, or where parts were drawn already, there is nothing to settle."""
+        path = self._policy_path(step)
+        if not self.recipe.pipeline.max_staleness or path.exists():
+            return
+        with claims.claimed(self.step_path(step), "rollout-policy", wait=True):
+            policy = min(self.current_step(), step)
+            if self.may_draw(step) and not any((path.parent / name).exists() for name in (path.name, *store.BEGUN)):
+                store.write_json(path, {"policy_step": policy})
+
+    def is_begun(self, step: int) -> bool:
+        """Whether a step's rollout was begun: it may be ahead of the updates."""
+        return step <= self.current_step() or self._policy_path(step).exists()
 
     # ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -149,6 +189,8 @@ class Run:
     # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def rollout(self, step: int) -> StageDir:
+        """Return the stage that draws a step's responses. Raises OpdctlError (code 4) where they are too stale."""
+        self._refuse_stale(step)
         return StageDir(
             self.step_path(step) / "rollout",
             stage="rollout",
@@ -156,7 +198,7 @@ class Run:
             suffix=".parquet",
             fingerprint=Fingerprint(
                 settings_of(self.recipe, "rollout"),
-                {"prompts": str(self.prompts_digest), "policy": self.policy_digest(step)},
+                {"prompts": str(self.prompts_digest), "policy": self.student_digest(self.policy_step(step))},
             ),
             redo=self.command("rollout", step),
         )
@@ -179,10 +221,13 @@ class Run:
         """Return the stages of all models that score a step's responses, by name."""
         return {name: self.score(step, name) for name in self.scorers()}
 
+    def is_drawn(self, step: int) -> bool:
+        """Whether a step's rollout is finished."""
+        return self.is_begun(step) and self.rollout(step).done()
+
     def is_scored(self, step: int) -> bool:
         """Whether a step's rollout and all its scores are finished."""
-        rollout = self.rollout(step)
-        return rollout.done() and all(stage.done() for stage in self.scores(step).values())
+        return self.is_drawn(step) and all(stage.done() for stage in self.scores(step).values())
 
     def inputs(self, step: int) -> dict[str, str]:
         """Return the digests of what a step's update is made from. Raises OpdctlError (code 1) where unfinished."""

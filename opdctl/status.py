@@ -1,11 +1,13 @@
 """`opdctl status`: what is done, missing or damaged in a run directory, and the next command. Reads, never writes."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from opdctl import SCHEMA_VERSION, store
 from opdctl.errors import OpdctlError
+from opdctl.follow import signs
 from opdctl.run import Run
 from opdctl.store import StageDir
 
@@ -81,9 +83,8 @@ def evaluations(run: Run, *, verify: bool) -> tuple[list[dict[str, Any]], list[s
 def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
     """Return the state of every stage of every step begun, the evaluations, and the next command."""
     done = run.current_step()
-    begun = range(min(done + 1, run.recipe.train.steps))
     stages = []
-    for step in begun:
+    for step in itertools.takewhile(run.is_begun, range(run.recipe.train.steps)):
         stages += [stage_status(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
         stages.append(update_status(run, step, verify=verify))
     summaries, problems = evaluations(run, verify=verify)
@@ -95,6 +96,7 @@ def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
         "stages": stages,
         "evaluations": summaries,
         "damaged_evaluations": problems,
+        "followers": signs(run),
         "next": next_command(run, stages),
     }
 
@@ -103,9 +105,11 @@ def next_command(run: Run, stages: list[StageStatus]) -> str:
     """Return the command to run next: repair what can be made again first, then what is missing, then the result."""
     for stage in stages:
         # Responses can only be drawn again while the student that drew them is kept.
-        if stage.state == "damaged" and stage.stage == "rollout" and stage.step in run.kept_steps():
+        if stage.state != "damaged":
+            continue
+        if stage.stage == "rollout" and run.policy_step(stage.step) in run.kept_steps():
             return run.command("rollout", stage.step) + " --repair"
-        if stage.state == "damaged" and stage.stage in run.scorers():
+        if stage.stage in run.scorers():
             return run.command("score-teacher", stage.step) + " --repair"
         if stage.state == "damaged" and stage.stage == "update" and stage.step + 1 == run.current_step():
             return run.command("train") + " --repair"
@@ -131,6 +135,9 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         if stage.step not in finished:
             lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
     lines += [("damaged", problem) for problem in found["damaged_evaluations"]]
+    for sign in found["followers"]:
+        life = f"{sign.age:.0f} s ago" if sign.is_alive else f"no sign of life for {sign.age:.0f} s"
+        lines.append((sign.stage, f"step {sign.step}, {sign.state}  ({life}, process {sign.pid} on {sign.host})"))
     for summary in found["evaluations"]:
         lines.append((f"eval {summary['bench']}", f"{summary['model']}: {summary['avg']:.1%}"))
     return [*lines, ("next", found["next"])]
@@ -138,4 +145,4 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def as_json(found: dict[str, Any]) -> dict[str, Any]:
     """Return the status as JSON values."""
-    return {**found, "stages": [asdict(stage) for stage in found["stages"]]}
+    return {**found, **{key: [asdict(each) for each in found[key]] for key in ("stages", "followers")}}

@@ -40,6 +40,7 @@ from opdctl.errors import ExitCode, OpdctlError
 from opdctl.manifests import Manifest, PartRecord, ScoresRecord, Work
 from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Prompt, Response, Scores, offsets_of
 
+BEGUN = ("work.json", "manifest.json")  # a stage whose folder holds one of them was begun
 HIDDEN = "hidden_states"
 SCORE_COLUMNS = tuple(column.name for column in fields(Scores))
 SCORE_KINDS = {"offsets": ("I64", 1), "top_ids": ("I32", 2), "logprobs": ("F32", 1), "entropies": ("F32", 1)}
@@ -405,7 +406,7 @@ class StageDir:
     def __init__(self, path: Path, *, stage: str, parts: int, suffix: str, fingerprint: Fingerprint, redo: str):
         self.path, self.stage, self.fingerprint, self.redo = path, stage, fingerprint, redo
         self.names = [f"part-{i:05d}-of-{parts:05d}{suffix}" for i in range(parts)]
-        self.manifest_path, self._work_path = path / "manifest.json", path / "work.json"
+        self._work_path, self.manifest_path = (path / name for name in BEGUN)
         self._claim: claims.Claim | None = None
         refuse_links(path.parent, path)
         self._refuse_another_fingerprint()

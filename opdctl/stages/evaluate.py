@@ -38,7 +38,7 @@ class Subject:
 
 
 def student(run: Run, step: int) -> Subject:
-    return Subject(f"step-{step:05d}", run.student_at(step), run.policy_digest(step), "student", f"--step {step}")
+    return Subject(f"step-{step:05d}", run.student_at(step), run.student_digest(step), "student", f"--step {step}")
 
 
 def scorer(run: Run, name: str) -> Subject:

@@ -19,6 +19,7 @@ def run(
     claimed. Raises OpdctlError when the step's student is not there (code 2), or when it was begun under other settings
     (code 4).
     """
+    run.settle_policy(step)
     stage = run.rollout(step)
     with stage.work(repair=repair, shard=shard, wait=wait) as parts:
         return _draw(run, step, engines, stage, parts) if parts else 0
@@ -26,9 +27,10 @@ def run(
 
 def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
     settings, made = run.recipe.rollout, 0
-    draws, student = run.draws(step), run.student_at(step)
+    draws, policy = run.draws(step), run.policy_step(step)
+    student = run.student_at(policy)
     engine = engines.get("student", settings.engine, student)
-    stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_step": step})
+    stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_step": policy})
     with log.progress(f"rollout, step {step}", len(draws)) as advance:
         for index in parts:
             part = stage.share(draws, index)
@@ -39,13 +41,13 @@ def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iter
             if index == 0:
                 answered = [Answered(r.prompt_ids, c.response_ids) for r, c in zip(requests, completions, strict=True)]
                 parity.check(run.recipe, settings.engine, student, answered, [c.logprobs for c in completions])
-            rows = [_row(run, step, *draw, completion) for draw, completion in zip(part, completions, strict=True)]
+            rows = [_row(run, policy, *draw, completion) for draw, completion in zip(part, completions, strict=True)]
             tokens = sum(len(row.response_ids) for row in rows)
             made += stage.write(index, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=tokens)
     return made
 
 
-def _row(run: Run, step: int, sample_id: str, prompt: Prompt, completion: Completion) -> Response:
+def _row(run: Run, policy: int, sample_id: str, prompt: Prompt, completion: Completion) -> Response:
     return Response(
         sample_id=sample_id,
         prompt_id=prompt.prompt_id,
@@ -53,7 +55,7 @@ def _row(run: Run, step: int, sample_id: str, prompt: Prompt, completion: Comple
         response_ids=completion.response_ids,
         logprobs=completion.logprobs,
         finish_reason=completion.finish_reason,
-        policy_step=step,
+        policy_step=policy,
         source=run.recipe.prompts.source,
         teacher=prompt.teacher,
         answer=prompt.answer,

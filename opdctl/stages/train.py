@@ -85,7 +85,8 @@ class Trainer:
         start = time.monotonic()
         scored = list(read_scored(self._run, step))
         batches = self.micro_batches(step, scored)
-        metrics = {"step": step} | self._update(step, batches) | describe(scored)
+        lag = step - self._run.policy_step(step)
+        metrics = {"step": step, "lag": lag} | self._update(step, batches) | describe(scored)
         metrics["spoilt_responses"] = self._run.recipe.responses_per_step() - len(scored)
         seconds = dict(stage_seconds) | {"update": time.monotonic() - start}
         for stage, each in seconds.items():
@@ -244,6 +245,8 @@ class Trainer:
     def _publish(self, step: int, metrics: dict[str, Any]) -> None:
         """Write trainer state and student, then update.json, which makes them count."""
         run, done, trainer = self._run, step + 1, {}
+        if dist.is_main() and run.update_path(step).exists():  # this process was suspended, and lost its claim
+            raise OpdctlError(f"{run.path}: another process has made step {done} meanwhile", code=ExitCode.REACH)
         if done % self._settings.save_every == 0 or done == self._settings.steps:
             trainer = _publish_together(
                 run.trainer_path(done), lambda folder: checkpoint.save(folder, self._model, self._optimizer)

@@ -1,0 +1,124 @@
+"""Stages that stay: each waits for what the others make, and says that it lives. They know one another by the run
+directory alone: a file in followers/ for each, written every few seconds."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from opdctl import claims, dist, store
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.run import Run
+
+
+class Follower:
+    """One stage that stays, as the others see it."""
+
+    def __init__(self, run: Run, stage: str):
+        self._run, self._stage, self._step, self._state = run, stage, run.current_step(), "starts"
+        self._path = folder(run) / f"{stage}-{socket.gethostname()}-{os.getpid()}.json"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def wait_for(self, step: int, ready: Callable[[], bool], what: str) -> None:
+        """Come back when `ready()`. Raises OpdctlError (code 5) when that took `pipeline.max_idle_seconds`."""
+        self._step, self._state = step, f"waits for {what}"
+        limit, start, pause = self._run.recipe.pipeline.max_idle_seconds, time.monotonic(), claims.pauses()
+        while not ready():
+            if time.monotonic() - start > limit:
+                raise OpdctlError(
+                    f"{self._run.path}: step {step}: waited {limit:g} s for {what}; pipeline.max_idle_seconds",
+                    hint=f"`opdctl status {self._run.path}` says who is at work; run the same command again to go on",
+                    code=ExitCode.REACH,
+                )
+            time.sleep(next(pause))
+        self._state = "works"
+
+    def start(self) -> None:
+        self._write()
+        forget_the_dead(self._path)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(claims.HEARTBEAT):
+            with contextlib.suppress(OpdctlError, OSError):  # the work itself will say what is wrong
+                self._write()
+
+    def _write(self) -> None:
+        store.write_json(
+            self._path,
+            {
+                "stage": self._stage,
+                "step": self._step,
+                "state": self._state,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )
+
+
+@contextlib.contextmanager
+def following(run: Run, stage: str) -> Iterator[Follower]:
+    """Yield what lets a stage wait, and tells of it; of several ranks the first tells."""
+    follower = Follower(run, stage)
+    if not dist.is_main():
+        yield follower
+        return
+    follower.start()
+    try:
+        yield follower
+    finally:
+        follower.stop()
+
+
+def folder(run: Run) -> Path:
+    return run.path / "followers"
+
+
+def forget_the_dead(own: Path) -> None:
+    """Remove what followers have left that showed no life for a whole lease when `own` was written, by the one clock
+    that all share: the file system's."""
+    now = own.stat().st_mtime
+    for path in own.parent.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            if now - path.stat().st_mtime > claims.LEASE:
+                path.unlink()
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A follower's last sign of life. age: seconds."""
+
+    stage: str
+    step: int
+    state: str
+    host: str
+    pid: int
+    age: float
+
+    @property
+    def is_alive(self) -> bool:
+        return self.age < claims.LEASE
+
+
+def signs(run: Run) -> list[Sign]:
+    """Return the last sign of life of every follower."""
+    found = []
+    for path in sorted(folder(run).glob("*.json")):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # it has just ended
+            said = json.loads(store.read_text(path))
+            names, age = ("stage", "step", "state", "host", "pid"), time.time() - path.stat().st_mtime
+            found.append(Sign(**{name: said[name] for name in names}, age=max(age, 0)))
+    return found
