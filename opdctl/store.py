@@ -413,7 +413,11 @@ class StageDir:
 
     def _refuse_another_fingerprint(self) -> None:
         recorded = self.manifest() or self._read(self._work_path, Work)
-        if recorded is None or recorded["fingerprint"] == self.fingerprint.digest:
+        if recorded is None:
+            return
+        if recorded["fingerprint"] == self.fingerprint.digest:
+            if "parts" in recorded and [part["name"] for part in recorded["parts"]] != self.names:
+                raise damaged(self.manifest_path, "lists other parts", f"remove {self.path} to make it again")
             return
         changes = changed(recorded["settings"], self.fingerprint.settings)
         inputs = [name for name, _, _ in changed(recorded["inputs"], self.fingerprint.inputs)]
