@@ -120,6 +120,15 @@ class Chain:
         return bool(ended)
 
 
+def made(run: Path) -> dict[str, object]:
+    return {name: data for name, data in artifacts(run).items() if not name.endswith(".lock")}
+
+
+def files(run: Path) -> list[str]:
+    """All names but those of claims: one whose owner died last of all stays, and does no harm."""
+    return sorted(name for name in names(run) if not name.endswith(".lock"))
+
+
 def check_every_response_is_there_once(run: Run, steps: int) -> int:
     """Return how many there are."""
     count = 0
@@ -139,11 +148,9 @@ def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, .
     disturbed = Chain(folder / "disturbed", settings, kills, random.Random(seed))
     done = disturbed.go(steps)
     Chain(folder / "undisturbed", settings, 0, random.Random(seed)).go(done)
-    found, wanted = artifacts(folder / "disturbed"), artifacts(folder / "undisturbed")
-    assert found.keys() == wanted.keys()
+    found, wanted = (made(folder / name) for name in ("disturbed", "undisturbed"))
+    assert {*files(folder / "disturbed")} ^ {*files(folder / "undisturbed")} == set()
     assert [name for name, data in found.items() if data != wanted[name]] == []
-    left = {*names(folder / "disturbed")} ^ {*names(folder / "undisturbed")}
-    assert not left, left
     responses = check_every_response_is_there_once(recorded_run(folder / "disturbed"), done)
     assert invoke("status", folder / "disturbed", "--verify").code == 0
     dealt = ", ".join(f"{number} of {stage}" for stage, number in disturbed.killed.items())
@@ -284,15 +291,6 @@ def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> 
         assert files(output) == files(whole), at
         shutil.rmtree(output)
     return f"{fault.__name__}: at {len(range(start, total, stride))} of {total} calls; each time a rerun ended the same"
-
-
-def made(run: Path) -> dict[str, object]:
-    return {name: data for name, data in artifacts(run).items() if not name.endswith(".lock")}
-
-
-def files(run: Path) -> list[str]:
-    """All names but those of claims: one that a power cut has spoilt stays, and does no harm."""
-    return sorted(name for name in names(run) if not name.endswith(".lock"))
 
 
 def main() -> None:
