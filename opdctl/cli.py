@@ -550,9 +550,9 @@ def evaluate(
     """Grade a student, a teacher or any model on benchmarks, with intervals.
 
     \b
-    opdctl eval --bench sort12                              the newest run under runs/
+    opdctl eval --bench sort12                 the newest run under runs/
     opdctl eval --run runs/quickstart --model teacher
-    opdctl eval --model Qwen/Qwen3-0.6B --bench aime25,math500 --set eval.samples=4
+    opdctl eval --model Qwen/Qwen3-0.6B --bench aime25,math500
     opdctl eval --compare runs/uniform runs/quickstart
     """
     with _session(verbose, quiet):
@@ -741,6 +741,62 @@ def _analyze(run: "Run", dry_run: bool, as_json: bool) -> None:
     log.say(f"next: open {found['report']}")
     if as_json:
         _emit({"schema_version": SCHEMA_VERSION, **found})
+
+
+@app.command()
+def change(
+    run_dir: RunDir,
+    recipe: Recipes = None,
+    set_: Overrides = None,
+    branch: Annotated[
+        Path | None,
+        typer.Option("--branch", metavar="NEW_RUN_DIR", help="Leave the run as it is, and make a new one of it."),
+    ] = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a begun run under another recipe, from its current step on, and record that.
+
+    \b
+    opdctl change runs/quickstart --set weight.gamma=0.7 --dry-run
+    opdctl change runs/quickstart --set weight.gamma=0.7
+    opdctl change runs/quickstart --set weight.name=uniform --branch runs/uniform
+    then: opdctl train --output runs/quickstart
+    """
+    with _session(verbose, quiet):
+        from opdctl.run import recorded_run, with_engines
+
+        resolved = with_engines(_recipe(recipe, set_, run_dir), run_dir)
+        _change(recorded_run(run_dir), resolved, branch, dry_run, json_)
+
+
+def _change(run: "Run", recipe: "Recipe", branch: Path | None, dry_run: bool, as_json: bool) -> None:
+    from opdctl import change as changing
+    from opdctl.status import next_stage_command
+
+    found = changing.change(run, recipe)
+    for line in found.lines():
+        log.say(line)
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "run_dir": str(branch or run.path),
+        "step": found.step,
+        "changes": [{"key": key, "old": old, "new": new} for key, old, new in found.settings],
+        "dropped": [str(path) for path in found.dropped],
+    }
+    if dry_run:
+        log.say("nothing was written")
+    elif branch is not None:
+        log.say(f"wrote {branch}: shares {changing.branch(found, branch)} files with {run.path}")
+        log.say(f"next: {next_stage_command(replace(run, path=branch))}")
+    else:
+        changing.apply(found)
+        log.say(f"{run.path}: from step {found.step} on under the new recipe")
+        log.say(f"next: {next_stage_command(replace(run, recipe=recipe))}")
+    if as_json:
+        _emit(report)
 
 
 @app.command()

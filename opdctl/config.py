@@ -5,6 +5,8 @@ each key is the recommended setting; the text below a key is its documentation.
 """
 
 import dataclasses
+import itertools
+import json
 import re
 import tomllib
 import typing
@@ -213,6 +215,8 @@ class Eval(Sampling):
     """Evaluate every so many steps while training; 0: neither then nor before and after."""
     suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Text put behind every problem of a benchmark that wants a boxed answer."""
+    code_suffix: str = "\nSolve this in one Python code block that holds the whole program."
+    """Text put behind every problem of a benchmark that wants code."""
     template_arguments: dict[str, bool | int | str] = {"enable_thinking": False}
     """Arguments to the chat template; one that a template does not know changes nothing."""
     batch_size: int = Field(default=256, gt=0)
@@ -286,7 +290,7 @@ class Pipeline(Section):
     """Steps that `rollout --follow` may run ahead: the responses of step s are then drawn by the newest student there
     is, of step s - max_staleness at least. 0 is on-policy. More needs an objective with a rollout correction."""
     max_idle_seconds: float = Field(default=3600.0, gt=0)
-    """How long a stage with `--follow` waits for its inputs before it gives up; more than the others take for a step."""
+    """How long a stage with `--follow` waits for its inputs before it gives up: more than a whole step takes."""
     parity_rms: float = Field(default=0.0, ge=0)
     """Stop where an engine's log-probs are further than this, RMS in nats, from the trainer's own on a few responses of
     a step's first part; 0 checks nothing. The model is loaded a second time for it."""
@@ -397,6 +401,20 @@ def is_free(key: str) -> bool:
 def shapes(key: str) -> list[str]:
     """Return the stages that the setting `key` shapes."""
     return [stage for stage, keys in STAGES.items() if key.startswith(keys)]
+
+
+CHAIN = {"rollout": "rollouts", "score": "scores", "update": "updates"}
+"""What the stages of a step make, in the order in which each builds on the one before."""
+FIXED = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
+"""Keys that a run is begun with for good: what was made under others is of no use to it."""
+
+
+def untouched(keys: Iterable[str]) -> list[str]:
+    """Return the stages of a step whose artifacts depend on none of the settings."""
+    shaped = {stage for key in keys for stage in shapes(key)}
+    if "prompts" in shaped:
+        return []
+    return list(itertools.takewhile(lambda stage: stage not in shaped, CHAIN))
 
 
 def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -652,6 +670,9 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
     decay, warmup = recipe.train.decay_steps, recipe.train.warmup_steps
     if recipe.train.schedule != "constant" and (decay is None or decay <= warmup):
         problems.append(("train.decay_steps", f"a falling learning rate needs one above train.warmup_steps, {warmup}"))
+    if recipe.eval.every and not recipe.eval.allow_code_execution:
+        text = "runs code that the student wrote, while training: set eval.allow_code_execution, or eval.every = 0"
+        problems += [("eval.bench", f"`{name}` {text}") for name in recipe.eval.bench if _runs_code(name)]
     if recipe.eval.temperature == 0 and recipe.eval.samples not in (None, 1):
         problems.append(("eval.samples", "at temperature 0 all samples are the same: leave it out, or set it to 1"))
     if recipe.rollout.temperature != 1 or recipe.rollout.top_p != 1:
@@ -668,6 +689,10 @@ def _corrects_rollouts(recipe: Recipe) -> bool:
     """Whether the objective corrects for responses of an older student; one that does not exist has its own error."""
     given = recipe.objective
     return bool(OBJECTIVES.problems(given.name, given.params)) or isinstance(objective_of(recipe), PolicyGradient)
+
+
+def _runs_code(bench: str) -> bool:
+    return bench in BENCHMARKS.names() and BENCHMARKS.get(bench)().grader.runs_code
 
 
 def _teacher_problems(recipe: Recipe) -> list[tuple[str, str]]:
@@ -697,12 +722,24 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, A
 
 
 def describe_changes(changes: Iterable[tuple[str, Any, Any]]) -> str:
-    """Return one line a change: the key, old and new value, and the stages it shapes."""
+    """Return one line a change: the key, old and new value, what it shapes, and what comes before that."""
     lines = []
     for key, old, new in changes:
-        stages = ", ".join(shapes(key)) or "inputs"
-        lines.append(f"{key} {old!r} → {new!r} shapes: {stages}")
+        names = [CHAIN.get(stage, stage) for stage in shapes(key)] or ["inputs"]
+        shaped = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        free = " or ".join(CHAIN[stage] for stage in untouched([key]))
+        lines.append(f"{key} {old!r} → {new!r} shapes {shaped}" + (f", not {free}" if free else ""))
     return "\n".join(lines)
+
+
+def as_overrides(changes: Sequence[tuple[str, Any, Any]]) -> list[str] | None:
+    """Return the changes as `--set` takes them, or None where one takes a setting away, which no `--set` can say."""
+    components = {key.removesuffix("name") for key, _, _ in changes if key.endswith(".name")}
+    own = [(key, new) for key, _, new in changes if new is not None]
+    if any(new is None and not key.startswith(tuple(components)) for key, _, new in changes):
+        return None
+    # A component's name comes first: it takes the parameters of the one before away.
+    return [f"{key}={json.dumps(new)}" for key, new in sorted(own, key=lambda pair: not pair[0].endswith(".name"))]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

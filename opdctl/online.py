@@ -164,6 +164,7 @@ def _evaluate(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
             if not evaluate.is_evaluated(run, bench, subject.name):
                 with clock.time("eval"):
                     summary, _ = evaluate.run(run, bench, subject, engines, wait=True)
+                assert summary is not None  # waited for
                 log.say(accuracy_line(summary), style="bold")
 
 

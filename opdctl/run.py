@@ -7,8 +7,8 @@ directory is whole. Opening an old one compares the recipe and the models with w
 import importlib.metadata
 import shlex
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ import numpy as np
 from opdctl import SCHEMA_VERSION, claims, log, store
 from opdctl.config import (
     AUTO,
+    CHAIN,
+    FIXED,
     Model,
     Recipe,
+    as_overrides,
     changed,
     describe_changes,
     is_free,
@@ -28,6 +31,7 @@ from opdctl.config import (
     model_key,
     settings_of,
     settings_of_scorer,
+    untouched,
 )
 from opdctl.engines import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
@@ -51,6 +55,13 @@ class Run:
     models: Mapping[str, ModelDir]
     """`student`, the teachers and `reference`, by name."""
     digests: Mapping[str, str]
+    earlier: Mapping[int, Recipe] = field(default_factory=dict)
+    """Recipes that were changed since, each by the step from which on it no longer holds."""
+
+    def at(self, step: int) -> "Run":
+        """Return the run as it is, or was, at a step: under the recipe that holds there."""
+        changed_at = min((changed for changed in self.earlier if changed > step), default=None)
+        return self if changed_at is None else replace(self, recipe=self.earlier[changed_at], earlier={})
 
     @property
     def student(self) -> ModelDir:
@@ -82,6 +93,12 @@ class Run:
         return self.path / "metrics.jsonl"
 
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def finished(self, stage: str) -> int:
+        """Return in how many steps `rollout`, or `score`, is finished, whatever recipe that was under."""
+        names = ["rollout"] if stage == "rollout" else self.scorers()
+        folders = self.path.glob("step-*")
+        return sum(all((folder / name / "manifest.json").exists() for name in names) for folder in folders)
 
     def current_step(self) -> int:
         """Return the first step without an update: the number of updates done."""
@@ -178,7 +195,8 @@ class Run:
 
         An epoch is as many whole steps as the prompts give; each later epoch has an order of its own.
         """
-        size, samples = self.recipe.rollout.prompts_per_step, self.recipe.rollout.samples_per_prompt
+        settings = self.at(step).recipe.rollout
+        size, samples = settings.prompts_per_step, settings.samples_per_prompt
         epoch, within = divmod(step, len(self.prompts) // size)
         order = np.arange(len(self.prompts))
         if epoch:
@@ -191,13 +209,14 @@ class Run:
     def rollout(self, step: int) -> StageDir:
         """Return the stage that draws a step's responses. Raises OpdctlError (code 4) where they are too stale."""
         self._refuse_stale(step)
+        recipe = self.at(step).recipe
         return StageDir(
             self.step_path(step) / "rollout",
             stage="rollout",
-            parts=self.recipe.rollout.parts,
+            parts=recipe.rollout.parts,
             suffix=".parquet",
             fingerprint=Fingerprint(
-                settings_of(self.recipe, "rollout"),
+                settings_of(recipe, "rollout"),
                 {"prompts": str(self.prompts_digest), "policy": self.student_digest(self.policy_step(step))},
             ),
             redo=self.command("rollout", step),
@@ -205,13 +224,14 @@ class Run:
 
     def score(self, step: int, name: str) -> StageDir:
         """Return the stage in which the model `name` scores a step's responses."""
+        recipe = self.at(step).recipe
         return StageDir(
             self.step_path(step) / name,
             stage="score",
-            parts=self.recipe.rollout.parts,
+            parts=recipe.rollout.parts,
             suffix=".safetensors",
             fingerprint=Fingerprint(
-                settings_of_scorer(self.recipe, name),
+                settings_of_scorer(recipe, name),
                 {"rollout": self.rollout(step).digest, name: self.digests[name]},
             ),
             redo=self.command("score-teacher", step) + f" --only {name}",
@@ -370,7 +390,9 @@ def _as_recorded(recipe: Recipe, path: Path) -> Run:
         name: ModelDir(Path(recorded[name]["path"]), settings.dtype, settings.trust_remote_code)
         for name, settings in recipe.models().items()
     }
-    return Run(recipe, path, models, {name: recorded[name]["digest"] for name in models})
+    digests = {name: recorded[name]["digest"] for name in models}
+    earlier = {int(file.stem.rpartition("-")[2]): load_recipe([file]) for file in path.glob("recipe-before-*.toml")}
+    return Run(recipe, path, models, digests, earlier)
 
 
 def read_record(path: Path) -> RunRecord:
@@ -410,15 +432,42 @@ def _stamp(model: ModelDir) -> dict[str, list[int]]:
 
 
 def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
-    """Raise OpdctlError (code 4) when the run in `path` was begun with a recipe that shapes other artifacts."""
-    changes = [change for change in changed(read_recipe(path).flat(), recipe.flat()) if not is_free(change[0])]
+    """Raise OpdctlError (code 4) when the run in `path` was begun with a recipe that shapes other artifacts.
+
+    The message says what is valid under the new one too, the hint the ways on.
+    """
+    changes = shaping(read_recipe(path), recipe)
     if changes:
+        run = recorded_run(path)
         raise OpdctlError(
-            f"{path}: was begun with another recipe\n{describe_changes(changes)}",
-            hint=f"go on with the recorded one: leave --recipe out and give --output {path}; or use another --output; "
-            f"or remove {path} to start over",
+            "\n".join([f"{path}: was begun with another recipe", describe_changes(changes), *what_stays(run, changes)]),
+            hint="\n".join(_ways_on(run, changes)),
             code=ExitCode.SETTINGS,
         )
+
+
+def shaping(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """Return (key, old, new) of the settings that differ and shape artifacts."""
+    return [change for change in changed(old.flat(), new.flat()) if not is_free(change[0])]
+
+
+def what_stays(run: Run, changes: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Return how much of what was made is valid under changed settings too, as a line, if anything is."""
+    counts = {CHAIN[stage]: run.finished(stage) for stage in untouched(key for key, _, _ in changes)}
+    said = " and ".join(f"{count} steps of {name}" for name, count in counts.items() if count)
+    return [f"{said} stay valid"] if said else []
+
+
+def _ways_on(run: Run, changes: list[tuple[str, Any, Any]]) -> list[str]:
+    where, overrides = shlex.quote(str(run.path)), as_overrides(changes)
+    new = "--recipe FILE" if overrides is None else " ".join(f"--set {shlex.quote(text)}" for text in overrides)
+    ways = [f"`opdctl train --output {where}` goes on under the recorded recipe"]
+    if not any(key.startswith(FIXED) for key, _, _ in changes):
+        ways += [
+            f"`opdctl change {where} {new}` goes on from step {run.current_step()} under the new one, and records that",
+            f"`opdctl change {where} {new} --branch NEW_RUN_DIR` does so in a run directory of its own",
+        ]
+    return [*ways, f"another --output, or removing {where}, starts over"]
 
 
 def prepare_prompts(recipe: Recipe, problems: list[Problem], student: ModelDir) -> tuple[list[Prompt], int]:

@@ -8,7 +8,7 @@ from typing import Any
 from opdctl import SCHEMA_VERSION, store
 from opdctl.errors import OpdctlError
 from opdctl.follow import signs
-from opdctl.run import Run
+from opdctl.run import Run, shaping
 from opdctl.store import StageDir
 
 
@@ -96,9 +96,19 @@ def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
         "stages": stages,
         "evaluations": summaries,
         "damaged_evaluations": problems,
+        "changes": recipe_changes(run),
         "followers": signs(run),
         "next": next_command(run, stages),
     }
+
+
+def recipe_changes(run: Run) -> list[dict[str, Any]]:
+    """Return at which steps the recipe was changed, and how."""
+    found = []
+    for step, recipe in sorted(run.earlier.items()):
+        settings = shaping(recipe, run.at(step).recipe)
+        found.append({"step": step, "settings": [f"{key} {old!r} → {new!r}" for key, old, new in settings]})
+    return [change for change in found if change["settings"]]
 
 
 def next_command(run: Run, stages: list[StageStatus]) -> str:
@@ -135,6 +145,8 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         if stage.step not in finished:
             lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
     lines += [("damaged", problem) for problem in found["damaged_evaluations"]]
+    for change in found["changes"]:
+        lines.append((f"from step {change['step']}", f"another recipe: {'; '.join(change['settings'])}"))
     for sign in found["followers"]:
         life = f"{sign.age:.0f} s ago" if sign.is_alive else f"no sign of life for {sign.age:.0f} s"
         lines.append((sign.stage, f"step {sign.step}, {sign.state}  ({life}, process {sign.pid} on {sign.host})"))

@@ -626,12 +626,42 @@ class StageDir:
 # ── Model directories ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def publish_directory(final: Path, fill: Callable[[Path], None]) -> dict[str, str]:
-    """Make the directory `final` by `fill(temporary directory)`, whole or not at all; return its files' digests."""
+def publish(final: Path, fill: Callable[[Path], None]) -> None:
+    """Make the directory `final` by `fill(temporary directory)`, whole or not at all."""
     with _published(final) as temporary:
         temporary.mkdir()
         fill(temporary)
-        return directory_digests(temporary)
+
+
+def publish_directory(final: Path, fill: Callable[[Path], None]) -> dict[str, str]:
+    """Make a directory as `publish` does, and return its files' digests."""
+    digests = {}
+
+    def fill_and_digest(folder: Path) -> None:
+        fill(folder)
+        digests.update(directory_digests(folder))
+
+    publish(final, fill_and_digest)
+    return digests
+
+
+def share(paths: Iterable[Path], old: Path, new: Path) -> int:
+    """Let the folder `new` have files and folders of `old`, and return how many files: the same ones where the file
+    system can link them, else copies. Every artifact is replaced when it changes, never written into; but
+    the lines of metrics.jsonl are appended, so that it is copied."""
+    found = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    files = [file for file in found if file.is_file() and not file.name.startswith(".")]
+    for file in files:
+        target = new / file.relative_to(old)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if file.suffix == ".jsonl":
+                shutil.copyfile(file, target)
+            else:
+                os.link(file, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, target)
+    return len(files)
 
 
 def directory_digests(path: Path) -> dict[str, str]:

@@ -388,7 +388,10 @@ def test_another_weight_changes_the_update_alone(smallest: Path) -> None:
     assert differing == {"update"}
     changes = changed(old.flat(), new.flat())
     assert changes[:2] == [("weight.gamma", 0.5, None), ("weight.name", "iw_opd", "uniform")]
-    assert describe_changes(changes).splitlines()[1] == "weight.name 'iw_opd' → 'uniform' shapes: update"
+    assert (
+        describe_changes(changes).splitlines()[1]
+        == "weight.name 'iw_opd' → 'uniform' shapes updates, not rollouts or scores"
+    )
 
 
 # ── Whatever is written ──────────────────────────────────────────────────────────────────────────────────────────────

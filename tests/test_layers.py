@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opdctl"
 ORDER = [  # a file imports from lines above its own only
     ["opdctl"],
-    ["errors"],
+    ["errors", "answers", "sandbox"],
     ["registry"],
     ["weights"],
     ["objectives"],
@@ -24,7 +24,7 @@ ORDER = [  # a file imports from lines above its own only
     ["benchmarks", "card", "engines", "engines.http", "policy", "tracking"],
     ["engines.hf", "engines.vllm", "engines.server", "run"],
     ["parity", "scored", "plan", "follow", "report", "evaluations"],
-    ["status"],
+    ["change", "status"],
     ["microbatches"],
     ["stages.rollout", "stages.score", "stages.train", "stages.evaluate", "stages.analyze", "stages"],
     ["online"],

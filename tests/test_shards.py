@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,39 @@ def test_the_chain_of_slurm_jobs_makes_the_student_of_one_process(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "shard 1/2, by Slurm's array" in done.stderr
+    assert invoke("train", "--recipe", tmp_path / "small.toml", "--output", tmp_path / "whole").code == 0
+    student = "student/step-00002/model.safetensors"
+    assert (tmp_path / "run" / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
+
+
+def test_slurm_s_jobs_that_stay_go_back_into_the_queue_and_make_the_same_student(tmp_path):
+    """The script itself; sbatch only notes the jobs, which run here, and one gets the signal before its time limit."""
+    script = QUICKSTART.parent.parent / "docs/slurm/follow.sh"
+    sbatch = 'for i; do [[ $i == *.sh ]] && break; shift; done; echo "$@" >> jobs'
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{sbatch}\n")
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" >> requeued\n')
+    (tmp_path / "opdctl").write_text(f'#!/bin/sh\nexec {sys.executable} -m opdctl "$@"\n')
+    for name in ("sbatch", "scontrol", "opdctl"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "small.toml").write_text(load_recipe([QUICKSTART], [*PARTS[1::2], "train.steps=2"]).to_toml())
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    subprocess.run(["bash", script, "small.toml", "run"], cwd=tmp_path, env=environment, check=True)
+    lines = (tmp_path / "jobs").read_text().splitlines()
+    assert [line.split()[3] for line in lines] == ["rollout", "score-teacher", "train"]
+
+    def start(line: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["bash", *line.split()], cwd=tmp_path, env=environment)
+
+    jobs = [start(line) for line in lines]
+    heard = tmp_path / "run/followers"
+    while not list(heard.glob("score-teacher-*")):
+        assert jobs[1].poll() is None
+        time.sleep(0.05)
+    jobs[1].send_signal(signal.SIGUSR1)
+    assert jobs[1].wait() == ExitCode.REQUEUE
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    jobs[1] = start(lines[1])
+    assert [job.wait() for job in jobs] == [0, 0, 0]
     assert invoke("train", "--recipe", tmp_path / "small.toml", "--output", tmp_path / "whole").code == 0
     student = "student/step-00002/model.safetensors"
     assert (tmp_path / "run" / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()

@@ -159,7 +159,7 @@ def test_another_fingerprint_is_refused_and_the_change_named(tmp_path, finished)
     with pytest.raises(OpdctlError) as caught:
         stage(tmp_path / "s", settings={"rollout.temperature": 0.7})
     assert caught.value.code == ExitCode.SETTINGS
-    assert "rollout.temperature 1.0 → 0.7 shapes: rollout" in caught.value.message
+    assert "rollout.temperature 1.0 → 0.7 shapes rollouts" in caught.value.message
     with pytest.raises(OpdctlError, match="its inputs changed: prompts"):
         stage(tmp_path / "s", inputs={"prompts": "xyz"})
 

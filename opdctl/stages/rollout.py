@@ -20,6 +20,7 @@ def run(
     (code 4).
     """
     run.settle_policy(step)
+    run = run.at(step)
     stage = run.rollout(step)
     with stage.work(repair=repair, shard=shard, wait=wait) as parts:
         return _draw(run, step, engines, stage, parts) if parts else 0

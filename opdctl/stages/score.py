@@ -29,7 +29,7 @@ def run(
     back when all of them are there, also those that others have claimed. Raises OpdctlError when the step's rollout is
     unfinished (code 1) or damaged (code 3), or when it was scored under other settings (code 4).
     """
-    made = 0
+    run, made = run.at(step), 0
     for name in run.scorers() if only is None else only:
         stage = run.score(step, name)
         with stage.work(repair=repair, shard=shard, wait=wait) as parts:

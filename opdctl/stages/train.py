@@ -63,6 +63,13 @@ class Trainer:
         """Take up the newest state that is whole, and make the updates since then once more, from their artifacts."""
         run = self._run
         saved = dist.share(newest_state(run, done) if dist.is_main() else 0)
+        if past := [step for step in run.earlier if saved < step]:
+            raise OpdctlError(
+                f"{run.path / 'trainer'}: no whole state since the recipe was changed at step {max(past)}, and the "
+                "updates before cannot be made once more under the recipe of now",
+                hint=f"restore {run.trainer_path(max(past))} from a copy, or start again in another --output",
+                code=ExitCode.DATA,
+            )
         if saved:
             checkpoint.restore(run.trainer_path(saved), self._model, self._optimizer)
         if saved == done:
