@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opdctl import SCHEMA_VERSION, dist, log
-from opdctl.errors import ExitCode, OpdctlError, did_you_mean, is_out_of_memory
+from opdctl.errors import FULL, UNWRITABLE, ExitCode, OpdctlError, did_you_mean, is_out_of_memory
 
 if TYPE_CHECKING:
     from opdctl.config import Recipe
@@ -126,6 +126,9 @@ def _session(verbose: int, quiet: bool) -> Iterator[None]:
         if is_out_of_memory(error):
             hint = "smaller batches need less: rollout.batch_size, score.tokens_per_batch, train.tokens_per_micro_batch"
             log.error(f"out of memory: {' '.join(str(error).split())[:300]}", hint)
+            raise typer.Exit(ExitCode.REACH) from error
+        if isinstance(error, OSError) and error.errno in (*FULL, *UNWRITABLE):
+            log.error(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", None)
             raise typer.Exit(ExitCode.REACH) from error
         if verbose:
             raise

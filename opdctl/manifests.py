@@ -39,6 +39,12 @@ class PartRecord(TypedDict):
     sha256: Digest
 
 
+class PolicyRecord(TypedDict):
+    """policy.json: how many updates the student has seen that draws a step's responses, where that is settled."""
+
+    policy_step: Count
+
+
 class Work(TypedDict):
     """work.json: what is being made."""
 

@@ -35,7 +35,7 @@ from opdctl.config import (
 )
 from opdctl.engines import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.manifests import RunRecord, UpdateRecord
+from opdctl.manifests import PolicyRecord, RunRecord, UpdateRecord
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import Problem, load_problems, tokenize
 from opdctl.records import Prompt, sample_id
@@ -148,7 +148,7 @@ class Run:
     def policy_step(self, step: int) -> int:
         """Return how many updates the student has seen that draws a step's responses: `step`, or what was settled."""
         path = self._policy_path(step)
-        return int(store.read_json(path)["policy_step"]) if path.exists() else step
+        return int(store.read_json(path, PolicyRecord)["policy_step"]) if path.exists() else step
 
     def _refuse_stale(self, step: int) -> None:
         """Raise OpdctlError (code 4) where a step that is still to be learnt from is too stale for the recipe."""

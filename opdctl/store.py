@@ -36,7 +36,7 @@ from safetensors.numpy import save_file
 
 from opdctl import SCHEMA_VERSION, claims, manifests
 from opdctl.config import changed, describe_changes
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import FULL, UNWRITABLE, ExitCode, OpdctlError
 from opdctl.manifests import Manifest, PartRecord, ScoresRecord, Work
 from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Prompt, Response, Scores, offsets_of
 
@@ -46,8 +46,6 @@ SCORE_COLUMNS = tuple(column.name for column in fields(Scores))
 SCORE_KINDS = {"offsets": ("I64", 1), "top_ids": ("I32", 2), "logprobs": ("F32", 1), "entropies": ("F32", 1)}
 SCORE_KINDS |= dict.fromkeys(("top_logprobs", "student_top_logprobs", HIDDEN), ("F32", 2))
 """Type and number of dimensions of each tensor of a score part."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
-UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE)
 
 Row = TypeVar("Row", Prompt, Response, Graded)
 T = TypeVar("T")
@@ -137,8 +135,8 @@ def _explained(path: Path, written: Path | None = None) -> Iterator[None]:
         if error.errno in UNWRITABLE:
             raise OpdctlError(f"{path}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
         raise
-    except Exception as error:  # safetensors and torch wrap the system's error in a text
-        if "No space left" not in (said := f"{error} {error.__cause__}") and "os error 28" not in said:
+    except SafetensorError as error:  # wraps the system's error in its text
+        if "No space left" not in str(error) and "os error 28" not in str(error):
             raise
         raise _disk_full(path, written) from error
 

@@ -160,7 +160,8 @@ class Trainer:
             self._optimizer.zero_grad()
             if all(len(batch.samples) == 1 for batch in batches):
                 break
-            batches, self._budget = [half for batch in batches for half in halved(batch)], self._budget // 2
+            batches = [half for batch in batches for half in halved(batch)]
+            self._budget = max(batch.padded.input_ids_BT.numel() for batch in batches)
             log.warn(f"out of memory: going on with half as large micro-batches, of {self._budget} tokens at most")
         raise OpdctlError(
             f"out of memory in an update, with micro-batches of {max(len(b.samples) for b in batches)} responses",
