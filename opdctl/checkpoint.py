@@ -24,13 +24,12 @@ KINDS = ("weight", *MOMENTS, "step")
 
 def save(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
     """Write the state into `folder`. Called by every rank. Tied weights are one parameter and are stored once."""
-    with warnings.catch_warnings(action="ignore"):  # that there is one process only: so it may be
+    with warnings.catch_warnings(action="ignore"), _plain_errors():  # that there is one process only: so it may be
         state = _state(model, optimizer)
         # A file is put together in memory before it is written: so one for each kind of tensor.
         files = {name: 1 + KINDS.index(name.partition("/")[0]) for name in state}
         writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
-        with _plain_errors():
-            state_dict_saver.save(state, storage_writer=writer)
+        state_dict_saver.save(state, storage_writer=writer)
 
 
 def restore(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
@@ -45,9 +44,8 @@ def restore(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if differing := {name for name, _ in stored.items() ^ wanted.items()}:
         raise ValueError(f"{folder}: not the state of this model: {', '.join(sorted(differing)[:5])}")
-    with warnings.catch_warnings(action="ignore"):  # that there is one process only: so it may be
-        with _plain_errors():
-            state_dict_loader.load(state, storage_reader=reader)
+    with warnings.catch_warnings(action="ignore"), _plain_errors():  # that there is one process only: so it may be
+        state_dict_loader.load(state, storage_reader=reader)
 
 
 @contextlib.contextmanager

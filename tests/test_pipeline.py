@@ -122,16 +122,25 @@ def test_killed_again_and_again_it_still_ends_with_the_same_student(tmp_path):
     assert artifacts(output) == artifacts(tmp_path / "whole")
 
 
-def test_a_cluster_s_signal_stops_it_with_75_and_the_same_command_goes_on(undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, ExitCode.REQUEUE),
+        (signal.SIGUSR1, ExitCode.REQUEUE),
+        (signal.SIGINT, ExitCode.INTERRUPTED),
+    ],
+)
+def test_a_cluster_s_signal_or_ctrl_c_stops_it_and_the_same_command_goes_on(undisturbed, tmp_path, number, code):
     output = tmp_path / "run"
     arguments = ["--recipe", str(QUICKSTART), *sets("train.steps=200"), "--output", str(output)]
     command = [sys.executable, "-m", "opdctl", "train", *arguments]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
     assert running.stderr.readline().startswith("step   1/200")
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     _, said = running.communicate()
-    assert running.returncode == ExitCode.REQUEUE
+    assert running.returncode == code
+    assert not list(output.rglob(".tmp-*"))
     assert "run the same command again to go on" in said
     assert "Traceback" not in said
     again = train(output, "train.steps=2")
