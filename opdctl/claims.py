@@ -19,6 +19,7 @@ from opdctl.errors import ExitCode, OpdctlError
 
 LEASE = 60.0  # seconds without a sign of life after which a claim is taken over
 HEARTBEAT = 5.0  # seconds from one sign of life to the next
+UNSIGNED = 10.0  # seconds after which a claim without an owner's name is nobody's
 LONGEST_PAUSE = 1.0  # seconds
 
 
@@ -33,6 +34,7 @@ class Claim:
         self.name, self._path = name, folder / f".{name}.lock"
         self._lease = filelock.SoftFileLease(self._path, lease_duration=LEASE, heartbeat_interval=HEARTBEAT)
         self._seen: tuple[int, int] | None = None
+        self._since, self._changes = 0.0, 0
 
     def take(self) -> bool:
         """Return whether the claim is ours now. Never waits; a dead owner's is taken over when it has been asked for
@@ -41,6 +43,7 @@ class Claim:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._lease.acquire(blocking=False)
         except filelock.Timeout:
+            self._watch()
             return False
         except OSError as error:
             raise OpdctlError(f"{self._path}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
@@ -54,15 +57,20 @@ class Claim:
         owner = self._lease.owner
         return owner is not None and owner.token == self._lease.token
 
-    def shows_life(self) -> bool:
-        """Whether another owner has touched the claim since this was first asked."""
-        try:
+    def _watch(self) -> None:
+        """Note a sign of life of another owner. A file that its owner died too soon to sign is removed: filelock would
+        take it for a claim for ever."""
+        with contextlib.suppress(FileNotFoundError):
             stat = self._path.stat()
-        except FileNotFoundError:
-            return False
-        now = (stat.st_ino, stat.st_mtime_ns)
-        self._seen = self._seen or now
-        return now != self._seen
+            now = (stat.st_ino, stat.st_mtime_ns)
+            if now != self._seen:
+                self._seen, self._since, self._changes = now, time.monotonic(), self._changes + 1
+            elif not stat.st_size and time.monotonic() - self._since > UNSIGNED:
+                self._path.unlink()
+
+    def shows_life(self) -> bool:
+        """Whether another owner has touched the claim since it was first asked for."""
+        return self._changes > 1
 
     def owner(self) -> str:
         owner = self._lease.owner

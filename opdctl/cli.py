@@ -49,7 +49,9 @@ Step = Annotated[int | None, typer.Option("--step", min=0, help="The step to wor
 Repair = Annotated[bool, typer.Option("--repair", help="Make damaged parts of the step again.")]
 ShardOption = Annotated[
     str | None,
-    typer.Option("--shard", metavar="I/N", help="Make the parts of worker I of N, from 0. Default: of a Slurm array."),
+    typer.Option(
+        "--shard", metavar="I/N", help="Fixed parts, those of worker I of N, from 0. Default: Slurm's array, or any."
+    ),
 ]
 Follow = Annotated[
     bool, typer.Option("--follow", help="Stay, with the model loaded, and work on each step as its inputs appear.")

@@ -100,11 +100,11 @@ def follow(run: Run, device: str, stage: str, scorers: Collection[str], shard: s
             if stage == "rollout":
                 follower.wait_for(step, partial(run.may_draw, step), "a student")
                 made = rollout.run(run, step, engines, shard=shard, wait=True)
-                log.say(f"step {step + 1}: {made} parts drawn by the student of step {run.policy_step(step)}")
+                log.say(f"step {step}: {made} parts drawn by the student of step {run.policy_step(step)}")
             else:
                 follower.wait_for(step, partial(run.is_drawn, step), "the responses")
                 made = score.run(run, step, engines, only=scorers, shard=shard, wait=True)
-                log.say(f"step {step + 1}: {made} parts scored")
+                log.say(f"step {step}: {made} parts scored")
 
 
 def fill_in(run: Run, step: int, engines: EnginePool, clock: Clock, repair: bool) -> dict[str, float]:

@@ -409,8 +409,13 @@ class StageDir:
         refuse_links(path.parent, path)
         self._refuse_another_fingerprint()
 
+    def _begun(self) -> dict[str, Any] | None:
+        """Return what is recorded of the stage, finished or begun, or None."""
+        found: dict[str, Any] | None = self.manifest() or self._read(self._work_path, Work)
+        return found
+
     def _refuse_another_fingerprint(self) -> None:
-        recorded = self.manifest() or self._read(self._work_path, Work)
+        recorded = self._begun()
         if recorded is None:
             return
         if recorded["fingerprint"] == self.fingerprint.digest:
@@ -538,8 +543,8 @@ class StageDir:
         write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
 
     def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> bool:
-        """Write part `index` by `save(temporary path)`. Return whether it counts: where the claim to it was lost, it is
-        another's, and what was made here is dropped."""
+        """Write part `index` by `save(temporary path)`. Return whether it counts: it is dropped where the claim to it
+        was lost, or where the stage was begun anew under other settings."""
         name = self.names[index]
         try:
             with _published(self.path / name) as temporary:
@@ -554,7 +559,9 @@ class StageDir:
         return True
 
     def _check_claim(self) -> None:
-        if self._claim is not None and not self._claim.held():
+        begun = self._begun()
+        is_own = begun is not None and begun["fingerprint"] == self.fingerprint.digest
+        if self._claim is not None and not (is_own and self._claim.held()):
             raise claims.LostClaim
 
     def _header(self) -> dict[str, Any]:
