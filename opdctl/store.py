@@ -411,7 +411,7 @@ class StageDir:
 
     def _begun(self) -> dict[str, Any] | None:
         """Return what is recorded of the stage, finished or begun, or None."""
-        found: dict[str, Any] | None = self.manifest() or self._read(self._work_path, Work)
+        found: Any = self.manifest() or self._read(self._work_path, Work)
         return found
 
     def _refuse_another_fingerprint(self) -> None:
