@@ -357,3 +357,13 @@ def test_prompts_that_changed_under_the_run_are_refused_and_removed_ones_are_not
     assert str(path) in result.err
     path.unlink()
     assert invoke("train", "--output", tmp_path / "run", "--set", "train.steps=2").code == 0
+
+
+def test_a_gold_answer_that_equals_no_answer_is_named_when_it_is_evaluated(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("id,problem,answer\ngood,ab?,7\nbad,ba?,\\frac{1\n")
+    settings = ("eval.max_tokens=4", "eval.samples=1", "eval.suffix=", "rollout.engine=transformers")
+    options = [word for setting in settings for word in ("--set", setting)]
+    result = invoke("eval", "--model", "toy:student", "--bench", path, *options, "--output", tmp_path)
+    assert result.code == 0, result.err
+    assert "mine: 1 gold answers can only be met word for word: bad" in " ".join(result.err.split())
