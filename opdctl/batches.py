@@ -42,7 +42,7 @@ class Padded:
         return iter(values_N.split(self.lengths))
 
 
-def pad(sequences: Sequence[tuple[Ids, Ids]], device: str) -> Padded:
+def pad(sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str) -> Padded:
     """Lay out (prompt ids, response ids) pairs. Real lengths come with it: a pad id may well be a real id too."""
     lengths = [len(response) for _, response in sequences]
     starts = np.array([len(prompt) for prompt, _ in sequences], np.int64)

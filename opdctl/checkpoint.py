@@ -5,14 +5,16 @@ ranks reads them back. There is no pickle: the shards' places lie in the files' 
 is no state: the learning rate and every random draw follow from the recipe's seed and the step.
 """
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim import AdamW
 
@@ -22,7 +24,7 @@ KINDS = ("weight", *MOMENTS, "step")
 
 def save(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
     """Write the state into `folder`. Called by every rank. Tied weights are one parameter and are stored once."""
-    with warnings.catch_warnings(action="ignore"):  # that there is one process only: so it may be
+    with warnings.catch_warnings(action="ignore"), _plain_errors():  # that there is one process only: so it may be
         state = _state(model, optimizer)
         # A file is put together in memory before it is written: so one for each kind of tensor.
         files = {name: 1 + KINDS.index(name.partition("/")[0]) for name in state}
@@ -42,8 +44,17 @@ def restore(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if differing := {name for name, _ in stored.items() ^ wanted.items()}:
         raise ValueError(f"{folder}: not the state of this model: {', '.join(sorted(differing)[:5])}")
-    with warnings.catch_warnings(action="ignore"):  # that there is one process only: so it may be
+    with warnings.catch_warnings(action="ignore"), _plain_errors():  # that there is one process only: so it may be
         state_dict_loader.load(state, storage_reader=reader)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise what a rank raised: torch wraps it in something that is no Exception."""
+    try:
+        yield
+    except CheckpointException as wrapped:
+        raise next(iter(wrapped.failures.values()))[0] from None
 
 
 def _state(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opdctl import SCHEMA_VERSION, dist, log
-from opdctl.errors import ExitCode, OpdctlError, did_you_mean
+from opdctl.errors import FULL, UNWRITABLE, ExitCode, OpdctlError, did_you_mean, is_out_of_memory
 
 if TYPE_CHECKING:
     from opdctl.config import Recipe
@@ -101,6 +101,7 @@ def _session(verbose: int, quiet: bool) -> Iterator[None]:
     """Turn errors and signals into one message and an exit code."""
     others = not dist.is_main()  # they say their errors, and no more
     log.set_level(-1 if quiet or others else min(verbose, 1), f"rank {dist.rank()}: " if others else "")
+    os.umask(os.umask(0) | 0o002)  # nothing that all may write to, whatever the shell says
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, _requeue)
     try:
@@ -124,6 +125,13 @@ def _session(verbose: int, quiet: bool) -> Iterator[None]:
         if dist.is_echo(error):
             log.error("another process of this run has failed, as it says itself", None)
             raise typer.Exit(ExitCode.NO) from error
+        if is_out_of_memory(error):
+            hint = "smaller batches need less: rollout.batch_size, score.tokens_per_batch, train.tokens_per_micro_batch"
+            log.error(f"out of memory: {' '.join(str(error).split())[:300]}", hint)
+            raise typer.Exit(ExitCode.REACH) from error
+        if isinstance(error, OSError) and error.errno in (*FULL, *UNWRITABLE):
+            log.error(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", None)
+            raise typer.Exit(ExitCode.REACH) from error
         if verbose:
             raise
         log.error(f"internal error: {type(error).__name__}: {error}", "run again with -v for the traceback")
@@ -298,11 +306,13 @@ def _run_stage(
     scorers: Collection[str] = (),
 ) -> None:
     """Run rollout, or score-teacher with the `scorers`, on one step."""
+    from opdctl import plan as planning
     from opdctl.engines import engine_pool
     from opdctl.stages import rollout, score
     from opdctl.status import next_stage_command
 
     start, at, own = time.monotonic(), _step(run, step), _shard(shard)
+    planning.check_space(run, [name.removesuffix("-teacher")])
     with engine_pool(run.recipe, device) as engines:
         if name == "rollout":
             made, stages = rollout.run(run, at, engines, repair=repair, shard=own), [run.rollout(at)]

@@ -173,6 +173,9 @@ class Train(Section):
     """Keep weights, gradients and optimizer states in the CPU's memory, and a block at a time on the GPU."""
     max_truncated_share: float = Field(default=1.0, gt=0, le=1)
     """Stop as collapsed where more of the responses than this run into `rollout.max_tokens`, in each of three steps."""
+    max_spoilt_responses: int = Field(default=0, ge=0)
+    """Responses of a step that are left out where one of their log-probs is missing or no finite number; one more, and
+    the run stops."""
     min_entropy: float = Field(default=0.0, ge=0)
     """Stop as collapsed where the policy's entropy, in nats a token, is below this, in each of three steps."""
     save_every: int = Field(default=1, gt=0)

@@ -1,6 +1,7 @@
 """The one error that opdctl raises on purpose, its exit codes, and the nearest-name hint."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 from enum import IntEnum
 
@@ -33,6 +34,17 @@ class OpdctlError(Exception):
     def __init__(self, message: str, *, hint: str | None = None, code: ExitCode = ExitCode.USAGE):
         super().__init__(message)
         self.message, self.hint, self.code = message, hint, code
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE)
+"""The system's words for a disk that is full, and for one that takes nothing."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: the GPU's or the CPU's, by torch's words, which have no class in common."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 SHOWN = 10  # names that a message lists at most

@@ -5,6 +5,7 @@ Knows no model. Shapes: N response tokens of a micro-batch, K ids of a top-k sup
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +37,27 @@ class MicroBatch:
     share_N: Tensor
     support_ids_NK: Tensor | None
     teacher_logp_NK: Tensor | None
+    old_logp_N: Tensor | None = None
+    """The student's log-probs before the step's first update, once they are known."""
     counts: bool = True
     """False where it only keeps a rank in step with the others."""
+
+
+def halved(batch: MicroBatch) -> list[MicroBatch]:
+    """Return a micro-batch as two, of half the responses each; one of a single response as it is."""
+    half = len(batch.samples) // 2
+    tokens = sum(batch.padded.lengths[:half])
+
+    def part(samples: list[Scored], rows: slice) -> MicroBatch:
+        columns: dict[str, Any] = {k: value[rows] for k, value in vars(batch).items() if isinstance(value, Tensor)}
+        return replace(batch, samples=samples, padded=_padded(samples, batch.share_N.device), **columns)
+
+    cuts = ((batch.samples[:half], slice(tokens)), (batch.samples[half:], slice(tokens, None)))
+    return [part(*cut) for cut in cuts] if half else [batch]
+
+
+def _padded(samples: list[Scored], device: torch.device | str) -> Padded:
+    return pad([(sample.response.prompt_ids, sample.response.response_ids) for sample in samples], device)
 
 
 def own_share(batches: Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
@@ -107,7 +127,7 @@ def _micro_batch(
     top_k = getattr(objective, "top_k", None)  # more may be stored than this objective asks for
     return MicroBatch(
         samples=samples,
-        padded=pad([(response.prompt_ids, response.response_ids) for response in responses], device),
+        padded=_padded(samples, device),
         rollout_logp_N=column([response.logprobs for response in responses]),
         teacher_logp_N=column([teacher.logprobs for teacher in teachers]),
         target_logp_N=column([target(sample, recipe.train.extrapolation) for sample in samples]),

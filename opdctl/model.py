@@ -141,6 +141,10 @@ class ModelDir:
             if file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHTS):
                 shutil.copyfile(file, folder / file.name)
 
+    def rows(self) -> int:
+        """Rows of the output matrix, as the config names them; 0 where it does not."""
+        return self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size") or 0
+
     def hidden_size(self) -> int | None:
         """Size of the hidden states, as the config names it."""
         return self.config.get("hidden_size") or self.config.get("text_config", {}).get("hidden_size")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from opdctl import claims, dist, log, store, tracking
+from opdctl import claims, dist, log, plan, store, tracking
 from opdctl.config import is_kept
 from opdctl.engines import EnginePool, engine_pool
 from opdctl.errors import ExitCode, OpdctlError
@@ -48,6 +48,8 @@ def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, rep
     with contextlib.ExitStack() as stack:
         if dist.is_main():
             stack.enter_context(claims.claimed(run.path, "train"))
+            for folder in (run.path / "student", run.path / "trainer"):
+                store.sweep(folder, everyones=True)  # whoever began something here is dead: the run is claimed
             store.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in range(run.current_step())])
             forget_old_students(run)
         dist.barrier()
@@ -55,8 +57,12 @@ def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, rep
         track = stack.enter_context(tracking.trackers(run.recipe, run.path))
         follower = stack.enter_context(following(run, "train")) if follow else None
         trainer = Trainer(run, device) if follow and run.current_step() < steps else None
+        if repair and dist.share(dist.is_main() and not has_whole_student(run)):
+            trainer = trainer or Trainer(run, device)
+            trainer.repair_student(run.current_step())
         for step in range(run.current_step(), steps):
             dist.main_first(lambda: refuse_collapse(run))
+            dist.main_first(lambda: plan.check_space(run, ("rollout", "score", "update") if fill else ("update",)))
             seconds: dict[str, float] = {}
             if fill:
                 evaluate_if_due(run, step, engines, clock)
@@ -75,6 +81,15 @@ def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, rep
         if fill:
             evaluate_if_due(run, run.current_step(), engines, clock)
     return clock
+
+
+def has_whole_student(run: Run) -> bool:
+    """Whether the newest student is what was written."""
+    try:
+        run.student_at(run.current_step())
+    except OpdctlError:
+        return False
+    return True
 
 
 def follow(run: Run, device: str, stage: str, scorers: Collection[str], shard: store.Shard) -> None:

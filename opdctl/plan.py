@@ -4,18 +4,19 @@ Tokens and bytes are upper bounds: every prompt and response at its limit. Memor
 optimizer; activations and key-value caches come on top.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opdctl import SCHEMA_VERSION
+from opdctl import SCHEMA_VERSION, log, store
 from opdctl.benchmarks import find
 from opdctl.config import Recipe, Rollout, Score, is_kept, model_key
 from opdctl.engines import resolve_device
 from opdctl.model import ModelDir, check_same_tokenizer, locate_here
 from opdctl.prompts import local_problems
 from opdctl.run import (
+    Run,
     check_top_k,
     prepare_prompts,
     refuse_another_recipe,
@@ -86,8 +87,7 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     responses, steps = recipe.responses_per_step(), recipe.train.steps
     prompt_tokens = responses * recipe.prompts.max_tokens
     response_tokens = responses * recipe.rollout.max_tokens
-    rollout = ID_BYTES * (prompt_tokens + response_tokens) + _stored_bytes(recipe.rollout) * response_tokens
-    scores = _times(_score_bytes(recipe, dirs), response_tokens)
+    rollout, scores = _step_bytes(recipe, dirs)
     artifacts = _times(_plus(rollout, scores), steps)
     newest = min(recipe.train.keep_last, steps)
     kept = newest + sum(is_kept(recipe, step) for step in range(1, steps - newest + 1))
@@ -117,6 +117,31 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
         students_kept=kept,
         disk_bytes=_plus(artifacts, disk),
     )
+
+
+def check_space(run: Run, stages: Collection[str]) -> None:
+    """Raise OpdctlError (code 5) unless there is room for what a step's `stages` surely write: `rollout`, `score`,
+    `update`. Warns where they may write more than there is room for."""
+    surely, rollout = update_bytes(run) if "update" in stages else 0, "rollout" in stages
+    store.require_space(run.path, surely, "the next student, with the state to go on from,")
+    sizes = _step_bytes(run.recipe, run.models)
+    most = surely + sizes[0] * rollout + (sizes[1] or 0) * ("score" in stages)
+    if most > (free := store.free_space(run.path)):
+        log.warn(f"{run.path}: the step may take {store.readable(most)}, {store.readable(free)} are free")
+
+
+def update_bytes(run: Run) -> int:
+    """Return the bytes of a student, and of the trainer state with it; an adapter's, which is small, left out."""
+    state = 0 if run.recipe.lora.rank or run.recipe.train.save_every > 1 else STATE_BYTES
+    return run.student.parameters() * (BYTES[run.recipe.student.dtype] + state)
+
+
+def _step_bytes(recipe: Recipe, dirs: Mapping[str, ModelDir]) -> tuple[int, int | None]:
+    """Return the most bytes that a step's rollout and scores can take; None if a hidden size is not known here."""
+    responses = recipe.responses_per_step()
+    tokens = responses * recipe.rollout.max_tokens
+    rollout = ID_BYTES * (responses * recipe.prompts.max_tokens + tokens) + _stored_bytes(recipe.rollout) * tokens
+    return rollout, _times(_score_bytes(recipe, dirs), tokens)
 
 
 def _stored_bytes(settings: Rollout | Score) -> int:
@@ -198,11 +223,5 @@ def _count(number: int | None) -> str:
 
 
 def size(count: int | None) -> str:
-    """Return a number of bytes for a person, in powers of 1024."""
-    if count is None:
-        return "unknown size"
-    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    """Return a number of bytes for a person, or that it is not known."""
+    return "unknown size" if count is None else store.readable(count)

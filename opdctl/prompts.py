@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+SHOWN = 5  # faulty rows that a message names
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def tokenize(
             teacher = _teacher(problem, settings, teachers)
             prompts.append(Prompt(problem.id, np.asarray(ids, np.int32), problem.answer, teacher))
     if too_long and settings.too_long == "error":
-        shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:5])
+        shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:SHOWN])
         raise OpdctlError(
             f"{settings.source}: {len(too_long)} prompts are longer than prompts.max_tokens = {settings.max_tokens}: "
             f"{shown}",
@@ -219,6 +220,7 @@ def from_hub(
 def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
     problems: list[Problem] = []
     seen: dict[str, int] = {}
+    twice: list[str] = []
     for number, row in islice(_wanted(rows, settings), settings.count):
         where = f"{settings.source}: row {number}"
         name = _cell(row, settings.id_column, "prompts.id_column", where) if settings.id_column else number - 1
@@ -229,12 +231,19 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
         if name is None:
             raise OpdctlError(f"{where}: `{settings.id_column}` is null", code=ExitCode.DATA)
         if str(name) in seen:
-            raise OpdctlError(f"{where}: id `{name}` was used by row {seen[str(name)]} already", code=ExitCode.DATA)
-        seen[str(name)] = number
+            twice.append(f"`{name}` of row {seen[str(name)]} in row {number}")
+        seen.setdefault(str(name), number)
         gold = None if answer is None else _valid_text(str(answer), where)
         teacher = _teacher_cell(row, settings, where)
         problems.append(
             Problem(_valid_text(str(name), where), _valid_text(text, where) + settings.suffix, gold, teacher)
+        )
+    if twice:
+        shown = ", ".join(twice[:SHOWN])
+        raise OpdctlError(
+            f"{settings.source}: {len(twice)} ids occur again: {shown}{', …' if len(twice) > SHOWN else ''}",
+            hint="give each prompt an id of its own (prompts.id_column), or leave the column out: then it is the row",
+            code=ExitCode.DATA,
         )
     if not problems:
         why = f"no row passes prompts.at_least = {settings.at_least}" if settings.at_least else "holds no prompts"
@@ -271,7 +280,11 @@ def _number(row: Row, column: str, where: str) -> float:
 
 def _cell(row: Row, column: str, key: str, where: str) -> Any:
     if column not in row:
-        raise OpdctlError(f"{where}: no column `{column}` ({key}){did_you_mean(column, row)}", code=ExitCode.DATA)
+        raise OpdctlError(
+            f"{where}: no column `{column}` ({key}){did_you_mean(column, row)}",
+            hint=f"its columns are {', '.join(f'`{name}`' for name in row) or 'none'}",
+            code=ExitCode.DATA,
+        )
     return row[column]
 
 

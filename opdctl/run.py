@@ -35,6 +35,7 @@ from opdctl.config import (
 )
 from opdctl.engines import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.manifests import PolicyRecord, RunRecord, UpdateRecord
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import Problem, load_problems, tokenize
 from opdctl.records import Prompt, sample_id
@@ -106,9 +107,10 @@ class Run:
             step += 1
         return step
 
-    def update(self, step: int) -> dict[str, Any]:
+    def update(self, step: int) -> UpdateRecord:
         """Return what the update of `step` recorded."""
-        return store.read_json(self.update_path(step))
+        path = self.update_path(step)
+        return store.read_json(path, UpdateRecord, f"remove {path} and run `{self.command('train')}`: it is made again")
 
     def student_at(self, step: int) -> ModelDir:
         """Return the student that has seen `step` updates. Raises OpdctlError when it is not there, or not whole."""
@@ -120,12 +122,14 @@ class Run:
                 f"{path}: step {step} has no student yet, {self.current_step()} updates are done",
                 hint=f"run `{self.command('train')}`",
             )
-        if not path.is_dir():
+        newest = step == self.current_step()
+        if not path.is_dir() and not newest:
             raise OpdctlError(
                 f"{path}: this student is not kept (train.keep_every = {self.recipe.train.keep_every})",
                 hint=f"steps that are kept: {', '.join(map(str, self.kept_steps()))}",
             )
-        store.check_directory(path, self.update(step - 1)["student"])
+        hint = f"run `{self.command('train')} --repair`: it is made again" if newest else f"remove {path}"
+        store.check_directory(path, self.update(step - 1)["student"], hint)
         return self.student.trained(path)
 
     def kept_steps(self) -> list[int]:
@@ -144,7 +148,7 @@ class Run:
     def policy_step(self, step: int) -> int:
         """Return how many updates the student has seen that draws a step's responses: `step`, or what was settled."""
         path = self._policy_path(step)
-        return int(store.read_json(path)["policy_step"]) if path.exists() else step
+        return int(store.read_json(path, PolicyRecord)["policy_step"]) if path.exists() else step
 
     def _refuse_stale(self, step: int) -> None:
         """Raise OpdctlError (code 4) where a step that is still to be learnt from is too stale for the recipe."""
@@ -181,7 +185,7 @@ class Run:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The prompts in the order drawn. Raises OpdctlError (code 3) when the file is not the one recorded."""
-        path, recorded = self.path / "prompts.parquet", store.read_json(self.path / "run.json")["prompts"]
+        path, recorded = self.path / "prompts.parquet", read_record(self.path)["prompts"]
         if not path.exists() or store.sha256_file(path) != recorded["sha256"]:
             raise store.damaged(path, "not the prompts that this run began with", "start again in another --output")
         return store.read_rows(path, Prompt)
@@ -254,8 +258,7 @@ class Run:
     @cached_property
     def prompts_digest(self) -> str | None:
         """The digest of the prompts, or None where a model is only evaluated."""
-        path = self.path / "run.json"
-        return store.read_json(path)["prompts"]["sha256"] if path.exists() else None
+        return read_record(self.path)["prompts"]["sha256"] if (self.path / "run.json").exists() else None
 
     def command(self, stage: str, step: int | None = None) -> str:
         """Return the command line that runs a stage of this run."""
@@ -308,20 +311,43 @@ def open_run(
     recipe = with_engines(recipe, path)
     _begin_once(recipe, path)
     refuse_another_recipe(recipe, path)
+    if record:
+        _check_source(recipe, path)
     if record and store.read_text(path / "recipe.toml") != recipe.to_toml():
         store.write_text(path / "recipe.toml", recipe.to_toml())
     run = _as_recorded(recipe, path)
-    for name, model in run.models.items():
-        if needs is None or name in needs:
-            _check_model(path, name, model)
+    needed = [name for name in run.models if needs is None or name in needs]
+    run = replace(run, models={**run.models, **{name: _found_again(run, name) for name in needed}})
+    for name in needed:
+        _check_model(path, name, run.models[name])
+        _warn_of_code(recipe.models()[name])
     for folder in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
         store.sweep(folder)
     return run
 
 
+def _found_again(run: Run, name: str) -> ModelDir:
+    """Return where a model lies: as recorded, or where this machine has what is known by a name, not by a path."""
+    model, settings = run.models[name], run.recipe.models()[name]
+    if model.path.is_dir() or Path(settings.model).is_absolute():
+        return model
+    return replace(model, path=locate(settings, f"{model_key(name)}.model"))
+
+
+def _check_source(recipe: Recipe, path: Path) -> None:
+    """Raise OpdctlError (code 4) where the file that the prompts came from is there, and is another one by now."""
+    recorded, source = read_record(path)["prompts"]["source_sha256"], Path(recipe.prompts.source)
+    if recorded and source.is_file() and store.sha256_file(source) != recorded:
+        raise OpdctlError(
+            f"{path}: {source} is not what it was when this run took its prompts from it",
+            hint="restore it, or use another --output for the new prompts; removed, it is not missed",
+            code=ExitCode.SETTINGS,
+        )
+
+
 def _check_model(path: Path, name: str, model: ModelDir) -> None:
     """Raise OpdctlError (code 4) unless a model's files are those that the run began with."""
-    recorded = store.read_json(path / "run.json")["models"][name]
+    recorded = read_record(path)["models"][name]
     # Files with the recorded sizes and times are not hashed again.
     if not model.path.is_dir() or (_stamp(model) != recorded["stamp"] and model.digest() != recorded["digest"]):
         raise OpdctlError(
@@ -357,7 +383,9 @@ def recorded_run(path: Path) -> Run:
 
 def _as_recorded(recipe: Recipe, path: Path) -> Run:
     """Return the run with its models where run.json says: a hub's newer revision does not concern it."""
-    recorded = store.read_json(path / "run.json")["models"]
+    recorded = read_record(path)["models"]
+    if missing := sorted(recipe.models().keys() - recorded.keys()):
+        raise store.damaged(path / "run.json", f"does not tell of the {missing[0]}", "start again in another --output")
     models = {
         name: ModelDir(Path(recorded[name]["path"]), settings.dtype, settings.trust_remote_code)
         for name, settings in recipe.models().items()
@@ -365,6 +393,11 @@ def _as_recorded(recipe: Recipe, path: Path) -> Run:
     digests = {name: recorded[name]["digest"] for name in models}
     earlier = {int(file.stem.rpartition("-")[2]): load_recipe([file]) for file in path.glob("recipe-before-*.toml")}
     return Run(recipe, path, models, digests, earlier)
+
+
+def read_record(path: Path) -> RunRecord:
+    """Return what the run in `path` was begun with. Raises OpdctlError (code 3) when that is damaged."""
+    return store.read_json(path / "run.json", RunRecord)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -378,9 +411,13 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def find_model(model: Model, key: str) -> ModelDir:
     """Return where a model lies and how to load it; `key` names it in errors. Raises OpdctlError as `locate` does."""
+    _warn_of_code(model)
+    return ModelDir(locate(model, key), model.dtype, model.trust_remote_code)
+
+
+def _warn_of_code(model: Model) -> None:
     if model.trust_remote_code:
         log.warn(f"trust_remote_code is on: code that comes with {model.model} will run")
-    return ModelDir(locate(model, key), model.dtype, model.trust_remote_code)
 
 
 def _identify(model: ModelDir) -> dict[str, Any]:
@@ -470,11 +507,20 @@ def _begin_once(recipe: Recipe, path: Path) -> None:
 
 
 def _begin(recipe: Recipe, path: Path) -> None:
-    found = {name: find_model(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
+    found = {
+        name: ModelDir(locate(model, f"{model_key(name)}.model"), model.dtype, model.trust_remote_code)
+        for name, model in recipe.models().items()
+    }
     student = found["student"]
     for name in recipe.scorers():
         check_same_tokenizer(student, found[name], name)
     check_top_k(recipe, student)
+    for name, model in found.items():
+        if (rows := model.rows()) > student.vocab_size:
+            log.say(
+                f"{name}: of {rows} rows of its output matrix the tokenizer knows {student.vocab_size}; the others "
+                "are masked"
+            )
     problems = load_problems(recipe.prompts)
     prompts, dropped = prepare_prompts(recipe, problems, student)
     if dropped:
@@ -483,6 +529,7 @@ def _begin(recipe: Recipe, path: Path) -> None:
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     store.write_text(path / "recipe.toml", recipe.to_toml())
     sha256 = store.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])
+    source = store.sha256_file(Path(recipe.prompts.source)) if is_table(recipe.prompts.source) else None
     store.write_json(
         path / "run.json",
         {
@@ -490,7 +537,7 @@ def _begin(recipe: Recipe, path: Path) -> None:
             "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "git": _git_revision(),
             "models": models,
-            "prompts": {"rows": len(prompts), "dropped": dropped, "sha256": sha256},
+            "prompts": {"rows": len(prompts), "dropped": dropped, "sha256": sha256, "source_sha256": source},
         },
     )
 

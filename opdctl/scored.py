@@ -4,7 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from opdctl import log
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.model import ModelDir
 from opdctl.records import Logprobs, Response, Scored, Scores
 from opdctl.run import REFERENCE, Run
 from opdctl.store import read_rows, read_scores
@@ -14,20 +16,38 @@ from opdctl.weights import Tokens
 def read_scored(run: Run, step: int) -> Iterator[Scored]:
     """Yield a step's responses with their scores, one verified part in memory at a time.
 
-    Raises OpdctlError (code 3) when a part is missing or damaged, or when responses and scores do not join.
+    Up to train.max_spoilt_responses are left out, and said, that have too few log-probs or one that is no number.
+    Raises OpdctlError (code 3) for more, when a part is missing or damaged, or when responses and scores do not join.
     """
-    rollout, stages = run.rollout(step), run.scores(step)
+    rollout, stages, left = run.rollout(step), run.scores(step), run.recipe.train.max_spoilt_responses
     for index in range(len(rollout.names)):
         responses = read_rows(rollout.verify(index), Response)
         digest = rollout.sha256(index)
-        yield from join(responses, {name: read_scores(s.verify(index), digest) for name, s in stages.items()})
+        scores = {name: read_scores(s.verify(index), digest) for name, s in stages.items()}
+        joined = join(responses, scores, left)
+        left -= len(responses) - len(joined)
+        yield from joined
 
 
-def join(responses: Sequence[Response], scores: Mapping[str, Mapping[str, Scores]]) -> list[Scored]:
+def check_ids(responses: Iterable[Response], model: ModelDir) -> None:
+    """Raise OpdctlError (code 3) for a token id that the model's tokenizer does not know."""
+    for response in responses:
+        for what, ids in (("prompt", response.prompt_ids), ("response", response.response_ids)):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < model.vocab_size:
+                raise OpdctlError(
+                    f"{response.sample_id}: a {what} id beyond the {model.vocab_size} of the tokenizer: {ids.max()}",
+                    code=ExitCode.DATA,
+                )
+
+
+def join(
+    responses: Sequence[Response], scores: Mapping[str, Mapping[str, Scores]], may_be_spoilt: int = 0
+) -> list[Scored]:
     """Join responses with the scores of each model, by the model's name and the sample's id.
 
-    A teacher scores the responses that name it, the reference all, and neither any other. Raises OpdctlError (code 3)
-    for a missing, spare, short or non-finite score.
+    A teacher scores the responses that name it, the reference all, and neither any other. Responses with short or
+    non-finite columns are left out, as many as may be spoilt. Raises OpdctlError (code 3) for the next one, and for a
+    missing or spare score.
     """
     if len({response.sample_id for response in responses}) != len(responses):
         raise _do_not_join("responses", ["a sample id that occurs twice"])
@@ -41,11 +61,18 @@ def join(responses: Sequence[Response], scores: Mapping[str, Mapping[str, Scores
     for response in responses:
         teacher = scores[response.teacher][response.sample_id]
         reference = scores[REFERENCE][response.sample_id] if REFERENCE in scores else None
-        _check(response, "student", response)
-        _check(response, response.teacher, teacher)
-        if reference:
-            _check(response, REFERENCE, reference)
-        joined.append(Scored(response, teacher, reference))
+        said_by: dict[str, Response | Scores] = {"student": response, response.teacher: teacher}
+        said_by |= {REFERENCE: reference} if reference else {}
+        try:
+            for who, said in said_by.items():
+                _check(response, who, said)
+        except OpdctlError as error:
+            may_be_spoilt -= 1
+            if may_be_spoilt < 0:
+                raise
+            log.warn(f"{error.message}; this response is left out")
+        else:
+            joined.append(Scored(response, teacher, reference))
     return joined
 
 
@@ -68,7 +95,8 @@ def _check(response: Response, who: str, said: Response | Scores) -> None:
             position = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(-1)))
             raise OpdctlError(
                 f"{response.sample_id}: the {who}'s {column} at position {position} is {values[position]}",
-                hint="a token the model gives no probability, or a model that computes NaN in its dtype",
+                hint="a token the model gives no probability, or a model that computes NaN in its dtype; a few such "
+                "responses can be left out: train.max_spoilt_responses",
                 code=ExitCode.DATA,
             )
 

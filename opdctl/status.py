@@ -52,15 +52,18 @@ def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
         return StageStatus(step, "update", "missing", "")
     try:
         record, newest = run.update(step), step + 1 == run.current_step()
-        for name, path in (("student", run.student_path(step + 1)), ("trainer", run.trainer_path(step + 1))):
-            if name == "student" and newest and not path.is_dir():
-                raise store.damaged(path, "the newest is missing")
+        student, trainer = run.student_path(step + 1), run.trainer_path(step + 1)
+        if newest and not student.is_dir():
+            raise store.damaged(student, "the newest is missing", run.command("train") + " --repair")
+        again = run.command("train") + " --repair makes it again" if newest else "remove it: no step needs it any more"
+        before = "train takes the state before it, or remove it"
+        for path, digests, way in ((student, record["student"], again), (trainer, record["trainer"], before)):
             if verify and path.is_dir():
-                store.check_directory(path, record[name])
+                store.check_directory(path, digests, way)
         if verify and not _same_artifacts(record["inputs"], run.inputs(step)):
             raise store.damaged(run.step_path(step), "the update was made from other responses or scores")
     except OpdctlError as error:
-        return StageStatus(step, "update", "damaged", error.message)
+        return StageStatus(step, "update", "damaged", f"{error.message} ({error.hint})")
     kept = run.student_path(step + 1).is_dir()
     return StageStatus(step, "update", "done", str(run.student_path(step + 1)) if kept else "its student is not kept")
 
@@ -118,6 +121,8 @@ def next_command(run: Run, stages: list[StageStatus]) -> str:
             return run.command("rollout", stage.step) + " --repair"
         if stage.stage in run.scorers():
             return run.command("score-teacher", stage.step) + " --repair"
+        if stage.state == "damaged" and stage.stage == "update" and stage.step + 1 == run.current_step():
+            return run.command("train") + " --repair"
     return next_stage_command(run)
 
 

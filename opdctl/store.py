@@ -5,6 +5,10 @@ receipt with its rows, tokens, bytes and SHA-256 is written beside it. Once ever
 gathered into manifest.json, the mark of a finished stage. So a kill at any moment loses at most the part in work: a
 part with a matching receipt is taken over, anything else is made again.
 
+Nothing is read that is not what was written: parts and model directories are checked against the digests recorded of
+them, every JSON file against one of its own and against its form, before anything in them counts. No name leads out of
+its folder, and no symbolic link is followed.
+
 What a stage made is tied to a fingerprint: the settings that shape it and the digests of its inputs. The same
 fingerprint goes on; another is refused.
 """
@@ -30,14 +34,18 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from opdctl import SCHEMA_VERSION, claims
+from opdctl import SCHEMA_VERSION, claims, manifests
 from opdctl.config import changed, describe_changes
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import FULL, UNWRITABLE, ExitCode, OpdctlError
+from opdctl.manifests import Manifest, PartRecord, ScoresRecord, Work
 from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Prompt, Response, Scores, offsets_of
 
 BEGUN = ("work.json", "manifest.json")  # a stage whose folder holds one of them was begun
 HIDDEN = "hidden_states"
 SCORE_COLUMNS = tuple(column.name for column in fields(Scores))
+SCORE_KINDS = {"offsets": ("I64", 1), "top_ids": ("I32", 2), "logprobs": ("F32", 1), "entropies": ("F32", 1)}
+SCORE_KINDS |= dict.fromkeys(("top_logprobs", "student_top_logprobs", HIDDEN), ("F32", 2))
+"""Type and number of dimensions of each tensor of a score part."""
 
 Row = TypeVar("Row", Prompt, Response, Graded)
 T = TypeVar("T")
@@ -61,53 +69,111 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot do it with folders, and need it not
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 
 
-def _temporary(final: Path) -> Path:
-    return final.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{final.name}")
+def _make_folder(path: Path) -> None:
+    """Make a folder, and those above it, and have their names on the disk."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _fsync(path.parent)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what dead processes of this machine left half-written in `folder`."""
-    for left in folder.glob(f".tmp-{socket.gethostname()}-*"):
+def _temporary(final: Path, kind: str = "") -> Path:
+    return final.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{kind}{final.name}")
+
+
+def _discard(path: Path) -> None:
+    """Remove whatever is at `path`; not what a link there leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, *, everyones: bool = False) -> None:
+    """Remove what dead processes of this machine left half-written in `folder`; `everyones`: what any process left, for
+    whoever is alone at work there."""
+    for left in folder.glob(".tmp-*" if everyones else f".tmp-{socket.gethostname()}-*"):
         pid = left.name.removeprefix(f".tmp-{socket.gethostname()}-").partition("-")[0]
-        if pid == str(os.getpid()) or not pid.isdigit() or Path("/proc", pid).exists():
-            continue
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        if everyones or (pid.isdigit() and pid != str(os.getpid()) and not Path("/proc", pid).exists()):
+            _discard(left)
 
 
 @contextlib.contextmanager
 def _published(final: Path) -> Iterator[Path]:
     """Yield a temporary path beside `final`; when the block ends well, flush it to disk and rename it to `final`."""
     temporary = _temporary(final)
+    with _explained(final, temporary):
+        try:
+            _make_folder(final.parent)
+            _discard(temporary)  # of a dead process of our own number: in containers all have the same
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+                _fsync(path)
+            if final.is_dir():
+                remove(final)  # a directory cannot be renamed over another one
+            os.replace(temporary, final)
+            _fsync(final.parent)
+        finally:
+            _discard(temporary)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, written: Path | None = None) -> Iterator[None]:
+    """Say of `path` what the system says when it cannot be written; `written` is what there is of it so far."""
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
-            _fsync(path)
-        if final.is_dir():
-            shutil.rmtree(final)  # a directory cannot be renamed over another one
-        os.replace(temporary, final)
-        _fsync(final.parent)
+        yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(final) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise OpdctlError(f"{final}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
+        if error.errno in FULL:
+            raise _disk_full(path, written) from error
+        if error.errno in UNWRITABLE:
+            raise OpdctlError(f"{path}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
         raise
     except SafetensorError as error:  # wraps the system's error in its text
         if "No space left" not in str(error) and "os error 28" not in str(error):
             raise
-        raise _disk_full(final) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        raise _disk_full(path, written) from error
 
 
-def _disk_full(path: Path) -> OpdctlError:
-    hint = "free some space and run the same command again"
-    return OpdctlError(f"{path}: the disk is full", hint=hint, code=ExitCode.REACH)
+def _disk_full(path: Path, written: Path | None) -> OpdctlError:
+    sizes = (p.lstat().st_size for p in ([*written.rglob("*"), written] if written and written.exists() else ()))
+    free = free_space(path)
+    return OpdctlError(
+        f"{path}: the disk is full: {readable(free)} are free, more than {readable(free + sum(sizes))} are needed",
+        hint="free some space and run the same command again: finished parts are kept. What a run takes in all is said "
+        "by --dry-run",
+        code=ExitCode.REACH,
+    )
+
+
+def free_space(path: Path) -> int:
+    """Return the bytes that are free where `path` is, or will be."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())).free
+
+
+def require_space(path: Path, needed: int, what: str) -> None:
+    """Raise OpdctlError (code 5) unless `needed` bytes are free where `path` is."""
+    if (free := free_space(path)) < needed:
+        raise OpdctlError(
+            f"{path}: {what} needs {readable(needed)} of disk space, {readable(free)} are free",
+            hint="free some space and run the same command again, or use another --output",
+            code=ExitCode.REACH,
+        )
+
+
+def readable(count: int) -> str:
+    """Return a number of bytes for a person, in powers of 1024."""
+    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -125,17 +191,43 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, with a digest of itself."""
+    write_text(path, json.dumps({**value, "digest": digest_of(value)}, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`. Raises OpdctlError (code 3) when it cannot be read: nothing makes it again."""
+def read_json(path: Path, kind: Any = dict[str, Any], hint: str | None = None) -> Any:
+    """Return the JSON object in `path`, of the form `kind`.
+
+    Raises OpdctlError (code 3) when it is not what was written, or was by another version; `hint` is what to do then.
+    """
+    refuse_links(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = manifests.parse(path.read_bytes())
+        written = value.pop("digest", None)
+        _refuse_another_version(path, value.get("schema_version", SCHEMA_VERSION))
+        if written != digest_of(value):
+            raise ValueError("its content is not that of its digest")
+        return manifests.check(value, kind)
     except (OSError, ValueError) as error:
-        hint = "restore it from a copy, or start again in another --output"
-        raise damaged(path, f"cannot be read: {error}", hint) from error
+        hint = hint or "restore it from a copy, or start again in another --output"
+        raise damaged(path, str(error), hint) from error
+
+
+def _refuse_another_version(path: Path, version: object) -> None:
+    if version != SCHEMA_VERSION:
+        raise OpdctlError(
+            f"{path}: schema version {version!r}, this opdctl reads version {SCHEMA_VERSION}",
+            hint="go on with the opdctl that wrote it, or start again in another --output",
+            code=ExitCode.DATA,
+        )
+
+
+def refuse_links(*paths: Path) -> None:
+    """Raise OpdctlError (code 3) where one of the paths is a symbolic link: it may lead out of the run directory."""
+    for path in paths:
+        if path.is_symlink():
+            raise damaged(path, "a symbolic link, and none is followed", "put what it leads to in its place")
 
 
 def damaged(path: Path, why: str, hint: str | None = None) -> OpdctlError:
@@ -147,6 +239,7 @@ def damaged(path: Path, why: str, hint: str | None = None) -> OpdctlError:
 # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _SCHEMAS: dict[type, pa.Schema] = {Prompt: PROMPTS, Response: RESPONSES, Graded: GRADED}
+OPTIONAL = ("answer", "entropies", "top_ids", "top_logprobs", "extracted", "vote")
 
 
 def write_rows(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
@@ -170,21 +263,27 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """Read the rows of one Parquet file. Raises OpdctlError (code 3) when it is damaged or of another schema."""
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    except (OSError, pa.ArrowException) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(_SCHEMAS[kind]):
+                raise ValueError(f"has columns {file.schema_arrow.names}, wanted {_SCHEMAS[kind].names}")
+            table = file.read()
+        table.validate(full=True)
+        columns = {name: _column(name, table[name]) for name in table.schema.names}
+        if kind is Response:
+            lengths = [len(ids) for ids in columns["response_ids"]]
+            columns |= {name: _by_token(columns[name], lengths) for name in ("top_ids", "top_logprobs")}
+    except (OSError, pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise damaged(path, str(error)) from error
-    if not table.schema.equals(_SCHEMAS[kind]):
-        raise damaged(path, f"has columns {table.schema.names}, wanted {_SCHEMAS[kind].names}")
-    columns = {name: _column(table[name]) for name in table.schema.names}
-    if kind is Response:
-        lengths = [len(ids) for ids in columns["response_ids"]]
-        columns |= {name: _by_token(columns[name], lengths) for name in ("top_ids", "top_logprobs")}
     return [kind(**{name: values[i] for name, values in columns.items()}) for i in range(table.num_rows)]
 
 
-def _column(column: pa.ChunkedArray) -> list[Any]:
+def _column(name: str, column: pa.ChunkedArray) -> list[Any]:
+    if column.null_count and name not in OPTIONAL:
+        raise ValueError(f"column {name} has {column.null_count} nulls")
     if not pa.types.is_list(column.type):
         return column.to_pylist()
+    if any(chunk.flatten().null_count for chunk in column.chunks):
+        raise ValueError(f"column {name} has nulls within")
     # Ids and log-probs stay arrays; a column that was not asked for is null.
     return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in column]
 
@@ -214,17 +313,16 @@ def read_scores(path: Path, rollout_sha256: str) -> dict[str, Scores]:
     """
     try:
         with safe_open(path, "np") as file:
-            meaning = json.loads((file.metadata() or {})["opdctl"])
+            meaning = manifests.check(json.loads((file.metadata() or {})["opdctl"]), ScoresRecord)
             ids, scored = meaning["sample_ids"], meaning["rollout"]
+            lengths = _check_shapes(file)
             names, offsets = set(file.keys()), file.get_tensor("offsets")
-            columns = {name: file.get_tensor(name) for name in names & set(SCORE_COLUMNS) - {HIDDEN}}
-            lengths = [len(column) for column in columns.values()]
-            lengths += [file.get_slice(HIDDEN).get_shape()[0]] if HIDDEN in names else []
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            columns = {name: file.get_tensor(name) for name in names - {"offsets", HIDDEN}}
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from error
     if scored != rollout_sha256:
         raise damaged(path, "it scores other responses than those beside it")
-    fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and "logprobs" in columns and {*lengths} == {offsets[-1]}
+    fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and "logprobs" in columns and lengths == {offsets[-1]}
     if not fits or (np.diff(offsets) < 0).any() or len(set(ids)) != len(ids):
         raise damaged(path, "its offsets, ids and log-probs do not fit together")
     spans = zip(ids, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
@@ -235,6 +333,18 @@ def read_scores(path: Path, rollout_sha256: str) -> dict[str, Scores]:
         )
         for sample, a, b in spans
     }
+
+
+def _check_shapes(file: safe_open) -> set[int]:
+    """Return the numbers of tokens that the columns have. Raises ValueError for a column of another kind."""
+    lengths = set()
+    for name in file.keys():  # noqa: SIM118 - it is no dictionary
+        column = file.get_slice(name)
+        shape, kind = column.get_shape(), (column.get_dtype(), len(column.get_shape()))
+        if name not in SCORE_KINDS or kind != SCORE_KINDS[name]:
+            raise ValueError(f"a tensor `{name}` of type {kind[0]} and shape {shape}")
+        lengths |= {shape[0]} if name != "offsets" else set()
+    return lengths
 
 
 def _read_span(path: Path, name: str, start: int, stop: int) -> np.ndarray:
@@ -296,15 +406,21 @@ class StageDir:
         self.names = [f"part-{i:05d}-of-{parts:05d}{suffix}" for i in range(parts)]
         self._work_path, self.manifest_path = (path / name for name in BEGUN)
         self._claim: claims.Claim | None = None
+        refuse_links(path.parent, path)
         self._refuse_another_fingerprint()
 
     def _begun(self) -> dict[str, Any] | None:
         """Return what is recorded of the stage, finished or begun, or None."""
-        return self.manifest() or (read_json(self._work_path) if self._work_path.exists() else None)
+        found: Any = self.manifest() or self._read(self._work_path, Work)
+        return found
 
     def _refuse_another_fingerprint(self) -> None:
         recorded = self._begun()
-        if recorded is None or recorded["fingerprint"] == self.fingerprint.digest:
+        if recorded is None:
+            return
+        if recorded["fingerprint"] == self.fingerprint.digest:
+            if "parts" in recorded and [part["name"] for part in recorded["parts"]] != self.names:
+                raise damaged(self.manifest_path, "lists other parts", f"remove {self.path} to make it again")
             return
         changes = changed(recorded["settings"], self.fingerprint.settings)
         inputs = [name for name, _, _ in changed(recorded["inputs"], self.fingerprint.inputs)]
@@ -315,29 +431,30 @@ class StageDir:
             code=ExitCode.SETTINGS,
         )
 
-    def manifest(self) -> dict[str, Any] | None:
+    def manifest(self) -> Manifest | None:
         """Return the manifest, or None while the stage is unfinished."""
-        if not self.manifest_path.exists():
+        found: Manifest | None = self._read(self.manifest_path, Manifest)
+        return found
+
+    def _read(self, path: Path, kind: Any) -> Any:
+        """Return what a JSON file says, or None where there is none, or none any more: another may be sealing."""
+        try:
+            hint = f"remove {path} and run `{self.redo}`: what it tells of is made again"
+            return read_json(path, kind, hint) if path.exists() else None
+        except OpdctlError:
+            if path.exists():
+                raise
             return None
-        manifest = read_json(self.manifest_path)
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise OpdctlError(
-                f"{self.manifest_path}: schema version {manifest.get('schema_version')!r}, "
-                f"this opdctl reads version {SCHEMA_VERSION}",
-                hint="use the opdctl that wrote it, or another --output",
-                code=ExitCode.DATA,
-            )
-        return manifest
 
     def record(self, index: int) -> Part | None:
         """Return what was recorded of part `index`, by its receipt or by the manifest."""
-        if (receipt := self._receipt(index)).exists():
-            return Part(**read_json(receipt))
+        if receipt := self._read(self._receipt(index), PartRecord):
+            return Part(**receipt)
         return self._recorded(index) if self.manifest() else None
 
     def _recorded(self, index: int) -> Part:
-        manifest = self.manifest() or {"parts": []}
-        for part in manifest["parts"]:
+        manifest = self.manifest()
+        for part in manifest["parts"] if manifest else ():
             if part["name"] == self.names[index]:
                 return Part(**part)
         raise damaged(self.manifest_path, f"does not list {self.names[index]}", f"remove {self.path} to make it again")
@@ -421,7 +538,7 @@ class StageDir:
 
     def begin(self, meaning: Mapping[str, Any]) -> None:
         """Record, before the first part, what is being made and what its values mean."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.path)
         sweep(self.path)
         write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
 
@@ -461,9 +578,9 @@ class StageDir:
         if self.missing():
             return False
         # A part that was removed and made again has a receipt that is newer than the manifest.
-        receipts = [read_json(r) if (r := self._receipt(i)).exists() else None for i in range(len(self.names))]
+        receipts = [self._read(self._receipt(index), PartRecord) for index in range(len(self.names))]
         if self._work_path.exists() or any(receipts):
-            header = read_json(self._work_path if self._work_path.exists() else self.manifest_path)
+            header: Work = self._read(self._work_path, Work) or self._read(self.manifest_path, Manifest)
             parts = [receipt or asdict(self._recorded(i)) for i, receipt in enumerate(receipts)]
             write_json(self.manifest_path, {**header, "parts": parts})
             for index in range(len(self.names)):
@@ -474,12 +591,13 @@ class StageDir:
 
     def sha256(self, index: int) -> str:
         """Return the recorded digest of a finished part."""
-        return self._recorded(index).sha256
+        return (self.record(index) or self._recorded(index)).sha256
 
     def verify(self, index: int, *, digests: bool = True) -> Path:
         """Return the path of a finished part. Raises OpdctlError (code 3) when it is not what was recorded."""
         path, record = self.path / self.names[index], self.record(index)
         hint = f"run `{self.redo} --repair` to make this part again"
+        refuse_links(path)
         if record is None or not path.exists():
             raise damaged(path, "the part is missing", hint)
         if (size := path.stat().st_size) != record.bytes:
@@ -560,7 +678,8 @@ def directory_digests(path: Path) -> dict[str, str]:
 def check_directory(
     path: Path, digests: Mapping[str, str], hint: str = "restore it, or start again in another --output"
 ) -> None:
-    """Raise OpdctlError (code 3) unless the files of `path` are those recorded in `digests`."""
+    """Raise OpdctlError (code 3) unless the files of `path` are those in `digests`; none are where it is not there."""
+    refuse_links(path.parent, path, *path.rglob("*"))
     found = directory_digests(path)
     for name in sorted({*found, *digests}):
         if found.get(name) != digests.get(name):
@@ -574,9 +693,19 @@ def check_directory(
             raise damaged(path / name, what, hint)
 
 
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file is there and has this digest."""
+    return path.is_file() and not path.is_symlink() and sha256_file(path) == sha256
+
+
+def copy(path: Path, folder: Path) -> None:
+    """Put a copy of a file into a folder, in the place of one of its name."""
+    shutil.copyfile(path, folder / path.name)
+
+
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line."""
-    with path.open("a", encoding="utf-8") as file:
+    with _explained(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
 
 
@@ -590,9 +719,11 @@ def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 def remove(path: Path) -> None:
     """Remove a directory if it is there: renamed first, so that a kill cannot leave half of it under its name."""
     if path.exists():
-        grave = _temporary(path)
-        path.rename(grave)
-        shutil.rmtree(grave)
+        with _explained(path):
+            grave = _temporary(path, "old-")
+            _discard(grave)
+            path.rename(grave)
+            _discard(grave)
 
 
 def sealed_rows(folder: Path, kind: type[Row]) -> list[Row]:
@@ -601,15 +732,16 @@ def sealed_rows(folder: Path, kind: type[Row]) -> list[Row]:
         raise OpdctlError(
             "\n".join(problems), hint="run the command that made it again with --repair", code=ExitCode.DATA
         )
-    names = [Path(part["name"]).name for part in read_json(folder / "manifest.json")["parts"]]
+    names = [part["name"] for part in read_json(folder / "manifest.json", Manifest)["parts"]]
     return [row for name in names for row in read_rows(folder / name, kind)]
 
 
 def verify_sealed(folder: Path) -> list[str]:
     """Return what is wrong with the parts that the manifest in `folder` lists, whatever stage made them."""
     found = []
-    for part in read_json(folder / "manifest.json")["parts"]:
-        path = folder / Path(part["name"]).name  # a name cannot lead out of the folder
+    for part in read_json(folder / "manifest.json", Manifest)["parts"]:
+        path = folder / part["name"]
+        refuse_links(folder, path)
         if not path.exists():
             found.append(f"{path}: missing")
         elif sha256_file(path) != part["sha256"]:

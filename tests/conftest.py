@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import hypothesis
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from opdctl.cli import app
@@ -84,6 +85,26 @@ def stage_args(tmp_path: Path) -> Callable[..., list[object]]:
         return ["--recipe", QUICKSTART, *sets(*overrides), "--output", tmp_path / output]
 
     return build
+
+
+def artifacts(run: Path) -> dict[str, object]:
+    """Everything a run made that must not depend on how it was made: parts, students, trainer states.
+
+    Of trainer states every tensor to the bit: safetensors writes several metadata entries in an order that changes.
+    """
+    kept = ("part-", "student/", "trainer/")
+    files = {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if p.is_file()}
+    return {name: _content(path) for name, path in files.items() if any(k in name for k in kept)}
+
+
+def _content(path: Path) -> object:
+    if "trainer" not in path.parts or path.suffix != ".safetensors":
+        return path.read_bytes()
+    return {name: (value.shape, value.tobytes()) for name, value in load_file(path).items()}
+
+
+def names(run: Path) -> list[str]:
+    return [str(path.relative_to(run)) for path in run.rglob("*")]
 
 
 def directory(name: str) -> ModelDir:

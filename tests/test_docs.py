@@ -52,6 +52,16 @@ def test_every_component_is_described_with_its_parameters_and_defaults(registry)
                 assert registry is OBJECTIVES or name in row, (entry.name, name)
 
 
+def test_every_fault_has_a_test_that_there_is():
+    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 40
+    for row in rows:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert tests, row
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_the_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text()):

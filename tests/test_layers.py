@@ -15,7 +15,7 @@ ORDER = [  # a file imports from lines above its own only
     ["weights"],
     ["objectives"],
     ["config"],
-    ["records"],
+    ["records", "manifests"],
     ["claims"],
     ["store"],
     ["dist", "log", "logprobs", "stats", "contamination", "grading", "checkpoint", "batches", "tasks.sort12"],

@@ -48,7 +48,7 @@ def gradient(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss and the gradient of a step, before clipping."""
     trainer = Trainer(run, "cpu")
     batches = trainer.micro_batches(0, list(read_scored(run, 0)))
-    loss = sum(trainer._backward(batch, None)[1]["loss"] for batch in batches)
+    loss = sum(trainer._backward(batch)[1]["loss"] for batch in batches)
     return loss, {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import invoke, sets, small_recipe
+from conftest import artifacts, invoke, names, sets, small_recipe
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
@@ -33,22 +33,6 @@ QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 
 def train(output: Path, *overrides: str):
     return invoke("train", "--recipe", QUICKSTART, *sets(*overrides), "--output", output, "--json")
-
-
-def artifacts(run: Path) -> dict[str, object]:
-    """Everything a run made that must not depend on how it was made: parts, students, trainer states.
-
-    Of trainer states every tensor to the bit: safetensors writes several metadata entries in an order that changes.
-    """
-    kept = ("part-", "student/", "trainer/")
-    files = {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if p.is_file()}
-    return {name: content(path) for name, path in files.items() if any(k in name for k in kept)}
-
-
-def content(path: Path) -> object:
-    if "trainer" not in path.parts or path.suffix != ".safetensors":
-        return path.read_bytes()
-    return {name: (value.shape, value.tobytes()) for name, value in load_file(path).items()}
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +112,6 @@ def test_killed_before_any_of_its_changes_and_started_again_it_ends_the_same(tmp
         shutil.rmtree(output)
 
 
-def names(run: Path) -> list[str]:
-    return [str(path.relative_to(run)) for path in run.rglob("*")]
-
-
 def test_killed_again_and_again_it_still_ends_with_the_same_student(tmp_path):
     output, kills = tmp_path / "run", 0
     while os.WIFSIGNALED(changes_until_done(output, 20)):
@@ -142,16 +122,25 @@ def test_killed_again_and_again_it_still_ends_with_the_same_student(tmp_path):
     assert artifacts(output) == artifacts(tmp_path / "whole")
 
 
-def test_a_cluster_s_signal_stops_it_with_75_and_the_same_command_goes_on(undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, ExitCode.REQUEUE),
+        (signal.SIGUSR1, ExitCode.REQUEUE),
+        (signal.SIGINT, ExitCode.INTERRUPTED),
+    ],
+)
+def test_a_cluster_s_signal_or_ctrl_c_stops_it_and_the_same_command_goes_on(undisturbed, tmp_path, number, code):
     output = tmp_path / "run"
     arguments = ["--recipe", str(QUICKSTART), *sets("train.steps=200"), "--output", str(output)]
     command = [sys.executable, "-m", "opdctl", "train", *arguments]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
     assert running.stderr.readline().startswith("step   1/200")
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     _, said = running.communicate()
-    assert running.returncode == ExitCode.REQUEUE
+    assert running.returncode == code
+    assert not list(output.rglob(".tmp-*"))
     assert "run the same command again to go on" in said
     assert "Traceback" not in said
     again = train(output, "train.steps=2")
@@ -333,7 +322,7 @@ def gradient(run, step=0) -> dict[str, torch.Tensor]:
     """Return the gradient that a step's responses give, before clipping."""
     trainer = Trainer(run, "cpu")
     for batch in trainer.micro_batches(step, list(read_scored(run, step))):
-        trainer._backward(batch, None)
+        trainer._backward(batch)
     return {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
 
 

@@ -123,11 +123,11 @@ def test_what_one_began_two_go_on_with(alone, tmp_path):
 
 def test_a_process_that_fails_takes_the_other_down_and_says_why_once(together, tmp_path):
     run = Path(shutil.copytree(together, tmp_path / "run"))
-    for shard in (run / "trainer/step-00005").glob("*.safetensors"):
-        shard.write_bytes(shard.read_bytes()[:-1])
+    student = run / "student/step-00005/model.safetensors"
+    student.write_bytes(student.read_bytes()[:-1])
     done = torchrun(run, *FIVE, "train.steps=6", check=False)
     assert done.returncode != 0
-    assert "trainer/step-00005" in done.stderr
+    assert "student/step-00005" in done.stderr
     assert done.stderr.count("Traceback (most recent call last)") == 1  # torchrun's own
     assert not (run / "step-00005/update.json").exists()
 
@@ -208,18 +208,49 @@ def test_updates_since_the_last_saved_state_are_made_once_more(alone, tmp_path):
     assert furthest(weights(whole, 6), weights(run, 6)) == 0
 
 
-def test_a_damaged_state_is_named_and_without_it_the_one_before_is_taken(alone, tmp_path):
-    run, newest = tmp_path / "run", tmp_path / "run/trainer/step-00004"
+def test_of_damaged_states_each_is_named_and_the_one_before_is_taken(alone, tmp_path):
+    run = tmp_path / "run"
     assert train(run, *FIVE, "train.steps=4").code == 0
-    damaged = next(newest.iterdir())
+    (run / "trainer/step-00004/intruder").touch()
+    damaged = next((run / "trainer/step-00003").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
+    shown = invoke("status", run, "--verify")
+    assert shown.code == ExitCode.DATA
+    assert "train takes the state before it" in shown.err
     result = train(run, *FIVE)
-    assert result.code == ExitCode.DATA
-    assert damaged.name in result.err
-    assert f"delete {newest}" in " ".join(result.err.split())
-    shutil.rmtree(newest)
-    assert train(run, *FIVE).code == 0
+    assert result.code == 0, result.err
+    for name in ("step-00004/intruder", f"step-00003/{damaged.name}"):
+        (line,) = (line for line in result.err.splitlines() if name in line)
+        assert "taking the state before it" in line
+    assert "making the updates from step 2 on once more" in result.err
     assert furthest(weights(alone, 5), weights(run, 5)) == 0
+
+
+def test_with_no_whole_state_every_update_is_made_once_more(alone, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, *FIVE, "train.steps=2").code == 0
+    for step in (1, 2):
+        (run / f"trainer/step-0000{step}/intruder").touch()
+    result = train(run, *FIVE, "train.steps=3")
+    assert "making the updates from step 0 on once more" in result.err
+    assert furthest(weights(alone, 3), weights(run, 3)) == 0
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: (path / "model.safetensors").write_bytes(b"")])
+def test_a_damaged_newest_student_is_made_again_from_its_state(alone, tmp_path, damage):
+    run, student = tmp_path / "run", tmp_path / "run/student/step-00002"
+    assert train(run, *FIVE, "train.steps=2").code == 0
+    damage(student)
+    shown = invoke("status", run, "--verify", "--json")
+    assert shown.code == ExitCode.DATA
+    assert shown.json()["next"] == f"opdctl train --output {run} --repair"
+    refused = invoke("eval", "--output", run)
+    assert refused.code == ExitCode.DATA
+    assert f"opdctl train --output {run} --repair" in refused.err
+    assert invoke("train", "--output", run, "--repair").code == 0
+    assert invoke("status", run, "--verify").code == 0
+    assert train(run, *FIVE, "train.steps=3").code == 0
+    assert furthest(weights(alone, 3), weights(run, 3)) == 0
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(alone, tmp_path):

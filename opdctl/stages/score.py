@@ -9,6 +9,7 @@ from opdctl.config import Score
 from opdctl.engines import Answered, EnginePool
 from opdctl.records import Response
 from opdctl.run import REFERENCE, Run
+from opdctl.scored import check_ids
 from opdctl.store import WHOLE, Shard, StageDir, read_rows, write_scores
 
 
@@ -50,6 +51,7 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir,
     with log.progress(f"score-teacher {name}, step {step}", run.recipe.responses_per_step()) as advance:
         for index in parts:
             rows = read_rows(rollout.verify(index), Response)
+            check_ids(rows, model)
             own = [row for row in rows if name in (row.teacher, REFERENCE)]
             answered = [Answered(row.prompt_ids, row.response_ids, row.top_ids) for row in own]
             scores = engine.score(answered, settings, advance)

@@ -7,7 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -18,18 +18,19 @@ from torch import Tensor
 
 from opdctl import SCHEMA_VERSION, card, checkpoint, dist, log, policy, store
 from opdctl.config import Train, objective_of, settings_of, weight_of
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import ExitCode, OpdctlError, is_out_of_memory
 from opdctl.logprobs import Chunk, Head, output_head, over_chunks, response_states
-from opdctl.microbatches import MicroBatch, micro_batches, own_share
+from opdctl.microbatches import MicroBatch, halved, micro_batches, own_share
 from opdctl.model import load_head
 from opdctl.objectives import LARGEST_LOG_RATIO, TokenBatch
 from opdctl.records import Scored, sample_seed
 from opdctl.run import Run
-from opdctl.scored import read_scored
+from opdctl.scored import check_ids, read_scored
 from opdctl.store import Fingerprint
 
 SQUARED = "rollout_correction_squared"
 QUANTILES = (0.5, 0.9, 0.99)
+HALVINGS = 6  # times that micro-batches are halved at most where memory does not suffice
 OF_THE_UPDATE = ("loss", "ratio", "clip_share", "dual_clip_share")
 
 
@@ -51,6 +52,7 @@ class Trainer:
 
     def __init__(self, run: Run, device: str):
         self._run, self._device, self._settings = run, device, run.recipe.train
+        self._budget = self._settings.tokens_per_micro_batch
         self._weight, self._objective = weight_of(run.recipe), objective_of(run.recipe)
         self._teacher_heads: dict[str, Head] = {}
         self._model = policy.policy(run.student, run.recipe, device)
@@ -58,22 +60,18 @@ class Trainer:
         self._restore(run.current_step())
 
     def _restore(self, done: int) -> None:
-        """Take up the newest state that was saved, and make the updates since then once more, from their artifacts."""
+        """Take up the newest state that is whole, and make the updates since then once more, from their artifacts."""
         run = self._run
-        there = (step for step in range(done, 0, -1) if run.update(step - 1)["trainer"])
-        saved = next((step for step in there if run.trainer_path(step).is_dir()), 0)
+        saved = dist.share(newest_state(run, done) if dist.is_main() else 0)
         if past := [step for step in run.earlier if saved < step]:
             raise OpdctlError(
-                f"{run.path / 'trainer'}: no state since the recipe was changed at step {max(past)}, and the updates "
-                "before cannot be made once more under the recipe of now",
+                f"{run.path / 'trainer'}: no whole state since the recipe was changed at step {max(past)}, and the "
+                "updates before cannot be made once more under the recipe of now",
                 hint=f"restore {run.trainer_path(max(past))} from a copy, or start again in another --output",
                 code=ExitCode.DATA,
             )
         if saved:
-            folder = run.trainer_path(saved)
-            hint = f"delete {folder}: the state before it is taken, and the updates since are made once more"
-            store.check_directory(folder, run.update(saved - 1)["trainer"], hint)
-            checkpoint.restore(folder, self._model, self._optimizer)
+            checkpoint.restore(run.trainer_path(saved), self._model, self._optimizer)
         if saved == done:
             return
         log.say(f"no trainer state of step {done}: making the updates from step {saved} on once more")
@@ -96,6 +94,7 @@ class Trainer:
         batches = self.micro_batches(step, scored)
         lag = step - self._run.policy_step(step)
         metrics = {"step": step, "lag": lag} | self._update(step, batches) | describe(scored)
+        metrics["spoilt_responses"] = self._run.recipe.responses_per_step() - len(scored)
         seconds = dict(stage_seconds) | {"update": time.monotonic() - start}
         for stage, each in seconds.items():
             metrics |= {f"{stage}_seconds": each, f"{stage}_tokens_per_second": metrics["tokens"] / each}
@@ -103,22 +102,37 @@ class Trainer:
         self._publish(step, metrics)
         return metrics
 
+    def repair_student(self, step: int) -> None:
+        """Write the newest student, that of `step`, once more, by the state that it was made of.
+
+        Raises OpdctlError (code 3) where it comes out otherwise than recorded.
+        """
+        path, record = self._run.student_path(step), self._run.update(step - 1)
+
+        def fill(folder: Path) -> None:
+            self._export(folder, step, record["metrics"])
+            if dist.is_main() and store.is_whole(path / card.FILE, record["student"][card.FILE]):
+                store.copy(path / card.FILE, folder)  # it tells of settings that may have changed since
+
+        found = _publish_together(path, fill)
+        if dist.is_main() and found != record["student"]:
+            raise store.damaged(path, "made again it is another student", "start again in another --output")
+
     def micro_batches(self, step: int, scored: list[Scored]) -> list[MicroBatch]:
         """Weigh a step's tokens, cut them into micro-batches, and return this rank's."""
-        batches = micro_batches(self._run.recipe, step, scored, self._weight, self._objective, self._device)
+        check_ids([sample.response for sample in scored], self._run.student)
+        settings = self._settings.model_copy(update={"tokens_per_micro_batch": self._budget})
+        recipe = self._run.recipe.model_copy(update={"train": settings})
+        batches = micro_batches(recipe, step, scored, self._weight, self._objective, self._device)
         return own_share(batches, dist.rank(), dist.world())
 
     def _update(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
         """Make the step's optimizer steps. The old policy is the one before the first, by the trainer's own numbers."""
         torch.manual_seed(sample_seed(self._run.recipe.seed, f"update {step} {dist.rank()}"))  # for adapters' dropout
-        old_logps: list[Tensor | None] = [None] * len(batches)
         metrics: dict[str, Any] = {}
         for _ in range(self._settings.updates_per_step):
             rate = self._set_learning_rate(step)
-            sums: dict[str, float] = {}
-            for index, batch in enumerate(batches):
-                old_logps[index], found = self._backward(batch, old_logps[index])
-                sums = {key: sums.get(key, 0.0) + value * batch.counts for key, value in found.items()}
+            batches, sums = self._gradient(batches)
             norm = self._optimizer_step()
             sums = dist.totals(sums)
             count = max(sums.pop("tokens"), 1)
@@ -131,6 +145,38 @@ class Trainer:
             metrics["effective_sample_size"] = metrics["rollout_correction"] ** 2 / max(square, 1e-30)
         return metrics
 
+    def _gradient(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
+        """Add up the gradient of the micro-batches, of smaller ones where memory does not suffice: it stays the same.
+
+        Returns them with the old policy's log-probs, and the sums of the metrics. Raises OpdctlError (code 5).
+        """
+        for _ in range(HALVINGS + 1):
+            try:
+                return self._backward_all(batches)
+            except (RuntimeError, MemoryError) as error:
+                # Other ranks wait within a layer that is gathered, and cannot be told.
+                if dist.world() > 1 or not is_out_of_memory(error):
+                    raise
+            self._optimizer.zero_grad()
+            if all(len(batch.samples) == 1 for batch in batches):
+                break
+            batches = [half for batch in batches for half in halved(batch)]
+            self._budget = max(batch.padded.input_ids_BT.numel() for batch in batches)
+            log.warn(f"out of memory: going on with half as large micro-batches, of {self._budget} tokens at most")
+        raise OpdctlError(
+            f"out of memory in an update, with micro-batches of {max(len(b.samples) for b in batches)} responses",
+            hint="train.gradient_checkpointing, train.cpu_offload or [lora] need less, and so do more processes",
+            code=ExitCode.REACH,
+        )
+
+    def _backward_all(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
+        done, sums = [], dict[str, float]()
+        for batch in batches:
+            old_logp_N, found = self._backward(batch)
+            done.append(replace(batch, old_logp_N=old_logp_N))
+            sums = {key: sums.get(key, 0.0) + value * batch.counts for key, value in found.items()}
+        return done, sums
+
     def _optimizer_step(self) -> float:
         """Update the parameters and return the gradient's norm. Raises OpdctlError when that is not finite."""
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
@@ -141,9 +187,9 @@ class Trainer:
         self._optimizer.zero_grad()
         return norm
 
-    def _backward(self, batch: MicroBatch, old_logp_N: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+    def _backward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         """Add a micro-batch's gradient. Return the old policy's log-probs, the loss, and the sums of the metrics."""
-        padded, tally, run = batch.padded, Tally(), self._run
+        padded, old_logp_N, tally, run = batch.padded, batch.old_logp_N, Tally(), self._run
         with torch.autocast(self._device, torch.bfloat16, enabled=run.recipe.student.dtype == "bfloat16"):
             hidden_ND, ids_N = response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
         teacher_hidden_ND = self._teacher_states(batch)
@@ -235,6 +281,20 @@ class Trainer:
         policy.export(self._model, self._run.student, recipe.student.dtype, folder)
         if dist.is_main():
             card.write(folder, recipe, step, metrics or {})
+
+
+def newest_state(run: Run, done: int) -> int:
+    """Return the step, up to `done`, of the newest saved state that is whole, 0 for none. Names those that are not."""
+    for step in range(done, 0, -1):
+        recorded, folder = run.update(step - 1)["trainer"], run.trainer_path(step)
+        if recorded and folder.is_dir():
+            try:
+                store.check_directory(folder, recorded)
+            except OpdctlError as error:
+                log.warn(f"{error.message}: taking the state before it")
+            else:
+                return step
+    return 0
 
 
 def _publish_together(final: Path, fill: Callable[[Path], None]) -> dict[str, str]:

@@ -1,0 +1,313 @@
+"""The fault harness: the quickstart under faults, against the same undisturbed.
+
+    python tests/faults.py                       # 100 kills
+    python tests/faults.py --kills 1000 --seed 1
+    python tests/faults.py --calls               # a fault at every write, rename and flush, one after another
+
+Kills: step after step, three workers each draw, score and update. At random moments one of them, whichever, is killed
+with SIGKILL and another is started in its place. At the end the student, every part and every trainer state must be
+those of an undisturbed chain to the bit, every response must be there exactly once, and nothing else may be left.
+
+Calls: a small run is trained on a disk that fails at the n-th call of the store that writes, renames or flushes, for
+every n: once by a power cut that loses what was not flushed, once by an error of the system. What is then read must be
+right, and the same command must end as if nothing had been.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUICKSTART, Result, artifacts, invoke, names, sets
+
+import opdctl.engines.hf
+import opdctl.online  # noqa: F401 - and all that it imports, before any worker is forked
+from opdctl import claims, status, store
+from opdctl.errors import ExitCode
+from opdctl.records import Response
+from opdctl.run import Run, recorded_run
+from opdctl.store import read_rows
+
+# ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WORKERS = 3
+STAGES = ("rollout", "score-teacher", "train --no-fill")
+FINE = {"rollout": (0,), "score-teacher": (0,), "train --no-fill": (0, 1, 5)}  # one trains; the others find it at work
+FIRST_SPAN = 1.0  # seconds that a stage is thought to take before any has been seen
+
+
+@dataclass
+class Chain:
+    """A run made by forked workers, `kills` of which are to be killed; without any there is one worker a stage."""
+
+    path: Path
+    settings: tuple[str, ...]
+    kills: int
+    chance: random.Random
+    killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    _spans: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, FIRST_SPAN))
+
+    def go(self, steps: int) -> int:
+        """Make steps until there are `steps` and all kills are dealt out; return how many there are."""
+        done = 0
+        while done < steps or sum(self.killed.values()) < self.kills:
+            for stage in STAGES:
+                left = max((steps - done) * len(STAGES) - STAGES.index(stage), 1)
+                quota = -(-(self.kills - sum(self.killed.values())) // left)
+                while not self._is_done(stage, done):
+                    quota -= self._attempt(stage, done, max(quota, 0))
+            done += 1
+        return done
+
+    def _is_done(self, stage: str, step: int) -> bool:
+        if not (self.path / "run.json").exists():
+            return False
+        run = recorded_run(self.path)
+        if stage == "train --no-fill":
+            return run.update_path(step).exists()
+        return run.rollout(step).done() if stage == "rollout" else run.is_scored(step)
+
+    def _attempt(self, stage: str, step: int, kills: int) -> int:
+        """Let workers do a stage, kill some of them, and return how many."""
+        start, dealt = time.monotonic(), 0
+        workers = [self._worker(stage) for _ in range(WORKERS if self.kills else 1)]
+        while workers:
+            if dealt < kills and not self._is_done(stage, step):
+                delay = self.chance.uniform(0, self._spans[stage])
+                time.sleep(delay)
+            workers = [pid for pid in workers if not self._has_ended(pid, stage)]
+            if workers and dealt < kills:
+                victim = self.chance.choice(workers)
+                os.kill(victim, signal.SIGKILL)
+                os.waitpid(victim, 0)
+                workers.remove(victim)
+                workers.append(self._worker(stage))
+                dealt += 1
+                self.killed[stage] += 1
+                print(f"kill {sum(self.killed.values())}: step {step}, {stage}", file=sys.stderr)
+            time.sleep(0.01)
+        if not dealt:
+            self._spans[stage] = time.monotonic() - start
+        return dealt
+
+    def _worker(self, stage: str) -> int:
+        """Run a stage's command in a forked process: the libraries are loaded already."""
+        if child := os.fork():
+            return child
+        options = [word for setting in self.settings for word in ("--set", setting)]
+        begin = [] if (self.path / "run.json").exists() else ["--recipe", QUICKSTART, *options]
+        result = invoke(*stage.split(), "--output", self.path, *begin)
+        if result.code not in FINE[stage]:
+            print(result.err, file=sys.stderr)
+        os._exit(result.code)
+
+    def _has_ended(self, pid: int, stage: str) -> bool:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status)
+        if ended and code not in FINE[stage]:
+            raise AssertionError(f"{stage}: a worker ended with {code}")
+        return bool(ended)
+
+
+def made(run: Path) -> dict[str, object]:
+    return {name: data for name, data in artifacts(run).items() if not name.endswith(".lock")}
+
+
+def files(run: Path) -> list[str]:
+    """All names but those of claims: one whose owner died last of all stays, and does no harm."""
+    return sorted(name for name in names(run) if not name.endswith(".lock"))
+
+
+def check_every_response_is_there_once(run: Run, steps: int) -> int:
+    """Return how many there are."""
+    count = 0
+    for step in range(steps):
+        stage = run.rollout(step)
+        found = [row.sample_id for index in range(len(stage.names)) for row in read_rows(stage.verify(index), Response)]
+        assert found == [name for name, _ in run.draws(step)], f"step {step}"
+        count += len(found)
+    return count
+
+
+def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, ...] = ()) -> str:
+    """Compare a chain under `kills` with an undisturbed one of as many steps, and return what there is to say of it."""
+    importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+    claims.LEASE, claims.HEARTBEAT = 5.0, 0.2  # three that want to train see soon that one is at it
+    settings = ("rollout.parts=6", "eval.every=0", "pipeline.threads=1", *settings)
+    disturbed = Chain(folder / "disturbed", settings, kills, random.Random(seed))
+    done = disturbed.go(steps)
+    Chain(folder / "undisturbed", settings, 0, random.Random(seed)).go(done)
+    found, wanted = (made(folder / name) for name in ("disturbed", "undisturbed"))
+    assert {*files(folder / "disturbed")} ^ {*files(folder / "undisturbed")} == set()
+    assert [name for name, data in found.items() if data != wanted[name]] == []
+    responses = check_every_response_is_there_once(recorded_run(folder / "disturbed"), done)
+    assert invoke("status", folder / "disturbed", "--verify").code == 0
+    dealt = ", ".join(f"{number} of {stage}" for stage, number in disturbed.killed.items())
+    return (
+        f"{sum(disturbed.killed.values())} kills ({dealt}) in {done} steps: {len(found)} files equal to the bit, the "
+        f"student among them; {responses} responses, each once"
+    )
+
+
+# ── Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TINY = ("rollout.prompts_per_step=4", "rollout.max_tokens=4", "rollout.parts=1", "train.steps=1")
+CALLS = {  # where store.py finds what writes, renames and flushes
+    "write_text": Path,
+    "write_bytes": Path,
+    "write_table": store.pq,
+    "save_file": store,
+    "open": Path,
+    "mkdir": Path,
+    "rename": Path,
+    "replace": os,
+    "fsync": os,
+}
+
+
+class Disk:
+    """A disk on which the `at`-th write, rename or fsync that store.py asks for meets its fault.
+
+    It knows what a power cut would leave: of files that were not flushed the half, of renames in folders that were not
+    flushed none, if `undo`.
+    """
+
+    def __init__(self, run: Path, at: int | None, fault: Callable[["Disk", str, tuple[Any, ...]], None]):
+        self.run, self.at, self.count, self._fault = run, at, 0, fault
+        self._flushed: set[tuple[int, int]] = set()
+        self._renamed: list[tuple[Path, Path]] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        for name, home in CALLS.items():
+            patch.setattr(home, name, self._wrapped(name, getattr(home, name)))
+
+    def _wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            theirs = sys._getframe(1).f_code.co_filename != store.__file__
+            if theirs or (name == "open" and arguments[1] == "rb"):
+                return call(*arguments, **options)
+            if self.count == self.at:
+                self.at = None
+                self._fault(self, name, arguments)
+            self.count += 1
+            found = None if name == "fsync" else call(*arguments, **options)  # a real one takes long and tells nothing
+            if name == "fsync":
+                stat = os.fstat(arguments[0])
+                self._flushed.add((stat.st_ino, stat.st_size))
+                folder = Path(f"/proc/self/fd/{arguments[0]}").readlink()
+                self._renamed = [pair for pair in self._renamed if pair[1].parent != folder]
+            elif name in ("replace", "rename"):
+                self._renamed.append((Path(arguments[0]), Path(arguments[1])))
+            return found
+
+        return wrapped
+
+    def cut(self, undo: bool) -> None:
+        """Lose what was not flushed."""
+        for old, new in reversed(self._renamed) if undo else ():
+            new.rename(old)
+        for path in self.run.rglob("*"):
+            stat = path.lstat()
+            if path.is_file() and (stat.st_ino, stat.st_size) not in self._flushed:
+                os.truncate(path, stat.st_size // 2)
+
+
+def power_cut(disk: Disk, name: str, arguments: tuple[Any, ...]) -> None:
+    disk.cut(undo=disk.count % 2 == 0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def system_error(disk: Disk, name: str, arguments: tuple[Any, ...]) -> None:
+    """The call fails; of what was to be written some is there."""
+    if name.startswith("write"):
+        path = arguments[0] if name != "write_table" else arguments[1]
+        Path.open(path, "wb").write(b"half")
+    code = errno.ENOSPC if disk.count % 2 else errno.EIO
+    raise OSError(code, os.strerror(code))
+
+
+def train(output: Path) -> Result:
+    return invoke("train", "--recipe", QUICKSTART, *sets(*TINY), "--output", output)
+
+
+def train_until(output: Path, at: int | None, fault: Any) -> tuple[int, int]:
+    """Train in a forked process on a disk with a fault; return the wait status and how many calls there were."""
+    counted, child = output.with_suffix(".calls"), os.fork()
+    if child == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(output, at, fault)
+            disk.install(patch)
+            result = train(output)
+        counted.write_text(f"{disk.count}\n{result.err}")
+        os._exit(result.code)
+    status = os.waitpid(child, 0)[1]
+    return status, int(counted.read_text().splitlines()[0]) if os.WIFEXITED(status) else 0
+
+
+def check_nothing_wrong_is_read(output: Path, whole: Path) -> None:
+    """Whatever a reader takes for finished is what the undisturbed run has."""
+    if not (output / "run.json").exists():
+        return
+    found = status.status(recorded_run(output), verify=True)
+    assert not [stage for stage in found["stages"] if stage.state == "damaged"]
+    for stage in found["stages"]:
+        if stage.state == "done" and stage.stage in ("rollout", "teacher"):
+            for part in (whole / f"step-{stage.step:05d}/{stage.stage}").glob("part-*"):
+                assert (output / part.relative_to(whole)).read_bytes() == part.read_bytes()
+
+
+def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> str:
+    """Train on a disk that fails at the `start`-th call, at the one `stride` later, and so on, and look at each."""
+    claims.LEASE, claims.HEARTBEAT = 0.3, 0.1  # a claim whose file a power cut has spoilt is waited for a whole lease
+    folder.mkdir(exist_ok=True)
+    whole = folder / "whole"
+    code, total = train_until(whole, None, fault)
+    assert code == 0
+    for at in range(start, total, stride):
+        output = folder / f"run-{at}"
+        code, _ = train_until(output, at, fault)
+        if fault is power_cut:
+            assert os.WTERMSIG(code) == signal.SIGKILL
+        else:
+            said = output.with_suffix(".calls").read_text()
+            assert os.waitstatus_to_exitcode(code) == ExitCode.REACH, said
+            assert "disk is full" in said or "cannot be written: Input/output error" in said, said
+            assert not list(output.rglob(".tmp-*")), at
+        check_nothing_wrong_is_read(output, whole)
+        again = train(output)
+        assert again.code == 0, (at, again.err)
+        assert made(output) == made(whole), at
+        assert files(output) == files(whole), at
+        shutil.rmtree(output)
+    return f"{fault.__name__}: at {len(range(start, total, stride))} of {total} calls; each time a rerun ended the same"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
+    parser.add_argument("--calls", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.calls:
+            for fault in (power_cut, system_error):
+                print(fail_at_calls(Path(folder) / fault.__name__, fault))
+        else:
+            print(kill(Path(folder), arguments.kills, arguments.seed, arguments.steps, tuple(arguments.set)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,550 @@
+"""Damaged artifacts: whatever is wrong with a file, it is refused by name, with the reason, and without much memory.
+
+First damage as disks and people do it, which digests find; then files whose digests are right, made by somebody who
+means ill, or by a program with a fault: there the form is what decides.
+"""
+
+import contextlib
+import dataclasses
+import json
+import random
+import re
+import shutil
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import QUICKSTART, invoke, sets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from opdctl import SCHEMA_VERSION, manifests, store
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.manifests import Manifest, PartRecord, RunRecord, UpdateRecord
+from opdctl.records import RESPONSES, Response
+from opdctl.run import recorded_run
+from opdctl.scored import check_ids, join, read_scored
+
+SLACK = 2**20  # bytes that the reader itself may take, however small the file
+POOLS: list[pa.MemoryPool] = []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps. Tests leave it as it was."""
+    path = tmp_path_factory.mktemp("run") / "run"
+    settings = sets("rollout.prompts_per_step=6", "rollout.max_tokens=24", "train.keep_last=9", "rollout.parts=3")
+    result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", path)
+    assert result.code == 0, result.err
+    return path
+
+
+def read_everything(path: Path) -> None:
+    """Read what the commands read of a run, each thing once."""
+    run = recorded_run(path)
+    assert run.prompts
+    for step in range(2):
+        for stage in (run.rollout(step), *run.scores(step).values()):
+            assert len(stage.names) == 3
+        assert len(list(read_scored(run, step))) == 6
+        assert run.student_at(step + 1)
+        store.check_directory(run.trainer_path(step + 1), run.update(step)["trainer"])
+
+
+def refusal(read: Callable[[], object], size: int, *codes: ExitCode) -> OpdctlError:
+    """Return the error that reading gives, which must not take memory beyond twice the file's `size`."""
+    (error, taken), limit = attempt(read), 2 * size + SLACK
+    if taken > limit:  # once more: now and then a library loads something
+        error, taken = attempt(read)
+    assert taken < limit, taken
+    assert error.code in (codes or (ExitCode.DATA,)), error.message
+    return error
+
+
+def attempt(read: Callable[[], object]) -> tuple[OpdctlError, int]:
+    """Return the error that reading gives, and the bytes that it took at most."""
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    POOLS.append(pool)  # a buffer must not outlive its pool
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        with pytest.raises(OpdctlError) as caught:
+            read()
+        taken = tracemalloc.get_traced_memory()[1] + max(pool.max_memory(), 0)
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    return caught.value, taken
+
+
+# ── As disks and people do it ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cut(data: bytes, chance: random.Random) -> bytes:
+    return data[: chance.randrange(len(data))]
+
+
+def flip(data: bytes, chance: random.Random) -> bytes:
+    at = chance.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+
+
+def blank(data: bytes, chance: random.Random) -> bytes:
+    """A block of zeros, as after a power cut."""
+    at = chance.randrange(len(data))
+    return data[:at] + bytes(min(512, len(data) - at)) + data[at + 512 :]
+
+
+def lengthen(data: bytes, chance: random.Random) -> bytes:
+    return data + chance.randbytes(chance.randrange(1, 64))
+
+
+def files(run: Path) -> list[Path]:
+    found = [path for path in sorted(run.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+    return [path for path in found if path.name not in ("recipe.toml", "metrics.jsonl")]  # the user's, and a copy
+
+
+def test_every_file_in_every_way_is_refused_with_its_name(run: Path) -> None:
+    chance, count, read = random.Random(0), 0, lambda: read_everything(run)
+    read()
+    for path in files(run):
+        whole = path.read_bytes()
+        for damage in (cut, flip, flip, blank, lengthen):
+            damaged = damage(whole, chance)
+            if damaged == whole:
+                continue
+            path.write_bytes(damaged)
+            error = refusal(read, path.stat().st_size)
+            assert str(path) in error.message, (damage, error.message)
+            assert error.hint
+            count += 1
+        path.write_bytes(whole)
+    read()
+    assert count > 200
+
+
+def test_parts_that_are_swapped_are_refused(run: Path) -> None:
+    for folder, other in (("rollout", "rollout"), ("teacher", "teacher"), ("rollout", "teacher")):
+        one, two = (
+            sorted((run / "step-00000" / folder).glob("part-*"))[0],
+            sorted((run / "step-00001" / other).glob("part-*"))[1],
+        )
+        first, second = one.read_bytes(), two.read_bytes()
+        one.write_bytes(second)
+        two.write_bytes(first)
+        error = refusal(lambda: read_everything(run), len(first) + len(second))
+        assert str(one) in error.message
+        one.write_bytes(first)
+        two.write_bytes(second)
+
+
+def test_a_symbolic_link_is_not_followed(run: Path, tmp_path: Path) -> None:
+    step = run / "step-00000"
+    names = ("rollout", "rollout/manifest.json", "teacher/part-00001-of-00003.safetensors", "update.json")
+    for path in (run / "run.json", step, *(step / name for name in names), run / "student/step-00001/config.json"):
+        elsewhere = tmp_path / "elsewhere"
+        path.rename(elsewhere)
+        path.symlink_to(elsewhere)
+        error = refusal(lambda: read_everything(run), 2**20)
+        assert f"{path}: damaged: a symbolic link" in error.message
+        path.unlink()
+        elsewhere.rename(path)
+    read_everything(run)
+
+
+# ── With digests that are right ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def forged(path: Path, **changes: Any) -> None:
+    """Write a JSON file with other values, and the digest of those."""
+    value = {**json.loads(path.read_text()), **changes}
+    store.write_json(path, {key: each for key, each in value.items() if key != "digest" and each is not ...})
+
+
+def part(**changes: Any) -> dict[str, Any]:
+    whole = {"name": "part-00000-of-00003.parquet", "rows": 2, "tokens": 9, "bytes": 9, "sha256": "0" * 64}
+    return {key: value for key, value in {**whole, **changes}.items() if value is not ...}
+
+
+MANIFESTS: list[dict[str, Any]] = [
+    *({"parts": [part(name=name)]} for name in ("../../x", "/etc/passwd", "a/b", "..", "", "a\n", "C:\\x", None, 5)),
+    *({"parts": [part(sha256=value)]} for value in ("", "0" * 63, "G" * 64, "0" * 64 + "\n", 0, None, ...)),
+    *(
+        {"parts": [part(**{key: value})]}
+        for key in ("rows", "bytes")
+        for value in (-1, 1.5, True, "1", 2**63, None, ...)
+    ),
+    *({"parts": value} for value in (None, {}, "parts", [1], [[]], [{}], ...)),
+    *({"settings": value} for value in (None, [], "x", ...)),
+    *({"inputs": value} for value in (None, [], {"policy": 1}, ...)),
+    *({"fingerprint": value} for value in (None, 1, "x", ...)),
+    *({"schema_version": value} for value in (1, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, "3", None, ...)),
+    *({key: ...} for key in ("stage", "meaning")),
+]
+
+
+@pytest.mark.parametrize("changes", MANIFESTS, ids=str)
+def test_a_forged_manifest_is_refused_with_the_key(run: Path, changes: dict[str, Any]) -> None:
+    path = run / "step-00001/rollout/manifest.json"
+    whole = path.read_bytes()
+    try:
+        forged(path, **changes)
+        error = refusal(lambda: read_everything(run), path.stat().st_size)
+        assert str(path) in error.message
+        assert next(iter(changes)).replace("_", " ") in error.message.replace("_", " ")
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "parts", [[], [part()], [part(name="part-00000-of-00004.parquet")] * 3, [part(), part(), part()]], ids=len
+)
+def test_a_manifest_of_other_parts_is_refused(run: Path, parts: list[dict[str, Any]]) -> None:
+    path = run / "step-00001/rollout/manifest.json"
+    whole = path.read_bytes()
+    try:
+        forged(path, parts=parts)
+        error = refusal(lambda: read_everything(run), path.stat().st_size)
+        assert f"{path}: damaged: lists other parts" in error.message
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("run.json", {"models": {}}),
+        ("run.json", {"models": {"student": {}}}),
+        ("run.json", {"models": None}),
+        ("run.json", {"prompts": {"rows": 1, "dropped": 0, "sha256": "x", "source_sha256": None}}),
+        ("run.json", {"prompts": ...}),
+        ("run.json", {"schema_version": 1}),
+        ("step-00000/update.json", {"student": {"../model.safetensors": "0" * 64}}),
+        ("step-00000/update.json", {"student": {"/etc/passwd": "0" * 64}}),
+        ("step-00000/update.json", {"student": {"config.json": "0" * 64}}),
+        ("step-00000/update.json", {"trainer": []}),
+        ("step-00000/update.json", {"metrics": {"loss": "0.1"}}),
+        ("step-00000/update.json", {"schema_version": 99}),
+    ],
+    ids=str,
+)
+def test_other_forged_files_are_refused(run: Path, name: str, changes: dict[str, Any]) -> None:
+    whole = (run / name).read_bytes()
+    try:
+        forged(run / name, **changes)
+        codes = (
+            ExitCode.DATA,
+            ExitCode.SETTINGS,
+        )  # another student in update.json is not the one that drew the next step
+        assert refusal(lambda: read_everything(run), len(whole), *codes).hint
+    finally:
+        (run / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"null", b"{", b'{"a": 1}', b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"\0" * 9]
+)
+def test_what_is_no_json_object_of_ours_is_refused(run: Path, text: bytes) -> None:
+    for name in ("run.json", "step-00000/update.json", "step-00000/teacher/manifest.json"):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(text)
+        error = refusal(lambda: read_everything(run), len(text))
+        assert str(run / name) in error.message
+        (run / name).write_bytes(whole)
+
+
+def scores(run: Path) -> Path:
+    return sorted((run / "step-00000/teacher").glob("part-*"))[0]
+
+
+def meaning(path: Path) -> dict[str, Any]:
+    with store.safe_open(path, "np") as file:
+        found: dict[str, Any] = json.loads(file.metadata()["opdctl"])
+    return found
+
+
+Tensors = dict[str, np.ndarray]
+ROGUE_TENSORS: dict[str, Callable[[Tensors], Tensors | None]] = {
+    "nan": lambda t: t["logprobs"].__setitem__(3, np.nan),
+    "minus infinity": lambda t: t["logprobs"].__setitem__(0, -np.inf),
+    "infinity": lambda t: t["logprobs"].__setitem__(-1, np.inf),
+    "float64": lambda t: {**t, "logprobs": t["logprobs"].astype(np.float64)},
+    "float16": lambda t: {**t, "logprobs": t["logprobs"].astype(np.float16)},
+    "integers": lambda t: {**t, "logprobs": t["logprobs"].astype(np.int32)},
+    "two dimensions": lambda t: {**t, "logprobs": t["logprobs"][:, None]},
+    "no dimension": lambda t: {**t, "logprobs": np.float32(1)[None].reshape(())},
+    "one token less": lambda t: {**t, "logprobs": t["logprobs"][:-1]},
+    "one token more": lambda t: {**t, "logprobs": np.append(t["logprobs"], np.float32(-1))},
+    "no log-probs": lambda t: {"offsets": t["offsets"]},
+    "no offsets": lambda t: {"logprobs": t["logprobs"]},
+    "a stranger": lambda t: {**t, "stranger": t["logprobs"]},
+    "entropies of nan": lambda t: {**t, "entropies": t["logprobs"] * np.float32(np.nan)},
+    "short entropies": lambda t: {**t, "entropies": t["logprobs"][1:]},
+    "top ids of floats": lambda t: {**t, "top_ids": t["logprobs"][:, None]},
+    "hidden states of one dimension": lambda t: {**t, "hidden_states": t["logprobs"]},
+    "an empty hidden size of 2^40": lambda t: {**t, "top_logprobs": np.zeros((0, 2**40), np.float32)},
+    "huge offsets": lambda t: t["offsets"].__setitem__(-1, 2**62),
+    "offsets that wrap": lambda t: t["offsets"].__setitem__(slice(None), [0, 2**63 - 1, -(2**63)][: len(t["offsets"])]),
+    "negative offsets": lambda t: t["offsets"].__setitem__(1, -5),
+    "falling offsets": lambda t: t["offsets"].__setitem__(1, t["offsets"][-1] + 1),
+    "offsets from one": lambda t: t["offsets"].__setitem__(0, 1),
+    "moved offsets": lambda t: t["offsets"].__setitem__(1, t["offsets"][1] - 1),
+    "floating offsets": lambda t: {**t, "offsets": t["offsets"].astype(np.float64)},
+    "short integers as offsets": lambda t: {**t, "offsets": t["offsets"].astype(np.int32)},
+    "no offset at all": lambda t: {**t, "offsets": t["offsets"][:0]},
+    "an offset too many": lambda t: {**t, "offsets": np.append(t["offsets"], t["offsets"][-1])},
+    "offsets of two dimensions": lambda t: {**t, "offsets": t["offsets"][:, None]},
+}
+ROGUE_MEANINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "duplicate ids": lambda m: {**m, "sample_ids": [m["sample_ids"][0]] * len(m["sample_ids"])},
+    "another id": lambda m: {**m, "sample_ids": ["stranger", *m["sample_ids"][1:]]},
+    "an id less": lambda m: {**m, "sample_ids": m["sample_ids"][1:]},
+    "ids of numbers": lambda m: {**m, "sample_ids": list(range(len(m["sample_ids"])))},
+    "ids of lists": lambda m: {**m, "sample_ids": [[] for _ in m["sample_ids"]]},
+    "no ids": lambda m: {"rollout": m["rollout"]},
+    "other responses": lambda m: {**m, "rollout": "0" * 64},
+    "no responses": lambda m: {**m, "rollout": None},
+    "a list": lambda m: [m],
+    "a number": lambda m: 5,
+}
+
+
+def resealed(stage: store.StageDir, data: bytes) -> None:
+    """Put `data` into the place of the first part, with the manifest saying so."""
+    path = stage.path / stage.names[0]
+    path.write_bytes(data)
+    manifest = json.loads(stage.manifest_path.read_text())
+    manifest["parts"][0] |= {"bytes": len(data), "sha256": store.sha256_file(path)}
+    forged(stage.manifest_path, parts=manifest["parts"])
+
+
+@pytest.fixture
+def teacher(run: Path) -> Iterator[store.StageDir]:
+    stage = recorded_run(run).score(0, "teacher")
+    saved = {path: path.read_bytes() for path in stage.path.iterdir()}
+    yield stage
+    for path, data in saved.items():
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [*ROGUE_TENSORS, *ROGUE_MEANINGS])
+def test_scores_of_another_form_are_refused(run: Path, teacher: store.StageDir, tmp_path: Path, name: str) -> None:
+    path, rogue = scores(run), tmp_path / "rogue"
+    tensors, said = load_file(path), meaning(path)
+    if name in ROGUE_TENSORS:
+        tensors = ROGUE_TENSORS[name](tensors) or tensors
+    else:
+        said = ROGUE_MEANINGS[name](said)
+    save_file(tensors, rogue, metadata={"opdctl": json.dumps(said)})
+    resealed(teacher, rogue.read_bytes())
+    error = refusal(lambda: read_everything(run), rogue.stat().st_size)
+    assert "sort12-" in error.message or str(path) in error.message, error.message
+
+
+def header(tensors: dict[str, Any], data: int = 64) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+META = {"opdctl": "{}"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(7),
+        struct.pack("<Q", 2**63) + bytes(64),
+        struct.pack("<Q", 2**40) + bytes(64),
+        header({"logprobs": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+        header({"logprobs": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 64]}}),
+        header({"logprobs": {"dtype": "F32", "shape": [16], "data_offsets": [64, 0]}}),
+        header({"logprobs": {"dtype": "F32", "shape": [16], "data_offsets": [-64, 0]}}),
+        header({"logprobs": {"dtype": "F128", "shape": [4], "data_offsets": [0, 64]}}),
+        header({"logprobs": {"dtype": "F32", "shape": [15], "data_offsets": [0, 64]}}),
+        header({"logprobs": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}, "__metadata__": META}),
+        header({"__metadata__": {"opdctl": "[" * 10**5}}, 0),
+        header({"__metadata__": {"opdctl": "no json"}}, 0),
+        header({"__metadata__": {}}, 0),
+        header({}, 0),
+        b"PK\x03\x04" + bytes(64),  # what torch.save begins with: a pickle in a zip
+        b"\x80\x04\x95" + bytes(64),
+    ],
+)
+def test_what_is_no_safetensors_of_ours_is_refused(run: Path, teacher: store.StageDir, data: bytes) -> None:
+    resealed(teacher, data)
+    error = refusal(lambda: read_everything(run), len(data))
+    assert str(scores(run)) in error.message
+
+
+def responses(run: Path) -> list[Response]:
+    return store.read_rows(sorted((run / "step-00000/rollout").glob("part-*"))[0], Response)
+
+
+def rows_table(rows: list[Response], **columns: Any) -> pa.Table:
+    """Return the rows as a table, with other columns in the place of those given; `...` leaves one out."""
+    plain = {name: [getattr(row, name) for row in rows] for name in RESPONSES.names}
+    arrays = {name: pa.array(plain[name], RESPONSES.field(name).type) for name in RESPONSES.names} | columns
+    return pa.table({name: array for name, array in arrays.items() if array is not ...})
+
+
+def lists(values: list[Any], kind: pa.DataType) -> pa.Array:
+    return pa.array(values, pa.list_(kind))
+
+
+ROGUE_ROWS: dict[str, Callable[[list[Response]], pa.Table]] = {
+    "a column less": lambda rows: rows_table(rows, answer=...),
+    "a column more": lambda rows: rows_table(rows, more=pa.array([1] * len(rows))),
+    "ids of 64 bits": lambda rows: rows_table(rows, response_ids=lists([[2]] * len(rows), pa.int64())),
+    "log-probs of 64 bits": lambda rows: rows_table(rows, logprobs=lists([[-1.0]] * len(rows), pa.float64())),
+    "text as ids": lambda rows: rows_table(rows, response_ids=lists([["a"]] * len(rows), pa.string())),
+    "a null id": lambda rows: rows_table(rows, sample_id=pa.array([None] * len(rows), pa.string())),
+    "null ids": lambda rows: rows_table(rows, response_ids=lists([None] * len(rows), pa.int32())),
+    "ids with nulls": lambda rows: rows_table(rows, response_ids=lists([[2, None]] * len(rows), pa.int32())),
+    "log-probs with nulls": lambda rows: rows_table(rows, logprobs=lists([[None]] * len(rows), pa.float32())),
+    "ragged top ids": lambda rows: rows_table(
+        rows, top_ids=lists([[1] * (len(r.response_ids) + 1) for r in rows], pa.int32())
+    ),
+    "prompts": lambda rows: pa.table({"prompt_id": ["a"], "answer": ["b"]}),
+    "no columns": lambda rows: pa.table({}),
+}
+
+
+@pytest.mark.parametrize("name", ROGUE_ROWS)
+def test_rows_of_another_form_are_refused(run: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "part.parquet"
+    pq.write_table(ROGUE_ROWS[name](responses(run)), path, write_page_checksum=True)
+    assert str(path) in refusal(lambda: store.read_rows(path, Response), path.stat().st_size).message
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+def test_responses_with_a_log_prob_that_is_no_number_or_twice_one_id_do_not_join(run: Path, value: float) -> None:
+    rows = responses(run)
+    found = store.read_scores(scores(run), recorded_run(run).rollout(0).sha256(0))
+    logprobs = rows[0].logprobs.copy()
+    logprobs[2] = value
+    spoilt = [dataclasses.replace(rows[0], logprobs=logprobs), *rows[1:]]
+    assert f"{rows[0].sample_id}: the student's logprobs at position 2 is {value}" in (
+        refusal(lambda: join(spoilt, {"teacher": found}), 0).message
+    )
+    assert "occurs twice" in refusal(lambda: join([*rows, rows[0]], {"teacher": found}), 0).message
+    for ids in ([2, -1], [2, 30000]):
+        strange = dataclasses.replace(rows[0], response_ids=np.array(ids, np.int32))
+        error = refusal(lambda row=strange: check_ids([row], recorded_run(run).student), 0)
+        assert f"{rows[0].sample_id}: a response id beyond" in error.message
+
+
+@pytest.mark.parametrize("damage", [cut, flip, blank, lengthen])
+def test_parquet_that_is_damaged_before_its_digest_is_taken_is_refused_or_read_right(
+    run: Path, tmp_path: Path, damage: Callable[[bytes, random.Random], bytes]
+) -> None:
+    chance, path, rows, refused = random.Random(1), tmp_path / "part.parquet", responses(run), list[str]()
+    whole = sorted((run / "step-00000/rollout").glob("part-*"))[0].read_bytes()
+    for _ in range(25):
+        path.write_bytes(damage(whole, chance))
+        try:
+            found = store.read_rows(path, Response)
+        except OpdctlError as error:
+            refused.append(f"{error.code} {error.message}")
+        else:
+            assert [row.response_ids.tolist() for row in found] == [row.response_ids.tolist() for row in rows]
+            assert [row.logprobs.tolist() for row in found] == [row.logprobs.tolist() for row in rows]
+    assert all(message.startswith(f"{ExitCode.DATA} {path}: damaged") for message in refused)
+    assert len(refused) > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        *(
+            ("run.json", command)
+            for command in ("train", "rollout", "score-teacher", "analyze-position", "status", "eval")
+        ),
+        *(("step-00001/update.json", command) for command in ("train", "status", "eval")),
+        *(
+            ("step-00001/rollout/manifest.json", each)
+            for each in ("rollout", "score-teacher", "analyze-position", "status")
+        ),
+    ],
+)
+def test_every_command_says_so_without_a_traceback(run: Path, tmp_path: Path, command: str, name: str) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / name).write_bytes((copy / name).read_bytes()[:-40])
+    place = [copy] if command in ("status", "analyze-position") else ["--output", copy]
+    result = invoke(command, *place)
+    assert result.code == ExitCode.DATA, result.err
+    assert str(copy / name) in result.err
+    assert "Traceback" not in result.err
+    assert "internal error" not in result.err
+
+
+# ── Any JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["../x", "0" * 64]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["name", "rows", "parts", "sha256", "models", "student", "a"]), inner, max_size=4
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    value=st.dictionaries(st.text(max_size=6), JSON),
+    kind=st.sampled_from([PartRecord, Manifest, RunRecord, UpdateRecord]),
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_is_read_as_it_was_written_or_refused_with_its_file(tmp_path: Path, value: dict, kind: type) -> None:
+    path = tmp_path / "any.json"
+    value.pop("schema_version", None)
+    value.pop("digest", None)
+    path.unlink(missing_ok=True)
+    try:
+        store.write_json(path, value)
+    except UnicodeEncodeError:  # a lone surrogate, which nothing here writes
+        return
+    assert repr(store.read_json(path)) == repr(value)
+    with pytest.raises(OpdctlError, match=re.escape(str(path))) as caught:
+        store.read_json(path, kind)
+    assert caught.value.code == ExitCode.DATA
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_a_manifest_with_any_value_at_any_place_is_the_same_kind_or_refused(data: st.DataObject) -> None:
+    manifest: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": "rollout",
+        "fingerprint": "0" * 64,
+        "settings": {"seed": 0},
+        "inputs": {"prompts": "x"},
+        "meaning": {},
+        "parts": [part()],
+    }
+    home = data.draw(st.sampled_from([manifest, manifest["parts"][0]]))
+    key, value = data.draw(st.sampled_from(sorted(home))), data.draw(JSON)
+    home[key] = value
+    try:
+        found = manifests.check(manifest, Manifest)
+    except ValueError:
+        return
+    for each in found["parts"]:
+        assert (Path("/run") / each["name"]).resolve().parent == Path("/run")
+        assert 0 <= each["rows"] < 2**63
+        assert re.fullmatch("[0-9a-f]{64}", each["sha256"])
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_a_json_object_or_refused(data: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert isinstance(manifests.parse(data), dict)
