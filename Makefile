@@ -16,7 +16,7 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/opdctl analyze-position runs/quickstart
 
 test: lint
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
