@@ -1,7 +1,8 @@
 """The recipe: its schema with every default, how files and `--set` merge, and every error at once. Imports no torch.
 
-A recipe is one complete run in TOML. Later files and `--set a.b=c` override earlier ones key by key. The default of
-each key is the recommended setting; the text below a key is its documentation.
+A recipe is one complete run in TOML. Later files and `--set a.b=c` override earlier ones key by key; `section = false`
+takes an earlier file's section away. The default of each key is the recommended setting; the text below a key is its
+documentation.
 """
 
 import dataclasses
@@ -599,6 +600,8 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
                 # Another component: the parameters of the one before are not its own.
                 into[name] = {k: v for k, v in into[name].items() if k == "times"}
             _merge(into[name], value, source, origin, f"{key}.")
+        elif value is False and isinstance(into.get(name), dict):
+            del into[name]  # the section of an earlier file is taken away
         else:
             into[name] = value
         origin[key] = source

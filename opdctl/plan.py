@@ -4,8 +4,9 @@ Tokens, bytes and hours are upper bounds: every prompt and response at its limit
 opdctl/sizes.py, for the hardware that the recipe names.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,11 @@ class Plan:
 
     def gpu_hours(self) -> float | None:
         """Return the GPU-hours of the whole run."""
-        return _sum(stage and stage.gpu_hours(self.times[name]) for name, stage in self.stages.items())
+        return _sum(stage.gpu_hours(self.times[name]) if stage else None for name, stage in self.stages.items())
 
     def seconds(self) -> float | None:
         """Return the time of the whole run where each stage waits for the one before."""
-        return _sum(stage and stage.total(self.times[name]) for name, stage in self.stages.items())
+        return _sum(stage.total(self.times[name]) if stage else None for name, stage in self.stages.items())
 
     def as_dict(self) -> dict[str, Any]:
         found = {"schema_version": SCHEMA_VERSION, **asdict(self), "hardware": self.hardware.model_dump()}
@@ -143,7 +144,9 @@ def _shape(here: ModelDir | None, told: Shape | None) -> Shape | None:
 
 def _parameters(here: ModelDir | None, shape: Shape | None) -> int | None:
     """Return how many a model has: those stored where it is here, else those that its shape makes."""
-    return here.parameters() if here else shape and sizes.parameters(shape)
+    if here:
+        return here.parameters()
+    return sizes.parameters(shape) if shape else None
 
 
 def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
@@ -156,23 +159,29 @@ def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
 def _stages(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> tuple[dict[str, Stage | None], dict[str, int]]:
     """Return what each stage takes, None where a model's shape is not known, and how often it is gone through."""
     steps, every, models = recipe.train.steps, recipe.eval.every, recipe.models()
-    student, teachers = shapes["student"], list(recipe.teacher_models())
-    stages: dict[str, Stage | None] = {"rollout": student and sizes.rollout(recipe, student)}
-    for name in recipe.scorers():
-        shape, of_all = shapes[name], 1 if name == REFERENCE else 1 / len(teachers)
-        stages[f"score {name}"] = shape and sizes.score(recipe, shape, models[name].dtype, of_all)
-    stages["update"] = student and sizes.update(recipe, student, shapes[teachers[0]])
-    times = dict.fromkeys(stages, steps)
+    teachers = list(recipe.teacher_models())
+    work: dict[str, tuple[str, Callable[[Shape], Stage | None]]] = {
+        "rollout": ("student", partial(sizes.rollout, recipe)),
+        **{f"score {name}": (name, partial(_score_stage, recipe, name)) for name in recipe.scorers()},
+        "update": ("student", lambda shape: sizes.update(recipe, shape, shapes[teachers[0]])),
+    }
+    times = dict.fromkeys(work, steps)
     if every:
-        for name in ("student", *teachers):
-            shape = shapes[name]
-            stages[f"eval {name}"] = shape and _evaluation_stage(recipe, shape, models[name].dtype)
-            times[f"eval {name}"] = 1
+        evaluated = ["student", *teachers]
+        work |= {f"eval {name}": (name, partial(_evaluation_stage, recipe, models[name].dtype)) for name in evaluated}
+        times |= {f"eval {name}": 1 for name in teachers}
         times["eval student"] = 1 + len(range(every, steps, every)) + 1  # before, in between, and after
+    stages = {name: count(shape) if (shape := shapes[model]) else None for name, (model, count) in work.items()}
     return stages, times
 
 
-def _evaluation_stage(recipe: Recipe, shape: Shape, dtype: str) -> Stage | None:
+def _score_stage(recipe: Recipe, name: str, shape: Shape) -> Stage:
+    """Return what one scorer takes. Teachers are taken to have the same number of prompts each."""
+    share = 1 if name == REFERENCE else 1 / len(recipe.teacher_models())
+    return sizes.score(recipe, shape, recipe.models()[name].dtype, share)
+
+
+def _evaluation_stage(recipe: Recipe, dtype: str, shape: Shape) -> Stage | None:
     """Return what one evaluation on all benchmarks takes: memory of the largest, seconds of all."""
     found = []
     for bench in _benches(recipe, None):
@@ -212,11 +221,8 @@ def _benches(recipe: Recipe, data: Path | None) -> list[dict[str, Any]]:
     for name in recipe.eval.bench:
         benchmark = find(name, recipe.eval)
         here = data is not None or benchmark.source.local
-        wanted = recipe.eval.problems
-        if here:
-            problems = len(benchmark.problems(wanted, data))
-        else:
-            problems = min((n for n in (wanted, benchmark.size) if n), default=None)
+        known = [count for count in (recipe.eval.problems, benchmark.size) if count]
+        problems = len(benchmark.problems(recipe.eval.problems, data)) if here else min(known, default=None)
         responses = _times(problems, benchmark.samples_under(recipe.eval))
         tokens = _times(responses, recipe.eval.max_tokens)
         benches.append({"bench": name, "problems": problems, "responses": responses, "max_response_tokens": tokens})
@@ -292,8 +298,9 @@ def _stage_rows(plan: Plan, name: str, stage: Stage | None) -> list[tuple[str, s
     at_once = "" if stage.at_once is None else f", {stage.at_once} responses at once"
     took = f"≤ {_time(stage.seconds)} × {plan.times[name]}, {_hours(stage.gpu_hours(plan.times[name]))}"
     memory = f"{size(stage.bytes)} on each of {stage.gpus} GPU{'s' * (stage.gpus > 1)}{at_once}"
-    parts = " + ".join(f"{size(count)} {what}" for what, count in stage.memory.items() if count)
-    return [(name, f"{memory}; {took}" if fits else f"DOES NOT FIT: {memory}"), ("", parts)]
+    unit, length = _unit(stage.bytes)
+    parts = ", ".join(f"{count / length:.1f} {what}" for what, count in stage.memory.items() if count)
+    return [(name, f"{memory}; {took}" if fits else f"DOES NOT FIT: {memory}"), ("", f"{unit}: {parts}")]
 
 
 def _count(number: int | None) -> str:
@@ -318,8 +325,14 @@ def size(count: int | None) -> str:
     """Return a number of bytes for a person, in powers of 1024."""
     if count is None:
         return "unknown size"
-    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    unit, length = _unit(count)
+    return f"{count} B" if unit == "B" else f"{count / length:.1f} {unit}"
+
+
+def _unit(count: int) -> tuple[str, int]:
+    """Return the unit that leaves the fewest digits before the point, and the bytes that it stands for."""
+    unit, length = "B", 1
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if count >= 1024 * length:
+            unit, length = larger, 1024 * length
+    return unit, length

@@ -16,7 +16,7 @@ from opdctl.model import ModelDir
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # float32, and AdamW's two moments, a parameter
 STATE_BYTES = 4 + MOMENT_BYTES  # the float32 weight and the two moments, as they are saved
-CHUNK_BYTES = 4 * 2**24  # a chunk of logits: opdctl/logprobs.py, which imports torch
+CHUNK_LOGITS = 2**24  # logits of a chunk, in float32: opdctl/logprobs.py, which imports torch
 CHUNKS = 2  # alive at once
 DRAW_COPIES = 3  # float32 copies of the next token's logits while it is drawn
 
@@ -156,6 +156,16 @@ def _gpus_per_engine(recipe: Recipe, engine: str) -> int:
     return 1 if engine == "transformers" else recipe.vllm.tensor_parallel * recipe.vllm.pipeline_parallel
 
 
+def _batch_tokens(recipe: Recipe, budget: int) -> int:
+    """Return the tokens of a full batch: a longer response goes alone, and there are no more than a step's."""
+    longest = recipe.prompts.max_tokens + recipe.rollout.max_tokens
+    return min(max(budget, longest), recipe.responses_per_step() * longest)
+
+
+def _chunk_bytes(shape: Shape, tokens: int) -> int:
+    return CHUNKS * 4 * min(CHUNK_LOGITS, tokens * shape.vocabulary)
+
+
 def _engine_memory(shape: Shape, dtype: str, share: int) -> dict[str, int]:
     """Return what an engine's weights take on each of `share` GPUs; the output matrix lies there in float32 too."""
     memory = {"weights": parameters(shape) * BYTES[dtype] // share}
@@ -182,9 +192,7 @@ def drawing(
     memory |= {"cache": max(at_once, 1) * of_one, "logits": max(at_once, 1) * of_one_logits}
     if at_once < 1:
         return Stage(hardware.rollout_gpus, memory, None, 0)
-    prefill = _seconds(
-        hardware, dtype, forward_flops(shape, responses * prompt, prompt / 2), 0, hardware.rollout_gpus
-    )
+    prefill = _seconds(hardware, dtype, forward_flops(shape, responses * prompt, prompt / 2), 0, hardware.rollout_gpus)
     tokens_each = max(1.0, responses / (copies * at_once)) * response
     seconds = prefill + tokens_each * _token_seconds(hardware, shape, dtype, at_once, prompt + response / 2, share)
     return Stage(hardware.rollout_gpus, memory, seconds, at_once)
@@ -207,9 +215,7 @@ def rollout(recipe: Recipe, shape: Shape) -> Stage:
     """Size up drawing a step's responses."""
     settings = recipe.rollout
     responses = recipe.responses_per_step()
-    return drawing(
-        recipe, shape, recipe.student.dtype, settings, responses, settings.parts, settings.batch_size
-    )
+    return drawing(recipe, shape, recipe.student.dtype, settings, responses, settings.parts, settings.batch_size)
 
 
 def score(recipe: Recipe, shape: Shape, dtype: str, of_all: float = 1) -> Stage:
@@ -218,11 +224,11 @@ def score(recipe: Recipe, shape: Shape, dtype: str, of_all: float = 1) -> Stage:
     share = _gpus_per_engine(recipe, engine)
     prompt, response = recipe.prompts.max_tokens, recipe.rollout.max_tokens
     memory, width = _engine_memory(shape, dtype, share), BYTES[dtype]
-    batch = max(recipe.score.tokens_per_batch, prompt + response)
+    batch = _batch_tokens(recipe, recipe.score.tokens_per_batch)
     if engine == "transformers":
         inner = 3 * shape.feed_forward * shape.active_experts
         memory["activations"] = batch * (width * (4 * shape.hidden + inner) + 4 * shape.hidden)
-        memory["logits"] = CHUNKS * CHUNK_BYTES
+        memory["logits"] = _chunk_bytes(shape, batch)
     else:
         memory["cache"] = batch * cache_bytes(shape, width, share) // recipe.vllm.pipeline_parallel
         memory["logits"] = 2 * 4 * recipe.vllm.max_batched_tokens * shape.vocabulary
@@ -245,8 +251,8 @@ def update(recipe: Recipe, shape: Shape, teacher: Shape | None) -> Stage:
     memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape)
     if teacher is not None and objective_of(recipe).support == "full":
         memory["teacher's output matrix"] = 4 * head_parameters(teacher)
-        memory["logits"] += CHUNKS * CHUNK_BYTES
-        memory["activations"] += 4 * teacher.hidden * max(settings.tokens_per_micro_batch, tokens)
+        memory["logits"] *= 2
+        memory["activations"] += 4 * teacher.hidden * _batch_tokens(recipe, settings.tokens_per_micro_batch)
     return Stage(hardware.train_gpus, memory, settings.updates_per_step * once)
 
 
@@ -277,9 +283,10 @@ def _trained_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
 
 def _micro_batch_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
     """Return what a full micro-batch takes; with checkpointing, the layers' inputs and one layer's activations."""
-    settings, prompt, response = recipe.train, recipe.prompts.max_tokens, recipe.rollout.max_tokens
-    tokens = max(settings.tokens_per_micro_batch, prompt + response)
+    tokens = _batch_tokens(recipe, recipe.train.tokens_per_micro_batch)
     of_a_layer = activation_bytes(shape, recipe.student.dtype == "bfloat16")
-    layers = 4 * shape.hidden * shape.layers + of_a_layer if settings.gradient_checkpointing else shape.layers * of_a_layer
+    layers = shape.layers * of_a_layer
+    if recipe.train.gradient_checkpointing:
+        layers = shape.layers * 4 * shape.hidden + of_a_layer
     ends = 4 * 4 * shape.hidden  # the last norm's two, and of the response tokens the states and their gradient
-    return {"activations": tokens * (layers + ends), "logits": CHUNKS * CHUNK_BYTES}
+    return {"activations": tokens * (layers + ends), "logits": _chunk_bytes(shape, tokens)}
