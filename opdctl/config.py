@@ -420,7 +420,7 @@ FREE = (
     "server.",
     "hardware.",
 )
-FREE_OF_A_MODEL = re.compile(r"\.(shape|server|served_name)(\.|$)")
+FREE_OF_A_MODEL = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(shape|server|served_name)(\.|$)")
 """Keys, by their beginning and by what stands in them, that may change between two calls on one run directory. An
 evaluation checks its own."""
 
@@ -431,7 +431,7 @@ def is_table(name: str) -> bool:
 
 
 def is_free(key: str) -> bool:
-    return key.startswith(FREE) or FREE_OF_A_MODEL.search(key) is not None
+    return key.startswith(FREE) or FREE_OF_A_MODEL.match(key) is not None
 
 
 def shapes(key: str) -> list[str]:

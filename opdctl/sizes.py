@@ -112,11 +112,14 @@ def activation_bytes(shape: Shape, low: bool) -> int:
     input, attention its queries, keys, values and output, the gated feed-forward four arrays of its inner size.
     """
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    inner = shape.feed_forward * shape.active_experts
-    routed = 2 * shape.hidden * shape.active_experts if shape.experts > 1 else 0  # each expert's input and output
+    experts = 4 * 4 * shape.feed_forward * shape.active_experts
+    if shape.experts > 1:  # of each its input and output too; autocast leaves experts in float32
+        experts += 4 * 2 * shape.hidden * shape.active_experts
+    elif low:
+        experts //= 2
     if low:
-        return 26 * shape.hidden + 10 * (queries + keys) + 2 * (4 * inner + routed)
-    return 4 * (6 * shape.hidden + 4 * (queries + keys) + 4 * inner + routed)
+        return 26 * shape.hidden + 10 * (queries + keys) + experts
+    return 4 * (6 * shape.hidden + 4 * (queries + keys)) + experts
 
 
 # ── A stage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
