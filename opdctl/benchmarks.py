@@ -39,13 +39,15 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark. `samples` is how often a problem is answered unless the recipe says otherwise; `wants` the form
-    that the answer is asked for in: within \\boxed{}, as a block of code, or in none."""
+    that the answer is asked for in: within \\boxed{}, as a block of code, or in none; `size` how many problems it has,
+    where that is fixed."""
 
     name: str
     source: Source
     grader: grading.Grader
     samples: int = 32
     wants: Literal["box", "code", "any"] = "box"
+    size: int | None = None
 
     def samples_under(self, settings: Eval) -> int:
         """Return how often each problem is answered."""
@@ -195,23 +197,33 @@ def find(name: str, settings: Eval) -> Benchmark:
 def _all() -> Iterator[Benchmark]:
     math = grading.mathematics
     yield Benchmark("sort12", Embedded(), grading.Text(sort12.extract), samples=1, wants="any")
-    yield Benchmark("aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math)
-    yield Benchmark("aime25", Hub("MathArena/aime_2025", "c94da77eb22bbd6439e62a323bec18493a421302", "train"), math)
     yield Benchmark(
-        "hmmt25_feb", Hub("MathArena/hmmt_feb_2025", "6fdc4277120810ff75aa22d2d5489b91f7a262a1", "train"), math
+        "aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math, size=30
     )
     yield Benchmark(
-        "hmmt25_nov", Hub("MathArena/hmmt_nov_2025", "118dbfb45c4c9467c672268ed55166642897aa46", "train"), math
+        "aime25", Hub("MathArena/aime_2025", "c94da77eb22bbd6439e62a323bec18493a421302", "train"), math, size=30
     )
-    yield Benchmark("amc23", Hub("math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057"), math)
-    yield Benchmark("math500", Hub("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"), math, 4)
     yield Benchmark(
-        "gsm8k", Hub("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", subset="main"), math, samples=4
+        "hmmt25_feb", Hub("MathArena/hmmt_feb_2025", "6fdc4277120810ff75aa22d2d5489b91f7a262a1", "train"), math, size=30
     )
-    yield Benchmark("minerva", Hub("math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96"), math, 4)
-    yield Benchmark("olympiadbench", Hub("math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84"), math, 4)
-    yield Benchmark("humaneval_plus", EvalPlus("humaneval"), execution.code, samples=4, wants="code")
-    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), execution.code, samples=4, wants="code")
+    yield Benchmark(
+        "hmmt25_nov", Hub("MathArena/hmmt_nov_2025", "118dbfb45c4c9467c672268ed55166642897aa46", "train"), math, size=30
+    )
+    yield Benchmark("amc23", Hub("math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057"), math, size=40)
+    yield Benchmark(
+        "math500", Hub("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"), math, 4, size=500
+    )
+    yield Benchmark(
+        "gsm8k", Hub("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", subset="main"), math, 4, size=1319
+    )
+    yield Benchmark(
+        "minerva", Hub("math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96"), math, 4, size=272
+    )
+    yield Benchmark(
+        "olympiadbench", Hub("math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84"), math, 4, size=674
+    )
+    yield Benchmark("humaneval_plus", EvalPlus("humaneval"), execution.code, samples=4, wants="code", size=164)
+    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), execution.code, samples=4, wants="code", size=378)
 
 
 for _benchmark in _all():

@@ -1,7 +1,8 @@
 """The recipe: its schema with every default, how files and `--set` merge, and every error at once. Imports no torch.
 
-A recipe is one complete run in TOML. Later files and `--set a.b=c` override earlier ones key by key. The default of
-each key is the recommended setting; the text below a key is its documentation.
+A recipe is one complete run in TOML. Later files and `--set a.b=c` override earlier ones key by key; `section = false`
+takes an earlier file's section away. The default of each key is the recommended setting; the text below a key is its
+documentation.
 """
 
 import dataclasses
@@ -37,6 +38,29 @@ class Section(BaseModel):
     )
 
 
+class Shape(Section):
+    """The sizes that tell what a decoder takes: what `--dry-run` counts with where the model itself is out of reach."""
+
+    layers: int = Field(gt=0)
+    hidden: int = Field(gt=0)
+    """Size of the hidden states."""
+    heads: int = Field(gt=0)
+    """Heads of the queries."""
+    kv_heads: int = Field(gt=0)
+    """Heads of keys and values."""
+    head_size: int = Field(gt=0)
+    feed_forward: int = Field(gt=0)
+    """Inner size of the feed-forward layer, of one expert where there are several."""
+    vocabulary: int = Field(gt=0)
+    """Rows of the output matrix."""
+    experts: int = Field(default=1, gt=0)
+    """Experts of a layer; 1 is a dense model."""
+    active_experts: int = Field(default=1, gt=0)
+    """Experts that a token goes through."""
+    tied: bool = False
+    """Whether the output matrix is the embedding."""
+
+
 class Model(Section):
     model: str
     """`toy:teacher`, `toy:student` or `toy:student-spread`, a model directory, or a hub id."""
@@ -46,8 +70,8 @@ class Model(Section):
     """The type of the weights in engines and, for the student, in the exported directory."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read that code."""
-    parameters: int | None = Field(default=None, gt=0)
-    """Number of parameters: only for `--dry-run` where the model itself is out of reach."""
+    shape: Shape | None = None
+    """Its sizes, only for `--dry-run` where the model itself is out of reach."""
     server: str | None = Field(default=None, pattern=r"^https?://[^\s@?#]+$")
     """Address of a vLLM server of this very model, such as `http://host:8000/v1`, for the engine `server`."""
     served_name: str | None = None
@@ -296,6 +320,27 @@ class Pipeline(Section):
     a step's first part; 0 checks nothing. The model is loaded a second time for it."""
 
 
+class Hardware(Section):
+    """What `--dry-run` counts memory and hours for; it changes nothing of a run. The defaults are those of one H100."""
+
+    rollout_gpus: int = Field(default=1, gt=0)
+    """GPUs that draw responses, of evaluations too."""
+    score_gpus: int = Field(default=1, gt=0)
+    """GPUs that score."""
+    train_gpus: int = Field(default=1, gt=0)
+    """GPUs that the student is sharded over."""
+    memory_gib: float = Field(default=80.0, gt=0)
+    """Memory of a GPU, in GiB."""
+    tflops: float = Field(default=989.0, gt=0)
+    """Peak of matrix products in 16 bits, dense, in TFLOP/s."""
+    tflops_float32: float = Field(default=67.0, gt=0)
+    """The same in float32, in which logits are made."""
+    bandwidth_gbs: float = Field(default=3350.0, gt=0)
+    """Peak bandwidth of a GPU's memory, in GB/s."""
+    utilisation: float = Field(default=0.4, gt=0, le=1)
+    """Share of these peaks that is reached."""
+
+
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the run directory, runs/<name>."""
@@ -320,6 +365,7 @@ class Recipe(Section):
     server: Server = Server()
     tracking: Tracking = Tracking()
     pipeline: Pipeline = Pipeline()
+    hardware: Hardware = Hardware()
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by its dotted key."""
@@ -383,10 +429,11 @@ FREE = (
     "pipeline.",
     "vllm.",
     "server.",
+    "hardware.",
 )
-FREE_END = (".parameters", ".server", ".served_name")
-"""Keys, by their beginning and their end, that may change between two calls on one run directory. An evaluation checks
-its own."""
+FREE_OF_A_MODEL = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(shape|server|served_name)(\.|$)")
+"""Keys, by their beginning and by what stands in them, that may change between two calls on one run directory. An
+evaluation checks its own."""
 
 
 def is_table(name: str) -> bool:
@@ -395,7 +442,7 @@ def is_table(name: str) -> bool:
 
 
 def is_free(key: str) -> bool:
-    return key.startswith(FREE) or key.endswith(FREE_END)
+    return key.startswith(FREE) or FREE_OF_A_MODEL.match(key) is not None
 
 
 def shapes(key: str) -> list[str]:
@@ -578,6 +625,8 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
                 # Another component: the parameters of the one before are not its own.
                 into[name] = {k: v for k, v in into[name].items() if k == "times"}
             _merge(into[name], value, source, origin, f"{key}.")
+        elif value is False and isinstance(into.get(name), dict):
+            del into[name]  # the section of an earlier file is taken away
         else:
             into[name] = value
         origin[key] = source

@@ -1,21 +1,23 @@
 """`--dry-run`: what a run will take, before anything is loaded, fetched or written.
 
-Tokens and bytes are upper bounds: every prompt and response at its limit. Memory is that of the weights and the
-optimizer; activations and key-value caches come on top.
+Tokens, bytes and hours are upper bounds: every prompt and response at its limit. Memory and hours are counted by
+opdctl/sizes.py, for the hardware that the recipe names.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opdctl import SCHEMA_VERSION, log, store
+from opdctl import SCHEMA_VERSION, log, sizes, store
 from opdctl.benchmarks import find
-from opdctl.config import Recipe, Rollout, Score, is_kept, model_key
+from opdctl.config import Hardware, Recipe, Rollout, Score, Shape, is_kept, model_key
 from opdctl.engines import resolve_device
 from opdctl.model import ModelDir, check_same_tokenizer, locate_here
 from opdctl.prompts import local_problems
 from opdctl.run import (
+    REFERENCE,
     Run,
     check_top_k,
     prepare_prompts,
@@ -24,10 +26,8 @@ from opdctl.run import (
     run_path,
     with_engines,
 )
+from opdctl.sizes import BYTES, STATE_BYTES, Stage
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TRAINER_BYTES = 4 + 4 + 8  # float32 master weight, gradient, and AdamW's two moments, a parameter
-STATE_BYTES = 4 + 8  # the float32 weight and the two moments, as they are saved
 ID_BYTES = LOGPROB_BYTES = HIDDEN_BYTES = 4
 
 
@@ -52,13 +52,28 @@ class Plan:
     """Of the student and of each model that scores."""
     model_bytes: dict[str, int | None]
     """Of each model's weights, in its own type."""
-    optimizer_bytes: int | None
     students_kept: int
     disk_bytes: int | None
-    lora: bool
+    hardware: Hardware
+    stages: dict[str, Stage | None]
+    """What each stage takes, on the GPUs that the recipe gives it."""
+    times: dict[str, int]
+    """How often each stage is gone through in the whole run."""
+
+    def gpu_hours(self) -> float | None:
+        """Return the GPU-hours of the whole run."""
+        return _sum(stage.gpu_hours(self.times[name]) if stage else None for name, stage in self.stages.items())
+
+    def seconds(self) -> float | None:
+        """Return the time of the whole run where each stage waits for the one before."""
+        return _sum(stage.total(self.times[name]) if stage else None for name, stage in self.stages.items())
 
     def as_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        found = {"schema_version": SCHEMA_VERSION, **asdict(self), "hardware": self.hardware.model_dump()}
+        for name, stage in self.stages.items():
+            if stage:
+                found["stages"][name] |= {"bytes": stage.bytes, "gpu_hours": stage.gpu_hours(self.times[name])}
+        return found | {"gpu_hours": self.gpu_hours(), "seconds": self.seconds()}
 
 
 def plan(recipe: Recipe, output: Path | None) -> Plan:
@@ -73,29 +88,21 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
     else:
         refuse_foreign_folder(recipe, path)
     models = recipe.models()
-    folders = {name: locate_here(model, f"{model_key(name)}.model") for name, model in models.items()}
-    dirs = {name: ModelDir(folder, "float32") for name, folder in folders.items() if folder}
-    for name in dirs.keys() & recipe.scorers() if "student" in dirs else ():
-        check_same_tokenizer(dirs["student"], dirs[name], name)
-    if "student" in dirs:
-        check_top_k(recipe, dirs["student"])
-    parameters = {name: dirs[name].parameters() if name in dirs else model.parameters for name, model in models.items()}
-    problems = local_problems(recipe.prompts)
-    if problems is not None and "student" in dirs:
-        prepare_prompts(recipe, problems, dirs["student"])
-    prompts = recipe.prompts.count if problems is None else len(problems)
+    dirs = _models_here(recipe)
+    shapes = {name: _shape(dirs.get(name), model.shape) for name, model in models.items()}
+    parameters = {name: _parameters(dirs.get(name), shapes[name]) for name in models}
+    prompts = _count_prompts(recipe, dirs.get("student"))
     responses, steps = recipe.responses_per_step(), recipe.train.steps
     prompt_tokens = responses * recipe.prompts.max_tokens
     response_tokens = responses * recipe.rollout.max_tokens
-    rollout, scores = _step_bytes(recipe, dirs)
+    rollout, scores = _step_bytes(recipe, shapes)
     artifacts = _times(_plus(rollout, scores), steps)
     newest = min(recipe.train.keep_last, steps)
     kept = newest + sum(is_kept(recipe, step) for step in range(1, steps - newest + 1))
-    frozen, own = (
-        recipe.lora.rank > 0,
-        BYTES[recipe.student.dtype],
-    )  # of adapters the size is not known here; it is small
-    disk = _times(parameters["student"], kept * own + (0 if frozen else newest * STATE_BYTES))
+    # Of adapters there is a state too; it is small.
+    state = 0 if recipe.lora.rank else newest * STATE_BYTES
+    disk = _times(parameters["student"], kept * BYTES[recipe.student.dtype] + state)
+    stages, times = _stages(recipe, shapes)
     return Plan(
         run_dir=str(path),
         device=resolve_device(recipe.pipeline.device),
@@ -112,10 +119,11 @@ def plan(recipe: Recipe, output: Path | None) -> Plan:
         artifact_bytes=artifacts,
         parameters=parameters,
         model_bytes={name: _times(parameters[name], BYTES[model.dtype]) for name, model in models.items()},
-        optimizer_bytes=_times(parameters["student"], own if frozen else TRAINER_BYTES),
-        lora=frozen,
         students_kept=kept,
         disk_bytes=_plus(artifacts, disk),
+        hardware=recipe.hardware,
+        stages=stages,
+        times=times,
     )
 
 
@@ -124,8 +132,8 @@ def check_space(run: Run, stages: Collection[str]) -> None:
     `update`. Warns where they may write more than there is room for."""
     surely, rollout = update_bytes(run) if "update" in stages else 0, "rollout" in stages
     store.require_space(run.path, surely, "the next student, with the state to go on from,")
-    sizes = _step_bytes(run.recipe, run.models)
-    most = surely + sizes[0] * rollout + (sizes[1] or 0) * ("score" in stages)
+    responses, scores = _step_bytes(run.recipe, {name: sizes.shape_of(model) for name, model in run.models.items()})
+    most = surely + responses * rollout + (scores or 0) * ("score" in stages)
     if most > (free := store.free_space(run.path)):
         log.warn(f"{run.path}: the step may take {store.readable(most)}, {store.readable(free)} are free")
 
@@ -136,12 +144,79 @@ def update_bytes(run: Run) -> int:
     return run.student.parameters() * (BYTES[run.recipe.student.dtype] + state)
 
 
-def _step_bytes(recipe: Recipe, dirs: Mapping[str, ModelDir]) -> tuple[int, int | None]:
+def _step_bytes(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> tuple[int, int | None]:
     """Return the most bytes that a step's rollout and scores can take; None if a hidden size is not known here."""
     responses = recipe.responses_per_step()
     tokens = responses * recipe.rollout.max_tokens
     rollout = ID_BYTES * (responses * recipe.prompts.max_tokens + tokens) + _stored_bytes(recipe.rollout) * tokens
-    return rollout, _times(_score_bytes(recipe, dirs), tokens)
+    return rollout, _times(_score_bytes(recipe, shapes), tokens)
+
+
+def _models_here(recipe: Recipe) -> dict[str, ModelDir]:
+    """Return the models that need no hub, checked against one another."""
+    folders = {name: locate_here(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
+    dirs = {name: ModelDir(folder, "float32") for name, folder in folders.items() if folder}
+    for name in dirs.keys() & recipe.scorers() if "student" in dirs else ():
+        check_same_tokenizer(dirs["student"], dirs[name], name)
+    if "student" in dirs:
+        check_top_k(recipe, dirs["student"])
+    return dirs
+
+
+def _shape(here: ModelDir | None, told: Shape | None) -> Shape | None:
+    return (sizes.shape_of(here) if here else None) or told
+
+
+def _parameters(here: ModelDir | None, shape: Shape | None) -> int | None:
+    """Return how many a model has: those stored where it is here, else those that its shape makes."""
+    if here:
+        return here.parameters()
+    return sizes.parameters(shape) if shape else None
+
+
+def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
+    problems = local_problems(recipe.prompts)
+    if problems is not None and student:
+        prepare_prompts(recipe, problems, student)
+    return recipe.prompts.count if problems is None else len(problems)
+
+
+def _stages(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> tuple[dict[str, Stage | None], dict[str, int]]:
+    """Return what each stage takes, None where a model's shape is not known, and how often it is gone through."""
+    steps, every, models = recipe.train.steps, recipe.eval.every, recipe.models()
+    teachers = list(recipe.teacher_models())
+    work: dict[str, tuple[str, Callable[[Shape], Stage | None]]] = {
+        "rollout": ("student", partial(sizes.rollout, recipe)),
+        **{f"score {name}": (name, partial(_score_stage, recipe, name)) for name in recipe.scorers()},
+        "update": ("student", lambda shape: sizes.update(recipe, shape, shapes[teachers[0]])),
+    }
+    times = dict.fromkeys(work, steps)
+    if every:
+        evaluated = ["student", *teachers]
+        work |= {f"eval {name}": (name, partial(_evaluation_stage, recipe, models[name].dtype)) for name in evaluated}
+        times |= {f"eval {name}": 1 for name in teachers}
+        times["eval student"] = 1 + len(range(every, steps, every)) + 1  # before, in between, and after
+    stages = {name: count(shape) if (shape := shapes[model]) else None for name, (model, count) in work.items()}
+    return stages, times
+
+
+def _score_stage(recipe: Recipe, name: str, shape: Shape) -> Stage:
+    """Return what one scorer takes. Teachers are taken to have the same number of prompts each."""
+    share = 1 if name == REFERENCE else 1 / len(recipe.teacher_models())
+    return sizes.score(recipe, shape, recipe.models()[name].dtype, share)
+
+
+def _evaluation_stage(recipe: Recipe, dtype: str, shape: Shape) -> Stage | None:
+    """Return what one evaluation on all benchmarks takes: memory of the largest, seconds of all."""
+    found = []
+    for bench in _benches(recipe, None):
+        if bench["problems"] is None:
+            return None
+        parts = min(recipe.eval.parts, bench["problems"])
+        settings = (recipe.eval, bench["responses"], parts, recipe.eval.batch_size)
+        found.append(sizes.drawing(recipe, shape, dtype, *settings))
+    largest = max(found, key=lambda stage: stage.bytes)
+    return Stage(largest.gpus, largest.memory, _sum(stage.seconds for stage in found), largest.at_once)
 
 
 def _stored_bytes(settings: Rollout | Score) -> int:
@@ -149,29 +224,34 @@ def _stored_bytes(settings: Rollout | Score) -> int:
     return LOGPROB_BYTES * (1 + settings.entropy) + (ID_BYTES + LOGPROB_BYTES) * settings.top_k
 
 
-def _score_bytes(recipe: Recipe, dirs: Mapping[str, ModelDir]) -> int | None:
+def _score_bytes(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> int | None:
     """Return the bytes that all scores of one token take; None if a hidden size is not known here."""
     settings, teachers = recipe.score, recipe.teacher_models()
     stored = _stored_bytes(settings) + LOGPROB_BYTES * recipe.rollout.top_k * settings.student_top_k
     reference = LOGPROB_BYTES * (recipe.reference is not None)
     if not settings.hidden_states:
         return stored + reference
-    sizes = [dirs[name].hidden_size() if name in dirs else None for name in teachers]
-    known = [size for size in sizes if size is not None]
-    return stored + reference + HIDDEN_BYTES * max(known) if len(known) == len(sizes) else None
+    known = [shape.hidden for name in teachers if (shape := shapes[name])]
+    return stored + reference + HIDDEN_BYTES * max(known) if len(known) == len(teachers) else None
 
 
 def evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> dict[str, Any]:
     """Size up an evaluation, benchmark by benchmark; None where the number of problems is only known to the hub."""
+    benches = _benches(recipe, data)
+    return {"schema_version": SCHEMA_VERSION, "run_dir": str(run_path(recipe, output)), "benches": benches}
+
+
+def _benches(recipe: Recipe, data: Path | None) -> list[dict[str, Any]]:
     benches = []
     for name in recipe.eval.bench:
         benchmark = find(name, recipe.eval)
         here = data is not None or benchmark.source.local
-        problems = len(benchmark.problems(recipe.eval.problems, data)) if here else recipe.eval.problems
+        known = [count for count in (recipe.eval.problems, benchmark.size) if count]
+        problems = len(benchmark.problems(recipe.eval.problems, data)) if here else min(known, default=None)
         responses = _times(problems, benchmark.samples_under(recipe.eval))
         tokens = _times(responses, recipe.eval.max_tokens)
         benches.append({"bench": name, "problems": problems, "responses": responses, "max_response_tokens": tokens})
-    return {"schema_version": SCHEMA_VERSION, "run_dir": str(run_path(recipe, output)), "benches": benches}
+    return benches
 
 
 def evaluation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -194,10 +274,20 @@ def _plus(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else one + other
 
 
+def _sum(values: Iterable[float | None]) -> float | None:
+    known, all_of_them = 0.0, True
+    for value in values:
+        known, all_of_them = known + (value or 0), all_of_them and value is not None
+    return known if all_of_them else None
+
+
+# ── For a person ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def rows(plan: Plan) -> list[tuple[str, str]]:
     """Return the plan as (what, how much) lines for a person."""
     epochs = "" if plan.epochs is None else f" = {plan.epochs:.2f} epochs"
-    trained = "frozen weights; adapters come on top" if plan.lora else "float32 weights, gradients and two moments"
+    there = plan.hardware
     return [
         ("run directory", plan.run_dir),
         ("device", plan.device),
@@ -209,19 +299,62 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
             f"≤ {size(plan.artifact_bytes)} in all; a step ≤ {size(plan.rollout_bytes_per_step)} rollout + "
             f"{size(plan.score_bytes_per_step)} scores",
         ),
+        ("disk", f"≤ {size(plan.disk_bytes)}: artifacts, {plan.students_kept} students, newest trainer states"),
         *(
-            (name, f"{_count(plan.parameters[name])} parameters, {size(plan.model_bytes[name])} in the engine")
+            (name, f"{_count(plan.parameters[name])} parameters, {size(plan.model_bytes[name])} in its own type")
             for name in plan.parameters
         ),
-        ("training", f"{size(plan.optimizer_bytes)}: {trained}"),
-        ("disk", f"≤ {size(plan.disk_bytes)}: artifacts, {plan.students_kept} students, newest trainer states"),
+        (
+            "hardware",
+            f"{there.memory_gib:g} GiB, {there.tflops:g} TFLOP/s ({there.tflops_float32:g} in float32) and "
+            f"{there.bandwidth_gbs:g} GB/s a GPU, of which {there.utilisation:.0%} is reached",
+        ),
+        *(row for name, stage in plan.stages.items() for row in _stage_rows(plan, name, stage)),
+        ("in all", f"≤ {_hours(plan.gpu_hours())}; {_time(plan.seconds())} where each stage waits for the one before"),
     ]
+
+
+def _stage_rows(plan: Plan, name: str, stage: Stage | None) -> list[tuple[str, str]]:
+    """Return what a stage takes in two lines: how much, and the memory by what takes it."""
+    if stage is None:
+        return [(name, "unknown: give the model's `shape`, or a benchmark whose size is known")]
+    room = plan.hardware.memory_gib * 2**30
+    fits = stage.seconds is not None and stage.bytes <= room
+    at_once = "" if stage.at_once is None else f", {stage.at_once} responses at once"
+    took = f"≤ {_time(stage.seconds)} × {plan.times[name]}, {_hours(stage.gpu_hours(plan.times[name]))}"
+    memory = f"{size(stage.bytes)} on each of {stage.gpus} GPU{'s' * (stage.gpus > 1)}{at_once}"
+    unit, length = _unit(stage.bytes)
+    parts = ", ".join(f"{count / length:.1f} {what}" for what, count in stage.memory.items() if count)
+    return [(name, f"{memory}; {took}" if fits else f"DOES NOT FIT: {memory}"), ("", f"{unit}: {parts}")]
 
 
 def _count(number: int | None) -> str:
     return "an unknown number of" if number is None else f"{number:,}"
 
 
+def _hours(hours: float | None) -> str:
+    return "an unknown number of GPU-hours" if hours is None else f"{hours:,.{0 if hours >= 10 else 1}f} GPU-hours"
+
+
+def _time(seconds: float | None) -> str:
+    """Return a time for a person, in the unit that leaves one to three digits before the point."""
+    if seconds is None:
+        return "unknown time"
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def size(count: int | None) -> str:
     """Return a number of bytes for a person, or that it is not known."""
     return "unknown size" if count is None else store.readable(count)
+
+
+def _unit(count: int) -> tuple[str, int]:
+    """Return the unit that leaves the fewest digits before the point, and the bytes that it stands for."""
+    unit, length = "B", 1
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if count >= 1024 * length:
+            unit, length = larger, 1024 * length
+    return unit, length

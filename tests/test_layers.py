@@ -20,6 +20,7 @@ ORDER = [  # a file imports from lines above its own only
     ["store"],
     ["dist", "log", "logprobs", "stats", "contamination", "grading", "checkpoint", "batches", "tasks.sort12"],
     ["tasks.train_models", "prompts", "model"],
+    ["sizes"],
     ["execution"],
     ["benchmarks", "card", "engines", "engines.http", "policy", "tracking"],
     ["engines.hf", "engines.vllm", "engines.server", "run"],

@@ -1,0 +1,295 @@
+"""What a model and the stages' work with it take: parameters, bytes, FLOPs, seconds. Imports no torch.
+
+The formulas are stated, and held against measurements, in docs/scaling.md. Lengths are upper bounds: every prompt and
+response at its limit. Memory is in bytes on one GPU, by what takes it; seconds are those of a stage's whole allocation
+for one step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from opdctl.config import Hardware, Recipe, Sampling, Shape, objective_of
+from opdctl.model import ModelDir
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # float32, and AdamW's two moments, a parameter
+STATE_BYTES = 4 + MOMENT_BYTES  # the float32 weight and the two moments, as they are saved
+CHUNK_LOGITS = 2**24  # logits of a chunk, in float32: opdctl/logprobs.py, which imports torch
+CHUNKS = 2  # alive at once
+DRAW_COPIES = 3  # float32 copies of the next token's logits while it is drawn
+
+
+# ── A model ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shape_of(model: ModelDir) -> Shape | None:
+    """Read a model's shape from its config, or return None where the config does not name it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            model.path, local_files_only=True, trust_remote_code=model.trust_remote_code
+        ).get_text_config()
+    except (OSError, ValueError, KeyError):
+        return None
+
+    def first(*names: str) -> Any:
+        return next((value for name in names if (value := getattr(config, name, None))), None)
+
+    layers, hidden, heads = (first(name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if not (layers and hidden and heads and first("vocab_size")):
+        return None
+    experts = first("num_experts", "num_local_experts", "n_routed_experts") or 1
+    inner = ("moe_intermediate_size", "intermediate_size") if experts > 1 else ("intermediate_size",)
+    return Shape(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=first("num_key_value_heads") or heads,
+        head_size=first("head_dim") or hidden // heads,
+        feed_forward=first(*inner) or 4 * hidden,
+        vocabulary=first("vocab_size"),
+        experts=experts,
+        active_experts=first("num_experts_per_tok") or 1,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def _attention_parameters(shape: Shape) -> int:
+    return shape.hidden * shape.head_size * (2 * shape.heads + 2 * shape.kv_heads)
+
+
+def _feed_forward_parameters(shape: Shape, experts: int) -> int:
+    router = shape.hidden * shape.experts if shape.experts > 1 else 0
+    return 3 * shape.hidden * shape.feed_forward * experts + router
+
+
+def block_parameters(shape: Shape) -> int:
+    """Return the parameters of one layer, its norms included."""
+    norms = 2 * shape.hidden + 2 * shape.head_size
+    return _attention_parameters(shape) + _feed_forward_parameters(shape, shape.experts) + norms
+
+
+def head_parameters(shape: Shape) -> int:
+    return shape.vocabulary * shape.hidden
+
+
+def parameters(shape: Shape) -> int:
+    """Return all parameters of a decoder with gated feed-forward layers and norms of queries and keys."""
+    matrices = 1 if shape.tied else 2
+    return shape.layers * block_parameters(shape) + matrices * head_parameters(shape) + shape.hidden
+
+
+def active_parameters(shape: Shape) -> int:
+    """Return the parameters of the layers' matrices that one token is multiplied by."""
+    return shape.layers * (_attention_parameters(shape) + _feed_forward_parameters(shape, shape.active_experts))
+
+
+def adapter_parameters(shape: Shape, rank: int) -> int:
+    """Return the parameters of LoRA adapters on every linear layer but the output matrix."""
+    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    attention = 2 * (shape.hidden + queries) + 2 * (shape.hidden + keys)
+    return shape.layers * rank * (attention + 3 * shape.experts * (shape.hidden + shape.feed_forward))
+
+
+def cache_bytes(shape: Shape, width: int, share: int = 1) -> int:
+    """Return the key-value cache of one token on one of `share` GPUs, which hold at least a head each."""
+    return 2 * shape.layers * ceil(shape.kv_heads / share) * shape.head_size * width
+
+
+def forward_flops(shape: Shape, tokens: float, context: float) -> float:
+    """Return the FLOPs of `tokens` tokens through the layers; each attends to `context` tokens in the mean."""
+    attention = 4 * shape.layers * shape.heads * shape.head_size * context
+    return tokens * (2 * active_parameters(shape) + attention)
+
+
+def activation_bytes(shape: Shape, low: bool) -> int:
+    """Return what one layer keeps of one token for the backward pass, in float32 or under autocast to bfloat16.
+
+    Counted from what Qwen3's layer saves: norms keep their input and its normalised form in float32, products their
+    input, attention its queries, keys, values and output, the gated feed-forward four arrays of its inner size.
+    """
+    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    experts = 4 * 4 * shape.feed_forward * shape.active_experts
+    if shape.experts > 1:  # of each its input and output too; autocast leaves experts in float32
+        experts += 4 * 2 * shape.hidden * shape.active_experts
+    elif low:
+        experts //= 2
+    if low:
+        return 26 * shape.hidden + 10 * (queries + keys) + experts
+    return 4 * (6 * shape.hidden + 4 * (queries + keys)) + experts
+
+
+# ── A stage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage takes: the bytes on each GPU by what takes them, and the seconds of a step on all its GPUs.
+
+    `at_once` is how many responses an engine draws together. `seconds` is None where the work does not fit.
+    """
+
+    gpus: int
+    memory: Mapping[str, int]
+    seconds: float | None
+    at_once: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.memory.values())
+
+    def total(self, times: int) -> float | None:
+        """Return the seconds of going through it so many times."""
+        return None if self.seconds is None else self.seconds * times
+
+    def gpu_hours(self, times: int) -> float | None:
+        return None if self.seconds is None else self.seconds * times * self.gpus / 3600
+
+
+def _seconds(hardware: Hardware, dtype: str, flops: float, head_flops: float, gpus: int) -> float:
+    """Return the time of matrix products: the layers' in `dtype`, the output matrix' in float32."""
+    peak = hardware.tflops_float32 if dtype == "float32" else hardware.tflops
+    return (flops / peak + head_flops / hardware.tflops_float32) / (1e12 * hardware.utilisation * gpus)
+
+
+def _gpus_per_engine(recipe: Recipe, engine: str) -> int:
+    return 1 if engine == "transformers" else recipe.vllm.tensor_parallel * recipe.vllm.pipeline_parallel
+
+
+def _batch_tokens(recipe: Recipe, budget: int) -> int:
+    """Return the tokens of a full batch: a longer response goes alone, and there are no more than a step's."""
+    longest = recipe.prompts.max_tokens + recipe.rollout.max_tokens
+    return min(max(budget, longest), recipe.responses_per_step() * longest)
+
+
+def _chunk_bytes(shape: Shape, tokens: int) -> int:
+    return CHUNKS * 4 * min(CHUNK_LOGITS, tokens * shape.vocabulary)
+
+
+def _engine_memory(shape: Shape, dtype: str, share: int) -> dict[str, int]:
+    """Return what an engine's weights take on each of `share` GPUs; the output matrix lies there in float32 too."""
+    memory = {"weights": parameters(shape) * BYTES[dtype] // share}
+    if dtype != "float32":
+        memory["output matrix"] = 4 * head_parameters(shape) // share
+    return memory
+
+
+def drawing(
+    recipe: Recipe, shape: Shape, dtype: str, sampling: Sampling, responses: int, parts: int, batch_size: int
+) -> Stage:
+    """Size up drawing so many responses. vLLM draws as many at once as its share of the memory holds caches for."""
+    hardware, engine = recipe.hardware, recipe.rollout.engine
+    share = _gpus_per_engine(recipe, engine)
+    copies = max(1, hardware.rollout_gpus // share)
+    prompt, response = recipe.prompts.max_tokens, sampling.max_tokens
+    memory = _engine_memory(shape, dtype, share)
+    of_one = cache_bytes(shape, BYTES[dtype], share) // recipe.vllm.pipeline_parallel * (prompt + response)
+    of_one_logits = 4 * DRAW_COPIES * shape.vocabulary
+    at_once = min(batch_size, ceil(responses / parts))
+    if engine != "transformers":
+        room = recipe.vllm.memory_share * hardware.memory_gib * 2**30 - sum(memory.values())
+        at_once = min(at_once, recipe.vllm.max_sequences, int(room // (of_one + of_one_logits)))
+    memory |= {"cache": max(at_once, 1) * of_one, "logits": max(at_once, 1) * of_one_logits}
+    if at_once < 1:
+        return Stage(hardware.rollout_gpus, memory, None, 0)
+    prefill = _seconds(hardware, dtype, forward_flops(shape, responses * prompt, prompt / 2), 0, hardware.rollout_gpus)
+    tokens_each = max(1.0, responses / (copies * at_once)) * response
+    seconds = prefill + tokens_each * _token_seconds(hardware, shape, dtype, at_once, prompt + response / 2, share)
+    return Stage(hardware.rollout_gpus, memory, seconds, at_once)
+
+
+def _token_seconds(hardware: Hardware, shape: Shape, dtype: str, at_once: int, context: float, share: int) -> float:
+    """Return the time of one more token each: the longer of reading weights and caches, and of the products."""
+    width = BYTES[dtype]
+    touched = 1 - (1 - shape.active_experts / shape.experts) ** at_once if shape.experts > 1 else 1.0
+    experts = shape.layers * _feed_forward_parameters(shape, shape.experts)
+    layers = shape.layers * _attention_parameters(shape) + touched * experts
+    read = width * layers + 4 * head_parameters(shape) + at_once * context * cache_bytes(shape, width)
+    products = _seconds(
+        hardware, dtype, forward_flops(shape, at_once, context), 2 * at_once * head_parameters(shape), share
+    )
+    return max(read / (1e9 * hardware.bandwidth_gbs * hardware.utilisation * share), products)
+
+
+def rollout(recipe: Recipe, shape: Shape) -> Stage:
+    """Size up drawing a step's responses."""
+    settings = recipe.rollout
+    responses = recipe.responses_per_step()
+    return drawing(recipe, shape, recipe.student.dtype, settings, responses, settings.parts, settings.batch_size)
+
+
+def score(recipe: Recipe, shape: Shape, dtype: str, of_all: float = 1) -> Stage:
+    """Size up scoring a share of a step's responses with one model, on an allocation of its own."""
+    hardware, engine = recipe.hardware, recipe.score.engine
+    share = _gpus_per_engine(recipe, engine)
+    prompt, response = recipe.prompts.max_tokens, recipe.rollout.max_tokens
+    memory, width = _engine_memory(shape, dtype, share), BYTES[dtype]
+    batch = _batch_tokens(recipe, recipe.score.tokens_per_batch)
+    if engine == "transformers":
+        inner = 3 * shape.feed_forward * shape.active_experts
+        memory["activations"] = batch * (width * (4 * shape.hidden + inner) + 4 * shape.hidden)
+        memory["logits"] = _chunk_bytes(shape, batch)
+    else:
+        memory["cache"] = batch * cache_bytes(shape, width, share) // recipe.vllm.pipeline_parallel
+        memory["logits"] = 2 * 4 * recipe.vllm.max_batched_tokens * shape.vocabulary
+    responses = of_all * recipe.responses_per_step()
+    flops = forward_flops(shape, responses * (prompt + response), (prompt + response) / 2)
+    head = 2 * head_parameters(shape) * responses * response
+    return Stage(hardware.score_gpus, memory, _seconds(hardware, dtype, flops, head, hardware.score_gpus))
+
+
+def update(recipe: Recipe, shape: Shape, teacher: Shape | None) -> Stage:
+    """Size up a step's updates. `teacher`: of an objective on the whole vocabulary, whose output matrix is here too."""
+    hardware, settings, lora = recipe.hardware, recipe.train, recipe.lora.rank > 0
+    prompt, response = recipe.prompts.max_tokens, recipe.rollout.max_tokens
+    tokens, responses = prompt + response, recipe.responses_per_step()
+    body, head = forward_flops(shape, responses * tokens, tokens / 2), 2 * head_parameters(shape) * responses * response
+    # Forward once, backward twice as much, once of it for the weights' gradient; recomputing is a forward more.
+    passes = 3 - lora + settings.gradient_checkpointing
+    flops, head_flops = passes * body, (3 - lora) * head
+    once = _seconds(hardware, recipe.student.dtype, flops, head_flops, hardware.train_gpus)
+    memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape)
+    if teacher is not None and objective_of(recipe).support == "full":
+        memory["teacher's output matrix"] = 4 * head_parameters(teacher)
+        memory["logits"] *= 2
+        memory["activations"] += 4 * teacher.hidden * _batch_tokens(recipe, settings.tokens_per_micro_batch)
+    return Stage(hardware.train_gpus, memory, settings.updates_per_step * once)
+
+
+def _trained_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
+    """Return what weights, gradients and optimizer take on one GPU, with what FSDP2 gathers of them for a while."""
+    gpus, lora, own = recipe.hardware.train_gpus, recipe.lora.rank, BYTES[recipe.student.dtype]
+    sharded = gpus > 1 or recipe.train.cpu_offload
+    low = recipe.student.dtype == "bfloat16"
+    all_parameters, head, block = parameters(shape), head_parameters(shape), block_parameters(shape)
+    trained = adapter_parameters(shape, lora) if lora else all_parameters
+    held = own * all_parameters + 4 * trained if lora else 4 * all_parameters
+    memory = {
+        "weights": held // gpus,
+        "gradients": GRADIENT_BYTES * trained // gpus,
+        "moments": MOMENT_BYTES * trained // gpus,
+    }
+    if recipe.train.cpu_offload:
+        memory = dict.fromkeys(memory, 0)
+    if sharded:
+        # Two blocks and the embedding whole, and one block's gradient before it is summed over the GPUs.
+        memory["gathered"] = (2 if low else 4) * (2 * block + head) + (0 if lora else 4 * block)
+    elif low and not lora:
+        memory["bfloat16 copy"] = 2 * shape.layers * block
+    # The output matrix is whole, in float32, wherever it is sharded or lower; its gradient wherever it is trained.
+    memory["output matrix"] = 4 * head * ((sharded or bool(lora and own < 4)) + (not lora))
+    return memory
+
+
+def _micro_batch_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
+    """Return what a full micro-batch takes; with checkpointing, the layers' inputs and one layer's activations."""
+    tokens = _batch_tokens(recipe, recipe.train.tokens_per_micro_batch)
+    of_a_layer = activation_bytes(shape, recipe.student.dtype == "bfloat16")
+    layers = shape.layers * of_a_layer
+    if recipe.train.gradient_checkpointing:
+        layers = shape.layers * 4 * shape.hidden + of_a_layer
+    ends = 4 * 4 * shape.hidden  # the last norm's two, and of the response tokens the states and their gradient
+    return {"activations": tokens * (layers + ends), "logits": _chunk_bytes(shape, tokens)}

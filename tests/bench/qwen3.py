@@ -1,0 +1,39 @@
+"""A Qwen3 of random weights in any shape, for what measures or counts."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
+from transformers import Qwen3MoeForCausalLM as Qwen3Moe
+
+from opdctl.config import Shape
+
+
+def model(shape: Shape) -> PreTrainedModel:
+    """Return a dense model, or a mixture of experts where the shape has several."""
+    same = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_size,
+        "intermediate_size": shape.feed_forward,
+        "tie_word_embeddings": shape.tied,
+        "eos_token_id": 0,
+    }
+    if shape.experts == 1:
+        return Qwen3ForCausalLM(Qwen3Config(**same))
+    experts = {"num_experts": shape.experts, "num_experts_per_tok": shape.active_experts}
+    return Qwen3Moe(Qwen3MoeConfig(**same, **experts, moe_intermediate_size=shape.feed_forward))
+
+
+def save(shape: Shape, folder: Path) -> Path:
+    """Write such a model, and a tokenizer of as many ids."""
+    torch.manual_seed(0)
+    model(shape).save_pretrained(folder)
+    words = {f"w{index}": index for index in range(shape.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0").save_pretrained(folder)
+    return folder

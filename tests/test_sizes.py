@@ -1,0 +1,202 @@
+"""What `--dry-run` counts, against the models themselves and figures worked out by hand."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from bench import qwen3
+from conftest import ROOT, directory, invoke
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+from opdctl import sizes
+from opdctl.config import Recipe, Shape, load_recipe
+from opdctl.logprobs import CHUNK_LOGITS
+
+PAPER = ROOT / "recipes" / "cross_scale.toml"
+DENSE = Shape(layers=3, hidden=128, heads=4, kv_heads=2, head_size=48, feed_forward=384, vocabulary=96, tied=True)
+MIXTURE = DENSE.model_copy(update={"feed_forward": 96, "experts": 8, "active_experts": 2, "tied": False})
+
+
+def paper(*overrides: str) -> Recipe:
+    return load_recipe([PAPER], overrides)
+
+
+def student(*overrides: str) -> Shape:
+    shape = paper(*overrides).student.shape
+    assert shape is not None
+    return shape
+
+
+@settings(max_examples=15)
+@given(
+    layers=st.integers(1, 3),
+    hidden=st.integers(1, 8).map(lambda n: 8 * n),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    inner=st.integers(1, 40),
+    experts=st.sampled_from([1, 4]),
+    tied=st.booleans(),
+)
+def test_parameters_are_those_of_the_model(layers, hidden, kv_heads, groups, inner, experts, tied):
+    shape = Shape(
+        layers=layers, hidden=hidden, heads=kv_heads * groups, kv_heads=kv_heads, head_size=16, feed_forward=inner,
+        vocabulary=50, experts=experts, active_experts=min(2, experts), tied=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = qwen3.model(shape)
+    assert sizes.parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_shape_of_a_model_is_read_from_its_config():
+    for name, parameters in (("toy:student", 110_528), ("toy:teacher", 365_664)):
+        shape = sizes.shape_of(directory(name))
+        assert shape is not None
+        assert sizes.parameters(shape) == parameters
+
+
+@pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_activations_are_what_the_layers_save(shape, low):
+    model = qwen3.model(shape)
+    ends = 2 * 4 * shape.hidden  # the last norm's
+    # What is saved whatever the tokens, such as autocast's copies of the weights, is no activation.
+    of_a_token = (saved(model, 512, low) - saved(model, 256, low)) / 256 - ends
+    assert of_a_token == pytest.approx(shape.layers * sizes.activation_bytes(shape, low), rel=0.05)
+
+
+def saved(model: PreTrainedModel, tokens: int, low: bool) -> int:
+    """Return the bytes that the layers keep for the backward pass, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=low):
+        ids = torch.randint(0, model.config.vocab_size, (1, tokens))
+        model.base_model(input_ids=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for data, tensor in kept.items() if data not in weights)
+
+
+def test_flops_are_those_that_torch_counts():
+    model, tokens = qwen3.model(DENSE), 40
+    with FlopCounterMode(display=False) as counted:
+        model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    assert counted.get_total_flops() == sizes.forward_flops(DENSE, tokens, 0)  # it counts no attention on a CPU
+    # Of attention: to 20 tokens in the mean, two products of 4 heads of 48, in 3 layers.
+    assert (
+        sizes.forward_flops(DENSE, tokens, 20) - sizes.forward_flops(DENSE, tokens, 0) == 40 * 3 * 2 * 2 * 20 * 4 * 48
+    )
+
+
+@pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_a_cache_is_as_large_as_counted(shape):
+    model, cache = qwen3.model(shape), DynamicCache()
+    model.base_model(input_ids=torch.zeros(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
+    held = sum(value.nbytes for layer in cache.layers for value in (layer.keys, layer.values))
+    assert held == 2 * 7 * sizes.cache_bytes(shape, 4)
+    assert sizes.cache_bytes(shape, 4, share=2) == sizes.cache_bytes(shape, 4) / 2
+    assert sizes.cache_bytes(shape, 4, share=8) == sizes.cache_bytes(shape, 4, share=2)  # a head at least
+
+
+def test_adapters_are_as_many_as_counted():
+    model = qwen3.model(DENSE)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=5, target_modules="all-linear", task_type="CAUSAL_LM"), model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sizes.adapter_parameters(DENSE, 5) == trained
+
+
+def test_the_chunk_of_logits_is_the_one_of_the_code():
+    assert sizes.CHUNK_LOGITS == CHUNK_LOGITS
+
+
+def test_the_paper_s_update_worked_by_hand():
+    """Qwen3-4B in bfloat16 over 32 GPUs, 18,432 tokens in a micro-batch, recomputed."""
+    memory = sizes.update(paper(), student(), None).memory
+    everything, head = 4_022_468_096, 151_936 * 2560
+    assert memory["weights"] == memory["gradients"] == 4 * everything // 32
+    assert memory["moments"] == 8 * everything // 32
+    assert memory["output matrix"] == 2 * 4 * head  # gathered, and its gradient
+    block = 2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    assert memory["gathered"] == 2 * (2 * block + head) + 4 * block
+    layer = 26 * 2560 + 10 * (4096 + 1024) + 8 * 9728
+    assert memory["activations"] == 18_432 * (36 * 4 * 2560 + layer + 16 * 2560)
+    assert memory["logits"] == 2 * 4 * 2**24
+
+
+def test_an_update_takes_the_time_of_its_products():
+    recipe = paper("train.gradient_checkpointing=false", "hardware.utilisation=1.0")
+    shape = student()
+    tokens, responses = 1024 * 18_432, 1024 * 16_384
+    layers = 3 * tokens * (2 * sizes.active_parameters(shape) + 4 * 36 * 4096 * 9216)
+    head = 3 * 2 * 151_936 * 2560 * responses
+    expected = (layers / 989e12 + head / 67e12) / 32
+    assert sizes.update(recipe, shape, None).seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "factor"),
+    [
+        ("train.gradient_checkpointing=false", "activations", None),
+        ("hardware.train_gpus=64", "moments", 0.5),
+        ("train.cpu_offload=true", "weights", 0),
+        ("lora.rank=16", "weights", 0.5),
+        ("train.tokens_per_micro_batch=36_864", "activations", 2),
+    ],
+)
+def test_what_a_setting_does_to_memory(override, what, factor):
+    one, other = (sizes.update(paper(*given), student(), None).memory[what] for given in ([], [override]))
+    if factor is None:
+        assert other > 5 * one
+    else:
+        assert other == pytest.approx(factor * one, rel=0.05)
+
+
+def test_gpu_hours_do_not_depend_on_how_many_gpus_share_the_work():
+    one, other = (sizes.update(paper(f"hardware.train_gpus={n}"), student(), None).gpu_hours(10) for n in (16, 32))
+    assert one == pytest.approx(other)
+
+
+def test_drawing_takes_as_many_responses_at_once_as_caches_fit():
+    """One Qwen3-4B on one GPU: 8 GB of weights, 1.6 of output matrix; 18,432 tokens of 147,456 bytes a response."""
+    overrides = ["vllm.tensor_parallel=1", "hardware.rollout_gpus=1", "rollout.batch_size=256", "rollout.parts=4"]
+    recipe = paper(*overrides)
+    room = 0.9 * 80 * 2**30 - 2 * 4_022_468_096 - 4 * 151_936 * 2560
+    each = 18_432 * 2 * 36 * 8 * 128 * 2 + 3 * 4 * 151_936
+    stage = sizes.rollout(recipe, student())
+    assert stage.at_once == room // each == 24
+    assert stage.bytes <= 0.9 * 80 * 2**30
+    assert sizes.rollout(paper(*overrides, "vllm.max_sequences=8"), student()).at_once == 8
+    # A token more for 24 reads the weights, the output matrix in float32 and the caches, half full in the mean.
+    layers = 2 * (sizes.active_parameters(student()))
+    read = layers + 4 * 151_936 * 2560 + 24 * (2048 + 8192) * 147_456
+    decoding = 1024 / 24 * 16_384 * read / (3350e9 * 0.4)
+    prefill = sizes.forward_flops(student(), 1024 * 2048, 1024) / (989e12 * 0.4)
+    assert stage.seconds == pytest.approx(decoding + prefill, rel=1e-6)
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("train", "--recipe", PAPER, "--dry-run", "--set", "hardware.memory_gib=12", "--json")
+    assert "DOES NOT FIT" in result.err
+    plan = result.json()
+    assert plan["stages"]["rollout"]["seconds"] > 0  # fewer at once
+    assert plan["stages"]["score teacher"]["bytes"] > 12 * 2**30
+    none = invoke("train", "--recipe", PAPER, "--dry-run", "--set", "hardware.memory_gib=2", "--json").json()
+    assert none["stages"]["rollout"]["seconds"] is None
+    assert none["gpu_hours"] is None
+
+
+def test_a_model_of_unknown_shape_is_said_to_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("train", "--recipe", PAPER, "--dry-run", "--set", "teacher.shape=false", "--json")
+    assert "give the model's `shape`" in result.err
+    plan = result.json()
+    assert plan["stages"]["score teacher"] is None
+    assert plan["stages"]["update"]["bytes"] > 0
