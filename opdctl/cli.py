@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opdctl import SCHEMA_VERSION, dist, log
+from opdctl import SCHEMA_VERSION, completion, dist, hub, log
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 
 if TYPE_CHECKING:
@@ -33,13 +33,26 @@ app = typer.Typer(
 
 Recipes = Annotated[
     list[Path] | None,
-    typer.Option("--recipe", help="Recipe (TOML); several merge left to right. Default: the one in --output."),
+    typer.Option(
+        "--recipe",
+        help="Recipe (TOML); several merge left to right. Default: the one in --output.",
+        autocompletion=completion.recipes,
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.steps=10.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key: train.steps=10.",
+        autocompletion=completion.settings,
+    ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="RUN_DIR", help="Run directory. Default: runs/<name>.")
+    Path | None,
+    typer.Option(
+        "--output", metavar="RUN_DIR", help="Run directory. Default: runs/<name>.", autocompletion=completion.runs
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -54,10 +67,16 @@ ShardOption = Annotated[
 Only = Annotated[
     str | None, typer.Option("--only", metavar="NAME", help="Score with one model: teacher, teacher-NAME or reference.")
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.", autocompletion=completion.runs)]
 EvaluatedRun = Annotated[
     Path | None,
-    typer.Option("--run", "--output", metavar="RUN_DIR", help="The run. Default: the newest one under runs/."),
+    typer.Option(
+        "--run",
+        "--output",
+        metavar="RUN_DIR",
+        help="The run. Default: the newest one under runs/.",
+        autocompletion=completion.runs,
+    ),
 ]
 EvaluatedStep = Annotated[
     int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
@@ -72,7 +91,12 @@ EvaluatedModel = Annotated[
 ]
 Benches = Annotated[
     str | None,
-    typer.Option("--bench", metavar="A,B,…", help="Benchmarks, or files of your own. Default: the recipe's."),
+    typer.Option(
+        "--bench",
+        metavar="A,B,…",
+        help="Benchmarks, or files of your own. Default: the recipe's.",
+        autocompletion=completion.benches,
+    ),
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a folder of them.")]
 Compare = Annotated[
@@ -81,6 +105,10 @@ Compare = Annotated[
 ]
 ShowFailures = Annotated[
     int, typer.Option("--show-failures", metavar="K", min=0, help="Print so many wrong responses of each benchmark.")
+]
+Push = Annotated[
+    str | None,
+    typer.Option("--push", metavar="OWNER/NAME", help="Upload the newest student and its card to the model hub."),
 ]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Let HumanEval+ and MBPP+ run what the model wrote.")
@@ -362,6 +390,7 @@ def train(
     no_fill: Annotated[bool, typer.Option("--no-fill", help="Only update, on what other jobs have made.")] = False,
     list_weights: Annotated[bool, typer.Option("--list-weights", help="List the token weights, and stop.")] = False,
     list_objectives: Annotated[bool, typer.Option("--list-objectives", help="List the objectives, and stop.")] = False,
+    push: Push = None,
     repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -382,11 +411,16 @@ def train(
         if no_fill and repair:
             raise OpdctlError("--no-fill makes no parts, so there is nothing to --repair", hint="give one of them")
         resolved = _recipe(recipe, set_, output)
+        if push is not None:
+            hub.check(push)
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
             needs = _needed_to_update(resolved) if no_fill else resolved.models()
-            _train(*_open(resolved, output, *needs), no_fill, repair, json_)
+            run, device = _open(resolved, output, *needs)
+            _train(run, device, no_fill, repair, json_)
+            if push is not None:
+                _push(run, push)
 
 
 def _list_components(
@@ -468,6 +502,15 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
                 "seconds": seconds,
             }
         )
+
+
+def _push(run: "Run", repo: str) -> None:
+    """Upload the newest student, if this process speaks for the run."""
+    done = run.current_step()
+    if dist.is_main():
+        log.say(f"pushing {run.student_path(done)} to {repo}")
+        address = hub.push(run.student_at(done).path, repo, f"{run.recipe.name}, step {done}")
+        log.say(f"pushed {address}")
 
 
 @app.command("eval")
@@ -637,7 +680,10 @@ def _after_evaluation(run: "Run", summaries: list[dict[str, Any]]) -> str:
 
 @app.command("analyze-position")
 def analyze_position(
-    run_dir: Annotated[Path | None, typer.Argument(metavar="RUN_DIR", help="The run. Default: --output.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN_DIR", help="The run. Default: --output.", autocompletion=completion.runs),
+    ] = None,
     recipe: Recipes = None,
     set_: Overrides = None,
     output: Output = None,
@@ -714,4 +760,5 @@ def status(
 
 def main() -> None:
     """Run the command line."""
+    completion.join_bash_words(os.environ)
     app(prog_name="opdctl")
