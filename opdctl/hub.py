@@ -9,7 +9,7 @@ def check(repo: str) -> None:
     """Raise OpdctlError unless `repo` can name a model on the hub, OWNER/NAME, and there is a token to write with."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
