@@ -119,7 +119,7 @@ class Hub:
     def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
         if data is not None:
             return Columns().problems(read_table(file_of(name, data)), str(data))
-        hint = f"give local data by --data FILE_OR_DIR, such as a {name}.jsonl; or run it once where there is a network"
+        hint = f"give local data by --data FILE_OR_DIR, such as {name}.jsonl; or run it once where there is a network"
         key = f"--bench {name}"
         rows = from_hub(self.id, self.split, self.revision, key, subset=self.subset, hint=hint)
         return Columns().problems(rows, self.id)
@@ -164,11 +164,15 @@ class Table:
 class EvalPlus:
     """HumanEval+ or MBPP+, from the package evalplus, which pins their version."""
 
-    where: str
+    dataset: execution.Dataset
     local: bool = False
 
+    @property
+    def where(self) -> str:
+        return "evalplus:" + "@".join(execution.RELEASES[self.dataset])
+
     def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
-        return iter(execution.problems(self.where, file_of(name, data) if data else None))
+        return execution.problems(self.dataset, file_of(name, data) if data else None)
 
 
 def find(name: str, settings: Eval) -> Benchmark:

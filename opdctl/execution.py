@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from opdctl import sandbox
 from opdctl.errors import ExitCode, OpdctlError
@@ -28,7 +28,8 @@ from opdctl.prompts import Problem
 SECONDS = 90  # for one response, all its tests together; EvalPlus itself ends after 60
 NOBODY = 65534
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
-RELEASES = {"humaneval": ("HumanEvalPlus", "v0.1.10"), "mbpp": ("MbppPlus", "v0.2.0")}
+Dataset = Literal["humaneval", "mbpp"]
+RELEASES: dict[Dataset, tuple[str, str]] = {"humaneval": ("HumanEvalPlus", "v0.1.10"), "mbpp": ("MbppPlus", "v0.2.0")}
 ECHO: dict[str, Any] = {
     "dataset": "humaneval",
     "task_id": "echo",
@@ -44,7 +45,7 @@ ECHO: dict[str, Any] = {
 # ── Problems ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def problems(dataset: str, data: Path | None) -> Iterator[Problem]:
+def problems(dataset: Dataset, data: Path | None) -> Iterator[Problem]:
     """Yield EvalPlus' tasks, from its `.jsonl` or `.jsonl.gz` file `data`, or from where the package keeps them.
 
     A problem's answer is the task itself, as JSON: solution, inputs and tolerance.
@@ -61,7 +62,7 @@ def problems(dataset: str, data: Path | None) -> Iterator[Problem]:
         raise OpdctlError(f"{path}: cannot be read as JSON Lines: {error}", code=ExitCode.DATA) from error
 
 
-def _problem(dataset: str, task: Any, where: str) -> Problem:
+def _problem(dataset: Dataset, task: Any, where: str) -> Problem:
     missing = [name for name in COLUMNS if name not in task] if isinstance(task, dict) else COLUMNS
     if missing:
         raise OpdctlError(
@@ -73,7 +74,7 @@ def _problem(dataset: str, task: Any, where: str) -> Problem:
     return Problem(task["task_id"], f"```python\n{task['prompt'].strip()}\n```", gold)
 
 
-def _fetched(dataset: str) -> Path:
+def _fetched(dataset: Dataset) -> Path:
     """Return EvalPlus' own copy of a data set, which it fetches once."""
     _need_evalplus()
     from evalplus.data.utils import get_dataset_metadata, make_cache

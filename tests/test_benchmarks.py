@@ -57,7 +57,7 @@ def test_without_data_and_without_a_hub_both_ways_are_told() -> None:
         registered("aime25").problems(None, None)
     assert caught.value.code == ExitCode.REACH
     assert "--bench aime25: `MathArena/aime_2025`" in caught.value.message
-    assert "--data FILE_OR_DIR, such as a aime25.jsonl" in str(caught.value.hint)
+    assert "--data FILE_OR_DIR, such as aime25.jsonl" in str(caught.value.hint)
     assert "where there is a network" in str(caught.value.hint)
 
 
