@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 from opdctl import config as recipes
 from opdctl import records
 from opdctl.cli import app
+from opdctl.registry import OBJECTIVES, WEIGHTS, Registry
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -67,13 +68,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 # ── Links ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _targets(folder: Path, markdown: str) -> Iterator[Path]:
-    yield from ((folder / target).resolve() for _, target in LINK.findall(markdown))
-
-
 def _outside(folder: Path, markdown: str) -> Iterator[Path]:
     """Yield the files outside of docs/ that `markdown`, written in `folder`, links to."""
-    yield from (path for path in _targets(folder, markdown) if path.is_file() and not path.is_relative_to(DOCS))
+    paths = ((folder / target).resolve() for _, target in LINK.findall(markdown))
+    yield from (path for path in paths if path.is_file() and not path.is_relative_to(DOCS))
 
 
 def _uri(path: Path) -> str:
@@ -147,7 +145,9 @@ def recipe_page() -> str:
     parts = [_section_part("Top level", "", "", own)]
     for section, headers in sections.items():
         title, key = ", ".join(f"`{header}`" for header in headers), headers[0].strip("[]") + "."
-        parts.append(_section_part(title, _about(section), key, section.model_fields))
+        parts.append(_section_part(title, section.__dict__.get("__doc__") or "", key, section.model_fields))
+        if registry := {recipes.Weight: WEIGHTS, recipes.Objective: OBJECTIVES}.get(section):
+            parts.append(_components(registry))
     return RECIPE_HEAD + "\n\n".join(parts) + "\n"
 
 
@@ -162,19 +162,20 @@ that shapes nothing may change at any time. `[teacher]`, `[teachers.NAME]` and `
 
 def _section_part(title: str, about: str, prefix: str, fields: dict[str, FieldInfo]) -> str:
     rows = [
-        (f"`{name}`", kind_of(field), _default(field), field.description or "", ", ".join(_shaped(f"{prefix}{name}")))
+        (f"`{name}`", _kind(field), _default(field), field.description or "", ", ".join(_shaped(f"{prefix}{name}")))
         for name, field in fields.items()
     ]
     table = _table(("key", "type", "default", "meaning", "shapes"), rows)
     return "\n\n".join(filter(None, [f"## {title}", about, table]))
 
 
-def _about(section: type[recipes.Section]) -> str:
-    return (
-        ""
-        if section.__doc__ is None or section.__doc__ == recipes.Section.__doc__
-        else inspect.cleandoc(section.__doc__)
-    )
+def _components(registry: Registry[Any]) -> str:
+    """Return what there is of a kind, as `train --list-weights` prints it."""
+    rows = [
+        (f"`{entry.name}`", entry.summary, ", ".join(f"`{k} = {json.dumps(v)}`" for k, v in entry.parameters.items()))
+        for entry in registry.entries()
+    ]
+    return _table(("name", registry.kind, "parameters"), rows)
 
 
 def _section(field: FieldInfo) -> type[recipes.Section] | None:
@@ -199,7 +200,7 @@ def _example() -> recipes.Recipe:
     return recipes.load_recipe([ROOT / "recipes" / "quickstart.toml"], tables)
 
 
-def kind_of(field: FieldInfo) -> str:
+def _kind(field: FieldInfo) -> str:
     """Return a field's type and bounds in words."""
     kinds = [kind for kind in typing.get_args(field.annotation) if kind is not type(None)]
     if typing.get_origin(field.annotation) is typing.Literal:
@@ -253,9 +254,9 @@ def _text(docstring: str) -> str:
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    cells = [
-        [str(cell).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in row]
-        for row in (header, *rows)
-    ]
-    cells.insert(1, ["---"] * len(header))
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    lines = [" | ".join(_cell(cell) for cell in row) for row in (header, ("---",) * len(header), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

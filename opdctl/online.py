@@ -16,7 +16,7 @@ from opdctl.stages import evaluate, rollout, score
 from opdctl.stages.train import Trainer
 
 PATIENCE = 3  # steps in a row beyond a bound that are a collapse
-COLUMNS = ("step", "loss", "|A|", "entropy", "truncated", "accuracy", "tokens/s", "time left")
+COLUMNS = ("step", "loss", "|A|", "truncated", "accuracy", "tokens/s", "time left")
 
 
 @dataclass
@@ -178,7 +178,6 @@ def row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[str]:
         f"{done}/{run.recipe.train.steps}",
         f"{metrics['loss']:+.4f}",
         f"{metrics['abs_advantage']:.4f}",
-        f"{metrics['entropy']:.3f}",
         f"{metrics['truncated_share']:.0%}",
         accuracy,
         f"{metrics['tokens'] / seconds:,.0f}",
