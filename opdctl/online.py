@@ -45,17 +45,18 @@ def train(run: Run, device: str, *, fill: bool = True, repair: bool = False) -> 
     bounds.
     """
     clock, steps = Clock(), run.recipe.train.steps
+    first, start = run.current_step(), time.monotonic()
     with contextlib.ExitStack() as stack:
         if dist.is_main():
             stack.enter_context(store.locked(run.path, "train"))
             store.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in range(run.current_step())])
             forget_old_students(run)
         dist.barrier()
+        show = stack.enter_context(log.growing_table(str(run.path), COLUMNS)) if dist.is_main() else None
         engines = stack.enter_context(engine_pool(run.recipe, device))
         track = stack.enter_context(tracking.trackers(run.recipe, run.path))
-        show = stack.enter_context(log.growing_table(str(run.path), COLUMNS)) if dist.is_main() else None
-        trainer, first, start = None, run.current_step(), time.monotonic()
-        for step in range(first, steps):
+        trainer = None
+        for step in range(run.current_step(), steps):
             dist.main_first(lambda: refuse_collapse(run))
             seconds: dict[str, float] = {}
             if fill:
