@@ -26,7 +26,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/installed-dev
-	$(VENV)/bin/mkdocs build --site-dir build/site
+	$(VENV)/bin/mkdocs build
 
 # torch goes first, in a version of its own: whoever asks for it later without a version may bring CUDA along.
 $(VENV)/installed: pyproject.toml .ci/constraints.txt
