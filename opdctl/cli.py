@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opdctl import SCHEMA_VERSION, dist, log
+from opdctl import SCHEMA_VERSION, completion, dist, hub, log
 from opdctl.errors import FULL, UNWRITABLE, ExitCode, OpdctlError, did_you_mean, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -33,13 +33,26 @@ app = typer.Typer(
 
 Recipes = Annotated[
     list[Path] | None,
-    typer.Option("--recipe", help="Recipe (TOML); several merge left to right. Default: the one in --output."),
+    typer.Option(
+        "--recipe",
+        help="Recipe (TOML); several merge left to right. Default: the one in --output.",
+        autocompletion=completion.recipes,
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.steps=10.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key: train.steps=10.",
+        autocompletion=completion.settings,
+    ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="RUN_DIR", help="Run directory. Default: runs/<name>.")
+    Path | None,
+    typer.Option(
+        "--output", metavar="RUN_DIR", help="Run directory. Default: runs/<name>.", autocompletion=completion.runs
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -59,10 +72,16 @@ Follow = Annotated[
 Only = Annotated[
     str | None, typer.Option("--only", metavar="NAME", help="Score with one model: teacher, teacher-NAME or reference.")
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.", autocompletion=completion.runs)]
 EvaluatedRun = Annotated[
     Path | None,
-    typer.Option("--run", "--output", metavar="RUN_DIR", help="The run. Default: the newest one under runs/."),
+    typer.Option(
+        "--run",
+        "--output",
+        metavar="RUN_DIR",
+        help="The run. Default: the newest one under runs/.",
+        autocompletion=completion.runs,
+    ),
 ]
 EvaluatedStep = Annotated[
     int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
@@ -77,7 +96,12 @@ EvaluatedModel = Annotated[
 ]
 Benches = Annotated[
     str | None,
-    typer.Option("--bench", metavar="A,B,…", help="Benchmarks, or files of your own. Default: the recipe's."),
+    typer.Option(
+        "--bench",
+        metavar="A,B,…",
+        help="Benchmarks, or files of your own. Default: the recipe's.",
+        autocompletion=completion.benches,
+    ),
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a folder of them.")]
 Compare = Annotated[
@@ -86,6 +110,10 @@ Compare = Annotated[
 ]
 ShowFailures = Annotated[
     int, typer.Option("--show-failures", metavar="K", min=0, help="Print so many wrong responses of each benchmark.")
+]
+Push = Annotated[
+    str | None,
+    typer.Option("--push", metavar="OWNER/NAME", help="Upload the newest student and its card to the model hub."),
 ]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Let HumanEval+ and MBPP+ run what the model wrote.")
@@ -423,6 +451,7 @@ def train(
     ] = False,
     list_weights: Annotated[bool, typer.Option("--list-weights", help="List the token weights, and stop.")] = False,
     list_objectives: Annotated[bool, typer.Option("--list-objectives", help="List the objectives, and stop.")] = False,
+    push: Push = None,
     repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -444,11 +473,16 @@ def train(
         if no_fill and repair:
             raise OpdctlError("--no-fill makes no parts, so there is nothing to --repair", hint="give one of them")
         resolved = _recipe(recipe, set_, output)
+        if push is not None:
+            hub.check(push)
         if dry_run:
             _show_plan(resolved, output, json_)
         else:
             needs = _needed_to_update(resolved) if no_fill or follow else resolved.models()
-            _train(*_open(resolved, output, *needs), no_fill or follow, follow, repair, json_)
+            run, device = _open(resolved, output, *needs)
+            _train(run, device, no_fill or follow, follow, repair, json_)
+            if push is not None:
+                _push(run, push)
 
 
 def _list_components(
@@ -530,6 +564,15 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
                 "seconds": seconds,
             }
         )
+
+
+def _push(run: "Run", repo: str) -> None:
+    """Upload the newest student, if this process speaks for the run."""
+    done = run.current_step()
+    if dist.is_main():
+        log.say(f"pushing {run.student_path(done)} to {repo}")
+        address = hub.push(run.student_at(done).path, repo, f"{run.recipe.name}, step {done}")
+        log.say(f"pushed {address}")
 
 
 @app.command("eval")
@@ -699,7 +742,10 @@ def _after_evaluation(run: "Run", summaries: list[dict[str, Any]]) -> str:
 
 @app.command("analyze-position")
 def analyze_position(
-    run_dir: Annotated[Path | None, typer.Argument(metavar="RUN_DIR", help="The run. Default: --output.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN_DIR", help="The run. Default: --output.", autocompletion=completion.runs),
+    ] = None,
     recipe: Recipes = None,
     set_: Overrides = None,
     output: Output = None,
@@ -832,4 +878,5 @@ def status(
 
 def main() -> None:
     """Run the command line."""
+    completion.join_bash_words(os.environ)
     app(prog_name="opdctl")

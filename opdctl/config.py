@@ -111,7 +111,9 @@ class Sampling(Section):
     max_tokens: int = Field(default=16384, gt=0)
     """The longest response, in tokens, end of sequence included."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of sampling. 1 in training: on-policy distillation samples the student itself."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most probable tokens that hold this share. 1 in training."""
 
 
 class Rollout(Sampling):
@@ -119,7 +121,9 @@ class Rollout(Sampling):
     """The engine that draws responses, of evaluations too: `transformers`, `vllm`, `server`; `auto` is vLLM where it is
     installed and has a device to run on."""
     prompts_per_step: int = Field(default=1024, gt=0)
+    """Prompts of each step. An epoch is as many whole steps as the prompts give."""
     samples_per_prompt: int = Field(default=1, gt=0)
+    """Responses to each of them."""
     parts: int = Field(default=8, gt=0)
     """Files a step's responses are cut into: the unit of resuming and of sharing work."""
     batch_size: int = Field(default=256, gt=0)
@@ -150,6 +154,7 @@ class Component(Section):
 
     model_config = ConfigDict(extra="allow")
     name: str
+    """Its registered name; its parameters stand beside it."""
 
     @property
     def params(self) -> dict[str, Any]:
@@ -161,12 +166,14 @@ DEFAULT_NAMES = {"weight": "iw_opd", "objective": "policy_gradient", "weight.tim
 
 class Weight(Component):
     name: str = DEFAULT_NAMES["weight"]
+    """The token weight; its parameters stand beside it."""
     times: Component | None = None
     """A second weight, that the first is multiplied by."""
 
 
 class Objective(Component):
     name: str = DEFAULT_NAMES["objective"]
+    """The loss of a token; its parameters stand beside it."""
 
 
 class Train(Section):
@@ -179,6 +186,7 @@ class Train(Section):
     extrapolation: float = 1.0
     """λ of reward extrapolation: the student is drawn to λ log T + (1 - λ) log R; other than 1 it needs [reference]."""
     learning_rate: float = Field(default=1e-5, gt=0)
+    """Of AdamW."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -186,9 +194,11 @@ class Train(Section):
     decay_steps: int | None = Field(default=None, gt=0)
     """The step at which a falling learning rate is 0. Its own, so that raising `steps` changes no step before."""
     betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """Of AdamW, each in [0, 1)."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled, on matrices only."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """A longer gradient is brought to this norm."""
     tokens_per_micro_batch: int = Field(default=16384, gt=0)
     """Tokens, padding included, in one forward and backward pass; a longer response goes alone."""
     gradient_checkpointing: bool = False
@@ -244,6 +254,7 @@ class Eval(Sampling):
     template_arguments: dict[str, bool | int | str] = {"enable_thinking": False}
     """Arguments to the chat template; one that a template does not know changes nothing."""
     batch_size: int = Field(default=256, gt=0)
+    """Responses drawn together, at most one part's."""
     parts: int = Field(default=8, gt=0)
     """Files the graded responses are cut into, at most one a problem: the unit of resuming and of sharing work."""
     grader: Literal["mathematics", "text"] = "mathematics"
@@ -345,12 +356,15 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the run directory, runs/<name>."""
     seed: int = Field(default=0, ge=0)
+    """Of every random draw: prompts, responses, dropout."""
     plugins: list[str] = []
     """Python modules of your own that register weights or objectives; they are imported, so they run."""
     student: Model
+    """The model that is trained."""
     teacher: Model | None = None
     """The teacher. With several, [teachers.NAME] each, and `prompts.teacher_column` says which prompt is whose."""
     teachers: dict[str, Model] = {}
+    """Several teachers, by name."""
     reference: Model | None = None
     """R of reward extrapolation: the student's own start, or the teacher's base. It scores every response too."""
     prompts: Prompts

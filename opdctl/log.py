@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +24,7 @@ _name = ""
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )  # moves the cursor, colours, turns text round
+SHOWN_ROWS = 12  # of a table that grows
 QUICK = 10.0  # seconds: shorter work shows no plain progress lines
 
 
@@ -79,14 +81,34 @@ def components(title: str, entries: Sequence[Any]) -> None:
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table, its first `left` columns to the left, the others, numbers mostly, to the right."""
-    if _level < 0:
-        return
+    if _level >= 0:
+        console.print(_grid(title, header, rows, left))
+
+
+def _grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
     grid = Table(title=Text(_safe(title), style="bold"), title_justify="left")
     for number, name in enumerate(header):
         grid.add_column(name, justify="right" if number >= left else "left")
     for row in rows:
         grid.add_row(*(Text(_safe(cell)) for cell in row))
-    console.print(grid)
+    return grid
+
+
+@contextlib.contextmanager
+def growing_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Sequence[str], str], None]]:
+    """Yield a function that takes a row, and the line that says the same: on a terminal the last rows are a table that
+    stays in its place while messages and progress pass, elsewhere each line is said."""
+    if _level < 0 or not console.is_terminal:
+        yield lambda row, line: say(line)
+        return
+    rows: list[Sequence[str]] = []
+    with Live(console=console, auto_refresh=False) as live:
+
+        def add(row: Sequence[str], line: str) -> None:
+            rows.append(row)
+            live.update(_grid(title, header, rows[-SHOWN_ROWS:], left=0), refresh=True)
+
+        yield add
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from opdctl.stages import evaluate, rollout, score
 from opdctl.stages.train import Trainer
 
 PATIENCE = 3  # steps in a row beyond a bound that are a collapse
+COLUMNS = ("step", "loss", "|A|", "truncated", "accuracy", "tokens/s", "time left")
 
 
 @dataclass
@@ -45,6 +47,7 @@ def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, rep
     training has collapsed by the recipe's bounds.
     """
     clock, steps = Clock(), run.recipe.train.steps
+    first, start = run.current_step(), time.monotonic()
     with contextlib.ExitStack() as stack:
         if dist.is_main():
             stack.enter_context(claims.claimed(run.path, "train"))
@@ -53,6 +56,7 @@ def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, rep
             store.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in range(run.current_step())])
             forget_old_students(run)
         dist.barrier()
+        show = stack.enter_context(log.growing_table(str(run.path), COLUMNS)) if dist.is_main() else None
         engines = stack.enter_context(engine_pool(run.recipe, device))
         track = stack.enter_context(tracking.trackers(run.recipe, run.path))
         follower = stack.enter_context(following(run, "train")) if follow else None
@@ -74,8 +78,9 @@ def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, rep
             with clock.time("update"):
                 trainer = trainer or Trainer(run, device)
                 metrics = trainer.step(step, seconds)
-            if dist.is_main():
-                log.say(line(metrics, steps))
+            if show is not None:
+                left = (time.monotonic() - start) / (step + 1 - first) * (steps - step - 1)
+                show(row(run, metrics, left), line(metrics, steps))
                 track(metrics)
                 forget_old_students(run)
         if fill:
@@ -198,6 +203,23 @@ def accuracy(run: Run) -> dict[str, float | None]:
     names |= {name: name for name in run.recipe.teacher_models()}
     found = {key: evaluate.stored_summary(run, run.recipe.eval.bench[0], name) for key, name in names.items()}
     return {key: summary["avg"] if summary else None for key, summary in found.items()}
+
+
+def row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[str]:
+    """Return a step's metrics under COLUMNS, with the last accuracy measured and the step of its student."""
+    done, bench = metrics["step"] + 1, run.recipe.eval.bench[0]
+    summaries = ((step, evaluate.stored_summary(run, bench, f"step-{step:05d}")) for step in range(done, -1, -1))
+    accuracy = next((f"{found['avg']:.1%} @{step}" for step, found in summaries if found), "")
+    seconds = sum(metrics.get(f"{stage}_seconds", 0.0) for stage in ("rollout", "score", "update"))
+    return [
+        f"{done}/{run.recipe.train.steps}",
+        f"{metrics['loss']:+.4f}",
+        f"{metrics['abs_advantage']:.4f}",
+        f"{metrics['truncated_share']:.0%}",
+        accuracy,
+        f"{metrics['tokens'] / seconds:,.0f}",
+        str(timedelta(seconds=round(seconds_left))),
+    ]
 
 
 def line(metrics: dict[str, Any], steps: int) -> str:

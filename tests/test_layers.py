@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "opdctl"
 ORDER = [  # a file imports from lines above its own only
     ["opdctl"],
     ["errors", "answers", "sandbox"],
+    ["hub"],
     ["registry"],
     ["weights"],
     ["objectives"],
@@ -19,7 +20,7 @@ ORDER = [  # a file imports from lines above its own only
     ["claims"],
     ["store"],
     ["dist", "log", "logprobs", "stats", "contamination", "grading", "checkpoint", "batches", "tasks.sort12"],
-    ["tasks.train_models", "prompts", "model"],
+    ["completion", "tasks.train_models", "prompts", "model"],
     ["sizes"],
     ["execution"],
     ["benchmarks", "card", "engines", "engines.http", "policy", "tracking"],
@@ -71,7 +72,9 @@ def test_stages_do_not_import_one_another(stage):
     assert not [other for other in imports(MODULES[f"stages.{stage}"]) if other.startswith("stages")]
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "records", "store", "registry", "weights", "objectives", "run"])
+@pytest.mark.parametrize(
+    "module", ["cli", "completion", "config", "hub", "records", "store", "registry", "weights", "objectives", "run"]
+)
 def test_light_modules_import_no_torch(module):
     code = f"import sys, opdctl.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
