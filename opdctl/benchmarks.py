@@ -1,7 +1,7 @@
 """Benchmarks: where the problems lie, how a problem is put, and how an answer is graded. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,13 +39,15 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark. `samples` is how often a problem is answered unless the recipe says otherwise; `boxed`: the answer
-    is asked for within \\boxed{}, by the recipe's suffix."""
+    is asked for within \\boxed{}, by the recipe's suffix. `on_track` tells whether the beginning of a response is right
+    so far, given the prompt; None where the task cannot tell."""
 
     name: str
     source: Source
     grader: grading.Grader
     samples: int = 32
     boxed: bool = True
+    on_track: Callable[[str, str], bool] | None = None
 
     def samples_under(self, settings: Eval) -> int:
         """Return how often each problem is answered."""
@@ -186,7 +188,8 @@ def find(name: str, settings: Eval) -> Benchmark:
 
 def _all() -> Iterator[Benchmark]:
     math = grading.mathematics
-    yield Benchmark("sort12", Embedded(), grading.Text(sort12.extract), samples=1, boxed=False)
+    sort = grading.Text(sort12.extract)
+    yield Benchmark("sort12", Embedded(), sort, samples=1, boxed=False, on_track=sort12.on_track)
     yield Benchmark("aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math)
     yield Benchmark("aime25", Hub("MathArena/aime_2025", "c94da77eb22bbd6439e62a323bec18493a421302", "train"), math)
     yield Benchmark(

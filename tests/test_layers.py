@@ -17,14 +17,29 @@ ORDER = [  # a file imports from lines above its own only
     ["config"],
     ["records"],
     ["store"],
-    ["dist", "log", "logprobs", "stats", "contamination", "grading", "checkpoint", "batches", "tasks.sort12"],
+    [
+        "positions",
+        "dist",
+        "log",
+        "logprobs",
+        "stats",
+        "contamination",
+        "grading",
+        "checkpoint",
+        "batches",
+        "tasks.sort12",
+    ],
     ["tasks.train_models", "prompts", "model"],
     ["execution"],
     ["benchmarks", "card", "engines", "engines.http", "policy", "tracking"],
     ["engines.hf", "engines.vllm", "engines.server", "run"],
-    ["parity", "scored", "plan", "status", "report", "evaluations"],
-    ["microbatches"],
-    ["stages.rollout", "stages.score", "stages.train", "stages.evaluate", "stages.analyze", "stages"],
+    ["parity", "scored", "plan", "status", "evaluations", "verdict"],
+    ["microbatches", "samples", "comparison"],
+    ["analysis"],
+    ["figures", "sentences"],
+    ["report"],
+    ["stages.rollout", "stages.score", "stages.train", "stages.evaluate", "stages.analyze", "stages.continuations"],
+    ["stages"],
     ["online"],
     ["cli"],
     ["__main__"],
@@ -63,12 +78,15 @@ def test_every_file_has_its_place():
     assert set(MODULES) == set(LEVEL)
 
 
-@pytest.mark.parametrize("stage", ["rollout", "score", "train", "evaluate", "analyze"])
+@pytest.mark.parametrize("stage", ["rollout", "score", "train", "evaluate", "analyze", "continuations"])
 def test_stages_do_not_import_one_another(stage):
     assert not [other for other in imports(MODULES[f"stages.{stage}"]) if other.startswith("stages")]
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "records", "store", "registry", "weights", "objectives", "run"])
+@pytest.mark.parametrize(
+    "module",
+    ["cli", "config", "records", "store", "registry", "weights", "objectives", "run", "stages.analyze", "report"],
+)
 def test_light_modules_import_no_torch(module):
     code = f"import sys, opdctl.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
