@@ -695,7 +695,7 @@ def analyze_position(
             return
         run = _run_to_analyse(run_dirs or [], recipe, set_, output)
         names = weights.split(",") if weights is not None else None
-        if continuations and not dry_run and not _continue(run, step, _shard(shard), repair, json_):
+        if continuations and not dry_run and not _continue(run, _step(run, step), _shard(shard), repair, json_):
             return
         if sample is not None:
             _show_sample(run, sample, names, shade, json_)

@@ -284,7 +284,7 @@ def _unspent(signal_N: Floats, batch: Batch) -> Floats:
 
 
 def chunks(responses: Sequence[Tokens], budget: int) -> Iterator[slice]:
-    """Yield slices of whole responses, each of about `budget` tokens at most: a longer response goes alone."""
+    """Yield slices of whole responses, each of less than `budget` tokens besides its first response."""
     ends = np.cumsum([len(tokens) for tokens in responses])
     if len(ends):
         numbers = (ends - 1) // budget

@@ -183,11 +183,9 @@ def show(sample: Sample, by: str) -> None:
     """Print a response, each token shaded by the signal or by its first weight, and the tokens of the most signal."""
     name = next(iter(sample.weights))
     shade_T = sample.shade(by)
-    what = "|A|, nats" if by == "signal" else f"weight {name}"
-    answer = "" if sample.answer is None else f", gold answer {sample.answer!r}"
-    log.say(
-        f"{sample.sample_id}: {len(sample.pieces)} tokens, {sample.finish_reason}{answer}; shaded by {what}", "bold"
-    )
+    low, high = sample.scale(by)
+    what = "|A| in nats" if by == "signal" else f"weight {name}"
+    log.say(f"{sample.title()}; shaded by {what}, from {low:.3g} to {high:.3g}", "bold")
     text = Text(printable(sample.prompt), style="dim")
     for piece, shade in zip(sample.pieces, shade_T, strict=True):
         text.append(printable(piece), style=_style(by, float(shade)))

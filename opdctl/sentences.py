@@ -78,7 +78,7 @@ RULES = (
     f"Bias: claimed where the test of {HEAD} % gives p < {1 - CERTAIN:.2g}, from {LEAST} responses on; early where the "
     "share is greater, late where it is less. All steps are taken together.",
     "Change: the cut that best divides the response into two parts of different mean |A| (least squares), with the "
-    "percentiles over resampled responses; shown where the greatest gap is beyond 99 % of those under random signs. "
+    "percentiles over resampled responses; shown where the gap is beyond 99 % of those under random signs. "
     "It is the fraction that the data suggest for prefix_only and prefix_boost.",
     f"Gamma of iw_opd, multiplier of prefix_boost: at which the first {HEAD} % hold {HEAD} % of the weighted signal "
     "Σ w|A|. This evens the signal; whether a student learns more from it, only training tells. The paper takes gamma "

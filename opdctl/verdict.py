@@ -23,6 +23,7 @@ CERTAIN = 0.99
 """A bias or a drift is claimed where an interval of this level excludes that there is none."""
 LEAST = 20  # responses with a signal: fewer bear no verdict
 RESAMPLES = 2000
+ROUNDING = 1e-9  # of the signal: a uniform one leaves errors of rounding, which no test must take for a bias
 EDGE = 5  # hundredths at either end where no change is looked for
 
 
@@ -117,8 +118,7 @@ def share(signal_GQ: Floats, percent: int = HEAD, level: float = LEVEL) -> Estim
 def _p_of_share(signal_GQ: Floats) -> float:
     """Return the two-sided p-value of the null that the first 30 % hold 30 % of the signal."""
     excess_G = signal_GQ[:, :HEAD].sum(1) - HEAD / 100 * signal_GQ.sum(1)
-    # A uniform signal leaves rounding errors only, which no test must take for a bias.
-    if np.abs(excess_G).max() <= 1e-9 * signal_GQ.sum(1).max():
+    if np.abs(excess_G).max() <= ROUNDING * signal_GQ.sum(1).max():
         return 1.0
     return float(2 * stats.t.sf(abs(excess_G.sum()) / math.sqrt(excess_G @ excess_G), len(excess_G) - 1))
 
@@ -129,39 +129,31 @@ def _p_of_share(signal_GQ: Floats) -> float:
 def find_drift(signal_GQ: Floats, tokens_G: Floats) -> Drift | None:
     """Return where the signal changes from one mean to another, or None where it is as good as flat.
 
-    The place is that of least squares for two means (Bai 1994): the greatest of |spent - expected| / sqrt(u (1 - u))
-    over the cuts u, with the interval of the percentiles over resampled groups. It is a change where the greatest of
-    the standardised gaps is beyond the 99 % quantile of what the same gaps come to under random signs (Wu 1986).
+    The place is that of least squares for two means (Bai 1994): the greatest |spent - expected| / sqrt(u (1 - u)) over
+    the cuts u, with the interval of the percentiles over resampled groups. It is a change where this is beyond the 99 %
+    quantile of what it comes to when the groups' signs are drawn by lot (Wu 1986).
     """
     cuts_Q = np.arange(EDGE, PERCENT - EDGE + 1)
-    gap_GQ = (np.cumsum(signal_GQ, 1) - np.cumsum(np.ones(PERCENT)) / PERCENT * signal_GQ.sum(1)[:, None])[
-        :, cuts_Q - 1
-    ]
-    p_value = _p_of_gaps(gap_GQ, float(signal_GQ.sum(1).max()))
+    u_Q, all_G = cuts_Q / PERCENT, signal_GQ.sum(1)
+    gap_GQ = np.cumsum(signal_GQ, 1)[:, cuts_Q - 1] - u_Q * all_G[:, None]
+    gap_GQ /= np.sqrt(u_Q * (1 - u_Q))
+    p_value = _p_of_gaps(gap_GQ, float(all_G.max()))
     if p_value > 1 - CERTAIN:
         return None
-    u_Q = cuts_Q / PERCENT
-    scale_Q = np.sqrt(u_Q * (1 - u_Q))
-
-    def place(gap_XQ: Floats) -> Floats:
-        return u_Q[np.argmax(np.abs(gap_XQ) / scale_Q, axis=-1)]
-
-    at = float(place(gap_GQ.sum(0)))
-    low, high = np.quantile(place(resampled(gap_GQ)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    spent = float(signal_GQ[:, : round(at * PERCENT)].sum())
-    tokens, whole = float(tokens_G.sum()), float(signal_GQ.sum())
-    before, after = spent / (at * tokens), (whole - spent) / ((1 - at) * tokens)
+    place_B = u_Q[np.abs(resampled(gap_GQ)).argmax(1)]
+    low, high = np.quantile(place_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    cut = int(cuts_Q[np.abs(gap_GQ.sum(0)).argmax()])
+    at, tokens, spent = cut / PERCENT, float(tokens_G.sum()), float(signal_GQ[:, :cut].sum())
+    before, after = spent / (at * tokens), (float(all_G.sum()) - spent) / ((1 - at) * tokens)
     return Drift(Estimate(at, float(low), float(high)), before, after, p_value)
 
 
 def _p_of_gaps(gap_GQ: Floats, scale: float) -> float:
-    size_Q = np.sqrt((gap_GQ**2).sum(0))
-    if size_Q.max() <= 1e-9 * scale:
+    if np.abs(gap_GQ).max() <= ROUNDING * scale:
         return 1.0
-    standard_GQ = gap_GQ / np.where(size_Q > 0, size_Q, np.inf)
-    signs_BG = np.random.default_rng(0).choice([-1.0, 1.0], (RESAMPLES, len(gap_GQ)))
-    null_B = np.abs(signs_BG @ standard_GQ).max(1)
-    return float((1 + (null_B >= np.abs(standard_GQ.sum(0)).max()).sum()) / (1 + RESAMPLES))
+    sign_BG = np.random.default_rng(0).choice([-1.0, 1.0], (RESAMPLES, len(gap_GQ)))
+    null_B = np.abs(sign_BG @ gap_GQ).max(1)
+    return float((1 + (null_B >= np.abs(gap_GQ.sum(0)).max()).sum()) / (1 + RESAMPLES))
 
 
 def resampled(sums_GX: Floats) -> Floats:
