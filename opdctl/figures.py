@@ -31,6 +31,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "grid.color": "#e2e8f0",
     "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "svg.fonttype": "none",
     "svg.hashsalt": "opdctl",
 }
@@ -168,7 +169,7 @@ def spent(analysis: Analysis) -> Figure:
     curve.yaxis.set_major_formatter(PercentFormatter(1))
     for axis in (curve, level):
         axis.xaxis.set_major_formatter(PercentFormatter())
-        axis.legend()
+    curve.legend()
     return figure
 
 

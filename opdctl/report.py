@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from opdctl import figures, sentences, store
 from opdctl.analysis import Analysis, Table, columns, rows
-from opdctl.samples import Sample, printable
+from opdctl.samples import SHADES, Sample, printable, scale
 from opdctl.verdict import HEAD, Estimate, Verdict
 
 SHOWN = 2000  # tokens of a response in the report
@@ -73,7 +74,8 @@ def page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
             for name, image in images.items()
         ],
         tables=[_shown(*each) for each in _tables(analysis)],
-        samples=[_tokens(sample) for sample in analysis.samples],
+        samples=_samples(analysis.samples),
+        scales={by: scale(analysis.samples, by) for by in SHADES},
     )
 
 
@@ -111,7 +113,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 def _tile(what: str, found: Estimate, form: str) -> dict[str, str]:
     value = f"{found.value:{form}}" if math.isfinite(found.value) else "none is enough"
     low, high = (f"{bound:{form}}" if math.isfinite(bound) else "∞" for bound in (found.low, found.high))
-    return {"what": what, "value": value, "interval": f"95 %: {low} to {high}"}
+    return {"what": what, "value": value, "interval": "" if low == "∞" else f"95 %: {low} to {high}"}
 
 
 def _tables(analysis: Analysis) -> list[tuple[str, Table, bool]]:
@@ -147,23 +149,26 @@ def weight_lines(analysis: Analysis) -> tuple[tuple[str, ...], list[list[str]]]:
     return tuple(shown["header"]), shown["rows"]
 
 
-def _tokens(sample: Sample) -> dict[str, Any]:
-    signal_T, weight_T = sample.shade("signal"), sample.shade("weight")
-    count = len(sample.pieces)
+def _samples(shown: Sequence[Sample]) -> list[dict[str, Any]]:
+    scales = {by: scale(shown, by) for by in SHADES}
+    return [_tokens(sample, {by: sample.shade(by, own) for by, own in scales.items()}) for sample in shown]
+
+
+def _tokens(sample: Sample, shades: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    texts = [printable(piece) for piece in sample.pieces[:SHOWN]]
     return {
         "title": sample.title(),
-        "scale": f"full shade at |A| = {sample.scale('signal')[1]:.3g} nats",
         "prompt": printable(sample.prompt),
         "tokens": [
             {
-                "text": printable(sample.pieces[t]),
-                "a": f"{signal_T[t]:.2f}",
-                "w": f"{weight_T[t]:.2f}",
+                "text": text,
+                "a": f"{shades['signal'][t]:.2f}",
+                "w": f"{shades['weight'][t]:.2f}",
                 "note": _note(sample, t),
             }
-            for t in range(min(count, SHOWN))
+            for t, text in enumerate(texts)
         ],
-        "cut": max(0, count - SHOWN),
+        "cut": len(sample.pieces) - len(texts),
     }
 
 

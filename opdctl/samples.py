@@ -42,19 +42,9 @@ class Sample:
         """Return what a token is shaded by: |A|, or its first weight."""
         return np.abs(self.tokens.advantage_T) if by == "signal" else next(iter(self.weights.values()))
 
-    def scale(self, by: str) -> tuple[float, float]:
-        """Return the values from which on a token is shaded at all, and in full: |A| from 0 to the 95th percentile of
-        the response, weights from its least to its greatest."""
-        value_T = self.values(by)
-        if not len(value_T):
-            return 0.0, 0.0
-        if by == "signal":
-            return 0.0, float(np.percentile(value_T, 95) or value_T.max())
-        return float(value_T.min()), float(value_T.max())
-
-    def shade(self, by: str) -> Floats:
-        """Return how strongly each token is shaded, [T], from 0 to 1."""
-        low, high = self.scale(by)
+    def shade(self, by: str, scale: tuple[float, float]) -> Floats:
+        """Return how strongly each token is shaded, [T]: 0 up to the first value of the scale, 1 from the second on."""
+        low, high = scale
         return np.clip((self.values(by) - low) / (high - low or 1.0), 0, 1)
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,6 +59,17 @@ class Sample:
             "tokens": list(self.pieces),
             **{name: value_T.tolist() for name, value_T in columns.items()},
         }
+
+
+def scale(shown: Sequence[Sample], by: str) -> tuple[float, float]:
+    """Return the values between which the tokens of all these responses are shaded: |A| from 0 to its 95th percentile,
+    weights from the least to the greatest."""
+    value_N = np.concatenate([np.zeros(0), *(sample.values(by) for sample in shown)])
+    if not len(value_N):
+        return 0.0, 0.0
+    if by == "signal":
+        return 0.0, float(np.percentile(value_N, 95) or value_N.max())
+    return float(value_N.min()), float(value_N.max())
 
 
 def groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Iterator[list[Scored]]:
@@ -182,8 +183,8 @@ def printable(text: str) -> str:
 def show(sample: Sample, by: str) -> None:
     """Print a response, each token shaded by the signal or by its first weight, and the tokens of the most signal."""
     name = next(iter(sample.weights))
-    shade_T = sample.shade(by)
-    low, high = sample.scale(by)
+    shade_T = sample.shade(by, scale([sample], by))
+    low, high = scale([sample], by)
     what = "|A| in nats" if by == "signal" else f"weight {name}"
     log.say(f"{sample.title()}; shaded by {what}, from {low:.3g} to {high:.3g}", "bold")
     text = Text(printable(sample.prompt), style="dim")

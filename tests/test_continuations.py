@@ -118,7 +118,10 @@ def test_accuracies_are_means_over_problems_and_split_by_what_the_prefix_is():
     found = continuations.summarise(rows, {("a/0/0", 50): True, ("b/0/0", 50): False})
     (whole,) = found["accuracy"]
     assert (whole["problems"], whole["accuracy"]) == (2, 0.75)
-    assert [(row["prefix"], row["accuracy"]) for row in found["by_prefix"]] == [("right so far", 0.5), ("gone wrong", 1.0)]
+    assert [(row["prefix"], row["accuracy"]) for row in found["by_prefix"]] == [
+        ("right so far", 0.5),
+        ("gone wrong", 1.0),
+    ]
     assert continuations.summarise(rows, {})["by_prefix"] == []
 
 

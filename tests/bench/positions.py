@@ -56,7 +56,9 @@ def main() -> None:
     for tokens in (given.tokens // 10, given.tokens):
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder) / "run", tokens, given.length)
-            print(json.dumps({"tokens": tokens, "length": given.length, **measure(Path(folder) / "run", given.arguments)}))
+            print(
+                json.dumps({"tokens": tokens, "length": given.length, **measure(Path(folder) / "run", given.arguments)})
+            )
 
 
 if __name__ == "__main__":
