@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from opdctl import execution, grading
 from opdctl.config import NAME, TABLES, Eval, is_table
@@ -38,20 +38,24 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark. `samples` is how often a problem is answered unless the recipe says otherwise; `boxed`: the answer
-    is asked for within \\boxed{}, by the recipe's suffix. `on_track` tells whether the beginning of a response is right
-    so far, given the prompt; None where the task cannot tell."""
+    """One benchmark. `samples` is how often a problem is answered unless the recipe says otherwise; `wants` the form
+    that the answer is asked for in: within \\boxed{}, as a block of code, or in none. `on_track` tells whether the
+    beginning of a response is right so far, given the prompt; None where the task cannot tell."""
 
     name: str
     source: Source
     grader: grading.Grader
     samples: int = 32
-    boxed: bool = True
+    wants: Literal["box", "code", "any"] = "box"
     on_track: Callable[[str, str], bool] | None = None
 
     def samples_under(self, settings: Eval) -> int:
         """Return how often each problem is answered."""
         return settings.samples or (1 if settings.temperature == 0 else self.samples)
+
+    def suffix_under(self, settings: Eval) -> str:
+        """Return the text that asks for the answer's form, put behind every problem."""
+        return {"box": settings.suffix, "code": settings.code_suffix, "any": ""}[self.wants]
 
     def problems(self, count: int | None, data: Path | None) -> list[Problem]:
         """Return the first `count` problems, all by default. Raises OpdctlError as their source does."""
@@ -117,7 +121,7 @@ class Hub:
     def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
         if data is not None:
             return Columns().problems(read_table(file_of(name, data)), str(data))
-        hint = f"give local data by --data FILE_OR_DIR, such as a {name}.jsonl; or run it once where there is a network"
+        hint = f"give local data by --data FILE_OR_DIR, such as {name}.jsonl; or run it once where there is a network"
         key = f"--bench {name}"
         rows = from_hub(self.id, self.split, self.revision, key, subset=self.subset, hint=hint)
         return Columns().problems(rows, self.id)
@@ -162,11 +166,15 @@ class Table:
 class EvalPlus:
     """HumanEval+ or MBPP+, from the package evalplus, which pins their version."""
 
-    where: str
+    dataset: execution.Dataset
     local: bool = False
 
+    @property
+    def where(self) -> str:
+        return "evalplus:" + "@".join(execution.RELEASES[self.dataset])
+
     def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
-        return iter(execution.problems(self.where, file_of(name, data) if data else None))
+        return execution.problems(self.dataset, file_of(name, data) if data else None)
 
 
 def find(name: str, settings: Eval) -> Benchmark:
@@ -189,7 +197,7 @@ def find(name: str, settings: Eval) -> Benchmark:
 def _all() -> Iterator[Benchmark]:
     math = grading.mathematics
     sort = grading.Text(sort12.extract)
-    yield Benchmark("sort12", Embedded(), sort, samples=1, boxed=False, on_track=sort12.on_track)
+    yield Benchmark("sort12", Embedded(), sort, samples=1, wants="any", on_track=sort12.on_track)
     yield Benchmark("aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math)
     yield Benchmark("aime25", Hub("MathArena/aime_2025", "c94da77eb22bbd6439e62a323bec18493a421302", "train"), math)
     yield Benchmark(
@@ -205,8 +213,8 @@ def _all() -> Iterator[Benchmark]:
     )
     yield Benchmark("minerva", Hub("math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96"), math, 4)
     yield Benchmark("olympiadbench", Hub("math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84"), math, 4)
-    yield Benchmark("humaneval_plus", EvalPlus("humaneval"), execution.code, samples=4, boxed=False)
-    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), execution.code, samples=4, boxed=False)
+    yield Benchmark("humaneval_plus", EvalPlus("humaneval"), execution.code, samples=4, wants="code")
+    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), execution.code, samples=4, wants="code")
 
 
 for _benchmark in _all():

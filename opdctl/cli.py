@@ -515,9 +515,9 @@ def evaluate(
     """Grade a student, a teacher or any model on benchmarks, with intervals.
 
     \b
-    opdctl eval --bench sort12                              the newest run under runs/
+    opdctl eval --bench sort12                 the newest run under runs/
     opdctl eval --run runs/quickstart --model teacher
-    opdctl eval --model Qwen/Qwen3-0.6B --bench aime25,math500 --set eval.samples=4
+    opdctl eval --model Qwen/Qwen3-0.6B --bench aime25,math500
     opdctl eval --compare runs/uniform runs/quickstart
     """
     with _session(verbose, quiet):

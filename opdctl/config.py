@@ -209,6 +209,8 @@ class Eval(Sampling):
     """Evaluate every so many steps while training; 0: neither then nor before and after."""
     suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Text put behind every problem of a benchmark that wants a boxed answer."""
+    code_suffix: str = "\nSolve this in one Python code block that holds the whole program."
+    """Text put behind every problem of a benchmark that wants code."""
     template_arguments: dict[str, bool | int | str] = {"enable_thinking": False}
     """Arguments to the chat template; one that a template does not know changes nothing."""
     batch_size: int = Field(default=256, gt=0)
@@ -655,6 +657,9 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
     decay, warmup = recipe.train.decay_steps, recipe.train.warmup_steps
     if recipe.train.schedule != "constant" and (decay is None or decay <= warmup):
         problems.append(("train.decay_steps", f"a falling learning rate needs one above train.warmup_steps, {warmup}"))
+    if recipe.eval.every and not recipe.eval.allow_code_execution:
+        text = "runs code that the student wrote, while training: set eval.allow_code_execution, or eval.every = 0"
+        problems += [("eval.bench", f"`{name}` {text}") for name in recipe.eval.bench if _runs_code(name)]
     if recipe.eval.temperature == 0 and recipe.eval.samples not in (None, 1):
         problems.append(("eval.samples", "at temperature 0 all samples are the same: leave it out, or set it to 1"))
     if recipe.rollout.temperature != 1 or recipe.rollout.top_p != 1:
@@ -662,6 +667,10 @@ def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
             ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")
         )
     return problems
+
+
+def _runs_code(bench: str) -> bool:
+    return bench in BENCHMARKS.names() and BENCHMARKS.get(bench)().grader.runs_code
 
 
 def _teacher_problems(recipe: Recipe) -> list[tuple[str, str]]:

@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 1000  # a file is as wide as its tables
 _level = 0
 _name = ""
 UNSAFE = re.compile(

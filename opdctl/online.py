@@ -129,6 +129,7 @@ def _evaluate(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
             if not evaluate.is_evaluated(run, bench, subject.name):
                 with clock.time("eval"):
                     summary, _ = evaluate.run(run, bench, subject, engines)
+                assert summary is not None  # no shard: the whole of it was made
                 log.say(accuracy_line(summary), style="bold")
 
 

@@ -82,8 +82,9 @@ class Scores:
 class Graded:
     """One response of an evaluation.
 
-    extracted: the answer read from it. verdict: ok, or why it could not be judged. vote: what it counts as in a majority
-    vote: the gold answer where it is right, else one spelling for all equal wrong answers; None where it has no answer.
+    extracted: the answer read from it. verdict: ok, or why it could not be judged. vote: what it counts as in a
+    majority vote: the gold answer where it is right, else one spelling for all equal wrong answers; None where it has
+    no answer.
     """
 
     sample_id: str

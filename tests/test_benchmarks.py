@@ -1,4 +1,4 @@
-"""Benchmarks: the registry, golds in the shapes that data sets give them, files of the user's own, a hub out of reach."""
+"""Benchmarks: the registry, golds in the shapes that data sets give them, files of one's own, a hub out of reach."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_every_benchmark_is_declared_whole() -> None:
             assert not benchmark.source.local
             int(benchmark.source.revision, 16)
         else:
-            assert not benchmark.boxed
+            assert benchmark.wants == ("any" if name == "sort12" else "code")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files in {DATA.parent.name}/{DATA.name}")
@@ -57,7 +57,7 @@ def test_without_data_and_without_a_hub_both_ways_are_told() -> None:
         registered("aime25").problems(None, None)
     assert caught.value.code == ExitCode.REACH
     assert "--bench aime25: `MathArena/aime_2025`" in caught.value.message
-    assert "--data FILE_OR_DIR, such as a aime25.jsonl" in str(caught.value.hint)
+    assert "--data FILE_OR_DIR, such as aime25.jsonl" in str(caught.value.hint)
     assert "where there is a network" in str(caught.value.hint)
 
 
@@ -163,7 +163,7 @@ def test_a_file_of_one_s_own_is_a_benchmark_by_its_columns(tmp_path: Path, suffi
     columns = Eval(id_column="nr", problem_column="frage", answer_column="lösung", grader="text")
     benchmark = find(str(path), columns)
     assert [(p.id, p.text, p.answer) for p in benchmark.problems(None, None)] == [tuple(row.values()) for row in ROWS]
-    assert (benchmark.name, benchmark.boxed, benchmark.source.local) == ("mine", True, True)
+    assert (benchmark.name, benchmark.wants, benchmark.source.local) == ("mine", "box", True)
     assert benchmark.grader.grade([("2", r"\boxed{2}"), ("2", r"\boxed{02}")])[1].correct is False
     assert find(str(path), Eval()).grader.grade([("2", r"\boxed{02}")])[0].correct is True
     with pytest.raises(OpdctlError, match="has none of the columns problem, question, prompt; it has nr, frage"):

@@ -22,12 +22,13 @@ def blocks(path: Path, language: str) -> list[str]:
 def test_the_tutorial_s_components_are_short_and_every_command_of_it_runs(tmp_path):
     page = ROOT / "docs" / "extending.md"
     codes = blocks(page, "python")
-    assert len(codes) == 2
+    assert len(codes) == 3
     assert all(len([line for line in code.splitlines() if line.strip()]) < 20 for code in codes)
     (tmp_path / "mine.py").write_text("\n".join(codes))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "riddles.csv").write_text("riddle,answer\nabc?,c\n")
     commands = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    assert len(commands) == 4
+    assert len(commands) == 5
     said = ""
     for command in commands:
         words = [sys.executable, "-m", *shlex.split(command)]
@@ -36,6 +37,7 @@ def test_the_tutorial_s_components_are_short_and_every_command_of_it_runs(tmp_pa
         said += done.stderr
     assert "unsure  `weight` where the student's entropy is above `limit` nats, else 1." in said
     assert "limit = 0.5, weight = 2.0; this tutorial" in said
+    assert "riddles, step-00002: 1 problems, 1 samples each" in said  # as the recipe has it
 
 
 @pytest.mark.parametrize("registry", [WEIGHTS, OBJECTIVES])

@@ -15,7 +15,8 @@ from opdctl import store
 from opdctl.records import Graded
 from opdctl.tasks import sort12
 
-SMALL = ("eval.problems=6", "eval.samples=4", "eval.parts=3", "eval.max_tokens=160", "student.dtype=float32")
+ENGINE = ("rollout.engine=transformers", "student.dtype=float32", "eval.max_tokens=160")
+SMALL = (*ENGINE, "eval.problems=6", "eval.samples=4", "eval.parts=3")
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +133,7 @@ def test_another_protocol_on_the_same_folder_is_refused(whole: Path, tmp_path: P
 
 
 def test_at_temperature_0_one_sample_is_enough_and_always_the_same(tmp_path: Path) -> None:
-    settings = ("eval.problems=4", "eval.temperature=0", "student.dtype=float32", "eval.max_tokens=160")
+    settings = (*ENGINE, "eval.problems=4", "eval.temperature=0")
     for name in ("one", "other"):
         result = evaluate("--output", tmp_path / name, "--set", f"seed={len(name)}", settings=settings)
         assert result.code == 0, result.err

@@ -66,9 +66,9 @@ def test_the_order_of_the_problems_does_not_matter(tmp_path: Path) -> None:
 
 def test_runs_are_compared_by_their_newest_students_on_every_shared_benchmark(tmp_path: Path) -> None:
     for run, grades in (("x", ONE), ("y", OTHER)):
-        plant(tmp_path / run / "eval" / "mine" / "step-00000", dict.fromkeys("abcd", [False]))
+        plant(tmp_path / run / "eval" / "mine" / "step-00000", {key: [False] for key in "abcd"})
         plant(tmp_path / run / "eval" / "mine" / "step-00012", grades)
-        plant(tmp_path / run / "eval" / "mine" / "teacher", dict.fromkeys("abcd", [True]))
+        plant(tmp_path / run / "eval" / "mine" / "teacher", {key: [True] for key in "abcd"})
     plant(tmp_path / "x" / "eval" / "more" / "step-00012", ONE, "more")
     (found,) = evaluations.compare(tmp_path / "x", tmp_path / "y")
     assert (found["bench"], found["difference"]) == ("mine", pytest.approx(0.5))

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "opdctl"
 ORDER = [  # a file imports from lines above its own only
     ["opdctl"],
-    ["errors"],
+    ["errors", "answers", "sandbox"],
     ["registry"],
     ["weights"],
     ["objectives"],

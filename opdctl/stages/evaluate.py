@@ -57,8 +57,7 @@ def other(name: str, like: Model) -> Subject:
 
 
 def subject(run: Run, model: str | None, step: int | None) -> Subject:
-    """Return what to evaluate: the student of `step`, the newest by default, or a teacher of the run by name, or another
-    model."""
+    """Return what to evaluate: the student of `step`, the newest by default; a teacher of the run; or another model."""
     if model is None:
         return student(run, run.current_step() if step is None else step)
     if model in run.scorers():
@@ -87,7 +86,7 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_tokens": settings.max_tokens,
-        "suffix": settings.suffix if benchmark.boxed else "",
+        "suffix": benchmark.suffix_under(settings),
         "template_arguments": settings.template_arguments,
         "problems": settings.problems,
         "grader": benchmark.grader.name,
@@ -222,7 +221,7 @@ def _answer(
 
 def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:
     settings = run.recipe.eval
-    asked = replace(problem, text=problem.text + (settings.suffix if benchmark.boxed else ""))
+    asked = replace(problem, text=problem.text + benchmark.suffix_under(settings))
     return np.asarray(template(asked, model.tokenizer, settings.template_arguments), np.int32)
 
 
