@@ -108,6 +108,7 @@ class Analysis:
             "relative": stacked([self._by_bin(phase, "relative") for phase in self.phases]),
             "spent": stacked([_spent(phase) for phase in (self.whole, *self.phases)]),
             "steps": stacked([_step_row(step) for step in self.steps]),
+            "steps_relative": stacked([_signal_by_bin(step) for step in self.steps]),
             "weights": self.weight_table(),
         }
         if self.continuations:
@@ -165,6 +166,11 @@ def _step_row(step: Step) -> Table:
     for name, mean in step.means.items():
         row |= _interval(name, [mean])
     return row | _interval("share_of_first_30_percent", [step.share])
+
+
+def _signal_by_bin(step: Step) -> Table:
+    starts = [number * PERCENT // BINS for number in range(BINS)]
+    return {"step": [step.step] * BINS, "from_percent": starts, "abs_advantage": step.signal_P.tolist()}
 
 
 def _interval(name: str, found: Sequence[Estimate]) -> Table:

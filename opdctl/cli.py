@@ -695,7 +695,7 @@ def analyze_position(
             return
         run = _run_to_analyse(run_dirs or [], recipe, set_, output)
         names = weights.split(",") if weights is not None else None
-        if continuations and not dry_run and not _continue(run, _step(run, step), _shard(shard), repair, json_):
+        if continuations and not _continue(run, _step(run, step), _shard(shard), repair, dry_run, json_):
             return
         if sample is not None:
             _show_sample(run, sample, names, shade, json_)
@@ -752,13 +752,16 @@ def _show_sample(run: "Run", sample_id: str, weights: list[str] | None, shade: s
         _emit({"schema_version": SCHEMA_VERSION, **found.as_dict()})
 
 
-def _continue(run: "Run", step: int, shard: "Shard", repair: bool, as_json: bool) -> bool:
-    """Make the continuations that are missing, and return whether all are there."""
+def _continue(run: "Run", step: int, shard: "Shard", repair: bool, dry_run: bool, as_json: bool) -> bool:
+    """Make the continuations that are missing, or say how many there are; return whether nothing is left to others."""
     from opdctl import sentences
     from opdctl.engines import engine_pool
     from opdctl.run import open_run, read_recipe
     from opdctl.stages import continuations as stage
 
+    if dry_run:
+        log.say(stage.plan(run, step))
+        return True
     models = ("student", *run.recipe.teacher_models())
     open_run(read_recipe(run.path), run.path, needs=models, record=False)  # refuses models that are not the run's
     with engine_pool(stage.recipe_for_engines(run.recipe), _device(run.recipe)) as engines:

@@ -107,7 +107,7 @@ def position(analysis: Analysis) -> Figure:
         for phase, colour in _phases(analysis):
             _by_position(axis, phase, name, colour, phase.name)
         axis.set(title=title, xlabel="token position in the response", ylabel=label)
-    axes[0].legend()
+    axes[0].legend(loc="upper left")
     return figure
 
 
@@ -118,7 +118,7 @@ def prefix_logp(analysis: Analysis) -> Figure:
         _by_position(axis, phase, "student_prefix_logp", LATE, "student")
         _by_position(axis, phase, "teacher_prefix_logp", EARLY, "teacher")
         axis.set(title=phase.name, xlabel="length of the prefix, tokens", ylabel="mean log-prob of the prefix (nats)")
-    axes[0].legend()
+    axes[0].legend(loc="lower left")
     return figure
 
 
@@ -137,7 +137,7 @@ def entropy(analysis: Analysis) -> Figure:
             _by_position(axis, phase, name, colour, phase.name)
         unit = "share" if name == "top_k_overlap" else "nats"
         axis.set(title=name.replace("_", " ").capitalize(), xlabel="token position in the response", ylabel=unit)
-    axes[0].legend()
+    axes[0].legend(loc="upper right")
     return figure
 
 
@@ -169,7 +169,7 @@ def spent(analysis: Analysis) -> Figure:
     curve.yaxis.set_major_formatter(PercentFormatter(1))
     for axis in (curve, level):
         axis.xaxis.set_major_formatter(PercentFormatter())
-    curve.legend()
+    curve.legend(loc="upper left")
     return figure
 
 
@@ -208,7 +208,7 @@ def steps(analysis: Analysis) -> Figure:
     axes[2].yaxis.set_major_formatter(PercentFormatter(1))
     for axis in axes:
         axis.set(xlabel="training step")
-    axes[0].legend()
+    axes[0].legend(loc="upper right")
     return figure
 
 
@@ -241,7 +241,7 @@ def _accuracy(
         axis.axhline(target, color=GREY, lw=0.8, ls=":", label=f"target {target:.1%}")
     axis.set(title=f"Accuracy on {bench}", xlabel="training step", ylabel="accuracy", ylim=(0, 1.02))
     axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axis.legend()
+    axis.legend(loc="lower right")
     return figure
 
 
@@ -269,7 +269,7 @@ def _weights(analysis: Analysis, names: Sequence[str]) -> Figure:
         for name, colour in zip(names, cycle(COLOURS), strict=False):
             _by_position(axis, phase, name, colour, name)
         axis.set(title=phase.name, xlabel="token position in the response", ylabel="mean weight")
-    axes[0].legend(fontsize=8.5)
+    axes[0].legend(fontsize=8.5, loc="upper right")
     return figure
 
 
@@ -286,7 +286,7 @@ def one_response(analysis: Analysis) -> Figure:
             axis.plot(position, sample.weights[name], color=colour, lw=1.2, label=name)
         if names:
             axis.set(title=title, ylabel="weight")
-            axis.legend(fontsize=8.5)
+            axis.legend(fontsize=8.5, loc="upper right")
     for axis in axes:
         axis.set_xlabel("token position")
     return figure

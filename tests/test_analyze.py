@@ -205,7 +205,7 @@ def test_tables_and_figures_are_written_each_in_both_forms(run):
     }
     for path in map(Path, found["figures"]):
         assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
-    for name in ("position", "relative", "spent", "steps", "weights"):
+    for name in ("position", "relative", "spent", "steps", "steps_relative", "weights"):
         with (folder / "tables" / f"{name}.csv").open(newline="") as file:
             rows = list(csv.reader(file))
         table = pq.read_table(folder / "tables" / f"{name}.parquet")

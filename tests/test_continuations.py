@@ -79,6 +79,13 @@ def test_other_settings_are_refused(made):
     assert "continuations.responses 4 → 5" in result.err
 
 
+def test_a_dry_run_says_how_much_it_is(made):
+    path, _ = made
+    result = invoke("analyze-position", path, "--continuations", "--dry-run")
+    assert result.code == 0
+    assert "by student, teacher: 160 from prefixes of 4 responses" in result.err
+
+
 def test_a_step_without_a_rollout_is_refused_with_the_command(made):
     path, _ = made
     result = invoke("analyze-position", path, "--continuations", "--step", "1")

@@ -7,6 +7,7 @@ Parquet parts of graded responses out, one folder a model; then a summary.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,32 @@ import numpy as np
 from opdctl import SCHEMA_VERSION, log, stats, store
 from opdctl.benchmarks import Benchmark, find
 from opdctl.config import Recipe, settings_of
-from opdctl.engines import EnginePool, Request
+from opdctl.engines import Completion, EnginePool, Request
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir
-from opdctl.records import Graded, Response, sample_seed
+from opdctl.records import Graded, Ids, Response, sample_seed
 from opdctl.run import Run
 from opdctl.store import WHOLE, Fingerprint, Shard, StageDir, read_rows, write_rows
 
 PERCENTS = range(0, 100, 10)
 """Lengths of the prefixes, in hundredths of the response, rounded down to tokens: never with its last token."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One continuation to make: the response, the share of it that is kept, in hundredths, and the sample's number."""
+
+    response: Response
+    percent: int
+    sample: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.response.sample_id}/{self.percent}/{self.sample}"
+
+    @property
+    def prefix_ids(self) -> Ids:
+        return _prefix(self.response, self.percent)
 
 
 def run(
@@ -61,6 +79,15 @@ def run(
     if not path.exists() or store.read_json(path) != summary:
         store.write_json(path, summary)
     return summary, made
+
+
+def plan(run: Run, step: int) -> str:
+    """Return what there is to do for a step, all of it. Raises OpdctlError as `run` does."""
+    _benchmark(run)
+    responses, samples = _responses(run, step), run.recipe.continuations.samples
+    models = _models(run, step, responses)
+    count = sum(len(_own(responses, name)) for name in models) * len(PERCENTS) * samples
+    return f"continuations of step {step} by {', '.join(models)}: {count} from prefixes of {len(responses)} responses"
 
 
 def folder(run: Run, step: int) -> Path:
@@ -143,36 +170,42 @@ def _go_on(
     total = sum(map(len, parts.values())) * len(PERCENTS) * samples
     with log.progress(f"continuations, {name}, step {step}", total) as advance:
         for index, part in parts.items():
-            draws = [(response, percent, n) for response in part for percent in PERCENTS for n in range(samples)]
-            names = [f"{response.sample_id}/{percent}/{n}" for response, percent, n in draws]
-            prefixes = [_prefix(response, percent) for response, percent, _ in draws]
+            draws = [Draw(response, percent, n) for response in part for percent in PERCENTS for n in range(samples)]
             requests = [
-                Request(np.concatenate([draw[0].prompt_ids, prefix]), sample_seed(run.recipe.seed, f"{name}/{each}"))
-                for draw, prefix, each in zip(draws, prefixes, names, strict=True)
-            ]
-            found = engine.generate(requests, settings, settings.batch_size, advance)
-            whole = [np.concatenate([prefix, each.response_ids]) for prefix, each in zip(prefixes, found, strict=True)]
-            texts = run.student.tokenizer.batch_decode(whole, skip_special_tokens=True)
-            grades = benchmark.grader.grade([(str(d[0].answer), text) for d, text in zip(draws, texts, strict=True)])
-            rows = [
-                Graded(
-                    sample_id=each,
-                    problem_id=response.prompt_id,
-                    response_ids=completion.response_ids,
-                    text=text,
-                    finish_reason=completion.finish_reason,
-                    gold=str(response.answer),
-                    extracted=grade.extracted,
-                    correct=grade.correct,
-                    verdict=grade.verdict,
-                    vote=grade.extracted,
+                Request(
+                    np.concatenate([draw.response.prompt_ids, draw.prefix_ids]),
+                    sample_seed(run.recipe.seed, f"{name}/{draw.id}"),
                 )
-                for each, (response, _, _), completion, text, grade in zip(
-                    names, draws, found, texts, grades, strict=True
-                )
+                for draw in draws
             ]
+            completions = engine.generate(requests, settings, settings.batch_size, advance)
+            rows = _graded(run, benchmark, draws, completions)
             tokens = sum(len(row.response_ids) for row in rows)
             stage.write(index, partial(write_rows, rows=rows, kind=Graded), rows=len(rows), tokens=tokens)
+
+
+def _graded(run: Run, benchmark: Benchmark, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[Graded]:
+    """Return the rows of a part: the answer is that of prefix and continuation together."""
+    pairs = list(zip(draws, completions, strict=True))
+    whole = [np.concatenate([draw.prefix_ids, completion.response_ids]) for draw, completion in pairs]
+    texts = run.student.tokenizer.batch_decode(whole, skip_special_tokens=True)
+    golds = [str(draw.response.answer) for draw in draws]
+    grades = benchmark.grader.grade(list(zip(golds, texts, strict=True)))
+    return [
+        Graded(
+            sample_id=draw.id,
+            problem_id=draw.response.prompt_id,
+            response_ids=completion.response_ids,
+            text=text,
+            finish_reason=completion.finish_reason,
+            gold=gold,
+            extracted=grade.extracted,
+            correct=grade.correct,
+            verdict=grade.verdict,
+            vote=grade.extracted,
+        )
+        for (draw, completion), gold, text, grade in zip(pairs, golds, texts, grades, strict=True)
+    ]
 
 
 def _own(part: Sequence[Response], name: str) -> list[Response]:
@@ -180,7 +213,7 @@ def _own(part: Sequence[Response], name: str) -> list[Response]:
     return [response for response in part if name in ("student", response.teacher)]
 
 
-def _prefix(response: Response, percent: int) -> np.ndarray:
+def _prefix(response: Response, percent: int) -> Ids:
     return response.response_ids[: len(response.response_ids) * percent // 100]
 
 
