@@ -96,7 +96,7 @@ class Analysis:
             "steps": [step.step for step in self.steps],
             "left_out": list(self.left_out),
             "verdict": self.verdict.as_dict(),
-            "phases": [_phase_summary(phase) for phase in self.phases],
+            "phases": [_phase_summary(phase, self.weights[0]) for phase in self.phases],
             "weights": rows(self.weight_table()),
             "continuations": list(self.continuations),
         }
@@ -181,13 +181,16 @@ def _interval(name: str, found: Sequence[Estimate]) -> Table:
     }
 
 
-def _phase_summary(phase: Phase) -> dict[str, Any]:
+def _phase_summary(phase: Phase, own: str) -> dict[str, Any]:
+    """Return the means of a phase; `weight` is that of the recipe's own weight."""
     first = {name: _value(value) for name, value in asdict(phase.share()).items()}
+    found = {name: _value(mean.value) for name, mean in means(phase.numbers.whole).items()}
     return {
         "phase": phase.name,
         "responses": phase.numbers.responses,
         "tokens": phase.numbers.tokens,
-        **{name: _value(mean.value) for name, mean in means(phase.numbers.whole).items()},
+        **found,
+        "weight": found[own],
         "share_of_first_30_percent": first,
     }
 

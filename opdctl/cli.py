@@ -88,7 +88,10 @@ AllowCode = Annotated[
 
 AnalysedRuns = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[RUN_DIR]…", help="The run, or with --compare several. Default: --output."),
+    typer.Argument(metavar="RUN_DIR", help="The run, or with --compare several. Default: --output."),
+]
+AnalysedOutput = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="The run; or the folder that --compare writes to.")
 ]
 DrawnWeights = Annotated[
     str | None,
@@ -662,7 +665,7 @@ def analyze_position(
     run_dirs: AnalysedRuns = None,
     recipe: Recipes = None,
     set_: Overrides = None,
-    output: Output = None,
+    output: AnalysedOutput = None,
     weights: DrawnWeights = None,
     sample: SampleId = None,
     shade: Shade = "signal",
@@ -680,7 +683,7 @@ def analyze_position(
     """Show where in the response the teacher's signal lies: figures, tables, a verdict, in one report.html.
 
     Works from the stored artifacts alone, without a model; only --continuations runs models. Of a recipe and --set,
-    only [weight] and [continuations] matter here.
+    only weight.* and continuations.* matter here.
 
     \b
     opdctl analyze-position runs/quickstart

@@ -17,6 +17,7 @@ from opdctl.weights import Floats, Tokens, Weight, weigh
 
 CHUNK = 2**20  # tokens in work at once, unless a weight ranks the whole step
 LISTED = 10  # tokens that the terminal lists below the text
+FAINT = 0.05  # shade below which a token is left as the terminal has it
 SHADES = {"signal": (194, 65, 12), "weight": (29, 78, 216)}
 """What a token may be shaded by, and in which colour."""
 
@@ -187,7 +188,7 @@ def show(sample: Sample, by: str) -> None:
     low, high = scale([sample], by)
     what = "|A| in nats" if by == "signal" else f"weight {name}"
     log.say(f"{sample.title()}; shaded by {what}, from {low:.3g} to {high:.3g}", "bold")
-    text = Text(printable(sample.prompt), style="dim")
+    text = Text().append(printable(sample.prompt), style="dim")
     for piece, shade in zip(sample.pieces, shade_T, strict=True):
         text.append(printable(piece), style=_style(by, float(shade)))
     log.show(text)
@@ -211,6 +212,8 @@ def show(sample: Sample, by: str) -> None:
 
 
 def _style(by: str, shade: float) -> str:
-    """Return a background between white and the shade's colour, and a foreground that is read on it."""
+    """Return a background between white and the shade's colour, with a foreground that is read on it; none for none."""
+    if shade < FAINT:
+        return ""
     red, green, blue = (round(255 + (channel - 255) * shade) for channel in SHADES[by])
     return f"{'white' if shade > 0.6 else 'black'} on rgb({red},{green},{blue})"

@@ -174,7 +174,7 @@ def test_odd_runs_give_a_report_without_a_verdict(run, advantages):
 def test_steps_that_are_not_wholly_scored_are_left_out_and_named(run):
     plant(run, 0, [np.full(4, -1.0)] * 3)
     plant(run, 1, [np.full(4, -9.0)] * 3)
-    (run.score(1, "teacher").path / run.score(1, "teacher").names[0]).unlink()
+    run.score(1, "teacher").manifest_path.unlink()
     result = invoke("analyze-position", run.path, "--json")
     assert result.code == 0
     assert "left out, since not wholly scored: steps 1" in result.err
@@ -182,10 +182,14 @@ def test_steps_that_are_not_wholly_scored_are_left_out_and_named(run):
     assert result.json()["summary"]["phases"][0]["abs_advantage"] == 1.0
 
 
-def test_a_damaged_part_is_named_with_the_command_that_mends_it(run):
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_part_is_named_with_the_command_that_mends_it(run, damage):
     plant(run, 0, [np.full(4, -1.0)] * 3)
     part = run.score(0, "teacher").path / run.score(0, "teacher").names[0]
-    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    if damage == "missing":
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-1] + b"\0")
     result = invoke("analyze-position", run.path)
     assert result.code == 3
     assert f"score-teacher --output {run.path} --step 0 --only teacher --repair" in result.err

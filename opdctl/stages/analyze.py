@@ -106,10 +106,15 @@ def _refuse_lacking(run: Run, name: str, weight: Weight) -> None:
 
 
 def scored_steps(run: Run) -> tuple[list[int], list[int]]:
-    """Return the steps whose rollout and teacher scores are finished, and those that were begun and are not."""
+    """Return the steps whose rollout and teacher scores were finished, and those that were begun and are not yet."""
     begun = sorted(int(path.parent.name.removeprefix("step-")) for path in run.path.glob("step-*/rollout"))
-    scored = [step for step in begun if run.is_scored(step)]
+    scored = [step for step in begun if _is_scored(run, step)]
     return scored, [step for step in begun if step not in scored]
+
+
+def _is_scored(run: Run, step: int) -> bool:
+    """Whether a step was once whole: a part that is missing since is damage, which reading it says."""
+    return bool(run.rollout(step).manifest()) and all(stage.manifest() for stage in run.scores(step).values())
 
 
 def _phases(steps: list[int]) -> list[tuple[list[int], Phase]]:
