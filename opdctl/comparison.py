@@ -43,8 +43,17 @@ def curves(path: Path) -> dict[str, Curve]:
     for bench in sorted({summary.parent.parent.name for summary in path.glob("eval/*/step-*/summary.json")}):
         folders = {int(f.name.removeprefix("step-")): f for f in sorted((path / "eval" / bench).glob("step-*"))}
         own = {step: load(folder) for step, folder in folders.items() if (folder / "summary.json").exists()}
-        found[bench] = Curve(path, recipe, own)
+        found[bench] = Curve(path, recipe, {step: each for step, each in own.items() if _alike(each, own[max(own)])})
+        if left_out := sorted(own.keys() - found[bench].evaluations.keys()):
+            shown = ", ".join(map(str, left_out))
+            log.warn(f"{path}: {bench}: left out, since evaluated in another way than the newest: steps {shown}")
     return found
+
+
+def _alike(one: Evaluation, other: Evaluation) -> bool:
+    """Whether two evaluations' accuracies may be shown beside one another: same problems, asked in the same way."""
+    problems = [each.summary["benchmark"]["digest"] for each in (one, other)]
+    return problems[0] == problems[1] and one.summary["protocol"] == other.summary["protocol"]
 
 
 def by_step(path: Path) -> dict[str, Any] | None:
@@ -54,11 +63,10 @@ def by_step(path: Path) -> dict[str, Any] | None:
     bench = next((name for name in (*own, *found) if name in found), None)
     if bench is None:
         return None
-    teachers = {
-        folder.parent.name: load(folder.parent).summary["avg"]
-        for folder in sorted((path / "eval" / bench).glob("teacher*/summary.json"))
-    }
-    return {"bench": bench, "curve": _points([found[bench]]), "teachers": teachers}
+    newest = found[bench].evaluations[max(found[bench].evaluations)]
+    teachers = [load(summary.parent) for summary in sorted((path / "eval" / bench).glob("teacher*/summary.json"))]
+    reached = {each.summary["model"]: each.summary["avg"] for each in teachers if _alike(each, newest)}
+    return {"bench": bench, "curve": _points([found[bench]]), "teachers": reached}
 
 
 def compare(paths: Sequence[Path], target: float | None = None) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What analyze-position writes: report.html, one file that needs no network, and figures and tables beside it.
 
-Whatever stems from a model, a prompt or a recipe reaches the
-page through the template's escaping alone.
+Whatever stems from a model, a prompt or a recipe reaches the page through the template's escaping alone.
 """
 
 import base64

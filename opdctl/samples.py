@@ -93,24 +93,24 @@ def groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Iterator[list[
 def find(run: Run, step: int, wanted: Sequence[str], weights: Mapping[str, Weight]) -> list[Sample]:
     """Return the responses of the ids that are wanted, in their order."""
     read, found = reader(run), {}
+    ranked = any(weight.ranks for weight in weights.values())
     for group in groups(run, step, weights):
-        places = [place for place, scored in enumerate(group) if scored.response.sample_id in wanted]
-        if not places:
-            continue
+        if not ranked:  # then a response's weights do not depend on the others
+            group = [scored for scored in group if scored.response.sample_id in wanted]
         responses = [tokens(scored, step, run.recipe.train.extrapolation) for scored in group]
         weighed = {name: weigh(weight, responses) for name, weight in weights.items()}
-        for place in places:
-            response, own = group[place].response, {name: weight_RT[place] for name, weight_RT in weighed.items()}
-            found[response.sample_id] = Sample(
-                sample_id=response.sample_id,
-                step=step,
-                prompt="".join(read(response.prompt_ids)),
-                pieces=read(response.response_ids),
-                tokens=responses[place],
-                weights=own,
-                finish_reason=response.finish_reason,
-                answer=response.answer,
-            )
+        for place, scored in enumerate(group):
+            if (response := scored.response).sample_id in wanted:
+                found[response.sample_id] = Sample(
+                    sample_id=response.sample_id,
+                    step=step,
+                    prompt="".join(read(response.prompt_ids)),
+                    pieces=read(response.response_ids),
+                    tokens=responses[place],
+                    weights={name: weight_RT[place] for name, weight_RT in weighed.items()},
+                    finish_reason=response.finish_reason,
+                    answer=response.answer,
+                )
     return [found[name] for name in wanted if name in found]
 
 

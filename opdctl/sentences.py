@@ -14,17 +14,19 @@ from opdctl.verdict import CERTAIN, HEAD, LEAST, Estimate, Verdict
 
 def interval(found: Estimate, form: str = ".1%") -> str:
     """Return an estimate with its interval for a person."""
-    if not math.isfinite(found.low) or not math.isfinite(found.value):
-        return "none is enough" if found.value == math.inf else f"{found.value:{form}}"
+    if not math.isfinite(found.value):
+        return "–" if math.isnan(found.value) else "none is enough"
+    value, low = f"{found.value:{form}}", f"{found.low:{form}}"
     high = f"{found.high:{form}}" if math.isfinite(found.high) else "∞"
-    return f"{found.value:{form}} [{found.low:{form}}, {high}]"
+    return value if math.isnan(found.low) else f"{value} [{low}, {high}]"
 
 
 def about(analysis: Analysis) -> str:
     numbers = analysis.whole.numbers
     left = f"; {len(analysis.left_out)} steps left out, since not wholly scored" if analysis.left_out else ""
+    steps = "1 step" if len(analysis.steps) == 1 else f"{len(analysis.steps)} steps"
     return (
-        f"{len(analysis.steps)} steps, {numbers.responses:,} responses, {numbers.tokens:,} tokens; "
+        f"{steps}, {numbers.responses:,} responses, {numbers.tokens:,} tokens; "
         f"token weight {analysis.weights[0]}{left}. Intervals are of 95 %, responses being the unit."
     )
 
@@ -93,9 +95,15 @@ def sentence(phase: Phase) -> str:
         return f"{phase.name}: {numbers.responses} responses without a token."
     return (
         f"{phase.name}: {numbers.responses} responses, {numbers.tokens} tokens; a token differs by "
-        f"{found['abs_advantage'].value:.4f} nats in the mean, reverse KL {found['k1'].value:.4f}; the first {HEAD} % "
-        f"of the tokens hold {phase.share().value:.0%} of the discrepancy."
+        f"{found['abs_advantage'].value:.4f} nats in the mean, reverse KL {found['k1'].value:.4f}; "
+        f"{_holds(phase.share())}."
     )
+
+
+def _holds(share: Estimate) -> str:
+    if math.isnan(share.value):
+        return "there is no discrepancy"
+    return f"the first {HEAD} % of the tokens hold {share.value:.0%} of the discrepancy"
 
 
 def of_figures(analysis: Analysis) -> dict[str, str]:
@@ -155,7 +163,7 @@ def _left(analysis: Analysis, *, ratios: bool) -> str:
 
 def _entropies(phase: Phase) -> str:
     found, names = means(phase.numbers.whole), ("student_entropy", "teacher_entropy", "top_k_overlap")
-    parts = [f"{name.replace('_', ' ')} {found[name].value:.3f}" for name in names if name in found]
+    parts = [f"{name.replace('_', ' ')} {interval(found[name], '.3f')}" for name in names if name in found]
     return f"{phase.name}: {', '.join(parts)}"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,9 @@ def test_odd_runs_give_a_report_without_a_verdict(run, advantages):
     assert said["verdict"]["bias"] == "unknown"
     assert said["phases"][0]["responses"] == len(advantages)
     assert "No verdict" in result.err
-    assert said["verdict"]["reason"] in Path(result.json()["report"]).read_text()
+    page = re.sub(r"base64,[^\"]*", "", Path(result.json()["report"]).read_text())
+    assert said["verdict"]["reason"] in page
+    assert not re.search(r"\bnan\b|\binf\b", page + result.err)
 
 
 def test_steps_that_are_not_wholly_scored_are_left_out_and_named(run):

@@ -96,3 +96,11 @@ def test_a_different_protocol_is_warned_of(runs, tmp_path):
 def test_several_runs_without_compare_are_refused(runs):
     result = invoke("analyze-position", *runs)
     assert (result.code, "--compare" in result.err) == (2, True)
+
+
+def test_one_run_s_evaluations_under_another_protocol_are_left_out(tmp_path):
+    run = plant_run(tmp_path / "run", {0: 0.1, 8: 0.2, 16: 0.3})
+    path = run / "eval" / "sort12" / "step-00008" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": PROTOCOL | {"temperature": 0}}))
+    assert [point["step"] for point in comparison.by_step(run)["curve"]] == [0, 16]
+    assert comparison.by_step(plant_run(tmp_path / "none", {})) is None

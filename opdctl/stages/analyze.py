@@ -20,7 +20,7 @@ from opdctl.weights import PrefixRatio, Weight, weigh
 
 ALPHAS = (0.02, 0.1, 0.5)
 """Exponents of the prefix ratio that are drawn beside one another."""
-USUAL = ("iw_opd", "linear_decay")
+USUAL = ("iw_opd", "linear_decay", "prefix_ratio")
 """Weights that are drawn unless others are named; the recipe's own always is, first."""
 
 
@@ -65,25 +65,28 @@ def run(run: Run, names: Sequence[str] | None = None) -> Analysis:
 
 
 def chosen_weights(run: Run, names: Sequence[str] | None = None) -> dict[str, Weight]:
-    """Return the weights to draw by their names: the recipe's own, then those of `names`, or the usual ones with the
-    prefix ratio at several exponents. Raises OpdctlError as `run` does."""
-    own = weight_of(run.recipe)
-    found = {_label(run.recipe.weight): own}
-    _refuse_lacking(run, run.recipe.weight.name, own)
-    if unknown := [name for name in names or () if name not in (*WEIGHTS.names(), "all")]:
-        raise OpdctlError(f"--weights: no weight `{unknown[0]}`{did_you_mean(unknown[0], WEIGHTS.names())}")
+    """Return the weights to draw by their labels: the recipe's own, then those of `names`, or the usual ones. Raises
+    OpdctlError as `run` does."""
+    found = {_label(run.recipe.weight): weight_of(run.recipe)}
+    _refuse_lacking(run, run.recipe.weight.name, weight_of(run.recipe))
+    known = [*WEIGHTS.names(), "all"]
+    if unknown := [name for name in names or () if name not in known]:
+        raise OpdctlError(f"--weights: no weight `{unknown[0]}`{did_you_mean(unknown[0], known)}")
     everything = names is not None and "all" in names
     for name in WEIGHTS.names() if everything else USUAL if names is None else names:
-        weight = WEIGHTS.build(name, {})
-        if everything and lacking(run.recipe, weight.needs):
-            continue
-        _refuse_lacking(run, name, weight)
-        if weight not in found.values():
-            found[name if name not in found else f"{name}, as by default"] = weight
-    if names is None or everything or "prefix_ratio" in names:
-        found |= {f"prefix_ratio alpha={alpha:g}": PrefixRatio(alpha) for alpha in ALPHAS}
-        found = {name: weight for name, weight in found.items() if name != "prefix_ratio" or weight == own}
+        for label, weight in _variants(name).items():
+            if everything and lacking(run.recipe, weight.needs):
+                continue
+            _refuse_lacking(run, name, weight)
+            if weight not in found.values():
+                found[label] = weight
     return found
+
+
+def _variants(name: str) -> dict[str, Weight]:
+    if name == "prefix_ratio":
+        return {f"prefix_ratio alpha={alpha:g}": PrefixRatio(alpha) for alpha in ALPHAS}
+    return {name: WEIGHTS.build(name, {})}
 
 
 def _label(component: Component) -> str:
