@@ -158,13 +158,21 @@ def _refuse_other_problems(bench: str, runs: Sequence[Curve]) -> None:
 def _labels(runs: Sequence[Curve]) -> list[str]:
     """Return what to call each run's setting: the values of the keys in which the recipes differ, or else the run."""
     flat = [{k: v for k, v in run.recipe.flat().items() if k != "seed" and not is_free(k)} for run in runs]
-    keys = dict.fromkeys(key for own in flat for key in own)
-    differing = [key for key in keys if len({repr(own.get(key)) for own in flat}) > 1]
-    if not differing:
+    keys = [key for key in dict.fromkeys(key for own in flat for key in own) if _differ(flat, key)]
+    if not keys:
         return [runs[0].recipe.name] * len(runs)
-    return [
-        " ".join(_said(key, own[key]) for key in differing if own.get(key) is not None) or "without" for own in flat
-    ]
+    return [" ".join(_said(key, own[key]) for key in keys if _tells(flat, own, key)) or "without" for own in flat]
+
+
+def _differ(flat: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return len({repr(own.get(key)) for own in flat}) > 1
+
+
+def _tells(flat: Sequence[Mapping[str, Any]], own: Mapping[str, Any], key: str) -> bool:
+    """Whether a key tells a setting from others: a component's parameter does not where its name does already."""
+    name = f"{key.rpartition('.')[0]}.name"
+    alike = [other for other in flat if other.get(name) == own.get(name)] if key != name else flat
+    return own.get(key) is not None and _differ(alike, key)
 
 
 def _said(key: str, value: Any) -> str:
@@ -177,7 +185,7 @@ def line(found: Mapping[str, Any]) -> str:
     for setting in found["settings"]:
         last = setting["curve"][-1]
         steps, reached, seeds = setting["steps_to_target"], setting["reached"], setting["seeds"]
-        when = "never" if steps is None else f"after {steps:g} steps"
+        when = "never" if steps is None else f"after {steps:.3g} steps"
         some = "" if reached in (0, seeds) else f" ({reached} of {seeds} seeds)"
         ends = f"{last['accuracy']:.1%} at step {last['step']}"
         parts.append(f"{setting['label']} reaches it {when}{some} and is at {ends}")
@@ -191,6 +199,6 @@ def lines(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
     for setting in found["settings"]:
         at = {point["step"]: f"{point['accuracy']:.1%}" for point in setting["curve"]}
         reached = setting["steps_to_target"]
-        steps_to = "–" if reached is None else f"{reached:g}"
+        steps_to = "–" if reached is None else f"{reached:.3g}"
         body.append([setting["label"], str(setting["seeds"]), *(at.get(step, "–") for step in steps), steps_to])
     return ("setting", "seeds", *map(str, steps), f"steps to {found['target']:.1%}"), body

@@ -42,7 +42,7 @@ def runs(tmp_path) -> list[Path]:
 def test_seeds_are_one_setting_and_the_steps_to_a_target_are_counted(runs):
     (found,) = comparison.compare(runs)
     uniform, iw_opd = found["settings"]
-    assert (uniform["label"], iw_opd["label"].split()[0]) == ("uniform", "iw_opd")
+    assert (uniform["label"], iw_opd["label"]) == ("uniform", "iw_opd")
     assert [point["accuracy"] for point in uniform["curve"]] == pytest.approx([0.15, 0.45, 0.65])
     assert found["target"] == pytest.approx(0.65)  # what both reach
     # uniform: never by seed 0, at step 16 by seed 1; iw_opd: at steps 8 and 16
@@ -50,6 +50,18 @@ def test_seeds_are_one_setting_and_the_steps_to_a_target_are_counted(runs):
     assert (iw_opd["steps_to_target"], iw_opd["reached"]) == (12, 2)
     half = stats.t.ppf(0.975, 1) * np.std([0.6, 0.7], ddof=1) / np.sqrt(2)
     assert uniform["curve"][2]["low"] == pytest.approx(max(0.65 - half, 0))
+
+
+def test_settings_are_called_by_what_tells_them_apart(tmp_path):
+    settings = (["weight.gamma=1.0"], ["weight.gamma=2.0"], ["weight.name=uniform"], ["train.learning_rate=1e-3"])
+    paths = [plant_run(tmp_path / str(number), {0: 0.1}, *own) for number, own in enumerate(settings)]
+    (found,) = comparison.compare(paths)
+    assert [setting["label"] for setting in found["settings"]] == [
+        "iw_opd gamma=1.0 learning_rate=0.0002",
+        "iw_opd gamma=2.0 learning_rate=0.0002",
+        "uniform learning_rate=0.0002",
+        "iw_opd gamma=0.5 learning_rate=0.001",
+    ]
 
 
 def test_one_seed_has_the_interval_of_its_problems(runs):
