@@ -1,7 +1,7 @@
 """Benchmarks: where the problems lie, how a problem is put, and how an answer is graded. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,8 @@ class Source(Protocol):
 class Benchmark:
     """One benchmark. `samples` is how often a problem is answered unless the recipe says otherwise; `wants` the form
     that the answer is asked for in: within \\boxed{}, as a block of code, or in none; `size` how many problems it has,
-    where that is fixed."""
+    where that is fixed. `on_track` tells whether the beginning of a response is right so far, given the prompt; None
+    where the task cannot tell."""
 
     name: str
     source: Source
@@ -48,6 +49,7 @@ class Benchmark:
     samples: int = 32
     wants: Literal["box", "code", "any"] = "box"
     size: int | None = None
+    on_track: Callable[[str, str], bool] | None = None
 
     def samples_under(self, settings: Eval) -> int:
         """Return how often each problem is answered."""
@@ -196,7 +198,8 @@ def find(name: str, settings: Eval) -> Benchmark:
 
 def _all() -> Iterator[Benchmark]:
     math = grading.mathematics
-    yield Benchmark("sort12", Embedded(), grading.Text(sort12.extract), samples=1, wants="any")
+    sort = grading.Text(sort12.extract)
+    yield Benchmark("sort12", Embedded(), sort, samples=1, wants="any", on_track=sort12.on_track)
     yield Benchmark(
         "aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math, size=30
     )

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -117,6 +117,31 @@ Push = Annotated[
 ]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Let HumanEval+ and MBPP+ run what the model wrote.")
+]
+
+AnalysedRuns = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="RUN_DIR", help="The run, or with --compare several. Default: --output."),
+]
+AnalysedOutput = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="The run; or the folder that --compare writes to.")
+]
+DrawnWeights = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="A,B,…", help="Token weights to draw besides the recipe's; `all` for every one."),
+]
+SampleId = Annotated[
+    str | None, typer.Option("--sample", metavar="ID", help="Show one response in the terminal, and stop.")
+]
+Shade = Annotated[Literal["signal", "weight"], typer.Option("--shade", help="What --sample shades a token by.")]
+Continuations = Annotated[
+    bool, typer.Option("--continuations", help="Let teacher and student go on from the student's prefixes first.")
+]
+ContinuedStep = Annotated[int, typer.Option("--step", min=0, help="The step whose prefixes are gone on from.")]
+CompareRuns = Annotated[bool, typer.Option("--compare", help="Compare the runs' accuracy by step, and stop.")]
+Target = Annotated[
+    float | None,
+    typer.Option("--target", min=0, max=1, help="Accuracy to reach, for --compare. Default: one that all reach."),
 ]
 
 
@@ -742,56 +767,133 @@ def _after_evaluation(run: "Run", summaries: list[dict[str, Any]]) -> str:
 
 @app.command("analyze-position")
 def analyze_position(
-    run_dir: Annotated[
-        Path | None,
-        typer.Argument(metavar="RUN_DIR", help="The run. Default: --output.", autocompletion=completion.runs),
-    ] = None,
+    run_dirs: AnalysedRuns = None,
     recipe: Recipes = None,
     set_: Overrides = None,
-    output: Output = None,
+    output: AnalysedOutput = None,
+    weights: DrawnWeights = None,
+    sample: SampleId = None,
+    shade: Shade = "signal",
+    continuations: Continuations = False,
+    step: ContinuedStep = 0,
+    compare: CompareRuns = False,
+    target: Target = None,
+    shard: ShardOption = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make damaged parts of the continuations again.")] = False,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Draw where in the response the teacher's signal lies: |A|, reverse KL and weights by position.
+    """Show where in the response the teacher's signal lies: figures, tables, a verdict, in one report.html.
 
-    Works from the stored artifacts alone, without a model. Of a recipe, only [weight] matters here.
+    Works from the stored artifacts alone, without a model; only --continuations runs models. Of a recipe and --set,
+    only weight.* and continuations.* matter here.
 
     \b
     opdctl analyze-position runs/quickstart
-    opdctl analyze-position runs/quickstart --set weight.gamma=1.0
-    then: open runs/quickstart/analysis/report.html
+    opdctl analyze-position runs/quickstart --set weight.gamma=1.0 --weights prefix_ratio,teacher_confidence
+    opdctl analyze-position runs/quickstart --sample sort12-abc/00003/0
+    opdctl analyze-position runs/quickstart --continuations
+    opdctl analyze-position --compare runs/uniform-0 runs/uniform-1 runs/iw_opd-0 runs/iw_opd-1
     """
     with _session(verbose, quiet):
-        from opdctl.run import recorded_run, run_path
+        if compare:
+            _compare_runs(run_dirs or [], target, output, json_)
+            return
+        run = _run_to_analyse(run_dirs or [], recipe, set_, output)
+        names = weights.split(",") if weights is not None else None
+        if continuations and not _continue(run, _step(run, step), _shard(shard), repair, dry_run, json_):
+            return
+        if sample is not None:
+            _show_sample(run, sample, names, shade, json_)
+        else:
+            _analyze(run, names, dry_run, json_)
 
-        path = run_dir or output
-        resolved = _recipe(recipe, set_, path)
-        run = recorded_run(path or run_path(resolved, None))
-        run = replace(run, recipe=run.recipe.model_copy(update={"weight": resolved.weight}))
-        _analyze(run, dry_run, json_)
+
+def _run_to_analyse(
+    run_dirs: list[Path], recipe: list[Path] | None, overrides: list[str] | None, output: Path | None
+) -> "Run":
+    """Open the run as recorded, with the weight and the continuations that the recipe and the overrides say."""
+    from opdctl.run import recorded_run, run_path
+
+    if len(run_dirs) > 1:
+        raise OpdctlError(f"{len(run_dirs)} runs at once", hint="give one, or --compare them")
+    path = run_dirs[0] if run_dirs else output
+    resolved = _recipe(recipe, overrides, path)
+    run = recorded_run(path or run_path(resolved, None))
+    changes = {"weight": resolved.weight, "continuations": resolved.continuations}
+    return replace(run, recipe=run.recipe.model_copy(update=changes))
 
 
-def _analyze(run: "Run", dry_run: bool, as_json: bool) -> None:
-    from opdctl.report import sentence, tenths
+def _analyze(run: "Run", weights: list[str] | None, dry_run: bool, as_json: bool) -> None:
+    from opdctl import report, sentences
     from opdctl.stages import analyze
 
     if dry_run:
-        steps = analyze.scored_steps(run)
-        log.say(f"{len(steps)} scored steps to read; nothing was written")
+        steps, left_out = analyze.scored_steps(run)
+        log.say(f"{len(steps)} scored steps to read, {len(left_out)} that are not wholly scored; nothing was written")
         if as_json:
-            _emit({"schema_version": SCHEMA_VERSION, "run_dir": str(run.path), "steps": steps})
+            _emit({"schema_version": SCHEMA_VERSION, "run_dir": str(run.path), "steps": steps, "left_out": left_out})
         return
-    found = analyze.run(run)
-    for phase in found["summary"]["phases"]:
-        log.say(sentence(phase))
-    for phase in found["summary"]["phases"]:
-        log.table(f"{phase['phase']}, by tenths of the response", *tenths(phase))
-    log.say(f"wrote {found['report']}, {', '.join(found['figures'])}, {found['table']}")
-    log.say(f"next: open {found['report']}")
+    found = analyze.run(run, weights)
+    written = report.write(run.path / "analysis", found)
+    for phase in found.phases:
+        log.say(sentences.sentence(phase))
+    log.say(sentences.headline(found.verdict), "bold")
+    for said in sentences.suggestions(found.verdict):
+        log.say(said)
+    log.table("token weights over all steps", *report.weight_lines(found))
+    log.say(f"wrote {written['report']}, {len(written['figures'])} figures, {len(written['tables'])} tables beside it")
+    log.say(f"next: open {written['report']}")
     if as_json:
-        _emit({"schema_version": SCHEMA_VERSION, **found})
+        _emit({"schema_version": SCHEMA_VERSION, **written})
+
+
+def _show_sample(run: "Run", sample_id: str, weights: list[str] | None, shade: str, as_json: bool) -> None:
+    from opdctl import samples
+    from opdctl.stages import analyze
+
+    found = samples.one(run, sample_id, analyze.scored_steps(run)[0], analyze.chosen_weights(run, weights))
+    samples.show(found, shade)
+    if as_json:
+        _emit({"schema_version": SCHEMA_VERSION, **found.as_dict()})
+
+
+def _continue(run: "Run", step: int, shard: "Shard", repair: bool, dry_run: bool, as_json: bool) -> bool:
+    """Make the continuations that are missing, or say how many there are; return whether nothing is left to others."""
+    from opdctl import sentences
+    from opdctl.engines import engine_pool
+    from opdctl.run import open_run, read_recipe
+    from opdctl.stages import continuations as stage
+
+    if dry_run:
+        log.say(stage.plan(run, step))
+        return True
+    models = ("student", *run.recipe.teacher_models())
+    open_run(read_recipe(run.path), run.path, needs=models, record=False)  # refuses models that are not the run's
+    with engine_pool(stage.recipe_for_engines(run.recipe), _device(run.recipe)) as engines:
+        summary, made = stage.run(run, step, engines, repair=repair, shard=shard)
+    if summary is None:
+        log.say(f"wrote {made} parts of {stage.folder(run, step)}; the summary comes with the last shard's parts")
+        if as_json:
+            _emit({"schema_version": SCHEMA_VERSION, "run_dir": str(run.path), "parts_made": made})
+        return False
+    log.say(sentences.continued(summary))
+    return True
+
+
+def _compare_runs(paths: list[Path], target: float | None, output: Path | None, as_json: bool) -> None:
+    from opdctl import comparison, report
+
+    found = comparison.compare(paths, target)
+    for each in found:
+        log.say(comparison.line(each))
+        log.table(f"{each['bench']}, {each['problems']} problems", *comparison.lines(each))
+    written = report.write_comparison(output or Path("comparison"), found)
+    log.say(f"wrote {', '.join(map(str, written))}")
+    if as_json:
+        _emit({"schema_version": SCHEMA_VERSION, "comparisons": found, "files": list(map(str, written))})
 
 
 @app.command()

@@ -269,6 +269,15 @@ class Eval(Sampling):
     """Let HumanEval+ and MBPP+ run what the model wrote, within limits: `opdctl eval --allow-code-execution`."""
 
 
+class Continuations(Section):
+    """What `opdctl analyze-position --continuations` does: teacher and student go on from the student's prefixes."""
+
+    responses: int = Field(default=64, gt=0)
+    """Responses of the step, the first ones, whose prefixes are gone on from."""
+    samples: int = Field(default=1, gt=0)
+    """Continuations of each prefix by each model."""
+
+
 class Vllm(Section):
     """Settings of the engine `vllm`."""
 
@@ -375,6 +384,7 @@ class Recipe(Section):
     train: Train
     lora: Lora = Lora()
     eval: Eval = Eval()
+    continuations: Continuations = Continuations()
     vllm: Vllm = Vllm()
     server: Server = Server()
     tracking: Tracking = Tracking()
@@ -427,6 +437,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "score": ("teacher.", "teachers.", "reference.", "score."),
     "update": ("seed", "plugins", "student.", "weight.", "objective.", "train.", "lora."),
     "eval": ("seed", "eval.", "student.dtype", "rollout.engine"),
+    "continuations": ("seed", "continuations.", "student.dtype", "rollout.engine", "rollout.max_tokens"),
 }
 """The keys, or beginnings of keys, that shape what a stage makes."""
 
@@ -439,6 +450,7 @@ FREE = (
     "train.max_truncated_share",
     "train.min_entropy",
     "eval.",
+    "continuations.",
     "tracking.",
     "pipeline.",
     "vllm.",
@@ -446,8 +458,8 @@ FREE = (
     "hardware.",
 )
 FREE_OF_A_MODEL = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(shape|server|served_name)(\.|$)")
-"""Keys, by their beginning and by what stands in them, that may change between two calls on one run directory. An
-evaluation checks its own."""
+"""Keys, by their beginning and by what stands in them, that may change between two calls on one run directory.
+Evaluations and continuations check their own."""
 
 
 def is_table(name: str) -> bool:
@@ -482,7 +494,7 @@ def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings that shape `stage`, by dotted key: the fingerprint of its artifacts."""
     skip = ("eval.every", "eval.bench", "eval.batch_size", "eval.allow_code_execution")
     flat = {k: v for k, v in recipe.flat().items() if k.startswith(STAGES[stage]) and not k.startswith(skip)}
-    return {k: flat[k] for k in sorted(flat) if stage == "eval" or not is_free(k)}
+    return {k: flat[k] for k in sorted(flat) if stage in ("eval", "continuations") or not is_free(k)}
 
 
 def settings_of_scorer(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -58,6 +58,12 @@ def error(message: str, hint: str | None) -> None:
         console.print(Text.assemble(("hint: ", "bold cyan"), _safe(hint)))
 
 
+def show(text: Text) -> None:
+    """Print styled text, whose parts the caller has made safe."""
+    if _level >= 0:
+        console.print(text)
+
+
 def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print a titled list of (what, value)."""
     if _level >= 0:

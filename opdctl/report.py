@@ -1,116 +1,180 @@
-"""Figures and the HTML report of analyze-position. Draws numbers; computes none."""
+"""What analyze-position writes: report.html, one file that needs no network, and figures and tables beside it.
+
+Whatever stems from a model, a prompt or a recipe reaches the page through the template's escaping alone.
+"""
 
 import base64
-import csv
-import html
-import io
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import jinja2
 import numpy as np
 
-from opdctl import store
+from opdctl import figures, sentences, store
+from opdctl.analysis import Analysis, Table, columns, rows
+from opdctl.samples import SHADES, Sample, printable, scale
+from opdctl.verdict import HEAD, Estimate, Verdict
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+SHOWN = 2000  # tokens of a response in the report
 TITLES = {
-    "abs_advantage": ("Discrepancy |A|", "mean |A| (nats)"),
-    "k1": ("Reverse KL, sampled (k1)", "mean −A (nats)"),
-    "weight": ("Token weight", "mean weight"),
+    "position": "Discrepancy, reverse KL and token weight by position",
+    "spent": "How the signal is spread over a response",
+    "steps": "By training step",
+    "heat": "By training step and position",
+    "prefix_logp": "Log-prob of the student’s prefixes under student and teacher",
+    "entropy": "How sure student and teacher are",
+    "weights": "Token weights by position",
+    "prefix_ratio": "The ideal prefix ratio for several exponents",
+    "one_response": "One response, token by token",
+    "continuations": "Going on from the student’s prefixes",
+    "accuracy": "Accuracy by step",
 }
-COLOURS = ("#c2410c", "#1d4ed8")
 
 
-def write(folder: Path, phases: list[Any], summary: dict[str, Any]) -> dict[str, Any]:
-    """Write position.png, position.csv and report.html under `folder` and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, table, page = folder / "position.png", folder / "position.csv", folder / "report.html"
-    image = draw(phases)
-    store.write_bytes(figure, image)
-    store.write_text(table, _csv(phases))
-    store.write_text(page, _page(summary, image))
-    return {"report": str(page), "figures": [str(figure)], "table": str(table)}
-
-
-def draw(phases: list[Any]) -> bytes:
-    """Return a PNG with one panel a quantity: mean by token position, with its 95 % interval, one curve a phase."""
-    figure, axes = plt.subplots(1, len(TITLES), figsize=(13, 3.8), layout="constrained")
-    for axis, (quantity, (title, label)) in zip(axes, TITLES.items(), strict=True):
-        for phase, colour in zip(phases, COLOURS, strict=False):
-            sums = phase.position
-            shown = np.flatnonzero(sums.count_P >= max(2, phase.responses // 10))  # the ragged end is noise
-            mean, half = sums.mean(quantity)[shown], sums.half_width(quantity)[shown]
-            axis.plot(shown, mean, color=colour, lw=1.2, label=phase.name)
-            axis.fill_between(shown, mean - half, mean + half, color=colour, alpha=0.18, lw=0)
-        axis.set(title=title, xlabel="token position in the response", ylabel=label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def _csv(phases: list[Any]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["phase", "position", "tokens", *(f"{q}{end}" for q in TITLES for end in ("", "_half_width"))])
-    for phase in phases:
-        columns = [c for q in TITLES for c in (phase.position.mean(q), phase.position.half_width(q))]
-        for position, count in enumerate(phase.position.count_P):
-            writer.writerow([phase.name, position, int(count), *(f"{column[position]:.6g}" for column in columns)])
-    return buffer.getvalue()
-
-
-def _page(summary: dict[str, Any], image: bytes) -> str:
-    name = html.escape(summary["run"])
-    weight = html.escape(", ".join(f"{key} {value}" for key, value in summary["weight"].items()))
-    sentences = "".join(f"<p>{html.escape(sentence(phase))}</p>" for phase in summary["phases"])
-    tables = "".join(_tenths(phase) for phase in summary["phases"])
-    picture = base64.b64encode(image).decode()
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}: positions</title>'
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}img{width:100%}"
-        "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right}"
-        "th{border-bottom:1px solid}caption{text-align:left;font-weight:600}</style>"
-        f"<h1>{name}: where the teacher’s signal lies</h1>{sentences}"
-        f"<p>Token weight: {weight}.</p>"
-        f'<img alt="Discrepancy, reverse KL and weight by token position" src="data:image/png;base64,{picture}">'
-        f"{tables}</html>\n"
-    )
-
-
-def sentence(phase: dict[str, Any]) -> str:
-    """Return one sentence made from a phase's numbers."""
-    return (
-        f"{phase['phase']}: {phase['responses']} responses, {phase['tokens']} tokens; a token differs by "
-        f"{phase['abs_advantage']:.4f} nats in the mean, reverse KL {phase['k1']:.4f}; the first 30 % of the tokens "
-        f"hold {phase['share_of_first_30_percent']:.0%} of the discrepancy."
-    )
-
-
-def tenths(phase: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Return a phase's numbers by tenths of the response: the header, and a row a tenth."""
-    rows = [
-        [
-            str(t["tenth"]),
-            f"{t['share']:.1%}",
-            f"{t['abs_advantage']:.4f}",
-            f"{t['k1']:.4f}",
-            f"{t['weight']:.3f}",
-        ]
-        for t in phase["tenths"]
+def write(folder: Path, analysis: Analysis) -> dict[str, Any]:
+    """Write report.html, summary.json, figures and tables under `folder` and return their paths and the summary."""
+    drawn = figures.draw(analysis)
+    for old in ("figures", "tables"):
+        store.remove(folder / old)
+    images = {name: figures.as_bytes(figure, "svg") for name, figure in drawn.items()}
+    paths = []
+    for name, figure in drawn.items():
+        for kind, data in (("png", figures.as_bytes(figure, "png")), ("svg", images[name])):
+            paths.append(folder / "figures" / f"{name}.{kind}")
+            store.write_bytes(paths[-1], data)
+    tables = [
+        path for name, table in analysis.tables().items() for path in store.write_table(folder / "tables" / name, table)
     ]
-    return ("tenth", "share of Σ|A|", "|A|", "k1", "weight"), rows
+    store.write_json(folder / "summary.json", analysis.summary())
+    store.write_text(folder / "report.html", page(analysis, images))
+    return {
+        "report": str(folder / "report.html"),
+        "figures": [str(path) for path in paths],
+        "tables": [str(path) for path in tables],
+        "summary": analysis.summary(),
+    }
 
 
-def _tenths(phase: dict[str, Any]) -> str:
-    header, rows = tenths(phase)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}' for cell in row)}" for row in rows)
-    return (
-        f"<table><caption>{html.escape(phase['phase'])}, by tenths of the response</caption>"
-        f"<tr>{''.join(f'<th>{name}' for name in header)}{body}</table>"
+def page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
+    """Return the report as HTML, the figures of `images` (SVG) within it."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(resources.files("opdctl").joinpath("report.html").read_text(encoding="utf-8"))
+    said = sentences.of_figures(analysis)
+    return template.render(
+        analysis=analysis,
+        about=sentences.about(analysis),
+        verdict=_verdict(analysis.verdict),
+        rules=sentences.RULES,
+        figures=[
+            {"name": name, "title": TITLES[name], "sentence": said[name], "image": base64.b64encode(image).decode()}
+            for name, image in images.items()
+        ],
+        tables=[_shown(*each) for each in _tables(analysis)],
+        samples=_samples(analysis.samples),
+        scales={by: scale(analysis.samples, by) for by in SHADES},
     )
+
+
+def write_comparison(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write the figure and the tables of compared runs, a benchmark each, and return their paths."""
+    paths = []
+    for each in found:
+        figure = figures.comparison(each)
+        for kind in ("png", "svg"):
+            paths.append(folder / f"{each['bench']}.{kind}")
+            store.write_bytes(paths[-1], figures.as_bytes(figure, kind))
+        points = [{"setting": s["label"], **point} for s in each["settings"] for point in s["curve"]]
+        paths += store.write_table(folder / each["bench"], columns(points))
+    return paths
+
+
+# ── Parts of the page ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    tiles = []
+    if verdict.share is not None:
+        tiles.append(_tile(f"share of the first {HEAD} %", verdict.share, ".1%"))
+    if verdict.drift is not None:
+        tiles.append(_tile("change, and fraction", verdict.drift.at, ".0%"))
+    if verdict.gamma is not None and verdict.multiplier is not None:
+        tiles += [
+            _tile("gamma of iw_opd", verdict.gamma, ".2f"),
+            _tile("multiplier of prefix_boost", verdict.multiplier, ".2f"),
+        ]
+    css = {"none found": "none"}.get(verdict.bias, verdict.bias)
+    return {"css": css, "headline": sentences.headline(verdict), "more": sentences.suggestions(verdict), "tiles": tiles}
+
+
+def _tile(what: str, found: Estimate, form: str) -> dict[str, str]:
+    value = f"{found.value:{form}}" if math.isfinite(found.value) else "none is enough"
+    low, high = (f"{bound:{form}}" if math.isfinite(bound) else "∞" for bound in (found.low, found.high))
+    return {"what": what, "value": value, "interval": "" if low == "∞" else f"95 %: {low} to {high}"}
+
+
+def _tables(analysis: Analysis) -> list[tuple[str, Table, bool]]:
+    found = [
+        ("Token weights: mean, effective sample size, share of the first 30 % of the weighted signal", "weights", True)
+    ]
+    found += [("By twentieths of the response", "relative", False), ("By training step", "steps", False)]
+    found += [("Continuations", "continuations", False)] if analysis.continuations else []
+    tables = analysis.tables()
+    return [(title, tables[name], shown) for title, name, shown in found]
+
+
+def _shown(title: str, table: Table, shown: bool) -> dict[str, Any]:
+    """Return a table with each value and its interval in one cell."""
+    names = [name for name in table if not name.endswith(("_low", "_high"))]
+    body = [[_cell(row, name) for name in names] for row in rows(table)]
+    return {"title": title, "header": [name.replace("_", " ") for name in names], "rows": body, "open": shown}
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    if math.isnan(value):
+        return "–"
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    return f"{value:.4g}" + ("" if low is None or math.isnan(low) else f" [{low:.4g}, {high:.4g}]")
+
+
+def weight_lines(analysis: Analysis) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return the weights' table for the terminal: the header, and a row a weight."""
+    shown = _shown("", analysis.weight_table(), True)
+    return tuple(shown["header"]), shown["rows"]
+
+
+def _samples(shown: Sequence[Sample]) -> list[dict[str, Any]]:
+    scales = {by: scale(shown, by) for by in SHADES}
+    return [_tokens(sample, {by: sample.shade(by, own) for by, own in scales.items()}) for sample in shown]
+
+
+def _tokens(sample: Sample, shades: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    texts = [printable(piece) for piece in sample.pieces[:SHOWN]]
+    return {
+        "title": sample.title(),
+        "prompt": printable(sample.prompt),
+        "tokens": [
+            {
+                "text": text,
+                "a": f"{shades['signal'][t]:.2f}",
+                "w": f"{shades['weight'][t]:.2f}",
+                "note": _note(sample, t),
+            }
+            for t, text in enumerate(texts)
+        ],
+        "cut": len(sample.pieces) - len(texts),
+    }
+
+
+def _note(sample: Sample, t: int) -> str:
+    numbers = sample.tokens
+    lines = [
+        f"token {t + 1}: A = {numbers.advantage_T[t]:+.3f} nats",
+        f"log p student {numbers.student_logp_T[t]:.3f}, teacher {numbers.teacher_logp_T[t]:.3f}",
+    ]
+    return "\n".join([*lines, *(f"{name} {weight_T[t]:.3f}" for name, weight_T in sample.weights.items())])

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -251,6 +252,16 @@ def write_rows(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
 def _flat(value: Any) -> Any:
     """Return what a cell holds: arrays of several dimensions row by row."""
     return value.reshape(-1) if isinstance(value, np.ndarray) else value
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> list[Path]:
+    """Write columns of numbers or text as `path`.parquet and `path`.csv and return both paths; NaN is null."""
+    table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
+    paths = [path.with_name(f"{path.name}.parquet"), path.with_name(f"{path.name}.csv")]
+    for final, write in zip(paths, (pq.write_table, pa.csv.write_csv), strict=True):
+        with _published(final) as temporary:
+            write(table, temporary)
+    return paths
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:

@@ -70,6 +70,11 @@ class Weight:
         """Settings of rollout and score that store what this weight asks for, beyond the sampled tokens' log-probs."""
         return {}
 
+    @property
+    def ranks(self) -> bool:
+        """Whether the weights of a response depend on the step's other responses too."""
+        return type(self).over is not Weight.over
+
     def __call__(self, tokens: Tokens) -> Floats:
         """Return the weights of one response's tokens, [T], finite and at least 0."""
         raise NotImplementedError(f"{self} weighs a whole step, by `over`")
@@ -89,6 +94,10 @@ class Product(Weight):
     @property
     def needs(self) -> Settings:
         return strongest(self.first.needs, self.second.needs)
+
+    @property
+    def ranks(self) -> bool:
+        return self.first.ranks or self.second.ranks
 
     def over(self, step: Sequence[Tokens]) -> list[Floats]:
         return [a * b for a, b in zip(self.first.over(step), self.second.over(step), strict=True)]

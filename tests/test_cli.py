@@ -370,7 +370,7 @@ def test_the_promised_keys_are_in_the_json(finished: dict[str, Any]) -> None:
     assert found["ci"][0] <= found["avg"] <= found["ci"][1]
     assert found["avg"] == train["accuracy"]["after"]
     analysis = finished["analyze-position"].json()
-    assert all(Path(path).is_file() for path in (analysis["report"], *analysis["figures"], analysis["table"]))
+    assert all(Path(path).is_file() for path in (analysis["report"], *analysis["figures"], *analysis["tables"]))
     status = finished["status"].json()
     assert (status["steps_done"], status["steps"]) == (2, 2)
     assert {stage["state"] for stage in status["stages"]} == {"done"}

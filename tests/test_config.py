@@ -344,11 +344,11 @@ def test_a_recipe_written_out_loads_as_the_same(path: Path, tmp_path: Path) -> N
     ("key", "stages"),
     [
         ("name", []),
-        ("seed", ["prompts", "rollout", "update", "eval"]),
+        ("seed", ["prompts", "rollout", "update", "eval", "continuations"]),
         ("student.model", ["prompts", "rollout", "update"]),
         ("teacher.model", ["score"]),
         ("prompts.count", ["prompts"]),
-        ("rollout.max_tokens", ["rollout"]),
+        ("rollout.max_tokens", ["rollout", "continuations"]),
         ("weight.gamma", ["update"]),
         ("eval.samples", ["eval"]),
         ("pipeline.device", []),

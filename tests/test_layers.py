@@ -19,16 +19,31 @@ ORDER = [  # a file imports from lines above its own only
     ["records", "manifests"],
     ["claims"],
     ["store"],
-    ["dist", "log", "logprobs", "stats", "contamination", "grading", "checkpoint", "batches", "tasks.sort12"],
+    [
+        "positions",
+        "dist",
+        "log",
+        "logprobs",
+        "stats",
+        "contamination",
+        "grading",
+        "checkpoint",
+        "batches",
+        "tasks.sort12",
+    ],
     ["completion", "tasks.train_models", "prompts", "model"],
     ["sizes"],
     ["execution"],
     ["benchmarks", "card", "engines", "engines.http", "policy", "tracking"],
     ["engines.hf", "engines.vllm", "engines.server", "run"],
-    ["parity", "scored", "plan", "follow", "report", "evaluations"],
+    ["parity", "scored", "plan", "follow", "evaluations", "verdict"],
     ["change", "status"],
-    ["microbatches"],
-    ["stages.rollout", "stages.score", "stages.train", "stages.evaluate", "stages.analyze", "stages"],
+    ["microbatches", "samples", "comparison"],
+    ["analysis"],
+    ["figures", "sentences"],
+    ["report"],
+    ["stages.rollout", "stages.score", "stages.train", "stages.evaluate", "stages.analyze", "stages.continuations"],
+    ["stages"],
     ["online"],
     ["cli"],
     ["__main__"],
@@ -67,13 +82,27 @@ def test_every_file_has_its_place():
     assert set(MODULES) == set(LEVEL)
 
 
-@pytest.mark.parametrize("stage", ["rollout", "score", "train", "evaluate", "analyze"])
+@pytest.mark.parametrize("stage", ["rollout", "score", "train", "evaluate", "analyze", "continuations"])
 def test_stages_do_not_import_one_another(stage):
     assert not [other for other in imports(MODULES[f"stages.{stage}"]) if other.startswith("stages")]
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "completion", "config", "hub", "records", "store", "registry", "weights", "objectives", "run"]
+    "module",
+    [
+        "cli",
+        "completion",
+        "config",
+        "hub",
+        "records",
+        "store",
+        "registry",
+        "weights",
+        "objectives",
+        "run",
+        "stages.analyze",
+        "report",
+    ],
 )
 def test_light_modules_import_no_torch(module):
     code = f"import sys, opdctl.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

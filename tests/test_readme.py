@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, WIDTH, look
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,6 +48,17 @@ def test_every_command_runs(tmp_path):
             ["bash", "-euc", command], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    if CHROMIUM:
+        _look_at_the_report(tmp_path / "runs" / "quickstart" / "analysis" / "report.html")
+
+
+def _look_at_the_report(page: Path) -> None:
+    seen = look(page)
+    assert seen.complaints == []
+    assert [url for url in seen.requests if not url.startswith("data:")] == [page.as_uri()]
+    assert {"position", "spent", "steps", "prefix_logp", "weights", "prefix_ratio", "one_response"} < set(seen.figures)
+    assert all(natural > 0 for natural, _ in seen.figures.values())
+    assert seen.width <= WIDTH
 
 
 def test_the_links_lead_somewhere():

@@ -1,150 +1,148 @@
 """analyze-position: where in the response the teacher's signal lies. From stored artifacts alone: no model, no torch.
 
-Shapes: T tokens of one response, P positions, Q tenths of the response.
+One pass over the parts: each is read, verified, joined, summed up and forgotten.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-
-from opdctl import log, report
-from opdctl.config import lacking, weight_of
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl import comparison, log, samples, store
+from opdctl.analysis import Analysis, Phase, Step, step_of
+from opdctl.config import Component, lacking, weight_of
+from opdctl.errors import ExitCode, OpdctlError, did_you_mean
+from opdctl.positions import Batch, Numbers, chunks
+from opdctl.registry import WEIGHTS
 from opdctl.run import Run
-from opdctl.scored import read_scored, tokens
+from opdctl.samples import CHUNK, Sample
+from opdctl.scored import tokens
 from opdctl.status import next_stage_command
-from opdctl.weights import Floats, Tokens, Weight, weigh
+from opdctl.verdict import verdict
+from opdctl.weights import PrefixRatio, Weight, weigh
 
-TENTHS = 10
-QUANTITIES = ("abs_advantage", "k1", "weight")
-
-
-@dataclass
-class Sums:
-    """Running count, sums and sums of squares of each quantity, bin by bin; grows as longer responses come."""
-
-    count_P: Floats = field(default_factory=lambda: np.zeros(0))
-    sum_QP: Floats = field(default_factory=lambda: np.zeros((len(QUANTITIES), 0)))
-    square_QP: Floats = field(default_factory=lambda: np.zeros((len(QUANTITIES), 0)))
-
-    def add(self, bins_T: np.ndarray, values_QT: Floats) -> None:
-        """Add one response's tokens, token t to bin bins_T[t]."""
-        if not len(bins_T):
-            return
-        grow = max(0, int(bins_T.max()) + 1 - len(self.count_P))
-        self.count_P = np.pad(self.count_P, (0, grow))
-        self.sum_QP, self.square_QP = (np.pad(a, ((0, 0), (0, grow))) for a in (self.sum_QP, self.square_QP))
-        size = len(self.count_P)
-        self.count_P += np.bincount(bins_T, minlength=size)
-        for q, values_T in enumerate(values_QT):
-            self.sum_QP[q] += np.bincount(bins_T, values_T, minlength=size)
-            self.square_QP[q] += np.bincount(bins_T, values_T**2, minlength=size)
-
-    def mean(self, quantity: str) -> Floats:
-        return self.sum_QP[QUANTITIES.index(quantity)] / np.maximum(self.count_P, 1)
-
-    def half_width(self, quantity: str) -> Floats:
-        """Half of the 95 % interval of the mean in each bin, by the normal approximation; NaN below two values."""
-        n, q = self.count_P, QUANTITIES.index(quantity)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            variance = (self.square_QP[q] - self.sum_QP[q] ** 2 / n) / (n - 1)
-            return np.where(n > 1, 1.96 * np.sqrt(np.maximum(variance, 0) / n), np.nan)
-
-    def share(self, quantity: str) -> Floats:
-        """Each bin's share of the whole sum."""
-        sums = self.sum_QP[QUANTITIES.index(quantity)]
-        return sums / sums.sum() if sums.sum() else np.zeros_like(sums)
+ALPHAS = (0.02, 0.1, 0.5)
+"""Exponents of the prefix ratio that are drawn beside one another."""
+USUAL = ("iw_opd", "linear_decay", "prefix_ratio")
+"""Weights that are drawn unless others are named; the recipe's own always is, first."""
 
 
-@dataclass
-class Phase:
-    """A stretch of training: by token position, and by tenths of each response's own length."""
+def run(run: Run, names: Sequence[str] | None = None) -> Analysis:
+    """Read every scored step and return what they show. names: of the weights to draw besides the recipe's own; `all`
+    is every one that the run has stored the columns for.
 
-    name: str
-    steps: list[int]
-    responses: int = 0
-    position: Sums = field(default_factory=Sums)
-    tenth: Sums = field(default_factory=Sums)
-
-    def add(self, step: Sequence[Tokens], weight: Weight) -> None:
-        """Add a step's responses, all of them: some weights rank the tokens of the whole step."""
-        for response, weight_T in zip(step, weigh(weight, step), strict=True):
-            advantage_T, length = response.advantage_T, len(response)
-            values_QT = np.stack([np.abs(advantage_T), -advantage_T, weight_T])
-            positions_T = np.arange(length)
-            self.position.add(positions_T, values_QT)
-            # A position as a fraction of the real length: token t of n covers t/n to (t+1)/n.
-            self.tenth.add(positions_T * TENTHS // max(length, 1), values_QT)
-            self.responses += 1
-
-
-def run(run: Run) -> dict[str, Any]:
-    """Read every scored step, draw the figures, and return the report's paths and the summary.
-
-    Raises OpdctlError when no step is scored yet (code 1), or an artifact is damaged (code 3).
+    Raises OpdctlError when no step is scored yet (code 1), when a weight is unknown (code 2) or needs what is not
+    stored (code 4), or an artifact is damaged (code 3).
     """
-    phases = _phases(scored_steps(run))
-    if not phases:
+    weights = chosen_weights(run, names)
+    steps, left_out = scored_steps(run)
+    if not steps:
         hint = f"run `{next_stage_command(run)}`"
         raise OpdctlError(f"{run.path}: no step has teacher scores yet", hint=hint, code=ExitCode.NO)
-    weight = weight_of(run.recipe)
+    if left_out:
+        log.warn(f"left out, since not wholly scored: steps {', '.join(map(str, left_out))}")
+    whole, phases = Phase(_span(steps), Numbers()), _phases(steps)
+    rows: list[Step] = []
+    with log.progress("analyze-position", len(steps)) as advance:
+        for step in steps:
+            numbers = _numbers(run, step, weights, whole.numbers.responses)
+            whole.numbers.merge(numbers)
+            for own, phase in phases:
+                if step in own:
+                    phase.numbers.merge(numbers)
+            rows.append(step_of(step, numbers))
+            advance(1)
+    return Analysis(
+        run=run.path.resolve().name,
+        recipe=store.read_text(run.path / "recipe.toml"),
+        weights=list(weights),
+        whole=whole,
+        phases=[phase for _, phase in phases],
+        steps=rows,
+        left_out=left_out,
+        verdict=verdict(whole.numbers.shares),
+        samples=list(_samples(run, steps, weights)),
+        continuations=[store.read_json(path) for path in sorted(run.path.glob("continuations/step-*/summary.json"))],
+        accuracy=comparison.by_step(run.path),
+    )
+
+
+def chosen_weights(run: Run, names: Sequence[str] | None = None) -> dict[str, Weight]:
+    """Return the weights to draw by their labels: the recipe's own, then those of `names`, or the usual ones. Raises
+    OpdctlError as `run` does."""
+    found = {_label(run.recipe.weight): weight_of(run.recipe)}
+    _refuse_lacking(run, run.recipe.weight.name, weight_of(run.recipe))
+    known = [*WEIGHTS.names(), "all"]
+    if unknown := [name for name in names or () if name not in known]:
+        raise OpdctlError(f"--weights: no weight `{unknown[0]}`{did_you_mean(unknown[0], known)}")
+    everything = names is not None and "all" in names
+    for name in WEIGHTS.names() if everything else USUAL if names is None else names:
+        for label, weight in _variants(name).items():
+            if everything and lacking(run.recipe, weight.needs):
+                continue
+            _refuse_lacking(run, name, weight)
+            if weight not in found.values():
+                found[label] = weight
+    return found
+
+
+def _variants(name: str) -> dict[str, Weight]:
+    if name == "prefix_ratio":
+        return {f"prefix_ratio alpha={alpha:g}": PrefixRatio(alpha) for alpha in ALPHAS}
+    return {name: WEIGHTS.build(name, {})}
+
+
+def _label(component: Component) -> str:
+    """Return a component's name with the parameters that are not its defaults."""
+    (entry,) = (entry for entry in WEIGHTS.entries() if entry.name == component.name)
+    params = {k: v for k, v in component.params.items() if v != entry.parameters[k]}
+    text = " ".join([component.name, *(f"{key}={value}" for key, value in params.items())])
+    times = getattr(component, "times", None)
+    return f"{text} × {_label(times)}" if times else text
+
+
+def _refuse_lacking(run: Run, name: str, weight: Weight) -> None:
     if missing := lacking(run.recipe, weight.needs):
         settings = ", ".join(f"`{key} = {str(value).lower()}`" for key, value in missing.items())
         raise OpdctlError(
-            f"{run.path}: weight `{run.recipe.weight.name}` needs what this run did not store",
+            f"{run.path}: weight `{name}` needs what this run did not store",
             hint=f"a run with {settings} in its recipe stores it; name the weight in the recipe and it is so by itself",
             code=ExitCode.SETTINGS,
         )
-    lam = run.recipe.train.extrapolation
-    with log.progress("analyze-position", sum(len(phase.steps) for phase in phases)) as advance:
-        for phase in phases:
-            for step in phase.steps:
-                phase.add([tokens(scored, step, lam) for scored in read_scored(run, step)], weight)
-                advance(1)
-    folder = run.path / "analysis"
-    chosen = run.recipe.weight.model_dump(exclude_none=True)
-    summary = {"run": run.path.name, "weight": chosen, "phases": [_summary(p) for p in phases]}
-    return report.write(folder, phases, summary) | {"summary": summary}
 
 
-def scored_steps(run: Run) -> list[int]:
-    """Return the steps whose rollout and teacher scores are finished."""
-    found = sorted(
-        int(p.parent.parent.name.removeprefix("step-")) for p in run.path.glob("step-*/rollout/manifest.json")
-    )
-    return [step for step in found if all(stage.manifest() for stage in run.scores(step).values())]
+def scored_steps(run: Run) -> tuple[list[int], list[int]]:
+    """Return the steps whose rollout and teacher scores were finished, and those that were begun and are not yet."""
+    begun = sorted(int(path.parent.name.removeprefix("step-")) for path in run.path.glob("step-*/rollout"))
+    scored = [step for step in begun if _is_scored(run, step)]
+    return scored, [step for step in begun if step not in scored]
 
 
-def _phases(steps: list[int]) -> list[Phase]:
+def _is_scored(run: Run, step: int) -> bool:
+    """Whether a step was once whole: a part that is missing since is damage, which reading it says."""
+    return bool(run.rollout(step).manifest()) and all(stage.manifest() for stage in run.scores(step).values())
+
+
+def _phases(steps: list[int]) -> list[tuple[list[int], Phase]]:
     """Split the steps into a first and a last quarter, at least one step each."""
-    if len(steps) < 2:
-        return [Phase(_span(steps), steps)] if steps else []
     quarter = max(1, len(steps) // 4)
-    return [Phase(_span(part), part) for part in (steps[:quarter], steps[-quarter:])]
+    parts = [steps[:quarter], steps[-quarter:]] if len(steps) > 1 else [steps]
+    return [(part, Phase(_span(part), Numbers())) for part in parts]
 
 
 def _span(steps: list[int]) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}–{steps[-1]}"
 
 
-def _summary(phase: Phase) -> dict[str, Any]:
-    """Return a phase's numbers: the whole, and tenth by tenth."""
-    share_Q = phase.tenth.share("abs_advantage")
-    sums = phase.position.sum_QP.sum(axis=1) / max(phase.position.count_P.sum(), 1)
-    return {
-        "phase": phase.name,
-        "responses": phase.responses,
-        "tokens": int(phase.position.count_P.sum()),
-        **{name: float(value) for name, value in zip(QUANTITIES, sums, strict=True)},
-        "share_of_first_30_percent": float(share_Q[:3].sum()),
-        "tenths": [
-            {
-                "tenth": q + 1,
-                "share": float(share_Q[q]),
-                **{name: float(phase.tenth.mean(name)[q]) for name in QUANTITIES},
-            }
-            for q in range(len(share_Q))
-        ],
-    }
+def _numbers(run: Run, step: int, weights: Mapping[str, Weight], first: int) -> Numbers:
+    """Return a step's numbers. first: responses of the run before it."""
+    total = Numbers()
+    for group in samples.groups(run, step, weights):
+        responses = [tokens(scored, step, run.recipe.train.extrapolation) for scored in group]
+        weighed = {name: weigh(weight, responses) for name, weight in weights.items()}
+        for part in chunks(responses, CHUNK):
+            batch = Batch(responses[part], first + total.responses)
+            total.merge(Numbers.of(batch, {name: weight_RT[part] for name, weight_RT in weighed.items()}))
+    return total
+
+
+def _samples(run: Run, steps: list[int], weights: Mapping[str, Weight]) -> Iterator[Sample]:
+    for step in dict.fromkeys((steps[0], steps[-1])):
+        yield from samples.find(run, step, samples.telling(run, step), weights)

@@ -61,3 +61,8 @@ def extract(response: str) -> str | None:
     """Return the answer that `response` gives, or None where it gives none."""
     _, marker, answer = response.rpartition(">")
     return answer if marker else None
+
+
+def on_track(prompt: str, beginning: str) -> bool:
+    """Whether the beginning of a response is that of the worked answer: no step has been missed or gone wrong."""
+    return solve(prompt.removesuffix("?")).startswith(beginning)

@@ -1,0 +1,71 @@
+"""Runs whose artifacts are planted: advantages that a test chose, behind the real stages' files."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from conftest import small_recipe
+
+from opdctl.records import Response, Scores
+from opdctl.run import Run, open_run
+from opdctl.store import write_rows, write_scores
+
+SKY = 3  # an ordinary token
+
+
+def planted_run(path: Path, *overrides: str) -> Run:
+    return open_run(small_recipe("rollout.parts=1", "train.steps=8", "weight.gamma=1.0", *overrides), path)
+
+
+def plant(
+    run: Run,
+    step: int,
+    advantages: Sequence[np.ndarray],
+    student_logp: float = -1.0,
+    student: Mapping[str, np.ndarray] | None = None,
+    teacher: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write a step's artifacts whose advantages are those given. student, teacher: further columns of every response,
+    which then have all one length."""
+    if step:  # the student of the step, as far as paths know
+        run.update_path(step - 1).parent.mkdir(parents=True, exist_ok=True)
+        run.update_path(step - 1).write_text('{"student": {}}')
+    names = [f"planted/{step:05d}/{i}" for i in range(len(advantages))]
+    rows = [
+        Response(
+            sample_id=name,
+            prompt_id=name,
+            prompt_ids=np.array([2], np.int32),
+            response_ids=np.full(len(advantage), SKY, np.int32),
+            logprobs=np.full(len(advantage), student_logp, np.float32),
+            finish_reason="stop",
+            policy_step=step,
+            source="planted",
+            teacher="teacher",
+            answer=None,
+            **(student or {}),
+        )
+        for name, advantage in zip(names, advantages, strict=True)
+    ]
+    scores = [Scores((a + student_logp).astype(np.float32), **(teacher or {})) for a in advantages]
+    plant_rows(run, step, rows, scores)
+
+
+def plant_rows(run: Run, step: int, rows: Sequence[Response], scores: Sequence[Scores]) -> None:
+    """Write a step's rollout and teacher scores, cut into the run's parts."""
+    rollout = run.rollout(step)
+    rollout.begin({})
+    for index in range(len(rollout.names)):
+        own = rollout.share(list(rows), index)
+        save = partial(write_rows, rows=own, kind=Response)
+        rollout.write(index, save, rows=len(own), tokens=sum(len(row.response_ids) for row in own))
+    rollout.seal()
+    teacher = run.score(step, "teacher")
+    teacher.begin({})
+    for index in range(len(teacher.names)):
+        own, found = teacher.share(list(rows), index), teacher.share(list(scores), index)
+        ids, meaning = [row.sample_id for row in own], {"rollout": rollout.sha256(index)}
+        save = partial(write_scores, ids=ids, scores=found, meaning=meaning)
+        teacher.write(index, save, rows=len(own), tokens=sum(len(each.logprobs) for each in found))
+    teacher.seal()
