@@ -323,7 +323,7 @@ def _stage_rows(plan: Plan, name: str, stage: Stage | None) -> list[tuple[str, s
     at_once = "" if stage.at_once is None else f", {stage.at_once} responses at once"
     took = f"≤ {_time(stage.seconds)} × {plan.times[name]}, {_hours(stage.gpu_hours(plan.times[name]))}"
     memory = f"{size(stage.bytes)} on each of {stage.gpus} GPU{'s' * (stage.gpus > 1)}{at_once}"
-    unit, length = _unit(stage.bytes)
+    unit, length = store.unit(stage.bytes)
     parts = ", ".join(f"{count / length:.1f} {what}" for what, count in stage.memory.items() if count)
     return [(name, f"{memory}; {took}" if fits else f"DOES NOT FIT: {memory}"), ("", f"{unit}: {parts}")]
 
@@ -349,12 +349,3 @@ def _time(seconds: float | None) -> str:
 def size(count: int | None) -> str:
     """Return a number of bytes for a person, or that it is not known."""
     return "unknown size" if count is None else store.readable(count)
-
-
-def _unit(count: int) -> tuple[str, int]:
-    """Return the unit that leaves the fewest digits before the point, and the bytes that it stands for."""
-    unit, length = "B", 1
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if count >= 1024 * length:
-            unit, length = larger, 1024 * length
-    return unit, length

@@ -170,11 +170,17 @@ def require_space(path: Path, needed: int, what: str) -> None:
 
 def readable(count: int) -> str:
     """Return a number of bytes for a person, in powers of 1024."""
-    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    name, size = unit(count)
+    return f"{count} B" if name == "B" else f"{count / size:.1f} {name}"
+
+
+def unit(count: int) -> tuple[str, int]:
+    """Return the unit that leaves the fewest digits before the point, and the bytes that it stands for."""
+    name, size = "B", 1
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if count >= 1024 * size:
+            name, size = larger, 1024 * size
+    return name, size
 
 
 def write_text(path: Path, text: str) -> None:
