@@ -26,6 +26,11 @@ PERCENT = 100
 """Cuts of a response for the shares, finer than a short response's tokens: a token may be cut, too."""
 GROUPS = 500
 """Groups of responses, dealt out in turn, that a bootstrap resamples in the place of the responses of a large run."""
+TAKEN = (
+    *("abs_advantage", "k1", "k3", "student_prefix_logp", "teacher_prefix_logp"),
+    *("student_entropy", "teacher_entropy", "top_k_overlap", "signal", "unspent"),
+)
+"""Names of quantities and signals, which no weight can have beside them."""
 LARGEST = 60.0  # nats: exp of what is greater would drown everything else in k3
 LEVEL = 0.95
 

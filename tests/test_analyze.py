@@ -11,6 +11,7 @@ import pytest
 from conftest import invoke
 from planted import plant, planted_run
 
+from opdctl.registry import WEIGHTS
 from opdctl.run import Run
 from opdctl.stages import analyze
 
@@ -131,6 +132,15 @@ def test_a_weight_that_ranks_the_step_sees_all_its_parts(tmp_path):
     plant(run, 0, [np.array([-4.0, -3.0])] + [np.array([-0.5, -0.5])] * 3, student=entropies)
     whole = analyze.run(run).whole.numbers.whole
     assert whole.mean("tip rho=0.25 top_k=0").tolist() == [0.25]  # the two of eight tokens, both in the first part
+
+
+def test_a_weight_that_is_called_like_a_quantity_does_not_take_its_place(run, monkeypatch):
+    monkeypatch.setitem(WEIGHTS._makers, "signal", WEIGHTS.get("suffix_only"))
+    monkeypatch.setitem(WEIGHTS._sources, "signal", "")
+    plant(run, 0, [np.array([-3.0, -1.0])] * 30)
+    found = analyze.run(run, ["signal"])
+    assert found.weights == ["iw_opd gamma=1.0", "signal (weight)"]
+    assert found.verdict.share.value == pytest.approx(0.6 * 3 / 4)
 
 
 def test_a_wrong_weight_is_refused_with_the_nearest_name(run):

@@ -9,7 +9,7 @@ from opdctl import comparison, log, samples, store
 from opdctl.analysis import Analysis, Phase, Step, step_of
 from opdctl.config import Component, lacking, weight_of
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
-from opdctl.positions import Batch, Numbers, chunks
+from opdctl.positions import TAKEN, Batch, Numbers, chunks
 from opdctl.registry import WEIGHTS
 from opdctl.run import Run
 from opdctl.samples import CHUNK, Sample
@@ -80,7 +80,8 @@ def chosen_weights(run: Run, names: Sequence[str] | None = None) -> dict[str, We
             _refuse_lacking(run, name, weight)
             if weight not in found.values():
                 found[label] = weight
-    return found
+    # A plugin may call its weight as it likes.
+    return {f"{label} (weight)" if label in TAKEN else label: weight for label, weight in found.items()}
 
 
 def _variants(name: str) -> dict[str, Weight]:
