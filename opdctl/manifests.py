@@ -111,6 +111,15 @@ class UpdateRecord(TypedDict):
 _adapter = cache(TypeAdapter)
 
 
+class SummaryRecord(TypedDict):
+    """summary.json of an evaluation, as far as others than the evaluation read it."""
+
+    schema_version: int
+    bench: str
+    model: str
+    avg: float
+
+
 def check(value: Any, kind: Any) -> Any:
     """Return `value`, which is of the form `kind`. Raises ValueError with the first key that is not, and why."""
     try:

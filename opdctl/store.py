@@ -533,6 +533,10 @@ class StageDir:
     def _is_wanted(self, index: int, *, repair: bool) -> bool:
         return self._is_missing(index) or (repair and self._damage(index) is not None)
 
+    def lost(self) -> list[Path]:
+        """Return the finished parts that are not there any more."""
+        return [self.path / name for name in self.names if not (self.path / name).exists()] if self.manifest() else []
+
     def done(self) -> bool:
         return self.manifest() is not None and not self.missing()
 
