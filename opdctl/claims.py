@@ -31,7 +31,7 @@ class Claim:
     """One claim, to be taken and given back by one thread."""
 
     def __init__(self, folder: Path, name: str):
-        self.name, self._path = name, folder / f".{name}.lock"
+        self._path = folder / f".{name}.lock"
         self._lease = filelock.SoftFileLease(self._path, lease_duration=LEASE, heartbeat_interval=HEARTBEAT)
         self._seen: tuple[int, int] | None = None
         self._since, self._changes = 0.0, 0

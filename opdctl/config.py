@@ -290,7 +290,7 @@ class Pipeline(Section):
     """Steps that `rollout --follow` may run ahead: the responses of step s are then drawn by the newest student there
     is, of step s - max_staleness at least. 0 is on-policy. More needs an objective with a rollout correction."""
     max_idle_seconds: float = Field(default=3600.0, gt=0)
-    """How long a stage with `--follow` waits for its inputs before it gives up: more than a whole step takes."""
+    """How long a stage with `--follow` waits for its inputs, where no other one is at work, before it gives up."""
     parity_rms: float = Field(default=0.0, ge=0)
     """Stop where an engine's log-probs are further than this, RMS in nats, from the trainer's own on a few responses of
     a step's first part; 0 checks nothing. The model is loaded a second time for it."""

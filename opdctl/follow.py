@@ -16,6 +16,8 @@ from opdctl import claims, dist, store
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.run import Run
 
+WORKS = "works"
+
 
 class Follower:
     """One stage that stays, as the others see it."""
@@ -27,18 +29,26 @@ class Follower:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def wait_for(self, step: int, ready: Callable[[], bool], what: str) -> None:
-        """Come back when `ready()`. Raises OpdctlError (code 5) when that took `pipeline.max_idle_seconds`."""
+        """Come back when `ready()`. Raises OpdctlError (code 5) when it was not for `pipeline.max_idle_seconds`, and no
+        other follower is at work."""
         self._step, self._state = step, f"waits for {what}"
         limit, start, pause = self._run.recipe.pipeline.max_idle_seconds, time.monotonic(), claims.pauses()
         while not ready():
             if time.monotonic() - start > limit:
+                if self._others_work():
+                    start = time.monotonic()
+                    continue
                 raise OpdctlError(
                     f"{self._run.path}: step {step}: waited {limit:g} s for {what}; pipeline.max_idle_seconds",
                     hint=f"`opdctl status {self._run.path}` says who is at work; run the same command again to go on",
                     code=ExitCode.REACH,
                 )
             time.sleep(next(pause))
-        self._state = "works"
+        self._state = WORKS
+
+    def _others_work(self) -> bool:
+        now = self._path.stat().st_mtime if self._path.exists() else time.time()
+        return any(sign.state == WORKS and sign.is_alive for sign in signs(self._run, now))
 
     def start(self) -> None:
         self._write()
@@ -113,12 +123,13 @@ class Sign:
         return self.age < claims.LEASE
 
 
-def signs(run: Run) -> list[Sign]:
-    """Return the last sign of life of every follower."""
-    found = []
+def signs(run: Run, now: float | None = None) -> list[Sign]:
+    """Return the last sign of life of every follower. now: the time of the file system, by a file just written, where
+    its clock and this machine's may differ."""
+    found, now = [], time.time() if now is None else now
     for path in sorted(folder(run).glob("*.json")):
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # it has just ended
             said = json.loads(store.read_text(path))
-            names, age = ("stage", "step", "state", "host", "pid"), time.time() - path.stat().st_mtime
+            names, age = ("stage", "step", "state", "host", "pid"), now - path.stat().st_mtime
             found.append(Sign(**{name: said[name] for name in names}, age=max(age, 0)))
     return found

@@ -1,7 +1,9 @@
 """A begun run under another recipe: what is said, what stays, in place and in a branch."""
 
+import itertools
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -208,3 +210,45 @@ def test_the_overrides_that_are_named_make_the_recipe_that_was_asked_for(given_s
 
 def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+CHANGES = ("replace", "rename", "unlink", "rmdir", "link")
+
+
+def killed_at(moment: int, command: tuple[str, ...]) -> bool:
+    """Run a command in a forked process that is killed just before its change of a folder of that number; whether it
+    came to that."""
+    child = os.fork()
+    if child == 0:
+        count = itertools.count()
+
+        def counted(call):
+            def change(*arguments, **options):
+                if next(count) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments, **options)
+
+            return change
+
+        for name in CHANGES:
+            setattr(os, name, counted(getattr(os, name)))
+        os._exit(invoke(*command).code)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(("branch", "folder", "stride"), [((), "run", 1), (("--branch", "branch"), "branch", 9)])
+def test_killed_before_any_of_its_changes_and_called_again_it_ends_the_same(
+    run, two_steps, tmp_path, branch, folder, stride, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command, ends, killed = ("change", "run", "--set", "rollout.max_tokens=80", *branch), [], True
+    while killed:
+        for path in (run, tmp_path / "branch"):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(two_steps, run)
+        killed = killed_at(stride * len(ends), command)
+        again = invoke(*command)
+        assert again.code == 0 or "nothing to record" in again.err or "is there already" in again.err
+        ends.append({name: data for name, data in contents(tmp_path / folder).items() if "/." not in f"/{name}"})
+    assert len(ends) > 5
+    assert all(end == ends[-1] for end in ends)

@@ -196,9 +196,7 @@ def test_a_cluster_s_signal_ends_a_stage_that_waits_with_75(alone, tmp_path):
 def test_status_tells_who_waits_and_who_has_gone_silent(alone, monkeypatch):
     monkeypatch.setattr(claims, "HEARTBEAT", 0.05)
     run = recorded_run(alone)
-    pipeline = run.recipe.pipeline.model_copy(update={"max_idle_seconds": 0.05})
-    impatient = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"pipeline": pipeline}))
-    with following(impatient, "rollout") as follower:
+    with following(impatient(run), "rollout") as follower:
         assert signs(run)[0].state == "starts"
         with pytest.raises(OpdctlError, match="waited"):
             follower.wait_for(7, lambda: False, "a student")
@@ -209,6 +207,24 @@ def test_status_tells_who_waits_and_who_has_gone_silent(alone, monkeypatch):
         (sign,) = result.json()["followers"]
         assert (sign["stage"], sign["step"], sign["pid"]) == ("rollout", 7, os.getpid())
     assert not signs(run)
+
+
+def test_nobody_gives_up_while_another_is_at_work(alone, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT", 0.05)
+    run = impatient(recorded_run(alone))
+    with following(run, "train") as waiting:
+        with following(run, "rollout") as working:
+            working.wait_for(0, lambda: True, "a student")
+            until(lambda: any(sign.state == "works" for sign in signs(run)))
+            end = time.monotonic() + 0.3
+            waiting.wait_for(0, lambda: time.monotonic() > end, "the teacher's scores")
+        with pytest.raises(OpdctlError, match="waited"):
+            waiting.wait_for(1, lambda: False, "the teacher's scores")
+
+
+def impatient(run: Run) -> Run:
+    pipeline = run.recipe.pipeline.model_copy(update={"max_idle_seconds": 0.05})
+    return dataclasses.replace(run, recipe=run.recipe.model_copy(update={"pipeline": pipeline}))
 
 
 def test_what_a_dead_follower_left_is_shown_as_dead_and_forgotten_by_the_next(alone):
