@@ -109,7 +109,7 @@ def sweep(folder: Path, *, everyones: bool = False) -> None:
 def _published(final: Path) -> Iterator[Path]:
     """Yield a temporary path beside `final`; when the block ends well, flush it to disk and rename it to `final`."""
     temporary = _temporary(final)
-    with _explained(final, temporary):
+    with _explained(final):
         try:
             _make_folder(final.parent)
             _discard(temporary)  # of a dead process of our own number: in containers all have the same
@@ -125,27 +125,25 @@ def _published(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, written: Path | None = None) -> Iterator[None]:
-    """Say of `path` what the system says when it cannot be written; `written` is what there is of it so far."""
+def _explained(path: Path) -> Iterator[None]:
+    """Say of `path` what the system says when it cannot be written."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise _disk_full(path, written) from error
+            raise _disk_full(path) from error
         if error.errno in UNWRITABLE:
             raise OpdctlError(f"{path}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
         raise
     except SafetensorError as error:  # wraps the system's error in its text
         if "No space left" not in str(error) and "os error 28" not in str(error):
             raise
-        raise _disk_full(path, written) from error
+        raise _disk_full(path) from error
 
 
-def _disk_full(path: Path, written: Path | None) -> OpdctlError:
-    sizes = (p.lstat().st_size for p in ([*written.rglob("*"), written] if written and written.exists() else ()))
-    free = free_space(path)
+def _disk_full(path: Path) -> OpdctlError:
     return OpdctlError(
-        f"{path}: the disk is full: {readable(free)} are free, more than {readable(free + sum(sizes))} are needed",
+        f"{path}: the disk is full: it takes more than the {readable(free_space(path))} that are free",
         hint="free some space and run the same command again: finished parts are kept. What a run takes in all is said "
         "by --dry-run",
         code=ExitCode.REACH,
