@@ -32,7 +32,7 @@ def stage_status(run: Run, step: int, name: str, *, verify: bool) -> StageStatus
         problems = stage.damaged_parts(digests=verify)
         missing = stage.missing(digests=verify)
     except OpdctlError as error:
-        return StageStatus(step, name, "damaged", error.message)
+        return StageStatus(step, name, "damaged", f"{error.message} ({error.hint})")
     if problems:
         return StageStatus(step, name, "damaged", "; ".join(problems.values()))
     if not missing:
