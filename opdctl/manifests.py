@@ -62,6 +62,19 @@ class Manifest(Work):
     parts: list[PartRecord]
 
 
+class SealedPart(TypedDict):
+    """What of a part's entry in the manifest its content is checked by."""
+
+    name: FileName
+    sha256: Digest
+
+
+class Sealed(TypedDict):
+    """What of a manifest is read where it does not matter which stage it is of."""
+
+    parts: list[SealedPart]
+
+
 class ScoresRecord(TypedDict):
     """The metadata of a score part: whose tokens it scores. rollout: the digest of the rollout part."""
 

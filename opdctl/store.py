@@ -37,7 +37,7 @@ from safetensors.numpy import save_file
 from opdctl import SCHEMA_VERSION, claims, manifests
 from opdctl.config import changed, describe_changes
 from opdctl.errors import FULL, UNWRITABLE, ExitCode, OpdctlError
-from opdctl.manifests import Manifest, PartRecord, ScoresRecord, Work
+from opdctl.manifests import Manifest, PartRecord, ScoresRecord, Sealed, Work
 from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Prompt, Response, Scores, offsets_of
 
 BEGUN = ("work.json", "manifest.json")  # a stage whose folder holds one of them was begun
@@ -540,7 +540,8 @@ class StageDir:
 
     def begin(self, meaning: Mapping[str, Any]) -> None:
         """Record, before the first part, what is being made and what its values mean."""
-        _make_folder(self.path)
+        with _explained(self.path):
+            _make_folder(self.path)
         sweep(self.path)
         write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
 
@@ -734,14 +735,14 @@ def sealed_rows(folder: Path, kind: type[Row]) -> list[Row]:
         raise OpdctlError(
             "\n".join(problems), hint="run the command that made it again with --repair", code=ExitCode.DATA
         )
-    names = [part["name"] for part in read_json(folder / "manifest.json", Manifest)["parts"]]
+    names = [part["name"] for part in read_json(folder / "manifest.json", Sealed)["parts"]]
     return [row for name in names for row in read_rows(folder / name, kind)]
 
 
 def verify_sealed(folder: Path) -> list[str]:
     """Return what is wrong with the parts that the manifest in `folder` lists, whatever stage made them."""
     found = []
-    for part in read_json(folder / "manifest.json", Manifest)["parts"]:
+    for part in read_json(folder / "manifest.json", Sealed)["parts"]:
         path = folder / part["name"]
         refuse_links(folder, path)
         if not path.exists():

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import invoke, small_recipe
 
+from opdctl import SCHEMA_VERSION
 from opdctl.records import Response, Scores
 from opdctl.run import Run, open_run
 from opdctl.stages import analyze
 from opdctl.stages.analyze import Sums
-from opdctl.store import write_rows, write_scores
+from opdctl.store import write_json, write_rows, write_scores
 
 
 def plant(run: Run, step: int, advantages: list[np.ndarray]) -> None:
@@ -84,8 +85,8 @@ def test_early_and_late_steps_are_told_apart(run):
 
 def plant_updates(run: Run, step: int) -> None:
     if step:
-        run.update_path(step - 1).parent.mkdir(parents=True, exist_ok=True)
-        run.update_path(step - 1).write_text('{"student": {}}')
+        planted = {name: {} for name in ("settings", "inputs", "trainer", "student", "metrics")}
+        write_json(run.update_path(step - 1), planted | {"schema_version": SCHEMA_VERSION, "step": step - 1})
 
 
 def test_the_table_holds_every_position_with_its_interval(run):
