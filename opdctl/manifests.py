@@ -62,6 +62,19 @@ class Manifest(Work):
     parts: list[PartRecord]
 
 
+class SealedPart(TypedDict):
+    """What of a part's entry in the manifest its content is checked by."""
+
+    name: FileName
+    sha256: Digest
+
+
+class Sealed(TypedDict):
+    """What of a manifest is read where it does not matter which stage it is of."""
+
+    parts: list[SealedPart]
+
+
 class ScoresRecord(TypedDict):
     """The metadata of a score part: whose tokens it scores. rollout: the digest of the rollout part."""
 
@@ -109,6 +122,15 @@ class UpdateRecord(TypedDict):
 
 
 _adapter = cache(TypeAdapter)
+
+
+class SummaryRecord(TypedDict):
+    """summary.json of an evaluation, as far as others than the evaluation read it."""
+
+    schema_version: int
+    bench: str
+    model: str
+    avg: float
 
 
 def check(value: Any, kind: Any) -> Any:

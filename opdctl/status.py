@@ -8,6 +8,7 @@ from typing import Any
 from opdctl import SCHEMA_VERSION, store
 from opdctl.errors import OpdctlError
 from opdctl.follow import signs
+from opdctl.manifests import SummaryRecord
 from opdctl.run import Run, shaping
 from opdctl.store import StageDir
 
@@ -31,7 +32,7 @@ def stage_status(run: Run, step: int, name: str, *, verify: bool) -> StageStatus
         problems = stage.damaged_parts(digests=verify)
         missing = stage.missing(digests=verify)
     except OpdctlError as error:
-        return StageStatus(step, name, "damaged", error.message)
+        return StageStatus(step, name, "damaged", f"{error.message} ({error.hint})")
     if problems:
         return StageStatus(step, name, "damaged", "; ".join(problems.values()))
     if not missing:
@@ -77,11 +78,17 @@ def evaluations(run: Run, *, verify: bool) -> tuple[list[dict[str, Any]], list[s
     """Return the summaries of the finished evaluations, and what is damaged among them."""
     paths = sorted(run.path.glob("eval/*/*/summary.json"))
     problems = [problem for path in paths for problem in store.verify_sealed(path.parent)] if verify else []
-    return [store.read_json(path) for path in paths], problems
+    again = f"remove it and run `{run.command('eval')}`: it is made again from the graded responses"
+    return [store.read_json(path, SummaryRecord, again) for path in paths], problems
 
 
 def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
-    """Return the state of every stage of every step begun, the evaluations, and the next command."""
+    """Return the state of every stage of every step begun, the evaluations, and the next command.
+
+    Raises OpdctlError (code 3) where what all of it rests on is damaged: with `verify` the prompts, too.
+    """
+    if verify:
+        _ = run.prompts
     done = run.current_step()
     stages = []
     for step in itertools.takewhile(run.is_begun, range(run.recipe.train.steps)):

@@ -38,7 +38,7 @@ from safetensors.numpy import save_file
 from opdctl import SCHEMA_VERSION, claims, manifests
 from opdctl.config import changed, describe_changes
 from opdctl.errors import FULL, UNWRITABLE, ExitCode, OpdctlError
-from opdctl.manifests import Manifest, PartRecord, ScoresRecord, Work
+from opdctl.manifests import Manifest, PartRecord, ScoresRecord, Sealed, Work
 from opdctl.records import GRADED, PROMPTS, RESPONSES, Graded, Prompt, Response, Scores, offsets_of
 
 BEGUN = ("work.json", "manifest.json")  # a stage whose folder holds one of them was begun
@@ -110,7 +110,7 @@ def sweep(folder: Path, *, everyones: bool = False) -> None:
 def _published(final: Path) -> Iterator[Path]:
     """Yield a temporary path beside `final`; when the block ends well, flush it to disk and rename it to `final`."""
     temporary = _temporary(final)
-    with _explained(final, temporary):
+    with _explained(final):
         try:
             _make_folder(final.parent)
             _discard(temporary)  # of a dead process of our own number: in containers all have the same
@@ -126,27 +126,25 @@ def _published(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, written: Path | None = None) -> Iterator[None]:
-    """Say of `path` what the system says when it cannot be written; `written` is what there is of it so far."""
+def _explained(path: Path) -> Iterator[None]:
+    """Say of `path` what the system says when it cannot be written."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise _disk_full(path, written) from error
+            raise _disk_full(path) from error
         if error.errno in UNWRITABLE:
             raise OpdctlError(f"{path}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
         raise
     except SafetensorError as error:  # wraps the system's error in its text
         if "No space left" not in str(error) and "os error 28" not in str(error):
             raise
-        raise _disk_full(path, written) from error
+        raise _disk_full(path) from error
 
 
-def _disk_full(path: Path, written: Path | None) -> OpdctlError:
-    sizes = (p.lstat().st_size for p in ([*written.rglob("*"), written] if written and written.exists() else ()))
-    free = free_space(path)
+def _disk_full(path: Path) -> OpdctlError:
     return OpdctlError(
-        f"{path}: the disk is full: {readable(free)} are free, more than {readable(free + sum(sizes))} are needed",
+        f"{path}: the disk is full: it takes more than the {readable(free_space(path))} that are free",
         hint="free some space and run the same command again: finished parts are kept. What a run takes in all is said "
         "by --dry-run",
         code=ExitCode.REACH,
@@ -550,12 +548,17 @@ class StageDir:
     def _is_wanted(self, index: int, *, repair: bool) -> bool:
         return self._is_missing(index) or (repair and self._damage(index) is not None)
 
+    def lost(self) -> list[Path]:
+        """Return the finished parts that are not there any more."""
+        return [self.path / name for name in self.names if not (self.path / name).exists()] if self.manifest() else []
+
     def done(self) -> bool:
         return self.manifest() is not None and not self.missing()
 
     def begin(self, meaning: Mapping[str, Any]) -> None:
         """Record, before the first part, what is being made and what its values mean."""
-        _make_folder(self.path)
+        with _explained(self.path):
+            _make_folder(self.path)
         sweep(self.path)
         write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
 
@@ -749,14 +752,14 @@ def sealed_rows(folder: Path, kind: type[Row]) -> list[Row]:
         raise OpdctlError(
             "\n".join(problems), hint="run the command that made it again with --repair", code=ExitCode.DATA
         )
-    names = [part["name"] for part in read_json(folder / "manifest.json", Manifest)["parts"]]
+    names = [part["name"] for part in read_json(folder / "manifest.json", Sealed)["parts"]]
     return [row for name in names for row in read_rows(folder / name, kind)]
 
 
 def verify_sealed(folder: Path) -> list[str]:
     """Return what is wrong with the parts that the manifest in `folder` lists, whatever stage made them."""
     found = []
-    for part in read_json(folder / "manifest.json", Manifest)["parts"]:
+    for part in read_json(folder / "manifest.json", Sealed)["parts"]:
         path = folder / part["name"]
         refuse_links(folder, path)
         if not path.exists():

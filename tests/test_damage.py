@@ -130,6 +130,31 @@ def test_every_file_in_every_way_is_refused_with_its_name(run: Path) -> None:
     assert count > 200
 
 
+def test_a_finished_part_that_is_gone_is_made_again_and_that_is_said(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for command, folder in (("rollout", "rollout"), ("score-teacher", "teacher")):
+        path = sorted((copy / "step-00001" / folder).glob("part-*"))[1]
+        whole = path.read_bytes()
+        path.unlink()
+        result = invoke(command, "--output", copy, "--step", "1")
+        assert result.code == 0, result.err
+        assert f"{path}: was finished, and is gone: it is made again" in result.err
+        assert path.read_bytes() == whole
+
+
+def test_prompts_and_summaries_are_verified_too(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    assert invoke("eval", "--output", copy, "--set", "eval.problems=2", "--set", "eval.max_tokens=4").code == 0
+    for path in (*copy.rglob("summary.json"), copy / "prompts.parquet"):
+        whole = path.read_bytes()
+        path.write_bytes(flip(whole, random.Random(3)))
+        result = invoke("status", copy, "--verify")
+        assert result.code == ExitCode.DATA
+        assert str(path) in result.err
+        path.write_bytes(whole)
+    assert invoke("status", copy, "--verify").code == 0
+
+
 def test_parts_that_are_swapped_are_refused(run: Path) -> None:
     for folder, other in (("rollout", "rollout"), ("teacher", "teacher"), ("rollout", "teacher")):
         one, two = (

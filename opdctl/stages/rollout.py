@@ -30,6 +30,8 @@ def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iter
     settings, made = run.recipe.rollout, 0
     draws, policy = run.draws(step), run.policy_step(step)
     student = run.student_at(policy)
+    for path in stage.lost():
+        log.warn(f"{path}: was finished, and is gone: it is made again")
     engine = engines.get("student", settings.engine, student)
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_step": policy})
     with log.progress(f"rollout, step {step}", len(draws)) as advance:

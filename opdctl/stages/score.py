@@ -39,6 +39,8 @@ def run(
 
 def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
     rollout, settings, model, made = run.rollout(step), _settings(run.recipe.score, name), run.models[name], 0
+    for path in stage.lost():
+        log.warn(f"{path}: was finished, and is gone: it is made again")
     engine = engines.get(name, settings.engine, model)
     # Temperature 1 and no top-p: the teacher is a reference, not a sampler.
     meaning = engine.meaning | {
