@@ -42,8 +42,8 @@ BARE_COMMAND = re.compile(r"(?<![\\a-zA-Z])(?=(?:sqrt|frac)\s*\{)")
 FONT = re.compile(r"\\(?:math(?:bf|sf)|bm|boldsymbol|text(?:bf|it))\s*\{([^{}]*)\}")
 TEXT = re.compile(r"\\(?:text|textrm|mbox|mathrm|operatorname)\s*\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
 CONNECTIVE = re.compile(r"\s*(?:,\s*)?(?:and|or)\s*")
-UNITS = re.compile(r"(?<=\d)\s*(?:[cmk]m|kg|ft|mph|lbs?)(?:\s*\^\s*\{?[23]\}?)?$")
-WORDS = re.compile(r"(?<=[\d})])\s+(?!(?:and|or|pi|mod|i)\b)[a-zA-Z]{2,}(?:[ .]+[a-zA-Z]+)*\.?$")
+UNITS = re.compile(r"(?<=\d)\s*(?:k?m/[hs]|[cmk]m|kg|ft|mph|lbs?)(?:\s*\^\s*\{?[23]\}?)?$")
+WORDS = re.compile(r"(?<=[\d})])\s+(?!(?:and|mod)\b)[a-zA-Z]{3,}(?:[ .]+[a-zA-Z]+)*\.?$")
 REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)", re.ASCII)
 POWER = re.compile(r"([+-]?\d{1,400}(?:\.\d{1,400})?)(?:\\cdot|\\times)10\^\{?([+-]?\d{1,3})\}?", re.ASCII)
@@ -78,7 +78,7 @@ def tidy(text: str) -> str:
     text = THOUSANDS.sub(lambda found: re.sub(r"[{,}]", "", found[0]), text)
     text = UNITS.sub("", WORDS.sub("", TEXT.sub(_taken_off, text).strip()))
     text = REPEATING.sub(_as_ratio, text)
-    text = re.sub(r"\s+", " ", text).strip(" .")
+    text = re.sub(r"\s+", " ", text).strip().rstrip(" .")
     power = SCIENTIFIC.fullmatch(text)
     return rf"{power[1]} \cdot 10^{{{power[2]}}}" if power else text
 
@@ -119,11 +119,11 @@ def values(text: str) -> Values:
             return Values(tuple(cell for row in rows for cell in row), "(", ")")
     if (interval := _interval(text)) is not None:
         return interval
-    for opening, closing in ((r"\{", r"\}"), *((a, b) for a in "([" for b in ")]")):
+    for opening, closing in ((r"\{", r"\}"), ("{", "}"), *((a, b) for a in "([" for b in ")]")):
         inner = text.removeprefix(opening).removesuffix(closing)
         if len(text) - len(inner) == len(opening + closing) and _encloses(text, len(opening), len(closing)):
             parts = _split(inner)
-            if opening == r"\{":
+            if "{" in opening:
                 return Values(tuple(sign for part in parts for sign in _signs(part)))
             if len(parts) > 1:
                 return Values(tuple(parts), opening, closing)
