@@ -190,7 +190,9 @@ def drawing(
     of_one = cache_bytes(shape, BYTES[dtype], share) // recipe.vllm.pipeline_parallel * (prompt + response)
     of_one_logits = 4 * DRAW_COPIES * shape.vocabulary
     at_once = min(batch_size, ceil(responses / parts))
-    if engine != "transformers":
+    if engine == "transformers":
+        of_one += of_one // shape.layers  # a layer's cache is there twice as it grows
+    else:
         room = recipe.vllm.memory_share * hardware.memory_gib * 2**30 - sum(memory.values())
         at_once = min(at_once, recipe.vllm.max_sequences, int(room // (of_one + of_one_logits)))
     memory |= {"cache": max(at_once, 1) * of_one, "logits": max(at_once, 1) * of_one_logits}
