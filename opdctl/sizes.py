@@ -18,6 +18,7 @@ GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # float32, and AdamW's two moments, a param
 STATE_BYTES = 4 + MOMENT_BYTES  # the float32 weight and the two moments, as they are saved
 CHUNK_LOGITS = 2**24  # logits of a chunk, in float32: opdctl/logprobs.py, which imports torch
 CHUNKS = 2  # alive at once
+STORED_BYTES = 2 * 8 + 5 * 4  # of a response token in a micro-batch: its row and position, and five float32 columns
 DRAW_COPIES = 3  # float32 copies of the next token's logits while it is drawn
 
 
@@ -189,7 +190,9 @@ def drawing(
     of_one = cache_bytes(shape, BYTES[dtype], share) // recipe.vllm.pipeline_parallel * (prompt + response)
     of_one_logits = 4 * DRAW_COPIES * shape.vocabulary
     at_once = min(batch_size, ceil(responses / parts))
-    if engine != "transformers":
+    if engine == "transformers":
+        of_one += of_one // shape.layers  # a layer's cache is there twice as it grows
+    else:
         room = recipe.vllm.memory_share * hardware.memory_gib * 2**30 - sum(memory.values())
         at_once = min(at_once, recipe.vllm.max_sequences, int(room // (of_one + of_one_logits)))
     memory |= {"cache": max(at_once, 1) * of_one, "logits": max(at_once, 1) * of_one_logits}
@@ -252,9 +255,11 @@ def update(recipe: Recipe, shape: Shape, teacher: Shape | None) -> Stage:
     flops, head_flops = passes * body, (3 - lora) * head
     once = _seconds(hardware, recipe.student.dtype, flops, head_flops, hardware.train_gpus)
     memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape)
+    # Ids, places and stored log-probs of all the step's tokens: every process makes all micro-batches.
+    memory["step's tokens"] = responses * (8 * tokens + STORED_BYTES * response)
     if teacher is not None and objective_of(recipe).support == "full":
         memory["teacher's output matrix"] = 4 * head_parameters(teacher)
-        memory["logits"] *= 2
+        memory["logits"] *= 3  # the teacher's too, and the gradient by the whole distribution
         memory["activations"] += 4 * teacher.hidden * _batch_tokens(recipe, settings.tokens_per_micro_batch)
     return Stage(hardware.train_gpus, memory, settings.updates_per_step * once)
 

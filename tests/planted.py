@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from conftest import small_recipe
 
+from opdctl import SCHEMA_VERSION
 from opdctl.records import Response, Scores
 from opdctl.run import Run, open_run
-from opdctl.store import write_rows, write_scores
+from opdctl.store import write_json, write_rows, write_scores
 
 SKY = 3  # an ordinary token
 
@@ -29,8 +30,8 @@ def plant(
     """Write a step's artifacts whose advantages are those given. student, teacher: further columns of every response,
     which then have all one length."""
     if step:  # the student of the step, as far as paths know
-        run.update_path(step - 1).parent.mkdir(parents=True, exist_ok=True)
-        run.update_path(step - 1).write_text('{"student": {}}')
+        nothing = {name: {} for name in ("settings", "inputs", "trainer", "student", "metrics")}
+        write_json(run.update_path(step - 1), nothing | {"schema_version": SCHEMA_VERSION, "step": step - 1})
     names = [f"planted/{step:05d}/{i}" for i in range(len(advantages))]
     rows = [
         Response(

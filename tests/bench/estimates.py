@@ -27,9 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opdctl import sizes
 from opdctl.config import Recipe, Score, Shape, load_recipe
-from opdctl.engines import Answered, Request
+from opdctl.engines import Answered, Request, engine_pool
 from opdctl.engines.hf import TransformersEngine
+from opdctl.plan import plan
 from opdctl.run import Run, open_run
+from opdctl.stages import rollout, score
 from opdctl.stages.train import Trainer
 
 PROMPT = 16
@@ -152,6 +154,33 @@ def estimate(work: str, recipe: Recipe) -> tuple[int, float]:
     return stage.bytes, (3 - lora + recipe.train.gradient_checkpointing) * body + (3 - lora) * head + whole
 
 
+def files(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """Make one whole step, and return the bytes of its files, measured and estimated."""
+    recipe = recipe_of(models, args, {"rollout.prompts_per_step": 64, "rollout.parts": 4})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        estimated = plan(recipe, path)
+        run = open_run(recipe, path)
+        with engine_pool(recipe, "cpu") as engines:
+            rollout.run(run, 0, engines)
+            score.run(run, 0, engines)
+        Trainer(run, "cpu").step(0)
+        measured = {
+            name: sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file())
+            for name in ("step-00000/rollout", "step-00000/teacher", "student", "trainer")
+        }
+    weights = estimated.parameters["student"]
+    assert weights is not None
+    assert estimated.score_bytes_per_step is not None
+    counted = (
+        estimated.rollout_bytes_per_step,
+        estimated.score_bytes_per_step,
+        4 * weights,
+        sizes.STATE_BYTES * weights,
+    )
+    return {name: (size, one) for (name, size), one in zip(measured.items(), counted, strict=True)}
+
+
 def _worker(work: str, recipe: Recipe, results: Any) -> None:
     results.put(measure(work, recipe))
 
@@ -170,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt and its response")
-    parser.add_argument("--works", nargs="+", default=list(WORKS), help=", ".join(WORKS))
+    parser.add_argument("--works", nargs="*", default=list(WORKS), help=", ".join(WORKS))
     args = parser.parse_args()
     # So that what is freed is given back: else the heap's gaps are measured, which no GPU's allocator has so.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
@@ -188,6 +217,9 @@ def main() -> None:
             cells = [f"{found.bytes / 2**20:,.0f}", f"{size / 2**20:,.0f}", f"{found.bytes / size:.2f}"]
             cells += [f"{found.flops / 1e12:.3f}", f"{flops / 1e12:.3f}", f"{found.flops / flops:.2f}"]
             print(f"| {name} | {' | '.join(cells)} | {found.bare_seconds / found.seconds:.0%} |", flush=True)
+        print("\n| files of a step | KiB measured | estimated | ratio |\n|---|---|---|---|")
+        for name, (size, counted) in files(Path(folder), args).items():
+            print(f"| {name} | {size / 1024:,.0f} | {counted / 1024:,.0f} | {size / counted:.2f} |")
 
 
 if __name__ == "__main__":
