@@ -1,7 +1,6 @@
 """analyze-position on planted artifacts: what was put in comes out."""
 
 import csv
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from conftest import invoke
 from planted import plant, planted_run
 
+from opdctl import store
 from opdctl.registry import WEIGHTS
 from opdctl.run import Run
 from opdctl.stages import analyze
@@ -232,7 +232,7 @@ def test_tables_and_figures_are_written_each_in_both_forms(run):
     assert [row["tokens"] for row in rows] == [2, 1, 2, 1]
     assert rows[0]["abs_advantage"] == 2.0
     assert rows[1]["abs_advantage_low"] is None  # a single response has no interval
-    assert json.loads((folder / "summary.json").read_text()) == found["summary"]
+    assert store.read_json(folder / "summary.json") == found["summary"]
 
 
 def test_a_second_analysis_is_the_same_bit_by_bit_and_leaves_nothing_of_the_first(run):
