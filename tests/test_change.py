@@ -44,8 +44,8 @@ def contents(run: Path) -> dict[str, bytes]:
     [
         ("weight.gamma", 0.5, 0.7, "weight.gamma 0.5 → 0.7 shapes updates, not rollouts or scores"),
         ("score.top_k", 0, 4, "score.top_k 0 → 4 shapes scores, not rollouts"),
-        ("rollout.max_tokens", 9, 8, "rollout.max_tokens 9 → 8 shapes rollouts"),
-        ("seed", 0, 1, "seed 0 → 1 shapes prompts, rollouts, updates and eval"),
+        ("rollout.max_tokens", 9, 8, "rollout.max_tokens 9 → 8 shapes rollouts and continuations"),
+        ("seed", 0, 1, "seed 0 → 1 shapes prompts, rollouts, updates, eval and continuations"),
     ],
 )
 def test_a_change_is_told_by_what_it_shapes(key, old, new, said):
