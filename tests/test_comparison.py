@@ -1,6 +1,5 @@
 """Runs compared by their accuracy by step: planted evaluations, what they come to, and what is refused."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from conftest import invoke, small_recipe
 from scipy import stats
 
-from opdctl import comparison
+from opdctl import comparison, store
 from opdctl.run import open_run
 
 PROTOCOL = dict.fromkeys(
@@ -24,7 +23,7 @@ def plant_run(path: Path, accuracies: dict[int, float], *overrides: str, digest:
         folder.mkdir(parents=True)
         summary = {"bench": "sort12", "problems": 100, "samples": 1, "avg": accuracy, "protocol": PROTOCOL}
         summary |= {"ci": [accuracy - 0.1, accuracy + 0.1], "benchmark": {"digest": digest}}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        store.write_json(folder / "summary.json", summary)
     return path
 
 
@@ -99,8 +98,7 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 def test_a_different_protocol_is_warned_of(runs, tmp_path):
     other = plant_run(tmp_path / "other", {0: 0.1})
     path = other / "eval" / "sort12" / "step-00000" / "summary.json"
-    summary = json.loads(path.read_text())
-    path.write_text(json.dumps(summary | {"protocol": PROTOCOL | {"temperature": 0}}))
+    store.write_json(path, store.read_json(path) | {"protocol": PROTOCOL | {"temperature": 0}})
     result = invoke("analyze-position", "--compare", runs[0], other, "--output", tmp_path / "out")
     assert (result.code, "temperature differ" in result.err) == (0, True)
 
@@ -113,6 +111,6 @@ def test_several_runs_without_compare_are_refused(runs):
 def test_one_run_s_evaluations_under_another_protocol_are_left_out(tmp_path):
     run = plant_run(tmp_path / "run", {0: 0.1, 8: 0.2, 16: 0.3})
     path = run / "eval" / "sort12" / "step-00008" / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": PROTOCOL | {"temperature": 0}}))
+    store.write_json(path, store.read_json(path) | {"protocol": PROTOCOL | {"temperature": 0}})
     assert [point["step"] for point in comparison.by_step(run)["curve"]] == [0, 16]
     assert comparison.by_step(plant_run(tmp_path / "none", {})) is None
