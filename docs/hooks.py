@@ -137,10 +137,8 @@ def _help(text: str) -> str:
 def recipe_page() -> str:
     """Return the reference of the recipe: its sections in the order of the schema."""
     sections: dict[type[recipes.Section], list[str]] = {}
-    for name, field in recipes.Recipe.model_fields.items():
-        if section := _section(field):
-            header = f"[{name}.NAME]" if typing.get_origin(field.annotation) is dict else f"[{name}]"
-            sections.setdefault(section, []).append(header)
+    for section, header in _headers(recipes.Recipe):
+        sections.setdefault(section, []).append(header)
     own = {name: field for name, field in recipes.Recipe.model_fields.items() if not _section(field)}
     parts = [_section_part("Top level", "", "", own)]
     for section, headers in sections.items():
@@ -149,6 +147,15 @@ def recipe_page() -> str:
         if registry := {recipes.Weight: WEIGHTS, recipes.Objective: OBJECTIVES}.get(section):
             parts.append(_components(registry))
     return RECIPE_HEAD + "\n\n".join(parts) + "\n"
+
+
+def _headers(outer: type[recipes.Section], prefix: str = "") -> Iterator[tuple[type[recipes.Section], str]]:
+    """Yield the sections within a section, and those within them, each with its header in TOML."""
+    for name, field in outer.model_fields.items():
+        if section := _section(field):
+            path = f"{prefix}{name}.NAME" if typing.get_origin(field.annotation) is dict else f"{prefix}{name}"
+            yield section, f"[{path}]"
+            yield from _headers(section, f"{path}.")
 
 
 RECIPE_HEAD = """# Recipe reference

@@ -42,6 +42,7 @@ class Shape(Section):
     """The sizes that tell what a decoder takes: what `--dry-run` counts with where the model itself is out of reach."""
 
     layers: int = Field(gt=0)
+    """Blocks of attention and feed-forward."""
     hidden: int = Field(gt=0)
     """Size of the hidden states."""
     heads: int = Field(gt=0)
@@ -49,6 +50,7 @@ class Shape(Section):
     kv_heads: int = Field(gt=0)
     """Heads of keys and values."""
     head_size: int = Field(gt=0)
+    """Size of one head."""
     feed_forward: int = Field(gt=0)
     """Inner size of the feed-forward layer, of one expert where there are several."""
     vocabulary: int = Field(gt=0)

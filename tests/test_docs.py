@@ -201,4 +201,4 @@ def test_what_a_key_shapes_is_what_its_fingerprint_holds(site):
     assert rows["<code>learning_rate</code>"][4] == "update"
     assert rows["<code>steps</code>"][2:5:2] == ["required", ""]  # may be raised
     assert rows["<code>at_least</code>"][4] == "prompts"
-    assert rows["<code>seed</code>"][4] == "prompts, rollout, update, eval"
+    assert rows["<code>seed</code>"][4] == "prompts, rollout, update, eval, continuations"

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,9 @@ def test_a_cluster_s_signal_or_ctrl_c_stops_it_and_the_same_command_goes_on(undi
     output = tmp_path / "run"
     arguments = ["--recipe", str(QUICKSTART), *sets("train.steps=200"), "--output", str(output)]
     command = [sys.executable, "-m", "opdctl", "train", *arguments]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Ctrl-C counts even where these tests run in the background of a shell, which has its jobs ignore it.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     assert running.stderr is not None
     assert running.stderr.readline().startswith("step   1/200")
     running.send_signal(number)
