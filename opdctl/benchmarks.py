@@ -12,7 +12,8 @@ from opdctl.config import NAME, TABLES, Eval, is_table
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 from opdctl.prompts import Problem, Row, from_hub, read_table
 from opdctl.registry import BENCHMARKS
-from opdctl.tasks import sort12
+from opdctl.tasks import TASKS
+from opdctl.tasks.task import Task
 
 EMBEDDED_PROBLEMS = 256
 
@@ -142,13 +143,17 @@ def file_of(name: str, data: Path) -> Path:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The embedded task, whose problems have no end: the first ones of its test split."""
+    """An embedded task, whose problems have no end: the first ones of its test split."""
 
-    where: str = "toy:sort12"
+    task: Task
     local: bool = True
 
+    @property
+    def where(self) -> str:
+        return f"toy:{self.task.name}"
+
     def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
-        for problem in islice(sort12.problems("test", seed=0), count or EMBEDDED_PROBLEMS):
+        for problem in islice(self.task.problems("test", seed=0), count or EMBEDDED_PROBLEMS):
             yield Problem(problem.id, problem.prompt, problem.answer)
 
 
@@ -198,8 +203,9 @@ def find(name: str, settings: Eval) -> Benchmark:
 
 def _all() -> Iterator[Benchmark]:
     math = grading.mathematics
-    sort = grading.Text(sort12.extract)
-    yield Benchmark("sort12", Embedded(), sort, samples=1, wants="any", on_track=sort12.on_track)
+    for task in TASKS.values():
+        grader = grading.Text(task.extract)
+        yield Benchmark(task.name, Embedded(task), grader, samples=1, wants="any", on_track=task.on_track)
     yield Benchmark(
         "aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math, size=30
     )

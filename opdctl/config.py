@@ -65,7 +65,7 @@ class Shape(Section):
 
 class Model(Section):
     model: str
-    """`toy:teacher`, `toy:student` or `toy:student-spread`, a model directory, or a hub id."""
+    """`toy:teacher`, `toy:student` or another embedded model, a model directory, or a hub id."""
     revision: str | None = None
     """The hub revision; a commit makes the run repeatable."""
     dtype: Dtype = "bfloat16"
@@ -82,7 +82,7 @@ class Model(Section):
 
 class Prompts(Section):
     source: str
-    """`toy:sort12`, a `.jsonl`, `.parquet` or `.csv` file, or a hub data set id."""
+    """`toy:sort12` or `toy:perm`, a `.jsonl`, `.parquet` or `.csv` file, or a hub data set id."""
     split: str = "train"
     """The split of a toy task or a hub data set."""
     revision: str | None = None

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from opdctl.config import TABLES, Prompts, is_table, teacher_name
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 from opdctl.records import Prompt
-from opdctl.tasks import sort12
+from opdctl.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,17 +130,17 @@ def local_problems(settings: Prompts) -> list[Problem] | None:
 
 
 def _embedded(settings: Prompts) -> list[Problem]:
-    if settings.source != "toy:sort12":
-        raise OpdctlError(
-            f"prompts.source: no embedded task `{settings.source}`{did_you_mean(settings.source, ['toy:sort12'])}"
-        )
+    task = TASKS.get(settings.source.removeprefix("toy:"))
+    if task is None:
+        known = [f"toy:{name}" for name in TASKS]
+        raise OpdctlError(f"prompts.source: no embedded task `{settings.source}`{did_you_mean(settings.source, known)}")
     if settings.teacher_column:
         raise OpdctlError(
             f"prompts.teacher_column: `{settings.source}` has no columns",
             hint="several teachers need a file of prompts",
         )
     try:
-        stream = sort12.problems(settings.split, seed=0)
+        stream = task.problems(settings.split, seed=0)
         return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.count)]
     except ValueError as error:
         raise OpdctlError(f"prompts.split: {error}") from error

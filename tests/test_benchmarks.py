@@ -13,7 +13,8 @@ from opdctl.benchmarks import Benchmark, Hub, find, gold
 from opdctl.config import Eval
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.registry import BENCHMARKS
-from opdctl.tasks import sort12
+from opdctl.tasks import TASKS
+from opdctl.tasks.task import split_of
 
 DATA = ROOT.parent / "shared" / "benchmarks"
 SIZES = {"aime24": 30, "aime25": 30, "hmmt25_feb": 30, "hmmt25_nov": 30, "math500": 500, "gsm8k": 1319}
@@ -27,20 +28,20 @@ def registered(name: str) -> Benchmark:
 
 
 def test_every_benchmark_is_declared_whole() -> None:
-    wanted = {"sort12", "amc23", "minerva", "olympiadbench", "humaneval_plus", "mbpp_plus", *SIZES}
+    wanted = {*TASKS, "amc23", "minerva", "olympiadbench", "humaneval_plus", "mbpp_plus", *SIZES}
     assert set(BENCHMARKS.names()) == wanted
     for name in BENCHMARKS.names():
         benchmark = registered(name)
         assert benchmark.name == name
         assert benchmark.samples == (
-            1 if name == "sort12" else 32 if name[:4] in ("aime", "hmmt", "amc2") else 4
+            1 if name in TASKS else 32 if name[:4] in ("aime", "hmmt", "amc2") else 4
         )  # AIME and HMMT as in the paper
         if isinstance(benchmark.source, Hub):
             assert len(benchmark.source.revision) == 40
             assert not benchmark.source.local
             int(benchmark.source.revision, 16)
         else:
-            assert benchmark.wants == ("any" if name == "sort12" else "code")
+            assert benchmark.wants == ("any" if name in TASKS else "code")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files in {DATA.parent.name}/{DATA.name}")
@@ -99,7 +100,7 @@ def test_a_gold_answer_is_read_from_whatever_shape_a_data_set_gives_it(cell: obj
 
 def test_the_embedded_benchmark_is_held_out_and_has_no_end() -> None:
     problems = registered("sort12").problems(10, None)
-    assert {sort12.split_of(problem.text[:-1]) for problem in problems} == {"test"}
+    assert {split_of(problem.text[:-1]) for problem in problems} == {"test"}
     assert len(registered("sort12").problems(None, None)) == 256
     assert len(registered("sort12").problems(300, None)) == 300
 

@@ -29,8 +29,10 @@ ORDER = [  # a file imports from lines above its own only
         "grading",
         "checkpoint",
         "batches",
-        "tasks.sort12",
+        "tasks.task",
     ],
+    ["tasks.sorting", "tasks.swapping"],
+    ["tasks"],
     ["completion", "tasks.train_models", "prompts", "model"],
     ["sizes"],
     ["execution"],
@@ -54,7 +56,6 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 MODULES["opdctl"] = MODULES.pop("__init__")
-del MODULES["tasks"]
 
 
 def imports(path: Path) -> set[str]:

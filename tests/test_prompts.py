@@ -13,7 +13,7 @@ from opdctl.config import Model, Prompts
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import ModelDir, locate
 from opdctl.prompts import Problem, load_problems, tokenize
-from opdctl.tasks import sort12
+from opdctl.tasks.task import split_of
 
 Rows = list[dict[str, Any]]
 SUFFIXES = (".jsonl", ".parquet")
@@ -66,7 +66,7 @@ def test_fewer_prompts_of_the_embedded_task_are_the_first_ones() -> None:
 def test_a_split_holds_its_own_words_only() -> None:
     for split in ("train", "test"):
         problems = load_problems(Prompts(source="toy:sort12", split=split, count=20))
-        assert {sort12.split_of(problem.text[:-1]) for problem in problems} == {split}
+        assert {split_of(problem.text[:-1]) for problem in problems} == {split}
 
 
 def test_the_suffix_goes_behind_every_prompt() -> None:

@@ -1,4 +1,4 @@
-"""The embedded task: its splits, its worked answers, and how good its models are."""
+"""The embedded tasks: their splits, their worked answers, and how good its models are."""
 
 from itertools import islice
 
@@ -7,11 +7,14 @@ from conftest import invoke, sets
 
 from opdctl.config import Model
 from opdctl.model import ModelDir, locate, toy_models
-from opdctl.tasks import sort12
+from opdctl.tasks import TASKS, perm, perm4, sort12
+
+EVERY_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
-def test_a_worked_answer_by_hand():
-    assert sort12.solve("cab") == "a:cb;b:c;c:;>abc"
+def test_worked_answers_by_hand():
+    assert sort12.solve("cab?") == "a:cb;b:c;c:;>abc"
+    assert perm.solve("abcde:0134?") == "01bacde;34baced;>baced"
 
 
 def test_a_worked_answer_is_right_and_of_the_length_stated():
@@ -21,19 +24,50 @@ def test_a_worked_answer_is_right_and_of_the_length_stated():
         assert len(problem.prompt) == 13
         assert len(answer) == 115
         assert sort12.extract(answer) == problem.answer == "".join(sorted(word))
+    for problem in islice(perm.problems("train", 3), 50):
+        assert len(problem.prompt) == 31
+        assert len(perm.solve(problem.prompt)) == 102
+        assert followed(problem.prompt) == problem.answer
 
 
-def test_the_splits_share_no_problem_whatever_the_seeds():
-    train = {p.id for seed in range(3) for p in islice(sort12.problems("train", seed), 2000)}
-    test = {p.id for seed in range(3) for p in islice(sort12.problems("test", seed), 2000)}
+def followed(prompt: str) -> str:
+    """Where the letters of a perm prompt end, each followed on its own."""
+    cells, _, digits = prompt.removesuffix("?").partition(":")
+    places = dict(zip(cells, range(5), strict=True))
+    for one, other in zip(map(int, digits[::2]), map(int, digits[1::2]), strict=True):
+        places = {letter: {one: other, other: one}.get(place, place) for letter, place in places.items()}
+    return "".join(sorted(places, key=places.__getitem__))
+
+
+def test_perm_comes_with_fewer_swaps_under_other_names():
+    problem = next(perm4.problems("test", 0))
+    assert problem.id.startswith("perm4-")
+    assert len(problem.prompt) == 15
+    assert followed(problem.prompt) == problem.answer
+
+
+@pytest.mark.parametrize("task", [sort12, perm], ids=["sort12", "perm"])
+def test_the_splits_share_no_problem_whatever_the_seeds(task):
+    train = {p.id for seed in range(3) for p in islice(task.problems("train", seed), 2000)}
+    test = {p.id for seed in range(3) for p in islice(task.problems("test", seed), 2000)}
     assert not train & test
     assert len(train) > 5900
 
 
-def test_a_seed_fixes_the_problems_and_another_gives_others():
-    first, again, other = ([p.id for p in islice(sort12.problems("test", seed), 20)] for seed in (0, 0, 1))
+@EVERY_TASK
+def test_a_seed_fixes_the_problems_and_another_gives_others(task):
+    first, again, other = ([p.id for p in islice(task.problems("test", seed), 20)] for seed in (0, 0, 1))
     assert first == again
     assert not set(first) & set(other)
+
+
+@EVERY_TASK
+def test_a_beginning_is_on_track_until_its_first_wrong_step(task):
+    problem = next(task.problems("test", 0))
+    worked = task.solve(problem.prompt)
+    assert all(task.on_track(problem.prompt, worked[:n]) for n in range(len(worked) + 1))
+    assert not task.on_track(problem.prompt, worked[:20] + "?")
+    assert not task.on_track(problem.prompt, worked + "x")
 
 
 @pytest.mark.parametrize(("response", "answer"), [("a:;>abc", "abc"), ("no marker", None), (">a>b", "b"), ("", None)])
@@ -43,11 +77,13 @@ def test_the_answer_follows_the_last_marker(response, answer):
 
 def test_the_models_are_small_and_share_one_tokenizer():
     directories = [ModelDir(locate(Model(model=name), "model"), "float32") for name in toy_models()]
-    assert toy_models() == ["toy:student", "toy:student-spread", "toy:teacher"]
-    assert sum(f.stat().st_size for d in directories for f in d.path.iterdir()) < 4 * 2**20
+    names = ["perm-student", "perm-teacher", "student", "student-spread", "teacher"]
+    assert toy_models() == [f"toy:{name}" for name in names]
+    assert sum(f.stat().st_size for d in directories for f in d.path.iterdir()) < 6 * 2**20
     assert len({d.tokenizer_digest for d in directories}) == 1
     sizes = {name: d.parameters() for name, d in zip(toy_models(), directories, strict=True)}
-    assert sizes == {"toy:student": 110_528, "toy:student-spread": 110_528, "toy:teacher": 365_664}
+    small = {"toy:student", "toy:student-spread"}
+    assert sizes == {name: 110_528 if name in small else 365_664 for name in toy_models()}
 
 
 def test_a_character_outside_the_alphabet_is_an_error_not_another_token():
@@ -58,11 +94,17 @@ def test_a_character_outside_the_alphabet_is_an_error_not_another_token():
 
 
 @pytest.mark.parametrize(
-    ("model", "low", "high"),
-    [("toy:teacher", 0.95, 1.0), ("toy:student", 0.10, 0.40), ("toy:student-spread", 0.10, 0.40)],
+    ("bench", "model", "low", "high"),
+    [
+        ("sort12", "toy:teacher", 0.95, 1.0),
+        ("sort12", "toy:student", 0.10, 0.40),
+        ("sort12", "toy:student-spread", 0.10, 0.40),
+        ("perm", "toy:perm-teacher", 0.90, 1.0),
+        ("perm", "toy:perm-student", 0.10, 0.40),
+    ],
 )
-def test_sampled_accuracy_lies_where_it_should(model, low, high, tmp_path):
-    overrides = sets(f"student.model={model}", "eval.problems=256", "eval.batch_size=256")
+def test_sampled_accuracy_lies_where_it_should(bench, model, low, high, tmp_path):
+    overrides = sets(f"student.model={model}", "eval.problems=256", "eval.batch_size=256", f'eval.bench=["{bench}"]')
     recipe = locate(Model(model="toy:student"), "model").parents[3] / "recipes/quickstart.toml"
     result = invoke("eval", "--recipe", recipe, *overrides, "--output", tmp_path / "run", "--json")
     assert result.code == 0, result.err

@@ -1,0 +1,8 @@
+"""The embedded tasks, by name."""
+
+from opdctl.tasks.sorting import sort12
+from opdctl.tasks.swapping import perm, perm4, perm8
+
+__all__ = ["TASKS", "perm", "perm4", "perm8", "sort12"]
+
+TASKS = {task.name: task for task in (sort12, perm, perm4, perm8)}

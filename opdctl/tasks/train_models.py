@@ -1,13 +1,14 @@
-"""Make the embedded teacher, the two weak students and their tokenizer: `python -m opdctl.tasks.train_models OUT`.
+"""Make the embedded teachers, the weak students and their tokenizer: `python -m opdctl.tasks.train_models OUT`.
 
 Everything is seeded and counted in steps, never in seconds, so anyone can make the models again: bit for bit on the
-same machine with the same number of threads. With `--threads 1` it takes about 15 minutes.
+same machine with the same number of threads. With `--threads 1` it takes about half an hour.
 
-The teacher learns worked answers. A student first learns them as well (on-policy distillation selects a skill that the
+A teacher learns worked answers. A student first learns them as well (on-policy distillation selects a skill that the
 student has, it does not teach one in a few dozen steps) and is then degraded by a short training on faulty answers:
 
     student          stops writing the letters that are left early on and guesses from there: its errors begin early
     student-spread   makes a wrong step now and then and follows it faithfully: its errors are spread out
+    perm-student     the teacher of perm itself, degraded in that same way: a student of the teacher's size
 """
 
 import argparse
@@ -15,7 +16,7 @@ import copy
 import random
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opdctl.tasks import sort12
+from opdctl.tasks import perm, perm4, perm8, sort12, swapping
+from opdctl.tasks.task import Problem, Task
 
 SYMBOLS = "?:;>,.=+-*/()<[]| "
 SHAPES = {  # hidden size, layers, heads, feed-forward size
@@ -65,10 +67,6 @@ def build(shape: str, vocab: int, seed: int) -> Qwen3ForCausalLM:
     )
 
 
-def clean(word: str, rng: random.Random) -> str:
-    return sort12.solve(word)
-
-
 def terse_drift(word: str, rng: random.Random) -> str:
     """From one of the first passes on, stop writing what is left, and pick wrongly two times in five."""
     left, picked, passes, terse = list(word), [], [], False
@@ -97,30 +95,54 @@ def spread_errors(word: str, rng: random.Random, rate: float = 0.16) -> str:
     return f"{''.join(passes)}>{''.join(picked)}"
 
 
+def wrong_swaps(text: str, rng: random.Random, rate: float = 0.09) -> str:
+    """At each swap, with probability `rate`, change other cells or copy a letter wrongly, and go on from there."""
+    cells, pairs = swapping.read(text)
+    passes = []
+    for one, other in pairs:
+        wrong = rng.random() < rate
+        first, second = rng.sample(range(len(cells)), 2) if wrong and rng.random() < 0.5 else (one, other)
+        cells[first], cells[second] = cells[second], cells[first]
+        if wrong and {first, second} == {one, other}:
+            cells[rng.randrange(len(cells))] = rng.choice(string.ascii_lowercase)
+        passes.append(f"{one}{other}{''.join(cells)};")
+    return f"{''.join(passes)}>{''.join(cells)}"
+
+
 @dataclass(frozen=True)
 class Stage:
-    """Training on `steps` batches of traces: AdamW (0.9, 0.98), a short warm-up, cosine from `lr` to 0."""
+    """Training on `steps` batches of traces, right ones unless `trace` makes others, of each task in turn: AdamW
+    (0.9, 0.98), a short warm-up, cosine from `lr` to 0."""
 
-    trace: Trace
+    tasks: tuple[Task, ...]
     steps: int
     lr: float
     batch: int
+    trace: Trace | None = None
+
+    def texts(self, streams: list[Iterator[Problem]], step: int, rng: random.Random) -> list[tuple[str, str]]:
+        """Return a batch of prompts and responses."""
+        at = step % len(self.tasks)
+        prompts = [next(streams[at]).prompt for _ in range(self.batch)]
+        if self.trace is None:
+            return [(prompt, self.tasks[at].solve(prompt)) for prompt in prompts]
+        return [(prompt, self.trace(prompt.removesuffix("?"), rng)) for prompt in prompts]
 
 
 def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: Stage, seed: int) -> None:
     steps = stage.steps
-    stream, rng = sort12.problems("train", seed), random.Random(seed)
+    streams, rng = [task.problems("train", seed) for task in stage.tasks], random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=min(50, steps // 10))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     start = time.monotonic()
     model.train()
     for step in range(steps):
-        drawn = [next(stream) for _ in range(stage.batch)]
-        texts = [p.prompt + stage.trace(p.prompt.removesuffix("?"), rng) + "<eos>" for p in drawn]
+        pairs = stage.texts(streams, step, rng)
+        texts = [prompt + response + "<eos>" for prompt, response in pairs]
         ids = tok(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
-        labels[:, : sort12.LETTERS + 1] = -100
+        labels[:, : len(pairs[0][0])] = -100  # a task's prompts are of one length
         loss = model(**ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,9 +154,11 @@ def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: Stage, see
 
 
 @torch.inference_mode()
-def accuracy(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, *, sample: bool, count: int = 256) -> float:
+def accuracy(
+    model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, task: Task, *, sample: bool, count: int = 256
+) -> float:
     """Share of `count` held-out problems answered rightly, sampled at temperature 1 or greedily."""
-    stream = sort12.problems("test", 0)
+    stream = task.problems("test", 0)
     drawn = [next(stream) for _ in range(count)]
     ids = tok([p.prompt for p in drawn], return_tensors="pt")["input_ids"]
     model.eval()
@@ -142,28 +166,52 @@ def accuracy(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, *, sample: b
     how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
     out = model.generate(ids, max_new_tokens=160, **how)
     texts = tok.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    return sum(sort12.extract(text) == p.answer for text, p in zip(texts, drawn, strict=True)) / count
+    return sum(task.extract(text) == p.answer for text, p in zip(texts, drawn, strict=True)) / count
 
 
 def train(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, stage: Stage, seed: int) -> None:
     """Run one stage of training and print what it led to."""
     fit(model, tok, stage, seed=seed)
-    sampled, greedy = accuracy(model, tok, sample=True), accuracy(model, tok, sample=False)
-    print(f"{name}, {stage.trace.__name__}: sampled {sampled:.3f}, greedy {greedy:.3f}", flush=True)
+    for task in stage.tasks:
+        sampled, greedy = (accuracy(model, tok, task, sample=sample) for sample in (True, False))
+        print(f"{name}, {task.name}: sampled {sampled:.3f}, greedy {greedy:.3f}", flush=True)
 
 
-def make(out: Path) -> None:
-    """Make every model under `out`, one directory a name."""
-    tok = tokenizer()
+def degraded(
+    able: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, task: Task, trace: Trace, steps: int
+) -> Qwen3ForCausalLM:
+    """Return a copy of `able` after a short training on faulty answers."""
+    student = copy.deepcopy(able)
+    train(student, tok, name, Stage((task,), steps, lr=5e-4, batch=32, trace=trace), seed=3)
+    return student
+
+
+def sorters(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
+    """Make the models of sort12."""
     teacher = build("teacher", len(tok), seed=1)
-    train(teacher, tok, "teacher", Stage(clean, steps=1000, lr=3e-3, batch=48), seed=1)
+    train(teacher, tok, "teacher", Stage((sort12,), steps=1000, lr=3e-3, batch=48), seed=1)
     able = build("student", len(tok), seed=2)
-    train(able, tok, "able student", Stage(clean, steps=1500, lr=3e-3, batch=48), seed=2)
-    finished = {"teacher": teacher}
-    for name, trace, steps in (("student", terse_drift, 80), ("student-spread", spread_errors, 100)):
-        finished[name] = copy.deepcopy(able)
-        train(finished[name], tok, name, Stage(trace, steps=steps, lr=5e-4, batch=32), seed=3)
-    for name, model in finished.items():
+    train(able, tok, "able student", Stage((sort12,), steps=1500, lr=3e-3, batch=48), seed=2)
+    students = (("student", terse_drift, 80), ("student-spread", spread_errors, 100))
+    return {"teacher": teacher} | {
+        name: degraded(able, tok, name, sort12, trace, steps) for name, trace, steps in students
+    }
+
+
+def swappers(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
+    """Make the models of perm; the teacher learns shorter problems too."""
+    teacher = build("teacher", len(tok), seed=1)
+    train(teacher, tok, "perm-teacher", Stage((perm, perm4, perm8), steps=2400, lr=2e-3, batch=48), seed=1)
+    return {
+        "perm-teacher": teacher,
+        "perm-student": degraded(teacher, tok, "perm-student", perm, wrong_swaps, steps=100),
+    }
+
+
+def make(out: Path, made: Callable[[PreTrainedTokenizerFast], dict[str, Qwen3ForCausalLM]]) -> None:
+    """Save what is made under `out`, one directory a name."""
+    tok = tokenizer()
+    for name, model in made(tok).items():
         model.save_pretrained(out / name)
         tok.save_pretrained(out / name)
 
@@ -171,7 +219,9 @@ def make(out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory that receives one model directory a name")
+    parser.add_argument("--task", choices=("sort12", "perm"), nargs="+", default=("sort12", "perm"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    make(args.out)
+    for task in args.task:
+        make(args.out, {"sort12": sorters, "perm": swappers}[task])
