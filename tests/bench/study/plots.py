@@ -118,8 +118,8 @@ def conditions(results: Results) -> Figure:
     axis.invert_yaxis()
     axis.legend(fontsize=8)
     for axis, name, label in (
-        (axes[0, 1], "first_share", "share of the discrepancy on the first 30 %"),
-        (axes[0, 2], "onset", "median place of the first wrong token"),
+        (axes[0, 1], "first_share", "signal on the first 30 %"),
+        (axes[0, 2], "onset", "onset of the errors"),
     ):
         x = [getattr(each, name) for each in found]
         axis.plot(x, [each.prefix.mean - each.suffix.mean for each in found], "o", color=COLOURS[2], ms=5)
