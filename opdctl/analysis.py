@@ -8,7 +8,8 @@ import numpy as np
 
 from opdctl.positions import BINS, PERCENT, Numbers, Sums
 from opdctl.samples import Sample
-from opdctl.verdict import Estimate, Verdict, effective_sample, share
+from opdctl.stats import Estimate
+from opdctl.verdict import Verdict, effective_sample, share
 from opdctl.weights import Floats
 
 Table = dict[str, list[Any]]

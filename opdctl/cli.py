@@ -974,7 +974,8 @@ def status(
         log.pairs(f"{run_dir}: {found['steps_done']} of {found['steps']} steps", reading.rows(found))
         if json_:
             _emit(reading.as_json(found))
-        if found["damaged_evaluations"] or any(stage.state == "damaged" for stage in found["stages"]):
+        stages = found["stages"] + found["continuations"]
+        if found["damaged_evaluations"] or any(stage.state == "damaged" for stage in stages):
             raise typer.Exit(ExitCode.DATA)
 
 

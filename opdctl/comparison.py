@@ -12,8 +12,8 @@ from scipy import stats
 
 from opdctl import log
 from opdctl.config import Recipe, is_free
-from opdctl.errors import ExitCode, OpdctlError
-from opdctl.evaluations import NOTABLE, Evaluation, load
+from opdctl.errors import OpdctlError
+from opdctl.evaluations import NOTABLE, Evaluation, load, refuse_other_problems
 from opdctl.run import read_recipe
 from opdctl.stats import LEVEL
 
@@ -52,8 +52,7 @@ def curves(path: Path) -> dict[str, Curve]:
 
 def _alike(one: Evaluation, other: Evaluation) -> bool:
     """Whether two evaluations' accuracies may be shown beside one another: same problems, asked in the same way."""
-    problems = [each.summary["benchmark"]["digest"] for each in (one, other)]
-    return problems[0] == problems[1] and one.summary["protocol"] == other.summary["protocol"]
+    return one.same_problems_as(other) and one.summary["protocol"] == other.summary["protocol"]
 
 
 def by_step(path: Path) -> dict[str, Any] | None:
@@ -90,7 +89,7 @@ def compare(paths: Sequence[Path], target: float | None = None) -> list[dict[str
 
 
 def _compared(bench: str, runs: Sequence[Curve], target: float | None) -> dict[str, Any]:
-    _refuse_other_problems(bench, runs)
+    _check_asked_alike(bench, runs)
     settings: dict[str, list[Curve]] = defaultdict(list)
     for run, label in zip(runs, _labels(runs), strict=True):
         settings[label].append(run)
@@ -140,19 +139,14 @@ def _points(seeds: Sequence[Curve]) -> list[dict[str, Any]]:
     return found
 
 
-def _refuse_other_problems(bench: str, runs: Sequence[Curve]) -> None:
+def _check_asked_alike(bench: str, runs: Sequence[Curve]) -> None:
     """Raise OpdctlError (code 4) unless all were asked the same problems; warn where they were asked in another way."""
-    found = [(run, each) for run in runs for each in run.evaluations.values()]
-    first, about = found[0][0], found[0][1].summary
-    for run, each in found:
-        if each.summary["benchmark"]["digest"] != about["benchmark"]["digest"]:
-            raise OpdctlError(
-                f"--compare: {bench}: {first.path} and {run.path} were asked other problems",
-                hint="evaluate one of them again: same data, same eval.problems",
-                code=ExitCode.SETTINGS,
-            )
-        if other := [key for key in NOTABLE if each.summary["protocol"][key] != about["protocol"][key]]:
-            log.warn(f"{bench}: {each.path}: not the same protocol as {first.path}: {', '.join(other)} differ")
+    found = [each for run in runs for each in run.evaluations.values()]
+    for each in found:
+        refuse_other_problems(found[0], each)
+        protocols = found[0].summary["protocol"], each.summary["protocol"]
+        if other := [key for key in NOTABLE if protocols[0][key] != protocols[1][key]]:
+            log.warn(f"{bench}: {each.path}: not the same protocol as {runs[0].path}: {', '.join(other)} differ")
 
 
 def _labels(runs: Sequence[Curve]) -> list[str]:

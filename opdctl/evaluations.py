@@ -33,6 +33,11 @@ class Evaluation:
             correct[row.problem_id].append(row.correct)
         return {name: float(np.mean(samples)) for name, samples in correct.items()}
 
+    def same_problems_as(self, other: "Evaluation") -> bool:
+        """Whether both were asked the same problems."""
+        digests = [each.summary["benchmark"]["digest"] for each in (self, other)]
+        return digests[0] == digests[1]
+
 
 def load(path: Path) -> Evaluation:
     """Open an evaluation's folder. Raises OpdctlError when it holds no finished one."""
@@ -77,13 +82,18 @@ def compare(one: Path, other: Path, benches: Sequence[str] | None = None) -> lis
     return [_compared(left[bench], right[bench]) for bench in shared]
 
 
-def _compared(a: Evaluation, b: Evaluation) -> dict[str, Any]:
-    if a.summary["benchmark"]["digest"] != b.summary["benchmark"]["digest"]:
+def refuse_other_problems(a: Evaluation, b: Evaluation) -> None:
+    """Raise OpdctlError (code 4) unless both were asked the same problems."""
+    if not a.same_problems_as(b):
         raise OpdctlError(
             f"--compare: {a.path} and {b.path} were asked other problems",
             hint="evaluate one of them again: same --data, same eval.problems",
             code=ExitCode.SETTINGS,
         )
+
+
+def _compared(a: Evaluation, b: Evaluation) -> dict[str, Any]:
+    refuse_other_problems(a, b)
     one, other = a.shares(), b.shares()
     found = stats.compare([one[name] for name in one], [other[name] for name in one])
     protocols = a.summary["protocol"], b.summary["protocol"]

@@ -16,7 +16,8 @@ from matplotlib.ticker import PercentFormatter
 
 from opdctl.analysis import Analysis, Phase, continued
 from opdctl.positions import BINS
-from opdctl.verdict import HEAD, Estimate
+from opdctl.stats import Estimate
+from opdctl.verdict import HEAD
 
 EARLY, LATE, GREY = "#c2410c", "#1d4ed8", "#64748b"
 COLOURS = (EARLY, LATE, "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f")

@@ -101,17 +101,17 @@ def _grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left
 
 
 @contextlib.contextmanager
-def growing_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Sequence[str], str], None]]:
-    """Yield a function that takes a row, and the line that says the same: on a terminal the last rows are a table that
-    stays in its place while messages and progress pass, elsewhere each line is said."""
+def growing_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Callable[[], Sequence[str]], str], None]]:
+    """Yield a function that takes how to make a row, and the line that says the same: on a terminal the last rows are
+    a table that stays in its place while messages and progress pass, elsewhere each line is said and no row made."""
     if _level < 0 or not console.is_terminal:
-        yield lambda row, line: say(line)
+        yield lambda make_row, line: say(line)
         return
     rows: list[Sequence[str]] = []
     with Live(console=console, auto_refresh=False) as live:
 
-        def add(row: Sequence[str], line: str) -> None:
-            rows.append(row)
+        def add(make_row: Callable[[], Sequence[str]], line: str) -> None:
+            rows.append(make_row())
             live.update(_grid(title, header, rows[-SHOWN_ROWS:], left=0), refresh=True)
 
         yield add

@@ -80,7 +80,7 @@ def train(run: Run, device: str, *, fill: bool = True, follow: bool = False, rep
                 metrics = trainer.step(step, seconds)
             if show is not None:
                 left = (time.monotonic() - start) / (step + 1 - first) * (steps - step - 1)
-                show(row(run, metrics, left), line(metrics, steps))
+                show(partial(row, run, metrics, left), line(metrics, steps))
                 track(metrics)
                 forget_old_students(run)
         if fill:
@@ -187,9 +187,21 @@ def forget_old_students(run: Run) -> None:
 
 def accuracies(run: Run) -> dict[int, float]:
     """Return the first benchmark's accuracy of every student that was evaluated, by step."""
-    steps, bench = range(run.current_step() + 1), run.recipe.eval.bench[0]
-    found = {step: evaluate.stored_summary(run, bench, f"step-{step:05d}") for step in steps}
-    return {step: summary["avg"] for step, summary in found.items() if summary}
+    return dict(reversed([*newest_accuracies(run, run.current_step())]))
+
+
+def newest_accuracies(run: Run, done: int) -> Iterator[tuple[int, float]]:
+    """Yield step and accuracy of the students up to step `done` that were evaluated, the newest first.
+
+    They are what the folder lists, not what this process evaluated: with `train --follow` others do it, in any order.
+    """
+    bench = run.recipe.eval.bench[0]
+    found = run.evaluation_path(bench, "").glob("step-*/summary.json")
+    numbers = (path.parent.name.removeprefix("step-") for path in found)
+    steps = [int(number) for number in numbers if number.isdigit()]  # a person's copy may lie beside them
+    for step in sorted((step for step in steps if step <= done), reverse=True):
+        if summary := evaluate.stored_summary(run, bench, f"step-{step:05d}"):
+            yield step, summary["avg"]
 
 
 def best(run: Run) -> tuple[int, float] | None:
@@ -207,9 +219,8 @@ def accuracy(run: Run) -> dict[str, float | None]:
 
 def row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[str]:
     """Return a step's metrics under COLUMNS, with the last accuracy measured and the step of its student."""
-    done, bench = metrics["step"] + 1, run.recipe.eval.bench[0]
-    summaries = ((step, evaluate.stored_summary(run, bench, f"step-{step:05d}")) for step in range(done, -1, -1))
-    accuracy = next((f"{found['avg']:.1%} @{step}" for step, found in summaries if found), "")
+    done = metrics["step"] + 1
+    accuracy = next((f"{share:.1%} @{step}" for step, share in newest_accuracies(run, done)), "")
     seconds = sum(metrics.get(f"{stage}_seconds", 0.0) for stage in ("rollout", "score", "update"))
     return [
         f"{done}/{run.recipe.train.steps}",

@@ -16,7 +16,8 @@ import numpy as np
 from opdctl import figures, sentences, store
 from opdctl.analysis import Analysis, Table, columns, rows
 from opdctl.samples import SHADES, Sample, printable, scale
-from opdctl.verdict import HEAD, Estimate, Verdict
+from opdctl.stats import Estimate
+from opdctl.verdict import HEAD, Verdict
 
 SHOWN = 2000  # tokens of a response in the report
 TITLES = {

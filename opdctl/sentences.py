@@ -9,7 +9,8 @@ import numpy as np
 from opdctl.analysis import Analysis, Phase, means, rows
 from opdctl.positions import GROUPS
 from opdctl.samples import Sample
-from opdctl.verdict import CERTAIN, HEAD, LEAST, Estimate, Verdict
+from opdctl.stats import Estimate
+from opdctl.verdict import CERTAIN, HEAD, LEAST, Verdict
 
 
 def interval(found: Estimate, form: str = ".1%") -> str:

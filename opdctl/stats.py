@@ -23,9 +23,9 @@ SIGNINGS = 9999
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval, all shares in [0, 1]."""
+    """A value and its 95 % interval."""
 
-    mean: float
+    value: float
     low: float
     high: float
 

@@ -1,16 +1,19 @@
 """`opdctl status`: what is done, missing or damaged in a run directory, and the next command. Reads, never writes."""
 
 import itertools
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from opdctl import SCHEMA_VERSION, store
 from opdctl.errors import OpdctlError
 from opdctl.follow import signs
-from opdctl.manifests import SummaryRecord
+from opdctl.manifests import Manifest, SummaryRecord, Work
 from opdctl.run import Run, shaping
-from opdctl.store import StageDir
+from opdctl.store import Fingerprint, StageDir
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,15 @@ class StageStatus:
 
 def stage_status(run: Run, step: int, name: str, *, verify: bool) -> StageStatus:
     """Return what stands of a stage. Recorded parts must be there in their size; with `verify`, in their digest too."""
+    return _status(step, name, partial(_stage, run, step, name), "waits for the stage before", verify=verify)
+
+
+def _status(step: int, name: str, find: Callable[[], StageDir | None], none: str, *, verify: bool) -> StageStatus:
+    """Return what stands of the stage that `find` returns; `none` is what to say where there is none yet."""
     try:
-        stage = _stage(run, step, name)
+        stage = find()
         if stage is None:
-            return StageStatus(step, name, "missing", "waits for the stage before")
+            return StageStatus(step, name, "missing", none)
         problems = stage.damaged_parts(digests=verify)
         missing = stage.missing(digests=verify)
     except OpdctlError as error:
@@ -45,6 +53,37 @@ def _stage(run: Run, step: int, name: str) -> StageDir | None:
     if name == "rollout":
         return run.rollout(step)
     return run.score(step, name) if run.rollout(step).manifest() else None
+
+
+def continuations(run: Run, *, verify: bool) -> list[StageStatus]:
+    """Return what stands of the continuations, of each step that was gone on from and each model: of those that began,
+    and until there is a summary of those that are to."""
+    found = []
+    for folder in sorted(run.path.glob("continuations/step-[0-9]*")):
+        step = int(folder.name.removeprefix("step-"))
+        again = f"opdctl analyze-position {shlex.quote(str(run.path))} --continuations --step {step}"
+        models = {path.name for path in folder.iterdir() if path.is_dir()}
+        if not (folder / "summary.json").exists():
+            models |= {"student", *run.recipe.teacher_models()}
+        for model in sorted(models):
+            find = partial(_as_recorded, folder / model, again)
+            found.append(_status(step, f"continuations by {model}", find, "", verify=verify))
+    return found
+
+
+def _as_recorded(path: Path, redo: str) -> StageDir | None:
+    """Return a stage as its folder records it, None before its first part, whose name says how many there are to be."""
+    sealed, begun = (path / "manifest.json", Manifest), (path / "work.json", Work)
+    record_path, kind = sealed if sealed[0].exists() else begun
+    if not record_path.exists():
+        return None
+    record = store.read_json(record_path, kind, f"remove {path} and run `{redo}`")
+    listed = [part["name"] for part in record.get("parts", ())]
+    names = listed or [part.name for part in path.glob("part-?????-of-?????.parquet")]
+    if not names:
+        return None
+    fingerprint, parts = Fingerprint(record["settings"], record["inputs"]), int(Path(names[0]).stem.rpartition("-")[2])
+    return StageDir(path, stage=record["stage"], parts=parts, suffix=".parquet", fingerprint=fingerprint, redo=redo)
 
 
 def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
@@ -83,7 +122,7 @@ def evaluations(run: Run, *, verify: bool) -> tuple[list[dict[str, Any]], list[s
 
 
 def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
-    """Return the state of every stage of every step begun, the evaluations, and the next command.
+    """Return the state of every stage of every step begun, the continuations and evaluations, and the next command.
 
     Raises OpdctlError (code 3) where what all of it rests on is damaged: with `verify` the prompts, too.
     """
@@ -101,6 +140,7 @@ def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
         "steps_done": done,
         "steps": run.recipe.train.steps,
         "stages": stages,
+        "continuations": continuations(run, verify=verify),
         "evaluations": summaries,
         "damaged_evaluations": problems,
         "changes": recipe_changes(run),
@@ -148,9 +188,9 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     unfinished = {stage.step for stage in found["stages"] if stage.state != "done"}
     finished = range(min([*unfinished, found["steps_done"]]))
     lines = [("finished", f"steps 0 to {finished[-1]}" if finished[-1] else "step 0")] if finished else []
-    for stage in found["stages"]:
-        if stage.step not in finished:
-            lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
+    shown = [stage for stage in found["stages"] if stage.step not in finished] + found["continuations"]
+    for stage in shown:
+        lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
     lines += [("damaged", problem) for problem in found["damaged_evaluations"]]
     for change in found["changes"]:
         lines.append((f"from step {change['step']}", f"another recipe: {'; '.join(change['settings'])}"))
@@ -164,4 +204,4 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def as_json(found: dict[str, Any]) -> dict[str, Any]:
     """Return the status as JSON values."""
-    return {**found, **{key: [asdict(each) for each in found[key]] for key in ("stages", "followers")}}
+    return {**found, **{key: [asdict(each) for each in found[key]] for key in ("stages", "continuations", "followers")}}

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from opdctl.positions import LEVEL, PERCENT, Shares
+from opdctl.stats import Estimate
 from opdctl.weights import Floats
 
 HEAD = 30
@@ -25,15 +26,6 @@ LEAST = 20  # responses with a signal: fewer bear no verdict
 RESAMPLES = 2000
 ROUNDING = 1e-9  # of the signal: a uniform one leaves errors of rounding, which no test must take for a bias
 EDGE = 5  # hundredths at either end where no change is looked for
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     for paths, code, said in (
         ([runs[0]], 2, "two different runs"),
         ([runs[0], runs[0]], 2, "two different runs"),
-        ([runs[0], other], 4, "asked other problems"),
+        ([runs[0], other], 4, "step-00000 and " + str(other / "eval/sort12/step-00000") + " were asked other problems"),
         ([runs[0], none], 2, "no benchmark that all"),
         ([runs[0], tmp_path / "typo"], 2, "no run directory"),
     ):

@@ -13,6 +13,7 @@ from opdctl.store import read_json, read_rows, sealed_rows
 from opdctl.tasks import sort12
 
 OVERRIDES = ("rollout.prompts_per_step=6", "continuations.responses=4", "continuations.samples=2")
+MODELS = ("student", "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,35 @@ def test_a_part_that_is_missing_is_made_again_as_it_was_and_shards_share_the_wor
     assert invoke("analyze-position", again, "--continuations", "--shard", "1/2").code == 0
     assert {part: part.read_bytes() for part in sorted(folder.glob("*/part-*"))} == parts
     assert read_json(folder / "summary.json") == summary
+
+
+def test_status_lists_the_parts_of_each_model_done_begun_and_damaged(made, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(made[0], again)
+    folder = again / "continuations" / "step-00000"
+
+    def states(*options):
+        result = invoke("status", again, "--json", *options)
+        found = [(row["step"], row["stage"], row["state"]) for row in result.json()["continuations"]]
+        assert [(step, stage) for step, stage, _ in found] == [(0, f"continuations by {name}") for name in MODELS]
+        return [state for _, _, state in found], result
+
+    found, result = states("--verify")
+    assert (found, result.code) == (["done", "done"], 0)
+    assert "step 0 continuations by teacher  done  2 parts" in result.err
+    part = next((folder / "teacher").glob("part-00001*"))
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    assert states()[0] == ["done", "done"]
+    found, result = states("--verify")
+    assert (found, result.code) == (["done", "damaged"], 3)
+    assert str(part) in result.err
+    shutil.rmtree(folder)
+    assert invoke("analyze-position", again, "--continuations", "--shard", "1/2").code == 0
+    found, result = states("--verify")
+    assert (found, result.code) == (["partial", "partial"], 0)
+    assert "step 0 continuations by student  partial  1 of 2 parts" in result.err
+    shutil.rmtree(folder / "teacher")
+    assert states()[0] == ["partial", "missing"]
 
 
 def test_other_settings_are_refused(made):

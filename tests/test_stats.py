@@ -19,7 +19,7 @@ COVERED = (0.935, 0.965)  # 95 % ± 1.5 %
 
 def test_the_average_is_over_problems_not_samples() -> None:
     # shares 1/4 and 1: the mean is 5/8, where pooling the five samples would give 2/5
-    assert over_problems([0.25, 1.0]).mean == pytest.approx(0.625)
+    assert over_problems([0.25, 1.0]).value == pytest.approx(0.625)
 
 
 def test_the_interval_is_repeatable_and_holds_the_mean() -> None:
@@ -27,7 +27,7 @@ def test_the_interval_is_repeatable_and_holds_the_mean() -> None:
     assert over_problems(shares) == over_problems(shares)
     assert over_problems(shares) != over_problems(shares, seed=1)
     found = over_problems(shares)
-    assert 0 < found.low < found.mean < found.high < 1
+    assert 0 < found.low < found.value < found.high < 1
 
 
 def test_right_and_wrong_are_mirror_images() -> None:
@@ -41,8 +41,8 @@ def test_five_problems_all_right_or_all_wrong_have_the_exact_binomial_interval()
     # by Clopper and Pearson: the share at which five of five have probability 2.5 %
     bound = 0.025 ** (1 / 5)
     right, wrong = over_problems([1.0] * 5), over_problems([0.0] * 5)
-    assert (right.mean, right.low, right.high) == pytest.approx((1.0, bound, 1.0))
-    assert (wrong.mean, wrong.low, wrong.high) == pytest.approx((0.0, 0.0, 1 - bound))
+    assert (right.value, right.low, right.high) == pytest.approx((1.0, bound, 1.0))
+    assert (wrong.value, wrong.low, wrong.high) == pytest.approx((0.0, 0.0, 1 - bound))
 
 
 def test_a_single_problem_says_nothing_of_others() -> None:
@@ -59,7 +59,7 @@ def test_other_samples_of_the_same_problems_by_hand() -> None:
     found = of_these([[True, False, True, False], [True] * 4])
     assert found is not None
     half = 1.959964 * (1 / 48 + 1 / 64) ** 0.5
-    assert (found.mean, found.low, found.high) == pytest.approx((0.75, 0.75 - half, 1.0), abs=1e-6)
+    assert (found.value, found.low, found.high) == pytest.approx((0.75, 0.75 - half, 1.0), abs=1e-6)
 
 
 def test_one_sample_a_problem_says_nothing_of_other_samples() -> None:

@@ -105,7 +105,12 @@ def at_terminal(*words: str) -> str:
 
 @pytest.fixture
 def twenty_rows() -> str:
-    rows = "[show([str(n), f'{n}.5'], f'step {n}') for n in range(1, 21)]"
+    return growing("lambda: [str(n), f'{n}.5']")
+
+
+def growing(make_row: str) -> str:
+    """Return a program that shows twenty rows, each made so."""
+    rows = f"[show({make_row}, f'step {{n}}') for n in range(1, 21)]"
     return f"from opdctl import log\nwith log.growing_table('a run', ('step', 'loss')) as show: {rows}"
 
 
@@ -116,8 +121,9 @@ def test_a_terminal_has_a_table_of_the_last_rows_and_no_lines(twenty_rows):
     assert "step 20" not in said
 
 
-def test_elsewhere_there_are_lines(twenty_rows):
-    done = subprocess.run([sys.executable, "-c", twenty_rows], capture_output=True, text=True, check=True)
+def test_elsewhere_there_are_lines_and_no_row_is_made():
+    code = growing("lambda: exit('a row was made')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == [f"step {n}" for n in range(1, 21)]
 
 

@@ -466,3 +466,25 @@ def test_the_best_student_is_named(tmp_path):
     step, accuracy = online.best(run)
     assert accuracy == max(online.accuracies(run).values())
     assert f"step {step}" in result.err
+
+
+def test_a_row_has_the_newest_accuracy_whoever_measured_it_and_looks_at_no_step_without_one(tmp_path, monkeypatch):
+    run, asked = open_run(small_recipe(), tmp_path / "run"), []
+    measured = {0: {"avg": 0.25}, 8: {"avg": 0.5}, 16: None, 2000: {"avg": 0.75}}  # 16: under another protocol
+
+    def stored(run, bench, subject):
+        asked.append(int(subject.removeprefix("step-")))
+        return measured[asked[-1]]
+
+    monkeypatch.setattr(online.evaluate, "stored_summary", stored)
+    metrics = dict.fromkeys(("loss", "abs_advantage", "truncated_share", "tokens", "update_seconds"), 1.0)
+
+    def shown(step):
+        return online.row(run, metrics | {"step": step}, 0.0)[online.COLUMNS.index("accuracy")]
+
+    assert (shown(999), asked) == ("", [])
+    for name in ("step-00016", "step-00000", "step-02000", "step-00008", "step-00008 (copy)", "teacher"):
+        run.evaluation_path("sort12", name).mkdir(parents=True)
+        (run.evaluation_path("sort12", name) / "summary.json").touch()
+    assert (shown(999), asked) == ("50.0% @8", [16, 8])
+    assert shown(1999) == "75.0% @2000"

@@ -262,4 +262,4 @@ def _accuracy(rows: Sequence[Graded]) -> dict[str, Any]:
     for row in rows:
         by_problem[row.problem_id].append(row.correct)
     found = stats.over_problems([float(np.mean(own)) for own in by_problem.values()])
-    return {"problems": len(by_problem), "accuracy": found.mean, "low": found.low, "high": found.high}
+    return {"problems": len(by_problem), "accuracy": found.value, "low": found.low, "high": found.high}

@@ -278,7 +278,7 @@ def summarise(rows: Sequence[Graded]) -> dict[str, Any]:
     return {
         "problems": len(by_problem),
         "samples": samples,
-        "avg": avg.mean,
+        "avg": avg.value,
         "ci": [avg.low, avg.high],
         "ci_these": [these.low, these.high] if these else None,
         "pass_at": _estimates(passed),
@@ -297,4 +297,4 @@ def summarise(rows: Sequence[Graded]) -> dict[str, Any]:
 
 def _estimates(by_k: dict[int, list[float]]) -> dict[str, dict[str, Any]]:
     found = {k: stats.over_problems(values) for k, values in by_k.items()}
-    return {str(k): {"mean": each.mean, "ci": [each.low, each.high]} for k, each in found.items()}
+    return {str(k): {"mean": each.value, "ci": [each.low, each.high]} for k, each in found.items()}
