@@ -519,10 +519,13 @@ def _list_components(
     as_json: bool,
 ) -> None:
     """Print the components that a recipe can name; a given recipe's plugins are among them."""
+    from opdctl.config import recipe_to_evaluate
     from opdctl.registry import OBJECTIVES, WEIGHTS
 
     if recipes or output:
         _recipe(recipes, overrides, output)
+    elif overrides:
+        recipe_to_evaluate("toy:student", overrides)  # any recipe will do: the plugins matter
     found: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     for wanted, title, registry in ((weights, "weights", WEIGHTS), (objectives, "objectives", OBJECTIVES)):
         if wanted:
