@@ -439,3 +439,12 @@ def test_a_student_that_is_its_own_teacher_is_warned_of(tmp_path):
     result = invoke("rollout", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run")
     assert result.code == 0, result.err
     assert "student and teacher are one and the same model" in words(result)
+
+
+def test_training_that_evaluates_nothing_says_nothing_of_accuracy(tmp_path):
+    settings = sets("train.steps=1", "eval.every=0", "rollout.max_tokens=8", "rollout.prompts_per_step=4")
+    result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "1 of 1 steps" in result.err
+    assert "accuracy" not in result.err
+    assert "not measured" not in result.err
