@@ -519,10 +519,13 @@ def _list_components(
     as_json: bool,
 ) -> None:
     """Print the components that a recipe can name; a given recipe's plugins are among them."""
+    from opdctl.config import recipe_to_evaluate
     from opdctl.registry import OBJECTIVES, WEIGHTS
 
     if recipes or output:
         _recipe(recipes, overrides, output)
+    elif overrides:
+        recipe_to_evaluate("toy:student", overrides)  # any recipe will do: the plugins matter
     found: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     for wanted, title, registry in ((weights, "weights", WEIGHTS), (objectives, "objectives", OBJECTIVES)):
         if wanted:
@@ -567,11 +570,12 @@ def _close_training(run: "Run", before: int, seconds: dict[str, float], no_fill:
     teachers = ", ".join(f"{name} {shown[name]}" for name in run.recipe.teacher_models())
     spent = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value)
     best = online.best(run)
+    measured = [("accuracy", f"{shown['before']} → {shown['after']}  ({teachers})")]
+    measured += [("best", f"step {best[0]}, {best[1]:.1%}" if best else "not measured")]
     log.pairs(
         f"{run.path}: {done} of {steps} steps",
         [
-            ("accuracy", f"{shown['before']} → {shown['after']}  ({teachers})"),
-            ("best", f"step {best[0]}, {best[1]:.1%}" if best else "not measured"),
+            *(measured if any(value is not None for value in accuracy.values()) else []),
             ("time", f"{sum(seconds.values()):.1f} s: {spent}" if spent else "none"),
             ("student", str(student)),
             ("next", next_stage_command(run)),

@@ -34,7 +34,7 @@ from opdctl.config import (
     untouched,
 )
 from opdctl.engines import has_vllm
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 from opdctl.manifests import PolicyRecord, RunRecord, UpdateRecord
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import Problem, load_problems, tokenize
@@ -361,7 +361,8 @@ def refuse_foreign_folder(recipe: Recipe, path: Path) -> None:
     """Raise OpdctlError unless `path` is a folder, or can be one, that holds nothing but the start of this very run."""
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
-            raise OpdctlError(f"{path}: {part} is a file, not a folder", hint="use another --output")
+            what = "is" if part == path else f"{part} is"
+            raise OpdctlError(f"{path}: {what} a file, not a folder", hint="use another --output")
     own, recorded = {"recipe.toml", "prompts.parquet"}, path / "recipe.toml"
     found = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} if path.is_dir() else set()
     if found - own or (recorded.exists() and store.read_text(recorded) != recipe.to_toml()):
@@ -403,8 +404,10 @@ def read_record(path: Path) -> RunRecord:
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe recorded in the run directory `path`, with `overrides`. Raises OpdctlError when it is none."""
     if not (path / "recipe.toml").exists():
+        runs = [file.parent.name for file in path.parent.glob("*/recipe.toml")]
         raise OpdctlError(
-            f"{path}: no run directory: it has no recipe.toml", hint="give --recipe, or the path of a run"
+            f"{path}: no run directory: it has no recipe.toml{did_you_mean(path.name, runs)}",
+            hint="give the path of a run; one is begun by `opdctl train` or `opdctl rollout` with --recipe",
         )
     return load_recipe([path / "recipe.toml"], overrides)
 
@@ -526,7 +529,14 @@ def _begin(recipe: Recipe, path: Path) -> None:
     if dropped:
         log.warn(f"{dropped} of {len(problems)} prompts are longer than prompts.max_tokens and were dropped")
     models = {name: _identify(model) for name, model in found.items()}
+    for name in recipe.teacher_models():
+        if models[name]["digest"] == models["student"]["digest"]:
+            log.warn(f"student and {name} are one and the same model: A is 0 on every token until the student changes")
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, PermissionError) as error:
+        raise OpdctlError(f"{path}: cannot be made: {error.strerror}", hint="use another --output") from None
     store.write_text(path / "recipe.toml", recipe.to_toml())
     sha256 = store.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])
     source = store.sha256_file(Path(recipe.prompts.source)) if is_table(recipe.prompts.source) else None

@@ -420,3 +420,31 @@ def test_a_damaged_part_is_damaged_data_for_status(copy: Path) -> None:
     assert [s["stage"] for s in result.json()["stages"] if s["state"] == "damaged"] == ["teacher"]
     assert "opdctl score-teacher" in result.json()["next"]
     assert "--step 1 --repair" in result.json()["next"]
+
+
+def test_a_misspelt_run_is_told_the_nearest_one(finished):
+    result = invoke("status", finished["run"].with_name("rum"))
+    check_refusal(result, 2, "no run directory", "did you mean `run`?")
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_once_and_without_a_traceback(tmp_path):
+    begin = ("rollout", "--recipe", QUICKSTART, "--output")
+    check_refusal(invoke(*begin, "/proc/nothing/run"), 2, "/proc/nothing/run: cannot be made: ")
+    (tmp_path / "file").write_text("")
+    check_refusal(invoke(*begin, tmp_path / "file"), 2, f"error: {tmp_path / 'file'}: is a file, not a folder")
+
+
+def test_a_student_that_is_its_own_teacher_is_warned_of(tmp_path):
+    settings = sets("teacher.model=toy:student", "rollout.max_tokens=4", "rollout.prompts_per_step=2")
+    result = invoke("rollout", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "student and teacher are one and the same model" in words(result)
+
+
+def test_training_that_evaluates_nothing_says_nothing_of_accuracy(tmp_path):
+    settings = sets("train.steps=1", "eval.every=0", "rollout.max_tokens=8", "rollout.prompts_per_step=4")
+    result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "1 of 1 steps" in result.err
+    assert "accuracy" not in result.err
+    assert "not measured" not in result.err

@@ -377,6 +377,15 @@ def test_a_user_s_own_weight_and_objective_by_plugin(tmp_path):
     assert "did you mean `last_token`?" in typo.stderr
 
 
+def test_a_plugin_s_weights_are_listed_before_any_recipe_names_them(tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    listed = run_opdctl(tmp_path, "train", "--list-weights", *sets("plugins=['mine']"), "--json")
+    assert "last_token" in [entry["name"] for entry in json.loads(listed.stdout)["weights"]]
+    typo = run_opdctl(tmp_path, "train", "--list-weights", *sets("plugins=['mime']"))
+    assert typo.returncode == ExitCode.USAGE
+    assert "plugins: `mime`" in typo.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [(None, "no such module"), ("import nothing_of_the_kind", "nothing_of_the_kind"), ("1 / 0", "ZeroDivisionError")],
