@@ -285,7 +285,7 @@ def conditions(results: Results) -> str:
 
 Students made for this, from an able small one (110,528 parameters) and from the teacher itself (large), by {results.scale.lesson_steps} steps on
 faulty sorting: a wrong letter (content) or an answer that stops listing what is left (format), early (first 34 % of the answer)
-or late (from 70 %); swapping with 4, 8 and 12 swaps; and `{results.scale.students[0].name}` at three learning rates. Each was trained on all
+or late (67 to 83 %); swapping with 4, 8 and 12 swaps; and `{results.scale.students[0].name}` at three learning rates. Each was trained on all
 tokens, on the first and on the last 30 %, seeds {", ".join(map(str, results.scale.condition_seeds))}, at rate {FIXED_RATE:g} unless it says otherwise. The gain is the accuracy of the
 last 5 steps less that of the first; kept is the share of the gain of all tokens (spread over seeds pooled over conditions).
 

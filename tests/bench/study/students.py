@@ -18,7 +18,7 @@ from opdctl.tasks import TASKS, sort12
 from opdctl.tasks.train_models import Stage, Trace, fit, wrong_swaps
 
 EARLY, LATE = range(3), range(7, 10)
-"""Of the twelve passes of sort12: the first 34 % of the tokens of a worked answer, and those from 70 to 83 %."""
+"""Of the twelve passes of sort12: the first 34 % of the tokens of a worked answer, and those from 67 to 83 %."""
 
 
 @dataclass(frozen=True)
