@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+FEW = 5  # problems; fewer that differ from the others cannot be resampled
 RESAMPLES = 2000
 SIGNINGS = 9999
 
@@ -44,7 +45,9 @@ def over_problems(values: Sequence[float], seed: int = 0) -> Estimate:
 
     A studentised bootstrap over problems (Efron and Tibshirani 1993, 12.5) on the scale of log-odds. Of 2,000 simulated
     evaluations of 30 to 500 problems with accuracies of 9 to 80 % it held the truth in 94.5 to 95.3 %, where plain
-    percentiles held it in 89 to 95 %; at 5 % of 30 problems in 93 %. A single problem says nothing of others: [0, 1].
+    percentiles held it in 89 to 95 %. Where all but a few problems are all right, or all wrong, it is Jeffreys' interval,
+    which held the truth in 93 to 98 % of 1,500 simulated evaluations of 30 to 256 problems with 0.4 to 10 % of the one
+    kind. A single problem says nothing of others: [0, 1].
     """
     x_P = np.asarray(values, np.float64)
     mean = float(x_P.mean())
@@ -52,6 +55,9 @@ def over_problems(values: Sequence[float], seed: int = 0) -> Estimate:
         return Estimate(mean, 0.0, 1.0)
     if np.ptp(x_P) == 0:
         return _all_equal(mean, len(x_P))
+    if min(np.count_nonzero(x_P), np.count_nonzero(x_P - 1)) < FEW:
+        low, high = stats.beta.interval(LEVEL, x_P.sum() + 0.5, (1 - x_P).sum() + 0.5)
+        return Estimate(mean, float(low), float(high))
     x_BP = x_P[np.random.default_rng(seed).integers(0, len(x_P), (RESAMPLES, len(x_P)))]
     mean_B, error_B = x_BP.mean(1), x_BP.std(1, ddof=1) / math.sqrt(len(x_P))
     spread_B = (error_B > 0) & (mean_B > 0) & (mean_B < 1)

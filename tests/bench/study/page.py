@@ -6,6 +6,7 @@ from pathlib import Path
 import plots
 from arms import FIXED_RATE, IW_OPD, PREFIX, SUFFIX, UNIFORM, Arm, Student
 from results import Interval, Kept, Results, area, final, holm
+from scipy.stats import spearmanr
 
 SURE = 0.05
 KIND = ("right so far", "gone wrong")
@@ -284,11 +285,19 @@ tokens, on the first and on the last 30 %, seeds {", ".join(map(str, results.sca
 last 5 steps less that of the first; kept is the share of the gain of all tokens (spread over seeds pooled over conditions).
 
 The beginning keeps more than the end, intervals apart, in {len(better)} of {len(found)}: {listed(better)}. The end keeps more in {len(worse)}:
-{listed(worse)}. All of the gain lies within the prefix's interval in {len(enough)}: {listed(enough)}.
+{listed(worse)}. Prefix less suffix goes with the onset by a rank correlation of {rank(found, "onset")}, with the signal on the
+first 30 % by {rank(found, "first_share")}. All of the gain lies within the prefix's interval in {len(enough)}: {listed(enough)}.
 
 {table(columns, rows)}
 
 ![Gain kept](images/study-conditions.png)"""
+
+
+def rank(found: Sequence[Kept], name: str) -> str:
+    """Return Spearman's correlation of prefix less suffix with what a condition is like."""
+    less = [each.prefix.mean - each.suffix.mean for each in found]
+    result = spearmanr(less, [getattr(each, name) for each in found])
+    return f"{result.statistic:+.2f} (p {shown(float(result.pvalue))}, {len(found)} conditions)"
 
 
 def kept(found: Interval) -> str:
