@@ -97,6 +97,8 @@ class Prompts(Section):
     """Column of the gold answer, carried along where there is one."""
     teacher_column: str | None = None
     """Column with the name of each prompt's teacher, one of [teachers]."""
+    teacher_prompt_column: str | None = None
+    """Column of the prompt that teachers read in place of the student's, such as one with the solution in it."""
     at_least: dict[str, float] = {}
     """Use only rows whose column has at least this value, such as `difficulty = 6`."""
     suffix: str = ""

@@ -27,13 +27,14 @@ SHOWN = 5  # faulty rows that a message names
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt's text before the template, with its id, the gold answer where there is one, and the name of its teacher
-    where there are several."""
+    """A prompt's text before the template, with its id, the gold answer where there is one, the name of its teacher
+    where there are several, and the text that the teacher reads where it is another."""
 
     id: str
     text: str
     answer: str | None
     teacher: str | None = None
+    teacher_text: str | None = None
 
 
 def tokenize(
@@ -50,14 +51,19 @@ def tokenize(
     """
     prompts, too_long = [], []
     for problem in problems:
-        ids = template(problem, tokenizer, settings.template_arguments)
-        if len(ids) > settings.max_tokens:
-            too_long.append((problem.id, len(ids)))
-        elif not ids:
+        own, *others = (
+            np.asarray(template(problem.id, text, tokenizer, settings.template_arguments), np.int32)
+            for text in (problem.text, problem.teacher_text)
+            if text is not None
+        )
+        lengths = [len(ids) for ids in (own, *others)]
+        if max(lengths) > settings.max_tokens:
+            too_long.append((problem.id, max(lengths)))
+        elif not min(lengths):
             raise OpdctlError(f"{settings.source}: prompt `{problem.id}` has no tokens", code=ExitCode.DATA)
         else:
             teacher = _teacher(problem, settings, teachers)
-            prompts.append(Prompt(problem.id, np.asarray(ids, np.int32), problem.answer, teacher))
+            prompts.append(Prompt(problem.id, own, problem.answer, teacher, *others))
     if too_long and settings.too_long == "error":
         shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:SHOWN])
         raise OpdctlError(
@@ -85,22 +91,22 @@ def _teacher(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> st
     return name
 
 
-def template(problem: Problem, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]) -> list[int]:
+def template(name: str, text: str, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]) -> list[int]:
     """Return the token ids of one user turn, ready to be answered; a tokenizer without a template gets plain text.
 
     Raises OpdctlError (code 3) when the template or the tokenizer refuses the text.
     """
     try:
         if not tokenizer.chat_template:
-            return list(tokenizer(problem.text)["input_ids"])
-        turn = [{"role": "user", "content": problem.text}]
+            return list(tokenizer(text)["input_ids"])
+        turn = [{"role": "user", "content": text}]
         # A template's variables cannot be listed, so a typo among `arguments` goes unseen.
         rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments)
         return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     except Exception as error:  # tokenizers raises bare Exception, a template whatever it likes
         raise OpdctlError(
-            f"prompt `{problem.id}` cannot be written in this tokenizer: {error}",
-            hint=f"its text begins {problem.text[:60]!r}",
+            f"prompt `{name}` cannot be written in this tokenizer: {error}",
+            hint=f"its text begins {text[:60]!r}",
             code=ExitCode.DATA,
         ) from error
 
@@ -134,11 +140,9 @@ def _embedded(settings: Prompts) -> list[Problem]:
     if task is None:
         known = [f"toy:{name}" for name in TASKS]
         raise OpdctlError(f"prompts.source: no embedded task `{settings.source}`{did_you_mean(settings.source, known)}")
-    if settings.teacher_column:
-        raise OpdctlError(
-            f"prompts.teacher_column: `{settings.source}` has no columns",
-            hint="several teachers need a file of prompts",
-        )
+    for key in ("teacher_column", "teacher_prompt_column"):
+        if getattr(settings, key):
+            raise OpdctlError(f"prompts.{key}: `{settings.source}` has no columns", hint="it needs a file of prompts")
     try:
         stream = task.problems(settings.split, seed=0)
         return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.count)]
@@ -224,10 +228,10 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
     for number, row in islice(_wanted(rows, settings), settings.count):
         where = f"{settings.source}: row {number}"
         name = _cell(row, settings.id_column, "prompts.id_column", where) if settings.id_column else number - 1
-        text = _cell(row, settings.prompt_column, "prompts.prompt_column", where)
+        text = _text_cell(row, settings.prompt_column, "prompts.prompt_column", where) + settings.suffix
+        shown = settings.teacher_prompt_column
+        teacher_text = shown and _text_cell(row, shown, "prompts.teacher_prompt_column", where) + settings.suffix
         answer = _cell(row, settings.answer_column, "prompts.answer_column", where) if settings.answer_column else None
-        if not isinstance(text, str) or not text:
-            raise OpdctlError(f"{where}: `{settings.prompt_column}` must be text, got {text!r}", code=ExitCode.DATA)
         if name is None:
             raise OpdctlError(f"{where}: `{settings.id_column}` is null", code=ExitCode.DATA)
         if str(name) in seen:
@@ -235,9 +239,7 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
         seen.setdefault(str(name), number)
         gold = None if answer is None else _valid_text(str(answer), where)
         teacher = _teacher_cell(row, settings, where)
-        problems.append(
-            Problem(_valid_text(str(name), where), _valid_text(text, where) + settings.suffix, gold, teacher)
-        )
+        problems.append(Problem(_valid_text(str(name), where), text, gold, teacher, teacher_text))
     if twice:
         shown = ", ".join(twice[:SHOWN])
         raise OpdctlError(
@@ -249,6 +251,13 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
         why = f"no row passes prompts.at_least = {settings.at_least}" if settings.at_least else "holds no prompts"
         raise OpdctlError(f"{settings.source}: {why}", hint="at least one prompt is needed", code=ExitCode.DATA)
     return problems
+
+
+def _text_cell(row: Row, column: str, key: str, where: str) -> str:
+    text = _cell(row, column, key, where)
+    if not isinstance(text, str) or not text:
+        raise OpdctlError(f"{where}: `{column}` must be text, got {text!r}", code=ExitCode.DATA)
+    return _valid_text(text, where)
 
 
 def _teacher_cell(row: Row, settings: Prompts, where: str) -> str | None:

@@ -27,12 +27,14 @@ Logprobs = npt.NDArray[np.float32]
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt, templated to token ids. `answer` is the gold answer, or None where there is none; `teacher` names
-    the scorer of its responses, such as `teacher` or `teacher-math`."""
+    the scorer of its responses, such as `teacher` or `teacher-math`; `teacher_prompt_ids` is what it reads, if that is
+    another prompt."""
 
     prompt_id: str
     prompt_ids: Ids
     answer: str | None
     teacher: str
+    teacher_prompt_ids: Ids | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,13 @@ _IDS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
 
 PROMPTS = pa.schema(
-    [("prompt_id", pa.string()), ("prompt_ids", _IDS), ("answer", pa.string()), ("teacher", pa.string())]
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_ids", _IDS),
+        ("answer", pa.string()),
+        ("teacher", pa.string()),
+        ("teacher_prompt_ids", _IDS),
+    ]
 )
 RESPONSES = pa.schema(
     [

@@ -38,7 +38,7 @@ from opdctl.errors import ExitCode, OpdctlError, did_you_mean
 from opdctl.manifests import PolicyRecord, RunRecord, UpdateRecord
 from opdctl.model import ModelDir, check_same_tokenizer, locate
 from opdctl.prompts import Problem, load_problems, tokenize
-from opdctl.records import Prompt, sample_id
+from opdctl.records import Ids, Prompt, Response, sample_id
 from opdctl.registry import plugin_file
 from opdctl.store import Fingerprint, StageDir, digest_of
 
@@ -203,6 +203,17 @@ class Run:
             order = np.random.default_rng([self.recipe.seed, epoch]).permutation(order)
         drawn = [self.prompts[i] for i in order[within * size : (within + 1) * size]]
         return [(sample_id(prompt.prompt_id, step, n), prompt) for prompt in drawn for n in range(samples)]
+
+    @cached_property
+    def _teacher_prompts(self) -> dict[str, Ids]:
+        found = ((prompt.prompt_id, prompt.teacher_prompt_ids) for prompt in self.prompts)
+        return {name: ids for name, ids in found if ids is not None}
+
+    def prompt_ids(self, name: str, response: Response) -> Ids:
+        """Return the prompt that the model `name` reads before a response: a teacher may have one of its own."""
+        if name in ("student", REFERENCE) or self.recipe.prompts.teacher_prompt_column is None:
+            return response.prompt_ids
+        return self._teacher_prompts[response.prompt_id]
 
     # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -530,7 +541,7 @@ def _begin(recipe: Recipe, path: Path) -> None:
         log.warn(f"{dropped} of {len(problems)} prompts are longer than prompts.max_tokens and were dropped")
     models = {name: _identify(model) for name, model in found.items()}
     for name in recipe.teacher_models():
-        if models[name]["digest"] == models["student"]["digest"]:
+        if models[name]["digest"] == models["student"]["digest"] and not recipe.prompts.teacher_prompt_column:
             log.warn(f"student and {name} are one and the same model: A is 0 on every token until the student changes")
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     try:

@@ -244,7 +244,7 @@ def damaged(path: Path, why: str, hint: str | None = None) -> OpdctlError:
 # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _SCHEMAS: dict[type, pa.Schema] = {Prompt: PROMPTS, Response: RESPONSES, Graded: GRADED}
-OPTIONAL = ("answer", "entropies", "top_ids", "top_logprobs", "extracted", "vote")
+OPTIONAL = ("answer", "teacher_prompt_ids", "entropies", "top_ids", "top_logprobs", "extracted", "vote")
 
 
 def write_rows(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:

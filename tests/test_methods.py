@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICKSTART, invoke, sets, small_recipe
+from transformers import AutoModelForCausalLM
 
 from opdctl import logprobs
 from opdctl.config import load_recipe
 from opdctl.engines import engine_pool
+from opdctl.engines.hf import TransformersEngine
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.model import load
 from opdctl.registry import OBJECTIVES, WEIGHTS
@@ -23,6 +27,7 @@ from opdctl.run import Run, open_run, recorded_run
 from opdctl.scored import read_scored, target, tokens
 from opdctl.stages import rollout, score
 from opdctl.stages.train import Trainer
+from opdctl.tasks import sort12
 from opdctl.weights import IwOpd, Weight, weigh
 
 EVERYTHING = ("rollout.entropy=true", "rollout.top_k=20", "score.entropy=true", "score.top_k=20")
@@ -320,6 +325,90 @@ def test_a_prompt_that_names_no_teacher_of_the_recipe_is_refused(two_teachers, t
     result = invoke("rollout", "--recipe", two_teachers, *sets()[2:], "--output", tmp_path / "run")
     assert result.code == ExitCode.DATA
     assert "no teacher `bb`" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+# ── A teacher with a prompt of its own ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def own_prompts(tmp_path: Path) -> Callable[..., list[object]]:
+    """Return the words of a run whose teacher is the student, and whose rows have columns for it."""
+
+    def build(*overrides: str, output: str = "run") -> list[object]:
+        rows = [
+            {"text": p.prompt, "told": f"{p.answer}.{p.prompt}", "gold": p.answer, "long": "a" * 40}
+            for p in islice(sort12.problems("train", 0), 16)
+        ]
+        path = tmp_path / "told.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = (
+            f"prompts.source={path}",
+            "prompts.prompt_column=text",
+            "prompts.answer_column=gold",
+            "prompts.max_tokens=32",
+            "teacher.model=toy:student",
+            "train.steps=1",
+        )
+        return ["--recipe", QUICKSTART, *sets(*settings, *overrides), "--output", tmp_path / output]
+
+    return build
+
+
+def test_a_teacher_with_a_prompt_of_its_own_scores_the_response_behind_that(own_prompts, tmp_path):
+    result = invoke("train", *own_prompts("prompts.teacher_prompt_column=told"))
+    assert result.code == 0, result.err
+    assert "one and the same model" not in result.err
+    run = recorded_run(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(run.models["teacher"].path, dtype=torch.float64)
+    prompts = {prompt.prompt_id: prompt for prompt in run.prompts}
+    for sample in read_scored(run, 0):
+        prompt, response = prompts[sample.response.prompt_id], sample.response
+        assert len(prompt.teacher_prompt_ids) == 26
+        assert response.prompt_ids.tolist() == prompt.prompt_ids.tolist() == prompt.teacher_prompt_ids[13:].tolist()
+        ids = torch.from_numpy(np.concatenate([prompt.teacher_prompt_ids, response.response_ids])).long()
+        with torch.inference_mode():
+            logp = model(ids[None]).logits[0].log_softmax(-1)
+        wanted = logp[25:-1].gather(1, ids[26:, None])[:, 0].numpy()
+        assert np.allclose(sample.teacher.logprobs, wanted, atol=1e-4)
+    assert recorded_run(tmp_path / "run").update(0)["metrics"]["abs_advantage"] > 0.1
+
+
+def test_the_teacher_goes_on_from_prefixes_behind_its_own_prompt(own_prompts, tmp_path, monkeypatch):
+    assert invoke("rollout", *own_prompts("prompts.teacher_prompt_column=told")).code == 0
+    lengths, generate = {}, TransformersEngine.generate
+
+    def noted(engine: Any, requests: list[Any], *others: Any, **options: Any) -> Any:
+        lengths[len(lengths)] = {len(request.prompt_ids) for request in requests[::10]}  # the prefixes of 0 %
+        return generate(engine, requests, *others, **options)
+
+    monkeypatch.setattr(TransformersEngine, "generate", noted)
+    settings = ["--set", "continuations.responses=4"]
+    result = invoke("analyze-position", tmp_path / "run", "--continuations", *settings)
+    assert set(map(frozenset, lengths.values())) == {frozenset({13}), frozenset({26})}, result.err
+
+
+def test_a_teacher_told_the_same_makes_the_same_student(own_prompts, tmp_path):
+    model = "teacher.model=toy:teacher"
+    for column, output in (("null", "plain"), ("text", "same")):
+        settings = [] if column == "null" else [f"prompts.teacher_prompt_column={column}"]
+        assert invoke("train", *own_prompts(model, *settings, output=output)).code == 0
+    student = "student/step-00001/model.safetensors"
+    assert (tmp_path / "plain" / student).read_bytes() == (tmp_path / "same" / student).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "told"),
+    [
+        ("prompts.teacher_prompt_column=long", ExitCode.DATA, "longer than prompts.max_tokens = 32: `0` with 40"),
+        ("prompts.teacher_prompt_column=tld", ExitCode.DATA, "did you mean `told`?"),
+        ("prompts.source=toy:sort12", ExitCode.USAGE, "prompts.teacher_prompt_column: `toy:sort12` has no columns"),
+    ],
+)
+def test_a_teacher_s_prompt_that_cannot_be_is_refused(own_prompts, tmp_path, setting, code, told):
+    result = invoke("train", *own_prompts("prompts.teacher_prompt_column=told", setting))
+    assert result.code == code
+    assert told in result.err
     assert not (tmp_path / "run").exists()
 
 

@@ -172,7 +172,7 @@ def _go_on(
             draws = [Draw(response, percent, n) for response in part for percent in PERCENTS for n in range(samples)]
             requests = [
                 Request(
-                    np.concatenate([draw.response.prompt_ids, draw.prefix_ids]),
+                    np.concatenate([run.prompt_ids(name, draw.response), draw.prefix_ids]),
                     sample_seed(run.recipe.seed, f"{name}/{draw.id}"),
                 )
                 for draw in draws

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -222,8 +222,8 @@ def _answer(
 
 def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:
     settings = run.recipe.eval
-    asked = replace(problem, text=problem.text + benchmark.suffix_under(settings))
-    return np.asarray(template(asked, model.tokenizer, settings.template_arguments), np.int32)
+    text = problem.text + benchmark.suffix_under(settings)
+    return np.asarray(template(problem.id, text, model.tokenizer, settings.template_arguments), np.int32)
 
 
 def _graded(

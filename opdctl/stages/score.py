@@ -55,7 +55,7 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir,
             rows = read_rows(rollout.verify(index), Response)
             check_ids(rows, model)
             own = [row for row in rows if name in (row.teacher, REFERENCE)]
-            answered = [Answered(row.prompt_ids, row.response_ids, row.top_ids) for row in own]
+            answered = [Answered(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in own]
             scores = engine.score(answered, settings, advance)
             if index == 0 and own:
                 parity.check(run.recipe, settings.engine, model, answered, [each.logprobs for each in scores])
