@@ -79,8 +79,9 @@ def named(arms: Iterable[Arm]) -> str:
     return "; ".join(arm.name for arm in arms) or "none"
 
 
-def claims(results: Results) -> str:
-    arms = {arm.name: arm for arm in results.scale.arms}
+def paper_claims(arms: dict[str, Arm]) -> list[tuple[str, Arm, Arm, int]]:
+    """Return each claim of the paper as two arms and the sign that it wants of the second less the first; those whose
+    arms are there."""
     wanted = (
         ("IW-OPD learns faster than OPD", UNIFORM, IW_OPD, 1),
         ("IW-OPD learns faster than a linear decay", arms.get("linear_decay gamma 0.5"), IW_OPD, 1),
@@ -99,7 +100,11 @@ def claims(results: Results) -> str:
         ),
         ("the first 30 % alone learn as fast as all tokens", UNIFORM, PREFIX, 1),
     )
-    known = [(claim, one, other, sign) for claim, one, other, sign in wanted if one and other]
+    return [(claim, one, other, sign) for claim, one, other, sign in wanted if one and other]
+
+
+def claims(results: Results) -> str:
+    known = paper_claims({arm.name: arm for arm in results.scale.arms})
     found = [results.difference(one, other, measure) for _, one, other, _ in known for measure in (area, final)]
     ps = holm([each.p for each in found])
     rows = []
