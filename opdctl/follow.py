@@ -101,7 +101,7 @@ def forget_the_dead(own: Path) -> None:
     """Remove what followers have left that showed no life for a whole lease when `own` was written, by the one clock
     that all share: the file system's."""
     now = own.stat().st_mtime
-    for path in own.parent.glob("*.json"):
+    for path in own.parent.glob("[!.]*.json"):
         with contextlib.suppress(FileNotFoundError):
             if now - path.stat().st_mtime > claims.LEASE:
                 path.unlink()
@@ -127,7 +127,7 @@ def signs(run: Run, now: float | None = None) -> list[Sign]:
     """Return the last sign of life of every follower. now: the time of the file system, by a file just written, where
     its clock and this machine's may differ."""
     found, now = [], time.time() if now is None else now
-    for path in sorted(folder(run).glob("*.json")):
+    for path in sorted(folder(run).glob("[!.]*.json")):
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # it has just ended
             said = json.loads(store.read_text(path))
             names, age = ("stage", "step", "state", "host", "pid"), now - path.stat().st_mtime

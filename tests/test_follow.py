@@ -233,6 +233,10 @@ def test_what_a_dead_follower_left_is_shown_as_dead_and_forgotten_by_the_next(al
         left = alone / "followers" / "rollout-elsewhere-1.json"
         (own,) = (alone / "followers").glob("train-*.json")
         left.write_bytes(own.read_bytes())
+        unfinished = left.with_name(".tmp-1-rollout-elsewhere-1.json")  # as it is being written anew
+        unfinished.write_bytes(own.read_bytes())
+        assert len(signs(run)) == 2
+        unfinished.unlink()
     os.utime(left, (time.time() - 2 * claims.LEASE,) * 2)
     assert "no sign of life for 120 s" in invoke("status", alone).err
     with following(run, "train"):
