@@ -229,8 +229,9 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
         where = f"{settings.source}: row {number}"
         name = _cell(row, settings.id_column, "prompts.id_column", where) if settings.id_column else number - 1
         text = _text_cell(row, settings.prompt_column, "prompts.prompt_column", where) + settings.suffix
-        shown = settings.teacher_prompt_column
-        teacher_text = shown and _text_cell(row, shown, "prompts.teacher_prompt_column", where) + settings.suffix
+        teacher_text = None
+        if (column := settings.teacher_prompt_column) is not None:
+            teacher_text = _text_cell(row, column, "prompts.teacher_prompt_column", where) + settings.suffix
         answer = _cell(row, settings.answer_column, "prompts.answer_column", where) if settings.answer_column else None
         if name is None:
             raise OpdctlError(f"{where}: `{settings.id_column}` is null", code=ExitCode.DATA)
