@@ -288,7 +288,7 @@ def test_two_benchmarks_come_as_a_list(copy: Path, tmp_path: Path) -> None:
     args = ["--bench", "sort12,aime24", "--data", tmp_path / "aime24.jsonl", "--set", "eval.suffix="]
     result = invoke("eval", "--output", copy, *args, "--json")
     assert result.code == 0, result.err
-    assert result.json()["schema_version"] == 3
+    assert result.json()["schema_version"] == 4
     assert [(s["bench"], s["problems"]) for s in result.json()["benches"]] == [("sort12", 4), ("aime24", 1)]
     assert result.json()["benches"][1]["verdicts"] == {"no_answer": 1}
 
@@ -348,7 +348,7 @@ def test_json_is_one_object_alone_on_stdout(finished: dict[str, Any]) -> None:
     for command in COMMANDS:
         result = finished[command]
         assert result.out.count("\n") == 1, command
-        assert result.json()["schema_version"] == 3, command
+        assert result.json()["schema_version"] == 4, command
         assert result.err, command
 
 
@@ -403,7 +403,7 @@ def test_a_finished_command_says_so_and_makes_nothing_again(finished: dict[str, 
 def test_a_finished_command_still_gives_its_json(finished: dict[str, Any], args: list[str]) -> None:
     result = invoke(*args, "--output", finished["run"], "--json")
     assert result.code == 0
-    assert result.json()["schema_version"] == 3
+    assert result.json()["schema_version"] == 4
 
 
 def test_quiet_says_nothing_and_json_still_comes(finished: dict[str, Any]) -> None:
