@@ -116,12 +116,15 @@ class Scale:
             for seed in self.seeds
         ]
 
+    def cases(self, made: Sequence[Student]) -> list[tuple[Student, float]]:
+        """Return each condition's student and learning rate: other students, and the first one at every rate."""
+        return [(student, FIXED_RATE) for student in made] + [(self.students[0], rate) for rate in self.rates]
+
     def conditions(self, made: Sequence[Student]) -> list[Training]:
-        """Return the trainings on prefix, suffix and all tokens: of other students, and of the first at other rates."""
-        cases = [(student, FIXED_RATE) for student in made] + [(self.students[0], rate) for rate in self.rates]
+        """Return the trainings of the conditions on prefix, suffix and all tokens."""
         return [
             Training(student, arm, rate, seed)
-            for student, rate in cases
+            for student, rate in self.cases(made)
             for arm in (UNIFORM, PREFIX, SUFFIX)
             for seed in self.condition_seeds
         ]

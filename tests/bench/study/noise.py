@@ -81,11 +81,7 @@ def floor(student: Student, scale: Scale) -> Floor:
     return Floor(
         {name: float(np.concatenate(each.drift).mean()) for name, each in scorers.items()},
         float(np.sqrt((error**2).mean())),
-        *(
-            float(np.median(of[which])) if which.any() else None
-            for of in (spent, weight)
-            for which in (is_right, ~is_right)
-        ),
+        *(median(of[which]) for of in (spent, weight) for which in (is_right, ~is_right)),
     )
 
 

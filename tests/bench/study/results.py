@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from arms import FIXED_RATE, PREFIX, SUFFIX, UNIFORM, Arm, Scale, Student, Training
+from arms import PREFIX, SUFFIX, UNIFORM, Arm, Scale, Student, Training
 from scipy import stats
 
 LEVEL = 0.95
@@ -143,8 +143,7 @@ class Results:
         The gain is the accuracy of the last steps less that of the first. Ratios have the error of the delta method;
         their spread over seeds is pooled over the conditions.
         """
-        first = self.scale.students[0]
-        cases = [(student, FIXED_RATE) for student in self.made] + [(first, rate) for rate in self.scale.rates]
+        cases = self.scale.cases(self.made)
         seeds = self.scale.condition_seeds
         spread = [
             residual
