@@ -25,9 +25,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pydantic.fields import FieldInfo
 
-from opdctl import config as recipes
-from opdctl import records
-from opdctl.cli import app
+from opdctl.artifacts import records
+from opdctl.cli.main import app
+from opdctl.recipe import dependencies, load, schema
 from opdctl.registry import OBJECTIVES, WEIGHTS, Registry
 
 DOCS = Path(__file__).resolve().parent
@@ -136,20 +136,20 @@ def _help(text: str) -> str:
 
 def recipe_page() -> str:
     """Return the reference of the recipe: its sections in the order of the schema."""
-    sections: dict[type[recipes.Section], list[str]] = {}
-    for section, header in _headers(recipes.Recipe):
+    sections: dict[type[schema.Section], list[str]] = {}
+    for section, header in _headers(schema.Recipe):
         sections.setdefault(section, []).append(header)
-    own = {name: field for name, field in recipes.Recipe.model_fields.items() if not _section(field)}
+    own = {name: field for name, field in schema.Recipe.model_fields.items() if not _section(field)}
     parts = [_section_part("Top level", "", "", own)]
     for section, headers in sections.items():
         title, key = ", ".join(f"`{header}`" for header in headers), headers[0].strip("[]") + "."
         parts.append(_section_part(title, section.__dict__.get("__doc__") or "", key, section.model_fields))
-        if registry := {recipes.Weight: WEIGHTS, recipes.Objective: OBJECTIVES}.get(section):
+        if registry := {schema.Weight: WEIGHTS, schema.Objective: OBJECTIVES}.get(section):
             parts.append(_components(registry))
     return RECIPE_HEAD + "\n\n".join(parts) + "\n"
 
 
-def _headers(outer: type[recipes.Section], prefix: str = "") -> Iterator[tuple[type[recipes.Section], str]]:
+def _headers(outer: type[schema.Section], prefix: str = "") -> Iterator[tuple[type[schema.Section], str]]:
     """Yield the sections within a section, and those within them, each with its header in TOML."""
     for name, field in outer.model_fields.items():
         if section := _section(field):
@@ -185,10 +185,10 @@ def _components(registry: Registry[Any]) -> str:
     return _table(("name", registry.kind, "parameters"), rows)
 
 
-def _section(field: FieldInfo) -> type[recipes.Section] | None:
+def _section(field: FieldInfo) -> type[schema.Section] | None:
     """Return the section that a field is, or is a table of."""
     kinds = typing.get_args(field.annotation) or (field.annotation,)
-    found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, recipes.Section)]
+    found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, schema.Section)]
     return found[0] if found else None
 
 
@@ -196,15 +196,15 @@ def _shaped(key: str) -> list[str]:
     """Return the stages that have `key` in the fingerprint of their artifacts."""
     if key.startswith(("weight.", "objective.")):
         return ["update"]
-    keys = {stage: recipes.settings_of(_example(), stage) for stage in recipes.STAGES}
+    keys = {stage: dependencies.fingerprint_settings(_example(), stage) for stage in dependencies.STAGE_DEPENDENCIES}
     return [stage for stage, known in keys.items() if any(f"{name}.".startswith(f"{key}.") for name in known)]
 
 
 @functools.cache
-def _example() -> recipes.Recipe:
+def _example() -> schema.Recipe:
     """Return a recipe whose tables are not empty, so that each has a key."""
     tables = ["prompts.at_least.a=1.0", "prompts.template_arguments.a=1"]
-    return recipes.load_recipe([ROOT / "recipes" / "quickstart.toml"], tables)
+    return load.load_recipe([ROOT / "recipes" / "quickstart.toml"], tables)
 
 
 def _kind(field: FieldInfo) -> str:
@@ -229,7 +229,7 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    unset = field.default is None or isinstance(field.default, recipes.Section)
+    unset = field.default is None or isinstance(field.default, schema.Section)
     return "" if unset else f"`{json.dumps(field.default, ensure_ascii=False)}`"
 
 
@@ -241,16 +241,18 @@ def artifacts_page() -> str:
     tables = [
         ("prompts.parquet", records.Prompt, records.PROMPTS),
         ("step-*/rollout/part-*.parquet", records.Response, records.RESPONSES),
-        ("eval/**/part-*.parquet", records.Graded, records.GRADED),
+        ("eval/**/part-*.parquet", records.GradedResponse, records.GRADED),
     ]
     layout = inspect.cleandoc(records.__doc__ or "").partition("\n\n")[2]
     parts = ["# Artifacts\n", _text(layout)]
-    for name, record, schema in tables:
-        rows = [(f"`{field.name}`", f"`{field.type}`") for field in schema]
+    for name, record, arrow_schema in tables:
+        rows = [(f"`{field.name}`", f"`{field.type}`") for field in arrow_schema]
         parts += [f"\n## {name}\n", _text(inspect.getdoc(record) or ""), "", _table(("column", "Arrow type"), rows)]
     rows = [("`offsets`", "int64")]
-    rows += [(f"`{name}`", "int32" if name == "top_ids" else "float32") for name in records.Scores.__dataclass_fields__]
-    parts += ["\n## step-*/teacher/part-*.safetensors\n", _text(inspect.getdoc(records.Scores) or "")]
+    rows += [
+        (f"`{name}`", "int32" if name == "top_ids" else "float32") for name in records.TokenScores.__dataclass_fields__
+    ]
+    parts += ["\n## step-*/teacher/part-*.safetensors\n", _text(inspect.getdoc(records.TokenScores) or "")]
     parts += ["", "The responses of a part stand behind one another; `offsets` says where each begins.", ""]
     return "\n".join([*parts, _table(("tensor", "type"), rows)]) + "\n"
 

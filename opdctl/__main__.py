@@ -1,5 +1,5 @@
 """python -m opdctl"""
 
-from opdctl.cli import main
+from opdctl.cli.main import main
 
 main()

@@ -17,15 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
 if not console.is_terminal:
     console.width = 1000  # a file is as wide as its tables
+
+
 _level = 0
 _name = ""
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )  # moves the cursor, colours, turns text round
-SHOWN_ROWS = 12  # of a table that grows
-QUICK = 10.0  # seconds: shorter work shows no plain progress lines
+MAX_TABLE_ROWS = 12  # of a table that grows
+PROGRESS_DELAY_SECONDS = 10.0  # seconds: shorter work shows no plain progress lines
 
 
 def set_level(level: int, name: str = "") -> None:
@@ -34,46 +38,46 @@ def set_level(level: int, name: str = "") -> None:
     _level, _name = level, name
 
 
-def _safe(text: str) -> str:
+def _strip_control_chars(text: str) -> str:
     return UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def say(message: str, style: str = "") -> None:
+def info(message: str, style: str = "") -> None:
     if _level >= 0:
-        console.print(Text(_safe(message), style=style))
+        console.print(Text(_strip_control_chars(message), style=style))
 
 
-def detail(message: str) -> None:
+def debug(message: str) -> None:
     if _level >= 1:
-        console.print(Text(_safe(message), style="dim"))
+        console.print(Text(_strip_control_chars(message), style="dim"))
 
 
 def warn(message: str) -> None:
-    console.print(Text.assemble(("warning: ", "yellow"), _safe(message)))
+    console.print(Text.assemble(("warning: ", "yellow"), _strip_control_chars(message)))
 
 
 def error(message: str, hint: str | None) -> None:
-    console.print(Text.assemble(_name, ("error: ", "bold red"), _safe(message)))
+    console.print(Text.assemble(_name, ("error: ", "bold red"), _strip_control_chars(message)))
     if hint:
-        console.print(Text.assemble(("hint: ", "bold cyan"), _safe(hint)))
+        console.print(Text.assemble(("hint: ", "bold cyan"), _strip_control_chars(hint)))
 
 
-def show(text: Text) -> None:
+def print_renderable(text: Text) -> None:
     """Print styled text, whose parts the caller has made safe."""
     if _level >= 0:
         console.print(text)
 
 
-def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
+def print_fields(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print a titled list of (what, value)."""
     if _level >= 0:
         width = max(len(what) for what, _ in rows)
         console.print(Text(title, style="bold"))
         for what, value in rows:  # not a table: a path or a command must not be broken
-            console.print(Text.assemble((f"{what:<{width}}  ", "cyan"), _safe(value)))
+            console.print(Text.assemble((f"{what:<{width}}  ", "cyan"), _strip_control_chars(value)))
 
 
-def components(title: str, entries: Sequence[Any]) -> None:
+def print_components(title: str, entries: Sequence[Any]) -> None:
     """Print registry entries: name, what it is, parameters with defaults, source."""
     if _level >= 0:
         console.print(Text(title, style="bold"))
@@ -85,34 +89,34 @@ def components(title: str, entries: Sequence[Any]) -> None:
             console.print(Text("    " + "; ".join(part for part in (parameters, entry.source) if part), style="dim"))
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table, its first `left` columns to the left, the others, numbers mostly, to the right."""
     if _level >= 0:
         console.print(_grid(title, header, rows, left))
 
 
 def _grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
-    grid = Table(title=Text(_safe(title), style="bold"), title_justify="left")
+    grid = Table(title=Text(_strip_control_chars(title), style="bold"), title_justify="left")
     for number, name in enumerate(header):
         grid.add_column(name, justify="right" if number >= left else "left")
     for row in rows:
-        grid.add_row(*(Text(_safe(cell)) for cell in row))
+        grid.add_row(*(Text(_strip_control_chars(cell)) for cell in row))
     return grid
 
 
 @contextlib.contextmanager
-def growing_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Callable[[], Sequence[str]], str], None]]:
+def live_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Callable[[], Sequence[str]], str], None]]:
     """Yield a function that takes how to make a row, and the line that says the same: on a terminal the last rows are
     a table that stays in its place while messages and progress pass, elsewhere each line is said and no row made."""
     if _level < 0 or not console.is_terminal:
-        yield lambda make_row, line: say(line)
+        yield lambda make_row, line: info(line)
         return
     rows: list[Sequence[str]] = []
     with Live(console=console, auto_refresh=False) as live:
 
         def add(make_row: Callable[[], Sequence[str]], line: str) -> None:
             rows.append(make_row())
-            live.update(_grid(title, header, rows[-SHOWN_ROWS:], left=0), refresh=True)
+            live.update(_grid(title, header, rows[-MAX_TABLE_ROWS:], left=0), refresh=True)
 
         yield add
 
@@ -138,8 +142,8 @@ def _plain_lines(label: str, total: int) -> Callable[[int], None]:
         nonlocal done, said
         done += n
         tenth = 10 * done // max(total, 1)
-        if tenth > said and time.monotonic() - start > QUICK:
+        if tenth > said and time.monotonic() - start > PROGRESS_DELAY_SECONDS:
             said = tenth
-            say(f"{label}: {10 * tenth} % ({done} of {total})")
+            info(f"{label}: {10 * tenth} % ({done} of {total})")
 
     return advance

@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Value = TypeVar("Value")
-_ours = False  # whether the process group was made here
-PATIENCE = datetime.timedelta(days=1)  # one rank may evaluate for hours; a dead one is torchrun's to notice
+_owns_process_group = False  # whether the process group was made here
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)  # one rank may evaluate for hours; a dead one is torchrun's to notice
 
 
-def launched() -> bool:
+def is_torchrun() -> bool:
     """Whether torchrun started this process. Others set RANK and WORLD_SIZE too, for purposes of their own."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def world() -> int:
+def world_size() -> int:
     """Return the number of processes."""
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+    return int(os.environ["WORLD_SIZE"]) if is_torchrun() else 1
 
 
 def rank() -> int:
-    return int(os.environ["RANK"]) if launched() else 0
+    return int(os.environ["RANK"]) if is_torchrun() else 0
 
 
 def is_main() -> bool:
@@ -36,9 +36,9 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start() -> None:
+def init_process_group() -> None:
     """Join the other processes, if there are any. Each sees one GPU, its own; so do the engines that it starts."""
-    if world() == 1:
+    if world_size() == 1:
         return
     local = int(os.environ["LOCAL_RANK"])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -46,24 +46,24 @@ def start() -> None:
     import torch
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    global _ours
-    torch.distributed.init_process_group(backend, timeout=PATIENCE)
-    _ours = True
+    global _owns_process_group
+    torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    _owns_process_group = True
 
 
-def stop() -> None:
+def destroy_process_group() -> None:
     """Part from the other processes. A process group that vLLM has made in this process is not ours to take down."""
-    global _ours
-    if _ours:
+    global _owns_process_group
+    if _owns_process_group:
         import torch
 
         torch.distributed.destroy_process_group()
-        _ours = False
+        _owns_process_group = False
 
 
-def is_echo(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an error says no more than that another process is gone."""
-    return world() > 1 and ("gloo" in str(error) or type(error).__name__.startswith("Dist"))
+    return world_size() > 1 and ("gloo" in str(error) or type(error).__name__.startswith("Dist"))
 
 
 def mesh(device: str) -> "DeviceMesh":
@@ -74,15 +74,15 @@ def mesh(device: str) -> "DeviceMesh":
 
     if not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        global _ours
+        global _owns_process_group
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        _ours = True
-    return init_device_mesh(device, (world(),))
+        _owns_process_group = True
+    return init_device_mesh(device, (world_size(),))
 
 
-def share(value: Value) -> Value:
+def broadcast_object(value: Value) -> Value:
     """Return rank 0's value on every rank."""
-    if world() == 1:
+    if world_size() == 1:
         return value
     import torch
 
@@ -93,12 +93,12 @@ def share(value: Value) -> Value:
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    totals({})
+    all_reduce_sum({})
 
 
-def totals(values: Mapping[str, float]) -> dict[str, float]:
+def all_reduce_sum(values: Mapping[str, float]) -> dict[str, float]:
     """Return the sums over all ranks, in float64. Every rank gives the same names."""
-    if world() == 1:
+    if world_size() == 1:
         return dict(values)
     import torch
 
@@ -107,7 +107,7 @@ def totals(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(sorted(values), summed.tolist()[1:], strict=True))
 
 
-def main_first(work: Callable[[], Value]) -> Value:
+def main_process_first(work: Callable[[], Value]) -> Value:
     """Do the work on rank 0, then on the others: they find what it has made, and an error is said once."""
     if not is_main():
         barrier()
@@ -117,7 +117,7 @@ def main_first(work: Callable[[], Value]) -> Value:
     return done
 
 
-def whole(tensor: "torch.Tensor") -> "torch.Tensor":
+def full_tensor(tensor: "torch.Tensor") -> "torch.Tensor":
     """Return a tensor, or all of a sharded one; then every rank must ask for it."""
     import torch
     from torch.distributed.tensor import DTensor

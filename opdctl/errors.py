@@ -36,8 +36,8 @@ class OpdctlError(Exception):
         self.message, self.hint, self.code = message, hint, code
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+WRITE_ERRNOS = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE)
 """The system's words for a disk that is full, and for one that takes nothing."""
 
 
@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
-SHOWN = 10  # names that a message lists at most
+MAX_SUGGESTIONS = 10  # names that a message lists at most
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -56,5 +56,5 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean `{near[0]}`?"
-    shown = ", ".join(f"`{n}`" for n in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    shown = ", ".join(f"`{n}`" for n in names[:MAX_SUGGESTIONS]) + (", …" if len(names) > MAX_SUGGESTIONS else "")
     return f"; there are {shown}" if names else ""

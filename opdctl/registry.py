@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class ComponentInfo:
     """What a registry says of a component: `parameters` with their defaults, `source` the paper it comes from."""
 
     name: str
@@ -61,10 +61,10 @@ class Registry(Generic[T]):
             raise OpdctlError(f"unknown {self.kind} `{name}`{did_you_mean(name, self._makers)}")
         return self._makers[name]
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ComponentInfo]:
         """Return what there is to say of every component, in order of registration."""
         return [
-            Entry(
+            ComponentInfo(
                 name,
                 " ".join((inspect.getdoc(maker) or "").partition("\n\n")[0].split()),
                 {field.name: field.default for field in dataclasses.fields(maker)},  # type: ignore[arg-type]
@@ -91,10 +91,10 @@ class Registry(Generic[T]):
             if key not in types:
                 found.append((key, f"{self.kind} `{name}` has no parameter `{key}`{did_you_mean(key, types)}"))
             elif not _fits(value, types[key]):
-                found.append((key, f"{key} must be {_wanted(types[key])}, got {value!r}"))
-            elif problem := _refusal(maker, {key: value}):
+                found.append((key, f"{key} must be {_describe_type(types[key])}, got {value!r}"))
+            elif problem := _validation_error(maker, {key: value}):
                 found.append((key, problem))
-        if not found and (problem := _refusal(maker, params)):
+        if not found and (problem := _validation_error(maker, params)):
             found.append(("", problem))
         return found
 
@@ -107,7 +107,7 @@ class Registry(Generic[T]):
         return maker(**{key: float(value) if hints[key] is float else value for key, value in params.items()})
 
 
-def _wanted(kind: Any) -> str:
+def _describe_type(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(value) for value in typing.get_args(kind))
     return f"of type {kind.__name__}"
@@ -121,7 +121,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, int | float if wanted is float else wanted)
 
 
-def _refusal(maker: Callable[..., Any], params: Mapping[str, Any]) -> str | None:
+def _validation_error(maker: Callable[..., Any], params: Mapping[str, Any]) -> str | None:
     """Return why the component refuses `params`, or None."""
     try:
         maker(**params)
@@ -132,10 +132,10 @@ def _refusal(maker: Callable[..., Any], params: Mapping[str, Any]) -> str | None
     return None
 
 
-WEIGHTS: Registry[Any] = Registry("weight", "opdctl.weights")
-OBJECTIVES: Registry[Any] = Registry("objective", "opdctl.objectives")
-ENGINES: Registry[Any] = Registry("engine", "opdctl.engines")
-BENCHMARKS: Registry[Any] = Registry("benchmark", "opdctl.benchmarks")
+WEIGHTS: Registry[Any] = Registry("weight", "opdctl.losses.token_weights")
+OBJECTIVES: Registry[Any] = Registry("objective", "opdctl.losses.objectives")
+ENGINES: Registry[Any] = Registry("engine", "opdctl.engines.providers")
+BENCHMARKS: Registry[Any] = Registry("benchmark", "opdctl.evaluation.benchmarks")
 
 
 def load_plugins(names: Sequence[str]) -> None:

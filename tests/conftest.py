@@ -16,11 +16,12 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from opdctl.cli import app
-from opdctl.config import Model, Recipe, Sampling, load_recipe
-from opdctl.engines import Completion, Engine, Request
-from opdctl.model import ModelDir, locate
-from opdctl.records import sample_seed
+from opdctl.artifacts.records import sample_seed
+from opdctl.cli.main import app
+from opdctl.engines.base import Completion, Engine, Request
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import Model, Recipe, Sampling
 
 # No test is timed, and a run on CI must not depend on luck.
 hypothesis.settings.register_profile("opdctl", deadline=None, derandomize="CI" in os.environ)
@@ -108,7 +109,7 @@ def names(run: Path) -> list[str]:
 
 
 def directory(name: str) -> ModelDir:
-    return ModelDir(locate(Model(model=name), "model"), "float32")
+    return ModelDir(find_or_download(Model(model=name), "model"), "float32")
 
 
 def requests(count: int, cut: int = 0) -> list[Request]:

@@ -31,13 +31,14 @@ from typing import Any
 import pytest
 from conftest import QUICKSTART, Result, artifacts, invoke, names, sets
 
-import opdctl.engines.hf
-import opdctl.online  # noqa: F401 - and all that it imports, before any worker is forked
-from opdctl import claims, status, store
+import opdctl.engines.transformers
+import opdctl.pipeline.loop  # noqa: F401 - and all that it imports, before any worker is forked
+from opdctl.artifacts import directories, files, leases, stage_dir, tables
+from opdctl.artifacts.records import Response
+from opdctl.artifacts.tables import read_rows
 from opdctl.errors import ExitCode
-from opdctl.records import Response
-from opdctl.run import Run, recorded_run
-from opdctl.store import read_rows
+from opdctl.runs import status
+from opdctl.runs.run import Run, load_run
 
 # ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -73,7 +74,7 @@ class Chain:
     def _is_done(self, stage: str, step: int) -> bool:
         if not (self.path / "run.json").exists():
             return False
-        run = recorded_run(self.path)
+        run = load_run(self.path)
         if stage == "train --no-fill":
             return run.update_path(step).exists()
         return run.rollout(step).done() if stage == "rollout" else run.is_scored(step)
@@ -124,7 +125,7 @@ def made(run: Path) -> dict[str, object]:
     return {name: data for name, data in artifacts(run).items() if not name.endswith(".lock")}
 
 
-def files(run: Path) -> list[str]:
+def run_files(run: Path) -> list[str]:
     """All names but those of claims: one whose owner died last of all stays, and does no harm."""
     return sorted(name for name in names(run) if not name.endswith(".lock"))
 
@@ -143,15 +144,15 @@ def check_every_response_is_there_once(run: Run, steps: int) -> int:
 def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, ...] = ()) -> str:
     """Compare a chain under `kills` with an undisturbed one of as many steps, and return what there is to say of it."""
     importlib.import_module("transformers.models.qwen3.modeling_qwen3")
-    claims.LEASE, claims.HEARTBEAT = 5.0, 0.2  # three that want to train see soon that one is at it
+    leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = 5.0, 0.2  # three that want to train see soon that one is at it
     settings = ("rollout.parts=6", "eval.every=0", "pipeline.threads=1", *settings)
     disturbed = Chain(folder / "disturbed", settings, kills, random.Random(seed))
     done = disturbed.go(steps)
     Chain(folder / "undisturbed", settings, 0, random.Random(seed)).go(done)
     found, wanted = (made(folder / name) for name in ("disturbed", "undisturbed"))
-    assert {*files(folder / "disturbed")} ^ {*files(folder / "undisturbed")} == set()
+    assert {*run_files(folder / "disturbed")} ^ {*run_files(folder / "undisturbed")} == set()
     assert [name for name, data in found.items() if data != wanted[name]] == []
-    responses = check_every_response_is_there_once(recorded_run(folder / "disturbed"), done)
+    responses = check_every_response_is_there_once(load_run(folder / "disturbed"), done)
     assert invoke("status", folder / "disturbed", "--verify").code == 0
     dealt = ", ".join(f"{number} of {stage}" for stage, number in disturbed.killed.items())
     return (
@@ -163,17 +164,18 @@ def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, .
 # ── Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TINY = ("rollout.prompts_per_step=4", "rollout.max_tokens=4", "rollout.parts=1", "train.steps=1")
-CALLS = {  # where store.py finds what writes, renames and flushes
+CALLS = {  # where the artifacts find what writes, renames and flushes
     "write_text": Path,
     "write_bytes": Path,
-    "write_table": store.pq,
-    "save_file": store,
+    "write_table": tables.pq,
+    "save_file": tables,
     "open": Path,
     "mkdir": Path,
     "rename": Path,
     "replace": os,
     "fsync": os,
 }
+ARTIFACT_FILES = {module.__file__ for module in (directories, files, stage_dir, tables)}
 
 
 class Disk:
@@ -194,7 +196,7 @@ class Disk:
 
     def _wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
-            theirs = sys._getframe(1).f_code.co_filename != store.__file__
+            theirs = sys._getframe(1).f_code.co_filename not in ARTIFACT_FILES
             if theirs or (name == "open" and arguments[1] == "rb"):
                 return call(*arguments, **options)
             if self.count == self.at:
@@ -259,7 +261,7 @@ def check_nothing_wrong_is_read(output: Path, whole: Path) -> None:
     """Whatever a reader takes for finished is what the undisturbed run has."""
     if not (output / "run.json").exists():
         return
-    found = status.status(recorded_run(output), verify=True)
+    found = status.collect_status(load_run(output), verify=True)
     assert not [stage for stage in found["stages"] if stage.state == "damaged"]
     for stage in found["stages"]:
         if stage.state == "done" and stage.stage in ("rollout", "teacher"):
@@ -269,7 +271,10 @@ def check_nothing_wrong_is_read(output: Path, whole: Path) -> None:
 
 def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> str:
     """Train on a disk that fails at the `start`-th call, at the one `stride` later, and so on, and look at each."""
-    claims.LEASE, claims.HEARTBEAT = 0.3, 0.1  # a claim whose file a power cut has spoilt is waited for a whole lease
+    leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = (
+        0.3,
+        0.1,
+    )  # a claim whose file a power cut has spoilt is waited for a whole lease
     folder.mkdir(exist_ok=True)
     whole = folder / "whole"
     code, total = train_until(whole, None, fault)
@@ -288,7 +293,7 @@ def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> 
         again = train(output)
         assert again.code == 0, (at, again.err)
         assert made(output) == made(whole), at
-        assert files(output) == files(whole), at
+        assert run_files(output) == run_files(whole), at
         shutil.rmtree(output)
     return f"{fault.__name__}: at {len(range(start, total, stride))} of {total} calls; each time a rerun ended the same"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from conftest import small_recipe
 
-from opdctl import SCHEMA_VERSION
-from opdctl.records import Response, Scores
-from opdctl.run import Run, open_run
-from opdctl.store import write_json, write_rows, write_scores
+from opdctl.artifacts.files import write_json
+from opdctl.artifacts.records import SCHEMA_VERSION, Response, TokenScores
+from opdctl.artifacts.tables import write_rows, write_scores
+from opdctl.runs.open import open_run
+from opdctl.runs.run import Run
 
 SKY = 3  # an ordinary token
 
@@ -49,11 +50,11 @@ def plant(
         )
         for name, advantage in zip(names, advantages, strict=True)
     ]
-    scores = [Scores((a + student_logp).astype(np.float32), **(teacher or {})) for a in advantages]
+    scores = [TokenScores((a + student_logp).astype(np.float32), **(teacher or {})) for a in advantages]
     plant_rows(run, step, rows, scores)
 
 
-def plant_rows(run: Run, step: int, rows: Sequence[Response], scores: Sequence[Scores]) -> None:
+def plant_rows(run: Run, step: int, rows: Sequence[Response], scores: Sequence[TokenScores]) -> None:
     """Write a step's rollout and teacher scores, cut into the run's parts."""
     rollout = run.rollout(step)
     rollout.begin({})

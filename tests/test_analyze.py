@@ -10,10 +10,10 @@ import pytest
 from conftest import invoke
 from planted import plant, planted_run
 
-from opdctl import store
+from opdctl.analysis import analyze
+from opdctl.artifacts import files
 from opdctl.registry import WEIGHTS
-from opdctl.run import Run
-from opdctl.stages import analyze
+from opdctl.runs.run import Run
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def run(tmp_path) -> Run:
 
 
 def summary(run: Run, **options) -> dict:
-    return analyze.run(run, **options).summary()
+    return analyze.analyze_run(run, **options).summary()
 
 
 # ── Planted numbers ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -32,7 +32,7 @@ def test_planted_numbers_come_back(run):
     # two responses of ten tokens: |A| = 2 on the first three tokens, 0.5 on the rest, A negative
     advantage = np.array([-2.0] * 3 + [-0.5] * 7)
     plant(run, 0, [advantage, advantage])
-    found = analyze.run(run)
+    found = analyze.analyze_run(run)
     (phase,) = found.summary()["phases"]
     assert (phase["responses"], phase["tokens"]) == (2, 20)
     assert phase["abs_advantage"] == phase["k1"] == pytest.approx(0.95)  # (6 + 3.5) / 10
@@ -58,7 +58,7 @@ def test_entropies_and_overlap_are_there_where_they_are_stored(tmp_path):
     teacher = {"entropies": np.array([0.1, 0.3], np.float32), "top_ids": np.array([[4, 3], [5, 4]], np.int32)}
     both = ({**student, "top_logprobs": top}, {**teacher, "top_logprobs": top})
     plant(run, 0, [np.array([-1.0, -1.0])] * 2, student=both[0], teacher=both[1])
-    (phase,) = analyze.run(run).phases
+    (phase,) = analyze.analyze_run(run).phases
     mean = phase.numbers.position.mean
     assert mean("student_entropy").tolist() == [0.5, 1.5]
     assert mean("teacher_entropy").tolist() == pytest.approx([0.1, 0.3])
@@ -68,7 +68,7 @@ def test_entropies_and_overlap_are_there_where_they_are_stored(tmp_path):
 def test_positions_are_fractions_of_the_real_length(run):
     # a response of 2 and one of 20 tokens: the first half of each holds all the signal
     plant(run, 0, [np.array([1.0, 0.0]), np.array([1.0] * 10 + [0.0] * 10)])
-    (phase,) = analyze.run(run).phases
+    (phase,) = analyze.analyze_run(run).phases
     assert phase.spent()[50].value == pytest.approx(1.0)
     assert phase.spent()[25].value == pytest.approx(0.5)
     assert phase.numbers.relative.mean("abs_advantage")[10:].tolist() == [0.0] * 10
@@ -77,7 +77,7 @@ def test_positions_are_fractions_of_the_real_length(run):
 def test_early_and_late_steps_are_told_apart(run):
     for step in range(8):
         plant(run, step, [np.full(10, -1.0 if step < 4 else -0.25)])
-    found = analyze.run(run)
+    found = analyze.analyze_run(run)
     early, late = found.summary()["phases"]
     assert (early["phase"], late["phase"]) == ("steps 0–1", "steps 6–7")
     assert (early["abs_advantage"], late["abs_advantage"]) == (1.0, 0.25)
@@ -90,10 +90,10 @@ def test_the_numbers_do_not_depend_on_how_the_responses_are_cut_into_parts_and_b
     found = []
     for parts, budget in ((1, 10**6), (4, 50)):
         run = planted_run(tmp_path / f"run-{parts}", f"rollout.parts={parts}", "rollout.prompts_per_step=16")
-        monkeypatch.setattr("opdctl.samples.CHUNK", budget)
+        monkeypatch.setattr("opdctl.analysis.samples.CHUNK_TOKENS", budget)
         monkeypatch.setattr(analyze, "CHUNK", budget)
         plant(run, 0, advantages)
-        found.append(analyze.run(run).tables())
+        found.append(analyze.analyze_run(run).tables())
     for name in ("position", "relative", "spent", "weights"):
         for column, values in found[0][name].items():
             if isinstance(values[0], float):
@@ -117,7 +117,7 @@ def test_weights_can_be_chosen_and_the_recipe_s_own_comes_first(run):
     every = analyze.chosen_weights(run, ["all"])
     assert {"uniform", "teacher_confidence", "prefix_curriculum"} < set(every)
     assert not {"tip", "fire", "prune"} & set(every)  # they need what this run did not store
-    table = analyze.run(run, ["prefix_only", "uniform"]).weight_table()
+    table = analyze.analyze_run(run, ["prefix_only", "uniform"]).weight_table()
     # the first of two tokens: half of the tokens weigh 1, so the effective sample is a half
     assert table["weight"] == ["iw_opd gamma=1.0", "prefix_only", "uniform"]
     assert table["effective_sample"][1:] == pytest.approx([0.5, 1.0])
@@ -130,7 +130,7 @@ def test_a_weight_that_ranks_the_step_sees_all_its_parts(tmp_path):
     run = planted_run(tmp_path / "run", "rollout.parts=2", "weight.name=tip", "weight.top_k=0", "weight.rho=0.25")
     entropies = {"entropies": np.zeros(2, np.float32)}
     plant(run, 0, [np.array([-4.0, -3.0])] + [np.array([-0.5, -0.5])] * 3, student=entropies)
-    whole = analyze.run(run).whole.numbers.whole
+    whole = analyze.analyze_run(run).whole.numbers.whole
     assert whole.mean("tip rho=0.25 top_k=0").tolist() == [0.25]  # the two of eight tokens, both in the first part
 
 
@@ -138,7 +138,7 @@ def test_a_weight_that_is_called_like_a_quantity_does_not_take_its_place(run, mo
     monkeypatch.setitem(WEIGHTS._makers, "signal", WEIGHTS.get("suffix_only"))
     monkeypatch.setitem(WEIGHTS._sources, "signal", "")
     plant(run, 0, [np.array([-3.0, -1.0])] * 30)
-    found = analyze.run(run, ["signal"])
+    found = analyze.analyze_run(run, ["signal"])
     assert found.weights == ["iw_opd gamma=1.0", "signal (weight)"]
     assert found.verdict.share.value == pytest.approx(0.6 * 3 / 4)
 
@@ -232,7 +232,7 @@ def test_tables_and_figures_are_written_each_in_both_forms(run):
     assert [row["tokens"] for row in rows] == [2, 1, 2, 1]
     assert rows[0]["abs_advantage"] == 2.0
     assert rows[1]["abs_advantage_low"] is None  # a single response has no interval
-    assert store.read_json(folder / "summary.json") == found["summary"]
+    assert files.read_json(folder / "summary.json") == found["summary"]
 
 
 def test_a_second_analysis_is_the_same_bit_by_bit_and_leaves_nothing_of_the_first(run):

@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, small_recipe
 
-from opdctl import benchmarks
-from opdctl.benchmarks import Benchmark, Hub, find, gold
-from opdctl.config import Eval
+from opdctl.data.toy import TASKS
+from opdctl.data.toy.task import split_of
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.evaluation import benchmarks
+from opdctl.evaluation.benchmarks import Benchmark, Hub, find, gold
+from opdctl.recipe.schema import Eval
 from opdctl.registry import BENCHMARKS
-from opdctl.tasks import TASKS
-from opdctl.tasks.task import split_of
 
 DATA = ROOT.parent / "shared" / "benchmarks"
 SIZES = {"aime24": 30, "aime25": 30, "hmmt25_feb": 30, "hmmt25_nov": 30, "math500": 500, "gsm8k": 1319}

@@ -11,10 +11,12 @@ from conftest import QUICKSTART, invoke, sets
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl import store
-from opdctl.config import as_overrides, changed, describe_changes, load_recipe
+from opdctl.artifacts import files
+from opdctl.artifacts.stage_dir import changed_settings
 from opdctl.errors import ExitCode
-from opdctl.run import recorded_run
+from opdctl.recipe.dependencies import as_overrides, describe_changes
+from opdctl.recipe.load import load_recipe
+from opdctl.runs.run import load_run
 
 GAMMA = ("--set", "weight.gamma=0.7")
 
@@ -96,7 +98,7 @@ def test_a_changed_run_goes_on_and_all_that_was_made_before_still_verifies(run):
     result = invoke("train", "--output", run)
     assert result.code == 0, result.err
     assert invoke("status", run, "--verify").code == 0
-    updates = [recorded_run(run).update(step)["settings"]["weight.gamma"] for step in range(3)]
+    updates = [load_run(run).update(step)["settings"]["weight.gamma"] for step in range(3)]
     assert updates == [0.5, 0.5, 0.7]
 
 
@@ -140,9 +142,9 @@ def test_a_branch_shares_the_files_and_leaves_the_run_as_it_is(run, tmp_path):
     for path, gamma in ((new, 0.7), (run, 0.5)):
         assert invoke("train", "--output", path).code == 0
         assert invoke("status", path, "--verify").code == 0
-        assert recorded_run(path).update(2)["settings"]["weight.gamma"] == gamma
+        assert load_run(path).update(2)["settings"]["weight.gamma"] == gamma
         assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
-    assert store.read_json(new / "run.json")["branch_of"] == str(run)
+    assert files.read_json(new / "run.json")["branch_of"] == str(run)
 
 
 def test_two_changes_and_a_step_that_is_made_again_under_its_own_recipe(run):
@@ -150,7 +152,7 @@ def test_two_changes_and_a_step_that_is_made_again_under_its_own_recipe(run):
     assert invoke("train", "--output", run).code == 0
     assert invoke("change", run, "--set", "train.steps=4", "--set", "rollout.max_tokens=80").code == 0
     assert invoke("train", "--output", run).code == 0
-    opened = recorded_run(run)
+    opened = load_run(run)
     assert [len(opened.rollout(step).names) for step in range(4)] == [2, 2, 4, 4]
     assert [opened.at(step).recipe.rollout.max_tokens for step in range(4)] == [160, 160, 160, 80]
     path = opened.rollout(2).verify(3)
@@ -203,7 +205,7 @@ settings = st.fixed_dictionaries(
 def test_the_overrides_that_are_named_make_the_recipe_that_was_asked_for(given_settings):
     begun = load_recipe([QUICKSTART])
     asked = load_recipe([QUICKSTART], [f"{key}={_toml(value)}" for key, value in given_settings.items()])
-    overrides = as_overrides(changed(begun.flat(), asked.flat()))
+    overrides = as_overrides(changed_settings(begun.flat(), asked.flat()))
     assert overrides is not None
     assert load_recipe([QUICKSTART], overrides) == asked
 

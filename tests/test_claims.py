@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from test_store import fill, stage
 
-from opdctl import claims
-from opdctl.claims import Claim, claimed
+from opdctl.artifacts import leases
+from opdctl.artifacts.leases import Lease, hold_lease
 from opdctl.errors import ExitCode, OpdctlError
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(claims, "LEASE", 1.0)
-    monkeypatch.setattr(claims, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(claims, "UNSIGNED", 0.5)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "EMPTY_LOCK_TIMEOUT_SECONDS", 0.5)
 
 
 def elsewhere(path: Path) -> None:
@@ -53,18 +53,18 @@ def owner(tmp_path):
 
 def test_a_claim_is_refused_while_its_owner_lives_and_free_when_it_was_killed(tmp_path, owner):
     with pytest.raises(OpdctlError, match=f"process {owner.pid} on .* is working on `train`") as caught:
-        claimed(tmp_path, "train").__enter__()
+        hold_lease(tmp_path, "train").__enter__()
     assert caught.value.code == ExitCode.REACH
     owner.kill()
     owner.wait()
-    with claimed(tmp_path, "train"):
+    with hold_lease(tmp_path, "train"):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_live_owner_on_another_machine_keeps_its_claim_for_many_leases(tmp_path, owner):
     elsewhere(tmp_path / ".train.lock")
-    claim, end = Claim(tmp_path, "train"), time.monotonic() + 2.5
+    claim, end = Lease(tmp_path, "train"), time.monotonic() + 2.5
     while time.monotonic() < end:
         assert not claim.take()
         time.sleep(0.05)
@@ -75,18 +75,18 @@ def test_a_dead_owner_on_another_machine_loses_its_claim_after_one_lease(tmp_pat
     elsewhere(tmp_path / ".train.lock")
     owner.kill()
     owner.wait()
-    claim = Claim(tmp_path, "train")
+    claim = Lease(tmp_path, "train")
     assert not claim.take()
     start = time.monotonic()
-    with claimed(tmp_path, "train"):
+    with hold_lease(tmp_path, "train"):
         assert time.monotonic() - start > 0.9
 
 
 def test_a_claim_whose_owner_died_before_it_was_signed_is_nobody_s(tmp_path):
     (tmp_path / ".train.lock").touch()
-    claim = Claim(tmp_path, "train")
+    claim = Lease(tmp_path, "train")
     assert not claim.take()  # it may just be about to be
-    with claimed(tmp_path, "train"):
+    with hold_lease(tmp_path, "train"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -97,7 +97,7 @@ def test_a_file_server_whose_clock_is_a_day_off_changes_nothing(tmp_path, owner,
     elsewhere(path)
     owner.send_signal(signal.SIGSTOP)
     os.utime(path, (time.time() + skew,) * 2)
-    claim = Claim(tmp_path, "train")
+    claim = Lease(tmp_path, "train")
     assert not claim.take()
     time.sleep(0.3)
     assert not claim.take()  # a fresh claim by the only clock that counts
@@ -219,16 +219,16 @@ def test_two_who_mend_one_stage_at_once_lose_no_part(tmp_path):
 
 
 def test_what_the_dead_left_is_swept_and_what_the_living_hold_is_not(tmp_path, owner):
-    claims.sweep(tmp_path, "train")
+    leases.remove_stale_leases(tmp_path, "train")
     assert (tmp_path / ".train.lock").exists()
     owner.kill()
     owner.wait()
-    claims.sweep(tmp_path, "train")
+    leases.remove_stale_leases(tmp_path, "train")
     assert not (tmp_path / ".train.lock").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OpdctlError, match="cannot be written") as caught:
-        Claim(tmp_path / "file", "train").take()
+        Lease(tmp_path / "file", "train").take()
     assert caught.value.code == ExitCode.REACH

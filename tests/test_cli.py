@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from conftest import QUICKSTART, Result, invoke, sets
 
-from opdctl.config import Model, load_recipe
-from opdctl.model import locate
+from opdctl.models.directory import find_or_download
+from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import Model
 
 COMMANDS = ("rollout", "score-teacher", "train", "eval", "analyze-position", "status")
 
@@ -152,7 +153,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_teacher_with_another_tokenizer_is_refused_with_the_ids_that_differ(tmp_path: Path, dry: list[str]) -> None:
-    teacher = Path(shutil.copytree(locate(Model(model="toy:teacher"), "teacher.model"), tmp_path / "teacher"))
+    teacher = Path(shutil.copytree(find_or_download(Model(model="toy:teacher"), "teacher.model"), tmp_path / "teacher"))
     tokenizer = json.loads((teacher / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     assert (vocabulary["a"], vocabulary["b"]) == (2, 3)

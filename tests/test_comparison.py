@@ -7,8 +7,10 @@ import pytest
 from conftest import invoke, small_recipe
 from scipy import stats
 
-from opdctl import comparison, store
-from opdctl.run import open_run
+from opdctl.artifacts import files
+from opdctl.cli import analyze
+from opdctl.evaluation import learning_curves
+from opdctl.runs.open import open_run
 
 PROTOCOL = dict.fromkeys(
     ("samples", "temperature", "top_p", "max_tokens", "suffix", "template_arguments", "grader", "engine", "dtype"), 1
@@ -23,7 +25,7 @@ def plant_run(path: Path, accuracies: dict[int, float], *overrides: str, digest:
         folder.mkdir(parents=True)
         summary = {"bench": "sort12", "problems": 100, "samples": 1, "avg": accuracy, "protocol": PROTOCOL}
         summary |= {"ci": [accuracy - 0.1, accuracy + 0.1], "benchmark": {"digest": digest}}
-        store.write_json(folder / "summary.json", summary)
+        files.write_json(folder / "summary.json", summary)
     return path
 
 
@@ -39,7 +41,7 @@ def runs(tmp_path) -> list[Path]:
 
 
 def test_seeds_are_one_setting_and_the_steps_to_a_target_are_counted(runs):
-    (found,) = comparison.compare(runs)
+    (found,) = learning_curves.compare(runs)
     uniform, iw_opd = found["settings"]
     assert (uniform["label"], iw_opd["label"]) == ("uniform", "iw_opd")
     assert [point["accuracy"] for point in uniform["curve"]] == pytest.approx([0.15, 0.45, 0.65])
@@ -54,7 +56,7 @@ def test_seeds_are_one_setting_and_the_steps_to_a_target_are_counted(runs):
 def test_settings_are_called_by_what_tells_them_apart(tmp_path):
     settings = (["weight.gamma=1.0"], ["weight.gamma=2.0"], ["weight.name=uniform"], ["train.learning_rate=1e-3"])
     paths = [plant_run(tmp_path / str(number), {0: 0.1}, *own) for number, own in enumerate(settings)]
-    (found,) = comparison.compare(paths)
+    (found,) = learning_curves.compare(paths)
     assert [setting["label"] for setting in found["settings"]] == [
         "iw_opd gamma=1.0 learning_rate=0.0002",
         "iw_opd gamma=2.0 learning_rate=0.0002",
@@ -64,11 +66,11 @@ def test_settings_are_called_by_what_tells_them_apart(tmp_path):
 
 
 def test_one_seed_has_the_interval_of_its_problems(runs):
-    (found,) = comparison.compare(runs[1:3], target=0.7)
+    (found,) = learning_curves.compare(runs[1:3], target=0.7)
     assert [setting["steps_to_target"] for setting in found["settings"]] == [16, 8]
     point = found["settings"][0]["curve"][2]
     assert (point["low"], point["high"], point["seeds"]) == pytest.approx((0.6, 0.8, 1))
-    assert "target 70.0%: uniform reaches it after 16 steps" in comparison.line(found)
+    assert "target 70.0%: uniform reaches it after 16 steps" in analyze.comparison_line(found)
 
 
 def test_the_command_writes_figures_and_tables_where_it_is_told(runs, tmp_path):
@@ -98,7 +100,7 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 def test_a_different_protocol_is_warned_of(runs, tmp_path):
     other = plant_run(tmp_path / "other", {0: 0.1})
     path = other / "eval" / "sort12" / "step-00000" / "summary.json"
-    store.write_json(path, store.read_json(path) | {"protocol": PROTOCOL | {"temperature": 0}})
+    files.write_json(path, files.read_json(path) | {"protocol": PROTOCOL | {"temperature": 0}})
     result = invoke("analyze-position", "--compare", runs[0], other, "--output", tmp_path / "out")
     assert (result.code, "temperature differ" in result.err) == (0, True)
 
@@ -111,6 +113,6 @@ def test_several_runs_without_compare_are_refused(runs):
 def test_one_run_s_evaluations_under_another_protocol_are_left_out(tmp_path):
     run = plant_run(tmp_path / "run", {0: 0.1, 8: 0.2, 16: 0.3})
     path = run / "eval" / "sort12" / "step-00008" / "summary.json"
-    store.write_json(path, store.read_json(path) | {"protocol": PROTOCOL | {"temperature": 0}})
-    assert [point["step"] for point in comparison.by_step(run)["curve"]] == [0, 16]
-    assert comparison.by_step(plant_run(tmp_path / "none", {})) is None
+    files.write_json(path, files.read_json(path) | {"protocol": PROTOCOL | {"temperature": 0}})
+    assert [point["step"] for point in learning_curves.accuracy_curve(run)["curve"]] == [0, 16]
+    assert learning_curves.accuracy_curve(plant_run(tmp_path / "none", {})) is None

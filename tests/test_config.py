@@ -9,17 +9,16 @@ from conftest import ROOT, invoke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdctl.config import (
-    Recipe,
-    changed,
-    describe_changes,
-    load_recipe,
-    settings_of,
-    settings_of_scorer,
-    shapes,
-    with_benches,
-)
+from opdctl.artifacts.stage_dir import changed_settings
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.recipe.dependencies import (
+    affected_stages,
+    describe_changes,
+    fingerprint_settings,
+    scorer_fingerprint_settings,
+)
+from opdctl.recipe.load import load_recipe, with_benchmarks
+from opdctl.recipe.schema import Recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 SMALLEST = """
@@ -306,8 +305,8 @@ def test_several_teachers_are_named_by_prompts_and_exclude_the_one(smallest: Pat
     smallest.write_text(text)
     recipe = load_recipe([smallest], several)
     assert list(recipe.scorers()) == ["teacher-math", "teacher-code"]
-    assert set(settings_of_scorer(recipe, "teacher-math")) >= {"score.engine", "teachers.math.model"}
-    assert not any(key.startswith("teachers.code") for key in settings_of_scorer(recipe, "teacher-math"))
+    assert set(scorer_fingerprint_settings(recipe, "teacher-math")) >= {"score.engine", "teachers.math.model"}
+    assert not any(key.startswith("teachers.code") for key in scorer_fingerprint_settings(recipe, "teacher-math"))
     assert "prompts.teacher_column" in refusal([smallest], *several[:2]).message
     assert "teachers.a/b" in refusal([smallest], *several, "teachers.a/b.model=toy:teacher").message
 
@@ -322,10 +321,10 @@ def test_extrapolation_needs_a_reference_and_the_sampled_token(smallest: Path) -
 
 def test_other_benchmarks_replace_the_recipes(smallest: Path) -> None:
     recipe = load_recipe([smallest])
-    assert with_benches(recipe, ["aime24", "sort12"]).eval.bench == ["aime24", "sort12"]
+    assert with_benchmarks(recipe, ["aime24", "sort12"]).eval.bench == ["aime24", "sort12"]
     assert recipe.eval.bench == ["sort12"]
     with pytest.raises(OpdctlError, match="did you mean `aime25`"):
-        with_benches(recipe, ["aime_25"])
+        with_benchmarks(recipe, ["aime_25"])
 
 
 # ── What follows from a recipe ───────────────────────────────────────────────────────────────────────────────────────
@@ -355,14 +354,16 @@ def test_a_recipe_written_out_loads_as_the_same(path: Path, tmp_path: Path) -> N
     ],
 )
 def test_a_key_shapes_its_stages(key: str, stages: list[str]) -> None:
-    assert shapes(key) == stages
+    assert affected_stages(key) == stages
 
 
 def test_the_settings_of_a_stage_leave_out_what_may_change(smallest: Path) -> None:
     recipe = load_recipe([smallest])
-    assert {"seed", "student.model", "weight.name", "train.learning_rate"} <= set(settings_of(recipe, "update"))
-    assert not {"train.steps", "train.keep_every", "train.keep_last"} & set(settings_of(recipe, "update"))
-    assert set(settings_of(recipe, "score")) == {
+    assert {"seed", "student.model", "weight.name", "train.learning_rate"} <= set(
+        fingerprint_settings(recipe, "update")
+    )
+    assert not {"train.steps", "train.keep_every", "train.keep_last"} & set(fingerprint_settings(recipe, "update"))
+    assert set(fingerprint_settings(recipe, "score")) == {
         "score.engine",
         "score.tokens_per_batch",
         "score.entropy",
@@ -374,8 +375,8 @@ def test_the_settings_of_a_stage_leave_out_what_may_change(smallest: Path) -> No
         "teacher.dtype",
         "teacher.trust_remote_code",
     }
-    assert "eval.samples" in settings_of(recipe, "eval")
-    assert not {"eval.every", "eval.bench"} & set(settings_of(recipe, "eval"))
+    assert "eval.samples" in fingerprint_settings(recipe, "eval")
+    assert not {"eval.every", "eval.bench"} & set(fingerprint_settings(recipe, "eval"))
 
 
 def test_another_weight_changes_the_update_alone(smallest: Path) -> None:
@@ -383,10 +384,10 @@ def test_another_weight_changes_the_update_alone(smallest: Path) -> None:
     differing = {
         stage
         for stage in ("prompts", "rollout", "score", "update", "eval")
-        if settings_of(old, stage) != settings_of(new, stage)
+        if fingerprint_settings(old, stage) != fingerprint_settings(new, stage)
     }
     assert differing == {"update"}
-    changes = changed(old.flat(), new.flat())
+    changes = changed_settings(old.flat(), new.flat())
     assert changes[:2] == [("weight.gamma", 0.5, None), ("weight.name", "iw_opd", "uniform")]
     assert (
         describe_changes(changes).splitlines()[1]

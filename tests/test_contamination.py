@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl.contamination import N, overlap, report
+from opdctl.evaluation.contamination import N, overlap, report
 
 TEN = "one two three four five six seven eight nine ten"  # three 8-grams
 

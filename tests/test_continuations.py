@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART, invoke, sets, small_recipe
 
-from opdctl.records import Graded, Response
-from opdctl.run import open_run, recorded_run
-from opdctl.stages import continuations
-from opdctl.store import read_json, read_rows, sealed_rows
-from opdctl.tasks import sort12
+from opdctl.analysis import continuations
+from opdctl.artifacts.files import read_json
+from opdctl.artifacts.records import GradedResponse, Response
+from opdctl.artifacts.stage_dir import read_stage_rows
+from opdctl.artifacts.tables import read_rows
+from opdctl.data.toy import sort12
+from opdctl.runs.open import open_run
+from opdctl.runs.run import load_run
 
 OVERRIDES = ("rollout.prompts_per_step=6", "continuations.responses=4", "continuations.samples=2")
 MODELS = ("student", "teacher")
@@ -41,11 +44,11 @@ def test_teacher_and_student_go_on_from_every_prefix(made):
 
 def test_each_row_is_a_prefix_of_a_stored_response_and_what_a_model_made_of_it(made):
     path, _ = made
-    run = recorded_run(path)
+    run = load_run(path)
     responses = {row.sample_id: row for part in range(2) for row in read_rows(run.rollout(0).verify(part), Response)}
     decode = run.student.tokenizer.decode
     for name in ("student", "teacher"):
-        rows = sealed_rows(continuations.folder(run, 0) / name, Graded)
+        rows = read_stage_rows(continuations.continuations_path(run, 0) / name, GradedResponse)
         assert len({row.sample_id for row in rows}) == len(rows) == 4 * 10 * 2
         for row in rows:
             sample_id, percent, _ = row.sample_id.rsplit("/", 2)
@@ -136,11 +139,11 @@ def test_prompts_without_answers_are_refused(tmp_path):
 def test_a_benchmark_that_runs_code_is_refused(tmp_path):
     run = open_run(small_recipe("eval.bench=['humaneval_plus']"), tmp_path / "run")
     with pytest.raises(Exception, match="judged by running programs"):
-        continuations.run(run, 0, None)
+        continuations.run_continuations(run, 0, None)
 
 
-def graded(name: str, problem: str, correct: bool) -> Graded:
-    return Graded(name, problem, np.zeros(0, np.int32), "", "stop", "", None, correct, "ok", None)
+def graded(name: str, problem: str, correct: bool) -> GradedResponse:
+    return GradedResponse(name, problem, np.zeros(0, np.int32), "", "stop", "", None, correct, "ok", None)
 
 
 def test_accuracies_are_means_over_problems_and_split_by_what_the_prefix_is():

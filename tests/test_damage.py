@@ -25,12 +25,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from opdctl import SCHEMA_VERSION, manifests, store
+from opdctl.artifacts import directories, files, manifests, stage_dir, tables
+from opdctl.artifacts.manifests import Manifest, PartRecord, RunRecord, UpdateRecord
+from opdctl.artifacts.records import RESPONSES, SCHEMA_VERSION, Response
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.manifests import Manifest, PartRecord, RunRecord, UpdateRecord
-from opdctl.records import RESPONSES, Response
-from opdctl.run import recorded_run
-from opdctl.scored import check_ids, join, read_scored
+from opdctl.runs.run import load_run
+from opdctl.runs.scored_responses import check_ids, join, read_scored
 
 SLACK = 2**20  # bytes that the reader itself may take, however small the file
 POOLS: list[pa.MemoryPool] = []
@@ -48,14 +48,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read_everything(path: Path) -> None:
     """Read what the commands read of a run, each thing once."""
-    run = recorded_run(path)
+    run = load_run(path)
     assert run.prompts
     for step in range(2):
         for stage in (run.rollout(step), *run.scores(step).values()):
             assert len(stage.names) == 3
         assert len(list(read_scored(run, step))) == 6
         assert run.student_at(step + 1)
-        store.check_directory(run.trainer_path(step + 1), run.update(step)["trainer"])
+        directories.check_directory(run.trainer_path(step + 1), run.update(step)["trainer"])
 
 
 def refusal(read: Callable[[], object], size: int, *codes: ExitCode) -> OpdctlError:
@@ -106,7 +106,7 @@ def lengthen(data: bytes, chance: random.Random) -> bytes:
     return data + chance.randbytes(chance.randrange(1, 64))
 
 
-def files(run: Path) -> list[Path]:
+def run_files(run: Path) -> list[Path]:
     found = [path for path in sorted(run.rglob("*")) if path.is_file() and path.suffix != ".lock"]
     return [path for path in found if path.name not in ("recipe.toml", "metrics.jsonl")]  # the user's, and a copy
 
@@ -114,7 +114,7 @@ def files(run: Path) -> list[Path]:
 def test_every_file_in_every_way_is_refused_with_its_name(run: Path) -> None:
     chance, count, read = random.Random(0), 0, lambda: read_everything(run)
     read()
-    for path in files(run):
+    for path in run_files(run):
         whole = path.read_bytes()
         for damage in (cut, flip, flip, blank, lengthen):
             damaged = damage(whole, chance)
@@ -190,7 +190,7 @@ def test_a_symbolic_link_is_not_followed(run: Path, tmp_path: Path) -> None:
 def forged(path: Path, **changes: Any) -> None:
     """Write a JSON file with other values, and the digest of those."""
     value = {**json.loads(path.read_text()), **changes}
-    store.write_json(path, {key: each for key, each in value.items() if key != "digest" and each is not ...})
+    files.write_json(path, {key: each for key, each in value.items() if key != "digest" and each is not ...})
 
 
 def part(**changes: Any) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def scores(run: Path) -> Path:
 
 
 def meaning(path: Path) -> dict[str, Any]:
-    with store.safe_open(path, "np") as file:
+    with stage_dir.safe_open(path, "np") as file:
         found: dict[str, Any] = json.loads(file.metadata()["opdctl"])
     return found
 
@@ -341,18 +341,18 @@ ROGUE_MEANINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def resealed(stage: store.StageDir, data: bytes) -> None:
+def resealed(stage: stage_dir.StageDir, data: bytes) -> None:
     """Put `data` into the place of the first part, with the manifest saying so."""
     path = stage.path / stage.names[0]
     path.write_bytes(data)
     manifest = json.loads(stage.manifest_path.read_text())
-    manifest["parts"][0] |= {"bytes": len(data), "sha256": store.sha256_file(path)}
+    manifest["parts"][0] |= {"bytes": len(data), "sha256": files.sha256_file(path)}
     forged(stage.manifest_path, parts=manifest["parts"])
 
 
 @pytest.fixture
-def teacher(run: Path) -> Iterator[store.StageDir]:
-    stage = recorded_run(run).score(0, "teacher")
+def teacher(run: Path) -> Iterator[stage_dir.StageDir]:
+    stage = load_run(run).score(0, "teacher")
     saved = {path: path.read_bytes() for path in stage.path.iterdir()}
     yield stage
     for path, data in saved.items():
@@ -360,7 +360,7 @@ def teacher(run: Path) -> Iterator[store.StageDir]:
 
 
 @pytest.mark.parametrize("name", [*ROGUE_TENSORS, *ROGUE_MEANINGS])
-def test_scores_of_another_form_are_refused(run: Path, teacher: store.StageDir, tmp_path: Path, name: str) -> None:
+def test_scores_of_another_form_are_refused(run: Path, teacher: stage_dir.StageDir, tmp_path: Path, name: str) -> None:
     path, rogue = scores(run), tmp_path / "rogue"
     tensors, said = load_file(path), meaning(path)
     if name in ROGUE_TENSORS:
@@ -403,14 +403,14 @@ META = {"opdctl": "{}"}
         b"\x80\x04\x95" + bytes(64),
     ],
 )
-def test_what_is_no_safetensors_of_ours_is_refused(run: Path, teacher: store.StageDir, data: bytes) -> None:
+def test_what_is_no_safetensors_of_ours_is_refused(run: Path, teacher: stage_dir.StageDir, data: bytes) -> None:
     resealed(teacher, data)
     error = refusal(lambda: read_everything(run), len(data))
     assert str(scores(run)) in error.message
 
 
 def responses(run: Path) -> list[Response]:
-    return store.read_rows(sorted((run / "step-00000/rollout").glob("part-*"))[0], Response)
+    return tables.read_rows(sorted((run / "step-00000/rollout").glob("part-*"))[0], Response)
 
 
 def rows_table(rows: list[Response], **columns: Any) -> pa.Table:
@@ -446,13 +446,13 @@ ROGUE_ROWS: dict[str, Callable[[list[Response]], pa.Table]] = {
 def test_rows_of_another_form_are_refused(run: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "part.parquet"
     pq.write_table(ROGUE_ROWS[name](responses(run)), path, write_page_checksum=True)
-    assert str(path) in refusal(lambda: store.read_rows(path, Response), path.stat().st_size).message
+    assert str(path) in refusal(lambda: tables.read_rows(path, Response), path.stat().st_size).message
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_responses_with_a_log_prob_that_is_no_number_or_twice_one_id_do_not_join(run: Path, value: float) -> None:
     rows = responses(run)
-    found = store.read_scores(scores(run), recorded_run(run).rollout(0).sha256(0))
+    found = tables.read_scores(scores(run), load_run(run).rollout(0).sha256(0))
     logprobs = rows[0].logprobs.copy()
     logprobs[2] = value
     spoilt = [dataclasses.replace(rows[0], logprobs=logprobs), *rows[1:]]
@@ -462,7 +462,7 @@ def test_responses_with_a_log_prob_that_is_no_number_or_twice_one_id_do_not_join
     assert "occurs twice" in refusal(lambda: join([*rows, rows[0]], {"teacher": found}), 0).message
     for ids in ([2, -1], [2, 30000]):
         strange = dataclasses.replace(rows[0], response_ids=np.array(ids, np.int32))
-        error = refusal(lambda row=strange: check_ids([row], recorded_run(run).student), 0)
+        error = refusal(lambda row=strange: check_ids([row], load_run(run).student), 0)
         assert f"{rows[0].sample_id}: a response id beyond" in error.message
 
 
@@ -475,7 +475,7 @@ def test_parquet_that_is_damaged_before_its_digest_is_taken_is_refused_or_read_r
     for _ in range(25):
         path.write_bytes(damage(whole, chance))
         try:
-            found = store.read_rows(path, Response)
+            found = tables.read_rows(path, Response)
         except OpdctlError as error:
             refused.append(f"{error.code} {error.message}")
         else:
@@ -535,12 +535,12 @@ def test_any_json_is_read_as_it_was_written_or_refused_with_its_file(tmp_path: P
     value.pop("digest", None)
     path.unlink(missing_ok=True)
     try:
-        store.write_json(path, value)
+        files.write_json(path, value)
     except UnicodeEncodeError:  # a lone surrogate, which nothing here writes
         return
-    assert repr(store.read_json(path)) == repr(value)
+    assert repr(files.read_json(path)) == repr(value)
     with pytest.raises(OpdctlError, match=re.escape(str(path))) as caught:
-        store.read_json(path, kind)
+        files.read_json(path, kind)
     assert caught.value.code == ExitCode.DATA
 
 

@@ -13,8 +13,9 @@ import pytest
 import typer.main
 from conftest import QUICKSTART, ROOT
 
-from opdctl.cli import app
-from opdctl.config import Recipe, Section, load_recipe
+from opdctl.cli.main import app
+from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import Recipe, Section
 from opdctl.registry import OBJECTIVES, WEIGHTS
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))

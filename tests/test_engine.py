@@ -9,10 +9,11 @@ from conftest import directory, generate, requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdctl.config import Sampling, Score
-from opdctl.engines import Answered, Request, resolve_device
-from opdctl.engines.hf import TransformersEngine, draw
+from opdctl.engines.base import Request, ScoreRequest
+from opdctl.engines.transformers import TransformersEngine, sample
+from opdctl.environment import resolve_device
 from opdctl.errors import OpdctlError
+from opdctl.recipe.schema import Sampling, Score
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_sampled_and_scored_logprobs_agree_so_teacher_equal_to_student_gives_no_
     """With prompts of several lengths: padding on the left without mask and positions is wrong by nats, in silence."""
     wanted = requests(16, cut=5)
     completions = generate(engine, wanted, max_tokens=160)
-    answered = [Answered(r.prompt_ids, c.response_ids) for r, c in zip(wanted, completions, strict=True)]
+    answered = [ScoreRequest(r.prompt_ids, c.response_ids) for r, c in zip(wanted, completions, strict=True)]
     for budget in (1, 500, 100_000):
         scores = engine.score(answered, Score(tokens_per_batch=budget), lambda n: None)
         for completion, score in zip(completions, scores, strict=True):
@@ -54,7 +55,7 @@ def test_what_is_stored_besides_is_that_of_the_whole_distribution(engine):
     wanted = requests(6, cut=5)
     sampling, everything = Sampling(max_tokens=60), {"entropy": True, "top_k": 5}
     completions = engine.generate(wanted, sampling, 256, lambda n: None, **everything)
-    answered = [Answered(r.prompt_ids, c.response_ids, c.top_ids) for r, c in zip(wanted, completions, strict=True)]
+    answered = [ScoreRequest(r.prompt_ids, c.response_ids, c.top_ids) for r, c in zip(wanted, completions, strict=True)]
     settings = Score(tokens_per_batch=400, student_top_k=True, hidden_states=True, **everything)
     scores = engine.score(answered, settings, lambda n: None)
     for each, drawn, scored in zip(answered, completions, scores, strict=True):
@@ -90,7 +91,7 @@ def test_progress_adds_up_to_the_number_of_requests(engine):
 
 
 def test_loaded_weights_give_the_other_model_s_logprobs_bit_for_bit(engine):
-    prompts = [Answered(r.prompt_ids, np.arange(2, 20, dtype=np.int32)) for r in requests(4)]
+    prompts = [ScoreRequest(r.prompt_ids, np.arange(2, 20, dtype=np.int32)) for r in requests(4)]
     other = TransformersEngine(directory("toy:student-spread"), "cpu")
     fresh = TransformersEngine(directory("toy:student"), "cpu")
     want = other.score(prompts, Score(), lambda n: None)
@@ -105,7 +106,7 @@ def test_loaded_weights_give_the_other_model_s_logprobs_bit_for_bit(engine):
 def test_draw_by_hand():
     # probabilities 1/2, 1/4, 1/4: u in [0, .5) → 0, [.5, .75) → 1, [.75, 1) → 2
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]])).repeat(5, 1)
-    tokens, logps = draw(logits, torch.tensor([0.0, 0.499, 0.501, 0.749, 0.751]), 1.0, 1.0)
+    tokens, logps = sample(logits, torch.tensor([0.0, 0.499, 0.501, 0.749, 0.751]), 1.0, 1.0)
     assert tokens.tolist() == [0, 0, 1, 1, 2]
     np.testing.assert_allclose(logps, np.log([0.5, 0.5, 0.25, 0.25, 0.25]), rtol=1e-6)
 
@@ -113,14 +114,14 @@ def test_draw_by_hand():
 def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_gives_their_own_logprobs():
     # of 1/2, 3/10, 2/10, top-p 0.6 keeps the first two: 5/8 and 3/8
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).repeat(2, 1)
-    tokens, logps = draw(logits, torch.tensor([0.1, 0.999]), 1.0, 0.6)
+    tokens, logps = sample(logits, torch.tensor([0.1, 0.999]), 1.0, 0.6)
     assert set(tokens.tolist()) == {1, 2}
     assert sorted(logps.exp().tolist()) == pytest.approx([3 / 8, 5 / 8])
 
 
 def test_temperature_changes_the_distribution_and_its_logprobs():
     # logits log 4 and 0 at temperature 2: 2 to 1
-    _, logps = draw(torch.tensor([[math.log(4), 0.0]]), torch.tensor([0.0]), 2.0, 1.0)
+    _, logps = sample(torch.tensor([[math.log(4), 0.0]]), torch.tensor([0.0]), 2.0, 1.0)
     assert logps.exp().item() == pytest.approx(2 / 3)
 
 
@@ -128,7 +129,7 @@ def test_temperature_changes_the_distribution_and_its_logprobs():
 @settings(max_examples=200)
 def test_draw_never_gives_a_token_of_probability_zero(logits, uniform):
     barred = torch.tensor([[*logits, -torch.inf, -torch.inf]])
-    token, logp = draw(barred, torch.tensor([uniform]), 1.0, 1.0)
+    token, logp = sample(barred, torch.tensor([uniform]), 1.0, 1.0)
     assert token.item() < len(logits)
     assert torch.isfinite(logp).all()
 
@@ -137,7 +138,7 @@ def test_draws_follow_the_distribution():
     """A chi-squared test with fixed draws: 20,000 of 4 tokens; 16.27 is passed once in a thousand."""
     share = torch.tensor([0.4, 0.3, 0.2, 0.1])
     uniforms = torch.from_numpy(np.random.default_rng(3).random(20_000, dtype=np.float32))
-    tokens, _ = draw(share.log().repeat(20_000, 1), uniforms, 1.0, 1.0)
+    tokens, _ = sample(share.log().repeat(20_000, 1), uniforms, 1.0, 1.0)
     found = torch.bincount(tokens, minlength=4)
     assert ((found - 20_000 * share) ** 2 / (20_000 * share)).sum() < 16.27
 

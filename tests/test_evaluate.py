@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART, Result, invoke, sets
 
-from opdctl import store
-from opdctl.records import Graded
-from opdctl.tasks import sort12
+from opdctl.artifacts import files, stage_dir
+from opdctl.artifacts.records import GradedResponse
+from opdctl.data.toy import sort12
 
 ENGINE = ("rollout.engine=transformers", "student.dtype=float32", "eval.max_tokens=160")
 SMALL = (*ENGINE, "eval.problems=6", "eval.samples=4", "eval.parts=3")
@@ -35,11 +35,11 @@ def folder_of(output: Path, bench: str = "sort12") -> Path:
     return found
 
 
-def rows_of(output: Path) -> list[Graded]:
-    return store.sealed_rows(folder_of(output), Graded)
+def rows_of(output: Path) -> list[GradedResponse]:
+    return stage_dir.read_stage_rows(folder_of(output), GradedResponse)
 
 
-def files(output: Path) -> dict[str, bytes]:
+def run_files(output: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(output)): p.read_bytes()
         for p in sorted(output.rglob("*"))
@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def summary_of(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = store.read_json(folder_of(output) / "summary.json")
+    found: dict[str, Any] = files.read_json(folder_of(output) / "summary.json")
     return found
 
 
@@ -180,7 +180,7 @@ def test_shards_make_what_one_process_makes(whole: Path, tmp_path: Path) -> None
     assert "the summary comes with the last shard's parts" in first.err
     assert not (folder_of(tmp_path / "run") / "summary.json").exists()
     assert evaluate("--output", tmp_path / "run", "--shard", "0/2").code == 0
-    assert files(tmp_path / "run") == files(whole)
+    assert run_files(tmp_path / "run") == run_files(whole)
 
 
 def evaluated_until(output: Path, kill_at: int | None) -> int:
@@ -205,7 +205,7 @@ def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_files(whol
     moments = 0
     while os.WIFSIGNALED(evaluated_until(output := tmp_path / f"killed-{moments}", moments)):
         assert evaluated_until(output, None) == 0, moments
-        assert files(output) == files(whole), moments
+        assert run_files(output) == run_files(whole), moments
         moments += 1
     assert moments >= 9  # three parts with a receipt each, work, manifest, benchmark and summary
 

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from conftest import invoke
 
-from opdctl import evaluations, store
+from opdctl.artifacts import files, tables
+from opdctl.artifacts.records import GradedResponse
+from opdctl.cli import evaluate
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.records import Graded
+from opdctl.evaluation import results
 
-PROTOCOL = dict.fromkeys(evaluations.NOTABLE, "as ever")
+PROTOCOL = dict.fromkeys(results.PROTOCOL_KEYS, "as ever")
 
 
 def plant(folder: Path, correct: dict[str, list[bool]], bench: str = "mine", **summary: Any) -> Path:
     """Write a finished evaluation with these grades, in one part."""
     rows = [
-        Graded(
+        GradedResponse(
             sample_id=f"{bench}/{name}/{n}",
             problem_id=name,
             response_ids=np.arange(2, dtype=np.int32),
@@ -35,11 +37,11 @@ def plant(folder: Path, correct: dict[str, list[bool]], bench: str = "mine", **s
     ]
     folder.mkdir(parents=True)
     part = folder / "part-00000-of-00001.parquet"
-    store.write_rows(part, rows, Graded)
-    store.write_json(folder / "manifest.json", {"parts": [{"name": part.name, "sha256": store.sha256_file(part)}]})
+    tables.write_rows(part, rows, GradedResponse)
+    files.write_json(folder / "manifest.json", {"parts": [{"name": part.name, "sha256": files.sha256_file(part)}]})
     shares = [sum(samples) / len(samples) for samples in correct.values()]
     fixed = {"bench": bench, "avg": sum(shares) / len(shares), "ci": [0.0, 1.0], "protocol": PROTOCOL}
-    store.write_json(folder / "summary.json", fixed | {"benchmark": {"digest": "d"}} | summary)
+    files.write_json(folder / "summary.json", fixed | {"benchmark": {"digest": "d"}} | summary)
     return folder
 
 
@@ -48,7 +50,7 @@ OTHER = {"a": [True, True], "b": [True, False], "c": [True, True], "d": [True, T
 
 
 def test_two_evaluations_are_compared_problem_by_problem(tmp_path: Path) -> None:
-    (found,) = evaluations.compare(plant(tmp_path / "one", ONE), plant(tmp_path / "other", OTHER))
+    (found,) = results.compare_evaluations(plant(tmp_path / "one", ONE), plant(tmp_path / "other", OTHER))
     # differences 1/2, 1/2, 0, 1
     assert found["difference"] == pytest.approx(0.5)
     assert (found["problems"], found["better"], found["worse"]) == (4, 3, 0)
@@ -60,7 +62,7 @@ def test_two_evaluations_are_compared_problem_by_problem(tmp_path: Path) -> None
 
 def test_the_order_of_the_problems_does_not_matter(tmp_path: Path) -> None:
     other = plant(tmp_path / "other", dict(reversed(OTHER.items())))
-    (found,) = evaluations.compare(plant(tmp_path / "one", ONE), other)
+    (found,) = results.compare_evaluations(plant(tmp_path / "one", ONE), other)
     assert (found["difference"], found["better"]) == (pytest.approx(0.5), 3)
 
 
@@ -70,25 +72,25 @@ def test_runs_are_compared_by_their_newest_students_on_every_shared_benchmark(tm
         plant(tmp_path / run / "eval" / "mine" / "step-00012", grades)
         plant(tmp_path / run / "eval" / "mine" / "teacher", {key: [True] for key in "abcd"})
     plant(tmp_path / "x" / "eval" / "more" / "step-00012", ONE, "more")
-    (found,) = evaluations.compare(tmp_path / "x", tmp_path / "y")
+    (found,) = results.compare_evaluations(tmp_path / "x", tmp_path / "y")
     assert (found["bench"], found["difference"]) == ("mine", pytest.approx(0.5))
     with pytest.raises(OpdctlError, match=r"x was evaluated on mine, more, .*y on mine"):
-        evaluations.compare(tmp_path / "x", tmp_path / "y", ["more"])
+        results.compare_evaluations(tmp_path / "x", tmp_path / "y", ["more"])
 
 
 def test_a_run_and_a_single_evaluation_are_compared(tmp_path: Path) -> None:
     plant(tmp_path / "x" / "eval" / "mine" / "step-00012", ONE)
-    (found,) = evaluations.compare(tmp_path / "x", plant(tmp_path / "base", OTHER))
+    (found,) = results.compare_evaluations(tmp_path / "x", plant(tmp_path / "base", OTHER))
     assert found["a"]["path"].endswith("step-00012")
 
 
 def test_other_problems_are_not_compared_and_another_protocol_is_named(tmp_path: Path) -> None:
     one = plant(tmp_path / "one", ONE)
     with pytest.raises(OpdctlError, match="were asked other problems") as caught:
-        evaluations.compare(one, plant(tmp_path / "other", OTHER, benchmark={"digest": "e"}))
+        results.compare_evaluations(one, plant(tmp_path / "other", OTHER, benchmark={"digest": "e"}))
     assert caught.value.code == ExitCode.SETTINGS
     cooler = plant(tmp_path / "cooler", OTHER, protocol=PROTOCOL | {"temperature": 0.6})
-    assert evaluations.compare(one, cooler)[0]["other_protocol"] == ["temperature"]
+    assert results.compare_evaluations(one, cooler)[0]["other_protocol"] == ["temperature"]
     result = invoke("eval", "--compare", one, cooler, "--json")
     assert result.code == 0
     assert result.json()["comparisons"][0]["other_protocol"] == ["temperature"]
@@ -116,26 +118,26 @@ def test_a_damaged_part_is_not_compared(tmp_path: Path) -> None:
     part = next(other.glob("part-*"))
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(OpdctlError, match="SHA-256") as caught:
-        evaluations.compare(one, other)
+        results.compare_evaluations(one, other)
     assert caught.value.code == ExitCode.DATA
 
 
 def test_failures_show_each_problem_once_before_any_twice(tmp_path: Path) -> None:
     grades = {"a": [False, False], "b": [True, True], "c": [True, False], "d": [False, True]}
-    evaluation = evaluations.load(plant(tmp_path / "one", grades))
+    evaluation = results.load_evaluation(plant(tmp_path / "one", grades))
     wanted = ["mine/a/0", "mine/c/1", "mine/d/0", "mine/a/1"]
-    assert [row.sample_id for row in evaluations.failures(evaluation, 9)] == wanted
-    assert [row.sample_id for row in evaluations.failures(evaluation, 2)] == wanted[:2]
-    assert evaluations.failures(evaluation, 0) == []
+    assert [row.sample_id for row in results.failures(evaluation, 9)] == wanted
+    assert [row.sample_id for row in results.failures(evaluation, 2)] == wanted[:2]
+    assert results.failures(evaluation, 0) == []
 
 
 def test_a_hostile_response_gives_the_terminal_no_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = plant(tmp_path / "one", {"a": [False]})
-    (row,) = evaluations.load(folder).rows()
+    (row,) = results.load_evaluation(folder).rows()
     part = folder / "part-00000-of-00001.parquet"
-    store.write_rows(part, [replace(row, text="\x1b[2J\x1b]0;owned\x07 [red]\u202e")], Graded)
-    store.write_json(folder / "manifest.json", {"parts": [{"name": part.name, "sha256": store.sha256_file(part)}]})
-    evaluations.show_failures(evaluations.load(folder), 1)
+    tables.write_rows(part, [replace(row, text="\x1b[2J\x1b]0;owned\x07 [red]\u202e")], GradedResponse)
+    files.write_json(folder / "manifest.json", {"parts": [{"name": part.name, "sha256": files.sha256_file(part)}]})
+    evaluate.show_failures(results.load_evaluation(folder), 1)
     shown = capsys.readouterr().err
     assert "owned" in shown
     assert "[red]" in shown

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from opdctl import execution, sandbox
-from opdctl.benchmarks import find
-from opdctl.config import Eval
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.execution import ECHO, code
-from opdctl.grading import Grade
+from opdctl.evaluation import code_execution, code_sandbox
+from opdctl.evaluation.benchmarks import find
+from opdctl.evaluation.code_execution import SELF_TEST_TASK, code
+from opdctl.evaluation.graders import Grade
+from opdctl.recipe.schema import Eval
 
 
 def confinement() -> str:
     """Return why code cannot be confined here, or nothing."""
     try:
-        execution._need_confinement()
+        code_execution._need_confinement()
     except OpdctlError as error:
         return error.message
     return ""
@@ -30,7 +30,7 @@ def confinement() -> str:
 WHY = confinement()
 confined = pytest.mark.skipif(bool(WHY), reason=WHY)
 
-ADD = ECHO | {
+ADD = SELF_TEST_TASK | {
     "task_id": "HumanEval/900",
     "prompt": 'from typing import List\n\ndef add(x: List[int]) -> int:\n    """Add the numbers up."""\n',
     "entry_point": "add",
@@ -38,7 +38,7 @@ ADD = ECHO | {
     "base_input": [[[1, 2]], [[]]],
     "plus_input": [[[-5, 5, 7]]],
 }
-ROOT = ECHO | {
+ROOT = SELF_TEST_TASK | {
     "task_id": "HumanEval/901",
     "prompt": "def root(x: float) -> float:\n",
     "entry_point": "root",
@@ -47,7 +47,7 @@ ROOT = ECHO | {
     "plus_input": [[3.0]],
     "atol": 1e-6,
 }
-TUPLES = ECHO | {  # MBPP 2: its inputs are tuples, which JSON has not
+TUPLES = SELF_TEST_TASK | {  # MBPP 2: its inputs are tuples, which JSON has not
     "dataset": "mbpp",
     "task_id": "Mbpp/2",
     "prompt": '"""Find the shared elements of two tuples."""\n',
@@ -58,7 +58,7 @@ TUPLES = ECHO | {  # MBPP 2: its inputs are tuples, which JSON has not
 }
 
 
-def graded(body: str, task: dict[str, Any] = ECHO) -> Grade:
+def graded(body: str, task: dict[str, Any] = SELF_TEST_TASK) -> Grade:
     (grade,) = code.grade([(json.dumps(task), body)])
     return grade
 
@@ -98,7 +98,9 @@ def test_what_a_response_s_function_returns_decides(task: dict[str, Any], respon
 @confined
 def test_responses_without_the_function_are_no_answers_and_each_keeps_its_place() -> None:
     right, wrong = "def echo(x):\n    return x", "def echo(x):\n    return 0"
-    pairs = [(json.dumps(ECHO), each) for each in (right, "no idea", wrong, "<think>def echo(x)</think>", right)]
+    pairs = [
+        (json.dumps(SELF_TEST_TASK), each) for each in (right, "no idea", wrong, "<think>def echo(x)</think>", right)
+    ]
     assert [grade.verdict for grade in code.grade(pairs)] == ["ok", "no_answer", "ok", "no_answer", "ok"]
     assert [grade.correct for grade in code.grade(pairs)] == [True, False, False, False, True]
     assert code.grade([]) == []
@@ -207,29 +209,29 @@ return x
     ],
 )
 def test_what_does_not_play_fair_is_wrong_and_harms_no_other(body: str, verdict: str) -> None:
-    grades = code.grade([(json.dumps(ECHO), program(each)) for each in (body, "return x")])
+    grades = code.grade([(json.dumps(SELF_TEST_TASK), program(each)) for each in (body, "return x")])
     assert [(grade.correct, grade.verdict) for grade in grades] == [(False, verdict), (True, "ok")]
 
 
 @confined
 def test_what_outlasts_the_limit_is_ended_with_all_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "SECONDS", 1)
-    task = ECHO | {"canonical_solution": "    while True: pass\n"}  # the task itself hangs
+    monkeypatch.setattr(code_execution, "TIMEOUT_SECONDS", 1)
+    task = SELF_TEST_TASK | {"canonical_solution": "    while True: pass\n"}  # the task itself hangs
     assert graded(program("return x"), task).verdict == "timeout"
-    left = subprocess.run(["pgrep", "-f", sandbox.__file__], capture_output=True, text=True).stdout
+    left = subprocess.run(["pgrep", "-f", code_sandbox.__file__], capture_output=True, text=True).stdout
     assert left == ""
 
 
 def test_where_code_cannot_be_confined_none_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     if not shutil.which("setpriv"):
         pytest.skip("no setpriv")
-    execution._need_confinement.cache_clear()
+    code_execution._need_confinement.cache_clear()
     monkeypatch.setattr(os, "defpath", "/nowhere")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(OpdctlError, match="cannot be confined here, so none is run") as caught:
         graded(program("return x"))
     assert caught.value.code == ExitCode.REACH
-    execution._need_confinement.cache_clear()
+    code_execution._need_confinement.cache_clear()
 
 
 # ── Problems ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,7 +246,7 @@ def test_evalplus_own_file_gives_the_problems(tmp_path: Path, name: str) -> None
     assert [problem.id for problem in problems] == ["HumanEval/900", "HumanEval/901"]
     assert problems[0].text == f"```python\n{ADD['prompt'].strip()}\n```"
     assert json.loads(problems[1].answer or "") == {"dataset": "humaneval"} | {
-        key: ROOT[key] for key in execution.COLUMNS
+        key: ROOT[key] for key in code_execution.COLUMNS
     }
 
 

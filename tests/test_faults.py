@@ -19,19 +19,20 @@ from conftest import QUICKSTART, ROOT, Result, artifacts, invoke, sets
 from faults import power_cut, system_error
 from safetensors.numpy import load_file, save_file
 
-from opdctl import claims, plan, store
-from opdctl.engines.hf import TransformersEngine
+from opdctl.artifacts import files, leases, tables
+from opdctl.artifacts.records import Response, TokenScores
+from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
-from opdctl.records import Response, Scores
-from opdctl.run import recorded_run
-from opdctl.stages import train as stage
+from opdctl.pipeline import plan
+from opdctl.runs.run import load_run
+from opdctl.training import trainer
 
 
 @pytest.fixture(autouse=True)
 def claims_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness makes them short-lived."""
-    monkeypatch.setattr(claims, "LEASE", claims.LEASE)
-    monkeypatch.setattr(claims, "HEARTBEAT", claims.HEARTBEAT)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", leases.LEASE_SECONDS)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", leases.HEARTBEAT_SECONDS)
 
 
 def test_three_workers_a_stage_under_kills_make_the_student_of_an_undisturbed_chain(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def remount(place: Path, options: str) -> None:
 def fill(place: Path, left: int) -> Path:
     """Fill a disk up, but for `left` bytes."""
     ballast = place / "ballast"
-    ballast.write_bytes(bytes(store.free_space(place) - left))
+    ballast.write_bytes(bytes(files.free_space(place) - left))
     return ballast
 
 
@@ -161,7 +162,7 @@ def test_clocks_that_jump_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 def memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let a forward pass in training fail as torch does beyond so many tokens; return the sizes that were tried."""
-    tried, states = [], stage.response_states
+    tried, states = [], trainer.response_states
 
     def limited(model: Any, ids_BT: Any, *others: Any) -> Any:
         tried.append(ids_BT.numel())
@@ -169,7 +170,7 @@ def memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return states(model, ids_BT, *others)
 
-    monkeypatch.setattr(stage, "response_states", limited)
+    monkeypatch.setattr(trainer, "response_states", limited)
     return tried
 
 
@@ -183,7 +184,7 @@ def test_out_of_memory_halves_the_micro_batches_and_the_step_stays_the_same(tmp_
     assert result.err.count("out of memory: going on with half as large micro-batches") == 2  # 424, 212, 106 tokens
     assert "of 106 tokens at most" in result.err
     assert [size for size in tried if size > 120] == [424, 212]  # the second step begins with what was enough
-    one, other = (recorded_run(tmp_path / name) for name in ("whole", "run"))
+    one, other = (load_run(tmp_path / name) for name in ("whole", "run"))
     for step in (0, 1):
         found, wanted = other.update(step)["metrics"], one.update(step)["metrics"]
         for name in ("loss", "ratio", "k1", "grad_norm", "tokens"):
@@ -229,7 +230,7 @@ def spoiling(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def scored(self: Any, answered: Any, *others: Any) -> Any:
         found = score(self, answered, *others)
-        found[4] = Scores(found[4].logprobs[:-1])
+        found[4] = TokenScores(found[4].logprobs[:-1])
         return found
 
     monkeypatch.setattr(TransformersEngine, "generate", generated)
@@ -240,7 +241,7 @@ def spoiling(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_spoilt_response_stops_the_run_by_name_and_position(tmp_path: Path, spoiling: list[str]) -> None:
     result = train(tmp_path / "run", *spoiling)
     assert result.code == ExitCode.DATA
-    name = recorded_run(tmp_path / "run").draws(0)[2][0]
+    name = load_run(tmp_path / "run").draws(0)[2][0]
     assert f"{name}: the student's logprobs at position 1 is nan" in result.err
     assert "train.max_spoilt_responses" in result.err
 
@@ -252,7 +253,7 @@ def test_as_many_spoilt_responses_as_the_recipe_allows_are_left_out_and_counted(
     result = train(tmp_path / "two", *spoiling, "train.max_spoilt_responses=2")
     assert result.code == 0, result.err
     assert result.err.count("this response is left out") == 2
-    metrics = recorded_run(tmp_path / "two").update(0)["metrics"]
+    metrics = load_run(tmp_path / "two").update(0)["metrics"]
     assert (metrics["responses"], metrics["spoilt_responses"]) == (6, 2)
 
 
@@ -262,13 +263,13 @@ def test_a_loss_or_gradient_that_is_no_number_stops_before_the_optimizer(
 ) -> None:
     assert train(tmp_path / "run", "train.steps=1").code == 0
     before = artifacts(tmp_path / "run")
-    over = stage.over_chunks
+    over = trainer.map_vocab_chunks
 
     def broken(*arguments: Any) -> Any:
         loss = over(*arguments)
         return loss * float("nan") if where == "loss" else loss * torch.tensor(float("inf"))[None].expand(1).sqrt()[0]
 
-    monkeypatch.setattr(stage, "over_chunks", broken)
+    monkeypatch.setattr(trainer, "map_vocab_chunks", broken)
     result = train(tmp_path / "run", "train.steps=2")
     assert result.code == ExitCode.DATA
     assert f"the {where if where == 'loss' else 'loss'} is" in result.err
@@ -294,7 +295,7 @@ def test_responses_of_nothing_but_an_end_are_legal_and_counted(tmp_path: Path) -
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(29))}))  # whatever is drawn
     result = train(tmp_path / "run", f"student.model={path}", "train.steps=1")
     assert result.code == 0, result.err
-    metrics = recorded_run(tmp_path / "run").update(0)["metrics"]
+    metrics = load_run(tmp_path / "run").update(0)["metrics"]
     assert (metrics["response_length"], metrics["truncated_share"]) == (1, 0)
 
 
@@ -311,7 +312,7 @@ def test_a_matrix_of_more_rows_than_tokens_is_masked_and_said_once(tmp_path: Pat
     assert first.err.count(f"student: of 64 rows of its output matrix the tokenizer knows {len(matrix)}") == 1
     assert train(tmp_path / "plain", "train.steps=1").code == 0
     rows = [
-        store.read_rows(run / "step-00000/rollout/part-00000-of-00002.parquet", Response)
+        tables.read_rows(run / "step-00000/rollout/part-00000-of-00002.parquet", Response)
         for run in (tmp_path / "run", tmp_path / "plain")
     ]
     assert [row.response_ids.tolist() for row in rows[0]] == [row.response_ids.tolist() for row in rows[1]]

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART, invoke, sets
 
-from opdctl import claims
-from opdctl.engines import Answered
-from opdctl.engines.hf import TransformersEngine
+from opdctl.artifacts import leases
+from opdctl.artifacts.records import Response
+from opdctl.artifacts.tables import read_rows
+from opdctl.engines.base import ScoreRequest
+from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.follow import following, signs
-from opdctl.records import Response
-from opdctl.run import Run, recorded_run
-from opdctl.store import read_rows
+from opdctl.runs.heartbeats import read_heartbeats, send_heartbeats
+from opdctl.runs.run import Run, load_run
 
 STAGES = ("rollout", "score-teacher", "train")
 THREE = ("train.steps=3",)
@@ -92,7 +92,7 @@ def test_three_followers_make_the_student_of_one_process_whichever_is_killed_and
     assert [code(child) for child in followers.values()] == [0, 0, 0]
     for step in range(4):
         name = "model.safetensors"
-        one, three = (recorded_run(path) for path in (alone, output))
+        one, three = (load_run(path) for path in (alone, output))
         if step in one.kept_steps():
             assert (one.student_at(step).path / name).read_bytes() == (three.student_at(step).path / name).read_bytes()
     assert [three.update(step)["metrics"]["lag"] for step in range(3)] == [0, 0, 0]
@@ -104,7 +104,7 @@ def test_followers_that_draw_ahead_keep_within_the_bound_and_end(tmp_path):
     overrides = ("train.steps=4", "pipeline.max_staleness=2", "rollout.parts=4")
     followers = [start(stage, tmp_path / "run", *overrides) for stage in ("rollout", *STAGES)]
     assert [code(child) for child in followers] == [0, 0, 0, 0]
-    run = recorded_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     for step in range(4):
         lag = run.update(step)["metrics"]["lag"]
         assert 0 <= lag <= 2
@@ -118,12 +118,12 @@ def rows(run: Run, step: int, index: int) -> list[Response]:
 
 def test_responses_drawn_ahead_say_so_and_are_corrected_for(ahead):
     """The importance weight of each token, by an engine of its own with the student that learns."""
-    run = recorded_run(ahead)
+    run = load_run(ahead)
     own = [row for index in range(2) for row in rows(run, 1, index)]
     assert {row.policy_step for row in own} == {0}
     assert all("/00001/" in row.sample_id for row in own)
     engine = TransformersEngine(run.student_at(1), "cpu")
-    scores = engine.score([Answered(r.prompt_ids, r.response_ids) for r in own], run.recipe.score, lambda n: None)
+    scores = engine.score([ScoreRequest(r.prompt_ids, r.response_ids) for r in own], run.recipe.score, lambda n: None)
     ratios = [np.exp(now.logprobs.astype(float) - row.logprobs) for now, row in zip(scores, own, strict=True)]
     metrics = run.update(1)["metrics"]
     assert metrics["lag"] == 1
@@ -133,7 +133,7 @@ def test_responses_drawn_ahead_say_so_and_are_corrected_for(ahead):
 
 
 def test_whoever_makes_a_part_later_draws_it_with_the_student_that_was_settled(copy):
-    run = recorded_run(copy)
+    run = load_run(copy)
     path = run.rollout(1).verify(0)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -158,7 +158,7 @@ def test_a_lower_bound_refuses_what_was_drawn_ahead_and_is_still_to_be_learnt_fr
     result = invoke("train", *now)
     assert result.code == ExitCode.SETTINGS
     assert "step-00003: drawn by the student of step 2; pipeline.max_staleness = 0 wants that of step 3" in result.err
-    assert recorded_run(copy).current_step() == 3
+    assert load_run(copy).current_step() == 3
     shutil.rmtree(copy / "step-00003")
     result = invoke("train", *now)
     assert result.code == 0, result.err
@@ -186,36 +186,38 @@ def test_a_cluster_s_signal_ends_a_stage_that_waits_with_75(alone, tmp_path):
     output = tmp_path / "run"
     child = start("score-teacher", output)
     until(
-        lambda: (output / "run.json").exists() and any(sign.state != "starts" for sign in signs(recorded_run(output)))
+        lambda: (
+            (output / "run.json").exists() and any(sign.state != "starts" for sign in read_heartbeats(load_run(output)))
+        )
     )
     os.kill(child, signal.SIGUSR1)
     assert code(child) == ExitCode.REQUEUE
-    assert not signs(recorded_run(output))
+    assert not read_heartbeats(load_run(output))
 
 
 def test_status_tells_who_waits_and_who_has_gone_silent(alone, monkeypatch):
-    monkeypatch.setattr(claims, "HEARTBEAT", 0.05)
-    run = recorded_run(alone)
-    with following(impatient(run), "rollout") as follower:
-        assert signs(run)[0].state == "starts"
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
+    run = load_run(alone)
+    with send_heartbeats(impatient(run), "rollout") as follower:
+        assert read_heartbeats(run)[0].state == "starts"
         with pytest.raises(OpdctlError, match="waited"):
             follower.wait_for(7, lambda: False, "a student")
-        until(lambda: signs(run)[0].state == "waits for a student")
+        until(lambda: read_heartbeats(run)[0].state == "waits for a student")
         result = invoke("status", alone, "--json")
         assert result.code == 0
         assert f"rollout   step 7, waits for a student  (0 s ago, process {os.getpid()} on" in result.err
         (sign,) = result.json()["followers"]
         assert (sign["stage"], sign["step"], sign["pid"]) == ("rollout", 7, os.getpid())
-    assert not signs(run)
+    assert not read_heartbeats(run)
 
 
 def test_nobody_gives_up_while_another_is_at_work(alone, monkeypatch):
-    monkeypatch.setattr(claims, "HEARTBEAT", 0.05)
-    run = impatient(recorded_run(alone))
-    with following(run, "train") as waiting:
-        with following(run, "rollout") as working:
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
+    run = impatient(load_run(alone))
+    with send_heartbeats(run, "train") as waiting:
+        with send_heartbeats(run, "rollout") as working:
             working.wait_for(0, lambda: True, "a student")
-            until(lambda: any(sign.state == "works" for sign in signs(run)))
+            until(lambda: any(sign.state == "works" for sign in read_heartbeats(run)))
             end = time.monotonic() + 0.3
             waiting.wait_for(0, lambda: time.monotonic() > end, "the teacher's scores")
         with pytest.raises(OpdctlError, match="waited"):
@@ -228,18 +230,18 @@ def impatient(run: Run) -> Run:
 
 
 def test_what_a_dead_follower_left_is_shown_as_dead_and_forgotten_by_the_next(alone):
-    run = recorded_run(alone)
-    with following(run, "train"):
+    run = load_run(alone)
+    with send_heartbeats(run, "train"):
         left = alone / "followers" / "rollout-elsewhere-1.json"
         (own,) = (alone / "followers").glob("train-*.json")
         left.write_bytes(own.read_bytes())
         unfinished = left.with_name(".tmp-1-rollout-elsewhere-1.json")  # as it is being written anew
         unfinished.write_bytes(own.read_bytes())
-        assert len(signs(run)) == 2
+        assert len(read_heartbeats(run)) == 2
         unfinished.unlink()
-    os.utime(left, (time.time() - 2 * claims.LEASE,) * 2)
+    os.utime(left, (time.time() - 2 * leases.LEASE_SECONDS,) * 2)
     assert "no sign of life for 120 s" in invoke("status", alone).err
-    with following(run, "train"):
+    with send_heartbeats(run, "train"):
         assert not left.exists()
 
 

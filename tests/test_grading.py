@@ -5,12 +5,12 @@ import re
 import pytest
 from conftest import ROOT
 
-from opdctl import grading
-from opdctl.answers import tidy
-from opdctl.benchmarks import find
-from opdctl.config import Eval
-from opdctl.grading import Grade, Text, last_boxed, mathematics
-from opdctl.tasks import sort12
+from opdctl.data.toy import sort12
+from opdctl.evaluation import graders
+from opdctl.evaluation.benchmarks import find
+from opdctl.evaluation.graders import Grade, Text, last_boxed, mathematics
+from opdctl.evaluation.math_answers import normalize
+from opdctl.recipe.schema import Eval
 
 DATA = ROOT.parent / "shared" / "benchmarks"
 
@@ -255,7 +255,7 @@ HOSTILE = [
 
 
 def test_an_answer_that_hangs_or_dies_costs_no_other_its_grade(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grading, "SECONDS", 3)
+    monkeypatch.setattr(graders, "TIMEOUT_SECONDS", 3)
     good = (r"\frac{1}{2}", boxed(r"\frac{3}{6}"))
     bad = [("7", boxed(answer)) for answer in HANGING] + [("7", response) for response in HOSTILE]
     grades = mathematics.grade([each for pair in bad for each in (pair, good)])
@@ -307,6 +307,6 @@ def test_every_gold_answer_is_right_by_its_own_measure_and_in_another_spelling(n
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files in {DATA.parent.name}/{DATA.name}")
 def test_a_gold_answer_is_not_right_for_another_problem() -> None:
     golds = [problem.answer or "" for problem in find("math500", Eval()).problems(None, DATA)]
-    different = sorted({tidy(gold) for gold in golds})  # 120 and 120 degrees are one value
+    different = sorted({normalize(gold) for gold in golds})  # 120 and 120 degrees are one value
     assert len(different) > 250
     assert mistaken(list(zip(different, different[1:] + different[:1], strict=True)), equal=False) == []

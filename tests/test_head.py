@@ -27,13 +27,14 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
-from opdctl import logprobs
-from opdctl.config import Model
 from opdctl.errors import OpdctlError
-from opdctl.logprobs import check_head, output_head, over_chunks, response_states
-from opdctl.model import ModelDir, load, load_head, locate
+from opdctl.models import logprobs
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.models.loading import load_head, load_model
+from opdctl.models.logprobs import check_head, map_vocab_chunks, output_head, response_states
+from opdctl.recipe.schema import Model
 
-TOY = locate(Model(model="toy:student"), "student.model")
+TOY = find_or_download(Model(model="toy:student"), "student.model")
 V = 56  # what the embedded tokenizer knows; the matrices have eight rows more
 SMALL = {
     "vocab_size": 64,
@@ -105,7 +106,7 @@ def chunked_loss(model, start=0, stop=10):
         rows = torch.arange(start, stop)[chunk.rows]
         return loss_of(chunk.logp_CV, chunk.picked_CK[:, 0], rows)
 
-    return over_chunks(output_head(model, V), hidden_ND, ids_N[:, None], use)
+    return map_vocab_chunks(output_head(model, V), hidden_ND, ids_N[:, None], use)
 
 
 def gradients(loss, model):
@@ -159,7 +160,7 @@ def test_a_head_s_bias_scale_and_soft_cap_are_seen_and_tell(kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_known_heads_are_loaded_in_either_type(kind, dtype, tmp_path):
-    loaded = load(save(make(kind), tmp_path), device="cpu", dtype=dtype)
+    loaded = load_model(save(make(kind), tmp_path), device="cpu", dtype=dtype)
     assert loaded.dtype == getattr(torch, dtype)
     assert output_head(loaded, V).weight_VD.dtype == torch.float32
 
@@ -169,7 +170,7 @@ def test_an_architecture_that_caps_its_logits_under_another_name_is_refused(tmp_
     model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**TIED, logits_soft_cap=1.0))
     torch.nn.init.normal_(model.get_output_embeddings().weight)
     with pytest.raises(OpdctlError, match="its logits are not what opdctl makes of its hidden states"):
-        load(save(model, tmp_path), device="cpu")
+        load_model(save(model, tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -184,7 +185,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused(dtype, tmp_path, monkey
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", hotter)
     with pytest.raises(OpdctlError, match="its logits are not what opdctl makes of its hidden states"):
-        load(directory, device="cpu", dtype=dtype)
+        load_model(directory, device="cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,7 +242,7 @@ def test_a_head_alone_is_the_whole_model_s(kind, shards, tmp_path):
     assert (len(list(tmp_path.glob("*.safetensors"))) == 1) == (shards == 1)
     for dtype in ("float32", "bfloat16"):
         directory = ModelDir(tmp_path, dtype)
-        found, want = load_head(directory, device="cpu"), output_head(load(directory, device="cpu"), V)
+        found, want = load_head(directory, device="cpu"), output_head(load_model(directory, device="cpu"), V)
         assert (found.vocab_size, found.scale, found.softcap) == (V, want.scale, want.softcap)
         assert not found.weight_VD.requires_grad
         torch.testing.assert_close(found.weight_VD, want.weight_VD, rtol=0, atol=0)

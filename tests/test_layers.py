@@ -1,6 +1,8 @@
-"""The rules of the code itself: which file may know which, and what stays light."""
+"""Structural rules of the package: which module may import which, which modules stay light, who touches files."""
 
 import ast
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,114 +10,109 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opdctl"
-ORDER = [  # a file imports from lines above its own only
-    ["opdctl"],
-    ["errors", "answers", "sandbox"],
-    ["hub"],
-    ["registry"],
-    ["weights"],
-    ["objectives"],
-    ["config"],
-    ["records", "manifests"],
-    ["claims"],
-    ["store"],
-    [
-        "positions",
-        "dist",
-        "log",
-        "logprobs",
-        "stats",
-        "contamination",
-        "grading",
-        "checkpoint",
-        "batches",
-        "tasks.task",
-    ],
-    ["tasks.sorting", "tasks.swapping"],
-    ["tasks"],
-    ["completion", "tasks.train_models", "prompts", "model"],
-    ["sizes"],
-    ["execution"],
-    ["benchmarks", "card", "engines", "engines.http", "policy", "tracking"],
-    ["engines.hf", "engines.vllm", "engines.server", "run"],
-    ["parity", "scored", "plan", "follow", "evaluations", "verdict"],
-    ["change", "status"],
-    ["microbatches", "samples", "comparison"],
-    ["analysis"],
-    ["figures", "sentences"],
-    ["report"],
-    ["stages.rollout", "stages.score", "stages.train", "stages.evaluate", "stages.analyze", "stages.continuations"],
-    ["stages"],
-    ["online"],
-    ["cli"],
-    ["__main__"],
+LAYERS = [  # a module imports from lines above its own only; modules on one line do not import one another
+    {"errors"},
+    {"console", "distributed", "environment", "registry"},
+    {"losses", "artifacts"},
+    {"recipe"},
+    {"models", "data"},
+    {"engines", "runs"},
+    {"training", "evaluation"},
+    {"analysis", "pipeline"},
+    {"cli", "plugins"},
 ]
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+LEVELS = {subject: level for level, subjects in enumerate(LAYERS) for subject in subjects}
 MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") or "opdctl": path
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE or path.name not in ("__init__.py", "__main__.py")
 }
-MODULES["opdctl"] = MODULES.pop("__init__")
+LIGHT_MODULES = ("cli.main", "recipe.load", "runs.status", "analysis.report", "plugins")
 
 
-def imports(path: Path) -> set[str]:
+def imported_modules(path: Path) -> set[str]:
     """Return the modules of the package that a file imports, at its top or within a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "opdctl":
             module = (node.module or "").removeprefix("opdctl").removeprefix(".")
             for alias in node.names:
-                inside = f"{module}.{alias.name}" if module else alias.name
-                found.add(inside if inside in MODULES else module or "opdctl")
+                name = f"{module}.{alias.name}" if module else alias.name
+                found.add(name if name in MODULES else module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("opdctl.") for alias in node.names if alias.name.startswith("opdctl.")}
     return found
 
 
+IMPORTS = {name: imported_modules(path) for name, path in MODULES.items()}
+
+
+def test_every_module_belongs_to_a_layer():
+    assert {name.split(".")[0] for name in MODULES} == set(LEVELS)
+
+
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_go_one_way(name):
-    made_here = (
-        {"engines.hf", "engines.vllm", "engines.server"} if name == "engines" else set()
-    )  # an engine is loaded by its factory, when asked for
-    for other in imports(MODULES[name]) - {name} - made_here:
-        assert LEVEL[other] < LEVEL[name], f"{name} imports {other}"
+def test_imports_go_down_the_layers(name):
+    subject = name.split(".")[0]
+    for other in IMPORTS[name]:
+        other_subject = other.split(".")[0]
+        assert other_subject == subject or LEVELS[other_subject] < LEVELS[subject], f"{name} imports {other}"
 
 
-def test_every_file_has_its_place():
-    assert set(MODULES) == set(LEVEL)
+def test_no_import_cycle():
+    left = {name: others & MODULES.keys() - {name} for name, others in IMPORTS.items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"a cycle among {sorted(left)}"
 
 
-@pytest.mark.parametrize("stage", ["rollout", "score", "train", "evaluate", "analyze", "continuations"])
-def test_stages_do_not_import_one_another(stage):
-    assert not [other for other in imports(MODULES[f"stages.{stage}"]) if other.startswith("stages")]
+def importers(*modules: str) -> set[str]:
+    """Return the modules that import one of these, at the top or within a function."""
+    found = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            if any(each == module or each.startswith(f"{module}.") for each in names for module in modules):
+                found.add(name)
+    return found
 
 
 @pytest.mark.parametrize(
-    "module",
+    ("libraries", "homes"),
     [
-        "cli",
-        "completion",
-        "config",
-        "hub",
-        "records",
-        "store",
-        "registry",
-        "weights",
-        "objectives",
-        "run",
-        "stages.analyze",
-        "report",
+        (["pyarrow"], ("artifacts.", "data.tables")),
+        (["safetensors"], ("artifacts.", "models.", "training.policy", "engines.vllm")),
+        (["vllm"], ("engines.vllm",)),
+        (["rich"], ("console", "cli.")),
+        (["typer"], ("cli.",)),
+        (["matplotlib"], ("analysis.figures",)),
+        (["pickle"], ()),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_light_modules_import_no_torch(module):
-    code = f"import sys, opdctl.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_library_is_used_in_its_home_only(libraries, homes):
+    strangers = {name for name in importers(*libraries) if not name.startswith(homes)}
+    assert not strangers
 
 
-def test_only_the_store_opens_artifacts():
-    for name, path in MODULES.items():
-        if name not in ("store", "prompts"):  # prompts reads the user's own data
-            assert "pyarrow.parquet" not in path.read_text(), name
-        assert "import pickle" not in path.read_text(), name
-        assert "torch.load" not in path.read_text(), name
+def test_nothing_is_unpickled():
+    assert not [name for name, path in MODULES.items() if "torch.load" in path.read_text()]
+
+
+def test_light_modules_import_no_torch():
+    code = (
+        "import importlib, json, sys\n"
+        "found = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(f'opdctl.{name}')\n"
+        "    found[name] = sorted({'torch', 'transformers'} & set(sys.modules))\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *LIGHT_MODULES], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {name: [] for name in LIGHT_MODULES}
 
 
 def test_no_function_is_longer_than_a_screen():
@@ -123,3 +120,18 @@ def test_no_function_is_longer_than_a_screen():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
+
+
+def test_a_public_name_is_defined_once():
+    """Names that a package defines on purpose in several modules stand in SHARED."""
+    definitions = []
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+            definitions += [(each, name) for each in names if not each.startswith("_")]
+    definitions.sort()
+    grouped = {key: [module for _, module in group] for key, group in itertools.groupby(definitions, lambda d: d[0])}
+    assert {key: modules for key, modules in grouped.items() if len(modules) > 1} == {}

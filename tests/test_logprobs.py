@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opdctl import logprobs
-from opdctl.batches import by_token_budget, pad
-from opdctl.config import Model
-from opdctl.logprobs import Head, output_head, over_chunks, response_states
-from opdctl.model import ModelDir, load, locate
+from opdctl.models import logprobs
+from opdctl.models.batching import by_token_budget, pad_batch
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.models.loading import load_model
+from opdctl.models.logprobs import Head, map_vocab_chunks, output_head, response_states
+from opdctl.recipe.schema import Model
 
 N, D, V, PADDED = 23, 8, 11, 13  # two rows of the matrix are no token's
 CHUNKS = [1, 4, N, 100]
@@ -88,7 +89,7 @@ def plain_loss(loss, hidden_ND, head, ids_NK, order=slice(None)):
 
 def chunked_loss(loss, hidden_ND, head, ids_NK, order=None):
     order = torch.arange(len(ids_NK)) if order is None else order
-    return over_chunks(
+    return map_vocab_chunks(
         head, hidden_ND, ids_NK, lambda chunk: loss(chunk.picked_CK, lambda: chunk.logp_CV, order[chunk.rows])
     )
 
@@ -127,7 +128,7 @@ def test_values_equal_those_of_the_plain_formula_for_every_chunk(kind, chunk):
         found.append((part.picked_CK, part.entropy_C(), *part.top(5), part.logp_CV.clone(), divergence_C))
 
     with in_chunks_of(chunk), torch.no_grad():
-        total = over_chunks(head, hidden_ND, ids_NK, read)
+        total = map_vocab_chunks(head, hidden_ND, ids_NK, read)
     assert [len(part) for part in rows] == [min(chunk, N - start) for start in range(0, N, chunk)]
     assert torch.cat(rows).tolist() == list(range(N))
     assert total.item() == 0
@@ -143,7 +144,7 @@ def test_a_chunk_has_one_token_where_the_vocabulary_is_larger_than_a_chunk():
     hidden_ND, head, ids_NK = make()
     sizes = []
     with patch.object(logprobs, "CHUNK_LOGITS", V // 2):
-        over_chunks(head, hidden_ND, ids_NK, lambda chunk: sizes.append(len(chunk.picked_CK)))
+        map_vocab_chunks(head, hidden_ND, ids_NK, lambda chunk: sizes.append(len(chunk.picked_CK)))
     assert sizes == [1] * N
 
 
@@ -200,7 +201,7 @@ def test_rows_of_the_matrix_beyond_the_vocabulary_get_no_probability_and_no_grad
         assert chunk.top(V)[0].max() < V
         return chunk.logp_CV.square().sum() + chunk.picked_CK.sum()
 
-    over_chunks(head, hidden_ND, ids_NK, use).backward()
+    map_vocab_chunks(head, hidden_ND, ids_NK, use).backward()
     torch.testing.assert_close(torch.cat(sums), torch.ones(N))
     for value in (head.weight_VD, head.bias_V):
         assert (value.grad[V:] == 0).all()
@@ -255,7 +256,7 @@ def test_without_gradients_the_value_is_the_same_and_nothing_is_differentiated(m
         return LOSSES["both"](chunk.picked_CK, lambda: chunk.logp_CV, chunk.rows)
 
     with mode(), in_chunks_of(4):
-        found = over_chunks(head, hidden_ND, ids_NK, use)
+        found = map_vocab_chunks(head, hidden_ND, ids_NK, use)
     assert not found.requires_grad
     assert wanting == [False] * math.ceil(N / 4)
     torch.testing.assert_close(found.double(), plain_loss(LOSSES["both"], hidden_ND, head, ids_NK), rtol=1e-5, atol=0)
@@ -278,7 +279,7 @@ def test_no_tokens_can_be_read_too():
     def read(chunk):
         shapes.append([value.shape for value in (chunk.picked_CK, chunk.entropy_C(), *chunk.top(3), chunk.logp_CV)])
 
-    over_chunks(head, hidden_ND, ids_NK, read)
+    map_vocab_chunks(head, hidden_ND, ids_NK, read)
     assert shapes == [[(0, 4), (0,), (0, 3), (0, 3), (0, V)]]
 
 
@@ -290,7 +291,7 @@ def test_chunks_without_a_loss_or_with_a_constant_one_count_as_such_and_have_no_
         return None if start == 0 else torch.tensor(2.5) if start == 4 else chunk.picked_CK[:, 0].sum()
 
     with in_chunks_of(4):
-        found = over_chunks(head, hidden_ND, ids_NK, use)
+        found = map_vocab_chunks(head, hidden_ND, ids_NK, use)
     found.backward()
     picked_N = plain(hidden_ND, head).gather(-1, ids_NK)[8:, 0]
     assert found.item() == pytest.approx(2.5 + picked_N.sum().item(), rel=1e-5)
@@ -302,7 +303,7 @@ def test_chunks_without_a_loss_or_with_a_constant_one_count_as_such_and_have_no_
 def test_where_no_chunk_has_a_gradient_the_sum_still_takes_part_in_backward(result):
     hidden_ND, head, ids_NK = make()
     with in_chunks_of(5):
-        found = over_chunks(head, hidden_ND, ids_NK, lambda chunk: result)
+        found = map_vocab_chunks(head, hidden_ND, ids_NK, lambda chunk: result)
     found.backward()
     assert found.item() == (0 if result is None else 5)
     for value in (hidden_ND, head.weight_VD):
@@ -360,7 +361,7 @@ def test_extreme_logits_give_finite_log_probs_and_gradients():
         finite.append(bool(chunk.logp_CV.isfinite().all() and chunk.entropy_C().isfinite().all()))
         return LOSSES["both"](chunk.picked_CK, lambda: chunk.logp_CV, chunk.rows)
 
-    over_chunks(head, hidden_ND, ids_NK, use).backward()
+    map_vocab_chunks(head, hidden_ND, ids_NK, use).backward()
     assert finite == [True]
     assert hidden_ND.grad.isfinite().all()
     assert head.weight_VD.grad.isfinite().all()
@@ -378,7 +379,7 @@ def test_nothing_of_the_size_of_tokens_times_vocabulary_is_built():
         return divergence + part.picked_CK.sum() + part.entropy_C().sum() + part.top(7)[1].sum()
 
     with Watch() as watch, in_chunks_of(chunk, vocabulary):
-        over_chunks(head, hidden_ND, torch.randint(0, vocabulary, (tokens, 3)), use).backward()
+        map_vocab_chunks(head, hidden_ND, torch.randint(0, vocabulary, (tokens, 3)), use).backward()
     sizes = {math.prod(shape) for shape in watch.shapes}
     assert chunk * vocabulary in sizes
     assert max(sizes) <= chunk * vocabulary + vocabulary * hidden < tokens * vocabulary
@@ -393,7 +394,7 @@ def test_by_hand_two_words_of_equal_logit():
         entropies.append(chunk.entropy_C().item())
         return chunk.picked_CK.sum()
 
-    found = over_chunks(head, torch.ones(1, D), torch.tensor([[1]]), use)
+    found = map_vocab_chunks(head, torch.ones(1, D), torch.tensor([[1]]), use)
     found.backward()
     assert found.item() == pytest.approx(-np.log(2))
     assert entropies == pytest.approx([np.log(2)])
@@ -402,8 +403,8 @@ def test_by_hand_two_words_of_equal_logit():
 
 @pytest.fixture(scope="module")
 def student():
-    directory = ModelDir(locate(Model(model="toy:student"), "student.model"), "float32")
-    return load(directory, device="cpu"), directory
+    directory = ModelDir(find_or_download(Model(model="toy:student"), "student.model"), "float32")
+    return load_model(directory, device="cpu"), directory
 
 
 def ragged(lengths):
@@ -416,13 +417,13 @@ def test_each_token_is_predicted_from_the_one_before_and_padding_changes_nothing
     """Against one unpadded forward pass a sequence: the commonest fault is to be off by one."""
     model, directory = student
     sequences = ragged([(3, 5), (13, 40), (1, 1), (7, 0), (2, 17)])
-    padded = pad(sequences, "cpu")
+    padded = pad_batch(sequences, "cpu")
     hidden_ND, ids_N = response_states(model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
     assert ids_N.tolist() == np.concatenate([response for _, response in sequences]).tolist()
     found = []
     head = output_head(model, directory.vocab_size)
     with in_chunks_of(7, directory.vocab_size):
-        over_chunks(head, hidden_ND, ids_N[:, None], lambda chunk: found.append(chunk.picked_CK[:, 0]))
+        map_vocab_chunks(head, hidden_ND, ids_N[:, None], lambda chunk: found.append(chunk.picked_CK[:, 0]))
     for (prompt, response), logp_T in zip(sequences, padded.split(torch.cat(found)), strict=True):
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
         whole = model(ids[None]).logits[0].double().log_softmax(-1)

@@ -16,19 +16,20 @@ import torch
 from conftest import QUICKSTART, invoke, sets, small_recipe
 from transformers import AutoModelForCausalLM
 
-from opdctl import logprobs
-from opdctl.config import load_recipe
-from opdctl.engines import engine_pool
-from opdctl.engines.hf import TransformersEngine
+from opdctl.data.toy import sort12
+from opdctl.engines.pool import open_engine_pool
+from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import load
+from opdctl.losses.token_weights import IwOpd, Weight, weigh
+from opdctl.models import logprobs
+from opdctl.models.loading import load_model
+from opdctl.pipeline import rollout, score
+from opdctl.recipe.load import load_recipe
 from opdctl.registry import OBJECTIVES, WEIGHTS
-from opdctl.run import Run, open_run, recorded_run
-from opdctl.scored import read_scored, target, tokens
-from opdctl.stages import rollout, score
-from opdctl.stages.train import Trainer
-from opdctl.tasks import sort12
-from opdctl.weights import IwOpd, Weight, weigh
+from opdctl.runs.open import open_run
+from opdctl.runs.run import Run, load_run
+from opdctl.runs.scored_responses import read_scored, target_logprobs, to_weight_inputs
+from opdctl.training.trainer import Trainer
 
 EVERYTHING = ("rollout.entropy=true", "rollout.top_k=20", "score.entropy=true", "score.top_k=20")
 EVERYTHING += ("score.student_top_k=true", "score.hidden_states=true", "reference.model=toy:student-spread")
@@ -38,9 +39,9 @@ EVERYTHING += ("score.student_top_k=true", "score.hidden_states=true", "referenc
 def stored(tmp_path_factory) -> Run:
     """A run whose first step is rolled out and scored, with all that can be stored."""
     run = open_run(small_recipe(*EVERYTHING), tmp_path_factory.mktemp("stored") / "run")
-    with engine_pool(run.recipe, "cpu") as engines:
-        rollout.run(run, 0, engines)
-        score.run(run, 0, engines)
+    with open_engine_pool(run.recipe, "cpu") as engines:
+        rollout.run_rollout(run, 0, engines)
+        score.run_scoring(run, 0, engines)
     return run
 
 
@@ -135,7 +136,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_that_of_the_formula_on_full_logits(stored, name, aggregate):
     """Σ w_t loss_t, one response at a time, in float64; over the tokens, or each response's mean over the responses."""
-    models = {who: load(stored.models[who], device="cpu").double() for who in ("student", "teacher")}
+    models = {who: load_model(stored.models[who], device="cpu").double() for who in ("student", "teacher")}
     samples = list(read_scored(stored, 0))
     count = sum(len(sample.response.response_ids) for sample in samples)
     for sample in samples:
@@ -144,7 +145,7 @@ def test_the_gradient_is_that_of_the_formula_on_full_logits(stored, name, aggreg
         whole = {who: model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for who, model in models.items()}
         own = torch.from_numpy(sample.response.top_ids[:, :5].astype(np.int64))
         loss = plain_loss(name, whole["student"], whole["teacher"].detach(), ids[len(prompt) :], own)
-        weight = torch.from_numpy(IwOpd(0.5)(tokens(sample, 0, 1.0)))
+        weight = torch.from_numpy(IwOpd(0.5)(to_weight_inputs(sample, 0, 1.0)))
         divisor = count if aggregate == "token" else len(response) * len(samples)
         ((weight * loss).sum() / divisor).backward()
     found = gradient(under(stored, *CASES[name], f"train.aggregate={aggregate}"))[1]
@@ -169,8 +170,8 @@ def test_extrapolated_rewards_move_the_target_and_the_weight(stored):
     for sample in samples:
         assert sample.reference is not None
         s, t, r = (x.logprobs.astype(float) for x in (sample.response, sample.teacher, sample.reference))
-        np.testing.assert_allclose(tokens(sample, 0, 1.25).advantage_T, 1.25 * (t - r) - (s - r), atol=1e-5)
-        np.testing.assert_array_equal(tokens(sample, 0, 1.0).advantage_T, t - s)
+        np.testing.assert_allclose(to_weight_inputs(sample, 0, 1.25).advantage_T, 1.25 * (t - r) - (s - r), atol=1e-5)
+        np.testing.assert_array_equal(to_weight_inputs(sample, 0, 1.0).advantage_T, t - s)
     run = under(stored, "train.extrapolation=1.25")
     batches = Trainer(run, "cpu").micro_batches(0, list(read_scored(run, 0)))
     weights, targets = (
@@ -179,16 +180,16 @@ def test_extrapolated_rewards_move_the_target_and_the_weight(stored):
     )
     for sample in samples:
         name = sample.response.sample_id
-        np.testing.assert_allclose(targets[name], target(sample, 1.25), atol=1e-6)
-        np.testing.assert_allclose(weights[name], IwOpd(0.5)(tokens(sample, 0, 1.25)), atol=1e-6)
+        np.testing.assert_allclose(targets[name], target_logprobs(sample, 1.25), atol=1e-6)
+        np.testing.assert_allclose(weights[name], IwOpd(0.5)(to_weight_inputs(sample, 0, 1.25)), atol=1e-6)
 
 
 def test_a_reference_that_is_the_student_gives_lambda_times_the_advantage(tmp_path):
     """log R = log S on-policy, so A is λ (log T - log S)."""
     overrides = ["reference.model=toy:student", "reference.dtype=float32", "train.extrapolation=1.5", "train.steps=1"]
     assert invoke("train", "--recipe", QUICKSTART, *sets(*overrides), "--output", tmp_path / "run").code == 0
-    for sample in read_scored(recorded_run(tmp_path / "run"), 0):
-        plain, extrapolated = tokens(sample, 0, 1.0).advantage_T, tokens(sample, 0, 1.5).advantage_T
+    for sample in read_scored(load_run(tmp_path / "run"), 0):
+        plain, extrapolated = to_weight_inputs(sample, 0, 1.0).advantage_T, to_weight_inputs(sample, 0, 1.5).advantage_T
         np.testing.assert_allclose(extrapolated, 1.5 * plain, atol=1e-3)
 
 
@@ -202,7 +203,7 @@ def test_every_weight_trains_and_is_drawn(name, tmp_path):
     assert trained.code == 0, trained.err
     drawn = invoke("analyze-position", tmp_path / "run", "--json")
     assert drawn.code == 0, drawn.err
-    metrics = recorded_run(tmp_path / "run").update(0)["metrics"]
+    metrics = load_run(tmp_path / "run").update(0)["metrics"]
     assert drawn.json()["summary"]["phases"][0]["weight"] == pytest.approx(metrics["weight"], rel=1e-5)
 
 
@@ -214,14 +215,14 @@ def test_every_objective_trains_with_what_it_needs_stored(name, tmp_path):
         overrides.append("objective.top_k=8")  # the embedded task has 56 tokens
     result = invoke("train", "--recipe", QUICKSTART, *sets(*overrides), "--output", output)
     assert result.code == 0, result.err
-    metrics = recorded_run(output).update(0)["metrics"]
+    metrics = load_run(output).update(0)["metrics"]
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics["grad_norm"] > 0
 
 
 def test_statistics_of_the_step_are_those_of_all_micro_batches(stored):
     """tip keeps half of the step's tokens, however they are batched: no micro-batch has statistics of its own."""
-    step = [tokens(sample, 0, 1.0) for sample in read_scored(stored, 0)]
+    step = [to_weight_inputs(sample, 0, 1.0) for sample in read_scored(stored, 0)]
     run = under(stored, "weight.name=tip", "train.tokens_per_micro_batch=200")
     batches = Trainer(run, "cpu").micro_batches(0, list(read_scored(run, 0)))
     assert len(batches) > 3
@@ -280,11 +281,11 @@ def test_each_response_is_scored_by_the_teacher_of_its_prompt(two_teachers, tmp_
     common = [*sets("train.steps=1")[2:], "--output", output]
     result = invoke("train", "--recipe", two_teachers, *common)
     assert result.code == 0, result.err
-    run = recorded_run(output)
+    run = load_run(output)
     scored = list(read_scored(run, 0))
     assert {sample.response.teacher for sample in scored} == {"teacher-a", "teacher-b"}
     for sample in scored:
-        size = np.abs(tokens(sample, 0, 1.0).advantage_T).max()
+        size = np.abs(to_weight_inputs(sample, 0, 1.0).advantage_T).max()
         assert (size < 1e-4) == (sample.response.teacher == "teacher-a")
     parts = [stage.manifest()["parts"] for stage in run.scores(0).values()]
     assert sum(part["rows"] for stage in parts for part in stage) == len(scored) == 8
@@ -316,7 +317,7 @@ def test_full_vocabulary_losses_take_the_matrix_of_each_response_s_own_teacher(t
     common = [*sets(*overrides)[2:], "--output", tmp_path / "run"]
     result = invoke("train", "--recipe", two_teachers, *common)
     assert result.code == 0, result.err
-    assert recorded_run(tmp_path / "run").update(0)["metrics"]["divergence"] > 0
+    assert load_run(tmp_path / "run").update(0)["metrics"]["divergence"] > 0
 
 
 def test_a_prompt_that_names_no_teacher_of_the_recipe_is_refused(two_teachers, tmp_path):
@@ -359,7 +360,7 @@ def test_a_teacher_with_a_prompt_of_its_own_scores_the_response_behind_that(own_
     result = invoke("train", *own_prompts("prompts.teacher_prompt_column=told"))
     assert result.code == 0, result.err
     assert "one and the same model" not in result.err
-    run = recorded_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(run.models["teacher"].path, dtype=torch.float64)
     prompts = {prompt.prompt_id: prompt for prompt in run.prompts}
     for sample in read_scored(run, 0):
@@ -371,7 +372,7 @@ def test_a_teacher_with_a_prompt_of_its_own_scores_the_response_behind_that(own_
             logp = model(ids[None]).logits[0].log_softmax(-1)
         wanted = logp[25:-1].gather(1, ids[26:, None])[:, 0].numpy()
         assert np.allclose(sample.teacher.logprobs, wanted, atol=1e-4)
-    assert recorded_run(tmp_path / "run").update(0)["metrics"]["abs_advantage"] > 0.1
+    assert load_run(tmp_path / "run").update(0)["metrics"]["abs_advantage"] > 0.1
 
 
 def test_the_teacher_goes_on_from_prefixes_behind_its_own_prompt(own_prompts, tmp_path, monkeypatch):

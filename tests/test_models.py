@@ -19,13 +19,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from opdctl.config import Model
 from opdctl.errors import OpdctlError
-from opdctl.model import ModelDir, load, locate
-from opdctl.run import recorded_run
-from opdctl.scored import read_scored
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.models.loading import load_model
+from opdctl.recipe.schema import Model
+from opdctl.runs.run import load_run
+from opdctl.runs.scored_responses import read_scored
 
-TOY = locate(Model(model="toy:student"), "student.model")
+TOY = find_or_download(Model(model="toy:student"), "student.model")
 SMALL = {
     "vocab_size": 64,  # eight rows more than the tokenizer knows
     "hidden_size": 32,
@@ -72,9 +73,9 @@ def test_a_student_of_another_kind_trains_and_its_logprobs_are_its_own(kind, tmp
     student, teacher = (save(KINDS[kind](), tmp_path / name) for name in ("student", "teacher"))
     result = train(tmp_path, f"student.model={student}", f"teacher.model={teacher}")
     assert result.code == 0, result.err
-    run = recorded_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     for step in (0, 1):  # step 1 was drawn by an engine that took the first update's weights over
-        models = [load(run.student_at(step), device="cpu"), load(run.models["teacher"], device="cpu")]
+        models = [load_model(run.student_at(step), device="cpu"), load_model(run.models["teacher"], device="cpu")]
         for sample in read_scored(run, step):
             prompt, response = sample.response.prompt_ids, sample.response.response_ids
             assert response.max() < 56
@@ -91,7 +92,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused_not_scored_wrongly(tmp_
     model = PhiForCausalLM(PhiConfig(**{**SMALL, "num_key_value_heads": 2}))
     torch.nn.init.normal_(model.lm_head.bias)
     path = save(model, tmp_path / "phi")
-    assert load(ModelDir(path, "float32"), device="cpu").lm_head.bias.abs().max() > 0
+    assert load_model(ModelDir(path, "float32"), device="cpu").lm_head.bias.abs().max() > 0
     forward = PhiForCausalLM.forward
 
     def doubled(self, **inputs):
@@ -101,7 +102,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused_not_scored_wrongly(tmp_
 
     monkeypatch.setattr(PhiForCausalLM, "forward", doubled)
     with pytest.raises(OpdctlError, match="its logits are not what opdctl makes of its hidden states"):
-        load(ModelDir(path, "float32"), device="cpu")
+        load_model(ModelDir(path, "float32"), device="cpu")
 
 
 def test_a_model_with_a_tensor_missing_is_refused(tmp_path):
@@ -112,7 +113,7 @@ def test_a_model_with_a_tensor_missing_is_refused(tmp_path):
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OpdctlError, match=r"weights missing: model\.layers\.1\.mlp\.up_proj\.weight"):
-        load(ModelDir(path, "float32"), device="cpu")
+        load_model(ModelDir(path, "float32"), device="cpu")
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -120,7 +121,7 @@ def test_pickled_weights_are_refused(tmp_path):
     torch.save({}, path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
     with pytest.raises(OpdctlError, match="loads no pickled weights"):
-        load(ModelDir(path, "float32"), device="cpu")
+        load_model(ModelDir(path, "float32"), device="cpu")
 
 
 def test_the_student_ends_its_responses_as_it_did_when_it_came_and_nothing_foreign_is_exported(tmp_path):
@@ -132,7 +133,7 @@ def test_the_student_ends_its_responses_as_it_did_when_it_came_and_nothing_forei
     (path / "config.json").write_text(json.dumps(config))
     result = train(tmp_path, f"student.model={path}")
     assert result.code == 0, result.err
-    exported = recorded_run(tmp_path / "run").student_at(2)
+    exported = load_run(tmp_path / "run").student_at(2)
     assert exported.eos_ids == ModelDir(path, "float32").eos_ids == (1,)
     assert not (exported.path / "generation_config.json").exists()
     assert not (exported.path / "pytorch_model.bin").exists()
@@ -192,4 +193,4 @@ def test_a_model_of_nan_is_refused_when_it_is_loaded(tmp_path):
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OpdctlError, match="nan nats apart"):
-        load(ModelDir(path, "float32"), device="cpu")
+        load_model(ModelDir(path, "float32"), device="cpu")

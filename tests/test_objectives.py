@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdctl.errors import OpdctlError
-from opdctl.objectives import TokenBatch, with_rest
+from opdctl.losses.objectives import TokenBatch, append_tail_logprob
 from opdctl.registry import OBJECTIVES
 
 LOG, DOUBLE = math.log, torch.float64
@@ -341,10 +341,10 @@ def test_extreme_logits_give_finite_values_and_gradients(name, support, k):
 def test_the_rest_of_nearly_all_mass_and_of_nearly_none_is_exact(log_rest, log_held, k):
     for held, want in [(math.log1p(-math.exp(log_rest)), log_rest), (log_held, math.log1p(-math.exp(log_held)))]:
         logp = torch.full((k,), held - LOG(k), dtype=DOUBLE)
-        found = with_rest(logp)
+        found = append_tail_logprob(logp)
         assert found[:-1].equal(logp)
         assert found[-1].item() == pytest.approx(want, rel=1e-9)
-        found = with_rest(torch.tensor([held], dtype=torch.float32))[-1].item()
+        found = append_tail_logprob(torch.tensor([held], dtype=torch.float32))[-1].item()
         held = torch.tensor(held, dtype=torch.float32).item()  # exact for the number that it is given
         assert found == pytest.approx(LOG(-math.expm1(held)) if held > -1 else math.log1p(-math.exp(held)), rel=1e-6)
 
@@ -352,7 +352,7 @@ def test_the_rest_of_nearly_all_mass_and_of_nearly_none_is_exact(log_rest, log_h
 @pytest.mark.parametrize("held", [3e-7, 0.0, -1e-8, -1e-6, -LOG(2), -100.0, -1e4, -3e38])
 def test_the_rest_is_never_nothing_and_its_gradient_is_finite(held):
     logp = torch.tensor([held, held - 50], requires_grad=True)
-    rest = with_rest(logp)[-1]
+    rest = append_tail_logprob(logp)[-1]
     rest.backward()
     assert LOG(0.9e-6) <= rest.item() <= 0
     assert logp.grad.isfinite().all()

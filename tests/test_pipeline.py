@@ -17,17 +17,17 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from opdctl import online
-from opdctl.engines import engine_pool
+from opdctl.artifacts.records import Response, TokenScores
+from opdctl.artifacts.tables import read_rows
+from opdctl.engines.pool import open_engine_pool
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import load
-from opdctl.records import Response, Scores
-from opdctl.run import open_run, recorded_run
-from opdctl.scored import join, read_scored, tokens
-from opdctl.stages import rollout, score
-from opdctl.stages.train import Trainer
-from opdctl.store import read_rows
-from opdctl.weights import IwOpd
+from opdctl.losses.token_weights import IwOpd
+from opdctl.models.loading import load_model
+from opdctl.pipeline import loop, progress, rollout, score
+from opdctl.runs.open import open_run
+from opdctl.runs.run import load_run
+from opdctl.runs.scored_responses import join, read_scored, to_weight_inputs
+from opdctl.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
 
@@ -51,7 +51,7 @@ def copy(undisturbed, tmp_path) -> Path:
 
 
 def test_training_moves_the_student(undisturbed):
-    run = recorded_run(undisturbed)
+    run = load_run(undisturbed)
     before, after = (load_file(run.student_at(step).path / "model.safetensors") for step in (0, 2))
     assert before.keys() == after.keys()
     assert any((before[name] != after[name]).any() for name in before)
@@ -340,9 +340,9 @@ def assert_same_gradient(found: dict[str, torch.Tensor], want: dict[str, torch.T
 def scored_run(tmp_path_factory):
     """A run whose first step is rolled out and scored."""
     run = open_run(small_recipe(), tmp_path_factory.mktemp("scored") / "run")
-    with engine_pool(run.recipe, "cpu") as engines:
-        rollout.run(run, 0, engines)
-        score.run(run, 0, engines)
+    with open_engine_pool(run.recipe, "cpu") as engines:
+        rollout.run_rollout(run, 0, engines)
+        score.run_scoring(run, 0, engines)
     return run
 
 
@@ -376,7 +376,7 @@ def counted(function, calls):
 
 def test_the_gradient_is_that_of_the_formula_on_full_logits(scored_run):
     """- (1 / tokens) Σ w_t A_t ∇ log p, one response at a time, in float64."""
-    model = load(scored_run.student, device="cpu").double()
+    model = load_model(scored_run.student, device="cpu").double()
     samples = list(read_scored(scored_run, 0))
     tokens = sum(len(sample.response.response_ids) for sample in samples)
     for sample in samples:
@@ -393,7 +393,7 @@ def test_the_gradient_is_that_of_the_formula_on_full_logits(scored_run):
 
 def test_stored_logprobs_are_those_of_the_models(scored_run):
     """The rollout's log-probs against the student, the teacher's against the teacher, by plain forward passes."""
-    models = {name: load(model, device="cpu") for name, model in scored_run.models.items()}
+    models = {name: load_model(model, device="cpu") for name, model in scored_run.models.items()}
     for sample in read_scored(scored_run, 0):
         prompt, response = sample.response.prompt_ids, sample.response.response_ids
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
@@ -408,9 +408,11 @@ def test_a_teacher_equal_to_the_student_gives_no_advantage(tmp_path):
     output = tmp_path / "run"
     result = train(output, "teacher.model=toy:student", "train.steps=1")
     assert result.code == 0, result.err
-    advantage = np.concatenate([tokens(sample, 0, 1.0).advantage_T for sample in read_scored(recorded_run(output), 0)])
+    advantage = np.concatenate(
+        [to_weight_inputs(sample, 0, 1.0).advantage_T for sample in read_scored(load_run(output), 0)]
+    )
     assert np.abs(advantage).max() < 1e-4
-    assert recorded_run(output).update(0)["metrics"]["abs_advantage"] < 1e-5
+    assert load_run(output).update(0)["metrics"]["abs_advantage"] < 1e-5
 
 
 def test_in_bfloat16_the_noise_floor_of_the_advantage_is_small(tmp_path):
@@ -419,7 +421,9 @@ def test_in_bfloat16_the_noise_floor_of_the_advantage_is_small(tmp_path):
     both = ("student.dtype=bfloat16", "teacher.dtype=bfloat16", "teacher.model=toy:student", "train.steps=1")
     result = train(output, *both)
     assert result.code == 0, result.err
-    advantage = np.concatenate([tokens(sample, 0, 1.0).advantage_T for sample in read_scored(recorded_run(output), 0)])
+    advantage = np.concatenate(
+        [to_weight_inputs(sample, 0, 1.0).advantage_T for sample in read_scored(load_run(output), 0)]
+    )
     assert 0 < np.abs(advantage).mean() < 0.01
 
 
@@ -429,8 +433,8 @@ def test_several_updates_on_one_batch_keep_the_first_policy_as_the_old_one(tmp_p
     for output, updates in ((once, 1), (twice, 2)):
         result = train(output, f"train.updates_per_step={updates}", "train.steps=1", "train.learning_rate=3e-4")
         assert result.code == 0, result.err
-    run = recorded_run(once)
-    before, after = (load(run.student_at(step), device="cpu") for step in (0, 1))
+    run = load_run(once)
+    before, after = (load_model(run.student_at(step), device="cpu") for step in (0, 1))
     ratios = []
     for sample in read_scored(run, 0):
         prompt, response = sample.response.prompt_ids, sample.response.response_ids
@@ -442,7 +446,7 @@ def test_several_updates_on_one_batch_keep_the_first_policy_as_the_old_one(tmp_p
     assert run.update(0)["metrics"]["ratio"] == pytest.approx(1, abs=1e-5)
     want = float(torch.cat(ratios).mean())
     assert abs(want - 1) > 1e-3
-    assert recorded_run(twice).update(0)["metrics"]["ratio"] == pytest.approx(want, abs=1e-4)
+    assert load_run(twice).update(0)["metrics"]["ratio"] == pytest.approx(want, abs=1e-4)
 
 
 def test_bfloat16_students_keep_float32_master_weights(tmp_path):
@@ -472,7 +476,7 @@ def test_the_exported_student_is_a_plain_model_directory(undisturbed):
 
 
 def test_each_prompt_of_an_epoch_is_drawn_once_and_later_epochs_have_another_order(undisturbed):
-    run = recorded_run(undisturbed)  # 32 prompts, 8 a step
+    run = load_run(undisturbed)  # 32 prompts, 8 a step
     epochs = [
         [prompt.prompt_id for step in range(4 * e, 4 * e + 4) for _, prompt in run.draws(step)] for e in (0, 1, 2)
     ]
@@ -483,7 +487,7 @@ def test_each_prompt_of_an_epoch_is_drawn_once_and_later_epochs_have_another_ord
 
 
 def test_every_response_is_there_once_with_its_policy_and_answer(undisturbed):
-    run = recorded_run(undisturbed)
+    run = load_run(undisturbed)
     stage = run.rollout(1)
     rows = [row for index in range(2) for row in read_rows(stage.verify(index), Response)]
     assert [row.sample_id for row in rows] == [name for name, _ in run.draws(1)]
@@ -503,17 +507,17 @@ def test_joining_is_strict(scored_run):
     for broken, why in [
         ({k: v for k, v in scores.items() if k != first}, first),
         (scores | {"stranger": scores[first]}, "stranger"),
-        (scores | {first: Scores(logprobs[:-1])}, "logprobs of the teacher"),
-        (scores | {first: Scores(np.full_like(logprobs, np.nan))}, "position 0 is nan"),
+        (scores | {first: TokenScores(logprobs[:-1])}, "logprobs of the teacher"),
+        (scores | {first: TokenScores(np.full_like(logprobs, np.nan))}, "position 0 is nan"),
         (
-            scores | {first: Scores(np.append(logprobs[:-1], np.float32(-np.inf)))},
+            scores | {first: TokenScores(np.append(logprobs[:-1], np.float32(-np.inf)))},
             f"position {len(logprobs) - 1} is -inf",
         ),
     ]:
         with pytest.raises(OpdctlError, match=why) as caught:
             join(responses, {"teacher": broken})
         assert caught.value.code == ExitCode.DATA
-    spoilt = Scores(logprobs, entropies=np.full_like(logprobs, np.nan))
+    spoilt = TokenScores(logprobs, entropies=np.full_like(logprobs, np.nan))
     with pytest.raises(OpdctlError, match="entropies at position 0 is nan"):
         join(responses, {"teacher": scores | {first: spoilt}})
     with pytest.raises(OpdctlError, match="occurs twice"):
@@ -527,7 +531,7 @@ def test_joining_is_strict(scored_run):
 def test_old_students_go_and_the_ones_to_keep_stay(tmp_path):
     output = tmp_path / "run"
     assert train(output, "train.steps=6", "train.keep_every=4", "train.keep_last=1").code == 0
-    assert recorded_run(output).kept_steps() == [0, 4, 6]
+    assert load_run(output).kept_steps() == [0, 4, 6]
     assert [path.name for path in (output / "trainer").iterdir()] == ["step-00006"]
     result = invoke("eval", "--output", output, "--step", "3")
     assert result.code == ExitCode.USAGE
@@ -536,9 +540,9 @@ def test_old_students_go_and_the_ones_to_keep_stay(tmp_path):
 
 def test_the_clock_covers_every_stage(tmp_path):
     run = open_run(small_recipe("eval.every=1", "train.steps=1"), tmp_path / "run")
-    clock = online.train(run, "cpu")
+    clock = loop.run_training(run, "cpu")
     assert all(seconds > 0 for seconds in clock.seconds.values())
-    accuracy = online.accuracy(run)
+    accuracy = progress.accuracy(run)
     assert set(accuracy) == {"before", "after", "teacher"}
     assert all(0 <= value <= 1 for value in accuracy.values())
 
@@ -550,5 +554,5 @@ def test_the_weights_in_training_and_in_the_analysis_are_one_function(scored_run
         s.response.sample_id: w for b in batches for s, w in zip(b.samples, b.padded.split(b.weight_N), strict=True)
     }
     for sample in read_scored(scored_run, 0):
-        want = IwOpd(0.5)(tokens(sample, 0, 1.0))
+        want = IwOpd(0.5)(to_weight_inputs(sample, 0, 1.0))
         np.testing.assert_allclose(weights[sample.response.sample_id].numpy(), want, rtol=0, atol=1e-6)

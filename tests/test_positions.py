@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl.positions import BINS, GROUPS, PERCENT, Batch, Numbers, chunks
-from opdctl.weights import IwOpd, Tokens
+from opdctl.analysis.position_sums import BINS, GROUPS, PERCENT, Batch, PositionStats, chunks
+from opdctl.losses.token_weights import IwOpd, ResponseTokens
 
 LENGTHS = st.lists(st.integers(0, 45), max_size=12)
 
 
-def response(advantage: np.ndarray) -> Tokens:
+def response(advantage: np.ndarray) -> ResponseTokens:
     student = -np.arange(1.0, len(advantage) + 1)
-    return Tokens(student, student + advantage, advantage)
+    return ResponseTokens(student, student + advantage, advantage)
 
 
 def random_batch(lengths: list[int], first: int = 0) -> Batch:
@@ -49,7 +49,7 @@ def ratio_interval(batch: Batch, kind: str, number: int) -> tuple[float, float]:
 @given(LENGTHS)
 def test_means_and_intervals_are_those_of_plain_loops(lengths):
     batch = random_batch(lengths)
-    numbers = Numbers.of(batch, weighed(batch))
+    numbers = PositionStats.of(batch, weighed(batch))
     for kind in ("whole", "relative", "position"):
         sums = getattr(numbers, kind)
         assert sums.tokens_P.sum() == sum(lengths)
@@ -67,10 +67,10 @@ def test_two_batches_merged_are_one(first, second):
     lengths = [*first, *second]
     whole = random_batch(lengths)
     parts = Batch(whole.responses[: len(first)]), Batch(whole.responses[len(first) :], len(first))
-    merged = Numbers()
+    merged = PositionStats()
     for part in parts:
-        merged.merge(Numbers.of(part, weighed(part)))
-    once = Numbers.of(whole, weighed(whole))
+        merged.merge(PositionStats.of(part, weighed(part)))
+    once = PositionStats.of(whole, weighed(whole))
     assert (merged.responses, merged.tokens) == (once.responses, once.tokens)
     for kind in ("whole", "relative", "position"):
         for name, sums in getattr(once, kind).values.items():
@@ -83,7 +83,7 @@ def test_two_batches_merged_are_one(first, second):
 @given(LENGTHS, st.integers(0, 3 * GROUPS))
 def test_shares_keep_the_sum_and_the_groups(lengths, first):
     batch = random_batch(lengths, first)
-    shares = Numbers.of(batch, weighed(batch)).shares
+    shares = PositionStats.of(batch, weighed(batch)).shares
     totals = [np.abs(tokens.advantage_T).sum() for tokens in batch.responses]
     assert shares.responses_G.sum() == len(lengths)
     for number, total in enumerate(totals):
@@ -107,7 +107,7 @@ def test_a_token_that_is_cut_counts_in_parts():
 
 def test_unspent_is_what_iw_opd_multiplies_by_gamma():
     batch = random_batch([7, 0, 12])
-    shares = Numbers.of(batch, weighed(batch)).shares
+    shares = PositionStats.of(batch, weighed(batch)).shares
     own = shares.signals["signal"] + 0.5 * shares.signals["unspent"]
     np.testing.assert_allclose(shares.signals["iw_opd"], own, atol=1e-9)
 
@@ -117,7 +117,7 @@ def test_the_interval_of_a_mean_holds_it_although_a_response_s_tokens_are_alike(
     for _ in range(300):
         levels = rng.exponential(size=40)
         batch = Batch([response(np.full(50, level)) for level in levels])
-        sums = Numbers.of(batch, {}).whole
+        sums = PositionStats.of(batch, {}).whole
         mean, half = sums.mean("abs_advantage")[0], sums.half_width("abs_advantage")[0]
         held += abs(mean - 1) <= half
         by_token += abs(mean - 1) <= 1.96 * levels.std() / np.sqrt(40 * 50)

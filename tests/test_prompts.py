@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opdctl.config import Model, Prompts
+from opdctl.data.prompts import Problem, load_problems, tokenize
+from opdctl.data.toy.task import split_of
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import ModelDir, locate
-from opdctl.prompts import Problem, load_problems, tokenize
-from opdctl.tasks.task import split_of
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.recipe.schema import Model, Prompts
 
 Rows = list[dict[str, Any]]
 SUFFIXES = (".jsonl", ".parquet")
@@ -22,7 +22,7 @@ SUFFIXES = (".jsonl", ".parquet")
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """The embedded models' tokenizer: `a` is 2, `b` is 3, one id a character, no unknown one."""
-    return ModelDir(locate(Model(model="toy:student"), "student.model"), "float32").tokenizer
+    return ModelDir(find_or_download(Model(model="toy:student"), "student.model"), "float32").tokenizer
 
 
 def table(path: Path, rows: Rows) -> Path:

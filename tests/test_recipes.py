@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from conftest import ROOT, invoke
 
-from opdctl.benchmarks import find
-from opdctl.config import Recipe, is_free, load_recipe, objective_of, weight_of
 from opdctl.errors import OpdctlError
-from opdctl.objectives import Objective
-from opdctl.weights import Weight
+from opdctl.evaluation.benchmarks import find
+from opdctl.losses.objectives import Objective
+from opdctl.losses.token_weights import Weight
+from opdctl.recipe.components import build_objective, build_token_weight
+from opdctl.recipe.dependencies import is_mutable
+from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import Recipe
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.toml"))
@@ -91,8 +94,8 @@ def test_the_command_of_a_recipe_resolves_and_its_components_build(path: Path, c
     assert Path(result.json()["run_dir"]) == Path("runs") / path.stem
     assert files_of(path)[-1] == path
     recipe = load_recipe(files_of(path))
-    assert isinstance(weight_of(recipe), Weight)
-    assert isinstance(objective_of(recipe), Objective)
+    assert isinstance(build_token_weight(recipe), Weight)
+    assert isinstance(build_objective(recipe), Objective)
     assert [find(name, recipe.eval).name for name in recipe.eval.bench] == recipe.eval.bench
     assert {entry.name for entry in checkout.iterdir()} == {"recipes", "data"}  # nothing was written
 
@@ -183,8 +186,8 @@ def test_a_section_of_an_earlier_file_can_be_taken_away(tmp_path: Path) -> None:
 
 def test_what_a_dry_run_counts_with_changes_nothing_of_a_run() -> None:
     free = ("hardware.train_gpus", "student.shape", "student.shape.layers", "teachers.math.shape.tied")
-    assert all(map(is_free, free))
-    assert not any(map(is_free, ("student.model", "student.dtype", "weight.shape")))
+    assert all(map(is_mutable, free))
+    assert not any(map(is_mutable, ("student.model", "student.dtype", "weight.shape")))
 
 
 def test_the_prompts_of_the_code_recipes_are_made_of_the_data_sets(tmp_path: Path) -> None:

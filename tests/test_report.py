@@ -9,8 +9,7 @@ from browser import WIDTH, look
 from conftest import QUICKSTART, invoke, sets
 from planted import plant, planted_run
 
-from opdctl import report, samples
-from opdctl.stages import analyze
+from opdctl.analysis import analyze, report, samples
 
 HOSTILE = "</span><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\x1b[31m\u202e"
 
@@ -68,9 +67,9 @@ def test_nothing_in_it_leads_out(analysed):
 def test_a_hostile_name_prompt_and_token_cannot_reach_the_page_as_markup(tmp_path, monkeypatch):
     run = planted_run(tmp_path / "<script>alert(1)<")
     plant(run, 0, [np.array([-1.0, -2.0])] * 3)
-    monkeypatch.setattr(samples, "reader", lambda run: lambda ids: [HOSTILE for _ in ids])
-    found = analyze.run(run)
-    page = Path(report.write(run.path / "analysis", found)["report"])
+    monkeypatch.setattr(samples, "token_decoder", lambda run: lambda ids: [HOSTILE for _ in ids])
+    found = analyze.analyze_run(run)
+    page = Path(report.write_report(run.path / "analysis", found)["report"])
     text = page.read_text()
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)" in text
@@ -83,7 +82,7 @@ def test_a_hostile_name_prompt_and_token_cannot_reach_the_page_as_markup(tmp_pat
 def test_a_long_response_is_cut_and_says_so(tmp_path):
     run = planted_run(tmp_path / "run")
     plant(run, 0, [np.full(report.SHOWN + 5, -1.0)] * 2)
-    page = Path(report.write(run.path / "analysis", analyze.run(run))["report"]).read_text()
+    page = Path(report.write_report(run.path / "analysis", analyze.analyze_run(run))["report"]).read_text()
     assert "… 5 more" in page
     assert page.count("data-n=") == report.SHOWN  # both samples are the same response's like: one is shown
 
@@ -99,7 +98,7 @@ def test_what_is_not_seen_is_written_out(text, shown):
 def test_tokens_keep_their_text_where_one_character_takes_several(tmp_path):
     run = planted_run(tmp_path / "run")
     ids = run.student.tokenizer("abc?x")["input_ids"]
-    assert samples.reader(run)(ids) == list("abc?x")
+    assert samples.token_decoder(run)(ids) == list("abc?x")
 
 
 def test_without_a_tokenizer_the_ids_are_shown(tmp_path, monkeypatch):
@@ -108,4 +107,4 @@ def test_without_a_tokenizer_the_ids_are_shown(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     models = {**run.models, "student": type(run.student)(tmp_path / "empty", "float32")}
     run = type(run)(run.recipe, run.path, models, run.digests)
-    assert analyze.run(run).samples[0].pieces == ["⟨3⟩", "⟨3⟩"]
+    assert analyze.analyze_run(run).samples[0].pieces == ["⟨3⟩", "⟨3⟩"]

@@ -21,17 +21,19 @@ import numpy as np
 import pytest
 from conftest import QUICKSTART, Result, invoke, sets, small_recipe
 
-from opdctl.config import STAGES, Model, Sampling, Score, settings_of
-from opdctl.engines import Answered, Place, Request, has_vllm
-from opdctl.engines import http as opdctl_http
-from opdctl.engines.hf import TransformersEngine
+from opdctl.artifacts.records import GradedResponse, Response, sample_seed
+from opdctl.artifacts.tables import read_rows
+from opdctl.engines import http
+from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.engines.server import ServerEngine
+from opdctl.engines.transformers import TransformersEngine
+from opdctl.environment import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import ModelDir, locate
-from opdctl.records import Graded, Response, sample_seed
-from opdctl.run import recorded_run
-from opdctl.scored import read_scored
-from opdctl.store import read_rows
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.recipe.dependencies import STAGE_DEPENDENCIES, fingerprint_settings
+from opdctl.recipe.schema import Model, Sampling, Score
+from opdctl.runs.run import load_run
+from opdctl.runs.scored_responses import read_scored
 
 pytestmark = pytest.mark.skipif(not has_vllm(), reason="needs vLLM, which `make test` installs where it can")
 
@@ -240,7 +242,7 @@ def truncated(asked: Asked) -> Answer:
 
 
 def teacher() -> ModelDir:
-    return ModelDir(locate(Model(model="toy:teacher"), "model"), "float32")
+    return ModelDir(find_or_download(Model(model="toy:teacher"), "model"), "float32")
 
 
 def served(url: str, *overrides: str) -> tuple[str, ...]:
@@ -251,8 +253,8 @@ def served(url: str, *overrides: str) -> tuple[str, ...]:
 def engine_at(url: str, *overrides: str) -> ServerEngine:
     recipe = small_recipe(*served(url, *overrides))
     assert recipe.teacher is not None
-    model = ModelDir(locate(recipe.teacher, "teacher.model"), "float32")
-    return ServerEngine(model, Place(recipe, recipe.teacher, "cpu"))
+    model = ModelDir(find_or_download(recipe.teacher, "teacher.model"), "float32")
+    return ServerEngine(model, EngineContext(recipe, recipe.teacher, "cpu"))
 
 
 def score(run: Path, url: str, *overrides: str) -> Result:
@@ -279,8 +281,8 @@ def assert_clear(result: Result, code: ExitCode, *words: str) -> None:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(opdctl_http, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(opdctl_http, "LONGEST_PAUSE", 2.0)
+    monkeypatch.setattr(http, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(http, "MAX_BACKOFF_SECONDS", 2.0)
     monkeypatch.setenv("OPDCTL_API_KEY", KEY)
 
 
@@ -340,9 +342,9 @@ def undisturbed(rolled_out, server, tmp_path_factory) -> Path:
     return path
 
 
-def answered(run: Path) -> list[Answered]:
-    rows = [row for i in range(2) for row in read_rows(recorded_run(run).rollout(0).verify(i), Response)]
-    return [Answered(row.prompt_ids, row.response_ids) for row in rows]
+def answered(run: Path) -> list[ScoreRequest]:
+    rows = [row for i in range(2) for row in read_rows(load_run(run).rollout(0).verify(i), Response)]
+    return [ScoreRequest(row.prompt_ids, row.response_ids) for row in rows]
 
 
 # ── What it says ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -364,7 +366,7 @@ def test_the_same_seeds_give_the_same_responses_and_their_own_logprobs(engine):
     prompts = [rng.choice(np.arange(2, 28), 13, replace=False).astype(np.int32) for _ in range(8)]
     requests = [Request(prompt, sample_seed(0, f"sample {i}")) for i, prompt in enumerate(prompts)]
     once, again = (engine.generate(requests, Sampling(max_tokens=120), 256, lambda n: None, top_k=k) for k in (3, 0))
-    responses = [Answered(prompt, each.response_ids) for prompt, each in zip(prompts, once, strict=True)]
+    responses = [ScoreRequest(prompt, each.response_ids) for prompt, each in zip(prompts, once, strict=True)]
     scores = TransformersEngine(teacher(), "cpu").score(responses, Score(top_k=3), lambda n: None)
     for first, second, scored in zip(once, again, scores, strict=True):
         np.testing.assert_array_equal(first.response_ids, second.response_ids)
@@ -402,7 +404,7 @@ def test_what_a_server_cannot_give_is_refused_with_the_engine_that_can(engine, r
 def test_another_model_s_weights_are_refused(engine):
     engine.load_weights(teacher())
     with pytest.raises(OpdctlError, match="keeps the weights it was started with") as caught:
-        engine.load_weights(ModelDir(locate(Model(model="toy:student"), "model"), "float32"))
+        engine.load_weights(ModelDir(find_or_download(Model(model="toy:student"), "model"), "float32"))
     assert "rollout.engine" in caught.value.hint
 
 
@@ -416,8 +418,8 @@ def test_a_served_student_draws_and_is_evaluated_but_cannot_be_trained(proxy, tm
         result = invoke(*command, *common)
         assert result.code == ExitCode.USAGE, command  # `rollout` is now one of step 1
         assert "keeps the weights it was started with" in result.err
-    run = recorded_run(tmp_path / "run")
-    graded = read_rows(run.path / "eval/sort12/step-00000/part-00000-of-00001.parquet", Graded)
+    run = load_run(tmp_path / "run")
+    graded = read_rows(run.path / "eval/sort12/step-00000/part-00000-of-00001.parquet", GradedResponse)
     assert len(graded) == 8
     assert np.mean([row.correct for row in graded]) > 0.5
     assert run.rollout(0).manifest()["meaning"]["engine"] == "server"
@@ -429,8 +431,8 @@ def test_the_server_s_settings_do_not_change_what_a_run_is(proxy, run, undisturb
     assert score(run, proxy.url, "server.concurrency=5", "teacher.served_name=teacher").code == 0
     assert parts(run) == parts(undisturbed)
     recipes = (small_recipe(), small_recipe(*served(proxy.url, "server.api_key_env=ELSE", "teacher.served_name=x")))
-    for stage in STAGES:
-        first, second = (settings_of(recipe, stage) for recipe in recipes)
+    for stage in STAGE_DEPENDENCIES:
+        first, second = (fingerprint_settings(recipe, stage) for recipe in recipes)
         assert {key for key in first if first[key] != second.get(key)} <= {"score.engine"}
     result = score(run, "http://127.0.0.1:1/v1", "server.api_key_env=ELSE", "server.timeout_seconds=7")
     assert result.code == 0

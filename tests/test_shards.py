@@ -14,16 +14,16 @@ import pytest
 import torch
 from conftest import QUICKSTART, invoke, sets
 
-from opdctl import claims
-from opdctl.cli import _shard
-from opdctl.config import load_recipe
-from opdctl.engines.hf import TransformersEngine
+from opdctl.artifacts import leases
+from opdctl.artifacts.records import TokenScores
+from opdctl.artifacts.stage_dir import WorkerShard
+from opdctl.cli.session import resolve_shard
+from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.records import Scores
+from opdctl.recipe.load import load_recipe
 from opdctl.registry import ENGINES
-from opdctl.run import recorded_run
-from opdctl.stages.train import _mismatch
-from opdctl.store import Shard
+from opdctl.runs.run import load_run
+from opdctl.training.metrics import mismatch_metrics
 
 PARTS = sets("rollout.parts=4", "train.steps=1")
 
@@ -50,10 +50,10 @@ def test_shards_make_the_parts_of_one_worker_bit_for_bit_in_any_order(tmp_path):
 
 
 def test_a_part_that_another_worker_has_is_left_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
     common = ["--recipe", QUICKSTART, *PARTS, "--output", tmp_path / "run"]
     assert invoke("rollout", *common, "--shard", "0/4").code == 0
-    with claims.claimed(tmp_path / "run" / "step-00000", "rollout-part-00001"):
+    with leases.hold_lease(tmp_path / "run" / "step-00000", "rollout-part-00001"):
         result = invoke("rollout", *common, "--json")
         assert result.code == 0, result.err
         assert result.json()["parts_made"] == 2
@@ -66,16 +66,16 @@ def test_a_part_that_another_worker_has_is_left_to_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "0/0", "1/2/3"])
 def test_a_shard_that_makes_no_sense_is_refused(text):
     with pytest.raises(OpdctlError, match="must read I/N"):
-        _shard(text)
+        resolve_shard(text)
 
 
 def test_slurm_s_array_is_a_shard(monkeypatch):
-    assert _shard(None) == Shard(0, 1)
+    assert resolve_shard(None) == WorkerShard(0, 1)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "3")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-    assert _shard(None) == Shard(2, 4)
-    assert _shard("0/2") == Shard(0, 2)
+    assert resolve_shard(None) == WorkerShard(2, 4)
+    assert resolve_shard("0/2") == WorkerShard(0, 2)
 
 
 SBATCH = """#!/usr/bin/env bash
@@ -148,7 +148,7 @@ class Biased(TransformersEngine):
     """An engine whose log-probs are 0.1 nat off."""
 
     def score(self, *arguments):
-        return [Scores(found.logprobs - np.float32(0.1)) for found in super().score(*arguments)]
+        return [TokenScores(found.logprobs - np.float32(0.1)) for found in super().score(*arguments)]
 
 
 @pytest.fixture
@@ -174,14 +174,14 @@ def test_an_engine_that_is_off_is_stopped_by_the_bound_before_it_writes(biased, 
 
 def test_mismatch_by_hand():
     # the trainer twice, once and half as sure: ratios 2, 1, 1/2; k3: 2 - 1 - log 2, 0, 1/2 - 1 + log 2
-    found = _mismatch(torch.tensor([math.log(2), 0.0, -math.log(2)]))
+    found = mismatch_metrics(torch.tensor([math.log(2), 0.0, -math.log(2)]))
     assert found["mismatch_ratio"].tolist() == pytest.approx([2, 1, 0.5])
     assert found["mismatch_kl"].tolist() == pytest.approx([1 - math.log(2), 0, math.log(2) - 0.5], abs=1e-6)
 
 
 def test_each_step_tells_how_far_the_engine_is_from_the_trainer(tmp_path):
     assert invoke("train", "--recipe", QUICKSTART, *PARTS, "--output", tmp_path / "run").code == 0
-    metrics = recorded_run(tmp_path / "run").update(0)["metrics"]
+    metrics = load_run(tmp_path / "run").update(0)["metrics"]
     assert metrics["mismatch_ratio"] == pytest.approx(1, abs=1e-4)
     assert 0 <= metrics["mismatch_kl"] < 1e-6
     assert metrics["effective_sample_size"] == pytest.approx(1, abs=1e-4)

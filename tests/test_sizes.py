@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from opdctl import sizes
-from opdctl.config import Recipe, Shape, load_recipe
-from opdctl.logprobs import CHUNK_LOGITS
+from opdctl.models.logprobs import CHUNK_LOGITS
+from opdctl.pipeline import costs
+from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import ModelShape, Recipe
 
 PAPER = ROOT / "recipes" / "cross_scale.toml"
-DENSE = Shape(layers=3, hidden=128, heads=4, kv_heads=2, head_size=48, feed_forward=384, vocabulary=96, tied=True)
+DENSE = ModelShape(layers=3, hidden=128, heads=4, kv_heads=2, head_size=48, feed_forward=384, vocabulary=96, tied=True)
 MIXTURE = DENSE.model_copy(update={"feed_forward": 96, "experts": 8, "active_experts": 2, "tied": False})
 
 
@@ -25,7 +26,7 @@ def paper(*overrides: str) -> Recipe:
     return load_recipe([PAPER], overrides)
 
 
-def student(*overrides: str) -> Shape:
+def student(*overrides: str) -> ModelShape:
     shape = paper(*overrides).student.shape
     assert shape is not None
     return shape
@@ -42,20 +43,20 @@ def student(*overrides: str) -> Shape:
     tied=st.booleans(),
 )
 def test_parameters_are_those_of_the_model(layers, hidden, kv_heads, groups, inner, experts, tied):
-    shape = Shape(
+    shape = ModelShape(
         layers=layers, hidden=hidden, heads=kv_heads * groups, kv_heads=kv_heads, head_size=16, feed_forward=inner,
         vocabulary=50, experts=experts, active_experts=min(2, experts), tied=tied,
     )  # fmt: skip
     with torch.device("meta"):
         model = qwen3.model(shape)
-    assert sizes.parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
+    assert costs.parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_shape_of_a_model_is_read_from_its_config():
     for name, parameters in (("toy:student", 110_528), ("toy:teacher", 365_664)):
-        shape = sizes.shape_of(directory(name))
+        shape = costs.shape_of(directory(name))
         assert shape is not None
-        assert sizes.parameters(shape) == parameters
+        assert costs.parameters(shape) == parameters
 
 
 @pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])
@@ -65,7 +66,7 @@ def test_activations_are_what_the_layers_save(shape, low):
     ends = 2 * 4 * shape.hidden  # the last norm's
     # What is saved whatever the tokens, such as autocast's copies of the weights, is no activation.
     of_a_token = (saved(model, 512, low) - saved(model, 256, low)) / 256 - ends
-    assert of_a_token == pytest.approx(shape.layers * sizes.activation_bytes(shape, low), rel=0.05)
+    assert of_a_token == pytest.approx(shape.layers * costs.activation_bytes(shape, low), rel=0.05)
 
 
 def saved(model: PreTrainedModel, tokens: int, low: bool) -> int:
@@ -88,10 +89,10 @@ def test_flops_are_those_that_torch_counts():
     model, tokens = qwen3.model(DENSE), 40
     with FlopCounterMode(display=False) as counted:
         model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-    assert counted.get_total_flops() == sizes.forward_flops(DENSE, tokens, 0)  # it counts no attention on a CPU
+    assert counted.get_total_flops() == costs.forward_flops(DENSE, tokens, 0)  # it counts no attention on a CPU
     # Of attention: to 20 tokens in the mean, two products of 4 heads of 48, in 3 layers.
     assert (
-        sizes.forward_flops(DENSE, tokens, 20) - sizes.forward_flops(DENSE, tokens, 0) == 40 * 3 * 2 * 2 * 20 * 4 * 48
+        costs.forward_flops(DENSE, tokens, 20) - costs.forward_flops(DENSE, tokens, 0) == 40 * 3 * 2 * 2 * 20 * 4 * 48
     )
 
 
@@ -100,25 +101,25 @@ def test_a_cache_is_as_large_as_counted(shape):
     model, cache = qwen3.model(shape), DynamicCache()
     model.base_model(input_ids=torch.zeros(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
     held = sum(value.nbytes for layer in cache.layers for value in (layer.keys, layer.values))
-    assert held == 2 * 7 * sizes.cache_bytes(shape, 4)
-    assert sizes.cache_bytes(shape, 4, share=2) == sizes.cache_bytes(shape, 4) / 2
-    assert sizes.cache_bytes(shape, 4, share=8) == sizes.cache_bytes(shape, 4, share=2)  # a head at least
+    assert held == 2 * 7 * costs.cache_bytes(shape, 4)
+    assert costs.cache_bytes(shape, 4, share=2) == costs.cache_bytes(shape, 4) / 2
+    assert costs.cache_bytes(shape, 4, share=8) == costs.cache_bytes(shape, 4, share=2)  # a head at least
 
 
 def test_adapters_are_as_many_as_counted():
     model = qwen3.model(DENSE)
     peft.inject_adapter_in_model(peft.LoraConfig(r=5, target_modules="all-linear", task_type="CAUSAL_LM"), model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert sizes.adapter_parameters(DENSE, 5) == trained
+    assert costs.adapter_parameters(DENSE, 5) == trained
 
 
 def test_the_chunk_of_logits_is_the_one_of_the_code():
-    assert sizes.CHUNK_LOGITS == CHUNK_LOGITS
+    assert costs.CHUNK_LOGITS == CHUNK_LOGITS
 
 
 def test_the_paper_s_update_worked_by_hand():
     """Qwen3-4B in bfloat16 over 32 GPUs, 18,432 tokens in a micro-batch, recomputed."""
-    memory = sizes.update(paper(), student(), None).memory
+    memory = costs.update_cost(paper(), student(), None).memory
     everything, head = 4_022_468_096, 151_936 * 2560
     assert memory["weights"] == memory["gradients"] == 4 * everything // 32
     assert memory["moments"] == 8 * everything // 32
@@ -134,10 +135,10 @@ def test_an_update_takes_the_time_of_its_products():
     recipe = paper("train.gradient_checkpointing=false", "hardware.utilisation=1.0")
     shape = student()
     tokens, responses = 1024 * 18_432, 1024 * 16_384
-    layers = 3 * tokens * (2 * sizes.active_parameters(shape) + 4 * 36 * 4096 * 9216)
+    layers = 3 * tokens * (2 * costs.active_parameters(shape) + 4 * 36 * 4096 * 9216)
     head = 3 * 2 * 151_936 * 2560 * responses
     expected = (layers / 989e12 + head / 67e12) / 32
-    assert sizes.update(recipe, shape, None).seconds == pytest.approx(expected)
+    assert costs.update_cost(recipe, shape, None).seconds == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_an_update_takes_the_time_of_its_products():
     ],
 )
 def test_what_a_setting_does_to_memory(override, what, factor):
-    one, other = (sizes.update(paper(*given), student(), None).memory[what] for given in ([], [override]))
+    one, other = (costs.update_cost(paper(*given), student(), None).memory[what] for given in ([], [override]))
     if factor is None:
         assert other > 5 * one
     else:
@@ -159,7 +160,7 @@ def test_what_a_setting_does_to_memory(override, what, factor):
 
 
 def test_gpu_hours_do_not_depend_on_how_many_gpus_share_the_work():
-    one, other = (sizes.update(paper(f"hardware.train_gpus={n}"), student(), None).gpu_hours(10) for n in (16, 32))
+    one, other = (costs.update_cost(paper(f"hardware.train_gpus={n}"), student(), None).gpu_hours(10) for n in (16, 32))
     assert one == pytest.approx(other)
 
 
@@ -169,15 +170,15 @@ def test_drawing_takes_as_many_responses_at_once_as_caches_fit():
     recipe = paper(*overrides)
     room = 0.9 * 80 * 2**30 - 2 * 4_022_468_096 - 4 * 151_936 * 2560
     each = 18_432 * 2 * 36 * 8 * 128 * 2 + 3 * 4 * 151_936
-    stage = sizes.rollout(recipe, student())
+    stage = costs.rollout_cost(recipe, student())
     assert stage.at_once == room // each == 24
     assert stage.bytes <= 0.9 * 80 * 2**30
-    assert sizes.rollout(paper(*overrides, "vllm.max_sequences=8"), student()).at_once == 8
+    assert costs.rollout_cost(paper(*overrides, "vllm.max_sequences=8"), student()).at_once == 8
     # A token more for 24 reads the weights, the output matrix in float32 and the caches, half full in the mean.
-    layers = 2 * (sizes.active_parameters(student()))
+    layers = 2 * (costs.active_parameters(student()))
     read = layers + 4 * 151_936 * 2560 + 24 * (2048 + 8192) * 147_456
     decoding = 1024 / 24 * 16_384 * read / (3350e9 * 0.4)
-    prefill = sizes.forward_flops(student(), 1024 * 2048, 1024) / (989e12 * 0.4)
+    prefill = costs.forward_flops(student(), 1024 * 2048, 1024) / (989e12 * 0.4)
     assert stage.seconds == pytest.approx(decoding + prefill, rel=1e-6)
 
 

@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from opdctl import stats
-from opdctl.stats import Estimate, compare, maj_at_k, of_these, over_problems, pass_at_k, sizes
+from opdctl.evaluation import stats
+from opdctl.evaluation.stats import (
+    Estimate,
+    compare,
+    k_values,
+    maj_at_k,
+    pass_at_k,
+    problem_bootstrap,
+    sampling_interval,
+)
 
 DRAWS = 2000
 COVERED = (0.935, 0.965)  # 95 % ± 1.5 %
@@ -19,56 +27,56 @@ COVERED = (0.935, 0.965)  # 95 % ± 1.5 %
 
 def test_the_average_is_over_problems_not_samples() -> None:
     # shares 1/4 and 1: the mean is 5/8, where pooling the five samples would give 2/5
-    assert over_problems([0.25, 1.0]).value == pytest.approx(0.625)
+    assert problem_bootstrap([0.25, 1.0]).value == pytest.approx(0.625)
 
 
 def test_the_interval_is_repeatable_and_holds_the_mean() -> None:
     shares = np.random.default_rng(2).beta(0.3, 0.5, 30)
-    assert over_problems(shares) == over_problems(shares)
-    assert over_problems(shares) != over_problems(shares, seed=1)
-    found = over_problems(shares)
+    assert problem_bootstrap(shares) == problem_bootstrap(shares)
+    assert problem_bootstrap(shares) != problem_bootstrap(shares, seed=1)
+    found = problem_bootstrap(shares)
     assert 0 < found.low < found.value < found.high < 1
 
 
 def test_right_and_wrong_are_mirror_images() -> None:
     rng = np.random.default_rng(3)
     shares = rng.beta(0.3, 0.5, 30)
-    found, mirrored = over_problems(shares), over_problems(1 - shares)
+    found, mirrored = problem_bootstrap(shares), problem_bootstrap(1 - shares)
     assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((found.low, found.high))
 
 
 def test_five_problems_all_right_or_all_wrong_have_the_exact_binomial_interval() -> None:
     # by Clopper and Pearson: the share at which five of five have probability 2.5 %
     bound = 0.025 ** (1 / 5)
-    right, wrong = over_problems([1.0] * 5), over_problems([0.0] * 5)
+    right, wrong = problem_bootstrap([1.0] * 5), problem_bootstrap([0.0] * 5)
     assert (right.value, right.low, right.high) == pytest.approx((1.0, bound, 1.0))
     assert (wrong.value, wrong.low, wrong.high) == pytest.approx((0.0, 0.0, 1 - bound))
 
 
 def test_a_single_problem_says_nothing_of_others() -> None:
-    assert over_problems([0.5]) == Estimate(0.5, 0.0, 1.0)
+    assert problem_bootstrap([0.5]) == Estimate(0.5, 0.0, 1.0)
 
 
 def test_one_right_answer_among_many_problems_has_an_interval() -> None:
-    found = over_problems([1.0] + [0.0] * 255)
+    found = problem_bootstrap([1.0] + [0.0] * 255)
     assert 0 < found.low < 1 / 256 < found.high < 0.1
 
 
 def test_other_samples_of_the_same_problems_by_hand() -> None:
     # shares 1/2 and 1; variance (1/4 / 3 + 0) / 2² + 1 / 8²
-    found = of_these([[True, False, True, False], [True] * 4])
+    found = sampling_interval([[True, False, True, False], [True] * 4])
     assert found is not None
     half = 1.959964 * (1 / 48 + 1 / 64) ** 0.5
     assert (found.value, found.low, found.high) == pytest.approx((0.75, 0.75 - half, 1.0), abs=1e-6)
 
 
 def test_one_sample_a_problem_says_nothing_of_other_samples() -> None:
-    assert of_these([[True], [False]]) is None
-    assert of_these([[True, True], [False]]) is None
+    assert sampling_interval([[True], [False]]) is None
+    assert sampling_interval([[True, True], [False]]) is None
 
 
 def test_no_spread_among_the_samples_is_no_certainty() -> None:
-    found = of_these([[True] * 4] * 5 + [[False] * 4] * 5)
+    found = sampling_interval([[True] * 4] * 5 + [[False] * 4] * 5)
     assert found is not None
     assert found.high - found.low == pytest.approx(2 * 1.959964 / 40, abs=1e-6)
 
@@ -84,7 +92,7 @@ def test_the_interval_over_problems_holds_the_truth_in_95_percent(
     held = 0
     for draw in range(DRAWS):
         shares = rng.binomial(samples, rng.beta(a, b, problems)) / samples
-        found = over_problems(shares, seed=draw)
+        found = problem_bootstrap(shares, seed=draw)
         held += found.low <= a / (a + b) <= found.high
     assert COVERED[0] <= held / DRAWS <= COVERED[1]
 
@@ -93,10 +101,10 @@ def test_the_interval_over_problems_holds_the_truth_in_95_percent(
 def test_the_interval_holds_the_truth_where_few_problems_differ(problems: int, share: float) -> None:
     # resampling alone held it in 66 to 86 %: no resample has fewer of the one kind than none
     right = np.random.default_rng(15).binomial(problems, share, DRAWS)
-    found = {k: over_problems(np.arange(problems) < k) for k in set(right.tolist())}
+    found = {k: problem_bootstrap(np.arange(problems) < k) for k in set(right.tolist())}
     held = np.mean([found[k].low <= share <= found[k].high for k in right.tolist()])
     assert 0.925 <= held <= 0.99
-    one_wrong = over_problems(np.arange(256) < 255)
+    one_wrong = problem_bootstrap(np.arange(256) < 255)
     assert one_wrong.low < 0.99 < one_wrong.value < one_wrong.high < 1
 
 
@@ -106,7 +114,7 @@ def test_the_interval_for_these_problems_holds_the_truth_in_95_percent(problems:
     held = 0
     for _ in range(DRAWS):
         truth = rng.beta(0.3, 0.5, problems)
-        found = of_these(list(rng.random((problems, samples)) < truth[:, None]))
+        found = sampling_interval(list(rng.random((problems, samples)) < truth[:, None]))
         assert found is not None
         held += found.low <= truth.mean() <= found.high
     assert COVERED[0] <= held / DRAWS <= COVERED[1]
@@ -132,7 +140,7 @@ samples = st.lists(st.sampled_from(["right", "a", "b", "c", None]), min_size=1, 
     ("n", "ks"), [(1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (32, [1, 2, 4, 8, 16, 32])]
 )
 def test_k_doubles_up_to_the_number_of_samples(n: int, ks: list[int]) -> None:
-    assert sizes(n) == ks
+    assert k_values(n) == ks
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -219,7 +227,7 @@ def test_swapping_the_two_turns_the_sign() -> None:
 def test_of_two_equal_models_5_percent_are_told_apart_and_95_percent_of_the_intervals_hold_0(
     problems: int, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stats, "SIGNINGS", 199)
+    monkeypatch.setattr(stats, "PERMUTATIONS", 199)
     rng = np.random.default_rng(17)
     held = rejected = 0
     for _ in range(DRAWS):

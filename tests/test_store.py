@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl import store
+from opdctl.artifacts import directories, files, tables
+from opdctl.artifacts.records import Prompt, Response, TokenScores, cumulative_offsets, sample_id, sample_seed
+from opdctl.artifacts.stage_dir import Fingerprint, StageDir
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.records import Prompt, Response, Scores, offsets_of, sample_id, sample_seed
-from opdctl.store import Fingerprint, StageDir
 
 
 def stage(folder, parts=3, settings=None, inputs=None) -> StageDir:
@@ -89,11 +89,11 @@ def test_what_a_dead_process_left_half_written_is_swept_and_a_live_one_s_is_not(
     child = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
-    host = store._temporary(tmp_path / "x").name.split("-")[1]
+    host = files.temporary_path(tmp_path / "x").name.split("-")[1]
     dead, alive = tmp_path / f".tmp-{host}-{int(child.stdout)}-part", tmp_path / f".tmp-{host}-{os.getppid()}-part"
     for path in (dead, alive):
         path.write_text("half")
-    store.sweep(tmp_path)
+    files.remove_temporary_files(tmp_path)
     assert not dead.exists()
     assert alive.exists()
 
@@ -199,27 +199,27 @@ def with_more(row: Response) -> Response:
 @pytest.mark.parametrize("more", [lambda row: row, with_more])
 def test_responses_come_back_as_they_were(tmp_path, more):
     rows = [more(row) for row in (response("a"), response("b", tokens=0), response("c", tokens=1))]
-    store.write_rows(tmp_path / "r.parquet", rows, Response)
-    for want, found in zip(rows, store.read_rows(tmp_path / "r.parquet", Response), strict=True):
+    tables.write_rows(tmp_path / "r.parquet", rows, Response)
+    for want, found in zip(rows, tables.read_rows(tmp_path / "r.parquet", Response), strict=True):
         for name in Response.__dataclass_fields__:
             np.testing.assert_array_equal(getattr(found, name), getattr(want, name), strict=True)
 
 
 def test_the_same_rows_make_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        store.write_rows(tmp_path / name, [response()], Response)
+        tables.write_rows(tmp_path / name, [response()], Response)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_a_flipped_byte_in_parquet_is_never_read_in_silence(tmp_path):
     """Each byte in turn: it is refused, or it carries no value and the rows are as they were."""
     path, want = tmp_path / "r.parquet", [response(tokens=50)]
-    store.write_rows(path, want, Response)
+    tables.write_rows(path, want, Response)
     whole, refused = path.read_bytes(), 0
     for position in range(0, len(whole), 7):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
         try:
-            found = store.read_rows(path, Response)
+            found = tables.read_rows(path, Response)
         except OpdctlError:
             refused += 1
         else:
@@ -230,18 +230,20 @@ def test_a_flipped_byte_in_parquet_is_never_read_in_silence(tmp_path):
 
 
 def test_rows_of_another_kind_are_refused(tmp_path):
-    store.write_rows(tmp_path / "p.parquet", [Prompt("p", np.array([1], np.int32), "x", "teacher")], Prompt)
+    tables.write_rows(tmp_path / "p.parquet", [Prompt("p", np.array([1], np.int32), "x", "teacher")], Prompt)
     with pytest.raises(OpdctlError, match="has columns"):
-        store.read_rows(tmp_path / "p.parquet", Response)
+        tables.read_rows(tmp_path / "p.parquet", Response)
 
 
-ONE = Scores(np.array([-1.0], np.float32))
+ONE = TokenScores(np.array([-1.0], np.float32))
 
 
 def test_scores_come_back_by_id(tmp_path):
     logprobs = [np.array([-1.5, -2.5], np.float32), np.zeros(0, np.float32), np.array([-3.0], np.float32)]
-    store.write_scores(tmp_path / "s.safetensors", ["a", "b", "c"], [Scores(row) for row in logprobs], {"rollout": "r"})
-    found = store.read_scores(tmp_path / "s.safetensors", "r")
+    tables.write_scores(
+        tmp_path / "s.safetensors", ["a", "b", "c"], [TokenScores(row) for row in logprobs], {"rollout": "r"}
+    )
+    found = tables.read_scores(tmp_path / "s.safetensors", "r")
     assert {name: s.logprobs.tolist() for name, s in found.items()} == {"a": [-1.5, -2.5], "b": [], "c": [-3.0]}
     assert all(score.entropies is None and score.hidden_states is None for score in found.values())
 
@@ -249,14 +251,14 @@ def test_scores_come_back_by_id(tmp_path):
 def test_everything_that_can_be_scored_comes_back_by_id(tmp_path):
     rng = np.random.default_rng(0)
 
-    def scores(tokens: int) -> Scores:
+    def scores(tokens: int) -> TokenScores:
         floats = [rng.normal(size=(tokens, *width)).astype(np.float32) for width in ((), (), (3,), (2,), (5,))]
         ids = rng.integers(0, 9, (tokens, 3)).astype(np.int32)
-        return Scores(floats[0], floats[1], ids, floats[2], floats[3], lambda: floats[4])
+        return TokenScores(floats[0], floats[1], ids, floats[2], floats[3], lambda: floats[4])
 
     wanted = {"a": scores(4), "b": scores(0), "c": scores(1)}
-    store.write_scores(tmp_path / "s.safetensors", list(wanted), list(wanted.values()), {"rollout": "r"})
-    for name, found in store.read_scores(tmp_path / "s.safetensors", "r").items():
+    tables.write_scores(tmp_path / "s.safetensors", list(wanted), list(wanted.values()), {"rollout": "r"})
+    for name, found in tables.read_scores(tmp_path / "s.safetensors", "r").items():
         for column in ("logprobs", "entropies", "top_ids", "top_logprobs", "student_top_logprobs"):
             np.testing.assert_array_equal(getattr(found, column), getattr(wanted[name], column), strict=True)
         np.testing.assert_array_equal(found.hidden_states(), wanted[name].hidden_states(), strict=True)
@@ -264,40 +266,42 @@ def test_everything_that_can_be_scored_comes_back_by_id(tmp_path):
 
 def test_a_truncated_score_part_is_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    store.write_scores(path, ["a"], [ONE], {"rollout": "r"})
+    tables.write_scores(path, ["a"], [ONE], {"rollout": "r"})
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(OpdctlError, match="damaged"):
-        store.read_scores(path, "r")
+        tables.read_scores(path, "r")
 
 
 def test_scores_whose_offsets_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    store.write_scores(path, ["a", "a"], [ONE] * 2, {"rollout": "r"})
+    tables.write_scores(path, ["a", "a"], [ONE] * 2, {"rollout": "r"})
     with pytest.raises(OpdctlError, match="do not fit together"):
-        store.read_scores(path, "r")
+        tables.read_scores(path, "r")
 
 
 def test_scores_of_other_responses_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
-    store.write_scores(path, ["a"], [ONE], {"rollout": "r"})
+    tables.write_scores(path, ["a"], [ONE], {"rollout": "r"})
     with pytest.raises(OpdctlError, match="scores other responses"):
-        store.read_scores(path, "another")
+        tables.read_scores(path, "another")
 
 
 def test_a_directory_is_published_whole_or_not_at_all(tmp_path):
-    digests = store.publish_directory(tmp_path / "m", lambda folder: (folder / "a").write_text("1") and None)
-    store.check_directory(tmp_path / "m", digests)
+    digests = directories.write_directory_with_digests(
+        tmp_path / "m", lambda folder: (folder / "a").write_text("1") and None
+    )
+    directories.check_directory(tmp_path / "m", digests)
 
     def torn(folder):
         (folder / "a").write_text("2")
         raise RuntimeError("torn")
 
     with pytest.raises(RuntimeError, match="torn"):
-        store.publish_directory(tmp_path / "m", torn)
-    store.check_directory(tmp_path / "m", digests)
+        directories.write_directory_with_digests(tmp_path / "m", torn)
+    directories.check_directory(tmp_path / "m", digests)
     (tmp_path / "m" / "b").write_text("intruder")
     with pytest.raises(OpdctlError, match="was not written by this run"):
-        store.check_directory(tmp_path / "m", digests)
+        directories.check_directory(tmp_path / "m", digests)
 
 
 def test_ids_and_seeds_are_fixed_for_ever():
@@ -315,8 +319,8 @@ def test_seeds_fit_every_engine(run_seed, name):
 
 
 def test_offsets_by_hand():
-    assert offsets_of([2, 0, 3]).tolist() == [0, 2, 2, 5]
-    assert offsets_of([]).tolist() == [0]
+    assert cumulative_offsets([2, 0, 3]).tolist() == [0, 2, 2, 5]
+    assert cumulative_offsets([]).tolist() == [0]
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
@@ -336,6 +340,6 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
 def test_partial_saves_are_called_with_the_temporary_path(tmp_path):
     made = stage(tmp_path / "s", parts=1)
     made.begin({})
-    made.write(0, partial(store.write_rows, rows=[response()], kind=Response), rows=1, tokens=4)
+    made.write(0, partial(tables.write_rows, rows=[response()], kind=Response), rows=1, tokens=4)
     made.seal()
-    assert store.read_rows(made.verify(0), Response)[0].sample_id == "p/00000/0"
+    assert tables.read_rows(made.verify(0), Response)[0].sample_id == "p/00000/0"

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from opdctl.records import Response, Scored, Scores
+from opdctl.artifacts.records import Response, ScoredResponse, TokenScores
+from opdctl.data.toy import sort12
 
 STUDY = ROOT / "tests" / "bench" / "study"
 sys.path.insert(0, str(STUDY))
@@ -19,8 +20,6 @@ from arms import ARMS, FULL, IW_OPD, PREFIX, QUICK, STUDENTS, SUFFIX, UNIFORM, T
 from measure import first_share  # noqa: E402
 from results import Results, area, best_rates, holm, late, mean_over  # noqa: E402
 from students import EARLY, LATE, Faults  # noqa: E402
-
-from opdctl.tasks import sort12  # noqa: E402
 
 WORD = "lkjihgfedcba"
 
@@ -112,7 +111,7 @@ def test_faults_begin_where_they_should(passes: range, first: float, last: float
 def test_the_signal_s_share_on_the_first_tokens_by_hand() -> None:
     ids, zeros = np.arange(4, dtype=np.int32), np.zeros(4, np.float32)
     response = Response("a/0/0", "a", ids, ids, zeros, "stop", 0, "student", "teacher", None)
-    scored = Scored(response, Scores(np.array([-1, 2, -4, 1], np.float32)))
+    scored = ScoredResponse(response, TokenScores(np.array([-1, 2, -4, 1], np.float32)))
     assert first_share([scored]) == pytest.approx(3 / 8)  # of four tokens the first two: 30 % rounded up
 
 

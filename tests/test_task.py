@@ -5,9 +5,9 @@ from itertools import islice
 import pytest
 from conftest import invoke, sets
 
-from opdctl.config import Model
-from opdctl.model import ModelDir, locate, toy_models
-from opdctl.tasks import TASKS, perm, perm4, sort12
+from opdctl.data.toy import TASKS, perm, perm4, sort12
+from opdctl.models.directory import ModelDir, find_or_download, toy_model_names
+from opdctl.recipe.schema import Model
 
 EVERY_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
@@ -76,18 +76,18 @@ def test_the_answer_follows_the_last_marker(response, answer):
 
 
 def test_the_models_are_small_and_share_one_tokenizer():
-    directories = [ModelDir(locate(Model(model=name), "model"), "float32") for name in toy_models()]
+    directories = [ModelDir(find_or_download(Model(model=name), "model"), "float32") for name in toy_model_names()]
     names = ["perm-student", "perm-teacher", "student", "student-spread", "teacher"]
-    assert toy_models() == [f"toy:{name}" for name in names]
+    assert toy_model_names() == [f"toy:{name}" for name in names]
     assert sum(f.stat().st_size for d in directories for f in d.path.iterdir()) < 6 * 2**20
     assert len({d.tokenizer_digest for d in directories}) == 1
-    sizes = {name: d.parameters() for name, d in zip(toy_models(), directories, strict=True)}
+    sizes = {name: d.parameters() for name, d in zip(toy_model_names(), directories, strict=True)}
     small = {"toy:student", "toy:student-spread"}
-    assert sizes == {name: 110_528 if name in small else 365_664 for name in toy_models()}
+    assert sizes == {name: 110_528 if name in small else 365_664 for name in toy_model_names()}
 
 
 def test_a_character_outside_the_alphabet_is_an_error_not_another_token():
-    tokenizer = ModelDir(locate(Model(model="toy:student"), "model"), "float32").tokenizer
+    tokenizer = ModelDir(find_or_download(Model(model="toy:student"), "model"), "float32").tokenizer
     assert tokenizer("ab?")["input_ids"] == [2, 3, 38]
     with pytest.raises(Exception, match="UNK"):
         tokenizer("é")
@@ -105,7 +105,7 @@ def test_a_character_outside_the_alphabet_is_an_error_not_another_token():
 )
 def test_sampled_accuracy_lies_where_it_should(bench, model, low, high, tmp_path):
     overrides = sets(f"student.model={model}", "eval.problems=256", "eval.batch_size=256", f'eval.bench=["{bench}"]')
-    recipe = locate(Model(model="toy:student"), "model").parents[3] / "recipes/quickstart.toml"
+    recipe = find_or_download(Model(model="toy:student"), "model").parents[3] / "recipes/quickstart.toml"
     result = invoke("eval", "--recipe", recipe, *overrides, "--output", tmp_path / "run", "--json")
     assert result.code == 0, result.err
     assert low <= result.json()["avg"] <= high

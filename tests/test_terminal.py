@@ -10,8 +10,9 @@ import sys
 import pytest
 from conftest import QUICKSTART, ROOT, sets
 
-from opdctl import completion, log
-from opdctl.config import load_recipe
+from opdctl import console
+from opdctl.cli import completion
+from opdctl.recipe.load import load_recipe
 from opdctl.registry import BENCHMARKS, OBJECTIVES, WEIGHTS
 
 
@@ -117,7 +118,7 @@ def growing(make_row: str) -> str:
 def test_a_terminal_has_a_table_of_the_last_rows_and_no_lines(twenty_rows):
     said = at_terminal("-c", twenty_rows)
     last = said.rpartition("a run")[2]
-    assert re.findall(r"│ +(\d+) │", last) == [str(n) for n in range(21 - log.SHOWN_ROWS, 21)]
+    assert re.findall(r"│ +(\d+) │", last) == [str(n) for n in range(21 - console.MAX_TABLE_ROWS, 21)]
     assert "step 20" not in said
 
 

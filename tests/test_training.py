@@ -17,18 +17,22 @@ from conftest import QUICKSTART, invoke, sets, small_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opdctl import checkpoint, online, policy
-from opdctl.batches import by_token_budget
-from opdctl.config import Score, Train
-from opdctl.engines import Answered, engine_pool
-from opdctl.engines.hf import TransformersEngine
+from opdctl.engines.base import ScoreRequest
+from opdctl.engines.pool import open_engine_pool
+from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.microbatches import own_share
-from opdctl.model import ModelDir, load
-from opdctl.run import open_run, recorded_run
-from opdctl.scored import read_scored
-from opdctl.stages import rollout, score
-from opdctl.stages.train import Trainer, learning_rate
+from opdctl.models.batching import by_token_budget
+from opdctl.models.directory import ModelDir
+from opdctl.models.loading import load_model
+from opdctl.pipeline import loop, progress, rollout, score
+from opdctl.recipe.schema import Score, Train
+from opdctl.runs.open import open_run
+from opdctl.runs.run import load_run
+from opdctl.runs.scored_responses import read_scored
+from opdctl.training import checkpoint, policy
+from opdctl.training.microbatches import micro_batches_of_rank
+from opdctl.training.optimizer import learning_rate
+from opdctl.training.trainer import Trainer
 
 FIVE = ("train.steps=5", "train.keep_last=9", "train.tokens_per_micro_batch=400")
 LORA = ("lora.rank=4", "lora.alpha=8.0")
@@ -142,7 +146,7 @@ def test_an_error_before_the_work_is_said_once(tmp_path):
 def test_every_micro_batch_counts_once_and_all_ranks_have_as_many(batches, world, scored_run):
     trainer = Trainer(scored_run, "cpu")
     whole = (trainer.micro_batches(0, list(read_scored(scored_run, 0))) * batches)[:batches]
-    shares = [own_share(whole, rank, world) for rank in range(world)]
+    shares = [micro_batches_of_rank(whole, rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     counted = [batch for share in shares for batch in share if batch.counts]
     assert sorted(map(id, counted)) == sorted(map(id, whole))
@@ -162,15 +166,15 @@ def test_offloaded_to_the_cpu_it_is_the_same(alone, tmp_path):
 def scored_run(tmp_path_factory):
     """A run whose first step is rolled out and scored."""
     run = open_run(small_recipe(), tmp_path_factory.mktemp("scored") / "run")
-    with engine_pool(run.recipe, "cpu") as engines:
-        rollout.run(run, 0, engines)
-        score.run(run, 0, engines)
+    with open_engine_pool(run.recipe, "cpu") as engines:
+        rollout.run_rollout(run, 0, engines)
+        score.run_scoring(run, 0, engines)
     return run
 
 
 def test_a_state_comes_back_bit_for_bit_and_another_model_s_is_refused(tmp_path, scored_run):
     def fresh(*overrides):
-        model = policy.policy(scored_run.student, small_recipe(*overrides), "cpu")
+        model = policy.load_policy(scored_run.student, small_recipe(*overrides), "cpu")
         return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
     model, optimizer = fresh()
@@ -280,8 +284,8 @@ def adapted(tmp_path_factory) -> Path:
 
 
 def test_only_the_adapter_is_trained_and_the_merged_export_is_a_plain_model(adapted):
-    run = recorded_run(adapted)
-    before = load(run.student, device="cpu").state_dict()
+    run = load_run(adapted)
+    before = load_model(run.student, device="cpu").state_dict()
     step = adapted / "student/step-00005"
     after = AutoModelForCausalLM.from_pretrained(step, dtype=torch.float32).state_dict()
     assert before.keys() == after.keys()
@@ -298,11 +302,11 @@ def test_merged_and_unmerged_log_probs_agree(adapted):
 
     In float64, since float32 alone is 1e-5 off for tokens of small probability.
     """
-    run, step = recorded_run(adapted), adapted / "student/step-00005"
+    run, step = load_run(adapted), adapted / "student/step-00005"
     base = AutoModelForCausalLM.from_pretrained(run.student.path, dtype=torch.float32)
     unmerged = peft.PeftModel.from_pretrained(base, step / "adapter").double()
     merged = AutoModelForCausalLM.from_pretrained(step, dtype=torch.float64)
-    plain = load(run.student, device="cpu").double()
+    plain = load_model(run.student, device="cpu").double()
     furthest_apart, moved = 0.0, 0.0
     for sample in read_scored(run, 4):
         ids_1T = torch.from_numpy(np.concatenate([sample.response.prompt_ids, sample.response.response_ids]))[
@@ -338,7 +342,7 @@ def test_dropout_and_whole_modules_are_trained_the_same_each_time(tmp_path):
     assert furthest(weights(tmp_path / "a", 2), weights(tmp_path / "b", 2)) == 0
     assert train(tmp_path / "c", *extra, "lora.dropout=0.0").code == 0
     assert furthest(weights(tmp_path / "a", 2), weights(tmp_path / "c", 2)) > 0
-    before = load(recorded_run(tmp_path / "a").student, device="cpu").state_dict()
+    before = load_model(load_run(tmp_path / "a").student, device="cpu").state_dict()
     after = weights(tmp_path / "a", 2)
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
@@ -353,7 +357,7 @@ def test_dropout_and_whole_modules_are_trained_the_same_each_time(tmp_path):
 )
 def test_an_adapter_that_cannot_be_is_refused(override, said, scored_run):
     with pytest.raises(OpdctlError, match=said):
-        policy.policy(scored_run.student, small_recipe(*LORA, override), "cpu")
+        policy.load_policy(scored_run.student, small_recipe(*LORA, override), "cpu")
 
 
 # ── Schedule, batches, collapse ──────────────────────────────────────────────────────────────────────────────────────
@@ -390,7 +394,7 @@ def test_a_collapse_stops_the_run_and_says_why(tmp_path):
     result = train(tmp_path / "run", *cut)
     assert result.code == ExitCode.NO
     assert "collapse: in steps 1 to 3 100%, 100%, 100% of the responses ran into rollout.max_tokens" in result.err
-    assert recorded_run(tmp_path / "run").current_step() == 3
+    assert load_run(tmp_path / "run").current_step() == 3
     assert train(tmp_path / "run", *cut).code == ExitCode.NO  # it stays so
     assert train(tmp_path / "run", *cut, "train.max_truncated_share=1.0", "train.steps=4").code == 0
 
@@ -414,7 +418,7 @@ def test_every_metric_has_its_meaning_in_the_docs(alone):
 
 def test_quantiles_of_the_advantage_are_those_of_the_stored_log_probs(alone):
     metrics = json.loads((alone / "metrics.jsonl").read_text().splitlines()[0])
-    samples = list(read_scored(recorded_run(alone), 0))
+    samples = list(read_scored(load_run(alone), 0))
     gaps = np.concatenate([np.abs(s.teacher.logprobs - s.response.logprobs) for s in samples])
     for share in (50, 90, 99):
         assert metrics[f"abs_advantage_p{share}"] == pytest.approx(np.percentile(gaps, share), rel=1e-6)
@@ -422,7 +426,7 @@ def test_quantiles_of_the_advantage_are_those_of_the_stored_log_probs(alone):
 
 
 def test_a_tracker_that_fails_stops_nothing(tmp_path, monkeypatch):
-    from opdctl import tracking
+    from opdctl.training import tracking
 
     def broken(recipe, path):
         raise ConnectionError("no network here")
@@ -455,16 +459,16 @@ def test_the_export_is_a_model_that_others_load_and_says_what_it_is(alone):
     model = AutoModelForCausalLM.from_pretrained(step, dtype=torch.float32)
     assert tokenizer.decode(model.generate(torch.arange(2, 12)[None], max_new_tokens=4)[0])
     engine = TransformersEngine(ModelDir(step, "float32"), "cpu")
-    answered = Answered(np.arange(2, 8, dtype=np.int32), np.arange(8, 14, dtype=np.int32))
+    answered = ScoreRequest(np.arange(2, 8, dtype=np.int32), np.arange(8, 14, dtype=np.int32))
     assert np.isfinite(engine.score([answered], Score(), lambda _: None)[0].logprobs).all()
 
 
 def test_the_best_student_is_named(tmp_path):
     result = train(tmp_path / "run", "train.steps=2", "eval.every=1")
     assert result.code == 0
-    run = recorded_run(tmp_path / "run")
-    step, accuracy = online.best(run)
-    assert accuracy == max(online.accuracies(run).values())
+    run = load_run(tmp_path / "run")
+    step, accuracy = progress.best(run)
+    assert accuracy == max(progress.accuracies(run).values())
     assert f"step {step}" in result.err
 
 
@@ -476,11 +480,11 @@ def test_a_row_has_the_newest_accuracy_whoever_measured_it_and_looks_at_no_step_
         asked.append(int(subject.removeprefix("step-")))
         return measured[asked[-1]]
 
-    monkeypatch.setattr(online.evaluate, "stored_summary", stored)
+    monkeypatch.setattr(loop.evaluate, "stored_summary", stored)
     metrics = dict.fromkeys(("loss", "abs_advantage", "truncated_share", "tokens", "update_seconds"), 1.0)
 
     def shown(step):
-        return online.row(run, metrics | {"step": step}, 0.0)[online.COLUMNS.index("accuracy")]
+        return progress.format_row(run, metrics | {"step": step}, 0.0)[progress.COLUMNS.index("accuracy")]
 
     assert (shown(999), asked) == ("", [])
     for name in ("step-00016", "step-00000", "step-02000", "step-00008", "step-00008 (copy)", "teacher"):

@@ -31,9 +31,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl.objectives import TokenBatch
+from opdctl.losses.objectives import TokenBatch
+from opdctl.losses.token_weights import IwOpd, ResponseTokens
 from opdctl.registry import OBJECTIVES
-from opdctl.weights import IwOpd, Tokens
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 Trainer = pytest.importorskip("trl.experimental.iw_opd", reason="TRL with IW-OPD is not installed").IWOPDTrainer
@@ -62,7 +62,7 @@ def ours(logits_BTV, ids_BT, labels_BT, teacher_BT, gamma=0.5, rollout_logprobs=
         rollout_BT.double(), teacher_BT.double(), labels_BT != IGNORED, strict=True
     ):
         student, teacher = student_T[real_T].numpy(), teacher_T[real_T].numpy()
-        weights.append(IwOpd(gamma)(Tokens(student, teacher, teacher - student)))
+        weights.append(IwOpd(gamma)(ResponseTokens(student, teacher, teacher - student)))
     weight_N = torch.from_numpy(np.concatenate(weights))
     logp_N, rollout_N, teacher_N = (value[labels_BT != IGNORED] for value in (logp_BT, rollout_BT, teacher_BT))
     loss_N, _ = OBJECTIVES.build("policy_gradient", {})(TokenBatch(logp_N, logp_N.detach(), rollout_N, teacher_N))

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from opdctl.positions import Batch, Numbers
-from opdctl.verdict import CERTAIN, Verdict, find_drift, share, verdict
-from opdctl.weights import IwOpd, PrefixBoost, Tokens, Weight
+from opdctl.analysis.position_bias import CONFIDENCE_LEVEL, PositionBias, assess_bias, find_change_point, share
+from opdctl.analysis.position_sums import Batch, PositionStats
+from opdctl.losses.token_weights import IwOpd, PrefixBoost, ResponseTokens, Weight
 
 
-def numbers(signals: list[np.ndarray], weight: Weight | None = None) -> Numbers:
+def numbers(signals: list[np.ndarray], weight: Weight | None = None) -> PositionStats:
     """The numbers of responses whose |A| are those given."""
-    responses = [Tokens(np.zeros(len(a)), -a, -a) for a in signals]
+    responses = [ResponseTokens(np.zeros(len(a)), -a, -a) for a in signals]
     weights = {"weight": [weight(tokens) for tokens in responses]} if weight else {}
-    return Numbers.of(Batch(responses), weights)
+    return PositionStats.of(Batch(responses), weights)
 
 
-def judged(signals: list[np.ndarray]) -> Verdict:
-    return verdict(numbers(signals).shares)
+def judged(signals: list[np.ndarray]) -> PositionBias:
+    return assess_bias(numbers(signals).shares)
 
 
 def lengths(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -120,7 +120,7 @@ def test_a_response_that_holds_nearly_all_leaves_the_share_open():
 def test_an_even_signal_has_no_place_where_it_changes():
     flat = numbers([np.ones(50)] * 30).shares
     used = flat.responses_G > 0
-    assert find_drift(flat.signals["signal"][used], flat.tokens_G[used]) is None
-    assert verdict(flat).bias == "none found"
-    assert verdict(flat).p_value == 1.0
-    assert CERTAIN > 0.95
+    assert find_change_point(flat.signals["signal"][used], flat.tokens_G[used]) is None
+    assert assess_bias(flat).bias == "none found"
+    assert assess_bias(flat).p_value == 1.0
+    assert CONFIDENCE_LEVEL > 0.95

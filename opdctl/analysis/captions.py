@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from opdctl.analysis import Analysis, Phase, means, rows
-from opdctl.positions import GROUPS
-from opdctl.samples import Sample
-from opdctl.stats import Estimate
-from opdctl.verdict import CERTAIN, HEAD, LEAST, Verdict
+from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_RESPONSES, PREFIX_PERCENT, PositionBias
+from opdctl.analysis.position_sums import GROUPS
+from opdctl.analysis.results import Analysis, Phase, means, rows
+from opdctl.analysis.samples import Sample
+from opdctl.evaluation.stats import Estimate
 
 
 def interval(found: Estimate, form: str = ".1%") -> str:
@@ -32,18 +32,20 @@ def about(analysis: Analysis) -> str:
     )
 
 
-def headline(verdict: Verdict) -> str:
+def headline(verdict: PositionBias) -> str:
     """Return the verdict in a sentence."""
     if verdict.bias == "unknown" or verdict.share is None:
         return f"No verdict on a position bias: {verdict.reason}."
-    holds = f"the first {HEAD} % of a response hold {interval(verdict.share)} of"
+    holds = f"the first {PREFIX_PERCENT} % of a response hold {interval(verdict.share)} of"
     if verdict.bias == "none found":
-        return f"No position bias found: {holds} the signal; without one they hold {HEAD} %."
+        return f"No position bias found: {holds} the signal; without one they hold {PREFIX_PERCENT} %."
     p_value = _p(verdict.p_value or 0.0)
-    return f"The signal is biased {verdict.bias}: {holds} it; without a bias they hold {HEAD} % (p {p_value})."
+    return (
+        f"The signal is biased {verdict.bias}: {holds} it; without a bias they hold {PREFIX_PERCENT} % (p {p_value})."
+    )
 
 
-def suggestions(verdict: Verdict) -> list[str]:
+def suggestions(verdict: PositionBias) -> list[str]:
     """Return where the signal changes and what that suggests, in sentences."""
     if verdict.bias == "unknown":
         return []
@@ -62,12 +64,12 @@ def suggestions(verdict: Verdict) -> list[str]:
 
 def _evening(gamma: Estimate, multiplier: Estimate) -> str:
     if gamma.value == 0:
-        return f"The first {HEAD} % have more than their share as it is: nothing suggests to weigh them more (gamma 0)."
-    boost = f"prefix_boost at fraction {HEAD / 100:g} with multiplier {interval(multiplier, '.2f')}"
+        return f"The first {PREFIX_PERCENT} % have more than their share as it is: nothing suggests to weigh them more (gamma 0)."
+    boost = f"prefix_boost at fraction {PREFIX_PERCENT / 100:g} with multiplier {interval(multiplier, '.2f')}"
     if math.isinf(gamma.value):
-        return f"No gamma of iw_opd would bring the first {HEAD} % of the weighted signal to {HEAD} %; {boost} would."
+        return f"No gamma of iw_opd would bring the first {PREFIX_PERCENT} % of the weighted signal to {PREFIX_PERCENT} %; {boost} would."
     wanted = f"iw_opd with gamma {interval(gamma, '.2f')}"
-    return f"The first {HEAD} % of the weighted signal come to {HEAD} % under {wanted}, or {boost}."
+    return f"The first {PREFIX_PERCENT} % of the weighted signal come to {PREFIX_PERCENT} % under {wanted}, or {boost}."
 
 
 def _p(value: float) -> str:
@@ -75,15 +77,15 @@ def _p(value: float) -> str:
 
 
 RULES = (
-    f"Share: Σ|A| over the first {HEAD} % of each response's tokens, by Σ|A| over all of them. Flat, it is {HEAD} % in "
+    f"Share: Σ|A| over the first {PREFIX_PERCENT} % of each response's tokens, by Σ|A| over all of them. Flat, it is {PREFIX_PERCENT} % in "
     "expectation, whatever the lengths and levels of the responses. The interval is Fieller's, with the response as "
     f"its unit, or beyond {GROUPS} responses, groups of them.",
-    f"Bias: claimed where the test of {HEAD} % gives p < {1 - CERTAIN:.2g}, from {LEAST} responses on; early where the "
+    f"Bias: claimed where the test of {PREFIX_PERCENT} % gives p < {1 - BIAS_CONFIDENCE_LEVEL:.2g}, from {MIN_RESPONSES} responses on; early where the "
     "share is greater, late where it is less. All steps are taken together.",
     "Change: the cut that best divides the response into two parts of different mean |A| (least squares), with the "
     "percentiles over resampled responses; shown where the gap is beyond 99 % of those under random signs. "
     "It is the fraction that the data suggest for prefix_only and prefix_boost.",
-    f"Gamma of iw_opd, multiplier of prefix_boost: at which the first {HEAD} % hold {HEAD} % of the weighted signal "
+    f"Gamma of iw_opd, multiplier of prefix_boost: at which the first {PREFIX_PERCENT} % hold {PREFIX_PERCENT} % of the weighted signal "
     "Σ w|A|. This evens the signal; whether a student learns more from it, only training tells. The paper takes gamma "
     "0.5 throughout.",
 )
@@ -104,10 +106,10 @@ def sentence(phase: Phase) -> str:
 def _holds(share: Estimate) -> str:
     if math.isnan(share.value):
         return "there is no discrepancy"
-    return f"the first {HEAD} % of the tokens hold {share.value:.0%} of the discrepancy"
+    return f"the first {PREFIX_PERCENT} % of the tokens hold {share.value:.0%} of the discrepancy"
 
 
-def of_figures(analysis: Analysis) -> dict[str, str]:
+def figure_captions(analysis: Analysis) -> dict[str, str]:
     """Return what each figure says, from its numbers."""
     said = {
         "position": " ".join(sentence(phase) for phase in analysis.phases),
@@ -124,16 +126,16 @@ def of_figures(analysis: Analysis) -> dict[str, str]:
         k1 = [interval(step.means["k1"], ".4f") for step in (first, last)]
         said["steps"] = (
             f"Reverse KL (k1) goes from {k1[0]} nats a token at step {first.step} to {k1[1]} at step {last.step}; the "
-            f"first {HEAD} % hold {interval(first.share)} of the signal, then {interval(last.share)}."
+            f"first {PREFIX_PERCENT} % hold {interval(first.share)} of the signal, then {interval(last.share)}."
         )
         said["heat"] = (
             f"A token differs most {_most(first.signal_P)} at step {first.step}, "
             f"{_most(last.signal_P)} at step {last.step}."
         )
     if analysis.continuations:
-        said["continuations"] = " ".join(map(continued, analysis.continuations))
+        said["continuations"] = " ".join(map(continuations_sentence, analysis.continuations))
     if analysis.accuracy:
-        said["accuracy"] = _learnt(analysis.accuracy)
+        said["accuracy"] = _accuracy_caption(analysis.accuracy)
     return said
 
 
@@ -185,7 +187,7 @@ def _most(signal_P: np.ndarray) -> str:
     return f"between {most} and {most + width} % of the response"
 
 
-def continued(found: Mapping[str, Any]) -> str:
+def continuations_sentence(found: Mapping[str, Any]) -> str:
     """Return what the continuations came to, in a sentence."""
     parts = []
     for name in dict.fromkeys(row["model"] for row in found["accuracy"]):
@@ -198,7 +200,7 @@ def continued(found: Mapping[str, Any]) -> str:
     return f"Of {found['problems']} problems, going on from {found['student']}'s own responses: {'; '.join(parts)}."
 
 
-def _learnt(found: Mapping[str, Any]) -> str:
+def _accuracy_caption(found: Mapping[str, Any]) -> str:
     first, last = found["curve"][0], found["curve"][-1]
     teachers = ", ".join(f"{name} {value:.1%}" for name, value in found["teachers"].items())
     return (

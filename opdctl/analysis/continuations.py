@@ -15,15 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from opdctl import SCHEMA_VERSION, log, stats, store
-from opdctl.benchmarks import Benchmark, find
-from opdctl.config import Recipe, settings_of
-from opdctl.engines import Completion, EnginePool, Request
+from opdctl import console
+from opdctl.artifacts import files
+from opdctl.artifacts.records import SCHEMA_VERSION, GradedResponse, Ids, Response, sample_seed
+from opdctl.artifacts.stage_dir import ALL_PARTS, Fingerprint, StageDir, WorkerShard
+from opdctl.artifacts.tables import read_rows, write_rows
+from opdctl.engines.base import Completion, Request
+from opdctl.engines.pool import EnginePool
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import ModelDir
-from opdctl.records import Graded, Ids, Response, sample_seed
-from opdctl.run import Run
-from opdctl.store import WHOLE, Fingerprint, Shard, StageDir, read_rows, write_rows
+from opdctl.evaluation import stats
+from opdctl.evaluation.benchmarks import Benchmark, find
+from opdctl.models.directory import ModelDir
+from opdctl.recipe.dependencies import fingerprint_settings
+from opdctl.recipe.schema import Recipe
+from opdctl.runs.layout import step_name
+from opdctl.runs.run import Run, open_stage_dir
 
 PERCENTS = range(0, 100, 10)
 """Lengths of the prefixes, in hundredths of the response, rounded down to tokens: never with its last token."""
@@ -46,8 +52,8 @@ class Draw:
         return _prefix(self.response, self.percent)
 
 
-def run(
-    run: Run, step: int, engines: EnginePool, *, repair: bool = False, shard: Shard = WHOLE
+def run_continuations(
+    run: Run, step: int, engines: EnginePool, *, repair: bool = False, shard: WorkerShard = ALL_PARTS
 ) -> tuple[dict[str, Any] | None, int]:
     """Make the continuations of a step's prefixes that are missing, with `repair` damaged ones too.
 
@@ -59,28 +65,31 @@ def run(
     made, stages = 0, {name: _stage(run, step, name, benchmark, responses) for name in _models(run, step, responses)}
     for name, stage in stages.items():
         with stage.work(repair=repair, shard=shard) as parts:
-            made += _go_on(run, step, name, benchmark, responses, engines, stage, parts) if parts else 0
+            made += (
+                _generate_continuations(run, step, name, benchmark, responses, engines, stage, parts) if parts else 0
+            )
     if not all(stage.done() for stage in stages.values()):
         return None, made
     rows = {
-        name: [row for i in range(len(s.names)) for row in read_rows(s.verify(i), Graded)] for name, s in stages.items()
+        name: [row for i in range(len(s.names)) for row in read_rows(s.verify(i), GradedResponse)]
+        for name, s in stages.items()
     }
     summary = {
         "schema_version": SCHEMA_VERSION,
         "step": step,
-        "student": f"step-{step:05d}",
+        "student": step_name(step),
         "bench": benchmark.name,
         "problems": len({response.prompt_id for response in responses}),
         "responses": len(responses),
         **summarise(rows, _on_track(run, benchmark, responses)),
     }
-    path = folder(run, step) / "summary.json"
-    if not path.exists() or store.read_json(path) != summary:
-        store.write_json(path, summary)
+    path = continuations_path(run, step) / "summary.json"
+    if not path.exists() or files.read_json(path) != summary:
+        files.write_json(path, summary)
     return summary, made
 
 
-def plan(run: Run, step: int) -> str:
+def describe_plan(run: Run, step: int) -> str:
     """Return what there is to do for a step, all of it. Raises OpdctlError as `run` does."""
     _benchmark(run)
     responses, samples = _responses(run, step), run.recipe.continuations.samples
@@ -89,8 +98,8 @@ def plan(run: Run, step: int) -> str:
     return f"continuations of step {step} by {', '.join(models)}: {count} from prefixes of {len(responses)} responses"
 
 
-def folder(run: Run, step: int) -> Path:
-    return run.path / "continuations" / f"step-{step:05d}"
+def continuations_path(run: Run, step: int) -> Path:
+    return run.path / "continuations" / step_name(step)
 
 
 def recipe_for_engines(recipe: Recipe) -> Recipe:
@@ -137,9 +146,9 @@ def _models(run: Run, step: int, responses: Sequence[Response]) -> list[str]:
 
 def _stage(run: Run, step: int, name: str, benchmark: Benchmark, responses: Sequence[Response]) -> StageDir:
     digest = run.student_digest(run.policy_step(step)) if name == "student" else run.digests[name]
-    settings = settings_of(run.recipe, "continuations") | {"grader": benchmark.grader.name}
-    return StageDir(
-        folder(run, step) / name,
+    settings = fingerprint_settings(run.recipe, "continuations") | {"grader": benchmark.grader.name}
+    return open_stage_dir(
+        continuations_path(run, step) / name,
         stage="continuations",
         parts=min(run.recipe.rollout.parts, len(responses)),
         suffix=".parquet",
@@ -152,7 +161,7 @@ def _model(run: Run, step: int, name: str) -> ModelDir:
     return run.student_at(run.policy_step(step)) if name == "student" else run.models[name]
 
 
-def _go_on(
+def _generate_continuations(
     run: Run,
     step: int,
     name: str,
@@ -166,7 +175,7 @@ def _go_on(
     engine = engines.get(name, settings.engine, _model(run, step, name))
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p})
     total = len(_own(responses, name)) * len(PERCENTS) * samples
-    with log.progress(f"continuations, {name}, step {step}", total) as advance:
+    with console.progress(f"continuations, {name}, step {step}", total) as advance:
         for index in parts:
             part = _own(stage.share(responses, index), name)
             draws = [Draw(response, percent, n) for response in part for percent in PERCENTS for n in range(samples)]
@@ -180,11 +189,15 @@ def _go_on(
             completions = engine.generate(requests, settings, settings.batch_size, advance)
             rows = _graded(run, benchmark, draws, completions)
             tokens = sum(len(row.response_ids) for row in rows)
-            made += stage.write(index, partial(write_rows, rows=rows, kind=Graded), rows=len(rows), tokens=tokens)
+            made += stage.write(
+                index, partial(write_rows, rows=rows, kind=GradedResponse), rows=len(rows), tokens=tokens
+            )
     return made
 
 
-def _graded(run: Run, benchmark: Benchmark, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[Graded]:
+def _graded(
+    run: Run, benchmark: Benchmark, draws: Sequence[Draw], completions: Sequence[Completion]
+) -> list[GradedResponse]:
     """Return the rows of a part: the answer is that of prefix and continuation together."""
     pairs = list(zip(draws, completions, strict=True))
     whole = [np.concatenate([draw.prefix_ids, completion.response_ids]) for draw, completion in pairs]
@@ -192,7 +205,7 @@ def _graded(run: Run, benchmark: Benchmark, draws: Sequence[Draw], completions: 
     golds = [str(draw.response.answer) for draw in draws]
     grades = benchmark.grader.grade(list(zip(golds, texts, strict=True)))
     return [
-        Graded(
+        GradedResponse(
             sample_id=draw.id,
             problem_id=draw.response.prompt_id,
             response_ids=completion.response_ids,
@@ -234,11 +247,13 @@ def _on_track(run: Run, benchmark: Benchmark, responses: Sequence[Response]) -> 
     return found
 
 
-def summarise(rows: dict[str, list[Graded]], on_track: dict[tuple[str, int], bool]) -> dict[str, list[dict[str, Any]]]:
+def summarise(
+    rows: dict[str, list[GradedResponse]], on_track: dict[tuple[str, int], bool]
+) -> dict[str, list[dict[str, Any]]]:
     """Return the accuracy of each model by the length of the prefix, with 95 % intervals over problems; and the same of
     prefixes that are right so far and of those that have gone wrong, where the task can tell."""
-    whole: dict[tuple[str, int], list[Graded]] = defaultdict(list)
-    split: dict[tuple[str, int, str], list[Graded]] = defaultdict(list)
+    whole: dict[tuple[str, int], list[GradedResponse]] = defaultdict(list)
+    split: dict[tuple[str, int, str], list[GradedResponse]] = defaultdict(list)
     for model, row in _each(rows):
         sample_id, percent, _ = row.sample_id.rsplit("/", 2)
         whole[model, int(percent)].append(row)
@@ -253,13 +268,13 @@ def summarise(rows: dict[str, list[Graded]], on_track: dict[tuple[str, int], boo
     }
 
 
-def _each(rows: dict[str, list[Graded]]) -> Iterator[tuple[str, Graded]]:
+def _each(rows: dict[str, list[GradedResponse]]) -> Iterator[tuple[str, GradedResponse]]:
     return ((model, row) for model, own in rows.items() for row in own)
 
 
-def _accuracy(rows: Sequence[Graded]) -> dict[str, Any]:
+def _accuracy(rows: Sequence[GradedResponse]) -> dict[str, Any]:
     by_problem: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         by_problem[row.problem_id].append(row.correct)
-    found = stats.over_problems([float(np.mean(own)) for own in by_problem.values()])
+    found = stats.problem_bootstrap([float(np.mean(own)) for own in by_problem.values()])
     return {"problems": len(by_problem), "accuracy": found.value, "low": found.low, "high": found.high}

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from opdctl.analysis import Analysis, Phase, continued
-from opdctl.positions import BINS
-from opdctl.stats import Estimate
-from opdctl.verdict import HEAD
+from opdctl.analysis.position_bias import PREFIX_PERCENT
+from opdctl.analysis.position_sums import BINS
+from opdctl.analysis.results import Analysis, Phase, continuation_rows
+from opdctl.evaluation.stats import Estimate
 
 EARLY, LATE, GREY = "#c2410c", "#1d4ed8", "#64748b"
 COLOURS = (EARLY, LATE, "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f")
@@ -44,7 +44,7 @@ def draw(analysis: Analysis) -> dict[str, Figure]:
         "position": (True, position),
         "spent": (True, spent),
         "steps": (len(analysis.steps) > 1, steps),
-        "heat": (len(analysis.steps) > 1, heat),
+        "heat": (len(analysis.steps) > 1, heatmap),
         "prefix_logp": (True, prefix_logp),
         "entropy": (bool(_optional(analysis)), entropy),
         "weights": (True, weights),
@@ -159,7 +159,7 @@ def spent(analysis: Analysis) -> Figure:
             middle = (np.arange(len(signal.tokens_P)) + 0.5) * 100 / BINS
             mean, half = signal.mean("abs_advantage"), signal.half_width("abs_advantage")
             _band(level, middle, mean, mean - half, mean + half, colour, phase.name)
-    curve.axvline(HEAD, color=GREY, lw=0.8, ls=":")
+    curve.axvline(PREFIX_PERCENT, color=GREY, lw=0.8, ls=":")
     if drift := analysis.verdict.drift:
         for axis in (curve, level):
             ends = 100 * drift.at.low, 100 * drift.at.high
@@ -174,7 +174,7 @@ def spent(analysis: Analysis) -> Figure:
     return figure
 
 
-def heat(analysis: Analysis) -> Figure:
+def heatmap(analysis: Analysis) -> Figure:
     """Mean |A| by step and relative position."""
     figure, (axis,) = _panels(1, 3.4)
     grid = np.stack([step.signal_P for step in analysis.steps], axis=1)
@@ -202,10 +202,10 @@ def steps(analysis: Analysis) -> Figure:
         _estimates(axes[0], numbers, [step.means[name] for step in analysis.steps], colour, name)
     _estimates(axes[1], numbers, [step.means["abs_advantage"] for step in analysis.steps], EARLY, None)
     _estimates(axes[2], numbers, [step.share for step in analysis.steps], EARLY, None)
-    axes[2].axhline(HEAD / 100, color=GREY, lw=1, ls="--")
+    axes[2].axhline(PREFIX_PERCENT / 100, color=GREY, lw=1, ls="--")
     axes[0].set(title="Reverse KL", ylabel="nats a token")
     axes[1].set(title="Discrepancy |A|", ylabel="mean |A| (nats)")
-    axes[2].set(title=f"Share of the signal in the first {HEAD} %", ylabel="share of Σ|A|", ylim=(0, None))
+    axes[2].set(title=f"Share of the signal in the first {PREFIX_PERCENT} %", ylabel="share of Σ|A|", ylim=(0, None))
     axes[2].yaxis.set_major_formatter(PercentFormatter(1))
     for axis in axes:
         axis.set(xlabel="training step")
@@ -300,7 +300,7 @@ def continuations(analysis: Analysis) -> Figure:
     """Accuracy of teacher and student that go on from the student's prefixes, by their length (Figure 1b)."""
     figure, axes = _panels(len(analysis.continuations), sharey=True)
     for axis, found in zip(axes, analysis.continuations, strict=True):
-        rows = continued(found)
+        rows = continuation_rows(found)
         models = list(dict.fromkeys(row["model"] for row in rows))
         for model, colour in zip(models, (LATE, *(c for c in COLOURS if c != LATE)), strict=False):
             for prefix, line in (("any", "-"), ("right so far", ":"), ("gone wrong", "--")):

@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from opdctl.positions import LEVEL, PERCENT, Shares
-from opdctl.stats import Estimate
-from opdctl.weights import Floats
+from opdctl.analysis.position_sums import PERCENT, SignalShares
+from opdctl.evaluation.stats import CONFIDENCE_LEVEL, Estimate
+from opdctl.losses.token_weights import Floats
 
-HEAD = 30
+PREFIX_PERCENT = 30
 """The hundredths of the response that are its beginning."""
-CERTAIN = 0.99
+BIAS_CONFIDENCE_LEVEL = 0.99
 """A bias or a drift is claimed where an interval of this level excludes that there is none."""
-LEAST = 20  # responses with a signal: fewer bear no verdict
+MIN_RESPONSES = 20  # responses with a signal: fewer bear no verdict
 RESAMPLES = 2000
 ROUNDING = 1e-9  # of the signal: a uniform one leaves errors of rounding, which no test must take for a bias
-EDGE = 5  # hundredths at either end where no change is looked for
+MIN_SEGMENT_PERCENT = 5  # hundredths at either end where no change is looked for
 
 
 @dataclass(frozen=True)
-class Drift:
+class ChangePoint:
     """Where the signal changes, as a share of the response, and its mean in nats a token before and after."""
 
     at: Estimate
@@ -39,7 +39,7 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PositionBias:
     """bias: "early", "late", "none found", or "unknown" with the `reason`. share: of the signal in the first 30 %.
 
     drift: where the signal changes, None where it is as good as flat; the fraction that the data suggest for a prefix
@@ -51,7 +51,7 @@ class Verdict:
     reason: str
     share: Estimate | None = None
     p_value: float | None = None
-    drift: Drift | None = None
+    drift: ChangePoint | None = None
     gamma: Estimate | None = None
     multiplier: Estimate | None = None
 
@@ -66,28 +66,36 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def verdict(shares: Shares) -> Verdict:
+def assess_bias(shares: SignalShares) -> PositionBias:
     """Return the verdict on the responses behind `shares`."""
     used_G = shares.responses_G > 0
     signal_GQ, unspent_GQ = shares.signals["signal"][used_G], shares.signals["unspent"][used_G]
     responses, tokens_G = int(shares.responses_G.sum()), shares.tokens_G[used_G]
     if not signal_GQ.sum() > 0:
-        return Verdict("unknown", "teacher and student agree on every token: there is no signal")
-    if responses < LEAST:
-        return Verdict("unknown", f"{responses} responses are too few: {LEAST} are needed", share(signal_GQ))
+        return PositionBias("unknown", "teacher and student agree on every token: there is no signal")
+    if responses < MIN_RESPONSES:
+        return PositionBias(
+            "unknown", f"{responses} responses are too few: {MIN_RESPONSES} are needed", share(signal_GQ)
+        )
     if tokens_G.sum() <= responses:
-        return Verdict("unknown", "the responses have one token each: they have no positions")
+        return PositionBias("unknown", "the responses have one token each: they have no positions")
     found, p_value = share(signal_GQ), _p_of_share(signal_GQ)
-    bias = "none found" if p_value > 1 - CERTAIN else "late" if found.value < HEAD / 100 else "early"
-    drift = find_drift(signal_GQ, tokens_G)
-    gamma, multiplier = (None, None) if bias == "none found" else evening(signal_GQ, unspent_GQ)
-    return Verdict(bias, "", found, p_value, drift, gamma, multiplier)
+    bias = (
+        "none found"
+        if p_value > 1 - BIAS_CONFIDENCE_LEVEL
+        else "late"
+        if found.value < PREFIX_PERCENT / 100
+        else "early"
+    )
+    drift = find_change_point(signal_GQ, tokens_G)
+    gamma, multiplier = (None, None) if bias == "none found" else balancing_hyperparameters(signal_GQ, unspent_GQ)
+    return PositionBias(bias, "", found, p_value, drift, gamma, multiplier)
 
 
 # ── The share of the beginning ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def share(signal_GQ: Floats, percent: int = HEAD, level: float = LEVEL) -> Estimate:
+def share(signal_GQ: Floats, percent: int = PREFIX_PERCENT, level: float = CONFIDENCE_LEVEL) -> Estimate:
     """Return the share of the signal in the first hundredths, with the interval that the test of each share gives.
 
     s is in it where the sum of h - s S over the groups, h being the signal of their beginning and S all of it, is less
@@ -109,7 +117,7 @@ def share(signal_GQ: Floats, percent: int = HEAD, level: float = LEVEL) -> Estim
 
 def _p_of_share(signal_GQ: Floats) -> float:
     """Return the two-sided p-value of the null that the first 30 % hold 30 % of the signal."""
-    excess_G = signal_GQ[:, :HEAD].sum(1) - HEAD / 100 * signal_GQ.sum(1)
+    excess_G = signal_GQ[:, :PREFIX_PERCENT].sum(1) - PREFIX_PERCENT / 100 * signal_GQ.sum(1)
     if np.abs(excess_G).max() <= ROUNDING * signal_GQ.sum(1).max():
         return 1.0
     return float(2 * stats.t.sf(abs(excess_G.sum()) / math.sqrt(excess_G @ excess_G), len(excess_G) - 1))
@@ -118,26 +126,26 @@ def _p_of_share(signal_GQ: Floats) -> float:
 # ── Where the signal changes ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_drift(signal_GQ: Floats, tokens_G: Floats) -> Drift | None:
+def find_change_point(signal_GQ: Floats, tokens_G: Floats) -> ChangePoint | None:
     """Return where the signal changes from one mean to another, or None where it is as good as flat.
 
     The place is that of least squares for two means (Bai 1994): the greatest |spent - expected| / sqrt(u (1 - u)) over
     the cuts u, with the interval of the percentiles over resampled groups. It is a change where this is beyond the 99 %
     quantile of what it comes to when the groups' signs are drawn by lot (Wu 1986).
     """
-    cuts_Q = np.arange(EDGE, PERCENT - EDGE + 1)
+    cuts_Q = np.arange(MIN_SEGMENT_PERCENT, PERCENT - MIN_SEGMENT_PERCENT + 1)
     u_Q, all_G = cuts_Q / PERCENT, signal_GQ.sum(1)
     gap_GQ = np.cumsum(signal_GQ, 1)[:, cuts_Q - 1] - u_Q * all_G[:, None]
     gap_GQ /= np.sqrt(u_Q * (1 - u_Q))
     p_value = _p_of_gaps(gap_GQ, float(all_G.max()))
-    if p_value > 1 - CERTAIN:
+    if p_value > 1 - BIAS_CONFIDENCE_LEVEL:
         return None
     place_B = u_Q[np.abs(resampled(gap_GQ)).argmax(1)]
-    low, high = np.quantile(place_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(place_B, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     cut = int(cuts_Q[np.abs(gap_GQ.sum(0)).argmax()])
     at, tokens, spent = cut / PERCENT, float(tokens_G.sum()), float(signal_GQ[:, :cut].sum())
     before, after = spent / (at * tokens), (float(all_G.sum()) - spent) / ((1 - at) * tokens)
-    return Drift(Estimate(at, float(low), float(high)), before, after, p_value)
+    return ChangePoint(Estimate(at, float(low), float(high)), before, after, p_value)
 
 
 def _p_of_gaps(gap_GQ: Floats, scale: float) -> float:
@@ -158,7 +166,7 @@ def resampled(sums_GX: Floats) -> Floats:
 # ── What it suggests ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def evening(signal_GQ: Floats, unspent_GQ: Floats) -> tuple[Estimate, Estimate]:
+def balancing_hyperparameters(signal_GQ: Floats, unspent_GQ: Floats) -> tuple[Estimate, Estimate]:
     """Return the gamma of `iw_opd`, and the multiplier of `prefix_boost` at fraction 0.3, that bring the share of the
     weighted signal in the first 30 % to 30 %.
 
@@ -167,7 +175,13 @@ def evening(signal_GQ: Floats, unspent_GQ: Floats) -> tuple[Estimate, Estimate]:
     percentiles over resampled groups; infinity where no gamma is enough.
     """
     sums_GX = np.stack(
-        [signal_GQ[:, :HEAD].sum(1), signal_GQ.sum(1), unspent_GQ[:, :HEAD].sum(1), unspent_GQ.sum(1)], axis=1
+        [
+            signal_GQ[:, :PREFIX_PERCENT].sum(1),
+            signal_GQ.sum(1),
+            unspent_GQ[:, :PREFIX_PERCENT].sum(1),
+            unspent_GQ.sum(1),
+        ],
+        axis=1,
     )
     whole_X, drawn_BX = sums_GX.sum(0)[None], resampled(sums_GX)
     return _estimate(_gamma(whole_X)[0], _gamma(drawn_BX)), _estimate(_multiplier(whole_X)[0], _multiplier(drawn_BX))
@@ -175,20 +189,22 @@ def evening(signal_GQ: Floats, unspent_GQ: Floats) -> tuple[Estimate, Estimate]:
 
 def _gamma(sums_BX: Floats) -> Floats:
     head_B, whole_B, unspent_head_B, unspent_B = sums_BX.T
-    lacks_B, gains_B = HEAD / 100 * whole_B - head_B, unspent_head_B - HEAD / 100 * unspent_B
+    lacks_B, gains_B = PREFIX_PERCENT / 100 * whole_B - head_B, unspent_head_B - PREFIX_PERCENT / 100 * unspent_B
     found_B = np.divide(lacks_B, gains_B, out=np.full_like(lacks_B, np.inf), where=gains_B > 0)
     return np.where(lacks_B <= 0, 0.0, found_B)
 
 
 def _multiplier(sums_BX: Floats) -> Floats:
     head_B, whole_B = sums_BX[:, 0], sums_BX[:, 1]
-    wanted_B, has_B = HEAD * (whole_B - head_B), (100 - HEAD) * head_B
+    wanted_B, has_B = PREFIX_PERCENT * (whole_B - head_B), (100 - PREFIX_PERCENT) * head_B
     found_B = np.divide(wanted_B, has_B, out=np.full_like(head_B, np.inf), where=has_B > 0)
     return np.maximum(found_B, 1.0)
 
 
 def _estimate(value: float, drawn_B: Floats) -> Estimate:
-    low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")  # some may be infinite
+    low, high = np.quantile(
+        drawn_B, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2], method="nearest"
+    )  # some may be infinite
     return Estimate(float(value), float(low), float(high))
 
 

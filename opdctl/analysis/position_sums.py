@@ -16,30 +16,29 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from opdctl.weights import Floats, Tokens
+from opdctl.evaluation.stats import CONFIDENCE_LEVEL
+from opdctl.losses.token_weights import Floats, ResponseTokens
 
 Ints = npt.NDArray[np.int64]
-
 BINS = 20
 """Bins of the relative position, each a twentieth of the response's own length."""
 PERCENT = 100
 """Cuts of a response for the shares, finer than a short response's tokens: a token may be cut, too."""
 GROUPS = 500
 """Groups of responses, dealt out in turn, that a bootstrap resamples in the place of the responses of a large run."""
-TAKEN = (
+RESERVED_NAMES = (
     *("abs_advantage", "k1", "k3", "student_prefix_logp", "teacher_prefix_logp"),
     *("student_entropy", "teacher_entropy", "top_k_overlap", "signal", "unspent"),
 )
 """Names of quantities and signals, which no weight can have beside them."""
-LARGEST = 60.0  # nats: exp of what is greater would drown everything else in k3
-LEVEL = 0.95
+MAX_LOG_RATIO = 60.0  # nats: exp of what is greater would drown everything else in k3
 
 
 @dataclass(frozen=True)
 class Batch:
     """Whole responses, their tokens one after another; `first` is the number of the first response within the run."""
 
-    responses: Sequence[Tokens]
+    responses: Sequence[ResponseTokens]
     first: int = 0
 
     @cached_property
@@ -103,7 +102,7 @@ def quantities(batch: Batch) -> Iterator[tuple[str, Floats]]:
     gap_N = teacher_N - student_N
     yield "abs_advantage", np.abs(batch.advantage_N)
     yield "k1", -gap_N
-    yield "k3", np.expm1(np.minimum(gap_N, LARGEST)) - gap_N
+    yield "k3", np.expm1(np.minimum(gap_N, MAX_LOG_RATIO)) - gap_N
     yield "student_prefix_logp", batch.running(student_N)
     yield "teacher_prefix_logp", batch.running(teacher_N)
     for name in ("student_entropy", "teacher_entropy"):
@@ -113,7 +112,7 @@ def quantities(batch: Batch) -> Iterator[tuple[str, Floats]]:
         yield "top_k_overlap", joined([_overlap(tokens) for tokens in batch.responses])
 
 
-def _overlap(tokens: Tokens) -> Floats:
+def _overlap(tokens: ResponseTokens) -> Floats:
     student_TK, teacher_TK = tokens.columns["student_top_ids"], tokens.columns["teacher_top_ids"]
     shared_TK = (student_TK[:, :, None] == teacher_TK[:, None, :]).any(-1)
     return shared_TK.mean(-1) if shared_TK.size else np.zeros(len(tokens))
@@ -143,7 +142,7 @@ def _cells(batch: Batch) -> dict[str, Cells]:
 
 
 @dataclass
-class Sums:
+class BinnedSums:
     """Means bin by bin, and how sure they are.
 
     A bin's mean is a ratio of two sums over responses: of the values s, and of the counts c, of its tokens there. The
@@ -170,7 +169,7 @@ class Sums:
         size = len(self.tokens_P)
         self.values[name] = np.stack([np.bincount(cells.bin_C, term, minlength=size) for term in terms])
 
-    def merge(self, other: "Sums") -> None:
+    def merge(self, other: "BinnedSums") -> None:
         for name in ("tokens_P", "responses_P", "square_count_P"):
             setattr(self, name, _added(getattr(self, name), getattr(other, name)))
         for name, sums in other.values.items():
@@ -188,7 +187,7 @@ class Sums:
         with np.errstate(divide="ignore", invalid="ignore"):
             rest_P = np.maximum(square_P - 2 * mean_P * product_P + mean_P**2 * self.square_count_P, 0)
             error_P = np.sqrt(rest_P * n_P / (n_P - 1)) / self.tokens_P
-            return np.where(n_P > 1, stats.t.ppf((1 + LEVEL) / 2, np.maximum(n_P - 1, 1)) * error_P, np.nan)
+            return np.where(n_P > 1, stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, np.maximum(n_P - 1, 1)) * error_P, np.nan)
 
 
 def _added(one: Floats, other: Floats) -> Floats:
@@ -201,7 +200,7 @@ def _added(one: Floats, other: Floats) -> Floats:
 
 
 @dataclass
-class Shares:
+class SignalShares:
     """How a signal is spread over the response: sums by hundredths of it, by groups of responses."""
 
     responses_G: Floats = field(default_factory=lambda: np.zeros(GROUPS))
@@ -224,7 +223,7 @@ class Shares:
         moments_R2 = np.stack([batch.total_R(weight_N), batch.total_R(weight_N**2)], axis=1)
         self.moments[name] = _in_groups(moments_R2, batch.first)
 
-    def merge(self, other: "Shares") -> None:
+    def merge(self, other: "SignalShares") -> None:
         self.responses_G, self.tokens_G = self.responses_G + other.responses_G, self.tokens_G + other.tokens_G
         for own, others in ((self.signals, other.signals), (self.moments, other.moments)):
             for name, value in others.items():
@@ -239,17 +238,17 @@ def _in_groups(value_RX: Floats, first: int) -> Floats:
 
 
 @dataclass
-class Numbers:
+class PositionStats:
     """All that is known of some responses: over all tokens, by twentieths of the response, by position; the shares."""
 
     responses: int = 0
-    whole: Sums = field(default_factory=Sums)
-    relative: Sums = field(default_factory=Sums)
-    position: Sums = field(default_factory=Sums)
-    shares: Shares = field(default_factory=Shares)
+    whole: BinnedSums = field(default_factory=BinnedSums)
+    relative: BinnedSums = field(default_factory=BinnedSums)
+    position: BinnedSums = field(default_factory=BinnedSums)
+    shares: SignalShares = field(default_factory=SignalShares)
 
     @classmethod
-    def of(cls, batch: Batch, weights: Mapping[str, Sequence[Floats]]) -> "Numbers":
+    def of(cls, batch: Batch, weights: Mapping[str, Sequence[Floats]]) -> "PositionStats":
         """Return the numbers of a batch. weights: by name, those of each of its responses."""
         numbers, cells = cls(len(batch.responses)), _cells(batch)
         for kind, own in cells.items():
@@ -260,7 +259,7 @@ class Numbers:
         shares.count(batch)
         signal_N = np.abs(batch.advantage_N)
         shares.put("signal", signal_N, batch)
-        shares.put("unspent", _unspent(signal_N, batch) * signal_N, batch)
+        shares.put("unspent", _remaining_fraction(signal_N, batch) * signal_N, batch)
         for name, weight_RT in weights.items():
             weight_N = joined(weight_RT)
             numbers._put(name, weight_N, cells)
@@ -271,7 +270,7 @@ class Numbers:
         for kind, own in cells.items():
             getattr(self, kind).put(name, value_N, own)
 
-    def merge(self, other: "Numbers") -> None:
+    def merge(self, other: "PositionStats") -> None:
         self.responses += other.responses
         for kind in ("whole", "relative", "position", "shares"):
             getattr(self, kind).merge(getattr(other, kind))
@@ -281,14 +280,14 @@ class Numbers:
         return int(self.whole.tokens_P.sum())
 
 
-def _unspent(signal_N: Floats, batch: Batch) -> Floats:
+def _remaining_fraction(signal_N: Floats, batch: Batch) -> Floats:
     """Return 1 - F: the share of the response's signal that has not been spent before each token."""
     total_N = batch.total_R(signal_N)[batch.response_N]
     before_N = batch.running(signal_N) - signal_N
     return 1 - np.divide(before_N, total_N, out=np.zeros_like(total_N), where=total_N > 0)
 
 
-def chunks(responses: Sequence[Tokens], budget: int) -> Iterator[slice]:
+def chunks(responses: Sequence[ResponseTokens], budget: int) -> Iterator[slice]:
     """Yield slices of whole responses, each of less than `budget` tokens besides its first response."""
     ends = np.cumsum([len(tokens) for tokens in responses])
     if len(ends):

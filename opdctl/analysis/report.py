@@ -13,11 +13,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from opdctl import figures, sentences, store
-from opdctl.analysis import Analysis, Table, columns, rows
-from opdctl.samples import SHADES, Sample, printable, scale
-from opdctl.stats import Estimate
-from opdctl.verdict import HEAD, Verdict
+from opdctl.analysis import captions, figures
+from opdctl.analysis.position_bias import PREFIX_PERCENT, PositionBias
+from opdctl.analysis.results import Analysis, Table, columns, rows
+from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
+from opdctl.artifacts import files, tables
+from opdctl.evaluation.stats import Estimate
 
 SHOWN = 2000  # tokens of a response in the report
 TITLES = {
@@ -35,22 +36,24 @@ TITLES = {
 }
 
 
-def write(folder: Path, analysis: Analysis) -> dict[str, Any]:
+def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     """Write report.html, summary.json, figures and tables under `folder` and return their paths and the summary."""
     drawn = figures.draw(analysis)
     for old in ("figures", "tables"):
-        store.remove(folder / old)
+        files.remove_directory(folder / old)
     images = {name: figures.as_bytes(figure, "svg") for name, figure in drawn.items()}
     paths = []
     for name, figure in drawn.items():
         for kind, data in (("png", figures.as_bytes(figure, "png")), ("svg", images[name])):
             paths.append(folder / "figures" / f"{name}.{kind}")
-            store.write_bytes(paths[-1], data)
+            files.write_bytes(paths[-1], data)
     tables = [
-        path for name, table in analysis.tables().items() for path in store.write_table(folder / "tables" / name, table)
+        path
+        for name, table in analysis.tables().items()
+        for path in tables.write_table(folder / "tables" / name, table)
     ]
-    store.write_json(folder / "summary.json", analysis.summary())
-    store.write_text(folder / "report.html", page(analysis, images))
+    files.write_json(folder / "summary.json", analysis.summary())
+    files.write_text(folder / "report.html", page(analysis, images))
     return {
         "report": str(folder / "report.html"),
         "figures": [str(path) for path in paths],
@@ -63,19 +66,19 @@ def page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
     """Return the report as HTML, the figures of `images` (SVG) within it."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(resources.files("opdctl").joinpath("report.html").read_text(encoding="utf-8"))
-    said = sentences.of_figures(analysis)
+    said = captions.figure_captions(analysis)
     return template.render(
         analysis=analysis,
-        about=sentences.about(analysis),
+        about=captions.about(analysis),
         verdict=_verdict(analysis.verdict),
-        rules=sentences.RULES,
+        rules=captions.RULES,
         figures=[
             {"name": name, "title": TITLES[name], "sentence": said[name], "image": base64.b64encode(image).decode()}
             for name, image in images.items()
         ],
         tables=[_shown(*each) for each in _tables(analysis)],
         samples=_samples(analysis.samples),
-        scales={by: scale(analysis.samples, by) for by in SHADES},
+        scales={by: shade_range(analysis.samples, by) for by in SHADES},
     )
 
 
@@ -86,19 +89,19 @@ def write_comparison(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[P
         figure = figures.comparison(each)
         for kind in ("png", "svg"):
             paths.append(folder / f"{each['bench']}.{kind}")
-            store.write_bytes(paths[-1], figures.as_bytes(figure, kind))
+            files.write_bytes(paths[-1], figures.as_bytes(figure, kind))
         points = [{"setting": s["label"], **point} for s in each["settings"] for point in s["curve"]]
-        paths += store.write_table(folder / each["bench"], columns(points))
+        paths += tables.write_table(folder / each["bench"], columns(points))
     return paths
 
 
 # ── Parts of the page ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: PositionBias) -> dict[str, Any]:
     tiles = []
     if verdict.share is not None:
-        tiles.append(_tile(f"share of the first {HEAD} %", verdict.share, ".1%"))
+        tiles.append(_tile(f"share of the first {PREFIX_PERCENT} %", verdict.share, ".1%"))
     if verdict.drift is not None:
         tiles.append(_tile("change, and fraction", verdict.drift.at, ".0%"))
     if verdict.gamma is not None and verdict.multiplier is not None:
@@ -107,7 +110,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
             _tile("multiplier of prefix_boost", verdict.multiplier, ".2f"),
         ]
     css = {"none found": "none"}.get(verdict.bias, verdict.bias)
-    return {"css": css, "headline": sentences.headline(verdict), "more": sentences.suggestions(verdict), "tiles": tiles}
+    return {"css": css, "headline": captions.headline(verdict), "more": captions.suggestions(verdict), "tiles": tiles}
 
 
 def _tile(what: str, found: Estimate, form: str) -> dict[str, str]:
@@ -150,7 +153,7 @@ def weight_lines(analysis: Analysis) -> tuple[tuple[str, ...], list[list[str]]]:
 
 
 def _samples(shown: Sequence[Sample]) -> list[dict[str, Any]]:
-    scales = {by: scale(shown, by) for by in SHADES}
+    scales = {by: shade_range(shown, by) for by in SHADES}
     return [_tokens(sample, {by: sample.shade(by, own) for by, own in scales.items()}) for sample in shown]
 
 

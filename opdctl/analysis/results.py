@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from opdctl.positions import BINS, PERCENT, Numbers, Sums
-from opdctl.samples import Sample
-from opdctl.stats import Estimate
-from opdctl.verdict import Verdict, effective_sample, share
-from opdctl.weights import Floats
+from opdctl.analysis.position_bias import PositionBias, effective_sample, share
+from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, PositionStats
+from opdctl.analysis.samples import Sample
+from opdctl.evaluation.stats import Estimate
+from opdctl.losses.token_weights import Floats
 
 Table = dict[str, list[Any]]
 """Columns by name, all of one length."""
@@ -21,7 +21,7 @@ class Phase:
     """A stretch of training and its numbers."""
 
     name: str
-    numbers: Numbers
+    numbers: PositionStats
 
     def share(self) -> Estimate:
         """Return the share of the signal in the first 30 % of the responses."""
@@ -33,7 +33,7 @@ class Phase:
         return [Estimate(0.0, 0.0, 0.0), *(share(signal_GQ, percent + 1) for percent in range(PERCENT))]
 
 
-def signal(numbers: Numbers, name: str = "signal") -> Floats:
+def signal(numbers: PositionStats, name: str = "signal") -> Floats:
     """Return a signal by hundredths of the response, of the groups that hold responses, [G, PERCENT]."""
     return numbers.shares.signals[name][numbers.shares.responses_G > 0]
 
@@ -51,7 +51,7 @@ class Step:
     signal_P: Floats
 
 
-def step_of(number: int, numbers: Numbers) -> Step:
+def step_of(number: int, numbers: PositionStats) -> Step:
     """Return what is kept of a step: a run has many, and their sums by position would not fit."""
     signal_P = numbers.relative.mean("abs_advantage") if numbers.tokens else np.zeros(0)
     return Step(
@@ -64,7 +64,7 @@ def step_of(number: int, numbers: Numbers) -> Step:
     )
 
 
-def means(whole: Sums) -> dict[str, Estimate]:
+def means(whole: BinnedSums) -> dict[str, Estimate]:
     """Return the mean of each quantity over all tokens, NaN where there are none."""
     if not len(whole.tokens_P):
         return {name: Estimate(np.nan, np.nan, np.nan) for name in whole.values}
@@ -85,7 +85,7 @@ class Analysis:
     phases: Sequence[Phase]
     steps: Sequence[Step]
     left_out: Sequence[int]
-    verdict: Verdict
+    verdict: PositionBias
     samples: Sequence[Sample]
     continuations: Sequence[Mapping[str, Any]]
     accuracy: Mapping[str, Any] | None
@@ -113,7 +113,7 @@ class Analysis:
             "weights": self.weight_table(),
         }
         if self.continuations:
-            found["continuations"] = columns([row for each in self.continuations for row in continued(each)])
+            found["continuations"] = columns([row for each in self.continuations for row in continuation_rows(each)])
         return found
 
     def weight_table(self) -> Table:
@@ -131,7 +131,7 @@ class Analysis:
         return stacked(parts)
 
     def _by_bin(self, phase: Phase, kind: str) -> Table:
-        sums: Sums = getattr(phase.numbers, kind)
+        sums: BinnedSums = getattr(phase.numbers, kind)
         size = len(sums.tokens_P)
         where: Table = {"position": list(range(1, size + 1))}
         if kind == "relative":
@@ -150,7 +150,7 @@ class Analysis:
         return table
 
 
-def continued(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def continuation_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the accuracies of one step's continuations: of all prefixes, of those right so far, and of those gone
     wrong."""
     every = [{"step": found["step"], "prefix": "any", **row} for row in found["accuracy"]]

@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.text import Text
 
-from opdctl import log
+from opdctl import console
+from opdctl.artifacts.records import ScoredResponse
 from opdctl.errors import OpdctlError
-from opdctl.records import Scored
-from opdctl.run import Run
-from opdctl.scored import read_scored, tokens
-from opdctl.weights import Floats, Tokens, Weight, weigh
+from opdctl.losses.token_weights import Floats, ResponseTokens, Weight, weigh
+from opdctl.runs.run import Run
+from opdctl.runs.scored_responses import read_scored, to_weight_inputs
 
-CHUNK = 2**20  # tokens in work at once, unless a weight ranks the whole step
-LISTED = 10  # tokens that the terminal lists below the text
-FAINT = 0.05  # shade below which a token is left as the terminal has it
+CHUNK_TOKENS = 2**20  # tokens in work at once, unless a weight ranks the whole step
 SHADES = {"signal": (194, 65, 12), "weight": (29, 78, 216)}
 """What a token may be shaded by, and in which colour."""
 
@@ -30,7 +27,7 @@ class Sample:
     step: int
     prompt: str
     pieces: Sequence[str]
-    tokens: Tokens
+    tokens: ResponseTokens
     weights: Mapping[str, Floats]
     finish_reason: str
     answer: str | None
@@ -62,7 +59,7 @@ class Sample:
         }
 
 
-def scale(shown: Sequence[Sample], by: str) -> tuple[float, float]:
+def shade_range(shown: Sequence[Sample], by: str) -> tuple[float, float]:
     """Return the values between which the tokens of all these responses are shaded: |A| from 0 to its 95th percentile,
     weights from the least to the greatest."""
     value_N = np.concatenate([np.zeros(0), *(sample.values(by) for sample in shown)])
@@ -73,31 +70,31 @@ def scale(shown: Sequence[Sample], by: str) -> tuple[float, float]:
     return float(value_N.min()), float(value_N.max())
 
 
-def groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Iterator[list[Scored]]:
+def response_groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Iterator[list[ScoredResponse]]:
     """Yield a step's responses part by part, or all at once where a weight ranks them against one another."""
     if any(weight.ranks for weight in weights.values()):
         yield list(read_scored(run, step))
         return
-    held: list[Scored] = []
+    held: list[ScoredResponse] = []
     size = 0
     for scored in read_scored(run, step):
         held.append(scored)
         size += len(scored.response.response_ids)
-        if size >= CHUNK:
+        if size >= CHUNK_TOKENS:
             yield held
             held, size = [], 0
     if held:
         yield held
 
 
-def find(run: Run, step: int, wanted: Sequence[str], weights: Mapping[str, Weight]) -> list[Sample]:
+def load_samples(run: Run, step: int, wanted: Sequence[str], weights: Mapping[str, Weight]) -> list[Sample]:
     """Return the responses of the ids that are wanted, in their order."""
-    read, found = reader(run), {}
+    read, found = token_decoder(run), {}
     ranked = any(weight.ranks for weight in weights.values())
-    for group in groups(run, step, weights):
+    for group in response_groups(run, step, weights):
         if not ranked:  # then a response's weights do not depend on the others
             group = [scored for scored in group if scored.response.sample_id in wanted]
-        responses = [tokens(scored, step, run.recipe.train.extrapolation) for scored in group]
+        responses = [to_weight_inputs(scored, step, run.recipe.train.extrapolation) for scored in group]
         weighed = {name: weigh(weight, responses) for name, weight in weights.items()}
         for place, scored in enumerate(group):
             if (response := scored.response).sample_id in wanted:
@@ -114,23 +111,26 @@ def find(run: Run, step: int, wanted: Sequence[str], weights: Mapping[str, Weigh
     return [found[name] for name in wanted if name in found]
 
 
-def telling(run: Run, step: int) -> list[str]:
+def representative_ids(run: Run, step: int) -> list[str]:
     """Return the ids of two responses of a step: of the median and of the greatest mean |A|."""
     means = sorted(
-        (float(np.abs(tokens(scored, step, run.recipe.train.extrapolation).advantage_T).mean()), response.sample_id)
+        (
+            float(np.abs(to_weight_inputs(scored, step, run.recipe.train.extrapolation).advantage_T).mean()),
+            response.sample_id,
+        )
         for scored in read_scored(run, step)
         if len((response := scored.response).response_ids)
     )
     return list(dict.fromkeys(means[place][1] for place in (len(means) // 2, -1))) if means else []
 
 
-def one(run: Run, sample_id: str, steps: Sequence[int], weights: Mapping[str, Weight]) -> Sample:
+def load_sample(run: Run, sample_id: str, steps: Sequence[int], weights: Mapping[str, Weight]) -> Sample:
     """Return the response `sample_id`. Raises OpdctlError when it is not among those of the `steps`."""
     named = sample_id.rsplit("/", 2)[1:2]
     step = int(named[0]) if named and named[0].isdecimal() else None
-    found = find(run, step, [sample_id], weights) if step in steps and step is not None else []
+    found = load_samples(run, step, [sample_id], weights) if step in steps and step is not None else []
     if not found:
-        example = next((name for each in steps for name in telling(run, each)), None)
+        example = next((name for each in steps for name in representative_ids(run, each)), None)
         raise OpdctlError(
             f"--sample {sample_id}: {run.path} has no such response with teacher scores",
             hint=f"an id reads PROMPT/STEP/NUMBER, such as {example}" if example else "no step has teacher scores yet",
@@ -141,7 +141,7 @@ def one(run: Run, sample_id: str, steps: Sequence[int], weights: Mapping[str, We
 # ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def reader(run: Run) -> Callable[[Sequence[int] | np.ndarray], list[str]]:
+def token_decoder(run: Run) -> Callable[[Sequence[int] | np.ndarray], list[str]]:
     """Return what turns ids into the text that each adds; without the student's tokenizer, into the ids in brackets.
 
     The tokenizer's file is read by itself: loading it with the model's library takes seconds, and torch.
@@ -150,7 +150,7 @@ def reader(run: Run) -> Callable[[Sequence[int] | np.ndarray], list[str]]:
     try:
         return _Decoder(path)
     except Exception as error:  # tokenizers raises bare Exception
-        log.warn(f"{path}: tokens are shown by their ids: {error}")
+        console.warn(f"{path}: tokens are shown by their ids: {error}")
         return lambda ids: [f"⟨{token}⟩" for token in ids]
 
 
@@ -176,44 +176,3 @@ def printable(text: str) -> str:
     return "".join(
         signs.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in text
     )
-
-
-# ── Terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def show(sample: Sample, by: str) -> None:
-    """Print a response, each token shaded by the signal or by its first weight, and the tokens of the most signal."""
-    name = next(iter(sample.weights))
-    shade_T = sample.shade(by, scale([sample], by))
-    low, high = scale([sample], by)
-    what = "|A| in nats" if by == "signal" else f"weight {name}"
-    log.say(f"{sample.title()}; shaded by {what}, from {low:.3g} to {high:.3g}", "bold")
-    text = Text().append(printable(sample.prompt), style="dim")
-    for piece, shade in zip(sample.pieces, shade_T, strict=True):
-        text.append(printable(piece), style=_style(by, float(shade)))
-    log.show(text)
-    signal_T = np.abs(sample.tokens.advantage_T)
-    most = np.sort(np.argsort(-signal_T, kind="stable")[:LISTED])
-    log.table(
-        f"the {len(most)} tokens of the most signal",
-        ("token", "position", "log p student", "log p teacher", "A", f"weight {name}"),
-        [
-            [
-                printable(sample.pieces[t]),
-                str(t + 1),
-                f"{sample.tokens.student_logp_T[t]:.3f}",
-                f"{sample.tokens.teacher_logp_T[t]:.3f}",
-                f"{sample.tokens.advantage_T[t]:+.3f}",
-                f"{sample.weights[name][t]:.3f}",
-            ]
-            for t in most
-        ],
-    )
-
-
-def _style(by: str, shade: float) -> str:
-    """Return a background between white and the shade's colour, with a foreground that is read on it; none for none."""
-    if shade < FAINT:
-        return ""
-    red, green, blue = (round(255 + (channel - 255) * shade) for channel in SHADES[by])
-    return f"{'white' if shade > 0.6 else 'black'} on rgb({red},{green},{blue})"

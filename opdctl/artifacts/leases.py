@@ -17,22 +17,24 @@ import filelock
 
 from opdctl.errors import ExitCode, OpdctlError
 
-LEASE = 60.0  # seconds without a sign of life after which a claim is taken over
-HEARTBEAT = 5.0  # seconds from one sign of life to the next
-UNSIGNED = 10.0  # seconds after which a claim without an owner's name is nobody's
-LONGEST_PAUSE = 1.0  # seconds
+LEASE_SECONDS = 60.0  # seconds without a sign of life after which a claim is taken over
+HEARTBEAT_SECONDS = 5.0  # seconds from one sign of life to the next
+EMPTY_LOCK_TIMEOUT_SECONDS = 10.0  # seconds after which a claim without an owner's name is nobody's
+MAX_BACKOFF_SECONDS = 1.0  # seconds
 
 
-class LostClaim(Exception):  # noqa: N818 - nobody's error
+class LeaseLost(Exception):  # noqa: N818 - nobody's error
     """The claim went to another while its owner was suspended."""
 
 
-class Claim:
+class Lease:
     """One claim, to be taken and given back by one thread."""
 
     def __init__(self, folder: Path, name: str):
         self._path = folder / f".{name}.lock"
-        self._lease = filelock.SoftFileLease(self._path, lease_duration=LEASE, heartbeat_interval=HEARTBEAT)
+        self._lease = filelock.SoftFileLease(
+            self._path, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS
+        )
         self._seen: tuple[int, int] | None = None
         self._since, self._changes = 0.0, 0
 
@@ -65,7 +67,7 @@ class Claim:
             now = (stat.st_ino, stat.st_mtime_ns)
             if now != self._seen:
                 self._seen, self._since, self._changes = now, time.monotonic(), self._changes + 1
-            elif not stat.st_size and time.monotonic() - self._since > UNSIGNED:
+            elif not stat.st_size and time.monotonic() - self._since > EMPTY_LOCK_TIMEOUT_SECONDS:
                 self._path.unlink()
 
     def shows_life(self) -> bool:
@@ -78,9 +80,9 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
+def hold_lease(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the claim `name`. Raises OpdctlError (code 5) when another process has it and lives, unless told to wait."""
-    claim, pause = Claim(folder, name), pauses()
+    claim, pause = Lease(folder, name), backoff()
     while not claim.take():
         if not wait and claim.shows_life():
             raise OpdctlError(
@@ -95,17 +97,17 @@ def claimed(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
         claim.give_back()
 
 
-def pauses() -> Iterator[float]:
+def backoff() -> Iterator[float]:
     """Yield the seconds between one look and the next at what others do: more and more."""
     pause = 0.02
     while True:
         yield pause
-        pause = min(1.5 * pause, LONGEST_PAUSE)
+        pause = min(1.5 * pause, MAX_BACKOFF_SECONDS)
 
 
-def sweep(folder: Path, name: str) -> None:
+def remove_stale_leases(folder: Path, name: str) -> None:
     """Remove the claims beginning with `name` that dead processes of this machine have left."""
     for path in folder.glob(f".{name}*.lock"):
-        claim = Claim(folder, path.name.removeprefix(".").removesuffix(".lock"))
+        claim = Lease(folder, path.name.removeprefix(".").removesuffix(".lock"))
         if claim.take():
             claim.give_back()

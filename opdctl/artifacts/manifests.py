@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # comes with pydantic, which cannot use Python 3.11's own
+from typing_extensions import TypedDict
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -45,7 +45,7 @@ class PolicyRecord(TypedDict):
     policy_step: Count
 
 
-class Work(TypedDict):
+class StageHeader(TypedDict):
     """work.json: what is being made."""
 
     schema_version: int
@@ -56,7 +56,7 @@ class Work(TypedDict):
     meaning: dict[str, Any]
 
 
-class Manifest(Work):
+class Manifest(StageHeader):
     """manifest.json: what was made."""
 
     parts: list[PartRecord]

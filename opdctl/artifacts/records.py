@@ -64,7 +64,7 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class TokenScores:
     """What a model says of one response's T tokens. All but the log-probs are there only if the recipe asks for them.
 
     entropies [T] are of its whole distribution. top_ids and top_logprobs [T, K] are its own most probable tokens,
@@ -81,7 +81,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Graded:
+class GradedResponse:
     """One response of an evaluation.
 
     extracted: the answer read from it. verdict: ok, or why it could not be judged. vote: what it counts as in a
@@ -102,18 +102,16 @@ class Graded:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredResponse:
     """A response joined with what its teacher, and the reference model if there is one, say of its tokens."""
 
     response: Response
-    teacher: Scores
-    reference: Scores | None = None
+    teacher: TokenScores
+    reference: TokenScores | None = None
 
 
 _IDS = pa.list_(pa.int32())
-
 _LOGPROBS = pa.list_(pa.float32())
-
 PROMPTS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -167,6 +165,10 @@ def sample_seed(run_seed: int, sample_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def offsets_of(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+def cumulative_offsets(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
     """Return where each of the concatenated sequences begins, and where the last one ends: [len + 1]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64), dtype=np.int64)])
+
+
+SCHEMA_VERSION = 4
+"""Of the artifacts and of what `--json` prints."""

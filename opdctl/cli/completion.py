@@ -63,7 +63,7 @@ def settings(incomplete: str) -> list[str]:
 
 def _settings() -> Iterator[tuple[str, list[str]]]:
     """Yield each key of the recipe that takes one value, with its choices, or else its default."""
-    from opdctl.config import AUTO, Recipe
+    from opdctl.recipe.schema import AUTO, Recipe
     from opdctl.registry import ENGINES, OBJECTIVES, WEIGHTS
 
     named = {f"{section}.engine": [AUTO, *ENGINES.names()] for section in ("rollout", "score")}
@@ -75,7 +75,7 @@ def _settings() -> Iterator[tuple[str, list[str]]]:
 
 
 def _of_section(section: Any, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    from opdctl.config import Section
+    from opdctl.recipe.schema import Section
 
     for name, field in section.model_fields.items():
         kinds = [kind for kind in typing.get_args(field.annotation) or (field.annotation,) if kind is not type(None)]

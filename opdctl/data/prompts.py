@@ -1,7 +1,5 @@
 """Prompts: from the embedded task, a file or the hub, through the chat template, to token ids."""
 
-import csv
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,19 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from opdctl.config import TABLES, Prompts, is_table, teacher_name
+from opdctl.artifacts.records import Prompt
+from opdctl.data.tables import Row, load_from_hub, read_table
+from opdctl.data.toy import TASKS
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
-from opdctl.records import Prompt
-from opdctl.tasks import TASKS
+from opdctl.recipe.schema import TABLE_SUFFIXES, Prompts, is_data_file, teacher_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
-SHOWN = 5  # faulty rows that a message names
+MAX_SHOWN_CHARS = 5  # faulty rows that a message names
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ def tokenize(
     prompts, too_long = [], []
     for problem in problems:
         own, *others = (
-            np.asarray(template(problem.id, text, tokenizer, settings.template_arguments), np.int32)
+            np.asarray(apply_chat_template(problem.id, text, tokenizer, settings.template_arguments), np.int32)
             for text in (problem.text, problem.teacher_text)
             if text is not None
         )
@@ -65,7 +61,7 @@ def tokenize(
             teacher = _teacher(problem, settings, teachers)
             prompts.append(Prompt(problem.id, own, problem.answer, teacher, *others))
     if too_long and settings.too_long == "error":
-        shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:SHOWN])
+        shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:MAX_SHOWN_CHARS])
         raise OpdctlError(
             f"{settings.source}: {len(too_long)} prompts are longer than prompts.max_tokens = {settings.max_tokens}: "
             f"{shown}",
@@ -91,7 +87,9 @@ def _teacher(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> st
     return name
 
 
-def template(name: str, text: str, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]) -> list[int]:
+def apply_chat_template(
+    name: str, text: str, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]
+) -> list[int]:
     """Return the token ids of one user turn, ready to be answered; a tokenizer without a template gets plain text.
 
     Raises OpdctlError (code 3) when the template or the tokenizer refuses the text.
@@ -116,22 +114,22 @@ def load_problems(settings: Prompts) -> list[Problem]:
 
     Raises OpdctlError: code 3 for bad data, with file and row; 5 when the hub cannot be reached.
     """
-    found = local_problems(settings)
+    found = load_local_problems(settings)
     if found is not None:
         return found
-    rows = from_hub(settings.source, settings.split, settings.revision, "prompts.source")
+    rows = load_from_hub(settings.source, settings.split, settings.revision, "prompts.source")
     return _checked(rows, settings)
 
 
-def local_problems(settings: Prompts) -> list[Problem] | None:
+def load_local_problems(settings: Prompts) -> list[Problem] | None:
     """Read embedded or local prompts, or return None for a hub data set. Raises OpdctlError as `load_problems` does."""
     if settings.source.startswith("toy:"):
         return _embedded(settings)
     path = Path(settings.source).expanduser()
-    if is_table(settings.source):
+    if is_data_file(settings.source):
         return _checked(read_table(path), settings)
     if path.exists():
-        raise OpdctlError(f"prompts.source: {path}: must end in {' or '.join(TABLES)}")
+        raise OpdctlError(f"prompts.source: {path}: must end in {' or '.join(TABLE_SUFFIXES)}")
     return None
 
 
@@ -148,77 +146,6 @@ def _embedded(settings: Prompts) -> list[Problem]:
         return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.count)]
     except ValueError as error:
         raise OpdctlError(f"prompts.split: {error}") from error
-
-
-def read_table(path: Path) -> Iterator[Row]:
-    """Yield the rows of a `.jsonl`, `.parquet` or `.csv` file, whose cells are all text.
-
-    Raises OpdctlError (code 3) with file and line.
-    """
-    if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise OpdctlError(f"{path}: no such file{did_you_mean(path.name, beside) if beside else ''}")
-    yield from {".jsonl": _read_jsonl, ".csv": _read_csv}.get(path.suffix, _read_parquet)(path)
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-                raise OpdctlError(f"{path}:{number}: {error}", code=ExitCode.DATA) from error
-            if not isinstance(row, dict):
-                raise OpdctlError(f"{path}:{number}: must be a JSON object, got {line[:40]!r}", code=ExitCode.DATA)
-            yield row
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            for row in rows:
-                if None in row or None in row.values():
-                    why = f"has not {len(rows.fieldnames or ())} cells, as the first line has"
-                    raise OpdctlError(f"{path}:{rows.line_num}: {why}", code=ExitCode.DATA)
-                yield row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise OpdctlError(f"{path}:{rows.line_num + 1}: {error}", code=ExitCode.DATA) from error
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    try:
-        file = pq.ParquetFile(path)
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise OpdctlError(f"{path}: cannot be read as Parquet: {error}", code=ExitCode.DATA) from error
-
-
-def from_hub(
-    source: str,
-    split: str,
-    revision: str | None,
-    key: str,
-    *,
-    subset: str | None = None,
-    hint: str = "give a .jsonl, .parquet or .csv file, or fetch the data set where there is a network",
-) -> Iterator[Row]:
-    """Yield the rows of a hub data set; `key` names the setting in errors. Raises OpdctlError (code 5)."""
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(source, subset, split=split, revision=revision)
-    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OpdctlError(
-            f"{key}: `{source}` is no local file, and the hub did not give it: {reason}",
-            hint=hint,
-            code=ExitCode.REACH,
-        ) from error
 
 
 def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
@@ -242,9 +169,9 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
         teacher = _teacher_cell(row, settings, where)
         problems.append(Problem(_valid_text(str(name), where), text, gold, teacher, teacher_text))
     if twice:
-        shown = ", ".join(twice[:SHOWN])
+        shown = ", ".join(twice[:MAX_SHOWN_CHARS])
         raise OpdctlError(
-            f"{settings.source}: {len(twice)} ids occur again: {shown}{', …' if len(twice) > SHOWN else ''}",
+            f"{settings.source}: {len(twice)} ids occur again: {shown}{', …' if len(twice) > MAX_SHOWN_CHARS else ''}",
             hint="give each prompt an id of its own (prompts.id_column), or leave the column out: then it is the row",
             code=ExitCode.DATA,
         )

@@ -12,23 +12,22 @@ from typing import Any, TypeVar
 import httpx
 import tenacity
 
-from opdctl import log
-from opdctl.config import Server
+from opdctl import console
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.recipe.schema import Server
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second attempt, and between later ones at most
+FIRST_PAUSE, MAX_BACKOFF_SECONDS = 1.0, 60.0  # seconds before the second attempt, and between later ones at most
 SHOWN = 300  # characters of a server's own words
-GO_ON = "run the same command again to go on: finished parts are kept"
-
+RESUME_HINT = "run the same command again to go on: finished parts are kept"
 Made = TypeVar("Made")
 Read = Callable[[Any], Made]
 
 
-class BrokenError(Exception):
+class MalformedResponseError(Exception):
     """An answer is not what it should be: once may be a fault on the way, twice is not."""
 
 
-class _AgainError(Exception):
+class _RetryableError(Exception):
     """Another attempt may help, `pause` seconds from now at the earliest."""
 
     def __init__(self, what: str, pause: float = 0.0):
@@ -112,10 +111,12 @@ class Client:
             self._refuse(response, url)
             try:
                 return read(response.json())
-            except (BrokenError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-                broken = str(error) if isinstance(error, BrokenError) else f"{type(error).__name__}: {error}"
+            except (MalformedResponseError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+                broken = str(error) if isinstance(error, MalformedResponseError) else f"{type(error).__name__}: {error}"
         broken = self._shown(broken)
-        raise OpdctlError(f"{url}: the server's answer is broken, twice over: {broken}", hint=GO_ON, code=ExitCode.DATA)
+        raise OpdctlError(
+            f"{url}: the server's answer is broken, twice over: {broken}", hint=RESUME_HINT, code=ExitCode.DATA
+        )
 
     async def _send(self, method: str, url: str, body: Any) -> httpx.Response:
         """Return an answer that is worth reading, after as many attempts as it takes and the recipe allows."""
@@ -123,10 +124,10 @@ class Client:
         def tell(state: tenacity.RetryCallState) -> None:
             if not self._told:  # one request's word is enough, until one gets through
                 self._told = True
-                log.warn(f"{url}: {_failure(state)}; trying again, {self._settings.retries} times at most")
+                console.warn(f"{url}: {_failure(state)}; trying again, {self._settings.retries} times at most")
 
         again = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_AgainError),
+            retry=tenacity.retry_if_exception_type(_RetryableError),
             stop=tenacity.stop_after_attempt(1 + self._settings.retries),
             wait=_pause,
             before_sleep=tell,
@@ -134,9 +135,9 @@ class Client:
         )
         try:
             response: httpx.Response = await again(self._once, method, url, body)
-        except _AgainError as error:
+        except _RetryableError as error:
             what = f"no answer in {1 + self._settings.retries} attempts, at last: {error}"
-            raise OpdctlError(f"{url}: {what}", hint=GO_ON, code=ExitCode.REACH) from None
+            raise OpdctlError(f"{url}: {what}", hint=RESUME_HINT, code=ExitCode.REACH) from None
         self._told = False
         return response
 
@@ -146,17 +147,17 @@ class Client:
             async with asyncio.timeout(limit):
                 response = await self._http.request(method, url, json=body)
         except TimeoutError:
-            raise _AgainError(f"no answer within {limit:g} seconds") from None
+            raise _RetryableError(f"no answer within {limit:g} seconds") from None
         except httpx.RequestError as error:
             what = self._shown(str(error) or type(error).__name__)
             if "CERTIFICATE_VERIFY_FAILED" in what:
                 hint = "for a certificate of your own, name its authority's file in SSL_CERT_FILE"
                 raise OpdctlError(f"{url}: {what}", hint=hint, code=ExitCode.REACH) from None
-            raise _AgainError(what) from None
+            raise _RetryableError(what) from None
         status, asked = response.status_code, response.headers.get("retry-after", "")
         if status in (408, 429) or (status >= 500 and status != 501):
             pause = float(asked) if asked.isdecimal() else 0.0
-            raise _AgainError(self._status(response), min(pause, LONGEST_PAUSE))
+            raise _RetryableError(self._status(response), min(pause, MAX_BACKOFF_SECONDS))
         return response
 
     def _refuse(self, response: httpx.Response, url: str) -> None:
@@ -190,8 +191,8 @@ class Client:
 def _pause(state: tenacity.RetryCallState) -> float:
     """Twice as long each time, never the same for two requests, and after the time that the server asks for."""
     error = state.outcome.exception() if state.outcome else None
-    asked = error.pause if isinstance(error, _AgainError) else 0.0
-    growing = tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE) + tenacity.wait_random(
+    asked = error.pause if isinstance(error, _RetryableError) else 0.0
+    growing = tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=MAX_BACKOFF_SECONDS) + tenacity.wait_random(
         0, FIRST_PAUSE
     )
     return asked + growing(state)

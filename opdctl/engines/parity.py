@@ -8,18 +8,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdctl import log
-from opdctl.config import Recipe, Score
-from opdctl.engines import Answered, resolve_device
+from opdctl import console
+from opdctl.artifacts.records import Logprobs
+from opdctl.engines.base import ScoreRequest
+from opdctl.environment import resolve_device
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import ModelDir
-from opdctl.records import Logprobs
+from opdctl.models.directory import ModelDir
+from opdctl.recipe.schema import Recipe, Score
 
 RESPONSES = 16
 
 
-def check(
-    recipe: Recipe, engine: str, model: ModelDir, answered: Sequence[Answered], found: Sequence[Logprobs]
+def check_parity(
+    recipe: Recipe, engine: str, model: ModelDir, answered: Sequence[ScoreRequest], found: Sequence[Logprobs]
 ) -> None:
     """Compare an engine's log-probs of the first responses with the trainer's; say RMS and greatest difference in nats.
 
@@ -29,7 +30,7 @@ def check(
     bound = recipe.pipeline.parity_rms
     if not bound or engine == "transformers":
         return
-    from opdctl.engines.hf import TransformersEngine
+    from opdctl.engines.transformers import TransformersEngine
 
     own = TransformersEngine(model, resolve_device(recipe.pipeline.device))
     wanted = own.score(answered[:RESPONSES], Score(), lambda _: None)
@@ -37,7 +38,7 @@ def check(
     pairs = zip(wanted, found[:RESPONSES], strict=True)
     difference_N = np.concatenate([theirs - ours.logprobs for ours, theirs in pairs]).astype(np.float64)
     rms, greatest = float(np.sqrt(np.mean(difference_N**2))), float(np.abs(difference_N).max())
-    log.say(
+    console.info(
         f"parity of `{engine}` with transformers on {len(difference_N)} tokens: RMS {rms:.2g}, max {greatest:.2g} nats"
     )
     if not rms <= bound:  # NaN is not below anything

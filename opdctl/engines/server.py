@@ -14,26 +14,33 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
-from opdctl import log
-from opdctl.config import Sampling, Score, model_key
-from opdctl.engines import Answered, Completion, Place, Request
-from opdctl.engines.http import BrokenError, Client, Read
+from opdctl import console
+from opdctl.artifacts.records import Ids, Logprobs, TokenScores
+from opdctl.engines.base import Completion, EngineContext, Request, ScoreRequest
+from opdctl.engines.http import Client, MalformedResponseError, Read
 from opdctl.errors import OpdctlError
-from opdctl.model import ModelDir, locate_here
-from opdctl.records import Ids, Logprobs, Scores
+from opdctl.models.directory import ModelDir, find_local
+from opdctl.recipe.schema import Sampling, Score, model_key
 
-IMPOSSIBLE = -9999.0  # what vLLM writes for minus infinity, which JSON lacks
+VLLM_NEG_INF = -9999.0  # what vLLM writes for minus infinity, which JSON lacks
+
+
 # Each of these the server would else take from the model's generation config.
-PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_k": 0, "min_p": 0.0}
+NEUTRAL_SAMPLING_PARAMS = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "top_k": 0,
+    "min_p": 0.0,
+}
 NO_ENDPOINT = (404, 405, 501)
-
 Made = TypeVar("Made")
 
 
 class ServerEngine:
     """Generates and scores with the model of one server, many requests at once."""
 
-    def __init__(self, model: ModelDir, place: Place):
+    def __init__(self, model: ModelDir, place: EngineContext):
         self._model, self._settings, self._key = model, place.settings, _own_key(place)
         self._url = _address(place.settings.server, self._key)
         self.load_weights(model)
@@ -44,7 +51,7 @@ class ServerEngine:
         except BaseException:
             self.close()
             raise
-        kind = "processed" if _is_plain(place.recipe.rollout) else "raw or processed, as the server was started"
+        kind = "processed" if _is_unmodified(place.recipe.rollout) else "raw or processed, as the server was started"
         self.meaning = {"engine": "server", "dtype": model.dtype, "logprobs": f"{kind}, float32, nats"}
 
     def load_weights(self, model: ModelDir) -> None:
@@ -53,7 +60,7 @@ class ServerEngine:
         Raises OpdctlError for any other, such as a student in training, or one that `eval` is given.
         """
         in_hub_cache = f"models--{self._settings.model.replace('/', '--')}"
-        if model.path != locate_here(self._settings, f"{self._key}.model") and in_hub_cache not in model.path.parts:
+        if model.path != find_local(self._settings, f"{self._key}.model") and in_hub_cache not in model.path.parts:
             raise OpdctlError(
                 f"{self._url}: a server keeps the weights it was started with, so it cannot become {model.path}",
                 hint='set rollout.engine = "vllm" or "transformers" to draw with this model',
@@ -74,7 +81,7 @@ class ServerEngine:
     ) -> list[Completion]:
         if entropy:
             raise OpdctlError("a server gives no entropies", hint='set rollout.engine = "transformers"')
-        if top_k and not _is_plain(sampling):
+        if top_k and not _is_unmodified(sampling):
             raise OpdctlError(
                 "at a temperature or top-p other than 1 a server's most probable tokens are of unknown kind",
                 hint='set rollout.engine = "transformers"',
@@ -91,7 +98,9 @@ class ServerEngine:
 
         return self._client.post_all(f"{self._url}/completions", asked(), advance)
 
-    def score(self, answered: Sequence[Answered], settings: Score, advance: Callable[[int], None]) -> list[Scores]:
+    def score(
+        self, answered: Sequence[ScoreRequest], settings: Score, advance: Callable[[int], None]
+    ) -> list[TokenScores]:
         for name in ("entropy", "student_top_k", "hidden_states"):
             if getattr(settings, name):
                 raise OpdctlError(
@@ -101,7 +110,7 @@ class ServerEngine:
         lengths = [len(each.prompt_ids) + len(each.response_ids) for each in answered]
         self._check_length(max(lengths, default=0), 1)
 
-        def asked() -> Iterator[tuple[dict[str, Any], Read[Scores]]]:
+        def asked() -> Iterator[tuple[dict[str, Any], Read[TokenScores]]]:
             for each in answered:
                 ids = np.concatenate([each.prompt_ids, each.response_ids])
                 body = self._body(ids, Sampling(max_tokens=1)) | {"prompt_logprobs": settings.top_k}
@@ -110,7 +119,7 @@ class ServerEngine:
         return self._client.post_all(f"{self._url}/completions", asked(), advance)
 
     def _body(self, ids: Ids, sampling: Sampling) -> dict[str, Any]:
-        return PLAIN | {
+        return NEUTRAL_SAMPLING_PARAMS | {
             "model": self._name,
             "prompt": ids.tolist(),
             "max_tokens": sampling.max_tokens,
@@ -132,7 +141,7 @@ class ServerEngine:
                     "drops fields",
                 )
             if choice["prompt_token_ids"] != body["prompt"]:
-                raise BrokenError("it read other prompt tokens than those sent")
+                raise MalformedResponseError("it read other prompt tokens than those sent")
             return read(choice)
 
         return of_answer
@@ -170,7 +179,7 @@ class ServerEngine:
             body = {"model": self._name, "prompt": text, "add_special_tokens": False}
             theirs = self._client.post(url, body, lambda answer: list(answer["tokens"]), NO_ENDPOINT)
             if theirs is None:
-                log.warn(f"{url}: there is no such endpoint: whether the server's tokenizer fits is not checked")
+                console.warn(f"{url}: there is no such endpoint: whether the server's tokenizer fits is not checked")
                 return
             ours = self._model.tokenizer.encode(text, add_special_tokens=False)
             if ours != theirs:
@@ -181,7 +190,7 @@ class ServerEngine:
                 )
 
 
-def _own_key(place: Place) -> str:
+def _own_key(place: EngineContext) -> str:
     """Return the recipe's key of the model's settings."""
     name = next((name for name, model in place.recipe.models().items() if model is place.settings), "student")
     return model_key(name)
@@ -199,7 +208,7 @@ def _address(server: str | None, key: str) -> str:
         raise OpdctlError(f"{key}.server: {server}: {error}") from None
 
 
-def _is_plain(sampling: Sampling) -> bool:
+def _is_unmodified(sampling: Sampling) -> bool:
     """Whether raw and processed log-probs are the same."""
     return sampling.temperature == 1 and sampling.top_p == 1
 
@@ -207,15 +216,15 @@ def _is_plain(sampling: Sampling) -> bool:
 def _checked(values: list[Any]) -> Logprobs:
     """Return log-probs as float32. Raises BrokenError for any that is none."""
     for value in values:
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and IMPOSSIBLE < value < 1e-3):
-            raise BrokenError(f"a log-prob is {value!r}")
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and VLLM_NEG_INF < value < 1e-3):
+            raise MalformedResponseError(f"a log-prob is {value!r}")
     return np.array(values, np.float32)
 
 
 def _top(entries: dict[int, float], k: int) -> list[tuple[int, float]]:
     """Return the k most probable; the server adds the token itself to them where it is not one of them."""
     if len(entries) < k:
-        raise BrokenError(f"{len(entries)} most probable tokens, not {k}")
+        raise MalformedResponseError(f"{len(entries)} most probable tokens, not {k}")
     return sorted(entries.items(), key=lambda entry: (-entry[1], entry[0]))[:k]
 
 
@@ -229,9 +238,9 @@ def _tops(rows: list[dict[int, float]], k: int) -> tuple[Ids, Logprobs]:
 def _read_completion(choice: Any, sampling: Sampling, eos_ids: list[int], top_k: int) -> Completion:
     ids, reason, said = choice["token_ids"], choice["finish_reason"], choice["logprobs"]
     if said["tokens"] != [f"token_id:{id_}" for id_ in ids] or len(said["token_logprobs"]) != len(ids):
-        raise BrokenError(f"its log-probs are not those of its {len(ids)} tokens")
+        raise MalformedResponseError(f"its log-probs are not those of its {len(ids)} tokens")
     if not (ids[-1] in eos_ids if reason == "stop" else reason == "length" and len(ids) == sampling.max_tokens):
-        raise BrokenError(f"the response ends for `{reason}` with token {ids[-1]} after {len(ids)} tokens")
+        raise MalformedResponseError(f"the response ends for `{reason}` with token {ids[-1]} after {len(ids)} tokens")
     found: dict[str, Any] = {}
     if top_k:
         rows = [{int(k.removeprefix("token_id:")): v for k, v in row.items()} for row in said["top_logprobs"]]
@@ -239,13 +248,15 @@ def _read_completion(choice: Any, sampling: Sampling, eos_ids: list[int], top_k:
     return Completion(np.array(ids, np.int32), _checked(said["token_logprobs"]), reason, **found)
 
 
-def _read_scores(choice: Any, each: Answered, top_k: int) -> Scores:
+def _read_scores(choice: Any, each: ScoreRequest, top_k: int) -> TokenScores:
     entries = choice["prompt_logprobs"]
     if len(entries) != len(each.prompt_ids) + len(each.response_ids):
-        raise BrokenError(f"{len(entries)} log-probs of {len(each.prompt_ids)} + {len(each.response_ids)} tokens")
+        raise MalformedResponseError(
+            f"{len(entries)} log-probs of {len(each.prompt_ids)} + {len(each.response_ids)} tokens"
+        )
     rows = [{int(k): v["logprob"] for k, v in row.items()} for row in entries[len(each.prompt_ids) :]]
     logprobs = _checked([row[int(id_)] for id_, row in zip(each.response_ids, rows, strict=True)])
     if not top_k:
-        return Scores(logprobs)
+        return TokenScores(logprobs)
     top_ids, top_logprobs = _tops(rows, top_k)
-    return Scores(logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
+    return TokenScores(logprobs, top_ids=top_ids, top_logprobs=top_logprobs)

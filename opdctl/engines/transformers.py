@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opdctl.batches import by_token_budget, pad
-from opdctl.config import Sampling, Score
-from opdctl.engines import Answered, Completion, Request
-from opdctl.logprobs import Chunk, Head, output_head, over_chunks, response_states
-from opdctl.model import ModelDir, load
-from opdctl.records import Ids, Scores
+from opdctl.artifacts.records import Ids, TokenScores
+from opdctl.engines.base import Completion, Request, ScoreRequest
+from opdctl.models.batching import by_token_budget, pad_batch
+from opdctl.models.directory import ModelDir
+from opdctl.models.loading import load_model
+from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
+from opdctl.recipe.schema import Sampling, Score
 
 BLOCK = 512  # probabilities that are cumulated one by one; more than that, block by block first
-SHRINK = 0.75  # drop finished rows once fewer than this share are in work: each drop copies the cache
+COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share are in work: each drop copies the cache
 
 
 class TransformersEngine:
@@ -45,7 +46,7 @@ class TransformersEngine:
         A mixture of experts is stored in another shape than it is held in, so tensors cannot simply be copied over.
         """
         self.close()
-        self._model = load(model, device=self._device)
+        self._model = load_model(model, device=self._device)
         # In float32 once: the product of hidden states and output matrix in bfloat16 is too coarse for log-probs.
         self._head = output_head(self._model, model.vocab_size)
         self._eos = torch.tensor(model.eos_ids, device=self._device)
@@ -56,16 +57,18 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def score(self, answered: Sequence[Answered], settings: Score, advance: Callable[[int], None]) -> list[Scores]:
-        scores: dict[int, Scores] = {}
+    def score(
+        self, answered: Sequence[ScoreRequest], settings: Score, advance: Callable[[int], None]
+    ) -> list[TokenScores]:
+        scores: dict[int, TokenScores] = {}
         lengths = [len(each.prompt_ids) + len(each.response_ids) for each in answered]
         for batch in by_token_budget(lengths, settings.tokens_per_batch):
             scores |= zip(batch, self._score_batch([answered[i] for i in batch], settings), strict=True)
             advance(len(batch))
         return [scores[i] for i in range(len(answered))]
 
-    def _score_batch(self, batch: list[Answered], settings: Score) -> list[Scores]:
-        padded = pad([(each.prompt_ids, each.response_ids) for each in batch], self._device)
+    def _score_batch(self, batch: list[ScoreRequest], settings: Score) -> list[TokenScores]:
+        padded = pad_batch([(each.prompt_ids, each.response_ids) for each in batch], self._device)
         hidden_ND, ids_N = response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
         ids_NK = ids_N[:, None]
         if settings.student_top_k:
@@ -84,7 +87,7 @@ class TransformersEngine:
                 columns["top_ids"] = top_ids_CK.int()
             found.append({name: value.cpu() for name, value in columns.items()})
 
-        over_chunks(self._head, hidden_ND, ids_NK, read)
+        map_vocab_chunks(self._head, hidden_ND, ids_NK, read)
         whole = {name: torch.cat([chunk[name] for chunk in found]) for name in found[0]}
         if settings.hidden_states:
             whole["hidden_states"] = hidden_ND.float().cpu()
@@ -103,30 +106,30 @@ class TransformersEngine:
         completions: list[Completion] = []
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            drawn = _Drawn(len(batch), sampling.max_tokens, self._device, entropy, top_k)
+            drawn = _SampleBuffer(len(batch), sampling.max_tokens, self._device, entropy, top_k)
             self._generate_batch(batch, sampling, drawn, advance)
             completions += drawn.completions()
         return completions
 
     @torch.inference_mode()
     def _generate_batch(
-        self, requests: Sequence[Request], sampling: Sampling, drawn: "_Drawn", advance: Callable[[int], None]
+        self, requests: Sequence[Request], sampling: Sampling, drawn: "_SampleBuffer", advance: Callable[[int], None]
     ) -> None:
         longest = sampling.max_tokens
         uniform_BT = torch.from_numpy(np.stack([_uniforms(request.seed, longest) for request in requests]))
         uniform_BT = uniform_BT.to(self._device)
-        batch = _Batch(self._model, self._head, [request.prompt_ids for request in requests], self._device)
+        batch = _DecodeBatch(self._model, self._head, [request.prompt_ids for request in requests], self._device)
         rows_B = torch.arange(len(requests), device=self._device)
         for t in range(longest):
             logits_BV = batch.logits()
-            token_B, logp_B = draw(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
+            token_B, logp_B = sample(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
             ended_B = torch.isin(token_B, self._eos) & ~drawn.stopped_B[rows_B]
             drawn.put(rows_B, t, token_B, logp_B, logits_BV, ended_B)
             advance(int(ended_B.sum()))
             working_B = ~drawn.stopped_B[rows_B]
             if not (working := int(working_B.sum())):
                 break
-            if working < SHRINK * len(rows_B):
+            if working < COMPACT_BELOW * len(rows_B):
                 batch.keep(working_B.nonzero().squeeze(-1))
                 rows_B, token_B = rows_B[working_B], token_B[working_B]
             if t + 1 < longest:
@@ -134,18 +137,20 @@ class TransformersEngine:
         advance(int((~drawn.stopped_B).sum()))
 
 
-def _cut(columns: dict[str, Tensor], lengths: list[int]) -> list[Scores]:
+def _cut(columns: dict[str, Tensor], lengths: list[int]) -> list[TokenScores]:
     """Cut columns of all tokens into one record a response."""
     cut = {name: [value.numpy() for value in column.split(lengths)] for name, column in columns.items()}
     scores = []
     for row in range(len(lengths)):
         values = {name: pieces[row] for name, pieces in cut.items()}
         hidden_TD = values.pop("hidden_states", None)
-        scores.append(Scores(**values, hidden_states=None if hidden_TD is None else partial(np.asarray, hidden_TD)))
+        scores.append(
+            TokenScores(**values, hidden_states=None if hidden_TD is None else partial(np.asarray, hidden_TD))
+        )
     return scores
 
 
-class _Drawn:
+class _SampleBuffer:
     """What is drawn of a batch of responses, token by token."""
 
     def __init__(self, count: int, longest: int, device: str, entropy: bool, top_k: int):
@@ -187,7 +192,7 @@ class _Drawn:
         ]
 
 
-class _Batch:
+class _DecodeBatch:
     """Responses in work: the cache, the mask of real positions, and the last hidden state.
 
     Prompts of different lengths are padded on the left, with position ids from the mask; where none needs padding there
@@ -241,7 +246,7 @@ def _uniforms(seed: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float32)
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Sample one token a row by inverting the distribution at `uniform_B`; return ids and their log-probs, [B].
 
     The log-probs are those of the distribution that was sampled, after temperature and top-p; at temperature 0 all of
@@ -252,13 +257,13 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
     if temperature != 1:
         logits_BV = logits_BV / temperature
     if top_p < 1:
-        logits_BV = _nucleus(logits_BV, top_p)
+        logits_BV = _top_p_filter(logits_BV, top_p)
     logz_B1 = logits_BV.logsumexp(-1, keepdim=True)
-    token_B1 = _invert((logits_BV - logz_B1).exp_(), uniform_B[:, None].double())
+    token_B1 = _inverse_cdf((logits_BV - logz_B1).exp_(), uniform_B[:, None].double())
     return token_B1.squeeze(-1), (logits_BV.gather(-1, token_B1) - logz_B1).squeeze(-1)
 
 
-def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
+def _top_p_filter(logits_BV: Tensor, top_p: float) -> Tensor:
     """Return the logits without the tokens beyond the most probable ones that hold `top_p` of the mass."""
     sorted_BV, order_BV = logits_BV.sort(stable=True, dim=-1, descending=True)
     p_BV = sorted_BV.softmax(-1)
@@ -266,7 +271,7 @@ def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
     return torch.full_like(logits_BV, -torch.inf).scatter(-1, order_BV, sorted_BV)
 
 
-def _invert(p_BV: Tensor, uniform_B1: Tensor) -> Tensor:
+def _inverse_cdf(p_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     """Return where the cumulated probabilities, in float64, pass `uniform_B1`, [B, 1].
 
     First the block, then the token in it: a float64 sum over a whole large vocabulary costs as much as the model.

@@ -23,16 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.sampling_params import RequestOutputKind
 
-from opdctl.batches import by_token_budget
-from opdctl.config import Recipe, Sampling, Score
-from opdctl.engines import Answered, Completion, Place, Request
+from opdctl.artifacts.records import Ids, Logprobs, TokenScores
+from opdctl.engines.base import Completion, EngineContext, Request, ScoreRequest
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import ModelDir
-from opdctl.records import Ids, Logprobs, Scores
+from opdctl.models.batching import by_token_budget
+from opdctl.models.directory import ModelDir
+from opdctl.recipe.schema import Recipe, Sampling, Score
 
 DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: a killed run leaves no engine behind
@@ -41,10 +45,15 @@ DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; else nearly all memory, each engine, beside the trainer
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's too
 }
+
+
 for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+
+
 # vLLM heeds its level only from the first engine on, and warns before.
 getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+
 
 try:
     with warnings.catch_warnings():
@@ -59,20 +68,24 @@ except ImportError as error:
         f"the engine `vllm` needs vLLM: {error}", hint="pip install 'opdctl[vllm]', or engine = \"transformers\""
     ) from error
 
+
 _running: weakref.WeakSet["VllmEngine"] = weakref.WeakSet()
 _take_down = vllm.v1.engine.core.cleanup_dist_env_and_memory
 
 
-def _take_down_with_the_last() -> None:
+def _cleanup_when_last_engine_closes() -> None:
     if not _running:
         _take_down()
 
 
 # All engines of a process share its process group, and vLLM takes it down with the first of them that stops.
-vllm.v1.engine.core.cleanup_dist_env_and_memory = _take_down_with_the_last
+vllm.v1.engine.core.cleanup_dist_env_and_memory = _cleanup_when_last_engine_closes
+
+
 if vllm.platforms.current_platform.is_cpu():
     # It moves all memory of the process to one NUMA node, the trainer's too, and says so on stderr.
     torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]
+
 
 SMALL_VOCABULARY = 4096  # up to here vLLM is asked for the log-prob of every id
 
@@ -82,7 +95,7 @@ class VllmEngine:
 
     _llm: Any = None
 
-    def __init__(self, model: ModelDir, place: Place):
+    def __init__(self, model: ModelDir, place: EngineContext):
         self._place, self._sleeps = place, place.recipe.vllm.sleep
         self._start(model)
         self.meaning = {"engine": "vllm", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
@@ -91,7 +104,7 @@ class VllmEngine:
         self._path, self._eos, self._vocab_size = model.path, list(model.eos_ids), model.vocab_size
         _check_whole(model)
         arguments = _arguments(model, self._place)
-        with _told(f"does not start with {model.path}", "see the recipe's section [vllm]"):
+        with _translate_errors(f"does not start with {model.path}", "see the recipe's section [vllm]"):
             self._llm = vllm.LLM(**arguments)
         _running.add(self)
         self._room = self._llm.llm_engine.model_config.max_model_len - 1  # see _max_model_len
@@ -101,7 +114,7 @@ class VllmEngine:
     def load_weights(self, model: ModelDir) -> None:
         """Take over another directory's weights; in a fresh engine where vLLM does not take them over rightly."""
         self._wake()
-        with _told(f"does not take over the weights of {model.path}"):
+        with _translate_errors(f"does not take over the weights of {model.path}"):
             taken = all(self._llm.collective_rpc("opdctl_load", args=(str(model.path),)))
         if not (taken and self._llm.reset_prefix_cache()):
             self.close()
@@ -138,9 +151,9 @@ class VllmEngine:
         top_k: int = 0,
     ) -> list[Completion]:
         if entropy:
-            raise _beyond("the entropy of what it samples", "rollout")
+            raise _unsupported("the entropy of what it samples", "rollout")
         if top_k and (sampling.temperature, sampling.top_p) != (1, 1):
-            raise _beyond("the most probable ids of before temperature and top-p", "rollout")
+            raise _unsupported("the most probable ids of before temperature and top-p", "rollout")
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         self._check_room(longest + sampling.max_tokens, f"a prompt of {longest} tokens, {sampling.max_tokens} more")
 
@@ -162,18 +175,20 @@ class VllmEngine:
         self._check_numbers(completions)
         return completions
 
-    def score(self, answered: Sequence[Answered], settings: Score, advance: Callable[[int], None]) -> list[Scores]:
+    def score(
+        self, answered: Sequence[ScoreRequest], settings: Score, advance: Callable[[int], None]
+    ) -> list[TokenScores]:
         whole = settings.entropy or settings.student_top_k
         if settings.hidden_states:
-            raise _beyond("hidden states", "score")
+            raise _unsupported("hidden states", "score")
         if whole and self._vocab_size > SMALL_VOCABULARY:
             what = "entropies" if settings.entropy else "log-probs of ids that it is given"
-            raise _beyond(f"{what} over {self._vocab_size} ids, only over {SMALL_VOCABULARY}", "score")
+            raise _unsupported(f"{what} over {self._vocab_size} ids, only over {SMALL_VOCABULARY}", "score")
         lengths = [len(each.prompt_ids) + len(each.response_ids) for each in answered]
         self._check_room(max(lengths, default=0), f"a prompt and response of {max(lengths, default=0)} tokens")
         # At least one token must be drawn, though none is wanted.
         params = {"max_tokens": 1, "prompt_logprobs": -1 if whole else settings.top_k}
-        scores: dict[int, Scores] = {}
+        scores: dict[int, TokenScores] = {}
         for batch in by_token_budget(lengths, settings.tokens_per_batch):
             texts = [np.concatenate([answered[i].prompt_ids, answered[i].response_ids]) for i in batch]
             outputs = self._run(((text, params) for text in texts), len(batch), advance)
@@ -182,7 +197,7 @@ class VllmEngine:
         self._check_numbers(scores.values())
         return [scores[i] for i in range(len(answered))]
 
-    def _check_numbers(self, found: Iterable[Completion | Scores]) -> None:
+    def _check_numbers(self, found: Iterable[Completion | TokenScores]) -> None:
         # Of NaN vLLM makes an answer like any other: token 0, over and over.
         if any(np.isnan(each.logprobs).any() for each in found):
             raise OpdctlError(f"{self._path}: vLLM gets NaN from this model", code=ExitCode.DATA)
@@ -220,7 +235,7 @@ class VllmEngine:
         return [done[str(index)] for index in range(len(done))]
 
 
-class Worker:
+class WorkerExtension:
     """What is done inside vLLM's workers, beside the weights. vLLM adds these methods to its own class by name."""
 
     get_model: Callable[[], Any]
@@ -274,7 +289,7 @@ def _is_of(table: Any, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _told(what: str, hint: str | None = None) -> Iterator[None]:
+def _translate_errors(what: str, hint: str | None = None) -> Iterator[None]:
     """Turn whatever vLLM raises over a model or an argument into one message, and let it warn of nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -285,7 +300,7 @@ def _told(what: str, hint: str | None = None) -> Iterator[None]:
             raise OpdctlError(f"vLLM {what}: {reason}", hint=hint) from error
 
 
-def _beyond(what: str, section: str) -> OpdctlError:
+def _unsupported(what: str, section: str) -> OpdctlError:
     return OpdctlError(f"{section}: vLLM does not give {what}", hint=f'set {section}.engine = "transformers"')
 
 
@@ -308,7 +323,7 @@ def _check_whole(model: ModelDir) -> None:
         raise OpdctlError(f"{model.path}: weights missing: {', '.join(missing[:5])}", code=ExitCode.DATA)
 
 
-def _arguments(model: ModelDir, place: Place) -> dict[str, Any]:
+def _arguments(model: ModelDir, place: EngineContext) -> dict[str, Any]:
     """Return the arguments to vLLM's engine."""
     settings = place.recipe.vllm
     parallel = {
@@ -338,7 +353,7 @@ def _arguments(model: ModelDir, place: Place) -> dict[str, Any]:
         "max_num_seqs": settings.max_sequences,
         "max_num_batched_tokens": settings.max_batched_tokens,
         "enforce_eager": settings.eager,
-        "worker_extension_cls": f"{Worker.__module__}.{Worker.__qualname__}",
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         **settings.extra,
     }
 
@@ -398,7 +413,7 @@ def _completion(output: Any, top_k: int) -> Completion:
     )
 
 
-def _scores(answered: Answered, flat: Any, settings: Score, vocab_size: int) -> Scores:
+def _scores(answered: ScoreRequest, flat: Any, settings: Score, vocab_size: int) -> TokenScores:
     ids_TW, logprobs_TW = _table(flat, answered.response_ids, len(answered.prompt_ids), settings.top_k)
     found: dict[str, Any] = {"logprobs": logprobs_TW[:, 0].copy()}
     if settings.top_k:
@@ -413,4 +428,4 @@ def _scores(answered: Answered, flat: Any, settings: Score, vocab_size: int) -> 
         if settings.student_top_k:
             assert answered.top_ids is not None
             found["student_top_logprobs"] = np.take_along_axis(logp_TV, answered.top_ids.astype(np.int64), 1)
-    return Scores(**found)
+    return TokenScores(**found)

@@ -7,13 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from opdctl import execution, grading
-from opdctl.config import NAME, TABLES, Eval, is_table
+from opdctl.data.prompts import Problem
+from opdctl.data.tables import Row, load_from_hub, read_table
+from opdctl.data.toy import TASKS
+from opdctl.data.toy.task import Task
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
-from opdctl.prompts import Problem, Row, from_hub, read_table
+from opdctl.evaluation import code_execution, graders
+from opdctl.recipe.schema import TABLE_SUFFIXES, TEACHER_NAME_PATTERN, Eval, is_data_file
 from opdctl.registry import BENCHMARKS
-from opdctl.tasks import TASKS
-from opdctl.tasks.task import Task
 
 EMBEDDED_PROBLEMS = 256
 
@@ -46,7 +47,7 @@ class Benchmark:
 
     name: str
     source: Source
-    grader: grading.Grader
+    grader: graders.Grader
     samples: int = 32
     wants: Literal["box", "code", "any"] = "box"
     size: int | None = None
@@ -126,7 +127,7 @@ class Hub:
             return Columns().problems(read_table(file_of(name, data)), str(data))
         hint = f"give local data by --data FILE_OR_DIR, such as {name}.jsonl; or run it once where there is a network"
         key = f"--bench {name}"
-        rows = from_hub(self.id, self.split, self.revision, key, subset=self.subset, hint=hint)
+        rows = load_from_hub(self.id, self.split, self.revision, key, subset=self.subset, hint=hint)
         return Columns().problems(rows, self.id)
 
 
@@ -134,7 +135,7 @@ def file_of(name: str, data: Path) -> Path:
     """Return `data`, or the file of the benchmark `name` in it when it is a folder. Raises OpdctlError if none is."""
     if not data.is_dir():
         return data
-    names = [f"{name}{suffix}" for suffix in TABLES]
+    names = [f"{name}{suffix}" for suffix in TABLE_SUFFIXES]
     for each in names:
         if (data / each).is_file():
             return data / each
@@ -173,38 +174,38 @@ class Table:
 class EvalPlus:
     """HumanEval+ or MBPP+, from the package evalplus, which pins their version."""
 
-    dataset: execution.Dataset
+    dataset: code_execution.Dataset
     local: bool = False
 
     @property
     def where(self) -> str:
-        return "evalplus:" + "@".join(execution.RELEASES[self.dataset])
+        return "evalplus:" + "@".join(code_execution.RELEASES[self.dataset])
 
     def problems(self, name: str, count: int | None, data: Path | None) -> Iterator[Problem]:
-        return execution.problems(self.dataset, file_of(name, data) if data else None)
+        return code_execution.problems(self.dataset, file_of(name, data) if data else None)
 
 
 def find(name: str, settings: Eval) -> Benchmark:
     """Return the benchmark `name`, or the one that a file of the user's own is. Raises OpdctlError if there is none."""
-    if not is_table(name):
+    if not is_data_file(name):
         found: Benchmark = BENCHMARKS.get(name)()
         return found
     stem = Path(name).stem
     if stem in BENCHMARKS.names():
         raise OpdctlError(f"{name}: `{stem}` is another benchmark's name", hint=f"give --bench {stem} --data {name}")
-    if not NAME.fullmatch(stem):
+    if not TEACHER_NAME_PATTERN.fullmatch(stem):
         raise OpdctlError(f"{name}: a benchmark's name must be letters, digits, `_` or `-`", hint="rename the file")
     own = (settings.id_column, settings.problem_column, settings.answer_column)
     tried = (Columns.id, Columns.problem, Columns.answer)
     columns = Columns(*((column,) if column else names for column, names in zip(own, tried, strict=True)))
-    grader = grading.mathematics if settings.grader == "mathematics" else grading.text
+    grader = graders.mathematics if settings.grader == "mathematics" else graders.text
     return Benchmark(stem, Table(name, columns), grader)
 
 
 def _all() -> Iterator[Benchmark]:
-    math = grading.mathematics
+    math = graders.mathematics
     for task in TASKS.values():
-        grader = grading.Text(task.extract)
+        grader = graders.Text(task.extract)
         yield Benchmark(task.name, Embedded(task), grader, samples=1, wants="any", on_track=task.on_track)
     yield Benchmark(
         "aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math, size=30
@@ -231,8 +232,8 @@ def _all() -> Iterator[Benchmark]:
     yield Benchmark(
         "olympiadbench", Hub("math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84"), math, 4, size=674
     )
-    yield Benchmark("humaneval_plus", EvalPlus("humaneval"), execution.code, samples=4, wants="code", size=164)
-    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), execution.code, samples=4, wants="code", size=378)
+    yield Benchmark("humaneval_plus", EvalPlus("humaneval"), code_execution.code, samples=4, wants="code", size=164)
+    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), code_execution.code, samples=4, wants="code", size=378)
 
 
 for _benchmark in _all():

@@ -20,17 +20,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from opdctl import sandbox
+from opdctl.data.prompts import Problem
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.grading import Grade, Votes
-from opdctl.prompts import Problem
+from opdctl.evaluation import code_sandbox
+from opdctl.evaluation.graders import Grade, Votes
 
-SECONDS = 90  # for one response, all its tests together; EvalPlus itself ends after 60
+TIMEOUT_SECONDS = 90  # for one response, all its tests together; EvalPlus itself ends after 60
 NOBODY = 65534
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 Dataset = Literal["humaneval", "mbpp"]
 RELEASES: dict[Dataset, tuple[str, str]] = {"humaneval": ("HumanEvalPlus", "v0.1.10"), "mbpp": ("MbppPlus", "v0.2.0")}
-ECHO: dict[str, Any] = {
+SELF_TEST_TASK: dict[str, Any] = {
     "dataset": "humaneval",
     "task_id": "echo",
     "prompt": "def echo(x):\n",
@@ -166,11 +166,11 @@ def _confined(asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
             os.chown(folder, NOBODY, NOBODY)
         return subprocess.run(
             # -P: beside sandbox.py lie modules whose names are the standard library's, too
-            [*command, sys.executable, "-P", str(Path(sandbox.__file__))],
+            [*command, sys.executable, "-P", str(Path(code_sandbox.__file__))],
             input=json.dumps(asked),
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=TIMEOUT_SECONDS,
             cwd=folder,
             env={"PATH": os.defpath, "TMPDIR": folder, "HOME": folder, "OMP_NUM_THREADS": "1"},
         )
@@ -181,7 +181,9 @@ def _need_confinement() -> None:
     """Raise OpdctlError unless a program can be run, confined, with the right verdict."""
     _need_evalplus()
     try:
-        ended = _confined({"task": ECHO, "response": ECHO["prompt"] + ECHO["canonical_solution"]})
+        ended = _confined(
+            {"task": SELF_TEST_TASK, "response": SELF_TEST_TASK["prompt"] + SELF_TEST_TASK["canonical_solution"]}
+        )
         passed = ended.returncode == 0 and json.loads(ended.stdout)["status"] == "pass"
         why = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 N = 8
-SEEN = 0.5
+CONTAMINATED_FRACTION = 0.5
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 WORD = re.compile(f"[{CJK}]|[^\\W_{CJK}]+")  # scripts without spaces: each character is a word
-
 Gram = tuple[str, ...]
 
 
@@ -36,7 +35,7 @@ def report(problems: Mapping[str, str], prompts: list[str]) -> dict[str, Any]:
         "prompts": len(prompts),
         "problems": len(problems),
         "overlapping": len(shares),
-        "seen": sum(share >= SEEN for share in shares.values()),
+        "seen": sum(share >= CONTAMINATED_FRACTION for share in shares.values()),
         "shares": dict(sorted(shares.items(), key=lambda pair: -pair[1])),
     }
 

@@ -10,23 +10,31 @@ from typing import Any
 
 import numpy as np
 
-from opdctl import SCHEMA_VERSION, contamination, log, stats, store
-from opdctl.benchmarks import Benchmark, find
-from opdctl.config import Eval, Model, Recipe, settings_of
-from opdctl.engines import Completion, EnginePool, Request
+from opdctl import console
+from opdctl.artifacts import files
+from opdctl.artifacts.files import digest_of
+from opdctl.artifacts.records import SCHEMA_VERSION, GradedResponse, sample_seed
+from opdctl.artifacts.stage_dir import ALL_PARTS, Fingerprint, StageDir, WorkerShard
+from opdctl.artifacts.tables import read_rows, write_rows
+from opdctl.data.prompts import Problem, apply_chat_template
+from opdctl.engines.base import Completion, Request
+from opdctl.engines.pool import EnginePool
 from opdctl.errors import OpdctlError
-from opdctl.grading import Grade
-from opdctl.model import ModelDir
-from opdctl.prompts import Problem, template
-from opdctl.records import Graded, sample_seed
-from opdctl.run import Run, find_model
-from opdctl.store import WHOLE, Fingerprint, Shard, StageDir, digest_of, read_rows, write_rows
+from opdctl.evaluation import contamination, stats
+from opdctl.evaluation.benchmarks import Benchmark, find
+from opdctl.evaluation.graders import Grade
+from opdctl.models.directory import ModelDir
+from opdctl.recipe.dependencies import fingerprint_settings
+from opdctl.recipe.schema import Eval, Model, Recipe
+from opdctl.runs.layout import step_name
+from opdctl.runs.open import find_model
+from opdctl.runs.run import Run, open_stage_dir
 
-KILLER = 200  # characters of an answer that killed its grader, in the summary
+MAX_SHOWN_ANSWER_CHARS = 200  # characters of an answer that killed its grader, in the summary
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """The model that is evaluated: the name of its folder, its files, their digest, the engine role that it takes, and
     the options of `opdctl eval` that choose it."""
 
@@ -37,32 +45,32 @@ class Subject:
     options: str
 
 
-def student(run: Run, step: int) -> Subject:
-    return Subject(f"step-{step:05d}", run.student_at(step), run.student_digest(step), "student", f"--step {step}")
+def student_target(run: Run, step: int) -> EvalTarget:
+    return EvalTarget(step_name(step), run.student_at(step), run.student_digest(step), "student", f"--step {step}")
 
 
-def scorer(run: Run, name: str) -> Subject:
+def scorer_target(run: Run, name: str) -> EvalTarget:
     """A model of the run that scores responses: a teacher, or the reference."""
-    return Subject(name, run.models[name], run.digests[name], name, f"--model {name}")
+    return EvalTarget(name, run.models[name], run.digests[name], name, f"--model {name}")
 
 
-def other(name: str, like: Model) -> Subject:
+def external_target(name: str, like: Model) -> EvalTarget:
     """A model that is no part of the run: a directory or a hub id, loaded as `like` says."""
     if like.model != name:  # what was said of another model's revision and code does not hold for this one
         like = like.model_copy(update={"model": name, "revision": None, "trust_remote_code": False})
     model = find_model(like, "--model")
     digest = model.digest()
     label = name if name.startswith("toy:") else Path(name).name
-    return Subject(f"{label.replace(':', '-')}-{digest[:8]}", model, digest, "model", f"--model {name}")
+    return EvalTarget(f"{label.replace(':', '-')}-{digest[:8]}", model, digest, "model", f"--model {name}")
 
 
-def subject(run: Run, model: str | None, step: int | None) -> Subject:
+def find_target(run: Run, model: str | None, step: int | None) -> EvalTarget:
     """Return what to evaluate: the student of `step`, the newest by default; a teacher of the run; or another model."""
     if model is None:
-        return student(run, run.current_step() if step is None else step)
+        return student_target(run, run.current_step() if step is None else step)
     if model in run.scorers():
-        return scorer(run, model)
-    return other(model, run.recipe.student)
+        return scorer_target(run, model)
+    return external_target(model, run.recipe.student)
 
 
 def is_evaluated(run: Run, bench: str, subject: str) -> bool:
@@ -73,7 +81,7 @@ def is_evaluated(run: Run, bench: str, subject: str) -> bool:
 def stored_summary(run: Run, bench: str, subject: str) -> dict[str, Any] | None:
     """Return the summary of a finished evaluation under the recipe's own protocol, or None."""
     path = run.evaluation_path(bench, subject) / "summary.json"
-    summary = store.read_json(path) if path.exists() else None
+    summary = files.read_json(path) if path.exists() else None
     protocol = _protocol(run.recipe, find(bench, run.recipe.eval)) if summary else None
     return summary if summary and summary["protocol"] == protocol else None
 
@@ -96,15 +104,15 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
     }
 
 
-def run(
+def run_eval(
     run: Run,
     bench: str,
-    subject: Subject,
+    subject: EvalTarget,
     engines: EnginePool,
     data: Path | None = None,
     *,
     repair: bool = False,
-    shard: Shard = WHOLE,
+    shard: WorkerShard = ALL_PARTS,
     wait: bool = False,
 ) -> tuple[dict[str, Any] | None, int]:
     """Answer and grade what is missing of the shard's parts of a benchmark, with `repair` what is damaged too.
@@ -120,12 +128,12 @@ def run(
     problems = benchmark.problems(run.recipe.eval.problems, data)
     stage = _stage(run, benchmark, problems, subject)
     for folder in (stage.path, stage.path.parent):
-        store.sweep(folder)
+        files.remove_temporary_files(folder)
     with stage.work(repair=repair, shard=shard, wait=wait) as parts:
         made = _answer(run, benchmark, problems, subject, engines, stage, parts) if parts else 0
     if not stage.done():
         return None, made
-    rows = [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), Graded)]
+    rows = [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), GradedResponse)]
     summary = {
         "schema_version": SCHEMA_VERSION,
         "bench": benchmark.name,
@@ -135,8 +143,8 @@ def run(
         "benchmark": _about(run, benchmark, problems, data),
     }
     path = stage.path / "summary.json"
-    if not path.exists() or store.read_json(path) != summary:
-        store.write_json(path, summary)
+    if not path.exists() or files.read_json(path) != summary:
+        files.write_json(path, summary)
     return summary, made
 
 
@@ -148,14 +156,14 @@ def _refuse_code(benchmark: Benchmark, settings: Eval) -> None:
         )
 
 
-def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], subject: Subject) -> StageDir:
-    return StageDir(
+def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], subject: EvalTarget) -> StageDir:
+    return open_stage_dir(
         run.evaluation_path(benchmark.name, subject.name),
         stage="eval",
         parts=min(run.recipe.eval.parts, len(problems)),
         suffix=".parquet",
         fingerprint=Fingerprint(
-            settings_of(run.recipe, "eval") | {"eval.samples": benchmark.samples_under(run.recipe.eval)},
+            fingerprint_settings(run.recipe, "eval") | {"eval.samples": benchmark.samples_under(run.recipe.eval)},
             {"model": subject.digest, "problems": _digest(problems)},
         ),
         redo=f"{run.command('eval')} --bench {benchmark.name} {subject.options}",
@@ -171,7 +179,7 @@ def _about(run: Run, benchmark: Benchmark, problems: Sequence[Problem], data: Pa
     with, and what the training prompts hold of it. Kept beside the evaluations, since it takes a while."""
     path = run.evaluation_path(benchmark.name, "benchmark.json")
     key = {"digest": _digest(problems), "prompts": digest_of(run.prompts_digest)}
-    if path.exists() and (known := store.read_json(path))["key"] == key:
+    if path.exists() and (known := files.read_json(path))["key"] == key:
         return known["about"]
     golds = benchmark.grader.readable([problem.answer or "" for problem in problems])
     about = {
@@ -180,7 +188,7 @@ def _about(run: Run, benchmark: Benchmark, problems: Sequence[Problem], data: Pa
         "unreadable_golds": [problem.id for problem, readable in zip(problems, golds, strict=True) if not readable],
         "contamination": _contamination(run, problems),
     }
-    store.write_json(path, {"key": key, "about": about})
+    files.write_json(path, {"key": key, "about": about})
     return about
 
 
@@ -196,7 +204,7 @@ def _answer(
     run: Run,
     benchmark: Benchmark,
     problems: list[Problem],
-    subject: Subject,
+    subject: EvalTarget,
     engines: EnginePool,
     stage: StageDir,
     parts: Iterator[int],
@@ -205,7 +213,7 @@ def _answer(
     samples = benchmark.samples_under(settings)
     engine = engines.get(subject.role, run.recipe.rollout.engine, subject.model)
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p})
-    with log.progress(f"eval {benchmark.name}, {subject.name}", samples * len(problems)) as advance:
+    with console.progress(f"eval {benchmark.name}, {subject.name}", samples * len(problems)) as advance:
         for index in parts:
             part = stage.share(problems, index)
             draws = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
@@ -216,19 +224,21 @@ def _answer(
             completions = engine.generate(requests, settings, settings.batch_size, advance)
             rows = _graded(benchmark, subject.model, draws, completions)
             tokens = sum(len(row.response_ids) for row in rows)
-            made += stage.write(index, partial(write_rows, rows=rows, kind=Graded), rows=len(rows), tokens=tokens)
+            made += stage.write(
+                index, partial(write_rows, rows=rows, kind=GradedResponse), rows=len(rows), tokens=tokens
+            )
     return made
 
 
 def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:
     settings = run.recipe.eval
     text = problem.text + benchmark.suffix_under(settings)
-    return np.asarray(template(problem.id, text, model.tokenizer, settings.template_arguments), np.int32)
+    return np.asarray(apply_chat_template(problem.id, text, model.tokenizer, settings.template_arguments), np.int32)
 
 
 def _graded(
     benchmark: Benchmark, model: ModelDir, draws: list[tuple[Problem, str]], completions: list[Completion]
-) -> list[Graded]:
+) -> list[GradedResponse]:
     """Return the rows of whole problems: the vote of a sample depends on the problem's other samples."""
     texts = model.tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
     golds = [problem.answer or "" for problem, _ in draws]
@@ -245,8 +255,10 @@ def _graded(
     ]
 
 
-def _row(name: str, problem: Problem, completion: Completion, text: str, grade: Grade, vote: str | None) -> Graded:
-    return Graded(
+def _row(
+    name: str, problem: Problem, completion: Completion, text: str, grade: Grade, vote: str | None
+) -> GradedResponse:
+    return GradedResponse(
         sample_id=name,
         problem_id=problem.id,
         response_ids=completion.response_ids,
@@ -260,19 +272,19 @@ def _row(name: str, problem: Problem, completion: Completion, text: str, grade: 
     )
 
 
-def summarise(rows: Sequence[Graded]) -> dict[str, Any]:
+def summarise(rows: Sequence[GradedResponse]) -> dict[str, Any]:
     """Return the accuracies with their intervals, the lengths and the verdicts of an evaluation's rows."""
-    by_problem: dict[str, list[Graded]] = defaultdict(list)
+    by_problem: dict[str, list[GradedResponse]] = defaultdict(list)
     for row in rows:
         by_problem[row.problem_id].append(row)
     correct = [[row.correct for row in own] for own in by_problem.values()]
     votes = [[row.vote for row in own] for own in by_problem.values()]
     samples = min(map(len, correct))
-    avg, these = stats.over_problems([float(np.mean(own)) for own in correct]), stats.of_these(correct)
-    passed = {k: [stats.pass_at_k(own, k) for own in correct] for k in stats.sizes(samples)}
+    avg, these = stats.problem_bootstrap([float(np.mean(own)) for own in correct]), stats.sampling_interval(correct)
+    passed = {k: [stats.pass_at_k(own, k) for own in correct] for k in stats.k_values(samples)}
     majority = {
         k: [stats.maj_at_k(vote, own, k) for vote, own in zip(votes, correct, strict=True)]
-        for k in (stats.sizes(samples) if any(vote for own in votes for vote in own) else ())
+        for k in (stats.k_values(samples) if any(vote for own in votes for vote in own) else ())
     }
     lengths = [len(row.response_ids) for row in rows]
     return {
@@ -288,7 +300,11 @@ def summarise(rows: Sequence[Graded]) -> dict[str, Any]:
         "response_lengths": {f"p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)} | {"max": max(lengths)},
         "verdicts": dict(sorted(Counter(row.verdict for row in rows).items())),
         "killers": [
-            {"sample_id": row.sample_id, "verdict": row.verdict, "extracted": (row.extracted or "")[:KILLER]}
+            {
+                "sample_id": row.sample_id,
+                "verdict": row.verdict,
+                "extracted": (row.extracted or "")[:MAX_SHOWN_ANSWER_CHARS],
+            }
             for row in rows
             if row.verdict in ("timeout", "crash")
         ],
@@ -296,5 +312,5 @@ def summarise(rows: Sequence[Graded]) -> dict[str, Any]:
 
 
 def _estimates(by_k: dict[int, list[float]]) -> dict[str, dict[str, Any]]:
-    found = {k: stats.over_problems(values) for k, values in by_k.items()}
+    found = {k: stats.problem_bootstrap(values) for k, values in by_k.items()}
     return {str(k): {"mean": each.value, "ci": [each.low, each.high]} for k, each in found.items()}

@@ -16,13 +16,12 @@ from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
 
-from opdctl import answers
+from opdctl.evaluation import math_answers
 
-SECONDS = 15  # for one pair; whole, as pebble wants them
+TIMEOUT_SECONDS = 15  # for one pair; whole, as pebble wants them
 WORKERS = 8
 BRACE = re.compile(r"\\boxed\s*\{|\\\\|\\[{}]|[{}]")
-JUDGED = ("ok", "unparsable")  # verdicts after which an answer may be compared with others
-
+GRADABLE_VERDICTS = ("ok", "unparsable")  # verdicts after which an answer may be compared with others
 Votes = list[list[str | None]]
 
 
@@ -95,7 +94,7 @@ class Mathematics:
 
     def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
         """One answer a round is compared with all classes found so far, for all problems at once."""
-        ballots = [_Ballot(gold, grades) for gold, grades in problems]
+        ballots = [_AnswerClusters(gold, grades) for gold, grades in problems]
         while any(ballot.open for ballot in ballots):
             asked = [ballot.questions() for ballot in ballots]
             judged = iter(_judge([pair for pairs in asked for pair in pairs]))
@@ -104,16 +103,19 @@ class Mathematics:
         return [ballot.votes for ballot in ballots]
 
     def readable(self, golds: Sequence[str]) -> list[bool]:
-        return [found is True for found in _in_workers(answers.readable, [(answers.tidy(gold),) for gold in golds])]
+        return [
+            found is True
+            for found in _in_workers(math_answers.is_parsable, [(math_answers.normalize(gold),) for gold in golds])
+        ]
 
 
-class _Ballot:
+class _AnswerClusters:
     """One problem's vote while its classes of equal wrong answers are being found."""
 
     def __init__(self, gold: str, grades: Sequence[Grade]):
         self.votes = [gold if grade.correct else grade.extracted for grade in grades]
         wrong = {g.extracted: g.verdict for g in grades if not g.correct and g.extracted is not None}
-        self.open = [answer for answer, verdict in wrong.items() if verdict in JUDGED]  # texts, each once
+        self.open = [answer for answer, verdict in wrong.items() if verdict in GRADABLE_VERDICTS]  # texts, each once
         self._classes: list[str] = []
 
     def questions(self) -> list[tuple[str, str]]:
@@ -157,23 +159,23 @@ def _judge(pairs: Sequence[tuple[str, str]]) -> list[tuple[bool, str]]:
     found: dict[tuple[str, str], tuple[bool, str]] = {}
     hard: dict[tuple[str, str], tuple[str, str]] = {}
     for gold, answer in dict.fromkeys(pairs):
-        if not answer or len(answer) > answers.LONGEST:
+        if not answer or len(answer) > math_answers.LONGEST:
             found[gold, answer] = (False, "unparsable")
             continue
-        tidied = answers.tidy(gold), answers.tidy(answer)
-        seen = answers.by_sight(*tidied)
+        tidied = math_answers.normalize(gold), math_answers.normalize(answer)
+        seen = math_answers.quick_compare(*tidied)
         if seen is None:
             hard[gold, answer] = tidied
         else:
             found[gold, answer] = (seen, "ok")
-    for pair, result in zip(hard, _in_workers(answers.same, list(hard.values())), strict=True):
+    for pair, result in zip(hard, _in_workers(math_answers.is_equivalent, list(hard.values())), strict=True):
         found[pair] = (result, "ok") if isinstance(result, bool) else (False, result)
     return [found[pair] for pair in pairs]
 
 
 def _in_workers(function: Callable[..., bool], arguments: Iterable[tuple[str, ...]]) -> list[Any]:
     """Return function(*each) for each of `arguments`, or the verdict on what came of it instead."""
-    futures = [_pool(os.getpid()).schedule(function, args=list(each), timeout=SECONDS) for each in arguments]
+    futures = [_pool(os.getpid()).schedule(function, args=list(each), timeout=TIMEOUT_SECONDS) for each in arguments]
     return [_result(future) for future in futures]
 
 
@@ -184,7 +186,7 @@ def _result(future: Any) -> bool | str:
         return "timeout"
     except (ProcessExpired, MemoryError, RecursionError):
         return "crash"
-    except answers.UnreadableError:
+    except math_answers.UnreadableError:
         return "unparsable"
 
 
@@ -195,7 +197,7 @@ def _pool(owner: int) -> ProcessPool:
     pool = ProcessPool(
         max_workers=workers,
         max_tasks=1000,
-        initializer=answers.start,
+        initializer=math_answers.init_worker,
         context=multiprocessing.get_context("spawn"),
     )
     atexit.register(_close, pool, owner)

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from opdctl import log
-from opdctl.config import Recipe, is_free
+from opdctl import console
 from opdctl.errors import OpdctlError
-from opdctl.evaluations import NOTABLE, Evaluation, load, refuse_other_problems
-from opdctl.run import read_recipe
-from opdctl.stats import LEVEL
+from opdctl.evaluation.results import PROTOCOL_KEYS, Evaluation, check_same_problems, load_evaluation
+from opdctl.evaluation.stats import CONFIDENCE_LEVEL
+from opdctl.recipe.dependencies import is_mutable
+from opdctl.recipe.schema import Recipe
+from opdctl.runs.layout import list_steps
+from opdctl.runs.run import read_recipe
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,23 @@ def curves(path: Path) -> dict[str, Curve]:
     """Return the students' evaluations of a run by benchmark. Raises OpdctlError when `path` is no run directory."""
     recipe, found = read_recipe(path), {}
     for bench in sorted({summary.parent.parent.name for summary in path.glob("eval/*/step-*/summary.json")}):
-        folders = {int(f.name.removeprefix("step-")): f for f in sorted((path / "eval" / bench).glob("step-*"))}
-        own = {step: load(folder) for step, folder in folders.items() if (folder / "summary.json").exists()}
-        found[bench] = Curve(path, recipe, {step: each for step, each in own.items() if _alike(each, own[max(own)])})
+        folders = list_steps(path / "eval" / bench)
+        own = {step: load_evaluation(folder) for step, folder in folders.items() if (folder / "summary.json").exists()}
+        found[bench] = Curve(
+            path, recipe, {step: each for step, each in own.items() if _same_protocol(each, own[max(own)])}
+        )
         if left_out := sorted(own.keys() - found[bench].evaluations.keys()):
             shown = ", ".join(map(str, left_out))
-            log.warn(f"{path}: {bench}: left out, since evaluated in another way than the newest: steps {shown}")
+            console.warn(f"{path}: {bench}: left out, since evaluated in another way than the newest: steps {shown}")
     return found
 
 
-def _alike(one: Evaluation, other: Evaluation) -> bool:
+def _same_protocol(one: Evaluation, other: Evaluation) -> bool:
     """Whether two evaluations' accuracies may be shown beside one another: same problems, asked in the same way."""
     return one.same_problems_as(other) and one.summary["protocol"] == other.summary["protocol"]
 
 
-def by_step(path: Path) -> dict[str, Any] | None:
+def accuracy_curve(path: Path) -> dict[str, Any] | None:
     """Return a run's accuracy by step on its first benchmark, with what its teachers reach, or None without any."""
     found = curves(path)
     own = [Path(name).stem for name in read_recipe(path).eval.bench]
@@ -63,8 +67,10 @@ def by_step(path: Path) -> dict[str, Any] | None:
     if bench is None:
         return None
     newest = found[bench].evaluations[max(found[bench].evaluations)]
-    teachers = [load(summary.parent) for summary in sorted((path / "eval" / bench).glob("teacher*/summary.json"))]
-    reached = {each.summary["model"]: each.summary["avg"] for each in teachers if _alike(each, newest)}
+    teachers = [
+        load_evaluation(summary.parent) for summary in sorted((path / "eval" / bench).glob("teacher*/summary.json"))
+    ]
+    reached = {each.summary["model"]: each.summary["avg"] for each in teachers if _same_protocol(each, newest)}
     return {"bench": bench, "curve": _points([found[bench]]), "teachers": reached}
 
 
@@ -133,7 +139,7 @@ def _points(seeds: Sequence[Curve]) -> list[dict[str, Any]]:
         if n == 1:
             low, high = seeds[0].evaluations[step].summary["ci"]
         else:
-            half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1)) / math.sqrt(n)
+            half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, n - 1) * np.std(values, ddof=1)) / math.sqrt(n)
             low, high = max(mean - half, 0.0), min(mean + half, 1.0)
         found.append({"step": step, "accuracy": mean, "low": low, "high": high, "seeds": n})
     return found
@@ -143,56 +149,34 @@ def _check_asked_alike(bench: str, runs: Sequence[Curve]) -> None:
     """Raise OpdctlError (code 4) unless all were asked the same problems; warn where they were asked in another way."""
     found = [each for run in runs for each in run.evaluations.values()]
     for each in found:
-        refuse_other_problems(found[0], each)
+        check_same_problems(found[0], each)
         protocols = found[0].summary["protocol"], each.summary["protocol"]
-        if other := [key for key in NOTABLE if protocols[0][key] != protocols[1][key]]:
-            log.warn(f"{bench}: {each.path}: not the same protocol as {runs[0].path}: {', '.join(other)} differ")
+        if other := [key for key in PROTOCOL_KEYS if protocols[0][key] != protocols[1][key]]:
+            console.warn(f"{bench}: {each.path}: not the same protocol as {runs[0].path}: {', '.join(other)} differ")
 
 
 def _labels(runs: Sequence[Curve]) -> list[str]:
     """Return what to call each run's setting: the values of the keys in which the recipes differ, or else the run."""
-    flat = [{k: v for k, v in run.recipe.flat().items() if k != "seed" and not is_free(k)} for run in runs]
+    flat = [{k: v for k, v in run.recipe.flat().items() if k != "seed" and not is_mutable(k)} for run in runs]
     keys = [key for key in dict.fromkeys(key for own in flat for key in own) if _differ(flat, key)]
     if not keys:
         return [runs[0].recipe.name] * len(runs)
-    return [" ".join(_said(key, own[key]) for key in keys if _tells(flat, own, key)) or "without" for own in flat]
+    return [
+        " ".join(_format_value(key, own[key]) for key in keys if _is_distinguishing(flat, own, key)) or "without"
+        for own in flat
+    ]
 
 
 def _differ(flat: Sequence[Mapping[str, Any]], key: str) -> bool:
     return len({repr(own.get(key)) for own in flat}) > 1
 
 
-def _tells(flat: Sequence[Mapping[str, Any]], own: Mapping[str, Any], key: str) -> bool:
+def _is_distinguishing(flat: Sequence[Mapping[str, Any]], own: Mapping[str, Any], key: str) -> bool:
     """Whether a key tells a setting from others: a component's parameter does not where its name does already."""
     name = f"{key.rpartition('.')[0]}.name"
     alike = [other for other in flat if other.get(name) == own.get(name)] if key != name else flat
     return own.get(key) is not None and _differ(alike, key)
 
 
-def _said(key: str, value: Any) -> str:
+def _format_value(key: str, value: Any) -> str:
     return str(value) if key.endswith(".name") else f"{key.rpartition('.')[2]}={value}"
-
-
-def line(found: Mapping[str, Any]) -> str:
-    """Return a comparison as a sentence made from its numbers."""
-    parts = []
-    for setting in found["settings"]:
-        last = setting["curve"][-1]
-        steps, reached, seeds = setting["steps_to_target"], setting["reached"], setting["seeds"]
-        when = "never" if steps is None else f"after {steps:.3g} steps"
-        some = "" if reached in (0, seeds) else f" ({reached} of {seeds} seeds)"
-        ends = f"{last['accuracy']:.1%} at step {last['step']}"
-        parts.append(f"{setting['label']} reaches it {when}{some} and is at {ends}")
-    return f"{found['bench']}, target {found['target']:.1%}: {'; '.join(parts)}."
-
-
-def lines(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Return a comparison for the terminal: the header, and a row a setting."""
-    steps = sorted({point["step"] for setting in found["settings"] for point in setting["curve"]})
-    body = []
-    for setting in found["settings"]:
-        at = {point["step"]: f"{point['accuracy']:.1%}" for point in setting["curve"]}
-        reached = setting["steps_to_target"]
-        steps_to = "–" if reached is None else f"{reached:.3g}"
-        body.append([setting["label"], str(setting["seeds"]), *(at.get(step, "–") for step in steps), steps_to])
-    return ("setting", "seeds", *map(str, steps), f"steps to {found['target']:.1%}"), body

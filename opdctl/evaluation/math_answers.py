@@ -19,7 +19,6 @@ from itertools import pairwise
 
 LONGEST = 2000  # characters; no gold answer comes near, and what is longer is no answer
 MEMORY = 4 * 2**30  # bytes of address space for a worker
-
 SYMBOLS = str.maketrans(
     {
         "\N{MINUS SIGN}": "-",
@@ -70,7 +69,7 @@ class UnreadableError(Exception):
 # ── What a text says ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tidy(text: str) -> str:
+def normalize(text: str) -> str:
     """Return the answer without what surrounds it: spacing, currency, fonts, units, separators of thousands."""
     text = EMPTY.sub(r"\\{\\}", SPACING.sub(" ", text.translate(SYMBOLS).replace(r"\!", "")))
     text = MEMBER.sub("", FRACTION.sub(r"\\frac", text))
@@ -176,7 +175,7 @@ def _signs(value: str) -> list[str]:
 # ── Whether two say the same ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def by_sight(gold: str, answer: str) -> bool | None:
+def quick_compare(gold: str, answer: str) -> bool | None:
     """Return whether two tidy answers are the same where that needs no algebra, else None."""
     if gold and gold.replace(" ", "") == answer.replace(" ", ""):
         return True
@@ -205,12 +204,12 @@ def number(text: str) -> Fraction | None:
     return None
 
 
-def same(gold: str, answer: str) -> bool:
+def is_equivalent(gold: str, answer: str) -> bool:
     """Return whether two tidy answers say the same; gold first. For a worker.
 
     Raises UnreadableError where a value of either is no mathematics.
     """
-    if (seen := by_sight(gold, answer)) is not None:
+    if (seen := quick_compare(gold, answer)) is not None:
         return seen
     one, other = values(gold), values(answer)
     if len(one.each) != len(other.each):
@@ -237,10 +236,10 @@ def _pieces(text: str) -> list[str]:
 def _matched(gold: Sequence[str], answer: Sequence[str], *, ordered: bool) -> bool:
     """Whether each value has its own match: in order, or any that is left."""
     if ordered:
-        return all(same(one, other) for one, other in zip(gold, answer, strict=True))
+        return all(is_equivalent(one, other) for one, other in zip(gold, answer, strict=True))
     left = list(answer)
     for one in gold:
-        found = next((other for other in left if same(one.strip(), other.strip())), None)
+        found = next((other for other in left if is_equivalent(one.strip(), other.strip())), None)
         if found is None:
             return False
         left.remove(found)
@@ -253,7 +252,7 @@ def _same_value(gold: str, answer: str) -> bool:
         return False
     if one or other:  # one that is left out is the one that was asked for
         return (one[1] if one else gold).upper() == (other[1] if other else answer).upper()
-    if (seen := by_sight(gold, answer)) is not None:
+    if (seen := quick_compare(gold, answer)) is not None:
         return seen
     return _verified(gold, answer)
 
@@ -287,7 +286,7 @@ def _parsed(value: str) -> list[object]:
     return found
 
 
-def readable(gold: str) -> bool:
+def is_parsable(gold: str) -> bool:
     """Whether answers in another spelling can be compared with this tidy gold answer. For a worker."""
     try:
         for value in (value for piece in gold.split(r"\cup") for value in values(piece).each):
@@ -298,7 +297,7 @@ def readable(gold: str) -> bool:
     return True
 
 
-def start() -> None:
+def init_worker() -> None:
     """Make ready a worker: bound its memory, and import what takes a second, before any time limit runs."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     # gmpy2, where sympy finds it, hangs for ever or aborts on towers of powers.

@@ -16,10 +16,10 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
-FEW = 5  # problems; fewer that differ from the others cannot be resampled
+CONFIDENCE_LEVEL = 0.95
+MIN_PROBLEMS = 5  # problems; fewer that differ from the others cannot be resampled
 RESAMPLES = 2000
-SIGNINGS = 9999
+PERMUTATIONS = 9999
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Comparison:
     p_value: float
 
 
-def over_problems(values: Sequence[float], seed: int = 0) -> Estimate:
+def problem_bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
     """Return the mean of one value in [0, 1] a problem, with the interval for other problems of this kind.
 
     A studentised bootstrap over problems (Efron and Tibshirani 1993, 12.5) on the scale of log-odds. Of 2,000 simulated
@@ -55,8 +55,8 @@ def over_problems(values: Sequence[float], seed: int = 0) -> Estimate:
         return Estimate(mean, 0.0, 1.0)
     if np.ptp(x_P) == 0:
         return _all_equal(mean, len(x_P))
-    if min(np.count_nonzero(x_P), np.count_nonzero(x_P - 1)) < FEW:
-        low, high = stats.beta.interval(LEVEL, x_P.sum() + 0.5, (1 - x_P).sum() + 0.5)
+    if min(np.count_nonzero(x_P), np.count_nonzero(x_P - 1)) < MIN_PROBLEMS:
+        low, high = stats.beta.interval(CONFIDENCE_LEVEL, x_P.sum() + 0.5, (1 - x_P).sum() + 0.5)
         return Estimate(mean, float(low), float(high))
     x_BP = x_P[np.random.default_rng(seed).integers(0, len(x_P), (RESAMPLES, len(x_P)))]
     mean_B, error_B = x_BP.mean(1), x_BP.std(1, ddof=1) / math.sqrt(len(x_P))
@@ -64,7 +64,7 @@ def over_problems(values: Sequence[float], seed: int = 0) -> Estimate:
     mean_B, error_B = mean_B[spread_B], error_B[spread_B]
     t_B = (_logit(mean_B) - _logit(mean)) * mean_B * (1 - mean_B) / error_B
     error = float(x_P.std(ddof=1)) / math.sqrt(len(x_P)) / (mean * (1 - mean))
-    low, high = np.quantile(t_B, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])
+    low, high = np.quantile(t_B, [(1 + CONFIDENCE_LEVEL) / 2, (1 - CONFIDENCE_LEVEL) / 2])
     return Estimate(mean, _share(_logit(mean) - low * error), _share(_logit(mean) - high * error))
 
 
@@ -73,7 +73,7 @@ def _all_equal(share: float, problems: int) -> Estimate:
     exact interval; any other share, the same for all, is left without one."""
     if share not in (0, 1):
         return Estimate(share, share, share)
-    exact = stats.binomtest(int(share * problems), problems).proportion_ci(LEVEL)
+    exact = stats.binomtest(int(share * problems), problems).proportion_ci(CONFIDENCE_LEVEL)
     return Estimate(share, float(exact.low), float(exact.high))
 
 
@@ -85,7 +85,7 @@ def _share(logit: float) -> float:
     return float(1 / (1 + np.exp(-logit)))
 
 
-def of_these(correct: Sequence[Sequence[bool]]) -> Estimate | None:
+def sampling_interval(correct: Sequence[Sequence[bool]]) -> Estimate | None:
     """Return Avg@n with the interval for other samples of these very problems; None where a problem has one sample.
 
     Normal, with each problem's unbiased binomial variance, and that of one sample more: where no problem's samples
@@ -97,12 +97,12 @@ def of_these(correct: Sequence[Sequence[bool]]) -> Estimate | None:
     if n_P.min() < 2:
         return None
     variance = float((x_P * (1 - x_P) / (n_P - 1)).sum()) / len(n_P) ** 2 + 1 / float(n_P.sum()) ** 2
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt(variance)
+    half = float(stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2)) * math.sqrt(variance)
     mean = float(x_P.mean())
     return Estimate(mean, max(mean - half, 0.0), min(mean + half, 1.0))
 
 
-def sizes(samples: int) -> list[int]:
+def k_values(samples: int) -> list[int]:
     """Return the k of pass@k and maj@k: 1, 2, 4 … and the number of samples itself."""
     return [*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples]
 
@@ -159,7 +159,7 @@ def compare(one: Sequence[float], other: Sequence[float]) -> Comparison:
     if np.ptp(x_P) == 0:
         ci = (difference, difference)
     else:
-        interval = stats.ttest_1samp(x_P, 0).confidence_interval(LEVEL)
+        interval = stats.ttest_1samp(x_P, 0).confidence_interval(CONFIDENCE_LEVEL)
         ci = (max(float(interval.low), -1.0), min(float(interval.high), 1.0))
     return Comparison(difference, ci, _p_value(x_P))
 
@@ -169,7 +169,7 @@ def _p_value(x_P: np.ndarray) -> float:
     if not len(moved_P):
         return 1.0
     found = stats.permutation_test(
-        (moved_P,), _mean, permutation_type="samples", n_resamples=SIGNINGS, rng=np.random.default_rng(0)
+        (moved_P,), _mean, permutation_type="samples", n_resamples=PERMUTATIONS, rng=np.random.default_rng(0)
     )
     return float(found.pvalue)
 

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from opdctl.losses.token_weights import Settings
 from opdctl.registry import OBJECTIVES
-from opdctl.weights import Settings
 
-if TYPE_CHECKING:  # tensors come in from the caller, so a recipe is checked without importing torch
+if TYPE_CHECKING:
     from torch import Tensor
 
 Support = Literal["sampled", "full", "teacher", "student"]
-LARGEST_LOG_RATIO = 20.0  # beyond both clips, where the loss is flat; an infinite ratio would make NaN of its gradient
-LEAST_REST = -1e-6  # log of the most mass that a top-k may hold: rounding must not leave the rest with none
+MAX_LOG_RATIO = 20.0  # beyond both clips, where the loss is flat; an infinite ratio would make NaN of its gradient
+MAX_TOP_K_LOG_MASS = -1e-6  # log of the most mass that a top-k may hold: rounding must not leave the rest with none
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class PolicyGradient(Objective):
         advantage_N = self.advantage(tokens).detach()
         if self.advantage_clip:
             advantage_N = advantage_N.clamp(-self.advantage_clip, self.advantage_clip)
-        ratio_N = (tokens.logp_N - tokens.old_logp_N).clamp(max=LARGEST_LOG_RATIO).exp()
+        ratio_N = (tokens.logp_N - tokens.old_logp_N).clamp(max=MAX_LOG_RATIO).exp()
         plain_N = -advantage_N * ratio_N
         clipped_N = -advantage_N * ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss_N = plain_N.maximum(clipped_N)
@@ -162,7 +162,7 @@ class TopD(PolicyGradient):
 
 @OBJECTIVES.register("control", "OPSA, arXiv 2608.31046")
 @dataclass(frozen=True)
-class Control(PolicyGradient):
+class ConstantPenalty(PolicyGradient):
     """Policy gradient with the same negative advantage on every token: a placebo that any method should beat."""
 
     penalty: float = 0.1
@@ -240,7 +240,7 @@ class Divergence(Objective):
         assert tokens.teacher_logp_NS is not None
         student_NS, teacher_NS = tokens.student_logp_NS, tokens.teacher_logp_NS
         if self.support != "full":
-            student_NS, teacher_NS = with_rest(student_NS), with_rest(teacher_NS)
+            student_NS, teacher_NS = append_tail_logprob(student_NS), append_tail_logprob(teacher_NS)
         loss_N = self.between(student_NS, teacher_NS)
         return loss_N, {"divergence": loss_N}
 
@@ -289,11 +289,11 @@ def _log_mix(p: Tensor, q: Tensor, share: float) -> Tensor:
     return (p + math.log(share)).logaddexp(q + math.log1p(-share))
 
 
-def with_rest(logp_NK: Tensor) -> Tensor:
+def append_tail_logprob(logp_NK: Tensor) -> Tensor:
     """Append the log-prob of all tokens that are not among the K: log(1 - exp(logsumexp)), [N, K + 1]."""
     import torch
 
-    held_N = logp_NK.logsumexp(-1).clamp(max=LEAST_REST)
+    held_N = logp_NK.logsumexp(-1).clamp(max=MAX_TOP_K_LOG_MASS)
     # log(1 - e^x) is log1p(-e^x) for small e^x and log(-expm1(x)) for e^x near 1; each loses digits where the other is
     # exact.
     near_one_N = held_N > -math.log(2)

@@ -20,8 +20,7 @@ from opdctl.registry import WEIGHTS
 
 Floats = npt.NDArray[np.float64]
 Settings = Mapping[str, int | bool]
-
-SETTING = {
+COLUMN_SETTINGS = {
     "student_entropy": "rollout.entropy",
     "student_top_ids": "rollout.top_k",
     "student_top_logp": "rollout.top_k",
@@ -33,7 +32,7 @@ SETTING = {
 
 
 @dataclass(frozen=True)
-class Tokens:
+class ResponseTokens:
     """One whole response's tokens, in nats.
 
     advantage_T: log p_target - log p_student, the target being the teacher, or what it is extrapolated to with a
@@ -51,12 +50,12 @@ class Tokens:
 
     def stored(self, column: str) -> npt.NDArray[Any]:
         """Return an optional column. Raises OpdctlError (code 4) with the setting to add when it is not stored."""
-        if column not in SETTING:
-            raise OpdctlError(f"a weight asks for a column `{column}`{did_you_mean(column, SETTING)}")
+        if column not in COLUMN_SETTINGS:
+            raise OpdctlError(f"a weight asks for a column `{column}`{did_you_mean(column, COLUMN_SETTINGS)}")
         if column not in self.columns:
             raise OpdctlError(
                 f"a weight asks for {column}, which is not stored",
-                hint=f"it needs `{SETTING[column]}` in the recipe, which a weight declares by `needs`",
+                hint=f"it needs `{COLUMN_SETTINGS[column]}` in the recipe, which a weight declares by `needs`",
                 code=ExitCode.SETTINGS,
             )
         return self.columns[column]
@@ -75,11 +74,11 @@ class Weight:
         """Whether the weights of a response depend on the step's other responses too."""
         return type(self).over is not Weight.over
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         """Return the weights of one response's tokens, [T], finite and at least 0."""
         raise NotImplementedError(f"{self} weighs a whole step, by `over`")
 
-    def over(self, step: Sequence[Tokens]) -> list[Floats]:
+    def over(self, step: Sequence[ResponseTokens]) -> list[Floats]:
         """Return the weights of each of a step's responses."""
         return [self(tokens) for tokens in step]
 
@@ -93,17 +92,17 @@ class Product(Weight):
 
     @property
     def needs(self) -> Settings:
-        return strongest(self.first.needs, self.second.needs)
+        return merge_requirements(self.first.needs, self.second.needs)
 
     @property
     def ranks(self) -> bool:
         return self.first.ranks or self.second.ranks
 
-    def over(self, step: Sequence[Tokens]) -> list[Floats]:
+    def over(self, step: Sequence[ResponseTokens]) -> list[Floats]:
         return [a * b for a, b in zip(self.first.over(step), self.second.over(step), strict=True)]
 
 
-def strongest(*settings: Settings) -> dict[str, int | bool]:
+def merge_requirements(*settings: Settings) -> dict[str, int | bool]:
     """Return the union of the settings; of one that is named twice, the greater value."""
     union: dict[str, int | bool] = {}
     for name, value in (item for each in settings for item in each.items()):
@@ -117,7 +116,7 @@ def build(name: str, params: Mapping[str, Any], times: tuple[str, Mapping[str, A
     return Product(weight, WEIGHTS.build(*times)) if times else weight
 
 
-def weigh(weight: Weight, step: Sequence[Tokens]) -> list[Floats]:
+def weigh(weight: Weight, step: Sequence[ResponseTokens]) -> list[Floats]:
     """Return the weights of each of a step's responses, [T] each.
 
     Raises OpdctlError (code 3) when a weight is not finite, negative, or of another length than the response.
@@ -143,7 +142,7 @@ def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
         raise ValueError(f"{name} must be a finite number {wanted}, got {value}")
 
 
-def _first(fraction: float, length: int) -> int:
+def _num_tokens(fraction: float, length: int) -> int:
     """Return ceil(fraction * length), but for rounding: 0.07 of 100 tokens are 7, though 0.07 * 100 > 7."""
     return math.ceil(round(fraction * length, 9))
 
@@ -153,7 +152,7 @@ def _running_sums(value_T: Floats) -> Floats:
     return np.cumsum(np.concatenate([np.zeros(1), value_T]))
 
 
-def _fraction_elapsed(tokens: Tokens) -> Floats:
+def _fraction_elapsed(tokens: ResponseTokens) -> Floats:
     """Return (t - 1) / (n - 1): 0 at the first token, 1 at the last, of the response's real length n."""
     return np.arange(len(tokens)) / max(len(tokens) - 1, 1)
 
@@ -166,7 +165,7 @@ def _fraction_elapsed(tokens: Tokens) -> Floats:
 class Uniform(Weight):
     """Every token weighs 1: standard on-policy distillation."""
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         return np.ones(len(tokens))
 
 
@@ -186,7 +185,7 @@ class IwOpd(Weight):
     def __post_init__(self) -> None:
         _check("gamma", self.gamma, 0)
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         discrepancy_T = tokens.advantage_T if self.signed else np.abs(tokens.advantage_T)
         # Scaled to at most 1, or sums of huge numbers would overflow; by a power of two, which rounds nothing.
         _, exponent = np.frexp(np.abs(discrepancy_T).max(initial=0.0))
@@ -207,7 +206,7 @@ class PrefixRatio(Weight):
     def __post_init__(self) -> None:
         _check("alpha", self.alpha, 0)
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         if not len(tokens):
             return np.zeros(0)
         power_T = self.alpha * _running_sums(tokens.advantage_T)[:-1]
@@ -234,7 +233,7 @@ class TeacherConfidence(Weight):
         _check("q", self.q, 0, 1)
         _check("w_min", self.w_min, 0, 1)
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         if not len(tokens):
             return np.zeros(0)
         # Row t holds the window before token t, the worst first; what lies before the response is never counted.
@@ -242,7 +241,7 @@ class TeacherConfidence(Weight):
         padded = np.concatenate([np.full(window, -np.inf), -tokens.teacher_logp_T[:-1]])
         worst_TW = -np.sort(-np.lib.stride_tricks.sliding_window_view(padded, window), axis=-1)
         seen_T = np.minimum(np.arange(len(tokens)), window)
-        counted_T = np.array([max(1, _first(1 - self.q, seen)) for seen in seen_T])
+        counted_T = np.array([max(1, _num_tokens(1 - self.q, seen)) for seen in seen_T])
         sums_TW = np.cumsum(np.where(np.isfinite(worst_TW), worst_TW, 0.0), axis=-1)
         worst_T = np.where(seen_T > 0, sums_TW[np.arange(len(tokens)), counted_T - 1] / counted_T, 0.0)
         return np.maximum(np.exp(-self.alpha * worst_T), self.w_min)
@@ -268,7 +267,7 @@ class Prune(Weight):
     def needs(self) -> Settings:
         return {"rollout.top_k": self.top_k, "score.top_k": self.top_k}
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         student_TK = tokens.stored("student_top_ids")[:, : self.top_k]
         teacher_TK = tokens.stored("teacher_top_ids")[:, : self.top_k]
         shared_TK = (student_TK[:, :, None] == teacher_TK[:, None, :]).any(-1)
@@ -289,7 +288,7 @@ class LinearDecay(Weight):
     def __post_init__(self) -> None:
         _check("gamma", self.gamma, 0)
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         return 1.0 + self.gamma * (1.0 - _fraction_elapsed(tokens))
 
 
@@ -307,7 +306,7 @@ class PositionSigmoid(Weight):
         _check("tau", self.tau, 0, 1)
         _check("scale", self.scale, 2e-3)  # below, exp overflows
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         position_T = np.arange(1, len(tokens) + 1) / max(len(tokens), 1)
         return self.w_min + (1 - self.w_min) / (1 + np.exp(-(position_T - self.tau) / self.scale))
 
@@ -322,8 +321,8 @@ class PrefixOnly(Weight):
     def __post_init__(self) -> None:
         _check("fraction", self.fraction, 0, 1)
 
-    def __call__(self, tokens: Tokens) -> Floats:
-        return (np.arange(len(tokens)) < _first(self.fraction, len(tokens))).astype(np.float64)
+    def __call__(self, tokens: ResponseTokens) -> Floats:
+        return (np.arange(len(tokens)) < _num_tokens(self.fraction, len(tokens))).astype(np.float64)
 
 
 @WEIGHTS.register("suffix_only", "arXiv 2606.22600")
@@ -336,7 +335,7 @@ class SuffixOnly(Weight):
     def __post_init__(self) -> None:
         _check("fraction", self.fraction, 0, 1)
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         return PrefixOnly(self.fraction)(tokens)[::-1].copy()
 
 
@@ -352,7 +351,7 @@ class PrefixBoost(Weight):
         _check("fraction", self.fraction, 0, 1)
         _check("multiplier", self.multiplier, 0)
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         return np.where(PrefixOnly(self.fraction)(tokens) > 0, self.multiplier, 1.0)
 
 
@@ -380,7 +379,7 @@ class PrefixCurriculum(Weight):
         grown = (1 - math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else progress
         return min(max(self.start + (self.end - self.start) * grown, 0.0), 1.0)
 
-    def __call__(self, tokens: Tokens) -> Floats:
+    def __call__(self, tokens: ResponseTokens) -> Floats:
         fraction = self.fraction(tokens.step)
         weight: Weight = (
             PrefixOnly(fraction) if self.mode == "mask" else PrefixBoost(fraction, multiplier=self.multiplier)
@@ -413,15 +412,15 @@ class Tip(Weight):
         top = {"rollout.top_k": self.top_k, "score.student_top_k": True} if self.top_k else {}
         return {"rollout.entropy": True, **top}
 
-    def over(self, step: Sequence[Tokens]) -> list[Floats]:
+    def over(self, step: Sequence[ResponseTokens]) -> list[Floats]:
         entropy_N = _unit_range(np.concatenate([np.zeros(0), *(tokens.stored("student_entropy") for tokens in step)]))
         divergence_N = _unit_range(np.concatenate([np.zeros(0), *map(self._divergence, step)]))
         score_N = 1 - (1 - entropy_N) * (1 - divergence_N)  # h + d - h d, and exactly 1 where one of them is
-        kept = _first(self.rho, len(score_N))
+        kept = _num_tokens(self.rho, len(score_N))
         least = np.partition(score_N, -kept)[-kept] if kept else np.inf
         return _split((score_N >= least).astype(np.float64), step)
 
-    def _divergence(self, tokens: Tokens) -> Floats:
+    def _divergence(self, tokens: ResponseTokens) -> Floats:
         if not self.top_k:
             return np.abs(tokens.advantage_T)
         student_TK = _with_rest(tokens.stored("student_top_logp")[:, : self.top_k])
@@ -451,10 +450,10 @@ class Fire(Weight):
     def needs(self) -> Settings:
         return {"rollout.entropy": True, "score.entropy": True}
 
-    def over(self, step: Sequence[Tokens]) -> list[Floats]:
+    def over(self, step: Sequence[ResponseTokens]) -> list[Floats]:
         likelihood_R = sorted(tokens.teacher_logp_T.mean() for tokens in step if len(tokens))
         # The first value that the percentile, by linear interpolation, is not above.
-        least = likelihood_R[_first(self.percentile / 100, len(likelihood_R) - 1)] if likelihood_R else -math.inf
+        least = likelihood_R[_num_tokens(self.percentile / 100, len(likelihood_R) - 1)] if likelihood_R else -math.inf
         kept = [len(tokens) > 0 and tokens.teacher_logp_T.mean() >= least for tokens in step]
         teacher_max, student_max = (
             max((tokens.stored(column).max(initial=0.0) for tokens in step), default=0.0) or 1.0
@@ -479,7 +478,7 @@ def _unit_range(value_N: Floats) -> Floats:
     return (value_N - value_N.min()) / (value_N.max() - value_N.min())
 
 
-def _split(value_N: Floats, step: Sequence[Tokens]) -> list[Floats]:
+def _split(value_N: Floats, step: Sequence[ResponseTokens]) -> list[Floats]:
     """Cut the step's values back into one array a response."""
     return np.split(value_N, np.cumsum([len(tokens) for tokens in step])[:-1]) if step else []
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdctl.records import Ids
+from opdctl.artifacts.records import Ids
 
 
 def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -25,7 +25,7 @@ def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddedBatch:
     """Prompts and responses side by side, padded on the right.
 
     Token n of the batch's N response tokens, in the order of the rows given, is
@@ -42,7 +42,7 @@ class Padded:
         return iter(values_N.split(self.lengths))
 
 
-def pad(sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str) -> Padded:
+def pad_batch(sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str) -> PaddedBatch:
     """Lay out (prompt ids, response ids) pairs. Real lengths come with it: a pad id may well be a real id too."""
     lengths = [len(response) for _, response in sequences]
     starts = np.array([len(prompt) for prompt, _ in sequences], np.int64)
@@ -52,7 +52,7 @@ def pad(sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str) -> Pad
         ids[row, len(prompt) : len(prompt) + len(response)] = response
     rows = np.repeat(np.arange(len(sequences)), lengths)
     within = np.arange(len(rows)) - np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-    return Padded(
+    return PaddedBatch(
         torch.from_numpy(ids).to(device),
         torch.from_numpy(rows).to(device),
         torch.from_numpy(starts[rows] + within).to(device),

@@ -10,44 +10,39 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdctl.config import Model
+from opdctl.artifacts.files import digest_of, sha256_file
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
-from opdctl.store import digest_of, sha256_file
+from opdctl.recipe.schema import Model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from opdctl.logprobs import Head
+    from transformers import PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+MODEL_FILE_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 
-TOLERANCE = {True: 1e-3, False: 0.5}  # nats, by whether the weights are float32
-
-
-def toy_models() -> list[str]:
+def toy_model_names() -> list[str]:
     """Return the names of the embedded models."""
-    folder = resources.files("opdctl.tasks") / "models"
+    folder = resources.files("opdctl.data.toy") / "models"
     return sorted(f"toy:{entry.name}" for entry in folder.iterdir() if entry.is_dir())
 
 
-def locate(model: Model, key: str) -> Path:
+def find_or_download(model: Model, key: str) -> Path:
     """Return the directory of a model: embedded, local, or fetched from the hub. `key` names it in errors.
 
     Raises OpdctlError when there is none (code 2) or the hub cannot be reached (code 5).
     """
-    return locate_here(model, key) or _from_hub(model, key)
+    return find_local(model, key) or _from_hub(model, key)
 
 
-def locate_here(model: Model, key: str) -> Path | None:
+def find_local(model: Model, key: str) -> Path | None:
     """Return the directory of an embedded or local model, or None for a hub id. Raises OpdctlError as `locate` does."""
     name = model.model
     if name.startswith("toy:"):
-        if name not in toy_models():
-            raise OpdctlError(f"{key}: no embedded model `{name}`{did_you_mean(name, toy_models())}")
-        return Path(str(resources.files("opdctl.tasks"))) / "models" / name.removeprefix("toy:")
+        if name not in toy_model_names():
+            raise OpdctlError(f"{key}: no embedded model `{name}`{did_you_mean(name, toy_model_names())}")
+        return Path(str(resources.files("opdctl.data.toy"))) / "models" / name.removeprefix("toy:")
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -65,7 +60,9 @@ def locate_here(model: Model, key: str) -> Path | None:
 def _from_hub(model: Model, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [pattern for pattern in FILES if not (model.server and pattern in WEIGHTS)]  # a server has its own
+    wanted = [
+        pattern for pattern in MODEL_FILE_PATTERNS if not (model.server and pattern in WEIGHT_PATTERNS)
+    ]  # a server has its own
     try:
         return Path(snapshot_download(model.model, revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
@@ -128,7 +125,14 @@ class ModelDir:
 
     def files(self) -> list[Path]:
         """Return the files that make the model what it is: weights, configs, tokenizer, template, code."""
-        return sorted({file for pattern in FILES for file in self.path.glob(pattern) if not file.name.startswith(".")})
+        return sorted(
+            {
+                file
+                for pattern in MODEL_FILE_PATTERNS
+                for file in self.path.glob(pattern)
+                if not file.name.startswith(".")
+            }
+        )
 
     def digest(self) -> str:
         """Return the digest of every file of the model."""
@@ -138,7 +142,7 @@ class ModelDir:
         """Make all files of `folder` but its weights and config.json those of this model: what it makes ends alike."""
         (folder / "generation_config.json").unlink(missing_ok=True)
         for file in self.files():
-            if file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHTS):
+            if file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
                 shutil.copyfile(file, folder / file.name)
 
     def rows(self) -> int:
@@ -158,73 +162,6 @@ class ModelDir:
             with safe_open(file, "np") as opened:
                 count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
         return count
-
-
-def load(model: ModelDir, *, device: str, dtype: str | None = None) -> "PreTrainedModel":
-    """Load a causal language model from safetensors, in `dtype` (its own by default), in evaluation mode.
-
-    Raises OpdctlError when there are no safetensors, when a tensor is missing, or when the model transforms its
-    logits in a way that opdctl's log-probs do not follow.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from opdctl.logprobs import check_head
-
-    logging.disable_progress_bar()  # opdctl shows its own
-
-    if not list(model.path.glob("*.safetensors")):
-        raise OpdctlError(f"{model.path}: no *.safetensors; opdctl loads no pickled weights")
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            dtype=getattr(torch, dtype or model.dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise OpdctlError(f"{model.path}: cannot be loaded: {error}", code=ExitCode.DATA) from error
-    if info["missing_keys"]:
-        raise OpdctlError(
-            f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.DATA
-        )
-    loaded = loaded.to(device).eval()
-    if loaded.base_model is loaded:
-        raise OpdctlError(f"{model.path}: {type(loaded).__name__} keeps its output matrix among its layers")
-    if not (off := check_head(loaded)) <= TOLERANCE[loaded.dtype == torch.float32]:  # NaN is not below anything
-        raise OpdctlError(
-            f"{model.path}: its logits are not what opdctl makes of its hidden states: {off:.2g} nats apart",
-            hint="an output matrix with bias, scale and soft cap is known; this model does more to its logits",
-        )
-    return loaded
-
-
-def load_head(model: ModelDir, *, device: str) -> "Head":
-    """Load a model's output matrix alone, and what else makes its logits, without the rest of its weights."""
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from opdctl.logprobs import output_head
-
-    config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=model.trust_remote_code)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    layer = empty.get_output_embeddings()
-    tensors = dict(empty.named_parameters(remove_duplicate=False))
-    for own, wanted in list(layer.named_parameters()):
-        names = {name for name, tensor in tensors.items() if tensor is wanted}
-        for file in model.path.glob("*.safetensors"):
-            with safe_open(file, "pt", device=device) as opened:
-                for name in names & set(opened.keys()):
-                    value = opened.get_tensor(name).to(getattr(torch, model.dtype))  # rounded as in the whole model
-                    setattr(layer, own, torch.nn.Parameter(value, requires_grad=False))
-        if getattr(layer, own).is_meta:
-            raise OpdctlError(f"{model.path}: no {' or '.join(sorted(names))} in its safetensors", code=ExitCode.DATA)
-    return output_head(empty, model.vocab_size)
 
 
 def check_same_tokenizer(student: ModelDir, other: ModelDir, name: str) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**24  # float32 logits of a chunk: 64 MiB
-FEW = 32  # rows up to which a CPU multiplies a large matrix by them twice as fast as them by the matrix
+SMALL_BATCH_ROWS = 32  # rows up to which a CPU multiplies a large matrix by them twice as fast as them by the matrix
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Head:
         """Return the logits, [C, V], float32, in `out_CV` if given. Not differentiable: see `over_chunks`."""
         with torch.no_grad(), torch.autocast(hidden_CD.device.type, enabled=False):
             weight_VD, hidden_CD = self.weight_VD[: self.vocab_size], hidden_CD.float()
-            if out_CV is None and len(hidden_CD) <= FEW:
+            if out_CV is None and len(hidden_CD) <= SMALL_BATCH_ROWS:
                 logits_CV = torch.mm(weight_VD, hidden_CD.T).T.contiguous()
             else:
                 logits_CV = torch.mm(hidden_CD, weight_VD.T, out=out_CV)
@@ -140,7 +140,7 @@ class Chunk:
 Use = Callable[[Chunk], Tensor | None]
 
 
-def over_chunks(head: Head, hidden_ND: Tensor, ids_NK: Tensor, use: Use) -> Tensor:
+def map_vocab_chunks(head: Head, hidden_ND: Tensor, ids_NK: Tensor, use: Use) -> Tensor:
     """Call `use` on every chunk of tokens and return the sum of the scalars that it returns.
 
     The sum is differentiable, once, in the hidden states and the head's parameters. `use` must treat tokens one by one,

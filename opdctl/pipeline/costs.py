@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from opdctl.config import Hardware, Recipe, Sampling, Shape, objective_of
-from opdctl.model import ModelDir
+from opdctl.models.directory import ModelDir
+from opdctl.recipe.components import build_objective
+from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Sampling
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # float32, and AdamW's two moments, a parameter
 STATE_BYTES = 4 + MOMENT_BYTES  # the float32 weight and the two moments, as they are saved
 CHUNK_LOGITS = 2**24  # logits of a chunk, in float32: opdctl/logprobs.py, which imports torch
-CHUNKS = 2  # alive at once
+LIVE_CHUNKS = 2  # alive at once
 STORED_BYTES = 2 * 8 + 5 * 4  # of a response token in a micro-batch: its row and position, and five float32 columns
 DRAW_COPIES = 3  # float32 copies of the next token's logits while it is drawn
 
@@ -25,7 +26,7 @@ DRAW_COPIES = 3  # float32 copies of the next token's logits while it is drawn
 # ── A model ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shape_of(model: ModelDir) -> Shape | None:
+def shape_of(model: ModelDir) -> ModelShape | None:
     """Read a model's shape from its config, or return None where the config does not name it."""
     from transformers import AutoConfig
 
@@ -44,7 +45,7 @@ def shape_of(model: ModelDir) -> Shape | None:
         return None
     experts = first("num_experts", "num_local_experts", "n_routed_experts") or 1
     inner = ("moe_intermediate_size", "intermediate_size") if experts > 1 else ("intermediate_size",)
-    return Shape(
+    return ModelShape(
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -58,55 +59,55 @@ def shape_of(model: ModelDir) -> Shape | None:
     )
 
 
-def _attention_parameters(shape: Shape) -> int:
+def _attention_parameters(shape: ModelShape) -> int:
     return shape.hidden * shape.head_size * (2 * shape.heads + 2 * shape.kv_heads)
 
 
-def _feed_forward_parameters(shape: Shape, experts: int) -> int:
+def _feed_forward_parameters(shape: ModelShape, experts: int) -> int:
     router = shape.hidden * shape.experts if shape.experts > 1 else 0
     return 3 * shape.hidden * shape.feed_forward * experts + router
 
 
-def block_parameters(shape: Shape) -> int:
+def block_parameters(shape: ModelShape) -> int:
     """Return the parameters of one layer, its norms included."""
     norms = 2 * shape.hidden + 2 * shape.head_size
     return _attention_parameters(shape) + _feed_forward_parameters(shape, shape.experts) + norms
 
 
-def head_parameters(shape: Shape) -> int:
+def head_parameters(shape: ModelShape) -> int:
     return shape.vocabulary * shape.hidden
 
 
-def parameters(shape: Shape) -> int:
+def parameters(shape: ModelShape) -> int:
     """Return all parameters of a decoder with gated feed-forward layers and norms of queries and keys."""
     matrices = 1 if shape.tied else 2
     return shape.layers * block_parameters(shape) + matrices * head_parameters(shape) + shape.hidden
 
 
-def active_parameters(shape: Shape) -> int:
+def active_parameters(shape: ModelShape) -> int:
     """Return the parameters of the layers' matrices that one token is multiplied by."""
     return shape.layers * (_attention_parameters(shape) + _feed_forward_parameters(shape, shape.active_experts))
 
 
-def adapter_parameters(shape: Shape, rank: int) -> int:
+def adapter_parameters(shape: ModelShape, rank: int) -> int:
     """Return the parameters of LoRA adapters on every linear layer but the output matrix."""
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * (shape.hidden + queries) + 2 * (shape.hidden + keys)
     return shape.layers * rank * (attention + 3 * shape.experts * (shape.hidden + shape.feed_forward))
 
 
-def cache_bytes(shape: Shape, width: int, share: int = 1) -> int:
+def cache_bytes(shape: ModelShape, width: int, share: int = 1) -> int:
     """Return the key-value cache of one token on one of `share` GPUs, which hold at least a head each."""
     return 2 * shape.layers * ceil(shape.kv_heads / share) * shape.head_size * width
 
 
-def forward_flops(shape: Shape, tokens: float, context: float) -> float:
+def forward_flops(shape: ModelShape, tokens: float, context: float) -> float:
     """Return the FLOPs of `tokens` tokens through the layers; each attends to `context` tokens in the mean."""
     attention = 4 * shape.layers * shape.heads * shape.head_size * context
     return tokens * (2 * active_parameters(shape) + attention)
 
 
-def activation_bytes(shape: Shape, low: bool) -> int:
+def activation_bytes(shape: ModelShape, low: bool) -> int:
     """Return what one layer keeps of one token for the backward pass, in float32 or under autocast to bfloat16.
 
     Counted from what Qwen3's layer saves: norms keep their input and its normalised form in float32, products their
@@ -127,7 +128,7 @@ def activation_bytes(shape: Shape, low: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """What a stage takes: the bytes on each GPU by what takes them, and the seconds of a step on all its GPUs.
 
     `at_once` is how many responses an engine draws together. `seconds` is None where the work does not fit.
@@ -166,11 +167,11 @@ def _batch_tokens(recipe: Recipe, budget: int) -> int:
     return min(max(budget, longest), recipe.responses_per_step() * longest)
 
 
-def _chunk_bytes(shape: Shape, tokens: int) -> int:
-    return CHUNKS * 4 * min(CHUNK_LOGITS, tokens * shape.vocabulary)
+def _chunk_bytes(shape: ModelShape, tokens: int) -> int:
+    return LIVE_CHUNKS * 4 * min(CHUNK_LOGITS, tokens * shape.vocabulary)
 
 
-def _engine_memory(shape: Shape, dtype: str, share: int) -> dict[str, int]:
+def _engine_memory(shape: ModelShape, dtype: str, share: int) -> dict[str, int]:
     """Return what an engine's weights take on each of `share` GPUs; the output matrix lies there in float32 too."""
     memory = {"weights": parameters(shape) * BYTES[dtype] // share}
     if dtype != "float32":
@@ -178,9 +179,9 @@ def _engine_memory(shape: Shape, dtype: str, share: int) -> dict[str, int]:
     return memory
 
 
-def drawing(
-    recipe: Recipe, shape: Shape, dtype: str, sampling: Sampling, responses: int, parts: int, batch_size: int
-) -> Stage:
+def generation_cost(
+    recipe: Recipe, shape: ModelShape, dtype: str, sampling: Sampling, responses: int, parts: int, batch_size: int
+) -> StageCost:
     """Size up drawing so many responses. vLLM draws as many at once as its share of the memory holds caches for."""
     hardware, engine = recipe.hardware, recipe.rollout.engine
     share = _gpus_per_engine(recipe, engine)
@@ -197,14 +198,16 @@ def drawing(
         at_once = min(at_once, recipe.vllm.max_sequences, int(room // (of_one + of_one_logits)))
     memory |= {"cache": max(at_once, 1) * of_one, "logits": max(at_once, 1) * of_one_logits}
     if at_once < 1:
-        return Stage(hardware.rollout_gpus, memory, None, 0)
+        return StageCost(hardware.rollout_gpus, memory, None, 0)
     prefill = _seconds(hardware, dtype, forward_flops(shape, responses * prompt, prompt / 2), 0, hardware.rollout_gpus)
     tokens_each = max(1.0, responses / (copies * at_once)) * response
     seconds = prefill + tokens_each * _token_seconds(hardware, shape, dtype, at_once, prompt + response / 2, share)
-    return Stage(hardware.rollout_gpus, memory, seconds, at_once)
+    return StageCost(hardware.rollout_gpus, memory, seconds, at_once)
 
 
-def _token_seconds(hardware: Hardware, shape: Shape, dtype: str, at_once: int, context: float, share: int) -> float:
+def _token_seconds(
+    hardware: Hardware, shape: ModelShape, dtype: str, at_once: int, context: float, share: int
+) -> float:
     """Return the time of one more token each: the longer of reading weights and caches, and of the products."""
     width = BYTES[dtype]
     touched = 1 - (1 - shape.active_experts / shape.experts) ** at_once if shape.experts > 1 else 1.0
@@ -217,14 +220,16 @@ def _token_seconds(hardware: Hardware, shape: Shape, dtype: str, at_once: int, c
     return max(read / (1e9 * hardware.bandwidth_gbs * hardware.utilisation * share), products)
 
 
-def rollout(recipe: Recipe, shape: Shape) -> Stage:
+def rollout_cost(recipe: Recipe, shape: ModelShape) -> StageCost:
     """Size up drawing a step's responses."""
     settings = recipe.rollout
     responses = recipe.responses_per_step()
-    return drawing(recipe, shape, recipe.student.dtype, settings, responses, settings.parts, settings.batch_size)
+    return generation_cost(
+        recipe, shape, recipe.student.dtype, settings, responses, settings.parts, settings.batch_size
+    )
 
 
-def score(recipe: Recipe, shape: Shape, dtype: str, of_all: float = 1) -> Stage:
+def score_cost(recipe: Recipe, shape: ModelShape, dtype: str, of_all: float = 1) -> StageCost:
     """Size up scoring a share of a step's responses with one model, on an allocation of its own."""
     hardware, engine = recipe.hardware, recipe.score.engine
     share = _gpus_per_engine(recipe, engine)
@@ -241,10 +246,10 @@ def score(recipe: Recipe, shape: Shape, dtype: str, of_all: float = 1) -> Stage:
     responses = of_all * recipe.responses_per_step()
     flops = forward_flops(shape, responses * (prompt + response), (prompt + response) / 2)
     head = 2 * head_parameters(shape) * responses * response
-    return Stage(hardware.score_gpus, memory, _seconds(hardware, dtype, flops, head, hardware.score_gpus))
+    return StageCost(hardware.score_gpus, memory, _seconds(hardware, dtype, flops, head, hardware.score_gpus))
 
 
-def update(recipe: Recipe, shape: Shape, teacher: Shape | None) -> Stage:
+def update_cost(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -> StageCost:
     """Size up a step's updates. `teacher`: of an objective on the whole vocabulary, whose output matrix is here too."""
     hardware, settings, lora = recipe.hardware, recipe.train, recipe.lora.rank > 0
     prompt, response = recipe.prompts.max_tokens, recipe.rollout.max_tokens
@@ -257,14 +262,14 @@ def update(recipe: Recipe, shape: Shape, teacher: Shape | None) -> Stage:
     memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape)
     # Ids, places and stored log-probs of all the step's tokens: every process makes all micro-batches.
     memory["step's tokens"] = responses * (8 * tokens + STORED_BYTES * response)
-    if teacher is not None and objective_of(recipe).support == "full":
+    if teacher is not None and build_objective(recipe).support == "full":
         memory["teacher's output matrix"] = 4 * head_parameters(teacher)
         memory["logits"] *= 3  # the teacher's too, and the gradient by the whole distribution
         memory["activations"] += 4 * teacher.hidden * _batch_tokens(recipe, settings.tokens_per_micro_batch)
-    return Stage(hardware.train_gpus, memory, settings.updates_per_step * once)
+    return StageCost(hardware.train_gpus, memory, settings.updates_per_step * once)
 
 
-def _trained_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
+def _trained_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     """Return what weights, gradients and optimizer take on one GPU, with what FSDP2 gathers of them for a while."""
     gpus, lora, own = recipe.hardware.train_gpus, recipe.lora.rank, BYTES[recipe.student.dtype]
     sharded = gpus > 1 or recipe.train.cpu_offload
@@ -289,7 +294,7 @@ def _trained_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
     return memory
 
 
-def _micro_batch_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
+def _micro_batch_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     """Return what a full micro-batch takes; with checkpointing, the layers' inputs and one layer's activations."""
     tokens = _batch_tokens(recipe, recipe.train.tokens_per_micro_batch)
     of_a_layer = activation_bytes(shape, recipe.student.dtype == "bfloat16")

@@ -10,23 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opdctl import SCHEMA_VERSION, log, sizes, store
-from opdctl.benchmarks import find
-from opdctl.config import Hardware, Recipe, Rollout, Score, Shape, is_kept, model_key
-from opdctl.engines import resolve_device
-from opdctl.model import ModelDir, check_same_tokenizer, locate_here
-from opdctl.prompts import local_problems
-from opdctl.run import (
-    REFERENCE,
-    Run,
-    check_top_k,
-    prepare_prompts,
-    refuse_another_recipe,
-    refuse_foreign_folder,
-    run_path,
-    with_engines,
-)
-from opdctl.sizes import BYTES, STATE_BYTES, Stage
+from opdctl import console
+from opdctl.artifacts import files
+from opdctl.artifacts.records import SCHEMA_VERSION
+from opdctl.data.prompts import load_local_problems
+from opdctl.environment import resolve_device
+from opdctl.evaluation.benchmarks import find
+from opdctl.models.directory import ModelDir, check_same_tokenizer, find_local
+from opdctl.pipeline import costs
+from opdctl.pipeline.costs import BYTES, STATE_BYTES, StageCost
+from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Rollout, Score, is_kept, model_key
+from opdctl.runs.compatibility import check_same_recipe
+from opdctl.runs.layout import run_path
+from opdctl.runs.open import check_output_dir, check_top_k, prepare_prompts, resolve_auto_engines
+from opdctl.runs.run import REFERENCE, Run
 
 ID_BYTES = LOGPROB_BYTES = HIDDEN_BYTES = 4
 
@@ -55,7 +52,7 @@ class Plan:
     students_kept: int
     disk_bytes: int | None
     hardware: Hardware
-    stages: dict[str, Stage | None]
+    stages: dict[str, StageCost | None]
     """What each stage takes, on the GPUs that the recipe gives it."""
     times: dict[str, int]
     """How often each stage is gone through in the whole run."""
@@ -76,17 +73,17 @@ class Plan:
         return found | {"gpu_hours": self.gpu_hours(), "seconds": self.seconds()}
 
 
-def plan(recipe: Recipe, output: Path | None) -> Plan:
+def make_plan(recipe: Recipe, output: Path | None) -> Plan:
     """Size up a recipe. Embedded and local models and prompts are checked; nothing is fetched.
 
     Raises OpdctlError as a run would for a missing local model, tokenizers that differ, or bad local prompts.
     """
     path = run_path(recipe, output)
-    recipe = with_engines(recipe, path)
+    recipe = resolve_auto_engines(recipe, path)
     if (path / "run.json").exists():
-        refuse_another_recipe(recipe, path)
+        check_same_recipe(recipe, path)
     else:
-        refuse_foreign_folder(recipe, path)
+        check_output_dir(recipe, path)
     models = recipe.models()
     dirs = _models_here(recipe)
     shapes = {name: _shape(dirs.get(name), model.shape) for name, model in models.items()}
@@ -131,11 +128,11 @@ def check_space(run: Run, stages: Collection[str]) -> None:
     """Raise OpdctlError (code 5) unless there is room for what a step's `stages` surely write: `rollout`, `score`,
     `update`. Warns where they may write more than there is room for."""
     surely, rollout = update_bytes(run) if "update" in stages else 0, "rollout" in stages
-    store.require_space(run.path, surely, "the next student, with the state to go on from,")
-    responses, scores = _step_bytes(run.recipe, {name: sizes.shape_of(model) for name, model in run.models.items()})
+    files.require_space(run.path, surely, "the next student, with the state to go on from,")
+    responses, scores = _step_bytes(run.recipe, {name: costs.shape_of(model) for name, model in run.models.items()})
     most = surely + responses * rollout + (scores or 0) * ("score" in stages)
-    if most > (free := store.free_space(run.path)):
-        log.warn(f"{run.path}: the step may take {store.readable(most)}, {store.readable(free)} are free")
+    if most > (free := files.free_space(run.path)):
+        console.warn(f"{run.path}: the step may take {files.format_bytes(most)}, {files.format_bytes(free)} are free")
 
 
 def update_bytes(run: Run) -> int:
@@ -144,7 +141,7 @@ def update_bytes(run: Run) -> int:
     return run.student.parameters() * (BYTES[run.recipe.student.dtype] + state)
 
 
-def _step_bytes(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> tuple[int, int | None]:
+def _step_bytes(recipe: Recipe, shapes: Mapping[str, ModelShape | None]) -> tuple[int, int | None]:
     """Return the most bytes that a step's rollout and scores can take; None if a hidden size is not known here."""
     responses = recipe.responses_per_step()
     tokens = responses * recipe.rollout.max_tokens
@@ -154,7 +151,7 @@ def _step_bytes(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> tuple[int
 
 def _models_here(recipe: Recipe) -> dict[str, ModelDir]:
     """Return the models that need no hub, checked against one another."""
-    folders = {name: locate_here(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
+    folders = {name: find_local(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
     dirs = {name: ModelDir(folder, "float32") for name, folder in folders.items() if folder}
     for name in dirs.keys() & recipe.scorers() if "student" in dirs else ():
         check_same_tokenizer(dirs["student"], dirs[name], name)
@@ -163,32 +160,34 @@ def _models_here(recipe: Recipe) -> dict[str, ModelDir]:
     return dirs
 
 
-def _shape(here: ModelDir | None, told: Shape | None) -> Shape | None:
-    return (sizes.shape_of(here) if here else None) or told
+def _shape(here: ModelDir | None, told: ModelShape | None) -> ModelShape | None:
+    return (costs.shape_of(here) if here else None) or told
 
 
-def _parameters(here: ModelDir | None, shape: Shape | None) -> int | None:
+def _parameters(here: ModelDir | None, shape: ModelShape | None) -> int | None:
     """Return how many a model has: those stored where it is here, else those that its shape makes."""
     if here:
         return here.parameters()
-    return sizes.parameters(shape) if shape else None
+    return costs.parameters(shape) if shape else None
 
 
 def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
-    problems = local_problems(recipe.prompts)
+    problems = load_local_problems(recipe.prompts)
     if problems is not None and student:
         prepare_prompts(recipe, problems, student)
     return recipe.prompts.count if problems is None else len(problems)
 
 
-def _stages(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> tuple[dict[str, Stage | None], dict[str, int]]:
+def _stages(
+    recipe: Recipe, shapes: Mapping[str, ModelShape | None]
+) -> tuple[dict[str, StageCost | None], dict[str, int]]:
     """Return what each stage takes, None where a model's shape is not known, and how often it is gone through."""
     steps, every, models = recipe.train.steps, recipe.eval.every, recipe.models()
     teachers = list(recipe.teacher_models())
-    work: dict[str, tuple[str, Callable[[Shape], Stage | None]]] = {
-        "rollout": ("student", partial(sizes.rollout, recipe)),
+    work: dict[str, tuple[str, Callable[[ModelShape], StageCost | None]]] = {
+        "rollout": ("student", partial(costs.rollout_cost, recipe)),
         **{f"score {name}": (name, partial(_score_stage, recipe, name)) for name in recipe.scorers()},
-        "update": ("student", lambda shape: sizes.update(recipe, shape, shapes[teachers[0]])),
+        "update": ("student", lambda shape: costs.update_cost(recipe, shape, shapes[teachers[0]])),
     }
     times = dict.fromkeys(work, steps)
     if every:
@@ -200,13 +199,13 @@ def _stages(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> tuple[dict[st
     return stages, times
 
 
-def _score_stage(recipe: Recipe, name: str, shape: Shape) -> Stage:
+def _score_stage(recipe: Recipe, name: str, shape: ModelShape) -> StageCost:
     """Return what one scorer takes. Teachers are taken to have the same number of prompts each."""
     share = 1 if name == REFERENCE else 1 / len(recipe.teacher_models())
-    return sizes.score(recipe, shape, recipe.models()[name].dtype, share)
+    return costs.score_cost(recipe, shape, recipe.models()[name].dtype, share)
 
 
-def _evaluation_stage(recipe: Recipe, dtype: str, shape: Shape) -> Stage | None:
+def _evaluation_stage(recipe: Recipe, dtype: str, shape: ModelShape) -> StageCost | None:
     """Return what one evaluation on all benchmarks takes: memory of the largest, seconds of all."""
     found = []
     for bench in _benches(recipe, None):
@@ -214,9 +213,9 @@ def _evaluation_stage(recipe: Recipe, dtype: str, shape: Shape) -> Stage | None:
             return None
         parts = min(recipe.eval.parts, bench["problems"])
         settings = (recipe.eval, bench["responses"], parts, recipe.eval.batch_size)
-        found.append(sizes.drawing(recipe, shape, dtype, *settings))
+        found.append(costs.generation_cost(recipe, shape, dtype, *settings))
     largest = max(found, key=lambda stage: stage.bytes)
-    return Stage(largest.gpus, largest.memory, _sum(stage.seconds for stage in found), largest.at_once)
+    return StageCost(largest.gpus, largest.memory, _sum(stage.seconds for stage in found), largest.at_once)
 
 
 def _stored_bytes(settings: Rollout | Score) -> int:
@@ -224,7 +223,7 @@ def _stored_bytes(settings: Rollout | Score) -> int:
     return LOGPROB_BYTES * (1 + settings.entropy) + (ID_BYTES + LOGPROB_BYTES) * settings.top_k
 
 
-def _score_bytes(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> int | None:
+def _score_bytes(recipe: Recipe, shapes: Mapping[str, ModelShape | None]) -> int | None:
     """Return the bytes that all scores of one token take; None if a hidden size is not known here."""
     settings, teachers = recipe.score, recipe.teacher_models()
     stored = _stored_bytes(settings) + LOGPROB_BYTES * recipe.rollout.top_k * settings.student_top_k
@@ -235,7 +234,7 @@ def _score_bytes(recipe: Recipe, shapes: Mapping[str, Shape | None]) -> int | No
     return stored + reference + HIDDEN_BYTES * max(known) if len(known) == len(teachers) else None
 
 
-def evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> dict[str, Any]:
+def plan_evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> dict[str, Any]:
     """Size up an evaluation, benchmark by benchmark; None where the number of problems is only known to the hub."""
     benches = _benches(recipe, data)
     return {"schema_version": SCHEMA_VERSION, "run_dir": str(run_path(recipe, output)), "benches": benches}
@@ -254,18 +253,6 @@ def _benches(recipe: Recipe, data: Path | None) -> list[dict[str, Any]]:
     return benches
 
 
-def evaluation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the plan of an evaluation as (benchmark, how much) lines for a person."""
-    return [
-        (
-            bench["bench"],
-            f"{_count(bench['problems'])} problems, {_count(bench['responses'])} responses, "
-            f"≤ {_count(bench['max_response_tokens'])} tokens",
-        )
-        for bench in found["benches"]
-    ]
-
-
 def _times(count: int | None, size: int) -> int | None:
     return None if count is None else count * size
 
@@ -279,73 +266,3 @@ def _sum(values: Iterable[float | None]) -> float | None:
     for value in values:
         known, all_of_them = known + (value or 0), all_of_them and value is not None
     return known if all_of_them else None
-
-
-# ── For a person ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rows(plan: Plan) -> list[tuple[str, str]]:
-    """Return the plan as (what, how much) lines for a person."""
-    epochs = "" if plan.epochs is None else f" = {plan.epochs:.2f} epochs"
-    there = plan.hardware
-    return [
-        ("run directory", plan.run_dir),
-        ("device", plan.device),
-        ("prompts", f"{_count(plan.prompts)}; {plan.steps} steps of {plan.prompts_per_step}{epochs}"),
-        ("responses", f"{plan.responses_per_step:,} a step in {plan.parts_per_step} parts"),
-        ("tokens", f"≤ {plan.prompt_tokens_per_step:,} prompt + {plan.response_tokens_per_step:,} response a step"),
-        (
-            "artifacts",
-            f"≤ {size(plan.artifact_bytes)} in all; a step ≤ {size(plan.rollout_bytes_per_step)} rollout + "
-            f"{size(plan.score_bytes_per_step)} scores",
-        ),
-        ("disk", f"≤ {size(plan.disk_bytes)}: artifacts, {plan.students_kept} students, newest trainer states"),
-        *(
-            (name, f"{_count(plan.parameters[name])} parameters, {size(plan.model_bytes[name])} in its own type")
-            for name in plan.parameters
-        ),
-        (
-            "hardware",
-            f"{there.memory_gib:g} GiB, {there.tflops:g} TFLOP/s ({there.tflops_float32:g} in float32) and "
-            f"{there.bandwidth_gbs:g} GB/s a GPU, of which {there.utilisation:.0%} is reached",
-        ),
-        *(row for name, stage in plan.stages.items() for row in _stage_rows(plan, name, stage)),
-        ("in all", f"≤ {_hours(plan.gpu_hours())}; {_time(plan.seconds())} where each stage waits for the one before"),
-    ]
-
-
-def _stage_rows(plan: Plan, name: str, stage: Stage | None) -> list[tuple[str, str]]:
-    """Return what a stage takes in two lines: how much, and the memory by what takes it."""
-    if stage is None:
-        return [(name, "unknown: give the model's `shape`, or a benchmark whose size is known")]
-    room = plan.hardware.memory_gib * 2**30
-    fits = stage.seconds is not None and stage.bytes <= room
-    at_once = "" if stage.at_once is None else f", {stage.at_once} responses at once"
-    took = f"≤ {_time(stage.seconds)} × {plan.times[name]}, {_hours(stage.gpu_hours(plan.times[name]))}"
-    memory = f"{size(stage.bytes)} on each of {stage.gpus} GPU{'s' * (stage.gpus > 1)}{at_once}"
-    unit, length = store.unit(stage.bytes)
-    parts = ", ".join(f"{count / length:.1f} {what}" for what, count in stage.memory.items() if count)
-    return [(name, f"{memory}; {took}" if fits else f"DOES NOT FIT: {memory}"), ("", f"{unit}: {parts}")]
-
-
-def _count(number: int | None) -> str:
-    return "an unknown number of" if number is None else f"{number:,}"
-
-
-def _hours(hours: float | None) -> str:
-    return "an unknown number of GPU-hours" if hours is None else f"{hours:,.{0 if hours >= 10 else 1}f} GPU-hours"
-
-
-def _time(seconds: float | None) -> str:
-    """Return a time for a person, in the unit that leaves one to three digits before the point."""
-    if seconds is None:
-        return "unknown time"
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def size(count: int | None) -> str:
-    """Return a number of bytes for a person, or that it is not known."""
-    return "unknown size" if count is None else store.readable(count)

@@ -3,15 +3,24 @@
 from collections.abc import Iterator
 from functools import partial
 
-from opdctl import log, parity
-from opdctl.engines import Answered, Completion, EnginePool, Request
-from opdctl.records import Prompt, Response, sample_seed
-from opdctl.run import Run
-from opdctl.store import WHOLE, Shard, StageDir, write_rows
+from opdctl import console
+from opdctl.artifacts.records import Prompt, Response, sample_seed
+from opdctl.artifacts.stage_dir import ALL_PARTS, StageDir, WorkerShard
+from opdctl.artifacts.tables import write_rows
+from opdctl.engines import parity
+from opdctl.engines.base import Completion, Request, ScoreRequest
+from opdctl.engines.pool import EnginePool
+from opdctl.runs.run import Run
 
 
-def run(
-    run: Run, step: int, engines: EnginePool, *, repair: bool = False, shard: Shard = WHOLE, wait: bool = False
+def run_rollout(
+    run: Run,
+    step: int,
+    engines: EnginePool,
+    *,
+    repair: bool = False,
+    shard: WorkerShard = ALL_PARTS,
+    wait: bool = False,
 ) -> int:
     """Draw the responses that a step still lacks and return how many parts that were; with `repair` damaged ones too.
 
@@ -23,18 +32,18 @@ def run(
     run = run.at(step)
     stage = run.rollout(step)
     with stage.work(repair=repair, shard=shard, wait=wait) as parts:
-        return _draw(run, step, engines, stage, parts) if parts else 0
+        return _generate(run, step, engines, stage, parts) if parts else 0
 
 
-def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
+def _generate(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
     settings, made = run.recipe.rollout, 0
     draws, policy = run.draws(step), run.policy_step(step)
     student = run.student_at(policy)
     for path in stage.lost():
-        log.warn(f"{path}: was finished, and is gone: it is made again")
+        console.warn(f"{path}: was finished, and is gone: it is made again")
     engine = engines.get("student", settings.engine, student)
     stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_step": policy})
-    with log.progress(f"rollout, step {step}", len(draws)) as advance:
+    with console.progress(f"rollout, step {step}", len(draws)) as advance:
         for index in parts:
             part = stage.share(draws, index)
             requests = [Request(prompt.prompt_ids, sample_seed(run.recipe.seed, name)) for name, prompt in part]
@@ -42,8 +51,10 @@ def _draw(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iter
                 requests, settings, settings.batch_size, advance, entropy=settings.entropy, top_k=settings.top_k
             )
             if index == 0:
-                answered = [Answered(r.prompt_ids, c.response_ids) for r, c in zip(requests, completions, strict=True)]
-                parity.check(run.recipe, settings.engine, student, answered, [c.logprobs for c in completions])
+                answered = [
+                    ScoreRequest(r.prompt_ids, c.response_ids) for r, c in zip(requests, completions, strict=True)
+                ]
+                parity.check_parity(run.recipe, settings.engine, student, answered, [c.logprobs for c in completions])
             rows = [_row(run, policy, *draw, completion) for draw, completion in zip(part, completions, strict=True)]
             tokens = sum(len(row.response_ids) for row in rows)
             made += stage.write(index, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=tokens)

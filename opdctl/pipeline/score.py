@@ -4,23 +4,26 @@ safetensors parts out, in one folder a model."""
 from collections.abc import Collection, Iterator
 from functools import partial
 
-from opdctl import log, parity
-from opdctl.config import Score
-from opdctl.engines import Answered, EnginePool
-from opdctl.records import Response
-from opdctl.run import REFERENCE, Run
-from opdctl.scored import check_ids
-from opdctl.store import WHOLE, Shard, StageDir, read_rows, write_scores
+from opdctl import console
+from opdctl.artifacts.records import Response
+from opdctl.artifacts.stage_dir import ALL_PARTS, StageDir, WorkerShard
+from opdctl.artifacts.tables import read_rows, write_scores
+from opdctl.engines import parity
+from opdctl.engines.base import ScoreRequest
+from opdctl.engines.pool import EnginePool
+from opdctl.recipe.schema import Score
+from opdctl.runs.run import REFERENCE, Run
+from opdctl.runs.scored_responses import check_ids
 
 
-def run(
+def run_scoring(
     run: Run,
     step: int,
     engines: EnginePool,
     *,
     only: Collection[str] | None = None,
     repair: bool = False,
-    shard: Shard = WHOLE,
+    shard: WorkerShard = ALL_PARTS,
     wait: bool = False,
 ) -> int:
     """Score the parts of a step that still lack it and return how many they were; with `repair` damaged ones too.
@@ -40,7 +43,7 @@ def run(
 def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
     rollout, settings, model, made = run.rollout(step), _settings(run.recipe.score, name), run.models[name], 0
     for path in stage.lost():
-        log.warn(f"{path}: was finished, and is gone: it is made again")
+        console.warn(f"{path}: was finished, and is gone: it is made again")
     engine = engines.get(name, settings.engine, model)
     # Temperature 1 and no top-p: the teacher is a reference, not a sampler.
     meaning = engine.meaning | {
@@ -50,15 +53,15 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir,
         "tokenizer": model.tokenizer_digest,
     }
     stage.begin(meaning)
-    with log.progress(f"score-teacher {name}, step {step}", run.recipe.responses_per_step()) as advance:
+    with console.progress(f"score-teacher {name}, step {step}", run.recipe.responses_per_step()) as advance:
         for index in parts:
             rows = read_rows(rollout.verify(index), Response)
             check_ids(rows, model)
             own = [row for row in rows if name in (row.teacher, REFERENCE)]
-            answered = [Answered(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in own]
+            answered = [ScoreRequest(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in own]
             scores = engine.score(answered, settings, advance)
             if index == 0 and own:
-                parity.check(run.recipe, settings.engine, model, answered, [each.logprobs for each in scores])
+                parity.check_parity(run.recipe, settings.engine, model, answered, [each.logprobs for each in scores])
             part = meaning | {"rollout": rollout.sha256(index)}
             save = partial(write_scores, ids=[row.sample_id for row in own], scores=scores, meaning=part)
             made += stage.write(index, save, rows=len(own), tokens=sum(len(score.logprobs) for score in scores))

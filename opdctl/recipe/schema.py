@@ -5,31 +5,17 @@ takes an earlier file's section away. The default of each key is the recommended
 documentation.
 """
 
-import dataclasses
-import itertools
-import json
 import re
-import tomllib
-import typing
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from opdctl.errors import OpdctlError, did_you_mean
-from opdctl.objectives import Objective as TokenObjective
-from opdctl.objectives import PolicyGradient
-from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry, load_plugins
-from opdctl.weights import Weight as TokenWeight
-from opdctl.weights import build as build_weight
-from opdctl.weights import strongest
+from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AUTO = "auto"
-TABLES = (".jsonl", ".parquet", ".csv")
-NAME = re.compile(r"[A-Za-z0-9_-]+")
+TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
+TEACHER_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Section(BaseModel):
@@ -38,7 +24,7 @@ class Section(BaseModel):
     )
 
 
-class Shape(Section):
+class ModelShape(Section):
     """The sizes that tell what a decoder takes: what `--dry-run` counts with where the model itself is out of reach."""
 
     layers: int = Field(gt=0)
@@ -72,7 +58,7 @@ class Model(Section):
     """The type of the weights in engines and, for the student, in the exported directory."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read that code."""
-    shape: Shape | None = None
+    shape: ModelShape | None = None
     """Its sizes, only for `--dry-run` where the model itself is out of reach."""
     server: str | None = Field(default=None, pattern=r"^https?://[^\s@?#]+$")
     """Address of a vLLM server of this very model, such as `http://host:8000/v1`, for the engine `server`."""
@@ -165,18 +151,18 @@ class Component(Section):
         return dict(self.model_extra or {})
 
 
-DEFAULT_NAMES = {"weight": "iw_opd", "objective": "policy_gradient", "weight.times": ""}
+DEFAULT_COMPONENTS = {"weight": "iw_opd", "objective": "policy_gradient", "weight.times": ""}
 
 
 class Weight(Component):
-    name: str = DEFAULT_NAMES["weight"]
+    name: str = DEFAULT_COMPONENTS["weight"]
     """The token weight; its parameters stand beside it."""
     times: Component | None = None
     """A second weight, that the first is multiplied by."""
 
 
 class Objective(Component):
-    name: str = DEFAULT_NAMES["objective"]
+    name: str = DEFAULT_COMPONENTS["objective"]
     """The loss of a token; its parameters stand beside it."""
 
 
@@ -397,7 +383,7 @@ class Recipe(Section):
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by its dotted key."""
-        return _flatten(self.model_dump())
+        return flatten(self.model_dump())
 
     def to_toml(self) -> str:
         """Return the resolved recipe, every default written out."""
@@ -435,359 +421,9 @@ def model_key(name: str) -> str:
     return name.replace("teacher-", "teachers.", 1)
 
 
-STAGES: dict[str, tuple[str, ...]] = {
-    "prompts": ("seed", "prompts.", "student."),
-    "rollout": ("seed", "student.", "rollout."),
-    "score": ("teacher.", "teachers.", "reference.", "score."),
-    "update": ("seed", "plugins", "student.", "weight.", "objective.", "train.", "lora."),
-    "eval": ("seed", "eval.", "student.dtype", "rollout.engine"),
-    "continuations": ("seed", "continuations.", "student.dtype", "rollout.engine", "rollout.max_tokens"),
-}
-"""The keys, or beginnings of keys, that shape what a stage makes."""
-
-FREE = (
-    "name",
-    "train.steps",
-    "train.keep_",
-    "train.save_every",
-    "train.cpu_offload",
-    "train.max_truncated_share",
-    "train.min_entropy",
-    "eval.",
-    "continuations.",
-    "tracking.",
-    "pipeline.",
-    "vllm.",
-    "server.",
-    "hardware.",
-)
-FREE_OF_A_MODEL = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(shape|server|served_name)(\.|$)")
-"""Keys, by their beginning and by what stands in them, that may change between two calls on one run directory.
-Evaluations and continuations check their own."""
-
-
-def is_table(name: str) -> bool:
+def is_data_file(name: str) -> bool:
     """Whether a benchmark's name is that of a file of the user's own."""
-    return name.endswith(TABLES)
-
-
-def is_free(key: str) -> bool:
-    return key.startswith(FREE) or FREE_OF_A_MODEL.match(key) is not None
-
-
-def shapes(key: str) -> list[str]:
-    """Return the stages that the setting `key` shapes."""
-    return [stage for stage, keys in STAGES.items() if key.startswith(keys)]
-
-
-CHAIN = {"rollout": "rollouts", "score": "scores", "update": "updates"}
-"""What the stages of a step make, in the order in which each builds on the one before."""
-FIXED = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
-"""Keys that a run is begun with for good: what was made under others is of no use to it."""
-
-
-def untouched(keys: Iterable[str]) -> list[str]:
-    """Return the stages of a step whose artifacts depend on none of the settings."""
-    shaped = {stage for key in keys for stage in shapes(key)}
-    if "prompts" in shaped:
-        return []
-    return list(itertools.takewhile(lambda stage: stage not in shaped, CHAIN))
-
-
-def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Return the settings that shape `stage`, by dotted key: the fingerprint of its artifacts."""
-    skip = ("eval.every", "eval.bench", "eval.batch_size", "eval.allow_code_execution")
-    flat = {k: v for k, v in recipe.flat().items() if k.startswith(STAGES[stage]) and not k.startswith(skip)}
-    return {k: flat[k] for k in sorted(flat) if stage in ("eval", "continuations") or not is_free(k)}
-
-
-def settings_of_scorer(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Return the settings that shape what the model `name` says of responses: its own, and those of all scorers."""
-    own = ("score.", f"{model_key(name)}.")
-    return {key: value for key, value in settings_of(recipe, "score").items() if key.startswith(own)}
-
-
-def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
-    """Read `files`, merge them and `overrides` ("a.b=c") left to right onto `base`, and return the recipe they make.
-
-    Raises OpdctlError with all that is wrong in one message, each line with its file, key and the nearest valid name.
-    """
-    merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    recipe: Recipe | None = None
-    _merge(merged, base or {}, "--model", origin)
-    for file in files:
-        _merge(merged, _read(file), str(file), origin)
-    for override in overrides:
-        _merge(merged, _parse_override(override), "--set", origin)
-    default_origin = str(files[-1]) if files else "--set"
-
-    if isinstance(plugins := merged.get("plugins"), list):
-        try:
-            load_plugins([name for name in plugins if isinstance(name, str)])
-        except OpdctlError as error:
-            where = _origin("plugins", origin, default_origin)
-            raise OpdctlError(f"{where}: {error.message}", hint=error.hint, code=error.code) from error
-    problems: list[tuple[str, str]] = []
-    try:
-        recipe = Recipe.model_validate(merged)
-    except ValidationError as error:
-        problems += [_explain(dict(detail)) for detail in error.errors(include_url=False)]
-    problems += _component_problems(merged)
-    if recipe is not None:
-        problems += _combination_problems(recipe)
-    if problems:
-        lines = [f"{_origin(key, origin, default_origin)}: {key}: {text}" for key, text in problems]
-        raise OpdctlError("\n".join(lines), hint=f"{len(lines)} to mend in the recipe; nothing was run")
-    assert recipe is not None
-    return _with_absolute_paths(_with_defaults(recipe))
-
-
-def recipe_to_evaluate(model: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a recipe to evaluate `model` alone by: what it says of teacher, prompts and training is never used."""
-    unused = {"teacher": {"model": model}, "prompts": {"source": "toy:sort12", "count": 1024}, "train": {"steps": 1}}
-    return load_recipe([], overrides, {"name": "eval", "student": {"model": model}} | unused)
-
-
-def weight_of(recipe: Recipe) -> TokenWeight:
-    """Build the recipe's token weight."""
-    given = recipe.weight
-    return build_weight(given.name, given.params, (given.times.name, given.times.params) if given.times else None)
-
-
-def objective_of(recipe: Recipe) -> TokenObjective:
-    """Build the recipe's objective."""
-    return OBJECTIVES.build(recipe.objective.name, recipe.objective.params)
-
-
-def needs_of(recipe: Recipe) -> dict[str, int | bool]:
-    """Return the settings of rollout and score that have stored what the recipe's weight and objective ask for."""
-    return strongest(weight_of(recipe).needs, objective_of(recipe).needs)
-
-
-def lacking(recipe: Recipe, needs: Mapping[str, int | bool]) -> dict[str, int | bool]:
-    """Return those of `needs` that the recipe does not meet."""
-    flat = recipe.flat()
-    return {key: value for key, value in needs.items() if flat[key] < value}
-
-
-def _with_defaults(recipe: Recipe) -> Recipe:
-    """Write out what the recipe leaves to its components, since a later default must not change a run: their
-    parameters, and what the stages must store for them."""
-    weight, objective = recipe.weight, recipe.objective
-    times = weight.times and Component(name=weight.times.name, **_parameters(WEIGHTS, weight.times))
-    update: dict[str, Any] = {
-        "weight": Weight(name=weight.name, times=times, **_parameters(WEIGHTS, weight)),
-        "objective": Objective(name=objective.name, **_parameters(OBJECTIVES, objective)),
-    }
-    for key, value in lacking(recipe, needs_of(recipe)).items():
-        section, name = key.split(".")
-        update[section] = update.get(section, getattr(recipe, section)).model_copy(update={name: value})
-    return recipe.model_copy(update=update)
-
-
-def _parameters(registry: Registry[Any], given: Component) -> dict[str, Any]:
-    return dataclasses.asdict(registry.build(given.name, given.params))
-
-
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Make the paths of local models and prompts absolute: a run goes on from whatever folder it is called in."""
-
-    def local(model: Model) -> Model:
-        return model.model_copy(update={"model": _absolute(model.model)})
-
-    update: dict[str, Any] = {
-        name: local(model)
-        for name, model in (("student", recipe.student), ("teacher", recipe.teacher), ("reference", recipe.reference))
-        if model
-    }
-    update["teachers"] = {name: local(model) for name, model in recipe.teachers.items()}
-    update["prompts"] = recipe.prompts.model_copy(update={"source": _absolute(recipe.prompts.source)})
-    return with_benches(recipe.model_copy(update=update), recipe.eval.bench)
-
-
-def _absolute(text: str) -> str:
-    path = Path(text).expanduser()
-    return str(path.resolve()) if path.exists() else text
-
-
-def with_benches(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """Return `recipe` with other benchmarks. Raises OpdctlError for one that there is not."""
-    for name in names:
-        if not is_table(name):
-            BENCHMARKS.get(name)
-    bench = [_absolute(name) if is_table(name) else name for name in names]
-    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"bench": bench})})
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
-        raise OpdctlError(f"{file}: no such recipe{did_you_mean(file.name, known)}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise OpdctlError(f"{file}: cannot be read as TOML: {error}") from error
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names) or "\n" in text:
-        raise OpdctlError(f"--set {text}: must read key=value, such as train.steps=10")
-    try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
-        parsed = value  # a bare word is a string
-    for name in reversed(names):
-        parsed = {name: parsed}
-    return parsed
-
-
-def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: dict[str, str], prefix: str = "") -> None:
-    for name, value in new.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            if not isinstance(into.get(name), dict):
-                into[name] = {}
-            default = DEFAULT_NAMES.get(key)
-            if default is not None and "name" in value and value["name"] != into[name].get("name", default):
-                # Another component: the parameters of the one before are not its own.
-                into[name] = {k: v for k, v in into[name].items() if k == "times"}
-            _merge(into[name], value, source, origin, f"{key}.")
-        elif value is False and isinstance(into.get(name), dict):
-            del into[name]  # the section of an earlier file is taken away
-        else:
-            into[name] = value
-        origin[key] = source
-
-
-def _origin(key: str, origin: Mapping[str, str], default: str) -> str:
-    while key:
-        if key in origin:
-            return origin[key]
-        key = key.rpartition(".")[0]
-    return default
-
-
-def _explain(detail: dict[str, Any]) -> tuple[str, str]:
-    """Turn one of pydantic's errors into (dotted key, text)."""
-    loc = [str(part) for part in detail["loc"]]
-    key = ".".join(loc)
-    match detail["type"]:
-        case "extra_forbidden":
-            return key, f"unknown key{did_you_mean(loc[-1], _fields(loc[:-1]))}"
-        case "missing":
-            return key, "is required"
-        case "literal_error":
-            return key, f"must be {detail['ctx']['expected']}, got {detail['input']!r}"
-        case "string_pattern_mismatch" if loc[-1] == "server":  # not shown: it may have a password in it
-            return key, "must be an address such as http://host:8000/v1, without a password or query; see [server]"
-        case "string_pattern_mismatch":
-            return key, f"must be letters, digits, `.`, `_` or `-`, got {detail['input']!r}"
-        case "int_type" | "int_from_float":
-            return key, f"must be an integer, got {detail['input']!r}"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return key, f"must be a table of settings, got {detail['input']!r}"
-        case _:
-            text = detail["msg"].replace("Input should be", "must be").replace("a valid", "a")
-            return key, f"{text}, got {detail['input']!r}"
-
-
-def _fields(loc: Iterable[str]) -> list[str]:
-    """Return the keys of the section that `loc` leads to."""
-    kind: Any = Recipe
-    for name in loc:
-        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else kind.model_fields[name].annotation
-        sections = [each for each in typing.get_args(kind) if isinstance(each, type) and issubclass(each, Section)]
-        if sections and typing.get_origin(kind) is not dict:
-            (kind,) = sections  # an optional section
-    return list(kind.model_fields)
-
-
-def _component_problems(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Build every component that the recipe names, so that a typo fails before any model loads."""
-    problems = []
-    if ("teacher" in merged) == bool(merged.get("teachers")):
-        what = "not beside [teachers]: give one or the other" if "teacher" in merged else "is required, or [teachers]"
-        problems.append(("teacher", what))
-    components = [("weight", WEIGHTS, merged.get("weight", {})), ("objective", OBJECTIVES, merged.get("objective", {}))]
-    components += [("weight.times", WEIGHTS, _at(merged, "weight", "times"))]
-    for section, registry, given in components:
-        if isinstance(given, dict) and isinstance(name := given.get("name", DEFAULT_NAMES[section] or None), str):
-            not_its_own = ("name", "times") if section == "weight" else ("name",)
-            found = registry.problems(name, {k: v for k, v in given.items() if k not in not_its_own})
-            problems += [(f"{section}.{key}".rstrip("."), text) for key, text in found]
-    engines = {key: _at(merged, key, "engine") for key in ("rollout", "score")}
-    names = [(f"{key}.engine", ENGINES, [name]) for key, name in engines.items() if name != AUTO]
-    names += [("eval.bench", BENCHMARKS, _at(merged, "eval", "bench"))]
-    for key, registry, values in names:
-        for value in values if isinstance(values, list) else []:
-            if isinstance(value, str) and value not in registry.names() and not is_table(value):
-                problems.append((key, f"unknown {registry.kind} `{value}`{did_you_mean(value, registry.names())}"))
-    return problems
-
-
-def _at(merged: Mapping[str, Any], section: str, key: str) -> Any:
-    found = merged.get(section)
-    return found.get(key) if isinstance(found, dict) else None
-
-
-def _combination_problems(recipe: Recipe) -> list[tuple[str, str]]:
-    problems = []
-    if recipe.rollout.parts > recipe.responses_per_step():
-        problems.append(("rollout.parts", f"{recipe.rollout.parts} parts for {recipe.responses_per_step()} responses"))
-    if recipe.prompts.count is not None and recipe.prompts.count < recipe.rollout.prompts_per_step:
-        problems.append(
-            ("prompts.count", f"{recipe.prompts.count} is less than one step's {recipe.rollout.prompts_per_step}")
-        )
-    if recipe.prompts.source.startswith("toy:") and recipe.prompts.count is None:
-        problems.append(("prompts.count", "is required: the embedded task has no end"))
-    problems += _teacher_problems(recipe)
-    if not all(0 <= beta < 1 for beta in recipe.train.betas):
-        problems.append(("train.betas", f"must lie in [0, 1), got {recipe.train.betas}"))
-    decay, warmup = recipe.train.decay_steps, recipe.train.warmup_steps
-    if recipe.train.schedule != "constant" and (decay is None or decay <= warmup):
-        problems.append(("train.decay_steps", f"a falling learning rate needs one above train.warmup_steps, {warmup}"))
-    if recipe.eval.every and not recipe.eval.allow_code_execution:
-        text = "runs code that the student wrote, while training: set eval.allow_code_execution, or eval.every = 0"
-        problems += [("eval.bench", f"`{name}` {text}") for name in recipe.eval.bench if _runs_code(name)]
-    if recipe.eval.temperature == 0 and recipe.eval.samples not in (None, 1):
-        problems.append(("eval.samples", "at temperature 0 all samples are the same: leave it out, or set it to 1"))
-    if recipe.rollout.temperature != 1 or recipe.rollout.top_p != 1:
-        problems.append(
-            ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")
-        )
-    if recipe.pipeline.max_staleness and not _corrects_rollouts(recipe):
-        text = f"objective `{recipe.objective.name}` has no rollout correction; `policy_gradient` and its variants have"
-        problems.append(("pipeline.max_staleness", text))
-    return problems
-
-
-def _corrects_rollouts(recipe: Recipe) -> bool:
-    """Whether the objective corrects for responses of an older student; one that does not exist has its own error."""
-    given = recipe.objective
-    return bool(OBJECTIVES.problems(given.name, given.params)) or isinstance(objective_of(recipe), PolicyGradient)
-
-
-def _runs_code(bench: str) -> bool:
-    return bench in BENCHMARKS.names() and BENCHMARKS.get(bench)().grader.runs_code
-
-
-def _teacher_problems(recipe: Recipe) -> list[tuple[str, str]]:
-    problems = []
-    for name in recipe.teachers:
-        if not NAME.fullmatch(name):
-            problems.append((f"teachers.{name}", "a name must be letters, digits, `_` or `-`"))
-    if bool(recipe.teachers) != (recipe.prompts.teacher_column is not None):
-        text = "names the column that says which of [teachers] is a prompt's own: give both or neither"
-        problems.append(("prompts.teacher_column", text))
-    if recipe.train.extrapolation != 1 and recipe.reference is None:
-        problems.append(("train.extrapolation", f"{recipe.train.extrapolation} needs a [reference] model"))
-    known = not OBJECTIVES.problems(recipe.objective.name, recipe.objective.params)
-    if recipe.train.extrapolation != 1 and known and objective_of(recipe).support != "sampled":
-        problems.append(("train.extrapolation", f"objective `{recipe.objective.name}` knows no reference model"))
-    return problems
+    return name.endswith(TABLE_SUFFIXES)
 
 
 def is_kept(recipe: Recipe, step: int) -> bool:
@@ -795,37 +431,11 @@ def is_kept(recipe: Recipe, step: int) -> bool:
     return any(every and step % every == 0 for every in (recipe.train.keep_every, recipe.eval.every))
 
 
-def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (key, old, new) of every setting that differs; a missing one is None."""
-    return [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-
-
-def describe_changes(changes: Iterable[tuple[str, Any, Any]]) -> str:
-    """Return one line a change: the key, old and new value, what it shapes, and what comes before that."""
-    lines = []
-    for key, old, new in changes:
-        names = [CHAIN.get(stage, stage) for stage in shapes(key)] or ["inputs"]
-        shaped = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-        free = " or ".join(CHAIN[stage] for stage in untouched([key]))
-        lines.append(f"{key} {old!r} → {new!r} shapes {shaped}" + (f", not {free}" if free else ""))
-    return "\n".join(lines)
-
-
-def as_overrides(changes: Sequence[tuple[str, Any, Any]]) -> list[str] | None:
-    """Return the changes as `--set` takes them, or None where one takes a setting away, which no `--set` can say."""
-    components = {key.removesuffix("name") for key, _, _ in changes if key.endswith(".name")}
-    own = [(key, new) for key, _, new in changes if new is not None]
-    if any(new is None and not key.startswith(tuple(components)) for key, _, new in changes):
-        return None
-    # A component's name comes first: it takes the parameters of the one before away.
-    return [f"{key}={json.dumps(new)}" for key, new in sorted(own, key=lambda pair: not pair[0].endswith(".name"))]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from opdctl import claims, dist, store
+from opdctl import distributed
+from opdctl.artifacts import files, leases
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.run import Run
+from opdctl.runs.run import Run
 
-WORKS = "works"
+RUNNING = "works"
 
 
-class Follower:
+class StageHeartbeat:
     """One stage that stays, as the others see it."""
 
     def __init__(self, run: Run, stage: str):
         self._run, self._stage, self._step, self._state = run, stage, run.current_step(), "starts"
-        self._path = folder(run) / f"{stage}-{socket.gethostname()}-{os.getpid()}.json"
+        self._path = heartbeats_path(run) / f"{stage}-{socket.gethostname()}-{os.getpid()}.json"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -32,7 +33,7 @@ class Follower:
         """Come back when `ready()`. Raises OpdctlError (code 5) when it was not for `pipeline.max_idle_seconds`, and no
         other follower is at work."""
         self._step, self._state = step, f"waits for {what}"
-        limit, start, pause = self._run.recipe.pipeline.max_idle_seconds, time.monotonic(), claims.pauses()
+        limit, start, pause = self._run.recipe.pipeline.max_idle_seconds, time.monotonic(), leases.backoff()
         while not ready():
             if time.monotonic() - start > limit:
                 if self._others_work():
@@ -44,15 +45,15 @@ class Follower:
                     code=ExitCode.REACH,
                 )
             time.sleep(next(pause))
-        self._state = WORKS
+        self._state = RUNNING
 
     def _others_work(self) -> bool:
         now = self._path.stat().st_mtime if self._path.exists() else time.time()
-        return any(sign.state == WORKS and sign.is_alive for sign in signs(self._run, now))
+        return any(sign.state == RUNNING and sign.is_alive for sign in read_heartbeats(self._run, now))
 
     def start(self) -> None:
         self._write()
-        forget_the_dead(self._path)
+        remove_stale_heartbeats(self._path)
         self._thread.start()
 
     def stop(self) -> None:
@@ -61,12 +62,12 @@ class Follower:
         self._path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        while not self._stop.wait(claims.HEARTBEAT):
+        while not self._stop.wait(leases.HEARTBEAT_SECONDS):
             with contextlib.suppress(OpdctlError, OSError):  # the work itself will say what is wrong
                 self._write()
 
     def _write(self) -> None:
-        store.write_json(
+        files.write_json(
             self._path,
             {
                 "stage": self._stage,
@@ -80,10 +81,10 @@ class Follower:
 
 
 @contextlib.contextmanager
-def following(run: Run, stage: str) -> Iterator[Follower]:
+def send_heartbeats(run: Run, stage: str) -> Iterator[StageHeartbeat]:
     """Yield what lets a stage wait, and tells of it; of several ranks the first tells."""
-    follower = Follower(run, stage)
-    if not dist.is_main():
+    follower = StageHeartbeat(run, stage)
+    if not distributed.is_main():
         yield follower
         return
     follower.start()
@@ -93,22 +94,22 @@ def following(run: Run, stage: str) -> Iterator[Follower]:
         follower.stop()
 
 
-def folder(run: Run) -> Path:
+def heartbeats_path(run: Run) -> Path:
     return run.path / "followers"
 
 
-def forget_the_dead(own: Path) -> None:
+def remove_stale_heartbeats(own: Path) -> None:
     """Remove what followers have left that showed no life for a whole lease when `own` was written, by the one clock
     that all share: the file system's."""
     now = own.stat().st_mtime
     for path in own.parent.glob("[!.]*.json"):
         with contextlib.suppress(FileNotFoundError):
-            if now - path.stat().st_mtime > claims.LEASE:
+            if now - path.stat().st_mtime > leases.LEASE_SECONDS:
                 path.unlink()
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """A follower's last sign of life. age: seconds."""
 
     stage: str
@@ -120,16 +121,16 @@ class Sign:
 
     @property
     def is_alive(self) -> bool:
-        return self.age < claims.LEASE
+        return self.age < leases.LEASE_SECONDS
 
 
-def signs(run: Run, now: float | None = None) -> list[Sign]:
+def read_heartbeats(run: Run, now: float | None = None) -> list[Heartbeat]:
     """Return the last sign of life of every follower. now: the time of the file system, by a file just written, where
     its clock and this machine's may differ."""
     found, now = [], time.time() if now is None else now
-    for path in sorted(folder(run).glob("[!.]*.json")):
+    for path in sorted(heartbeats_path(run).glob("[!.]*.json")):
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # it has just ended
-            said = json.loads(store.read_text(path))
+            said = json.loads(files.read_text(path))
             names, age = ("stage", "step", "state", "host", "pid"), now - path.stat().st_mtime
-            found.append(Sign(**{name: said[name] for name in names}, age=max(age, 0)))
+            found.append(Heartbeat(**{name: said[name] for name in names}, age=max(age, 0)))
     return found

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from opdctl import log
+from opdctl import console
+from opdctl.artifacts.records import Logprobs, Response, ScoredResponse, TokenScores
+from opdctl.artifacts.tables import read_rows, read_scores
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.model import ModelDir
-from opdctl.records import Logprobs, Response, Scored, Scores
-from opdctl.run import REFERENCE, Run
-from opdctl.store import read_rows, read_scores
-from opdctl.weights import Tokens
+from opdctl.losses.token_weights import ResponseTokens
+from opdctl.models.directory import ModelDir
+from opdctl.runs.run import REFERENCE, Run
 
 
-def read_scored(run: Run, step: int) -> Iterator[Scored]:
+def read_scored(run: Run, step: int) -> Iterator[ScoredResponse]:
     """Yield a step's responses with their scores, one verified part in memory at a time.
 
     Up to train.max_spoilt_responses are left out, and said, that have too few log-probs or one that is no number.
@@ -41,8 +41,8 @@ def check_ids(responses: Iterable[Response], model: ModelDir) -> None:
 
 
 def join(
-    responses: Sequence[Response], scores: Mapping[str, Mapping[str, Scores]], may_be_spoilt: int = 0
-) -> list[Scored]:
+    responses: Sequence[Response], scores: Mapping[str, Mapping[str, TokenScores]], may_be_spoilt: int = 0
+) -> list[ScoredResponse]:
     """Join responses with the scores of each model, by the model's name and the sample's id.
 
     A teacher scores the responses that name it, the reference all, and neither any other. Responses with short or
@@ -50,18 +50,18 @@ def join(
     missing or spare score.
     """
     if len({response.sample_id for response in responses}) != len(responses):
-        raise _do_not_join("responses", ["a sample id that occurs twice"])
+        raise _join_error("responses", ["a sample id that occurs twice"])
     if strange := sorted({response.teacher for response in responses} - scores.keys()):
-        raise _do_not_join("responses", [f"a teacher `{name}` that there is not" for name in strange])
+        raise _join_error("responses", [f"a teacher `{name}` that there is not" for name in strange])
     for name, found in scores.items():
         wanted = {r.sample_id for r in responses if name in (r.teacher, REFERENCE)}
         if wanted != found.keys():
-            raise _do_not_join(name, sorted(wanted.symmetric_difference(found))[:3])
+            raise _join_error(name, sorted(wanted.symmetric_difference(found))[:3])
     joined = []
     for response in responses:
         teacher = scores[response.teacher][response.sample_id]
         reference = scores[REFERENCE][response.sample_id] if REFERENCE in scores else None
-        said_by: dict[str, Response | Scores] = {"student": response, response.teacher: teacher}
+        said_by: dict[str, Response | TokenScores] = {"student": response, response.teacher: teacher}
         said_by |= {REFERENCE: reference} if reference else {}
         try:
             for who, said in said_by.items():
@@ -70,17 +70,17 @@ def join(
             may_be_spoilt -= 1
             if may_be_spoilt < 0:
                 raise
-            log.warn(f"{error.message}; this response is left out")
+            console.warn(f"{error.message}; this response is left out")
         else:
-            joined.append(Scored(response, teacher, reference))
+            joined.append(ScoredResponse(response, teacher, reference))
     return joined
 
 
-def _do_not_join(name: str, odd: Iterable[str]) -> OpdctlError:
+def _join_error(name: str, odd: Iterable[str]) -> OpdctlError:
     return OpdctlError(f"responses and scores do not join: {name}: {', '.join(odd)}", code=ExitCode.DATA)
 
 
-def _check(response: Response, who: str, said: Response | Scores) -> None:
+def _check(response: Response, who: str, said: Response | TokenScores) -> None:
     """Raise OpdctlError unless each column that is stored has one row a token, and is finite."""
     for column in ("logprobs", "entropies", "top_logprobs", "student_top_logprobs"):
         values = getattr(said, column, None)
@@ -101,7 +101,7 @@ def _check(response: Response, who: str, said: Response | Scores) -> None:
             )
 
 
-def target(scored: Scored, extrapolation: float) -> Logprobs:
+def target_logprobs(scored: ScoredResponse, extrapolation: float) -> Logprobs:
     """Return the log-probs of what the student is drawn to, [T], in nats: the teacher, or λ log T + (1 - λ) log R.
 
     The latter less log S is λ (log T - log R) - (log S - log R), the advantage of reward extrapolation
@@ -114,7 +114,7 @@ def target(scored: Scored, extrapolation: float) -> Logprobs:
     return extrapolation * teacher + (1 - extrapolation) * scored.reference.logprobs
 
 
-def tokens(scored: Scored, step: int, extrapolation: float) -> Tokens:
+def to_weight_inputs(scored: ScoredResponse, step: int, extrapolation: float) -> ResponseTokens:
     """Return a response's tokens as weights see them, float64."""
     response, teacher = scored.response, scored.teacher
     columns = {
@@ -126,10 +126,10 @@ def tokens(scored: Scored, step: int, extrapolation: float) -> Tokens:
         "teacher_logp_of_student_top": teacher.student_top_logprobs,
     }
     student_logp_T = response.logprobs.astype(np.float64)
-    return Tokens(
+    return ResponseTokens(
         student_logp_T,
         teacher.logprobs.astype(np.float64),
-        target(scored, extrapolation).astype(np.float64) - student_logp_T,
+        target_logprobs(scored, extrapolation).astype(np.float64) - student_logp_T,
         step,
         {
             name: value.astype(np.float64) if value.dtype == np.float32 else value

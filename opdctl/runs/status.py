@@ -3,17 +3,20 @@
 import itertools
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opdctl import SCHEMA_VERSION, store
+from opdctl.artifacts import directories, files, stage_dir
+from opdctl.artifacts.manifests import Manifest, StageHeader, SummaryRecord
+from opdctl.artifacts.records import SCHEMA_VERSION
+from opdctl.artifacts.stage_dir import Fingerprint, StageDir
 from opdctl.errors import OpdctlError
-from opdctl.follow import signs
-from opdctl.manifests import Manifest, SummaryRecord, Work
-from opdctl.run import Run, shaping
-from opdctl.store import Fingerprint, StageDir
+from opdctl.runs.compatibility import artifact_changes
+from opdctl.runs.heartbeats import read_heartbeats
+from opdctl.runs.layout import list_steps
+from opdctl.runs.run import Run, next_stage_command
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,12 @@ class StageStatus:
     detail: str
 
 
-def stage_status(run: Run, step: int, name: str, *, verify: bool) -> StageStatus:
+def check_stage(run: Run, step: int, name: str, *, verify: bool) -> StageStatus:
     """Return what stands of a stage. Recorded parts must be there in their size; with `verify`, in their digest too."""
-    return _status(step, name, partial(_stage, run, step, name), "waits for the stage before", verify=verify)
+    return _check(step, name, partial(_stage, run, step, name), "waits for the stage before", verify=verify)
 
 
-def _status(step: int, name: str, find: Callable[[], StageDir | None], none: str, *, verify: bool) -> StageStatus:
+def _check(step: int, name: str, find: Callable[[], StageDir | None], none: str, *, verify: bool) -> StageStatus:
     """Return what stands of the stage that `find` returns; `none` is what to say where there is none yet."""
     try:
         stage = find()
@@ -59,25 +62,24 @@ def continuations(run: Run, *, verify: bool) -> list[StageStatus]:
     """Return what stands of the continuations, of each step that was gone on from and each model: of those that began,
     and until there is a summary of those that are to."""
     found = []
-    for folder in sorted(run.path.glob("continuations/step-[0-9]*")):
-        step = int(folder.name.removeprefix("step-"))
+    for step, folder in list_steps(run.path / "continuations").items():
         again = f"opdctl analyze-position {shlex.quote(str(run.path))} --continuations --step {step}"
         models = {path.name for path in folder.iterdir() if path.is_dir()}
         if not (folder / "summary.json").exists():
             models |= {"student", *run.recipe.teacher_models()}
         for model in sorted(models):
             find = partial(_as_recorded, folder / model, again)
-            found.append(_status(step, f"continuations by {model}", find, "", verify=verify))
+            found.append(_check(step, f"continuations by {model}", find, "", verify=verify))
     return found
 
 
 def _as_recorded(path: Path, redo: str) -> StageDir | None:
     """Return a stage as its folder records it, None before its first part, whose name says how many there are to be."""
-    sealed, begun = (path / "manifest.json", Manifest), (path / "work.json", Work)
+    sealed, begun = (path / "manifest.json", Manifest), (path / "work.json", StageHeader)
     record_path, kind = sealed if sealed[0].exists() else begun
     if not record_path.exists():
         return None
-    record = store.read_json(record_path, kind, f"remove {path} and run `{redo}`")
+    record = files.read_json(record_path, kind, f"remove {path} and run `{redo}`")
     listed = [part["name"] for part in record.get("parts", ())]
     names = listed or [part.name for part in path.glob("part-?????-of-?????.parquet")]
     if not names:
@@ -86,7 +88,7 @@ def _as_recorded(path: Path, redo: str) -> StageDir | None:
     return StageDir(path, stage=record["stage"], parts=parts, suffix=".parquet", fingerprint=fingerprint, redo=redo)
 
 
-def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
+def check_update(run: Run, step: int, *, verify: bool) -> StageStatus:
     """Return what stands of a step's update, and of the student and trainer state that came of it."""
     if not run.update_path(step).exists():
         return StageStatus(step, "update", "missing", "")
@@ -94,14 +96,14 @@ def update_status(run: Run, step: int, *, verify: bool) -> StageStatus:
         record, newest = run.update(step), step + 1 == run.current_step()
         student, trainer = run.student_path(step + 1), run.trainer_path(step + 1)
         if newest and not student.is_dir():
-            raise store.damaged(student, "the newest is missing", run.command("train") + " --repair")
+            raise files.corrupt_artifact(student, "the newest is missing", run.command("train") + " --repair")
         again = run.command("train") + " --repair makes it again" if newest else "remove it: no step needs it any more"
         before = "train takes the state before it, or remove it"
         for path, digests, way in ((student, record["student"], again), (trainer, record["trainer"], before)):
             if verify and path.is_dir():
-                store.check_directory(path, digests, way)
+                directories.check_directory(path, digests, way)
         if verify and not _same_artifacts(record["inputs"], run.inputs(step)):
-            raise store.damaged(run.step_path(step), "the update was made from other responses or scores")
+            raise files.corrupt_artifact(run.step_path(step), "the update was made from other responses or scores")
     except OpdctlError as error:
         return StageStatus(step, "update", "damaged", f"{error.message} ({error.hint})")
     kept = run.student_path(step + 1).is_dir()
@@ -116,12 +118,12 @@ def _same_artifacts(recorded: Mapping[str, str], found: Mapping[str, str]) -> bo
 def evaluations(run: Run, *, verify: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the summaries of the finished evaluations, and what is damaged among them."""
     paths = sorted(run.path.glob("eval/*/*/summary.json"))
-    problems = [problem for path in paths for problem in store.verify_sealed(path.parent)] if verify else []
+    problems = [problem for path in paths for problem in stage_dir.verify_stage(path.parent)] if verify else []
     again = f"remove it and run `{run.command('eval')}`: it is made again from the graded responses"
-    return [store.read_json(path, SummaryRecord, again) for path in paths], problems
+    return [files.read_json(path, SummaryRecord, again) for path in paths], problems
 
 
-def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
+def collect_status(run: Run, *, verify: bool = False) -> dict[str, Any]:
     """Return the state of every stage of every step begun, the continuations and evaluations, and the next command.
 
     Raises OpdctlError (code 3) where what all of it rests on is damaged: with `verify` the prompts, too.
@@ -131,8 +133,8 @@ def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
     done = run.current_step()
     stages = []
     for step in itertools.takewhile(run.is_begun, range(run.recipe.train.steps)):
-        stages += [stage_status(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
-        stages.append(update_status(run, step, verify=verify))
+        stages += [check_stage(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
+        stages.append(check_update(run, step, verify=verify))
     summaries, problems = evaluations(run, verify=verify)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -144,7 +146,7 @@ def status(run: Run, *, verify: bool = False) -> dict[str, Any]:
         "evaluations": summaries,
         "damaged_evaluations": problems,
         "changes": recipe_changes(run),
-        "followers": signs(run),
+        "followers": read_heartbeats(run),
         "next": next_command(run, stages),
     }
 
@@ -153,7 +155,7 @@ def recipe_changes(run: Run) -> list[dict[str, Any]]:
     """Return at which steps the recipe was changed, and how."""
     found = []
     for step, recipe in sorted(run.earlier.items()):
-        settings = shaping(recipe, run.at(step).recipe)
+        settings = artifact_changes(recipe, run.at(step).recipe)
         found.append({"step": step, "settings": [f"{key} {old!r} → {new!r}" for key, old, new in settings]})
     return [change for change in found if change["settings"]]
 
@@ -171,37 +173,3 @@ def next_command(run: Run, stages: list[StageStatus]) -> str:
         if stage.state == "damaged" and stage.stage == "update" and stage.step + 1 == run.current_step():
             return run.command("train") + " --repair"
     return next_stage_command(run)
-
-
-def next_stage_command(run: Run) -> str:
-    """Return the command for the next stage of the current step, or the analysis when the run is complete."""
-    step = run.current_step()
-    if step >= run.recipe.train.steps:
-        return f"opdctl analyze-position {run.path}"
-    if not run.rollout(step).done():
-        return run.command("rollout")
-    return run.command("train" if run.is_scored(step) else "score-teacher")
-
-
-def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the status as (what, state) lines: the steps before the first unfinished one together, then the rest."""
-    unfinished = {stage.step for stage in found["stages"] if stage.state != "done"}
-    finished = range(min([*unfinished, found["steps_done"]]))
-    lines = [("finished", f"steps 0 to {finished[-1]}" if finished[-1] else "step 0")] if finished else []
-    shown = [stage for stage in found["stages"] if stage.step not in finished] + found["continuations"]
-    for stage in shown:
-        lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
-    lines += [("damaged", problem) for problem in found["damaged_evaluations"]]
-    for change in found["changes"]:
-        lines.append((f"from step {change['step']}", f"another recipe: {'; '.join(change['settings'])}"))
-    for sign in found["followers"]:
-        life = f"{sign.age:.0f} s ago" if sign.is_alive else f"no sign of life for {sign.age:.0f} s"
-        lines.append((sign.stage, f"step {sign.step}, {sign.state}  ({life}, process {sign.pid} on {sign.host})"))
-    for summary in found["evaluations"]:
-        lines.append((f"eval {summary['bench']}", f"{summary['model']}: {summary['avg']:.1%}"))
-    return [*lines, ("next", found["next"])]
-
-
-def as_json(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the status as JSON values."""
-    return {**found, **{key: [asdict(each) for each in found[key]] for key in ("stages", "continuations", "followers")}}

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from opdctl.batches import Padded, by_token_budget, pad
-from opdctl.config import Recipe
-from opdctl.objectives import Objective
-from opdctl.records import Scored
-from opdctl.scored import target, tokens
-from opdctl.weights import Floats, Weight, weigh
+from opdctl.artifacts.records import ScoredResponse
+from opdctl.losses.objectives import Objective
+from opdctl.losses.token_weights import Floats, Weight, weigh
+from opdctl.models.batching import PaddedBatch, by_token_budget, pad_batch
+from opdctl.recipe.schema import Recipe
+from opdctl.runs.scored_responses import target_logprobs, to_weight_inputs
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class MicroBatch:
     top-k objective and the teacher's log-probs of them.
     """
 
-    samples: list[Scored]
-    padded: Padded
+    samples: list[ScoredResponse]
+    padded: PaddedBatch
     rollout_logp_N: Tensor
     teacher_logp_N: Tensor
     target_logp_N: Tensor
@@ -43,12 +43,12 @@ class MicroBatch:
     """False where it only keeps a rank in step with the others."""
 
 
-def halved(batch: MicroBatch) -> list[MicroBatch]:
+def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
     """Return a micro-batch as two, of half the responses each; one of a single response as it is."""
     half = len(batch.samples) // 2
     tokens = sum(batch.padded.lengths[:half])
 
-    def part(samples: list[Scored], rows: slice) -> MicroBatch:
+    def part(samples: list[ScoredResponse], rows: slice) -> MicroBatch:
         columns: dict[str, Any] = {k: value[rows] for k, value in vars(batch).items() if isinstance(value, Tensor)}
         return replace(batch, samples=samples, padded=_padded(samples, batch.share_N.device), **columns)
 
@@ -56,11 +56,11 @@ def halved(batch: MicroBatch) -> list[MicroBatch]:
     return [part(*cut) for cut in cuts] if half else [batch]
 
 
-def _padded(samples: list[Scored], device: torch.device | str) -> Padded:
-    return pad([(sample.response.prompt_ids, sample.response.response_ids) for sample in samples], device)
+def _padded(samples: list[ScoredResponse], device: torch.device | str) -> PaddedBatch:
+    return pad_batch([(sample.response.prompt_ids, sample.response.response_ids) for sample in samples], device)
 
 
-def own_share(batches: Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
+def micro_batches_of_rank(batches: Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
     """Return the micro-batches of one of `world` ranks, the same number for each.
 
     Sharded layers are gathered by all ranks together, so one that has none left goes through the smallest again, with
@@ -72,13 +72,13 @@ def own_share(batches: Sequence[MicroBatch], rank: int, world: int) -> list[Micr
 
 
 def micro_batches(
-    recipe: Recipe, step: int, scored: Sequence[Scored], weight: Weight, objective: Objective, device: str
+    recipe: Recipe, step: int, scored: Sequence[ScoredResponse], weight: Weight, objective: Objective, device: str
 ) -> list[MicroBatch]:
     """Weigh a step's tokens and cut its responses into micro-batches, each of one teacher, by the token budget."""
     # Weights need whole responses and, some of them, the whole step: they are taken before anything is batched.
-    weights = weigh(weight, [tokens(sample, step, recipe.train.extrapolation) for sample in scored])
+    weights = weigh(weight, [to_weight_inputs(sample, step, recipe.train.extrapolation) for sample in scored])
     lengths = [len(sample.response.response_ids) for sample in scored]
-    divisors = _divisors(lengths, recipe.train.aggregate)
+    divisors = _loss_denominators(lengths, recipe.train.aggregate)
     batches = []
     for teacher in recipe.teacher_models():
         own = [i for i, sample in enumerate(scored) if sample.response.teacher == teacher]
@@ -91,7 +91,7 @@ def micro_batches(
     return batches
 
 
-def _divisors(lengths: list[int], aggregate: str) -> list[int]:
+def _loss_denominators(lengths: list[int], aggregate: str) -> list[int]:
     """Return what each response's losses are divided by.
 
     The step's loss is (sum over all tokens) / (their number). Dividing each token's by that one number gives its
@@ -106,7 +106,7 @@ def _divisors(lengths: list[int], aggregate: str) -> list[int]:
 
 def _micro_batch(
     recipe: Recipe,
-    samples: list[Scored],
+    samples: list[ScoredResponse],
     weights: list[Floats],
     shares: list[Floats],
     objective: Objective,
@@ -130,7 +130,7 @@ def _micro_batch(
         padded=_padded(samples, device),
         rollout_logp_N=column([response.logprobs for response in responses]),
         teacher_logp_N=column([teacher.logprobs for teacher in teachers]),
-        target_logp_N=column([target(sample, recipe.train.extrapolation) for sample in samples]),
+        target_logp_N=column([target_logprobs(sample, recipe.train.extrapolation) for sample in samples]),
         weight_N=column(weights),
         share_N=column(shares),
         support_ids_NK=None if ids_NK is None else ids_NK[:, :top_k],

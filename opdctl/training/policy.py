@@ -13,11 +13,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opdctl import dist
-from opdctl.config import Lora, Recipe
+from opdctl import distributed
 from opdctl.errors import OpdctlError
-from opdctl.logprobs import check_head
-from opdctl.model import TOLERANCE, ModelDir, load
+from opdctl.models.directory import ModelDir
+from opdctl.models.loading import LOGPROB_TOLERANCE, load_model
+from opdctl.models.logprobs import check_head
+from opdctl.recipe.schema import Lora, Recipe
 
 if TYPE_CHECKING:
     import peft
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 ADAPTER = "default"  # peft's own name for the only one
 
 
-def policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedModel:
+def load_policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedModel:
     """Load the student for training: what is trained is in float32, and requires a gradient.
 
     An update of 1e-5 is lost in bfloat16, so masters are float32 whatever the export's type; the frozen weights under
     an adapter are never updated and stay as they are. Raises OpdctlError where the model has no such LoRA targets.
     """
-    sharded = dist.world() > 1 or recipe.train.cpu_offload
-    model = load(student, device="cpu" if sharded else device, dtype=None if recipe.lora.rank else "float32")
+    sharded = distributed.world_size() > 1 or recipe.train.cpu_offload
+    model = load_model(student, device="cpu" if sharded else device, dtype=None if recipe.lora.rank else "float32")
     if recipe.lora.rank:
         torch.manual_seed(recipe.seed)  # an adapter begins at random, and on every rank alike
         _inject(model, recipe.lora)
@@ -73,7 +74,7 @@ def _inject(model: PreTrainedModel, settings: Lora) -> None:
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
-    if not (off := check_head(model)) <= TOLERANCE[model.dtype == torch.float32]:
+    if not (off := check_head(model)) <= LOGPROB_TOLERANCE[model.dtype == torch.float32]:
         raise OpdctlError(f"lora: with these settings the log-probs are {off:.2g} nats from the model's own")
 
 
@@ -91,7 +92,7 @@ def _shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:
     tied = model.config.get_text_config().tie_word_embeddings
     low = torch.bfloat16 if recipe.student.dtype == "bfloat16" else None
     settings: dict[str, Any] = {
-        "mesh": dist.mesh(device),
+        "mesh": distributed.mesh(device),
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda")
         if recipe.train.cpu_offload
@@ -114,8 +115,10 @@ def export(model: PreTrainedModel, student: ModelDir, dtype: str, folder: Path) 
     """Write a plain model directory: weights in the recipe's type, adapters merged and beside them, the rest as the
     student came. Only rank 0 writes."""
     state = merged(model, getattr(torch, dtype))
-    trained = {name: dist.whole(value).cpu() for name, value in model.named_parameters() if value.requires_grad}
-    if not dist.is_main():
+    trained = {
+        name: distributed.full_tensor(value).cpu() for name, value in model.named_parameters() if value.requires_grad
+    }
+    if not distributed.is_main():
         return
     model.config.dtype = getattr(torch, dtype)
     model.generation_config = GenerationConfig()  # the student's own is copied as it is, valid or not
@@ -145,10 +148,10 @@ def merged(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
         plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
         if plain in tied or "lora_" in name or ".original_module." in name:
             continue
-        weight = dist.whole(value)
+        weight = distributed.full_tensor(value)
         if name.endswith(".base_layer.weight"):
             layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
-            weight = weight.float() + dist.whole(layer.get_delta_weight(ADAPTER))
-        if dist.is_main():
+            weight = weight.float() + distributed.full_tensor(layer.get_delta_weight(ADAPTER))
+        if distributed.is_main():
             state[plain] = weight.to("cpu", dtype)
     return state

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opdctl import dist, log
-from opdctl.config import Recipe
+from opdctl import console, distributed
+from opdctl.recipe.schema import Recipe
 
 Metrics = Mapping[str, float]
 
@@ -54,7 +54,7 @@ KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
 def trackers(recipe: Recipe, path: Path) -> Iterator[Callable[[Metrics], None]]:
     """Yield what hands a step's metrics on to the recipe's trackers, on rank 0 alone. It raises nothing."""
     opened: dict[str, Tracker] = {}
-    for kind in recipe.tracking.to if dist.is_main() else ():
+    for kind in recipe.tracking.to if distributed.is_main() else ():
         with _spared(kind, opened):
             opened[kind] = KINDS[kind](recipe, path)
 
@@ -80,4 +80,4 @@ def _spared(name: str, opened: dict[str, Tracker]) -> Iterator[None]:
     except Exception as error:  # its network, its disk, its server: not this run's
         opened.pop(name, None)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        log.warn(f"{name}: {reason}; the run goes on without it, metrics.jsonl has all metrics")
+        console.warn(f"{name}: {reason}; the run goes on without it, metrics.jsonl has all metrics")

@@ -60,7 +60,7 @@ def make_models(folder: Path, vocab: int) -> None:
 def make_prompts(path: Path, count: int, embedded: bool) -> None:
     import numpy as np
 
-    from opdctl.tasks import sort12
+    from opdctl.data.toy import sort12
 
     rng = np.random.default_rng(0)
     if embedded:
@@ -137,11 +137,11 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
     """Train some steps with opdctl, its artifacts written as always; return the seconds of each step and its stages."""
     import torch
 
-    from opdctl.config import load_recipe
-    from opdctl.engines import engine_pool
-    from opdctl.run import open_run
-    from opdctl.stages import rollout, score
-    from opdctl.stages.train import Trainer
+    from opdctl.engines.pool import open_engine_pool
+    from opdctl.pipeline import rollout, score
+    from opdctl.recipe.load import load_recipe
+    from opdctl.runs.open import open_run
+    from opdctl.training.trainer import Trainer
 
     torch.set_num_threads(args.threads)
     settings = {
@@ -169,11 +169,11 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"generation": [], "score": [], "update": []}
     run = open_run(recipe, Path(tempfile.mkdtemp()) / "run")
     trainer = Trainer(run, "cpu")
-    with engine_pool(recipe, "cpu") as engines:
+    with open_engine_pool(recipe, "cpu") as engines:
         for step in range(args.steps):
             work = {
-                "generation": lambda step=step: rollout.run(run, step, engines),
-                "score": lambda step=step: score.run(run, step, engines),
+                "generation": lambda step=step: rollout.run_rollout(run, step, engines),
+                "score": lambda step=step: score.run_scoring(run, step, engines),
                 "update": lambda step=step: trainer.step(step),
             }
             for name, stage in work.items():

@@ -19,10 +19,12 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opdctl.config import Model, Sampling, Score, load_recipe
-from opdctl.engines import Answered, Engine, Place, Request, resolve_device
-from opdctl.model import ModelDir, locate
-from opdctl.records import sample_seed
+from opdctl.artifacts.records import sample_seed
+from opdctl.engines.base import Engine, EngineContext, Request, ScoreRequest
+from opdctl.environment import resolve_device
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import Model, Sampling, Score
 from opdctl.registry import ENGINES
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,7 +64,9 @@ def measure(call: Callable[[], int]) -> float:
     return statistics.median(rates)
 
 
-def rates(engine: Engine, requests: list[Request], answered: list[Answered], sampling: Sampling) -> dict[str, float]:
+def rates(
+    engine: Engine, requests: list[Request], answered: list[ScoreRequest], sampling: Sampling
+) -> dict[str, float]:
     def draw() -> int:
         completions = engine.generate(requests, sampling, len(requests), lambda n: None)
         return sum(len(completion.response_ids) for completion in completions)
@@ -90,7 +94,7 @@ def main() -> None:
     print("| model | work | " + " | ".join(args.engines) + " | ratio |")
     print("|---|---|" + "---:|" * len(args.engines) + "---:|")
     with tempfile.TemporaryDirectory() as folder:
-        paths = {"toy:teacher": locate(Model(model="toy:teacher"), "model"), "Qwen3": Path(folder) / "qwen3"}
+        paths = {"toy:teacher": find_or_download(Model(model="toy:teacher"), "model"), "Qwen3": Path(folder) / "qwen3"}
         random_qwen3(paths["Qwen3"], args.vocab)
         for name, path in paths.items():
             if name not in args.models:
@@ -99,11 +103,11 @@ def main() -> None:
             prompts = [rng.integers(2, 28, 13).astype(np.int32) for _ in range(args.responses)]
             requests = [Request(prompt, sample_seed(0, str(index))) for index, prompt in enumerate(prompts)]
             responses = rng.integers(2, model.vocab_size, (args.responses, args.tokens)).astype(np.int32)
-            answered = [Answered(p, response) for p, response in zip(prompts, responses, strict=True)]
+            answered = [ScoreRequest(p, response) for p, response in zip(prompts, responses, strict=True)]
             found = {}
             for kind in args.engines:
                 print(f"{name}: {kind}", file=sys.stderr, flush=True)
-                engine = ENGINES.get(kind)(model, Place(recipe, recipe.student, device))
+                engine = ENGINES.get(kind)(model, EngineContext(recipe, recipe.student, device))
                 found[kind] = rates(engine, requests, answered, sampling)
                 engine.close()
             label = f"{name}, {model.parameters() / 1e6:.3g} M parameters, vocabulary {model.vocab_size:,}"

@@ -25,18 +25,22 @@ import torch
 from growth import scored
 from torch.utils.flop_counter import FlopCounterMode
 
-from opdctl import sizes
-from opdctl.config import Recipe, Score, Shape, load_recipe
-from opdctl.engines import Answered, Request, engine_pool
-from opdctl.engines.hf import TransformersEngine
-from opdctl.plan import plan
-from opdctl.run import Run, open_run
-from opdctl.stages import rollout, score
-from opdctl.stages.train import Trainer
+from opdctl.engines.base import Request, ScoreRequest
+from opdctl.engines.pool import open_engine_pool
+from opdctl.engines.transformers import TransformersEngine
+from opdctl.pipeline import costs, rollout, score
+from opdctl.pipeline.plan import make_plan
+from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import ModelShape, Recipe, Score
+from opdctl.runs.open import open_run
+from opdctl.runs.run import Run
+from opdctl.training.trainer import Trainer
 
 PROMPT = 16
 IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, **named: 2 * a[0] * a[1] * b[1]}  # not in torch's own list
-SHAPE = Shape(layers=6, hidden=256, heads=4, kv_heads=2, head_size=64, feed_forward=768, vocabulary=16_384, tied=True)
+SHAPE = ModelShape(
+    layers=6, hidden=256, heads=4, kv_heads=2, head_size=64, feed_forward=768, vocabulary=16_384, tied=True
+)
 WORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "update": ("update", {}),
     "update, activations recomputed": ("update", {"train.gradient_checkpointing": True}),
@@ -99,7 +103,7 @@ def work_of(run: Run, work: str) -> Callable[[], object]:
     if work == "rollout":
         requests = [Request(prompt, index) for index, prompt in enumerate(prompts)]
         return lambda: engine.generate(requests, recipe.rollout, len(requests), lambda n: None)
-    answered = [Answered(sample.response.prompt_ids, sample.response.response_ids) for sample in samples]
+    answered = [ScoreRequest(sample.response.prompt_ids, sample.response.response_ids) for sample in samples]
     settings = Score(tokens_per_batch=recipe.score.tokens_per_batch)
     return lambda: engine.score(answered, settings, lambda n: None)
 
@@ -140,13 +144,13 @@ def _bare(flops: int, dtype: str) -> float:
 def estimate(work: str, recipe: Recipe) -> tuple[int, float]:
     """Return the bytes that `--dry-run` counts, and the FLOPs of products without attention."""
     stage = {
-        "update": lambda: sizes.update(recipe, SHAPE, SHAPE),
-        "score": lambda: sizes.score(recipe, SHAPE, recipe.student.dtype),
-        "rollout": lambda: sizes.rollout(recipe, SHAPE),
+        "update": lambda: costs.update_cost(recipe, SHAPE, SHAPE),
+        "score": lambda: costs.score_cost(recipe, SHAPE, recipe.student.dtype),
+        "rollout": lambda: costs.rollout_cost(recipe, SHAPE),
     }[work]()
     response = recipe.responses_per_step() * recipe.rollout.max_tokens
-    body = sizes.forward_flops(SHAPE, recipe.responses_per_step() * PROMPT + response, 0)
-    head = 2 * sizes.head_parameters(SHAPE) * response
+    body = costs.forward_flops(SHAPE, recipe.responses_per_step() * PROMPT + response, 0)
+    head = 2 * costs.head_parameters(SHAPE) * response
     if work != "update":
         return stage.bytes, body + head
     lora = recipe.lora.rank > 0
@@ -159,11 +163,11 @@ def files(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     recipe = recipe_of(models, args, {"rollout.prompts_per_step": 64, "rollout.parts": 4})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        estimated = plan(recipe, path)
+        estimated = make_plan(recipe, path)
         run = open_run(recipe, path)
-        with engine_pool(recipe, "cpu") as engines:
-            rollout.run(run, 0, engines)
-            score.run(run, 0, engines)
+        with open_engine_pool(recipe, "cpu") as engines:
+            rollout.run_rollout(run, 0, engines)
+            score.run_scoring(run, 0, engines)
         Trainer(run, "cpu").step(0)
         measured = {
             name: sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file())
@@ -176,7 +180,7 @@ def files(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
         estimated.rollout_bytes_per_step,
         estimated.score_bytes_per_step,
         4 * weights,
-        sizes.STATE_BYTES * weights,
+        costs.STATE_BYTES * weights,
     )
     return {name: (size, one) for (name, size), one in zip(measured.items(), counted, strict=True)}
 

@@ -18,16 +18,16 @@ import torch
 from against_trl import make_models
 from matplotlib import pyplot as plt
 
-from opdctl.config import load_recipe
-from opdctl.records import Response, Scored, Scores
-from opdctl.run import open_run
-from opdctl.stages.train import Trainer
+from opdctl.artifacts.records import Response, ScoredResponse, TokenScores
+from opdctl.recipe.load import load_recipe
+from opdctl.runs.open import open_run
+from opdctl.training.trainer import Trainer
 
 LENGTHS, BATCHES = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8, 16, 32, 64)
 PROMPT = 16
 
 
-def scored(index: int, length: int, vocab: int) -> Scored:
+def scored(index: int, length: int, vocab: int) -> ScoredResponse:
     rng = np.random.default_rng(index)
     response = Response(
         sample_id=f"r{index}",
@@ -41,7 +41,7 @@ def scored(index: int, length: int, vocab: int) -> Scored:
         teacher="teacher",
         answer=None,
     )
-    return Scored(response, Scores(rng.normal(-9, 1, length).astype(np.float32)), None)
+    return ScoredResponse(response, TokenScores(rng.normal(-9, 1, length).astype(np.float32)), None)
 
 
 def measure(batch: int, length: int, args: argparse.Namespace) -> dict[str, float]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opdctl.logprobs import Chunk, Head, over_chunks
-from opdctl.objectives import PolicyGradient, TokenBatch
+from opdctl.losses.objectives import PolicyGradient, TokenBatch
+from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks
 
 
 def plain(hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, target_N: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def chunked(hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, target_N: Tensor)
         chunk.entropy_C()
         return PolicyGradient()(TokenBatch(logp_C, old_C, old_C, target_N[chunk.rows]))[0].sum()
 
-    return over_chunks(Head(head_VD, len(head_VD)), hidden_ND, ids_N[:, None], use)
+    return map_vocab_chunks(Head(head_VD, len(head_VD)), hidden_ND, ids_N[:, None], use)
 
 
 def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, float]:

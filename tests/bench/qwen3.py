@@ -7,10 +7,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
 from transformers import Qwen3MoeForCausalLM as Qwen3Moe
 
-from opdctl.config import Shape
+from opdctl.recipe.schema import ModelShape
 
 
-def model(shape: Shape) -> PreTrainedModel:
+def model(shape: ModelShape) -> PreTrainedModel:
     """Return a dense model, or a mixture of experts where the shape has several."""
     same = {
         "vocab_size": shape.vocabulary,
@@ -29,7 +29,7 @@ def model(shape: Shape) -> PreTrainedModel:
     return Qwen3Moe(Qwen3MoeConfig(**same, **experts, moe_intermediate_size=shape.feed_forward))
 
 
-def save(shape: Shape, folder: Path) -> Path:
+def save(shape: ModelShape, folder: Path) -> Path:
     """Write such a model, and a tokenizer of as many ids."""
     torch.manual_seed(0)
     model(shape).save_pretrained(folder)

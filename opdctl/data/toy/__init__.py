@@ -1,8 +1,7 @@
 """The embedded tasks, by name."""
 
-from opdctl.tasks.sorting import sort12
-from opdctl.tasks.swapping import perm, perm4, perm8
+from opdctl.data.toy.sorting import sort12
+from opdctl.data.toy.swapping import perm, perm4, perm8
 
 __all__ = ["TASKS", "perm", "perm4", "perm8", "sort12"]
-
 TASKS = {task.name: task for task in (sort12, perm, perm4, perm8)}

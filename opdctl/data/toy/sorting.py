@@ -10,7 +10,7 @@ at a glance where in the response a trace went wrong.
 import random
 import string
 
-from opdctl.tasks.task import Task
+from opdctl.data.toy.task import Task
 
 LETTERS = 12
 

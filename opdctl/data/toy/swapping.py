@@ -11,7 +11,7 @@ import random
 import string
 from functools import partial
 
-from opdctl.tasks.task import Task
+from opdctl.data.toy.task import Task
 
 CELLS = 5
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-TEST_SHARE = 8  # one problem in eight, chosen by its hash, is kept for testing
+TEST_FRACTION = 8  # one problem in eight, chosen by its hash, is kept for testing
 SPLITS = ("train", "test")
 
 
@@ -57,4 +57,4 @@ class Task:
 
 def split_of(text: str) -> str:
     """Return the split that a prompt belongs to; a property of its text, so the splits are disjoint for every seed."""
-    return "test" if hashlib.sha256(text.encode()).digest()[0] % TEST_SHARE == 0 else "train"
+    return "test" if hashlib.sha256(text.encode()).digest()[0] % TEST_FRACTION == 0 else "train"

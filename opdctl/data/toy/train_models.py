@@ -24,8 +24,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opdctl.tasks import perm, perm4, perm8, sort12, swapping
-from opdctl.tasks.task import Problem, Task
+from opdctl.data.toy import perm, perm4, perm8, sort12, swapping
+from opdctl.data.toy.task import Problem, Task
 
 SYMBOLS = "?:;>,.=+-*/()<[]| "
 SHAPES = {  # hidden size, layers, heads, feed-forward size
@@ -110,7 +110,7 @@ def wrong_swaps(text: str, rng: random.Random, rate: float = 0.09) -> str:
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """Training on `steps` batches of traces, right ones unless `trace` makes others, of each task in turn: AdamW
     (0.9, 0.98), a short warm-up, cosine from `lr` to 0."""
 
@@ -129,7 +129,7 @@ class Stage:
         return [(prompt, self.trace(prompt.removesuffix("?"), rng)) for prompt in prompts]
 
 
-def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: Stage, seed: int) -> None:
+def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: TrainingStage, seed: int) -> None:
     steps = stage.steps
     streams, rng = [task.problems("train", seed) for task in stage.tasks], random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -169,7 +169,7 @@ def accuracy(
     return sum(task.extract(text) == p.answer for text, p in zip(texts, drawn, strict=True)) / count
 
 
-def train(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, stage: Stage, seed: int) -> None:
+def train(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, stage: TrainingStage, seed: int) -> None:
     """Run one stage of training and print what it led to."""
     fit(model, tok, stage, seed=seed)
     for task in stage.tasks:
@@ -177,34 +177,34 @@ def train(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, stag
         print(f"{name}, {task.name}: sampled {sampled:.3f}, greedy {greedy:.3f}", flush=True)
 
 
-def degraded(
+def degrade(
     able: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, task: Task, trace: Trace, steps: int
 ) -> Qwen3ForCausalLM:
     """Return a copy of `able` after a short training on faulty answers."""
     student = copy.deepcopy(able)
-    train(student, tok, name, Stage((task,), steps, lr=5e-4, batch=32, trace=trace), seed=3)
+    train(student, tok, name, TrainingStage((task,), steps, lr=5e-4, batch=32, trace=trace), seed=3)
     return student
 
 
 def sorters(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
     """Make the models of sort12."""
     teacher = build("teacher", len(tok), seed=1)
-    train(teacher, tok, "teacher", Stage((sort12,), steps=1000, lr=3e-3, batch=48), seed=1)
+    train(teacher, tok, "teacher", TrainingStage((sort12,), steps=1000, lr=3e-3, batch=48), seed=1)
     able = build("student", len(tok), seed=2)
-    train(able, tok, "able student", Stage((sort12,), steps=1500, lr=3e-3, batch=48), seed=2)
+    train(able, tok, "able student", TrainingStage((sort12,), steps=1500, lr=3e-3, batch=48), seed=2)
     students = (("student", terse_drift, 80), ("student-spread", spread_errors, 100))
     return {"teacher": teacher} | {
-        name: degraded(able, tok, name, sort12, trace, steps) for name, trace, steps in students
+        name: degrade(able, tok, name, sort12, trace, steps) for name, trace, steps in students
     }
 
 
 def swappers(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
     """Make the models of perm; the teacher learns shorter problems too."""
     teacher = build("teacher", len(tok), seed=1)
-    train(teacher, tok, "perm-teacher", Stage((perm, perm4, perm8), steps=2400, lr=2e-3, batch=48), seed=1)
+    train(teacher, tok, "perm-teacher", TrainingStage((perm, perm4, perm8), steps=2400, lr=2e-3, batch=48), seed=1)
     return {
         "perm-teacher": teacher,
-        "perm-student": degraded(teacher, tok, "perm-student", perm, wrong_swaps, steps=100),
+        "perm-student": degrade(teacher, tok, "perm-student", perm, wrong_swaps, steps=100),
     }
 
 

@@ -16,11 +16,11 @@ import numpy as np
 from arms import FIRST, Scale, Student, Training
 from typer.testing import CliRunner
 
-from opdctl.cli import app
-from opdctl.records import Scored
-from opdctl.run import Run, recorded_run
-from opdctl.scored import read_scored, tokens
-from opdctl.tasks import TASKS
+from opdctl.artifacts.records import ScoredResponse
+from opdctl.cli.main import app
+from opdctl.data.toy import TASKS
+from opdctl.runs.run import Run, load_run
+from opdctl.runs.scored_responses import read_scored, to_weight_inputs
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "quickstart.toml"
 FINAL_PROBLEMS = 128
@@ -76,7 +76,7 @@ def train(training: Training, scale: Scale) -> Trial:
     others = (f"seed={training.seed}", f"train.learning_rate={training.rate}", *training.arm.settings)
     with TemporaryDirectory() as folder:
         command("train", *options(training.student, scale, *others), "--output", folder)
-        run = recorded_run(Path(folder))
+        run = load_run(Path(folder))
         steps = [list(read_scored(run, step)) for step in range(scale.steps)]
         final = command("eval", "--run", folder)["avg"] if training.is_evaluated else None
         return Trial(
@@ -93,13 +93,13 @@ def texts(run: Run, ids: Sequence[Any]) -> list[str]:
     return run.student.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def right(run: Run, student: Student, rows: Sequence[Scored]) -> list[bool]:
+def right(run: Run, student: Student, rows: Sequence[ScoredResponse]) -> list[bool]:
     """Return of each response whether its answer is right."""
     said = texts(run, [row.response.response_ids for row in rows])
     return [TASKS[student.task].extract(t) == row.response.answer for t, row in zip(said, rows, strict=True)]
 
 
-def onset(run: Run, student: Student, rows: Sequence[Scored]) -> float:
+def onset(run: Run, student: Student, rows: Sequence[ScoredResponse]) -> float:
     """Return the median place of the first wrong token of the wrong answers, as a share of the worked answer."""
     prompts = texts(run, [row.response.prompt_ids for row in rows])
     said = texts(run, [row.response.response_ids for row in rows])
@@ -112,7 +112,7 @@ def onset(run: Run, student: Student, rows: Sequence[Scored]) -> float:
     return float(np.median(places)) if places else float("nan")
 
 
-def first_share(rows: Sequence[Scored]) -> float:
+def first_share(rows: Sequence[ScoredResponse]) -> float:
     """Return the share of the discrepancy, sum |A|, on the first 30 % of each response's tokens."""
-    drifts = [np.abs(tokens(row, 0, 1.0).advantage_T) for row in rows]
+    drifts = [np.abs(to_weight_inputs(row, 0, 1.0).advantage_T) for row in rows]
     return float(sum(d[: int(np.ceil(FIRST * len(d)))].sum() for d in drifts) / sum(d.sum() for d in drifts))

@@ -14,8 +14,8 @@ from arms import FIXED_RATE, UNIFORM, Scale, Student
 from measure import command, options, right
 
 from opdctl.registry import WEIGHTS
-from opdctl.run import recorded_run
-from opdctl.scored import read_scored, tokens
+from opdctl.runs.run import load_run
+from opdctl.runs.scored_responses import read_scored, to_weight_inputs
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def scoring(student: Student, scale: Scale, scorer: str, dtype: str) -> Scoring:
     with TemporaryDirectory() as folder:
         command("rollout", *options(student, scale, *sizes), "--output", folder)
         command("score-teacher", "--output", folder)
-        run = recorded_run(Path(folder))
+        run = load_run(Path(folder))
         rows = list(read_scored(run, 0))
-        found = [tokens(row, 0, 1.0) for row in rows]
+        found = [to_weight_inputs(row, 0, 1.0) for row in rows]
         weigh = WEIGHTS.get("iw_opd")()
         return Scoring(
             [np.abs(each.advantage_T) for each in found],
@@ -94,6 +94,6 @@ def measure(student: Student, scale: Scale) -> Noise:
     with TemporaryDirectory() as folder:
         rate = f"train.learning_rate={FIXED_RATE}"
         command("train", *options(student, scale, rate, *UNIFORM.settings), "--output", folder)
-        trained = str(recorded_run(Path(folder)).student_path(scale.steps))
+        trained = str(load_run(Path(folder)).student_path(scale.steps))
         after = replace(student, model=trained)
         return Noise(f"noise/{student.name}", floor(student, scale), floor(after, scale))

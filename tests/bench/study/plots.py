@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import Results, area
 
-from opdctl.figures import COLOURS, GREY, STYLE, as_bytes
+from opdctl.analysis.figures import COLOURS, GREY, STYLE, as_bytes
 
 WINDOW = 3
 """Steps that a point of an accuracy curve is the mean of."""

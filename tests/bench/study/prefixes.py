@@ -8,9 +8,9 @@ from typing import Any
 from arms import Scale, Student
 from measure import command, options
 
-from opdctl.engines import engine_pool
-from opdctl.run import recorded_run
-from opdctl.stages import continuations
+from opdctl.analysis import continuations
+from opdctl.engines.pool import open_engine_pool
+from opdctl.runs.run import load_run
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def measure(student: Student, scale: Scale) -> Prefixes:
     sizes = (f"rollout.prompts_per_step={count}", f"continuations.responses={count}", "rollout.batch_size=256")
     with TemporaryDirectory() as folder:
         command("rollout", *options(student, scale, *sizes), "--output", folder)
-        run = recorded_run(Path(folder))
-        with engine_pool(continuations.recipe_for_engines(run.recipe), "cpu") as engines:
-            found, _ = continuations.run(run, 0, engines)
+        run = load_run(Path(folder))
+        with open_engine_pool(continuations.recipe_for_engines(run.recipe), "cpu") as engines:
+            found, _ = continuations.run_continuations(run, 0, engines)
     assert found is not None  # there are no other shards
     return Prefixes(f"prefixes/{student.name}", found["accuracy"], found["by_prefix"])

@@ -12,10 +12,10 @@ from pathlib import Path
 from arms import Scale, Student
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from opdctl.config import Model
-from opdctl.model import ModelDir, locate
-from opdctl.tasks import TASKS, sort12
-from opdctl.tasks.train_models import Stage, Trace, fit, wrong_swaps
+from opdctl.data.toy import TASKS, sort12
+from opdctl.data.toy.train_models import Trace, TrainingStage, fit, wrong_swaps
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.recipe.schema import Model
 
 EARLY, LATE = range(3), range(7, 10)
 """Of the twelve passes of sort12: the first 34 % of the tokens of a worked answer, and those from 67 to 83 %."""
@@ -82,11 +82,11 @@ def make(making: Making, scale: Scale, folder: Path) -> Student:
     """Make a student under `folder`, unless it is there, and return it."""
     path = folder / making.name.replace(", ", "-").replace(" ", "-")
     if not (path / "config.json").exists():
-        able = ModelDir(locate(Model(model=making.able), "model"), "float32")
+        able = ModelDir(find_or_download(Model(model=making.able), "model"), "float32")
         model, tokenizer = Qwen3ForCausalLM.from_pretrained(able.path), able.tokenizer
         if making.able == "toy:student-spread":
             heal(model, tokenizer, scale)
-        lesson = Stage((TASKS[making.task],), scale.lesson_steps, lr=5e-4, batch=32, trace=making.faults)
+        lesson = TrainingStage((TASKS[making.task],), scale.lesson_steps, lr=5e-4, batch=32, trace=making.faults)
         fit(model, tokenizer, lesson, seed=3)
         tokenizer.save_pretrained(path)
         model.save_pretrained(path)
@@ -95,4 +95,4 @@ def make(making: Making, scale: Scale, folder: Path) -> Student:
 
 def heal(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, scale: Scale) -> None:
     """Teach a weak student right answers again."""
-    fit(model, tokenizer, Stage((sort12,), 2 * scale.lesson_steps, lr=1e-3, batch=32), seed=4)
+    fit(model, tokenizer, TrainingStage((sort12,), 2 * scale.lesson_steps, lr=1e-3, batch=32), seed=4)

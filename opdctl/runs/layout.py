@@ -1,0 +1,37 @@
+"""Where things are in a run directory: names of steps, the default path of a run, the newest run."""
+
+from pathlib import Path
+
+from opdctl.errors import OpdctlError
+from opdctl.recipe.schema import Recipe
+
+STEP_PREFIX = "step-"
+
+
+def step_name(step: int) -> str:
+    """Return the name of a step's directory: step_name(3) is "step-00003"."""
+    return f"{STEP_PREFIX}{step:05d}"
+
+
+def parse_step(name: str) -> int | None:
+    """Return the step of a directory's name, or None if it is not a step's: parse_step("step-00003") is 3."""
+    digits = name.removeprefix(STEP_PREFIX)
+    return int(digits) if name.startswith(STEP_PREFIX) and digits.isdecimal() else None
+
+
+def list_steps(directory: Path) -> dict[int, Path]:
+    """Return the step directories in `directory` by step, in order. Names that are not a step's are ignored."""
+    found = {parse_step(path.name): path for path in directory.glob(f"{STEP_PREFIX}*")}
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
+
+
+def run_path(recipe: Recipe, output: Path | None) -> Path:
+    return output or Path("runs") / recipe.name
+
+
+def newest_run() -> Path:
+    """Return the run under runs/ that was worked on last."""
+    runs = [record.parent for record in Path("runs").glob("*/run.json")]
+    if not runs:
+        raise OpdctlError("there is no run under runs/", hint="give --recipe FILE or --output RUN_DIR")
+    return max(runs, key=lambda run: run.stat().st_mtime)

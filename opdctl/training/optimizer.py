@@ -1,0 +1,33 @@
+"""TODO."""
+
+import math
+
+import torch
+
+from opdctl.recipe.schema import Train
+
+
+def learning_rate(settings: Train, step: int) -> float:
+    """Return the learning rate of a step, counted from 0: a linear rise, then the schedule's fall, if any.
+
+    A function of the step alone, so going on after a kill needs no state.
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    assert settings.decay_steps is not None  # the recipe is refused without
+    left = max(0.0, 1 - (step - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps))
+    return settings.learning_rate * (left if settings.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+
+
+def make_adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
+    """Return AdamW whose weight decay spares vectors: norms and biases are no weights to be shrunk."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(settings.betas[0], settings.betas[1]),
+        fused=True,  # no temporary copies of all parameters
+    )
