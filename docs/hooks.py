@@ -203,7 +203,7 @@ def _shaped(key: str) -> list[str]:
 @functools.cache
 def _example() -> schema.Recipe:
     """Return a recipe whose tables are not empty, so that each has a key."""
-    tables = ["prompts.at_least.a=1.0", "prompts.template_arguments.a=1"]
+    tables = ["prompts.min_values.a=1.0", "prompts.template_arguments.a=1"]
     return load.load_recipe([ROOT / "recipes" / "quickstart.toml"], tables)
 
 

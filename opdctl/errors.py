@@ -1,60 +1,155 @@
-"""The one error that opdctl raises on purpose, its exit codes, and the nearest-name hint."""
+"""The one error class that opdctl raises on purpose, its kinds and exit codes, and the nearest-name suggestion."""
 
 import difflib
 import errno
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Literal, get_args
+
+ErrorKind = Literal[
+    "checksum_mismatch",
+    "code_execution_disabled",
+    "collapsed_training",
+    "corrupt_artifact",
+    "different_problems",
+    "disk_full",
+    "expired_wait",
+    "failed_download",
+    "failed_upload",
+    "failed_write",
+    "immutable_setting",
+    "incompatible_tokenizer",
+    "invalid_data",
+    "invalid_model",
+    "invalid_plugin",
+    "invalid_recipe",
+    "invalid_usage",
+    "lease_held",
+    "logprob_mismatch",
+    "malformed_response",
+    "missing_checkpoint",
+    "missing_evaluation",
+    "missing_file",
+    "missing_gpu",
+    "missing_input",
+    "missing_model",
+    "missing_package",
+    "missing_run",
+    "missing_sandbox",
+    "missing_token",
+    "model_mismatch",
+    "non_finite_value",
+    "out_of_memory",
+    "recipe_mismatch",
+    "settings_mismatch",
+    "source_mismatch",
+    "stale_rollout",
+    "unavailable_server",
+    "unknown_name",
+    "unsupported_model",
+    "unsupported_setting",
+    "unsupported_version",
+    "unusable_output",
+]
+"""What went wrong, as a noun phrase. The message begins with it: `checksum_mismatch` reads "Checksum mismatch: …"."""
 
 
 class ExitCode(IntEnum):
-    """What a command's exit status says."""
+    """The exit status of a command."""
 
     DONE = 0
-    NO = 1
-    """It ran, but the answer is no."""
+    FAILED = 1
+    """The command ran; the result is negative: an input is unfinished, or training collapsed."""
     USAGE = 2
-    """Wrong usage or recipe."""
-    DATA = 3
-    """Damaged or bad data."""
-    SETTINGS = 4
-    """The run directory was made under other settings."""
-    REACH = 5
-    """Something needed is out of reach: a model hub, a server, disk space."""
+    """Invalid usage or recipe."""
+    BAD_DATA = 3
+    """Corrupt or invalid data."""
+    RECIPE_MISMATCH = 4
+    """The run directory was made with different settings or models."""
+    UNAVAILABLE = 5
+    """A resource is out of reach: a model hub, a server, memory, disk space, a lease."""
     REQUEUE = 75
     """Stopped by SIGTERM or SIGUSR1: run the same command again."""
     INTERRUPTED = 130
 
 
-class OpdctlError(Exception):
-    """An error the user can act on.
+EXIT_CODES: dict[str, ExitCode] = dict.fromkeys(get_args(ErrorKind), ExitCode.USAGE) | {
+    "checksum_mismatch": ExitCode.BAD_DATA,
+    "collapsed_training": ExitCode.FAILED,
+    "corrupt_artifact": ExitCode.BAD_DATA,
+    "different_problems": ExitCode.RECIPE_MISMATCH,
+    "disk_full": ExitCode.UNAVAILABLE,
+    "expired_wait": ExitCode.UNAVAILABLE,
+    "failed_download": ExitCode.UNAVAILABLE,
+    "failed_upload": ExitCode.UNAVAILABLE,
+    "failed_write": ExitCode.UNAVAILABLE,
+    "invalid_data": ExitCode.BAD_DATA,
+    "invalid_model": ExitCode.BAD_DATA,
+    "lease_held": ExitCode.UNAVAILABLE,
+    "logprob_mismatch": ExitCode.BAD_DATA,
+    "malformed_response": ExitCode.BAD_DATA,
+    "missing_input": ExitCode.FAILED,
+    "missing_sandbox": ExitCode.UNAVAILABLE,
+    "missing_token": ExitCode.UNAVAILABLE,
+    "model_mismatch": ExitCode.RECIPE_MISMATCH,
+    "non_finite_value": ExitCode.BAD_DATA,
+    "out_of_memory": ExitCode.UNAVAILABLE,
+    "recipe_mismatch": ExitCode.RECIPE_MISMATCH,
+    "settings_mismatch": ExitCode.RECIPE_MISMATCH,
+    "source_mismatch": ExitCode.RECIPE_MISMATCH,
+    "stale_rollout": ExitCode.RECIPE_MISMATCH,
+    "unavailable_server": ExitCode.UNAVAILABLE,
+    "unsupported_version": ExitCode.BAD_DATA,
+}
+"""The exit code of each kind; invalid usage unless listed."""
 
-    message: what is wrong, where (file, key, row) and why. hint: what to do about it. code: the exit status.
+
+class OpdctlError(Exception):
+    """An error that the user can act on.
+
+    kind: what went wrong; it decides the exit code and the first words of the message. detail: where (file, key, row)
+    and why. hint: what to do, in the imperative.
+
+        OpdctlError("missing_file", "prompts.jsonl", hint="check prompts.source")
+        # error: Missing file: prompts.jsonl
+        # hint: check prompts.source
     """
 
-    def __init__(self, message: str, *, hint: str | None = None, code: ExitCode = ExitCode.USAGE):
-        super().__init__(message)
-        self.message, self.hint, self.code = message, hint, code
+    def __init__(
+        self, kind: str, detail: str | None = None, *, hint: str | None = None, code: ExitCode = ExitCode.USAGE
+    ):
+        # TRANSITION: a single argument is a message without a kind.
+        self.kind, self.detail, self.hint = kind, detail, hint
+        self._code = code
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        return self.kind if self.detail is None else f"{self.kind.replace('_', ' ').capitalize()}: {self.detail}"
+
+    @property
+    def code(self) -> ExitCode:
+        return self._code if self.detail is None else EXIT_CODES[self.kind]
 
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 WRITE_ERRNOS = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.EFBIG, errno.ESTALE)
-"""The system's words for a disk that is full, and for one that takes nothing."""
+"""System error numbers of a path that cannot be written."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice: the GPU's or the CPU's, by torch's words, which have no class in common."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+    """Whether the error is an out-of-memory error of the CPU or a GPU. torch has no common class, so match the text."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-MAX_SUGGESTIONS = 10  # names that a message lists at most
+MAX_SUGGESTIONS = 10
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the name nearest to `name`, else the names there are, else nothing."""
-    names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if near:
+    """Return "; did you mean `x`?" for the name nearest to `name`, else a list of the known names, else ""."""
+    known = sorted(names)
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"; did you mean `{near[0]}`?"
-    shown = ", ".join(f"`{n}`" for n in names[:MAX_SUGGESTIONS]) + (", …" if len(names) > MAX_SUGGESTIONS else "")
-    return f"; there are {shown}" if names else ""
+    listed = ", ".join(f"`{n}`" for n in known[:MAX_SUGGESTIONS]) + (", …" if len(known) > MAX_SUGGESTIONS else "")
+    return f"; known: {listed}" if known else ""

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import invoke
-from planted import plant, planted_run
+from helpers.commands import invoke
+from helpers.planted import plant, planted_run
 
 from opdctl.analysis import analyze
 from opdctl.artifacts import files
@@ -89,9 +89,9 @@ def test_the_numbers_do_not_depend_on_how_the_responses_are_cut_into_parts_and_b
     advantages = [rng.normal(size=n) for n in rng.integers(0, 30, 40)]
     found = []
     for parts, budget in ((1, 10**6), (4, 50)):
-        run = planted_run(tmp_path / f"run-{parts}", f"rollout.parts={parts}", "rollout.prompts_per_step=16")
+        run = planted_run(tmp_path / f"run-{parts}", f"rollout.num_parts={parts}", "rollout.prompts_per_step=16")
         monkeypatch.setattr("opdctl.analysis.samples.CHUNK_TOKENS", budget)
-        monkeypatch.setattr(analyze, "CHUNK", budget)
+        monkeypatch.setattr(analyze, "CHUNK_TOKENS", budget)
         plant(run, 0, advantages)
         found.append(analyze.analyze_run(run).tables())
     for name in ("position", "relative", "spent", "weights"):
@@ -127,7 +127,7 @@ def test_weights_can_be_chosen_and_the_recipe_s_own_comes_first(run):
 
 
 def test_a_weight_that_ranks_the_step_sees_all_its_parts(tmp_path):
-    run = planted_run(tmp_path / "run", "rollout.parts=2", "weight.name=tip", "weight.top_k=0", "weight.rho=0.25")
+    run = planted_run(tmp_path / "run", "rollout.num_parts=2", "weight.name=tip", "weight.top_k=0", "weight.rho=0.25")
     entropies = {"entropies": np.zeros(2, np.float32)}
     plant(run, 0, [np.array([-4.0, -3.0])] + [np.array([-0.5, -0.5])] * 3, student=entropies)
     whole = analyze.analyze_run(run).whole.numbers.whole
@@ -187,7 +187,7 @@ def test_odd_runs_give_a_report_without_a_verdict(run, advantages):
 def test_steps_that_are_not_wholly_scored_are_left_out_and_named(run):
     plant(run, 0, [np.full(4, -1.0)] * 3)
     plant(run, 1, [np.full(4, -9.0)] * 3)
-    run.score(1, "teacher").manifest_path.unlink()
+    run.score_stage(1, "teacher").manifest_path.unlink()
     result = invoke("analyze-position", run.path, "--json")
     assert result.code == 0
     assert "left out, since not wholly scored: steps 1" in result.err
@@ -198,7 +198,7 @@ def test_steps_that_are_not_wholly_scored_are_left_out_and_named(run):
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_a_damaged_part_is_named_with_the_command_that_mends_it(run, damage):
     plant(run, 0, [np.full(4, -1.0)] * 3)
-    part = run.score(0, "teacher").path / run.score(0, "teacher").names[0]
+    part = run.score_stage(0, "teacher").path / run.score_stage(0, "teacher").names[0]
     if damage == "missing":
         part.unlink()
     else:

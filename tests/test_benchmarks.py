@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, small_recipe
+from helpers.commands import ROOT, small_recipe
 
 from opdctl.data.toy import TASKS
 from opdctl.data.toy.task import split_of
@@ -41,7 +41,7 @@ def test_every_benchmark_is_declared_whole() -> None:
             assert not benchmark.source.local
             int(benchmark.source.revision, 16)
         else:
-            assert benchmark.wants == ("any" if name in TASKS else "code")
+            assert benchmark.answer_format == ("any" if name in TASKS else "code")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files in {DATA.parent.name}/{DATA.name}")
@@ -56,7 +56,7 @@ def test_local_data_stand_in_for_the_hub_s(name: str) -> None:
 def test_without_data_and_without_a_hub_both_ways_are_told() -> None:
     with pytest.raises(OpdctlError) as caught:
         registered("aime25").problems(None, None)
-    assert caught.value.code == ExitCode.REACH
+    assert caught.value.code == ExitCode.UNAVAILABLE
     assert "--bench aime25: `MathArena/aime_2025`" in caught.value.message
     assert "--data FILE_OR_DIR, such as aime25.jsonl" in str(caught.value.hint)
     assert "where there is a network" in str(caught.value.hint)
@@ -138,7 +138,7 @@ def test_bad_benchmark_data_are_refused(tmp_path: Path, content: str, told: str)
     path.write_text(content)
     with pytest.raises(OpdctlError) as caught:
         registered("aime24").problems(None, path)
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA
     assert told in caught.value.message
     assert "mine.jsonl" in caught.value.message
 
@@ -164,7 +164,7 @@ def test_a_file_of_one_s_own_is_a_benchmark_by_its_columns(tmp_path: Path, suffi
     columns = Eval(id_column="nr", problem_column="frage", answer_column="lösung", grader="text")
     benchmark = find(str(path), columns)
     assert [(p.id, p.text, p.answer) for p in benchmark.problems(None, None)] == [tuple(row.values()) for row in ROWS]
-    assert (benchmark.name, benchmark.wants, benchmark.source.local) == ("mine", "box", True)
+    assert (benchmark.name, benchmark.answer_format, benchmark.source.local) == ("mine", "box", True)
     assert benchmark.grader.grade([("2", r"\boxed{2}"), ("2", r"\boxed{02}")])[1].correct is False
     assert find(str(path), Eval()).grader.grade([("2", r"\boxed{02}")])[0].correct is True
     with pytest.raises(OpdctlError, match="has none of the columns problem, question, prompt; it has nr, frage"):
@@ -186,7 +186,7 @@ def test_a_csv_that_is_none_is_refused_with_its_line(tmp_path: Path, text: str, 
     path.write_text(text)
     with pytest.raises(OpdctlError, match=told) as caught:
         find(str(path), Eval()).problems(None, None)
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA
 
 
 def test_a_csv_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:

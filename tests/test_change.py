@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, invoke, sets
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,7 +56,7 @@ def test_a_change_is_told_by_what_it_shapes(key, old, new, said):
 
 def test_another_recipe_is_refused_with_what_stays_valid_and_the_ways_on(run):
     result = invoke("train", "--recipe", QUICKSTART, *sets("train.steps=3", "weight.gamma=0.7"), "--output", run)
-    assert result.code == ExitCode.SETTINGS
+    assert result.code == ExitCode.RECIPE_MISMATCH
     said = " ".join(result.err.split())
     assert "weight.gamma 0.5 → 0.7 shapes updates, not rollouts or scores" in said
     assert "3 steps of rollouts and 3 steps of scores stay valid" in said
@@ -76,10 +76,10 @@ def test_the_commands_that_the_refusal_names_run(run, tmp_path):
         assert result.code == 0, result.err
 
 
-@pytest.mark.parametrize("override", ["seed=1", "lora.rank=2", "teacher.dtype=bfloat16", "prompts.count=16"])
+@pytest.mark.parametrize("override", ["seed=1", "lora.rank=2", "teacher.dtype=bfloat16", "prompts.limit=16"])
 def test_what_a_run_is_begun_with_for_good_is_not_changed(run, override):
     refused = invoke("train", "--output", run, "--set", override)
-    assert refused.code == ExitCode.SETTINGS
+    assert refused.code == ExitCode.RECIPE_MISMATCH
     assert "opdctl change" not in refused.err
     result = invoke("change", run, "--set", override)
     assert result.code == ExitCode.USAGE
@@ -119,7 +119,7 @@ def test_the_update_after_a_change_is_that_of_the_new_recipe(run, two_steps):
 
 
 @pytest.mark.parametrize(
-    ("override", "dropped"), [("rollout.parts=4", ["rollout", "teacher"]), ("score.entropy=true", ["teacher"])]
+    ("override", "dropped"), [("rollout.num_parts=4", ["rollout", "teacher"]), ("score.entropy=true", ["teacher"])]
 )
 def test_only_what_a_change_shapes_of_the_step_in_work_is_dropped(run, override, dropped):
     dry = invoke("change", run, "--set", override, "--dry-run", "--json")
@@ -144,11 +144,11 @@ def test_a_branch_shares_the_files_and_leaves_the_run_as_it_is(run, tmp_path):
         assert invoke("status", path, "--verify").code == 0
         assert load_run(path).update(2)["settings"]["weight.gamma"] == gamma
         assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
-    assert files.read_json(new / "run.json")["branch_of"] == str(run)
+    assert files.read_json(new / "run.json")["forked_from"] == str(run)
 
 
 def test_two_changes_and_a_step_that_is_made_again_under_its_own_recipe(run):
-    assert invoke("change", run, "--set", "rollout.parts=4", "--set", "train.keep_last=9").code == 0
+    assert invoke("change", run, "--set", "rollout.num_parts=4", "--set", "train.keep_latest=9").code == 0
     assert invoke("train", "--output", run).code == 0
     assert invoke("change", run, "--set", "train.steps=4", "--set", "rollout.max_tokens=80").code == 0
     assert invoke("train", "--output", run).code == 0
@@ -165,11 +165,11 @@ def test_two_changes_and_a_step_that_is_made_again_under_its_own_recipe(run):
 
 def test_a_change_wants_the_state_that_training_goes_on_from(tmp_path):
     run = tmp_path / "run"
-    overrides = sets("train.steps=5", "train.save_every=2")
+    overrides = sets("train.steps=5", "train.save_every_steps=2")
     assert invoke("train", "--recipe", QUICKSTART, *sets("train.steps=1"), "--output", run).code == 0
     shutil.rmtree(run / "trainer/step-00001")
     result = invoke("change", run, *overrides, *GAMMA)
-    assert result.code == ExitCode.SETTINGS
+    assert result.code == ExitCode.RECIPE_MISMATCH
     assert "was not saved" in result.err
     assert "--set train.steps=2`" in result.err
 

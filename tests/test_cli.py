@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUICKSTART, Result, invoke, sets
+from helpers.commands import QUICKSTART, Result, invoke, sets
 
 from opdctl.models.directory import find_or_download
 from opdctl.recipe.load import load_recipe
@@ -28,7 +28,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A whole small run, command by command, and what each printed. Tests only read it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    settings = sets("eval.every=1", "eval.problems=4", "eval.max_tokens=40", "rollout.max_tokens=40")
+    settings = sets("eval.every_steps=1", "eval.limit=4", "eval.max_tokens=40", "rollout.max_tokens=40")
     begin = ["--recipe", QUICKSTART, *settings, "--output", run, "--json"]
     results = {
         "rollout": invoke("rollout", *begin),
@@ -90,7 +90,7 @@ def test_help_of_every_command_shows_an_example_and_imports_no_torch() -> None:
     script = (
         "import json, sys\n"
         "from typer.testing import CliRunner\n"
-        "from opdctl.cli import app\n"
+        "from opdctl.cli.main import app\n"
         "found = {c: CliRunner().invoke(app, [c, '--help']) for c in sys.argv[1:]}\n"
         "heavy = sorted({'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules))\n"
         "print(json.dumps([{c: [r.exit_code, r.stdout] for c, r in found.items()}, heavy]))\n"
@@ -443,7 +443,7 @@ def test_a_student_that_is_its_own_teacher_is_warned_of(tmp_path):
 
 
 def test_training_that_evaluates_nothing_says_nothing_of_accuracy(tmp_path):
-    settings = sets("train.steps=1", "eval.every=0", "rollout.max_tokens=8", "rollout.prompts_per_step=4")
+    settings = sets("train.steps=1", "eval.every_steps=0", "rollout.max_tokens=8", "rollout.prompts_per_step=4")
     result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run")
     assert result.code == 0, result.err
     assert "1 of 1 steps" in result.err

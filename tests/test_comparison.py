@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import invoke, small_recipe
+from helpers.commands import invoke, small_recipe
 from scipy import stats
 
 from opdctl.artifacts import files

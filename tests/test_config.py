@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from conftest import ROOT, invoke
+from helpers.commands import ROOT, invoke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ name = "smallest"
 student.model = "toy:student"
 teacher.model = "toy:teacher"
 prompts.source = "toy:sort12"
-prompts.count = 2048
+prompts.limit = 2048
 train.steps = 3
 """
 
@@ -121,7 +121,7 @@ def test_a_dry_run_gives_its_plan_as_json(tmp_path: Path, monkeypatch: pytest.Mo
         ("rollout.engine=transfomers", "rollout.engine", "did you mean `transformers`?"),
         ("score.engine=transfomers", "score.engine", "did you mean `transformers`?"),
         ("eval.bench=['aime25', 'amie24']", "eval.bench", "did you mean `aime24`?"),
-        ("prompts.at_least.difficulty=hard", "prompts.at_least.difficulty", "number"),
+        ("prompts.min_values.difficulty=hard", "prompts.min_values.difficulty", "number"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_wrong(smallest: Path, override: str, key: str, told: str) -> None:
@@ -133,8 +133,8 @@ def test_a_wrong_setting_is_named_with_what_is_wrong(smallest: Path, override: s
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.parts=5"], "rollout.parts"),
-        (["rollout.prompts_per_step=10", "prompts.count=9"], "prompts.count"),
+        (["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.num_parts=5"], "rollout.num_parts"),
+        (["rollout.prompts_per_step=10", "prompts.limit=9"], "prompts.limit"),
         (["train.betas=[0.9, 1.0]"], "train.betas"),
         (["rollout.temperature=0.5"], "rollout"),
         (["rollout.top_p=0.9"], "rollout"),
@@ -146,14 +146,16 @@ def test_an_impossible_combination_is_refused(smallest: Path, overrides: list[st
 
 
 def test_as_many_parts_as_responses_are_possible(smallest: Path) -> None:
-    recipe = load_recipe([smallest], ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.parts=4"])
+    recipe = load_recipe(
+        [smallest], ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.num_parts=4"]
+    )
     assert recipe.responses_per_step() == 4
 
 
 def test_the_embedded_task_needs_a_count(tmp_path: Path) -> None:
     path = tmp_path / "endless.toml"
-    path.write_text(SMALLEST.replace("prompts.count = 2048", ""))
-    assert "prompts.count" in refusal([path]).message
+    path.write_text(SMALLEST.replace("prompts.limit = 2048", ""))
+    assert "prompts.limit" in refusal([path]).message
 
 
 def test_missing_keys_are_all_named_with_the_file(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_later_files_win_key_by_key_and_set_wins_over_all(smallest: Path, tmp_pa
         ("student.model=./a=b", "student.model", "./a=b"),
         ("eval.suffix=", "eval.suffix", ""),
         ("eval.suffix=answer in one word", "eval.suffix", "answer in one word"),
-        ("prompts.at_least.difficulty=6", "prompts.at_least.difficulty", 6.0),
+        ("prompts.min_values.difficulty=6", "prompts.min_values.difficulty", 6.0),
         ("prompts.template_arguments={enable_thinking=false}", "prompts.template_arguments.enable_thinking", False),
         ("weight.gamma=0.25", "weight.gamma", 0.25),
     ],
@@ -346,7 +348,7 @@ def test_a_recipe_written_out_loads_as_the_same(path: Path, tmp_path: Path) -> N
         ("seed", ["prompts", "rollout", "update", "eval", "continuations"]),
         ("student.model", ["prompts", "rollout", "update"]),
         ("teacher.model", ["score"]),
-        ("prompts.count", ["prompts"]),
+        ("prompts.limit", ["prompts"]),
         ("rollout.max_tokens", ["rollout", "continuations"]),
         ("weight.gamma", ["update"]),
         ("eval.samples", ["eval"]),
@@ -362,7 +364,9 @@ def test_the_settings_of_a_stage_leave_out_what_may_change(smallest: Path) -> No
     assert {"seed", "student.model", "weight.name", "train.learning_rate"} <= set(
         fingerprint_settings(recipe, "update")
     )
-    assert not {"train.steps", "train.keep_every", "train.keep_last"} & set(fingerprint_settings(recipe, "update"))
+    assert not {"train.steps", "train.keep_every_steps", "train.keep_latest"} & set(
+        fingerprint_settings(recipe, "update")
+    )
     assert set(fingerprint_settings(recipe, "score")) == {
         "score.engine",
         "score.tokens_per_batch",
@@ -376,7 +380,7 @@ def test_the_settings_of_a_stage_leave_out_what_may_change(smallest: Path) -> No
         "teacher.trust_remote_code",
     }
     assert "eval.samples" in fingerprint_settings(recipe, "eval")
-    assert not {"eval.every", "eval.bench"} & set(fingerprint_settings(recipe, "eval"))
+    assert not {"eval.every_steps", "eval.bench"} & set(fingerprint_settings(recipe, "eval"))
 
 
 def test_another_weight_changes_the_update_alone(smallest: Path) -> None:

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import QUICKSTART, invoke, sets, small_recipe
+from helpers.commands import QUICKSTART, invoke, sets, small_recipe
 
 from opdctl.analysis import continuations
 from opdctl.artifacts.files import read_json
@@ -45,7 +45,9 @@ def test_teacher_and_student_go_on_from_every_prefix(made):
 def test_each_row_is_a_prefix_of_a_stored_response_and_what_a_model_made_of_it(made):
     path, _ = made
     run = load_run(path)
-    responses = {row.sample_id: row for part in range(2) for row in read_rows(run.rollout(0).verify(part), Response)}
+    responses = {
+        row.sample_id: row for part in range(2) for row in read_rows(run.rollout_stage(0).verify(part), Response)
+    }
     decode = run.student.tokenizer.decode
     for name in ("student", "teacher"):
         rows = read_stage_rows(continuations.continuations_path(run, 0) / name, GradedResponse)
@@ -128,8 +130,8 @@ def test_a_step_without_a_rollout_is_refused_with_the_command(made):
 
 def test_prompts_without_answers_are_refused(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "abcdefghijkl?"}\n')
-    overrides = (f"prompts.source={tmp_path / 'prompts.jsonl'}", "prompts.count=1", "rollout.prompts_per_step=1")
-    arguments = ("--recipe", QUICKSTART, *sets(*overrides, "rollout.parts=1"), "--output", tmp_path / "run")
+    overrides = (f"prompts.source={tmp_path / 'prompts.jsonl'}", "prompts.limit=1", "rollout.prompts_per_step=1")
+    arguments = ("--recipe", QUICKSTART, *sets(*overrides, "rollout.num_parts=1"), "--output", tmp_path / "run")
     assert invoke("rollout", *arguments).code == 0
     result = invoke("analyze-position", tmp_path / "run", "--continuations")
     assert result.code == 3

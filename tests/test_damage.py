@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, invoke, sets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -40,7 +40,7 @@ POOLS: list[pa.MemoryPool] = []
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two steps. Tests leave it as it was."""
     path = tmp_path_factory.mktemp("run") / "run"
-    settings = sets("rollout.prompts_per_step=6", "rollout.max_tokens=24", "train.keep_last=9", "rollout.parts=3")
+    settings = sets("rollout.prompts_per_step=6", "rollout.max_tokens=24", "train.keep_latest=9", "rollout.num_parts=3")
     result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", path)
     assert result.code == 0, result.err
     return path
@@ -51,7 +51,7 @@ def read_everything(path: Path) -> None:
     run = load_run(path)
     assert run.prompts
     for step in range(2):
-        for stage in (run.rollout(step), *run.scores(step).values()):
+        for stage in (run.rollout_stage(step), *run.score_stages(step).values()):
             assert len(stage.names) == 3
         assert len(list(read_scored(run, step))) == 6
         assert run.student_at(step + 1)
@@ -64,7 +64,7 @@ def refusal(read: Callable[[], object], size: int, *codes: ExitCode) -> OpdctlEr
     if taken > limit:  # once more: now and then a library loads something
         error, taken = attempt(read)
     assert taken < limit, taken
-    assert error.code in (codes or (ExitCode.DATA,)), error.message
+    assert error.code in (codes or (ExitCode.BAD_DATA,)), error.message
     return error
 
 
@@ -144,12 +144,12 @@ def test_a_finished_part_that_is_gone_is_made_again_and_that_is_said(run: Path, 
 
 def test_prompts_and_summaries_are_verified_too(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    assert invoke("eval", "--output", copy, "--set", "eval.problems=2", "--set", "eval.max_tokens=4").code == 0
+    assert invoke("eval", "--output", copy, "--set", "eval.limit=2", "--set", "eval.max_tokens=4").code == 0
     for path in (*copy.rglob("summary.json"), copy / "prompts.parquet"):
         whole = path.read_bytes()
         path.write_bytes(flip(whole, random.Random(3)))
         result = invoke("status", copy, "--verify")
-        assert result.code == ExitCode.DATA
+        assert result.code == ExitCode.BAD_DATA
         assert str(path) in result.err
         path.write_bytes(whole)
     assert invoke("status", copy, "--verify").code == 0
@@ -211,7 +211,7 @@ MANIFESTS: list[dict[str, Any]] = [
     *({"inputs": value} for value in (None, [], {"policy": 1}, ...)),
     *({"fingerprint": value} for value in (None, 1, "x", ...)),
     *({"schema_version": value} for value in (1, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, "3", None, ...)),
-    *({key: ...} for key in ("stage", "meaning")),
+    *({key: ...} for key in ("stage", "logprob_metadata")),
 ]
 
 
@@ -265,8 +265,8 @@ def test_other_forged_files_are_refused(run: Path, name: str, changes: dict[str,
     try:
         forged(run / name, **changes)
         codes = (
-            ExitCode.DATA,
-            ExitCode.SETTINGS,
+            ExitCode.BAD_DATA,
+            ExitCode.RECIPE_MISMATCH,
         )  # another student in update.json is not the one that drew the next step
         assert refusal(lambda: read_everything(run), len(whole), *codes).hint
     finally:
@@ -289,8 +289,8 @@ def scores(run: Path) -> Path:
     return sorted((run / "step-00000/teacher").glob("part-*"))[0]
 
 
-def meaning(path: Path) -> dict[str, Any]:
-    with stage_dir.safe_open(path, "np") as file:
+def logprob_metadata(path: Path) -> dict[str, Any]:
+    with tables.safe_open(path, "np") as file:
         found: dict[str, Any] = json.loads(file.metadata()["opdctl"])
     return found
 
@@ -352,7 +352,7 @@ def resealed(stage: stage_dir.StageDir, data: bytes) -> None:
 
 @pytest.fixture
 def teacher(run: Path) -> Iterator[stage_dir.StageDir]:
-    stage = load_run(run).score(0, "teacher")
+    stage = load_run(run).score_stage(0, "teacher")
     saved = {path: path.read_bytes() for path in stage.path.iterdir()}
     yield stage
     for path, data in saved.items():
@@ -362,7 +362,7 @@ def teacher(run: Path) -> Iterator[stage_dir.StageDir]:
 @pytest.mark.parametrize("name", [*ROGUE_TENSORS, *ROGUE_MEANINGS])
 def test_scores_of_another_form_are_refused(run: Path, teacher: stage_dir.StageDir, tmp_path: Path, name: str) -> None:
     path, rogue = scores(run), tmp_path / "rogue"
-    tensors, said = load_file(path), meaning(path)
+    tensors, said = load_file(path), logprob_metadata(path)
     if name in ROGUE_TENSORS:
         tensors = ROGUE_TENSORS[name](tensors) or tensors
     else:
@@ -452,7 +452,7 @@ def test_rows_of_another_form_are_refused(run: Path, tmp_path: Path, name: str) 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_responses_with_a_log_prob_that_is_no_number_or_twice_one_id_do_not_join(run: Path, value: float) -> None:
     rows = responses(run)
-    found = tables.read_scores(scores(run), load_run(run).rollout(0).sha256(0))
+    found = tables.read_scores(scores(run), load_run(run).rollout_stage(0).sha256(0))
     logprobs = rows[0].logprobs.copy()
     logprobs[2] = value
     spoilt = [dataclasses.replace(rows[0], logprobs=logprobs), *rows[1:]]
@@ -481,7 +481,7 @@ def test_parquet_that_is_damaged_before_its_digest_is_taken_is_refused_or_read_r
         else:
             assert [row.response_ids.tolist() for row in found] == [row.response_ids.tolist() for row in rows]
             assert [row.logprobs.tolist() for row in found] == [row.logprobs.tolist() for row in rows]
-    assert all(message.startswith(f"{ExitCode.DATA} {path}: damaged") for message in refused)
+    assert all(message.startswith(f"{ExitCode.BAD_DATA} {path}: damaged") for message in refused)
     assert len(refused) > 5
 
 
@@ -504,7 +504,7 @@ def test_every_command_says_so_without_a_traceback(run: Path, tmp_path: Path, co
     (copy / name).write_bytes((copy / name).read_bytes()[:-40])
     place = [copy] if command in ("status", "analyze-position") else ["--output", copy]
     result = invoke(command, *place)
-    assert result.code == ExitCode.DATA, result.err
+    assert result.code == ExitCode.BAD_DATA, result.err
     assert str(copy / name) in result.err
     assert "Traceback" not in result.err
     assert "internal error" not in result.err
@@ -541,7 +541,7 @@ def test_any_json_is_read_as_it_was_written_or_refused_with_its_file(tmp_path: P
     assert repr(files.read_json(path)) == repr(value)
     with pytest.raises(OpdctlError, match=re.escape(str(path))) as caught:
         files.read_json(path, kind)
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA
 
 
 @given(data=st.data())
@@ -553,7 +553,7 @@ def test_a_manifest_with_any_value_at_any_place_is_the_same_kind_or_refused(data
         "fingerprint": "0" * 64,
         "settings": {"seed": 0},
         "inputs": {"prompts": "x"},
-        "meaning": {},
+        "logprob_metadata": {},
         "parts": [part()],
     }
     home = data.draw(st.sampled_from([manifest, manifest["parts"][0]]))

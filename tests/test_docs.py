@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from conftest import QUICKSTART, ROOT
+from helpers.commands import QUICKSTART, ROOT
 
 from opdctl.cli.main import app
 from opdctl.recipe.load import load_recipe

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import directory, generate, requests
+from helpers.engines import directory, generate, requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import QUICKSTART, Result, invoke, sets
+from helpers.commands import QUICKSTART, Result, invoke, sets
 
 from opdctl.artifacts import files, stage_dir
 from opdctl.artifacts.records import GradedResponse
 from opdctl.data.toy import sort12
 
 ENGINE = ("rollout.engine=transformers", "student.dtype=float32", "eval.max_tokens=160")
-SMALL = (*ENGINE, "eval.problems=6", "eval.samples=4", "eval.parts=3")
+SMALL = (*ENGINE, "eval.limit=6", "eval.samples=4", "eval.num_parts=3")
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +96,9 @@ def test_the_summary_says_what_the_stored_responses_say(whole: Path) -> None:
     assert summary["response_length"] == pytest.approx(np.mean(lengths))
     assert summary["response_lengths"]["max"] == max(lengths)
     assert summary["response_lengths"]["p50"] == pytest.approx(np.median(lengths))
-    assert summary["truncated_share"] == pytest.approx(np.mean([row.finish_reason == "length" for row in rows]))
+    assert summary["truncated_fraction"] == pytest.approx(np.mean([row.finish_reason == "length" for row in rows]))
     assert sum(summary["verdicts"].values()) == 24
-    assert summary["killers"] == []
+    assert summary["grader_failures"] == []
 
 
 def test_each_row_s_grade_is_that_of_its_own_text(whole: Path) -> None:
@@ -133,7 +133,7 @@ def test_another_protocol_on_the_same_folder_is_refused(whole: Path, tmp_path: P
 
 
 def test_at_temperature_0_one_sample_is_enough_and_always_the_same(tmp_path: Path) -> None:
-    settings = (*ENGINE, "eval.problems=4", "eval.temperature=0")
+    settings = (*ENGINE, "eval.limit=4", "eval.temperature=0")
     for name in ("one", "other"):
         result = evaluate("--output", tmp_path / name, "--set", f"seed={len(name)}", settings=settings)
         assert result.code == 0, result.err
@@ -252,7 +252,7 @@ def test_training_prompts_that_are_a_benchmark_s_problems_are_reported(tmp_path:
     prompts = [{"prompt": problem.prompt} for problem in taken[:3]]
     prompts += [{"prompt": problem.prompt} for problem, _ in zip(sort12.problems("train", 0), range(13), strict=False)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    options = sets("prompts.source=prompts.jsonl", "prompts.count=16", "eval.problems=8", "eval.max_tokens=5")
+    options = sets("prompts.source=prompts.jsonl", "prompts.limit=16", "eval.limit=8", "eval.max_tokens=5")
     assert invoke("rollout", "--recipe", QUICKSTART, *options, "--output", tmp_path / "run").code == 0
     result = invoke("eval", "--run", tmp_path / "run", "--json")
     found = result.json()["benchmark"]["contamination"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import invoke
+from helpers.commands import invoke
 
 from opdctl.artifacts import files, tables
 from opdctl.artifacts.records import GradedResponse
@@ -88,7 +88,7 @@ def test_other_problems_are_not_compared_and_another_protocol_is_named(tmp_path:
     one = plant(tmp_path / "one", ONE)
     with pytest.raises(OpdctlError, match="were asked other problems") as caught:
         results.compare_evaluations(one, plant(tmp_path / "other", OTHER, benchmark={"digest": "e"}))
-    assert caught.value.code == ExitCode.SETTINGS
+    assert caught.value.code == ExitCode.RECIPE_MISMATCH
     cooler = plant(tmp_path / "cooler", OTHER, protocol=PROTOCOL | {"temperature": 0.6})
     assert results.compare_evaluations(one, cooler)[0]["other_protocol"] == ["temperature"]
     result = invoke("eval", "--compare", one, cooler, "--json")
@@ -119,7 +119,7 @@ def test_a_damaged_part_is_not_compared(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(OpdctlError, match="SHA-256") as caught:
         results.compare_evaluations(one, other)
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA
 
 
 def test_failures_show_each_problem_once_before_any_twice(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_where_code_cannot_be_confined_none_is_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(OpdctlError, match="cannot be confined here, so none is run") as caught:
         graded(program("return x"))
-    assert caught.value.code == ExitCode.REACH
+    assert caught.value.code == ExitCode.UNAVAILABLE
     code_execution._need_confinement.cache_clear()
 
 
@@ -264,4 +264,4 @@ def test_a_file_that_holds_no_tasks_is_refused(tmp_path: Path, text: str, told: 
     path.write_text(text)
     with pytest.raises(OpdctlError, match=told) as caught:
         find("mbpp_plus", Eval()).problems(None, path)
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA

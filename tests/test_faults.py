@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import faults
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART, ROOT, Result, artifacts, invoke, sets
-from faults import power_cut, system_error
+from helpers import faults
+from helpers.commands import QUICKSTART, ROOT, Result, artifacts, invoke, sets
+from helpers.faults import power_cut, system_error
 from safetensors.numpy import load_file, save_file
 
 from opdctl.artifacts import files, leases, tables
@@ -80,7 +80,7 @@ def test_a_step_that_surely_does_not_fit_is_refused_before_it_begins(disk: Path)
     assert train(disk / "run", "train.steps=1").code == 0
     ballast = fill(disk, 2**20)  # a student of 0.4 MiB and a state of 1.3 MiB need more
     result = train(disk / "run", "train.steps=2")
-    assert result.code == ExitCode.REACH
+    assert result.code == ExitCode.UNAVAILABLE
     assert "the next student, with the state to go on from, needs 1.7 MiB of disk space, " in result.err
     assert not (disk / "run/step-00001").exists()
     ballast.unlink()
@@ -96,17 +96,17 @@ def test_a_disk_that_runs_full_loses_nothing_that_is_finished(
     before = artifacts(disk / "run")
     fill(disk, left)
     monkeypatch.setattr(plan, "check_space", lambda run, stages: None)  # as if something else had filled the disk since
-    result = train(disk / "run", "train.steps=2", "train.keep_last=9")
-    assert result.code == ExitCode.REACH, result.err
+    result = train(disk / "run", "train.steps=2", "train.keep_latest=9")
+    assert result.code == ExitCode.UNAVAILABLE, result.err
     assert ": the disk is full: " in result.err or "lock: cannot be written: No space left on device" in result.err
     assert "Traceback" not in result.err
     assert not list(disk.rglob(".tmp-*"))
     found = artifacts(disk / "run")
     assert {name: found[name] for name in before} == before
     remount(disk, "size=32m")
-    assert train(disk / "run", "train.steps=2", "train.keep_last=9").code == 0
+    assert train(disk / "run", "train.steps=2", "train.keep_latest=9").code == 0
     assert train(tmp_path / "whole", "train.steps=1").code == 0
-    assert train(tmp_path / "whole", "train.steps=2", "train.keep_last=9").code == 0
+    assert train(tmp_path / "whole", "train.steps=2", "train.keep_latest=9").code == 0
     assert artifacts(disk / "run") == artifacts(tmp_path / "whole")
 
 
@@ -116,7 +116,7 @@ def test_of_a_run_on_a_read_only_disk_the_state_is_told_and_nothing_else_is_trie
     assert invoke("status", disk / "run", "--verify").code == 0
     for command in (["train", "--set", "train.steps=2", "--output"], ["rollout", "--output"], ["analyze-position"]):
         result = invoke(*command, disk / "run")
-        assert result.code in (0, ExitCode.REACH)
+        assert result.code in (0, ExitCode.UNAVAILABLE)
         assert "nothing to do" in result.err or "cannot be written: Read-only file system" in result.err, result.err
 
 
@@ -196,7 +196,7 @@ def test_out_of_memory_halves_the_micro_batches_and_the_step_stays_the_same(tmp_
 def test_memory_for_not_even_one_response_is_one_clear_error(tmp_path: Path, monkeypatch) -> None:
     memory_for(10, monkeypatch)
     result = train(tmp_path / "run")
-    assert result.code == ExitCode.REACH
+    assert result.code == ExitCode.UNAVAILABLE
     assert result.err.count("going on with half") <= 6
     assert "out of memory in an update, with micro-batches of 1 responses" in result.err
     assert "train.gradient_checkpointing" in result.err
@@ -210,7 +210,7 @@ def test_an_engine_without_memory_names_the_settings(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(TransformersEngine, "generate", fail)
     result = train(tmp_path / "run")
-    assert result.code == ExitCode.REACH
+    assert result.code == ExitCode.UNAVAILABLE
     assert "error: out of memory" in result.err
     assert "rollout.batch_size" in result.err
 
@@ -235,26 +235,26 @@ def spoiling(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(TransformersEngine, "generate", generated)
     monkeypatch.setattr(TransformersEngine, "score", scored)
-    return ["train.steps=1", "rollout.parts=1"]
+    return ["train.steps=1", "rollout.num_parts=1"]
 
 
 def test_a_spoilt_response_stops_the_run_by_name_and_position(tmp_path: Path, spoiling: list[str]) -> None:
     result = train(tmp_path / "run", *spoiling)
-    assert result.code == ExitCode.DATA
-    name = load_run(tmp_path / "run").draws(0)[2][0]
+    assert result.code == ExitCode.BAD_DATA
+    name = load_run(tmp_path / "run").samples(0)[2][0]
     assert f"{name}: the student's logprobs at position 1 is nan" in result.err
-    assert "train.max_spoilt_responses" in result.err
+    assert "train.max_invalid_responses" in result.err
 
 
 def test_as_many_spoilt_responses_as_the_recipe_allows_are_left_out_and_counted(tmp_path: Path, spoiling) -> None:
-    refused = train(tmp_path / "one", *spoiling, "train.max_spoilt_responses=1")
-    assert refused.code == ExitCode.DATA
+    refused = train(tmp_path / "one", *spoiling, "train.max_invalid_responses=1")
+    assert refused.code == ExitCode.BAD_DATA
     assert "logprobs of the teacher" in refused.err
-    result = train(tmp_path / "two", *spoiling, "train.max_spoilt_responses=2")
+    result = train(tmp_path / "two", *spoiling, "train.max_invalid_responses=2")
     assert result.code == 0, result.err
     assert result.err.count("this response is left out") == 2
     metrics = load_run(tmp_path / "two").update(0)["metrics"]
-    assert (metrics["responses"], metrics["spoilt_responses"]) == (6, 2)
+    assert (metrics["responses"], metrics["invalid_responses"]) == (6, 2)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -271,7 +271,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_before_the_optimizer(
 
     monkeypatch.setattr(trainer, "map_vocab_chunks", broken)
     result = train(tmp_path / "run", "train.steps=2")
-    assert result.code == ExitCode.DATA
+    assert result.code == ExitCode.BAD_DATA
     assert f"the {where if where == 'loss' else 'loss'} is" in result.err
     assert "sort12-" in result.err
     assert "nothing of this step was kept" in result.err
@@ -296,7 +296,7 @@ def test_responses_of_nothing_but_an_end_are_legal_and_counted(tmp_path: Path) -
     result = train(tmp_path / "run", f"student.model={path}", "train.steps=1")
     assert result.code == 0, result.err
     metrics = load_run(tmp_path / "run").update(0)["metrics"]
-    assert (metrics["response_length"], metrics["truncated_share"]) == (1, 0)
+    assert (metrics["response_length"], metrics["truncated_fraction"]) == (1, 0)
 
 
 def test_a_matrix_of_more_rows_than_tokens_is_masked_and_said_once(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_code_that_comes_with_a_model_runs_only_when_the_recipe_says_so_and_is_s
     )
     common = (f"student.model={path}", "train.steps=1")
     refused = train(tmp_path / "run", *common)
-    assert refused.code in (ExitCode.USAGE, ExitCode.DATA)
+    assert refused.code in (ExitCode.USAGE, ExitCode.BAD_DATA)
     assert str(path) in refused.err
     assert "Traceback" not in refused.err
     assert not ran.exists()
@@ -351,11 +351,11 @@ def test_prompts_that_changed_under_the_run_are_refused_and_removed_ones_are_not
     path = tmp_path / "mine.jsonl"
     rows = [json.dumps({"prompt": f"{letters}?"}) for letters in ("dbca", "cab", "ba", "abc", "bd", "dc", "ca", "ad")]
     path.write_text("\n".join(rows))
-    common = (f"prompts.source={path}", "prompts.count=8")
+    common = (f"prompts.source={path}", "prompts.limit=8")
     assert train(tmp_path / "run", *common, "train.steps=1").code == 0
     path.write_text("\n".join(rows[::-1]))
     result = train(tmp_path / "run", *common, "train.steps=2")
-    assert result.code == ExitCode.SETTINGS
+    assert result.code == ExitCode.RECIPE_MISMATCH
     assert str(path) in result.err
     path.unlink()
     assert invoke("train", "--output", tmp_path / "run", "--set", "train.steps=2").code == 0

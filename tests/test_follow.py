@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, invoke, sets
 
 from opdctl.artifacts import leases
 from opdctl.artifacts.records import Response
@@ -81,7 +81,7 @@ def test_three_followers_make_the_student_of_one_process_whichever_is_killed_and
     followers = {stage: start(stage, output, *THREE) for stage in STAGES}
     moments = {
         "rollout": "step-00001/rollout/manifest.json",
-        "score-teacher": "step-00001/teacher/work.json",
+        "score-teacher": "step-00001/teacher/in_progress.json",
         "train": "step-00001/teacher/manifest.json",
     }
     for stage, moment in moments.items():
@@ -95,38 +95,38 @@ def test_three_followers_make_the_student_of_one_process_whichever_is_killed_and
         one, three = (load_run(path) for path in (alone, output))
         if step in one.kept_steps():
             assert (one.student_at(step).path / name).read_bytes() == (three.student_at(step).path / name).read_bytes()
-    assert [three.update(step)["metrics"]["lag"] for step in range(3)] == [0, 0, 0]
-    assert not list(output.rglob("policy.json"))
+    assert [three.update(step)["metrics"]["staleness"] for step in range(3)] == [0, 0, 0]
+    assert not list(output.rglob("policy_version.json"))
     assert invoke("status", output, "--verify").code == 0
 
 
 def test_followers_that_draw_ahead_keep_within_the_bound_and_end(tmp_path):
-    overrides = ("train.steps=4", "pipeline.max_staleness=2", "rollout.parts=4")
+    overrides = ("train.steps=4", "pipeline.max_staleness=2", "rollout.num_parts=4")
     followers = [start(stage, tmp_path / "run", *overrides) for stage in ("rollout", *STAGES)]
     assert [code(child) for child in followers] == [0, 0, 0, 0]
     run = load_run(tmp_path / "run")
     for step in range(4):
-        lag = run.update(step)["metrics"]["lag"]
+        lag = run.update(step)["metrics"]["staleness"]
         assert 0 <= lag <= 2
-        assert {row.policy_step for index in range(4) for row in rows(run, step, index)} == {step - lag}
+        assert {row.policy_version for index in range(4) for row in rows(run, step, index)} == {step - lag}
     assert invoke("status", run.path, "--verify").code == 0
 
 
 def rows(run: Run, step: int, index: int) -> list[Response]:
-    return read_rows(run.rollout(step).verify(index), Response)
+    return read_rows(run.rollout_stage(step).verify(index), Response)
 
 
 def test_responses_drawn_ahead_say_so_and_are_corrected_for(ahead):
     """The importance weight of each token, by an engine of its own with the student that learns."""
     run = load_run(ahead)
     own = [row for index in range(2) for row in rows(run, 1, index)]
-    assert {row.policy_step for row in own} == {0}
+    assert {row.policy_version for row in own} == {0}
     assert all("/00001/" in row.sample_id for row in own)
     engine = TransformersEngine(run.student_at(1), "cpu")
     scores = engine.score([ScoreRequest(r.prompt_ids, r.response_ids) for r in own], run.recipe.score, lambda n: None)
     ratios = [np.exp(now.logprobs.astype(float) - row.logprobs) for now, row in zip(scores, own, strict=True)]
     metrics = run.update(1)["metrics"]
-    assert metrics["lag"] == 1
+    assert metrics["staleness"] == 1
     assert metrics["rollout_correction"] == pytest.approx(np.concatenate(ratios).clip(max=5).mean(), rel=1e-5)
     assert metrics["rollout_correction"] != pytest.approx(1, abs=1e-3)
     assert run.update(0)["metrics"]["rollout_correction"] == pytest.approx(1, abs=1e-4)
@@ -134,7 +134,7 @@ def test_responses_drawn_ahead_say_so_and_are_corrected_for(ahead):
 
 def test_whoever_makes_a_part_later_draws_it_with_the_student_that_was_settled(copy):
     run = load_run(copy)
-    path = run.rollout(1).verify(0)
+    path = run.rollout_stage(1).verify(0)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     result = invoke("rollout", "--step", 1, "--repair", "--output", copy)
@@ -156,7 +156,7 @@ def test_a_lower_bound_refuses_what_was_drawn_ahead_and_is_still_to_be_learnt_fr
     now = [*longer, "--set", "pipeline.max_staleness=0"]
     assert invoke("rollout", "--step", 1, *now).code == 0  # learnt from already
     result = invoke("train", *now)
-    assert result.code == ExitCode.SETTINGS
+    assert result.code == ExitCode.RECIPE_MISMATCH
     assert "step-00003: drawn by the student of step 2; pipeline.max_staleness = 0 wants that of step 3" in result.err
     assert load_run(copy).current_step() == 3
     shutil.rmtree(copy / "step-00003")
@@ -176,10 +176,10 @@ def test_an_objective_that_cannot_correct_is_refused_with_staleness(objective, t
 
 @pytest.mark.parametrize(("stage", "what"), [("score-teacher", "the responses"), ("train", "the teacher's scores")])
 def test_a_stage_that_waits_too_long_gives_up_and_says_for_what(stage, what, tmp_path):
-    result = invoke(stage, "--follow", *arguments(tmp_path / "run", "pipeline.max_idle_seconds=0.1"))
-    assert result.code == ExitCode.REACH
+    result = invoke(stage, "--follow", *arguments(tmp_path / "run", "pipeline.follow_timeout_seconds=0.1"))
+    assert result.code == ExitCode.UNAVAILABLE
     assert f"step 0: waited 0.1 s for {what}" in result.err
-    assert not list((tmp_path / "run" / "followers").iterdir())
+    assert not list((tmp_path / "run" / "heartbeats").iterdir())
 
 
 def test_a_cluster_s_signal_ends_a_stage_that_waits_with_75(alone, tmp_path):
@@ -225,15 +225,15 @@ def test_nobody_gives_up_while_another_is_at_work(alone, monkeypatch):
 
 
 def impatient(run: Run) -> Run:
-    pipeline = run.recipe.pipeline.model_copy(update={"max_idle_seconds": 0.05})
+    pipeline = run.recipe.pipeline.model_copy(update={"follow_timeout_seconds": 0.05})
     return dataclasses.replace(run, recipe=run.recipe.model_copy(update={"pipeline": pipeline}))
 
 
 def test_what_a_dead_follower_left_is_shown_as_dead_and_forgotten_by_the_next(alone):
     run = load_run(alone)
     with send_heartbeats(run, "train"):
-        left = alone / "followers" / "rollout-elsewhere-1.json"
-        (own,) = (alone / "followers").glob("train-*.json")
+        left = alone / "heartbeats" / "rollout-elsewhere-1.json"
+        (own,) = (alone / "heartbeats").glob("train-*.json")
         left.write_bytes(own.read_bytes())
         unfinished = left.with_name(".tmp-1-rollout-elsewhere-1.json")  # as it is being written anew
         unfinished.write_bytes(own.read_bytes())

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from helpers.commands import ROOT
 
 from opdctl.data.toy import sort12
 from opdctl.evaluation import graders

@@ -104,7 +104,7 @@ def chunked_loss(model, start=0, stop=10):
 
     def use(chunk):
         rows = torch.arange(start, stop)[chunk.rows]
-        return loss_of(chunk.logp_CV, chunk.picked_CK[:, 0], rows)
+        return loss_of(chunk.logp_CV, chunk.selected_logp_CK[:, 0], rows)
 
     return map_vocab_chunks(output_head(model, V), hidden_ND, ids_N[:, None], use)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, invoke, sets
 
 from opdctl.errors import ExitCode
 
@@ -105,7 +105,7 @@ def test_the_student_arrives_whole_with_its_card_in_a_private_repository(run):
 def test_a_push_that_fails_costs_nothing_but_the_push(run):
     before = {file: file.read_bytes() for file in (run / "student").rglob("*") if file.is_file()}
     done = train(run, "me/student", HF_HUB_OFFLINE="1", HF_TOKEN="right")
-    assert done.returncode == ExitCode.REACH, done.stderr
+    assert done.returncode == ExitCode.UNAVAILABLE, done.stderr
     assert "error: --push me/student: the hub did not take it: Cannot reach" in done.stderr
     assert f"hint: the student is whole, {run}/student/step-00001; the same command tries again" in done.stderr
     assert json.loads(done.stdout)["steps"] == 1
@@ -114,7 +114,7 @@ def test_a_push_that_fails_costs_nothing_but_the_push(run):
 
 def test_a_hub_that_refuses_or_is_not_there_is_one_clear_error(tmp_path):
     hub = Hub()
-    code = "from pathlib import Path; from opdctl import hub; hub.push(Path('.'), 'me/student', 'step 1')"
+    code = "from pathlib import Path; from opdctl.training import publish; publish.push_to_hub(Path('.'), 'me/student', 'step 1')"
     refused = python("-c", code, HF_ENDPOINT=hub.address, HF_TOKEN="wrong")
     hub.shutdown()
     hub.server_close()
@@ -130,7 +130,7 @@ def test_a_hub_that_refuses_or_is_not_there_is_one_clear_error(tmp_path):
     [
         ("student", ExitCode.USAGE, "whose repository?"),
         ("me/stu dent", ExitCode.USAGE, "--push me/stu dent: "),
-        ("me/student", ExitCode.REACH, "there is no token for the hub"),
+        ("me/student", ExitCode.UNAVAILABLE, "there is no token for the hub"),
     ],
 )
 def test_what_cannot_succeed_is_said_before_training(tmp_path, repo, code, text):

@@ -34,8 +34,8 @@ OLD_N = torch.tensor([-1.0, -0.1, 0.1, 1.0]).repeat(N)[:N]  # what the old polic
 ADVANTAGE_N = torch.tensor([1.0, -2.0, 0.5, -0.3, 3.0]).repeat(N)[:N]
 
 
-def ppo(picked_CK, rows):
-    ratio_C = (picked_CK[:, 0] - picked_CK[:, 0].detach() - OLD_N[rows]).exp()
+def ppo(selected_logp_CK, rows):
+    ratio_C = (selected_logp_CK[:, 0] - selected_logp_CK[:, 0].detach() - OLD_N[rows]).exp()
     advantage_C = ADVANTAGE_N[rows]
     return -torch.minimum(ratio_C * advantage_C, ratio_C.clamp(0.8, 1.2) * advantage_C).sum()
 
@@ -46,13 +46,15 @@ def kl(logp_CV, rows):
 
 # Of picked log-probs, a function that gives every log-prob, and the tokens' numbers.
 LOSSES = {
-    "linear": lambda picked_CK, whole, rows: (picked_CK * UPSTREAM_NK[rows]).sum(),
-    "squares": lambda picked_CK, whole, rows: (picked_CK.square() * UPSTREAM_NK[rows]).sum(),
-    "ppo": lambda picked_CK, whole, rows: ppo(picked_CK, rows),
-    "read only": lambda picked_CK, whole, rows: (picked_CK[:, 1] * whole().detach().amax(-1)).sum(),
-    "reverse kl": lambda picked_CK, whole, rows: kl(whole(), rows),
-    "forward kl": lambda picked_CK, whole, rows: -(TEACHER_NV[rows].exp() * whole()).sum(),
-    "both": lambda picked_CK, whole, rows: ppo(picked_CK, rows) + (whole().square() * TEACHER_NV[rows]).sum(),
+    "linear": lambda selected_logp_CK, whole, rows: (selected_logp_CK * UPSTREAM_NK[rows]).sum(),
+    "squares": lambda selected_logp_CK, whole, rows: (selected_logp_CK.square() * UPSTREAM_NK[rows]).sum(),
+    "ppo": lambda selected_logp_CK, whole, rows: ppo(selected_logp_CK, rows),
+    "read only": lambda selected_logp_CK, whole, rows: (selected_logp_CK[:, 1] * whole().detach().amax(-1)).sum(),
+    "reverse kl": lambda selected_logp_CK, whole, rows: kl(whole(), rows),
+    "forward kl": lambda selected_logp_CK, whole, rows: -(TEACHER_NV[rows].exp() * whole()).sum(),
+    "both": lambda selected_logp_CK, whole, rows: (
+        ppo(selected_logp_CK, rows) + (whole().square() * TEACHER_NV[rows]).sum()
+    ),
 }
 
 
@@ -90,7 +92,7 @@ def plain_loss(loss, hidden_ND, head, ids_NK, order=slice(None)):
 def chunked_loss(loss, hidden_ND, head, ids_NK, order=None):
     order = torch.arange(len(ids_NK)) if order is None else order
     return map_vocab_chunks(
-        head, hidden_ND, ids_NK, lambda chunk: loss(chunk.picked_CK, lambda: chunk.logp_CV, order[chunk.rows])
+        head, hidden_ND, ids_NK, lambda chunk: loss(chunk.selected_logp_CK, lambda: chunk.logp_CV, order[chunk.rows])
     )
 
 
@@ -125,7 +127,7 @@ def test_values_equal_those_of_the_plain_formula_for_every_chunk(kind, chunk):
     def read(part):
         rows.append(torch.arange(N)[part.rows])
         divergence_C = (part.logp_CV.exp() * (part.logp_CV - TEACHER_NV[part.rows])).sum(-1)
-        found.append((part.picked_CK, part.entropy_C(), *part.top(5), part.logp_CV.clone(), divergence_C))
+        found.append((part.selected_logp_CK, part.entropy_C(), *part.top(5), part.logp_CV.clone(), divergence_C))
 
     with in_chunks_of(chunk), torch.no_grad():
         total = map_vocab_chunks(head, hidden_ND, ids_NK, read)
@@ -144,7 +146,7 @@ def test_a_chunk_has_one_token_where_the_vocabulary_is_larger_than_a_chunk():
     hidden_ND, head, ids_NK = make()
     sizes = []
     with patch.object(logprobs, "CHUNK_LOGITS", V // 2):
-        map_vocab_chunks(head, hidden_ND, ids_NK, lambda chunk: sizes.append(len(chunk.picked_CK)))
+        map_vocab_chunks(head, hidden_ND, ids_NK, lambda chunk: sizes.append(len(chunk.selected_logp_CK)))
     assert sizes == [1] * N
 
 
@@ -199,7 +201,7 @@ def test_rows_of_the_matrix_beyond_the_vocabulary_get_no_probability_and_no_grad
     def use(chunk):
         sums.append(chunk.logp_CV.detach().exp().sum(-1))
         assert chunk.top(V)[0].max() < V
-        return chunk.logp_CV.square().sum() + chunk.picked_CK.sum()
+        return chunk.logp_CV.square().sum() + chunk.selected_logp_CK.sum()
 
     map_vocab_chunks(head, hidden_ND, ids_NK, use).backward()
     torch.testing.assert_close(torch.cat(sums), torch.ones(N))
@@ -252,8 +254,8 @@ def test_without_gradients_the_value_is_the_same_and_nothing_is_differentiated(m
     wanting = []
 
     def use(chunk):
-        wanting.append(chunk.picked_CK.requires_grad or chunk.logp_CV.requires_grad or torch.is_grad_enabled())
-        return LOSSES["both"](chunk.picked_CK, lambda: chunk.logp_CV, chunk.rows)
+        wanting.append(chunk.selected_logp_CK.requires_grad or chunk.logp_CV.requires_grad or torch.is_grad_enabled())
+        return LOSSES["both"](chunk.selected_logp_CK, lambda: chunk.logp_CV, chunk.rows)
 
     with mode(), in_chunks_of(4):
         found = map_vocab_chunks(head, hidden_ND, ids_NK, use)
@@ -277,7 +279,9 @@ def test_no_tokens_can_be_read_too():
     shapes = []
 
     def read(chunk):
-        shapes.append([value.shape for value in (chunk.picked_CK, chunk.entropy_C(), *chunk.top(3), chunk.logp_CV)])
+        shapes.append(
+            [value.shape for value in (chunk.selected_logp_CK, chunk.entropy_C(), *chunk.top(3), chunk.logp_CV)]
+        )
 
     map_vocab_chunks(head, hidden_ND, ids_NK, read)
     assert shapes == [[(0, 4), (0,), (0, 3), (0, 3), (0, V)]]
@@ -288,7 +292,7 @@ def test_chunks_without_a_loss_or_with_a_constant_one_count_as_such_and_have_no_
 
     def use(chunk):
         start = chunk.rows.start
-        return None if start == 0 else torch.tensor(2.5) if start == 4 else chunk.picked_CK[:, 0].sum()
+        return None if start == 0 else torch.tensor(2.5) if start == 4 else chunk.selected_logp_CK[:, 0].sum()
 
     with in_chunks_of(4):
         found = map_vocab_chunks(head, hidden_ND, ids_NK, use)
@@ -359,7 +363,7 @@ def test_extreme_logits_give_finite_log_probs_and_gradients():
 
     def use(chunk):
         finite.append(bool(chunk.logp_CV.isfinite().all() and chunk.entropy_C().isfinite().all()))
-        return LOSSES["both"](chunk.picked_CK, lambda: chunk.logp_CV, chunk.rows)
+        return LOSSES["both"](chunk.selected_logp_CK, lambda: chunk.logp_CV, chunk.rows)
 
     map_vocab_chunks(head, hidden_ND, ids_NK, use).backward()
     assert finite == [True]
@@ -376,7 +380,7 @@ def test_nothing_of_the_size_of_tokens_times_vocabulary_is_built():
     def use(part):
         other_CV = teacher.logits(hidden_ND[part.rows]).log_softmax(-1)
         divergence = (part.logp_CV.exp() * (part.logp_CV - other_CV)).sum()
-        return divergence + part.picked_CK.sum() + part.entropy_C().sum() + part.top(7)[1].sum()
+        return divergence + part.selected_logp_CK.sum() + part.entropy_C().sum() + part.top(7)[1].sum()
 
     with Watch() as watch, in_chunks_of(chunk, vocabulary):
         map_vocab_chunks(head, hidden_ND, torch.randint(0, vocabulary, (tokens, 3)), use).backward()
@@ -392,7 +396,7 @@ def test_by_hand_two_words_of_equal_logit():
 
     def use(chunk):
         entropies.append(chunk.entropy_C().item())
-        return chunk.picked_CK.sum()
+        return chunk.selected_logp_CK.sum()
 
     found = map_vocab_chunks(head, torch.ones(1, D), torch.tensor([[1]]), use)
     found.backward()
@@ -423,7 +427,7 @@ def test_each_token_is_predicted_from_the_one_before_and_padding_changes_nothing
     found = []
     head = output_head(model, directory.vocab_size)
     with in_chunks_of(7, directory.vocab_size):
-        map_vocab_chunks(head, hidden_ND, ids_N[:, None], lambda chunk: found.append(chunk.picked_CK[:, 0]))
+        map_vocab_chunks(head, hidden_ND, ids_N[:, None], lambda chunk: found.append(chunk.selected_logp_CK[:, 0]))
     for (prompt, response), logp_T in zip(sequences, padded.split(torch.cat(found)), strict=True):
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
         whole = model(ids[None]).logits[0].double().log_softmax(-1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART, invoke, sets, small_recipe
+from helpers.commands import QUICKSTART, invoke, sets, small_recipe
 from transformers import AutoModelForCausalLM
 
 from opdctl.data.toy import sort12
@@ -235,7 +235,7 @@ def test_a_weight_whose_columns_are_not_stored_is_refused_with_the_settings_to_a
     output = tmp_path / "run"
     assert invoke("train", "--recipe", QUICKSTART, *sets("train.steps=1"), "--output", output).code == 0
     result = invoke("analyze-position", output, "--set", "weight.name=fire")
-    assert result.code == ExitCode.SETTINGS
+    assert result.code == ExitCode.RECIPE_MISMATCH
     assert "`rollout.entropy = true`, `score.entropy = true`" in result.err
     assert invoke("analyze-position", output, "--set", "weight.name=linear_decay").code == 0
 
@@ -265,7 +265,7 @@ def two_teachers(tmp_path) -> Path:
     recipe.write_text(
         QUICKSTART.read_text()
         .replace('[teacher]\nmodel = "toy:teacher"\ndtype = "float32"', TEACHERS)
-        .replace('source = "toy:sort12"\ncount = 4096', PROMPTS.format(tmp_path / "prompts.jsonl"))
+        .replace('source = "toy:sort12"\nlimit = 4096', PROMPTS.format(tmp_path / "prompts.jsonl"))
     )
     return recipe
 
@@ -287,7 +287,7 @@ def test_each_response_is_scored_by_the_teacher_of_its_prompt(two_teachers, tmp_
     for sample in scored:
         size = np.abs(to_weight_inputs(sample, 0, 1.0).advantage_T).max()
         assert (size < 1e-4) == (sample.response.teacher == "teacher-a")
-    parts = [stage.manifest()["parts"] for stage in run.scores(0).values()]
+    parts = [stage.manifest()["parts"] for stage in run.score_stages(0).values()]
     assert sum(part["rows"] for stage in parts for part in stage) == len(scored) == 8
 
 
@@ -297,7 +297,7 @@ def test_teachers_score_one_by_one_on_their_own_and_give_the_same_student(two_te
         result = invoke(*command, "--recipe", two_teachers, *common)
         assert result.code == 0, result.err
     assert "opdctl score-teacher" in result.err
-    assert invoke("train", "--no-fill", "--output", tmp_path / "run").code == ExitCode.NO
+    assert invoke("train", "--no-fill", "--output", tmp_path / "run").code == ExitCode.FAILED
     assert invoke("score-teacher", "--output", tmp_path / "run", "--only", "teacher-a").code == 0
     assert invoke("train", "--no-fill", "--output", tmp_path / "run").code == 0
     assert invoke("train", "--recipe", two_teachers, *common[:-1], tmp_path / "at-once").code == 0
@@ -324,7 +324,7 @@ def test_a_prompt_that_names_no_teacher_of_the_recipe_is_refused(two_teachers, t
     rows = (tmp_path / "prompts.jsonl").read_text().replace('"who": "a"', '"who": "bb"', 1)
     (tmp_path / "prompts.jsonl").write_text(rows)
     result = invoke("rollout", "--recipe", two_teachers, *sets()[2:], "--output", tmp_path / "run")
-    assert result.code == ExitCode.DATA
+    assert result.code == ExitCode.BAD_DATA
     assert "no teacher `bb`" in result.err
     assert not (tmp_path / "run").exists()
 
@@ -401,8 +401,8 @@ def test_a_teacher_told_the_same_makes_the_same_student(own_prompts, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "code", "told"),
     [
-        ("prompts.teacher_prompt_column=long", ExitCode.DATA, "longer than prompts.max_tokens = 32: `0` with 40"),
-        ("prompts.teacher_prompt_column=tld", ExitCode.DATA, "did you mean `told`?"),
+        ("prompts.teacher_prompt_column=long", ExitCode.BAD_DATA, "longer than prompts.max_tokens = 32: `0` with 40"),
+        ("prompts.teacher_prompt_column=tld", ExitCode.BAD_DATA, "did you mean `told`?"),
         ("prompts.source=toy:sort12", ExitCode.USAGE, "prompts.teacher_prompt_column: `toy:sort12` has no columns"),
     ],
 )
@@ -424,9 +424,7 @@ def run_opdctl(folder: Path, *arguments: object) -> subprocess.CompletedProcess[
 PLUGIN = """
 from dataclasses import dataclass
 import numpy as np
-from opdctl.registry import OBJECTIVES, WEIGHTS
-from opdctl.objectives import Objective
-from opdctl.weights import Weight
+from opdctl.plugins import OBJECTIVES, WEIGHTS, Objective, Weight
 
 @WEIGHTS.register("last_token", "a test")
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, invoke, sets
+from helpers.models import SMALL, save
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,32 +28,12 @@ from opdctl.runs.run import load_run
 from opdctl.runs.scored_responses import read_scored
 
 TOY = find_or_download(Model(model="toy:student"), "student.model")
-SMALL = {
-    "vocab_size": 64,  # eight rows more than the tokenizer knows
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "eos_token_id": [1, 5],
-    "bos_token_id": None,
-}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 KINDS = {
     "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
     "qwen3-moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **EXPERTS, tie_word_embeddings=False)),
 }
-
-
-def save(model: torch.nn.Module, folder: Path) -> Path:
-    """Write a random model with the embedded tokenizer."""
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TOY / name, folder)
-    return folder
 
 
 def prompts(folder: Path) -> Path:

@@ -60,7 +60,7 @@ def test_the_policy_gradient_and_its_clips_by_hand(ratio, target, loss, slope, c
     assert loss_and_slope("policy_gradient", logp, target, old) == (pytest.approx(loss), pytest.approx(slope))
     _, metrics = loss_of("policy_gradient", batch([logp], [target], [old]))
     found = {name: value.item() for name, value in metrics.items()}
-    shares = {"clip_share": clipped, "dual_clip_share": dual}
+    shares = {"clip_fraction": clipped, "dual_clip_fraction": dual}
     assert found == pytest.approx({"advantage": target - old, "ratio": ratio, "rollout_correction": 1} | shares)
 
 

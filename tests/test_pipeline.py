@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import artifacts, invoke, names, sets, small_recipe
+from helpers.commands import artifacts, invoke, names, sets, small_recipe
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
@@ -66,7 +66,7 @@ def test_the_stages_one_by_one_make_the_same_student_bit_for_bit(undisturbed, tm
     assert artifacts(tmp_path / "run") == artifacts(undisturbed)
 
 
-KILLED = ("train.steps=3", "eval.every=1", "train.keep_last=1", "train.keep_every=2")
+KILLED = ("train.steps=3", "eval.every_steps=1", "train.keep_latest=1", "train.keep_every_steps=2")
 CHANGES = ("replace", "rename", "unlink", "rmdir")
 
 
@@ -175,13 +175,13 @@ def test_more_steps_go_on_from_the_last(undisturbed, copy, tmp_path):
 
 def test_training_without_scores_names_the_command_that_is_next(tmp_path):
     result = invoke("train", "--no-fill", "--recipe", QUICKSTART, *sets(), "--output", tmp_path / "run")
-    assert result.code == ExitCode.NO
+    assert result.code == ExitCode.FAILED
     assert f"opdctl rollout --output {tmp_path / 'run'}" in result.err
 
 
 def test_scoring_without_responses_names_the_command_that_is_next(tmp_path):
     result = invoke("score-teacher", "--recipe", QUICKSTART, *sets(), "--output", tmp_path / "run")
-    assert result.code == ExitCode.NO
+    assert result.code == ExitCode.FAILED
     assert "opdctl rollout" in result.err
 
 
@@ -189,7 +189,7 @@ def test_scoring_without_responses_names_the_command_that_is_next(tmp_path):
 def test_a_changed_recipe_is_refused_with_what_changed_and_the_ways_on(copy, change):
     before = artifacts(copy)
     result = train(copy, change)
-    assert result.code == ExitCode.SETTINGS
+    assert result.code == ExitCode.RECIPE_MISMATCH
     assert f"{change.split('=')[0]} " in result.err
     assert "→" in result.err
     assert "another --output" in result.err
@@ -206,11 +206,11 @@ def test_a_damaged_part_stops_the_analysis_is_shown_by_status_and_repaired(copy,
     else:
         part.write_bytes(whole[:-7] if damage == "truncated" else whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
     result = invoke("analyze-position", copy)
-    assert result.code == ExitCode.DATA
+    assert result.code == ExitCode.BAD_DATA
     assert str(part) in result.err
     assert "--repair" in result.err
     shown = invoke("status", copy, "--verify", "--json")
-    assert shown.code == ExitCode.DATA
+    assert shown.code == ExitCode.BAD_DATA
     assert [s["state"] for s in shown.json()["stages"][:2]].count("damaged") == 1
     command = shown.json()["next"].split()[1:]
     assert "--repair" in command
@@ -237,7 +237,7 @@ def test_the_last_step_of_a_finished_run_is_repaired_without_naming_it(copy):
 
 def test_repair_that_cannot_make_a_part_again_leaves_it_and_status_does_not_ask_for_it(tmp_path):
     output = tmp_path / "run"
-    assert train(output, "train.steps=3", "train.keep_last=1", "train.keep_every=50").code == 0
+    assert train(output, "train.steps=3", "train.keep_latest=1", "train.keep_every_steps=50").code == 0
     part = next((output / "step-00001" / "rollout").glob("part-00000*"))
     flip(part)
     damaged = part.read_bytes()
@@ -252,9 +252,9 @@ def test_status_finds_a_damaged_evaluation_and_eval_repairs_it(copy):
     assert invoke("eval", "--output", copy).code == 0
     part = next((copy / "eval/sort12/step-00002").glob("part-*"))
     whole = flip(part)
-    assert invoke("status", copy, "--verify").code == ExitCode.DATA
+    assert invoke("status", copy, "--verify").code == ExitCode.BAD_DATA
     result = invoke("eval", "--output", copy)
-    assert result.code == ExitCode.DATA
+    assert result.code == ExitCode.BAD_DATA
     hint = next(line for line in result.err.splitlines() if line.startswith("hint"))
     command = hint.partition("opdctl ")[2].partition("`")[0].split()
     assert invoke(*command).code == 0
@@ -266,14 +266,14 @@ def test_status_misses_the_newest_student_but_no_trainer_state_which_updates_mak
     assert invoke("status", copy).code == 0
     shutil.rmtree(copy / "student/step-00002")
     result = invoke("status", copy)
-    assert result.code == ExitCode.DATA
+    assert result.code == ExitCode.BAD_DATA
     assert "student/step-00002" in result.err
 
 
 def test_accuracies_of_another_protocol_are_not_shown_beside_one_another(tmp_path):
     output = tmp_path / "run"
-    assert train(output, "eval.every=2").json()["accuracy"]["before"] is not None
-    later = train(output, "eval.every=2", "eval.samples=2", "train.steps=4").json()["accuracy"]
+    assert train(output, "eval.every_steps=2").json()["accuracy"]["before"] is not None
+    later = train(output, "eval.every_steps=2", "eval.samples=2", "train.steps=4").json()["accuracy"]
     assert later["before"] is None
     assert later["after"] is not None
 
@@ -296,7 +296,7 @@ def test_a_damaged_student_is_named_before_it_is_used(copy):
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     result = train(copy, "train.steps=3")
-    assert result.code == ExitCode.DATA
+    assert result.code == ExitCode.BAD_DATA
     assert str(path) in result.err
 
 
@@ -314,7 +314,7 @@ def test_another_model_under_the_same_path_is_refused(tmp_path):
     )
     shutil.copy(QUICKSTART.parent.parent / "opdctl/tasks/models/student-spread/model.safetensors", model)
     result = invoke("rollout", "--output", tmp_path / "run")
-    assert result.code == ExitCode.SETTINGS
+    assert result.code == ExitCode.RECIPE_MISMATCH
     assert "is not the one this run began with" in result.err
 
 
@@ -478,7 +478,7 @@ def test_the_exported_student_is_a_plain_model_directory(undisturbed):
 def test_each_prompt_of_an_epoch_is_drawn_once_and_later_epochs_have_another_order(undisturbed):
     run = load_run(undisturbed)  # 32 prompts, 8 a step
     epochs = [
-        [prompt.prompt_id for step in range(4 * e, 4 * e + 4) for _, prompt in run.draws(step)] for e in (0, 1, 2)
+        [prompt.prompt_id for step in range(4 * e, 4 * e + 4) for _, prompt in run.samples(step)] for e in (0, 1, 2)
     ]
     assert all(len(set(epoch)) == 32 for epoch in epochs)
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
@@ -488,11 +488,11 @@ def test_each_prompt_of_an_epoch_is_drawn_once_and_later_epochs_have_another_ord
 
 def test_every_response_is_there_once_with_its_policy_and_answer(undisturbed):
     run = load_run(undisturbed)
-    stage = run.rollout(1)
+    stage = run.rollout_stage(1)
     rows = [row for index in range(2) for row in read_rows(stage.verify(index), Response)]
-    assert [row.sample_id for row in rows] == [name for name, _ in run.draws(1)]
+    assert [row.sample_id for row in rows] == [name for name, _ in run.samples(1)]
     for row in rows:
-        assert row.policy_step == 1
+        assert row.policy_version == 1
         assert row.answer == "".join(sorted(row.prompt_id.removeprefix("sort12-")))
 
 
@@ -516,7 +516,7 @@ def test_joining_is_strict(scored_run):
     ]:
         with pytest.raises(OpdctlError, match=why) as caught:
             join(responses, {"teacher": broken})
-        assert caught.value.code == ExitCode.DATA
+        assert caught.value.code == ExitCode.BAD_DATA
     spoilt = TokenScores(logprobs, entropies=np.full_like(logprobs, np.nan))
     with pytest.raises(OpdctlError, match="entropies at position 0 is nan"):
         join(responses, {"teacher": scores | {first: spoilt}})
@@ -530,7 +530,7 @@ def test_joining_is_strict(scored_run):
 
 def test_old_students_go_and_the_ones_to_keep_stay(tmp_path):
     output = tmp_path / "run"
-    assert train(output, "train.steps=6", "train.keep_every=4", "train.keep_last=1").code == 0
+    assert train(output, "train.steps=6", "train.keep_every_steps=4", "train.keep_latest=1").code == 0
     assert load_run(output).kept_steps() == [0, 4, 6]
     assert [path.name for path in (output / "trainer").iterdir()] == ["step-00006"]
     result = invoke("eval", "--output", output, "--step", "3")
@@ -539,7 +539,7 @@ def test_old_students_go_and_the_ones_to_keep_stay(tmp_path):
 
 
 def test_the_clock_covers_every_stage(tmp_path):
-    run = open_run(small_recipe("eval.every=1", "train.steps=1"), tmp_path / "run")
+    run = open_run(small_recipe("eval.every_steps=1", "train.steps=1"), tmp_path / "run")
     clock = loop.run_training(run, "cpu")
     assert all(seconds > 0 for seconds in clock.seconds.values())
     accuracy = progress.accuracy(run)

@@ -38,7 +38,7 @@ def texts(path: Path, **settings: Any) -> list[str]:
     return [problem.text for problem in load_problems(Prompts(source=str(path), **settings))]
 
 
-def refusal(path: Path, code: ExitCode = ExitCode.DATA, **settings: Any) -> OpdctlError:
+def refusal(path: Path, code: ExitCode = ExitCode.BAD_DATA, **settings: Any) -> OpdctlError:
     """Return the error that reading gives, which must name the file."""
     with pytest.raises(OpdctlError) as caught:
         load_problems(Prompts(source=str(path), **settings))
@@ -51,7 +51,7 @@ def refusal(path: Path, code: ExitCode = ExitCode.DATA, **settings: Any) -> Opdc
 
 
 def test_the_embedded_task_gives_sorting_problems_with_their_answers() -> None:
-    problems = load_problems(Prompts(source="toy:sort12", count=5))
+    problems = load_problems(Prompts(source="toy:sort12", limit=5))
     assert len({problem.id for problem in problems}) == 5
     for problem in problems:
         assert problem.text[-1] == "?"
@@ -59,25 +59,25 @@ def test_the_embedded_task_gives_sorting_problems_with_their_answers() -> None:
 
 
 def test_fewer_prompts_of_the_embedded_task_are_the_first_ones() -> None:
-    more = load_problems(Prompts(source="toy:sort12", count=5))
-    assert load_problems(Prompts(source="toy:sort12", count=2)) == more[:2]
+    more = load_problems(Prompts(source="toy:sort12", limit=5))
+    assert load_problems(Prompts(source="toy:sort12", limit=2)) == more[:2]
 
 
 def test_a_split_holds_its_own_words_only() -> None:
     for split in ("train", "test"):
-        problems = load_problems(Prompts(source="toy:sort12", split=split, count=20))
+        problems = load_problems(Prompts(source="toy:sort12", split=split, limit=20))
         assert {split_of(problem.text[:-1]) for problem in problems} == {split}
 
 
 def test_the_suffix_goes_behind_every_prompt() -> None:
-    assert load_problems(Prompts(source="toy:sort12", count=1, suffix="!"))[0].text.endswith("?!")
+    assert load_problems(Prompts(source="toy:sort12", limit=1, suffix="!"))[0].text.endswith("?!")
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (Prompts(source="toy:sort21", count=1), "did you mean `toy:sort12`?"),
-        (Prompts(source="toy:sort12", split="tset", count=1), "train, test"),
+        (Prompts(source="toy:sort21", limit=1), "did you mean `toy:sort12`?"),
+        (Prompts(source="toy:sort12", split="tset", limit=1), "train, test"),
     ],
 )
 def test_what_the_embedded_task_has_not_is_refused(settings: Prompts, told: str) -> None:
@@ -132,7 +132,7 @@ def test_a_filter_on_a_column_that_is_not_there_gets_the_nearest_name(tmp_path: 
     path = table(tmp_path / f"p{suffix}", [{"prompt": "a", "difficulty": 6.0}])
     error = refusal(path, at_least={"dificulty": 6.0})
     assert "did you mean `difficulty`?" in error.message
-    assert "prompts.at_least" in error.message
+    assert "prompts.min_values" in error.message
 
 
 def test_a_filter_on_a_column_of_text_says_so(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_prompt_too_long_is_an_error_that_names_it_and_its_length(tokenizer: A
     problems = [Problem("fits", "aaa", None), Problem("long", "aaaa", None), Problem("longer", "aaaaa", None)]
     with pytest.raises(OpdctlError, match="2 prompts are longer") as caught:
         tokenize(problems, tokenizer, Prompts(source="p.jsonl", max_tokens=3))
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA
     assert all(part in caught.value.message for part in ("p.jsonl", "= 3", "`long` with 4", "`longer` with 5"))
     assert "`fits`" not in caught.value.message
     assert 'too_long = "drop"' in (caught.value.hint or "")
@@ -290,18 +290,18 @@ def test_a_prompt_too_long_is_an_error_that_names_it_and_its_length(tokenizer: A
 
 def test_a_prompt_too_long_is_dropped_and_counted_but_never_cut(tokenizer: Any) -> None:
     problems = [Problem("fits", "aaa", None), Problem("long", "aaaa", None), Problem("short", "b", None)]
-    prompts, dropped = tokenize(problems, tokenizer, Prompts(source="p.jsonl", max_tokens=3, too_long="drop"))
+    prompts, dropped = tokenize(problems, tokenizer, Prompts(source="p.jsonl", max_tokens=3, on_too_long="drop"))
     assert [prompt.prompt_ids.tolist() for prompt in prompts] == [[2, 2, 2], [3]]
     assert dropped == 1
 
 
 def test_dropping_every_prompt_is_an_error(tokenizer: Any) -> None:
     with pytest.raises(OpdctlError, match="no prompts are left") as caught:
-        tokenize([Problem("x", "aa", None)], tokenizer, Prompts(source="p.jsonl", max_tokens=1, too_long="drop"))
-    assert caught.value.code == ExitCode.DATA
+        tokenize([Problem("x", "aa", None)], tokenizer, Prompts(source="p.jsonl", max_tokens=1, on_too_long="drop"))
+    assert caught.value.code == ExitCode.BAD_DATA
 
 
 def test_a_prompt_that_the_tokenizer_cannot_write_is_named(tokenizer: Any) -> None:
     with pytest.raises(OpdctlError, match="`capital`") as caught:
         tokenize([Problem("capital", "ABC", None)], tokenizer, Prompts(source="p.jsonl"))
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, WIDTH, look
+from helpers.browser import CHROMIUM, WIDTH, look
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, invoke
+from helpers.commands import ROOT, invoke
 
 from opdctl.errors import OpdctlError
 from opdctl.evaluation.benchmarks import find
@@ -152,13 +152,13 @@ def test_the_paper_s_settings_are_those_of_the_recipe() -> None:
     )
     assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.warmup_steps) == (1e-5, 0.01, 0)
     assert (recipe.prompts.max_tokens, recipe.rollout.max_tokens, recipe.eval.max_tokens) == (2048, 16384, 16384)
-    assert (recipe.eval.every, recipe.train.keep_every) == (10, 50)
+    assert (recipe.eval.every_steps, recipe.train.keep_every_steps) == (10, 50)
     assert {find(name, recipe.eval).samples_under(recipe.eval) for name in recipe.eval.bench} == {32}
     assert {find(name, recipe.eval).samples_under(recipe.eval) for name in recipe_of("code").eval.bench} == {4}
     for name in ("cross_scale", "code", "two_teachers"):  # three epochs of whole steps
         of = recipe_of(name)
-        assert of.prompts.count is not None
-        assert of.train.steps == 3 * (of.prompts.count // of.rollout.prompts_per_step), name
+        assert of.prompts.limit is not None
+        assert of.train.steps == 3 * (of.prompts.limit // of.rollout.prompts_per_step), name
 
 
 def test_the_variants_are_what_they_say() -> None:
@@ -174,9 +174,9 @@ def test_the_variants_are_what_they_say() -> None:
 
 def test_a_section_of_an_earlier_file_can_be_taken_away(tmp_path: Path) -> None:
     over = tmp_path / "over.toml"
-    over.write_text("prompts.at_least = false\nstudent.shape = false\n")
+    over.write_text("prompts.min_values = false\nstudent.shape = false\n")
     recipe = load_recipe([FOLDER / "cross_scale.toml", over])
-    assert (recipe.prompts.at_least, recipe.student.shape) == ({}, None)
+    assert (recipe.prompts.min_values, recipe.student.shape) == ({}, None)
     over.write_text("teacher = false\n")
     with pytest.raises(OpdctlError, match=r"over\.toml: teacher: is required"):
         load_recipe([FOLDER / "cross_scale.toml", over])

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import WIDTH, look
-from conftest import QUICKSTART, invoke, sets
-from planted import plant, planted_run
+from helpers.browser import WIDTH, look
+from helpers.commands import QUICKSTART, invoke, sets
+from helpers.planted import plant, planted_run
 
 from opdctl.analysis import analyze, report, samples
 
@@ -19,7 +19,7 @@ def analysed(tmp_path_factory):
     """A run of the quickstart's kind, of two steps, with everything that a report can show."""
     path = tmp_path_factory.mktemp("report") / "run"
     stored = ("rollout.entropy=true", "score.entropy=true", "rollout.top_k=4", "score.top_k=4")
-    small = ("eval.every=1", "continuations.responses=2", *stored)
+    small = ("eval.every_steps=1", "continuations.responses=2", *stored)
     assert invoke("train", "--recipe", QUICKSTART, *sets(*small), "--output", path).code == 0
     result = invoke("analyze-position", path, "--continuations", "--json")
     assert result.code == 0, result.err

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import QUICKSTART, Result, invoke, sets, small_recipe
+from helpers.commands import QUICKSTART, Result, invoke, sets, small_recipe
 
 from opdctl.artifacts.records import GradedResponse, Response, sample_seed
 from opdctl.artifacts.tables import read_rows
@@ -247,7 +247,7 @@ def teacher() -> ModelDir:
 
 def served(url: str, *overrides: str) -> tuple[str, ...]:
     """Settings for the teacher at `url`."""
-    return (f"teacher.server={url}", "score.engine=server", "server.retries=2", *overrides)
+    return (f"teacher.server={url}", "score.engine=server", "server.max_retries=2", *overrides)
 
 
 def engine_at(url: str, *overrides: str) -> ServerEngine:
@@ -343,7 +343,7 @@ def undisturbed(rolled_out, server, tmp_path_factory) -> Path:
 
 
 def answered(run: Path) -> list[ScoreRequest]:
-    rows = [row for i in range(2) for row in read_rows(load_run(run).rollout(0).verify(i), Response)]
+    rows = [row for i in range(2) for row in read_rows(load_run(run).rollout_stage(0).verify(i), Response)]
     return [ScoreRequest(row.prompt_ids, row.response_ids) for row in rows]
 
 
@@ -422,7 +422,7 @@ def test_a_served_student_draws_and_is_evaluated_but_cannot_be_trained(proxy, tm
     graded = read_rows(run.path / "eval/sort12/step-00000/part-00000-of-00001.parquet", GradedResponse)
     assert len(graded) == 8
     assert np.mean([row.correct for row in graded]) > 0.5
-    assert run.rollout(0).manifest()["meaning"]["engine"] == "server"
+    assert run.rollout_stage(0).manifest()["logprob_metadata"]["engine"] == "server"
     for sample in read_scored(run, 0):  # scored by the transformers engine with the same model
         np.testing.assert_allclose(sample.response.logprobs, sample.teacher.logprobs, rtol=0, atol=1e-3)
 
@@ -504,11 +504,13 @@ def test_killed_in_the_middle_and_started_again_the_same_command_ends_the_same(s
 
     proxy.set(always(kill))
     stopped = score(run, proxy.url, "server.concurrency=1")
-    assert_clear(stopped, ExitCode.REACH, "no answer in 3 attempts", "run the same command again")
+    assert_clear(stopped, ExitCode.UNAVAILABLE, "no answer in 3 attempts", "run the same command again")
     first, second = parts(undisturbed).items()
     assert parts(run).keys() == {first[0], f"{first[0]}.receipt.json"}
     assert parts(run)[first[0]] == first[1]
-    assert sorted(path.name for path in (run / "step-00000/teacher").iterdir()) == sorted([*parts(run), "work.json"])
+    assert sorted(path.name for path in (run / "step-00000/teacher").iterdir()) == sorted(
+        [*parts(run), "in_progress.json"]
+    )
     server.wait()
     proxy.set(lambda asked: None)
     assert score(run, proxy.url, "server.concurrency=1").code == 0
@@ -532,7 +534,7 @@ def test_a_fault_that_stays_ends_as_out_of_reach_after_all_attempts(proxy, run, 
     fault, count, words = STAYING[name]
     proxy.set(always(fault))
     result = score(run, proxy.url, "server.concurrency=1", "server.timeout_seconds=0.3")
-    assert_clear(result, ExitCode.REACH, proxy.url, "trying again, 2 times at most", *words)
+    assert_clear(result, ExitCode.UNAVAILABLE, proxy.url, "trying again, 2 times at most", *words)
     assert len(proxy.completions()) == count
     assert not parts(run)
 
@@ -565,7 +567,7 @@ def test_a_broken_answer_is_asked_for_once_more_and_then_refused(proxy, run, nam
     fault, word = BROKEN[name]
     proxy.set(always(fault))
     result = score(run, proxy.url, "server.concurrency=1")
-    assert_clear(result, ExitCode.DATA, "the server's answer is broken, twice over", word)
+    assert_clear(result, ExitCode.BAD_DATA, "the server's answer is broken, twice over", word)
     assert len(proxy.completions()) == 2
     assert not parts(run)
 
@@ -586,7 +588,7 @@ def test_a_broken_response_is_refused(proxy, engine, rolled_out, name):
     prompt = answered(rolled_out)[0].prompt_ids
     with pytest.raises(OpdctlError, match=f"broken, twice over: .*{word}") as caught:
         engine.generate([Request(prompt, 1)], Sampling(max_tokens=10), 1, print)
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA
 
 
 def test_a_server_that_gives_no_token_ids_is_refused_at_once(proxy, run):
@@ -685,7 +687,7 @@ def test_a_server_that_is_none_of_vllm_s_stops_at_once(run):
         assert_clear(result, ExitCode.USAGE, "HTTP 404", "not found", "is teacher.server the whole address")
         assert stranger.seen == ["/v1/models"]
         stranger.set(lambda asked: Answer(200, b"<html>welcome</html>"))
-        assert_clear(score(run, stranger.url), ExitCode.DATA, "answer is broken")
+        assert_clear(score(run, stranger.url), ExitCode.BAD_DATA, "answer is broken")
         stranger.set(lambda asked: Answer(302, b"moved"))
         assert_clear(score(run, stranger.url), ExitCode.USAGE, "HTTP 302", "the whole address")
     finally:
@@ -696,7 +698,7 @@ def test_a_server_that_is_not_there_ends_as_out_of_reach(run):
     with socket.socket() as taken:  # bound and not listening
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        assert_clear(score(run, url), ExitCode.REACH, url, "3 attempts", "run the same command again")
+        assert_clear(score(run, url), ExitCode.UNAVAILABLE, url, "3 attempts", "run the same command again")
     assert not parts(run)
 
 
@@ -718,7 +720,7 @@ def test_a_certificate_of_its_own_is_refused_unless_it_is_named(server, run, tmp
     proxy = Proxy(server.port)
     proxy.scheme, proxy.socket = "https", context.wrap_socket(proxy.socket, server_side=True)
     try:
-        assert_clear(score(run, proxy.url), ExitCode.REACH, "CERTIFICATE_VERIFY_FAILED", "SSL_CERT_FILE")
+        assert_clear(score(run, proxy.url), ExitCode.UNAVAILABLE, "CERTIFICATE_VERIFY_FAILED", "SSL_CERT_FILE")
         assert not proxy.seen
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert score(run, proxy.url).code == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, invoke, sets
 
 from opdctl.artifacts import leases
 from opdctl.artifacts.records import TokenScores
@@ -25,7 +25,7 @@ from opdctl.registry import ENGINES
 from opdctl.runs.run import load_run
 from opdctl.training.metrics import mismatch_metrics
 
-PARTS = sets("rollout.parts=4", "train.steps=1")
+PARTS = sets("rollout.num_parts=4", "train.steps=1")
 
 
 def parts(folder: Path) -> dict[str, bytes]:
@@ -158,14 +158,14 @@ def biased():
     del ENGINES._makers["biased"]
 
 
-@pytest.mark.parametrize(("bound", "code"), [(0.05, ExitCode.DATA), (0.2, 0), (0, 0)])
+@pytest.mark.parametrize(("bound", "code"), [(0.05, ExitCode.BAD_DATA), (0.2, 0), (0, 0)])
 def test_an_engine_that_is_off_is_stopped_by_the_bound_before_it_writes(biased, tmp_path, bound, code):
-    overrides = sets("score.engine=biased", f"pipeline.parity_rms={bound}", "train.steps=1")
+    overrides = sets("score.engine=biased", f"pipeline.max_logprob_rms={bound}", "train.steps=1")
     result = invoke("train", "--recipe", QUICKSTART, *overrides, "--output", tmp_path / "run")
     assert result.code == code, result.err
     assert ("RMS 0.1, max 0.1 nats" in result.err) == (bound > 0)
     if code:
-        assert "0.1 nats RMS from the trainer's, pipeline.parity_rms is 0.05" in result.err
+        assert "0.1 nats RMS from the trainer's, pipeline.max_logprob_rms is 0.05" in result.err
         assert not parts(tmp_path / "run/step-00000/teacher")
 
 

@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 from bench import qwen3
-from conftest import ROOT, directory, invoke
+from helpers.commands import ROOT, invoke
+from helpers.engines import directory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,8 +19,19 @@ from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import ModelShape, Recipe
 
 PAPER = ROOT / "recipes" / "cross_scale.toml"
-DENSE = ModelShape(layers=3, hidden=128, heads=4, kv_heads=2, head_size=48, feed_forward=384, vocabulary=96, tied=True)
-MIXTURE = DENSE.model_copy(update={"feed_forward": 96, "experts": 8, "active_experts": 2, "tied": False})
+DENSE = ModelShape(
+    num_hidden_layers=3,
+    hidden_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=48,
+    intermediate_size=384,
+    vocab_size=96,
+    tie_word_embeddings=True,
+)
+MIXTURE = DENSE.model_copy(
+    update={"intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+)
 
 
 def paper(*overrides: str) -> Recipe:
@@ -44,8 +56,8 @@ def student(*overrides: str) -> ModelShape:
 )
 def test_parameters_are_those_of_the_model(layers, hidden, kv_heads, groups, inner, experts, tied):
     shape = ModelShape(
-        layers=layers, hidden=hidden, heads=kv_heads * groups, kv_heads=kv_heads, head_size=16, feed_forward=inner,
-        vocabulary=50, experts=experts, active_experts=min(2, experts), tied=tied,
+        num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=kv_heads * groups, num_key_value_heads=kv_heads, head_dim=16, intermediate_size=inner,
+        vocab_size=50, num_experts=experts, num_experts_per_tok=min(2, experts), tie_word_embeddings=tied,
     )  # fmt: skip
     with torch.device("meta"):
         model = qwen3.model(shape)
@@ -63,10 +75,10 @@ def test_the_shape_of_a_model_is_read_from_its_config():
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 def test_activations_are_what_the_layers_save(shape, low):
     model = qwen3.model(shape)
-    ends = 2 * 4 * shape.hidden  # the last norm's
+    ends = 2 * 4 * shape.hidden_size  # the last norm's
     # What is saved whatever the tokens, such as autocast's copies of the weights, is no activation.
     of_a_token = (saved(model, 512, low) - saved(model, 256, low)) / 256 - ends
-    assert of_a_token == pytest.approx(shape.layers * costs.activation_bytes(shape, low), rel=0.05)
+    assert of_a_token == pytest.approx(shape.num_hidden_layers * costs.activation_bytes(shape, low), rel=0.05)
 
 
 def saved(model: PreTrainedModel, tokens: int, low: bool) -> int:
@@ -166,14 +178,19 @@ def test_gpu_hours_do_not_depend_on_how_many_gpus_share_the_work():
 
 def test_drawing_takes_as_many_responses_at_once_as_caches_fit():
     """One Qwen3-4B on one GPU: 8 GB of weights, 1.6 of output matrix; 18,432 tokens of 147,456 bytes a response."""
-    overrides = ["vllm.tensor_parallel=1", "hardware.rollout_gpus=1", "rollout.batch_size=256", "rollout.parts=4"]
+    overrides = [
+        "vllm.tensor_parallel_size=1",
+        "hardware.rollout_gpus=1",
+        "rollout.batch_size=256",
+        "rollout.num_parts=4",
+    ]
     recipe = paper(*overrides)
     room = 0.9 * 80 * 2**30 - 2 * 4_022_468_096 - 4 * 151_936 * 2560
     each = 18_432 * 2 * 36 * 8 * 128 * 2 + 3 * 4 * 151_936
     stage = costs.rollout_cost(recipe, student())
     assert stage.at_once == room // each == 24
     assert stage.bytes <= 0.9 * 80 * 2**30
-    assert costs.rollout_cost(paper(*overrides, "vllm.max_sequences=8"), student()).at_once == 8
+    assert costs.rollout_cost(paper(*overrides, "vllm.max_num_seqs=8"), student()).at_once == 8
     # A token more for 24 reads the weights, the output matrix in float32 and the caches, half full in the mean.
     layers = 2 * (costs.active_parameters(student()))
     read = layers + 4 * 151_936 * 2560 + 24 * (2048 + 8192) * 147_456

@@ -9,28 +9,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+from helpers.stages import fill, stage
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opdctl.artifacts import directories, files, tables
 from opdctl.artifacts.records import Prompt, Response, TokenScores, cumulative_offsets, sample_id, sample_seed
-from opdctl.artifacts.stage_dir import Fingerprint, StageDir
 from opdctl.errors import ExitCode, OpdctlError
-
-
-def stage(folder, parts=3, settings=None, inputs=None) -> StageDir:
-    fingerprint = Fingerprint(settings or {"rollout.temperature": 1.0}, inputs or {"prompts": "abc"})
-    return StageDir(folder, stage="rollout", parts=parts, suffix=".txt", fingerprint=fingerprint, redo="opdctl rollout")
-
-
-def fill(made: StageDir, *parts: int) -> None:
-    made.begin({"engine": "test"})
-    for index in parts:
-        made.write(index, lambda path, i=index: path.write_text(f"part {i}"), rows=i_rows(index), tokens=10)
-
-
-def i_rows(index: int) -> int:
-    return index + 1
 
 
 def test_a_stage_is_finished_when_its_manifest_is_written(tmp_path):
@@ -38,15 +23,15 @@ def test_a_stage_is_finished_when_its_manifest_is_written(tmp_path):
     assert made.missing() == [0, 1, 2]
     fill(made, 0, 1)
     assert made.missing() == [2]
-    assert not made.seal()
-    assert not made.done()
+    assert not made.finalize()
+    assert not made.is_finished()
     fill(made, 2)
-    assert made.seal()
-    assert made.done()
+    assert made.finalize()
+    assert made.is_finished()
     manifest = json.loads(made.manifest_path.read_text())
     assert [part["rows"] for part in manifest["parts"]] == [1, 2, 3]
     assert [part["name"] for part in manifest["parts"]] == [f"part-0000{i}-of-00003.txt" for i in range(3)]
-    assert manifest["meaning"] == {"engine": "test"}
+    assert manifest["logprob_metadata"] == {"engine": "test"}
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["manifest.json", *made.names]
 
 
@@ -109,33 +94,33 @@ def test_what_a_dead_process_left_half_written_is_swept_and_a_live_one_s_is_not(
 def test_a_damaged_part_is_named_with_the_command_that_makes_it_again(tmp_path, damage, why):
     made = stage(tmp_path / "s")
     fill(made, 0, 1, 2)
-    made.seal()
+    made.finalize()
     path = tmp_path / "s" / made.names[1]
     data = damage(path.read_bytes())
     path.write_bytes(data) if data is not None else path.unlink()
     made.verify(0)
     with pytest.raises(OpdctlError) as caught:
         made.verify(1)
-    assert caught.value.code == ExitCode.DATA
+    assert caught.value.code == ExitCode.BAD_DATA
     assert str(path) in caught.value.message
     assert why in caught.value.message
     assert "opdctl rollout --repair" in caught.value.hint
-    assert made.todo(repair=True) == [1]
-    with made.work(repair=True) as parts:
+    assert made.parts_to_make(repair=True) == [1]
+    with made.claim_parts(repair=True) as parts:
         fill(made, *parts)
     assert made.verify(1).read_text() == "part 1"
-    assert made.todo(repair=True) == []
+    assert made.parts_to_make(repair=True) == []
 
 
 def test_a_part_made_again_with_other_bytes_changes_the_stage_s_digest(tmp_path):
     made = stage(tmp_path / "s")
     fill(made, 0, 1, 2)
-    made.seal()
+    made.finalize()
     before = made.digest
     (tmp_path / "s" / made.names[1]).unlink()
-    made.begin({"engine": "test"})
+    made.start({"engine": "test"})
     made.write(1, lambda path: path.write_text("other"), rows=1, tokens=1)
-    made.seal()
+    made.finalize()
     assert made.digest != before
     made.verify(1)
 
@@ -143,23 +128,23 @@ def test_a_part_made_again_with_other_bytes_changes_the_stage_s_digest(tmp_path)
 def test_swapped_parts_are_found(tmp_path):
     made = stage(tmp_path / "s")
     fill(made, 0, 1, 2)
-    made.seal()
+    made.finalize()
     a, b = (tmp_path / "s" / made.names[i] for i in (0, 1))
     first, second = a.read_text(), b.read_text()
     a.write_text(second)
     b.write_text(first)
-    assert list(made.damaged_parts()) == [0, 1]
+    assert list(made.corrupted_parts()) == [0, 1]
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_fingerprint_is_refused_and_the_change_named(tmp_path, finished):
     made = stage(tmp_path / "s")
     fill(made, *((0, 1, 2) if finished else (0,)))
-    made.seal()
+    made.finalize()
     with pytest.raises(OpdctlError) as caught:
         stage(tmp_path / "s", settings={"rollout.temperature": 0.7})
-    assert caught.value.code == ExitCode.SETTINGS
-    assert "rollout.temperature 1.0 → 0.7 shapes rollouts" in caught.value.message
+    assert caught.value.code == ExitCode.RECIPE_MISMATCH
+    assert "rollout.temperature 1.0 → 0.7" in caught.value.message
     with pytest.raises(OpdctlError, match="its inputs changed: prompts"):
         stage(tmp_path / "s", inputs={"prompts": "xyz"})
 
@@ -167,7 +152,7 @@ def test_another_fingerprint_is_refused_and_the_change_named(tmp_path, finished)
 def test_a_newer_schema_is_refused(tmp_path):
     made = stage(tmp_path / "s", parts=1)
     fill(made, 0)
-    made.seal()
+    made.finalize()
     manifest = json.loads(made.manifest_path.read_text()) | {"schema_version": 99}
     made.manifest_path.write_text(json.dumps(manifest))
     with pytest.raises(OpdctlError, match="schema version 99"):
@@ -182,7 +167,7 @@ def response(name="p/00000/0", tokens=4) -> Response:
         response_ids=np.arange(tokens, dtype=np.int32),
         logprobs=np.linspace(-1, 0, tokens, dtype=np.float32),
         finish_reason="stop",
-        policy_step=0,
+        policy_version=0,
         source="toy:sort12",
         teacher="teacher",
         answer=None,
@@ -325,7 +310,7 @@ def test_offsets_by_hand():
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
     made = stage(tmp_path / "s")
-    made.begin({})
+    made.start({})
 
     def full(path):
         path.write_text("half")
@@ -333,13 +318,13 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
 
     with pytest.raises(OpdctlError, match="the disk is full") as caught:
         made.write(0, full, rows=1, tokens=1)
-    assert caught.value.code == ExitCode.REACH
+    assert caught.value.code == ExitCode.UNAVAILABLE
     assert not list((tmp_path / "s").glob(".tmp*"))
 
 
 def test_partial_saves_are_called_with_the_temporary_path(tmp_path):
     made = stage(tmp_path / "s", parts=1)
-    made.begin({})
+    made.start({})
     made.write(0, partial(tables.write_rows, rows=[response()], kind=Response), rows=1, tokens=4)
-    made.seal()
+    made.finalize()
     assert tables.read_rows(made.verify(0), Response)[0].sample_id == "p/00000/0"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers.commands import ROOT
 from scipy import stats
 
 from opdctl.artifacts.records import Response, ScoredResponse, TokenScores

@@ -3,7 +3,7 @@
 from itertools import islice
 
 import pytest
-from conftest import invoke, sets
+from helpers.commands import invoke, sets
 
 from opdctl.data.toy import TASKS, perm, perm4, sort12
 from opdctl.models.directory import ModelDir, find_or_download, toy_model_names
@@ -104,8 +104,8 @@ def test_a_character_outside_the_alphabet_is_an_error_not_another_token():
     ],
 )
 def test_sampled_accuracy_lies_where_it_should(bench, model, low, high, tmp_path):
-    overrides = sets(f"student.model={model}", "eval.problems=256", "eval.batch_size=256", f'eval.bench=["{bench}"]')
-    recipe = find_or_download(Model(model="toy:student"), "model").parents[3] / "recipes/quickstart.toml"
+    overrides = sets(f"student.model={model}", "eval.limit=256", "eval.batch_size=256", f'eval.bench=["{bench}"]')
+    recipe = find_or_download(Model(model="toy:student"), "model").parents[4] / "recipes/quickstart.toml"
     result = invoke("eval", "--recipe", recipe, *overrides, "--output", tmp_path / "run", "--json")
     assert result.code == 0, result.err
     assert low <= result.json()["avg"] <= high

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICKSTART, ROOT, sets
+from helpers.commands import QUICKSTART, ROOT, sets
 
 from opdctl import console
 from opdctl.cli import completion
@@ -23,7 +23,7 @@ def complete(line: str, folder=ROOT) -> list[str]:
     if words[-1] == "" and words[-2] == "=":  # behind a sign, bash names the sign as the word in work
         words.pop()
     asked = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1), "_OPDCTL_COMPLETE": "complete_bash"}
-    code = "import sys, opdctl.cli; sys.argv = ['opdctl']; opdctl.cli.main()"
+    code = "import sys, opdctl.cli.main; sys.argv = ['opdctl']; opdctl.cli.main.main()"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | asked, cwd=folder, capture_output=True, text=True
     )
@@ -64,11 +64,11 @@ def test_every_key_and_value_that_is_offered_is_accepted():
         key for key in keys if not key.startswith("reference.") and ".shape." not in key
     ]  # others want a whole table
     offered = {each for key in alone for each in completion.settings(f"{key}=")}
-    assert {"objective.name=jsd", "train.schedule=cosine", "rollout.entropy=true", "seed=0"} <= offered
+    assert {"objective.name=jsd", "train.lr_scheduler_type=cosine", "rollout.entropy=true", "seed=0"} <= offered
     own = {key for kind in (WEIGHTS, OBJECTIVES) for entry in kind.entries() for key in entry.parameters}
     for setting in offered:
         section, _, key = setting.partition("=")[0].partition(".")
-        needs = ["train.decay_steps=9"] if setting.startswith("train.schedule") else []
+        needs = ["train.decay_steps=9"] if setting.startswith("train.lr_scheduler_type") else []
         if section not in ("weight", "objective") or key not in own:
             load_recipe([QUICKSTART], [*needs, setting])
 
@@ -81,7 +81,7 @@ def test_other_shells_hand_over_the_whole_word():
 
 def test_completion_imports_no_torch():
     code = (
-        "import sys; from opdctl import completion; completion.benches(''), completion.settings('');"
+        "import sys; from opdctl.cli import completion; completion.benches(''), completion.settings('');"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -112,7 +112,7 @@ def twenty_rows() -> str:
 def growing(make_row: str) -> str:
     """Return a program that shows twenty rows, each made so."""
     rows = f"[show({make_row}, f'step {{n}}') for n in range(1, 21)]"
-    return f"from opdctl import log\nwith log.growing_table('a run', ('step', 'loss')) as show: {rows}"
+    return f"from opdctl import console\nwith console.live_table('a run', ('step', 'loss')) as show: {rows}"
 
 
 def test_a_terminal_has_a_table_of_the_last_rows_and_no_lines(twenty_rows):
@@ -129,7 +129,7 @@ def test_elsewhere_there_are_lines_and_no_row_is_made():
 
 
 def test_training_at_a_terminal_shows_step_loss_accuracy_speed_and_time_left(tmp_path):
-    settings = sets("train.steps=2", "eval.every=1")
+    settings = sets("train.steps=2", "eval.every_steps=1")
     said = at_terminal(
         "-m", "opdctl", "train", "--recipe", str(QUICKSTART), *settings, "--output", str(tmp_path / "run")
     )
@@ -139,6 +139,6 @@ def test_training_at_a_terminal_shows_step_loss_accuracy_speed_and_time_left(tmp
     summary = json.loads((tmp_path / "run" / "eval" / "sort12" / "step-00001" / "summary.json").read_text())
     seconds = sum(metrics[f"{stage}_seconds"] for stage in ("rollout", "score", "update"))
     assert (step, loss, gap) == ("2/2", f"{metrics['loss']:+.4f}", f"{metrics['abs_advantage']:.4f}")
-    assert truncated == f"{metrics['truncated_share']:.0%}"
+    assert truncated == f"{metrics['truncated_fraction']:.0%}"
     assert (accuracy, left) == (f"{summary['avg']:.1%} @1", "0:00:00")
     assert speed == f"{metrics['tokens'] / seconds:,.0f}"

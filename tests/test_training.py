@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import QUICKSTART, invoke, sets, small_recipe
+from helpers.commands import QUICKSTART, invoke, sets, small_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +34,7 @@ from opdctl.training.microbatches import micro_batches_of_rank
 from opdctl.training.optimizer import learning_rate
 from opdctl.training.trainer import Trainer
 
-FIVE = ("train.steps=5", "train.keep_last=9", "train.tokens_per_micro_batch=400")
+FIVE = ("train.steps=5", "train.keep_latest=9", "train.tokens_per_micro_batch=400")
 LORA = ("lora.rank=4", "lora.alpha=8.0")
 
 
@@ -150,7 +150,7 @@ def test_every_micro_batch_counts_once_and_all_ranks_have_as_many(batches, world
     assert len({len(share) for share in shares}) == 1
     counted = [batch for share in shares for batch in share if batch.counts]
     assert sorted(map(id, counted)) == sorted(map(id, whole))
-    assert not any(batch.share_N.any() for share in shares for batch in share if not batch.counts)
+    assert not any(batch.loss_scale_N.any() for share in shares for batch in share if not batch.counts)
 
 
 def test_offloaded_to_the_cpu_it_is_the_same(alone, tmp_path):
@@ -196,13 +196,13 @@ def test_a_state_comes_back_bit_for_bit_and_another_model_s_is_refused(tmp_path,
 def test_updates_since_the_last_saved_state_are_made_once_more(alone, tmp_path):
     """With a state every third step a run that ended after the fifth goes on with the very same bits."""
     run = tmp_path / "run"
-    assert train(run, *FIVE, "train.save_every=3", "train.steps=6").code == 0
+    assert train(run, *FIVE, "train.save_every_steps=3", "train.steps=6").code == 0
     assert [p.name for p in sorted((run / "trainer").iterdir())] == ["step-00003", "step-00006"]
     (run / "step-00005/update.json").unlink()  # as if killed before the sixth update
     shutil.rmtree(run / "trainer/step-00006")
     shutil.rmtree(run / "student/step-00006")
     assert invoke("status", run, "--verify").code == 0
-    result = train(run, *FIVE, "train.save_every=3", "train.steps=6")
+    result = train(run, *FIVE, "train.save_every_steps=3", "train.steps=6")
     assert result.code == 0
     assert "making the updates from step 3 on once more" in result.err
     assert "came out otherwise" not in result.err
@@ -219,7 +219,7 @@ def test_of_damaged_states_each_is_named_and_the_one_before_is_taken(alone, tmp_
     damaged = next((run / "trainer/step-00003").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
     shown = invoke("status", run, "--verify")
-    assert shown.code == ExitCode.DATA
+    assert shown.code == ExitCode.BAD_DATA
     assert "train takes the state before it" in shown.err
     result = train(run, *FIVE)
     assert result.code == 0, result.err
@@ -246,10 +246,10 @@ def test_a_damaged_newest_student_is_made_again_from_its_state(alone, tmp_path, 
     assert train(run, *FIVE, "train.steps=2").code == 0
     damage(student)
     shown = invoke("status", run, "--verify", "--json")
-    assert shown.code == ExitCode.DATA
+    assert shown.code == ExitCode.BAD_DATA
     assert shown.json()["next"] == f"opdctl train --output {run} --repair"
     refused = invoke("eval", "--output", run)
-    assert refused.code == ExitCode.DATA
+    assert refused.code == ExitCode.BAD_DATA
     assert f"opdctl train --output {run} --repair" in refused.err
     assert invoke("train", "--output", run, "--repair").code == 0
     assert invoke("status", run, "--verify").code == 0
@@ -336,7 +336,7 @@ def test_an_adapter_goes_on_from_its_state(adapted, tmp_path):
 
 
 def test_dropout_and_whole_modules_are_trained_the_same_each_time(tmp_path):
-    extra = (*LORA, "lora.dropout=0.3", 'lora.modules_to_save=["norm"]', "train.steps=2", "train.keep_last=9")
+    extra = (*LORA, "lora.dropout=0.3", 'lora.modules_to_save=["norm"]', "train.steps=2", "train.keep_latest=9")
     for name in "ab":
         assert train(tmp_path / name, *extra).code == 0
     assert furthest(weights(tmp_path / "a", 2), weights(tmp_path / "b", 2)) == 0
@@ -350,8 +350,8 @@ def test_dropout_and_whole_modules_are_trained_the_same_each_time(tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ('lora.targets=["no_such_layer"]', "no_such_layer"),
-        ('lora.targets=["q_proj", "lm_head"]', "this model's output matrix is its embedding"),
+        ('lora.target_modules=["no_such_layer"]', "no_such_layer"),
+        ('lora.target_modules=["q_proj", "lm_head"]', "this model's output matrix is its embedding"),
         ('lora.modules_to_save=["embed_tokens"]', "this model's output matrix is its embedding"),
     ],
 )
@@ -365,7 +365,7 @@ def test_an_adapter_that_cannot_be_is_refused(override, said, scored_run):
 
 def test_the_learning_rate_by_hand():
     def rates(schedule, **settings):
-        train = Train(steps=9, learning_rate=8.0, schedule=schedule, **settings)
+        train = Train(steps=9, learning_rate=8.0, lr_scheduler_type=schedule, **settings)
         return [learning_rate(train, step) for step in range(8)]
 
     assert rates("constant", warmup_steps=4) == [2, 4, 6, 8, 8, 8, 8, 8]
@@ -375,7 +375,7 @@ def test_the_learning_rate_by_hand():
 
 
 def test_a_fall_without_an_end_is_refused(tmp_path):
-    result = train(tmp_path / "run", "train.schedule=cosine")
+    result = train(tmp_path / "run", "train.lr_scheduler_type=cosine")
     assert result.code == ExitCode.USAGE
     assert "train.decay_steps" in result.err
 
@@ -390,18 +390,18 @@ def test_padding_is_small():
 
 
 def test_a_collapse_stops_the_run_and_says_why(tmp_path):
-    cut = ("train.steps=6", "rollout.max_tokens=4", "train.max_truncated_share=0.9")
+    cut = ("train.steps=6", "rollout.max_tokens=4", "train.max_truncated_fraction=0.9")
     result = train(tmp_path / "run", *cut)
-    assert result.code == ExitCode.NO
+    assert result.code == ExitCode.FAILED
     assert "collapse: in steps 1 to 3 100%, 100%, 100% of the responses ran into rollout.max_tokens" in result.err
     assert load_run(tmp_path / "run").current_step() == 3
-    assert train(tmp_path / "run", *cut).code == ExitCode.NO  # it stays so
-    assert train(tmp_path / "run", *cut, "train.max_truncated_share=1.0", "train.steps=4").code == 0
+    assert train(tmp_path / "run", *cut).code == ExitCode.FAILED  # it stays so
+    assert train(tmp_path / "run", *cut, "train.max_truncated_fraction=1.0", "train.steps=4").code == 0
 
 
 def test_a_policy_without_entropy_stops_the_run(tmp_path):
     result = train(tmp_path / "run", "train.steps=4", "train.min_entropy=50.0")
-    assert result.code == ExitCode.NO
+    assert result.code == ExitCode.FAILED
     assert "the policy's entropy was" in result.err
 
 
@@ -433,7 +433,7 @@ def test_a_tracker_that_fails_stops_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setitem(tracking.KINDS, "wandb", broken)
     monkeypatch.setitem(tracking.KINDS, "trackio", lambda recipe, path: tracking.Tracker(broken, broken))
-    result = train(tmp_path / "run", "train.steps=1", 'tracking.to=["wandb", "trackio"]')
+    result = train(tmp_path / "run", "train.steps=1", 'tracking.report_to=["wandb", "trackio"]')
     assert result.code == 0
     assert result.err.count("the run goes on without it") == 2
     assert "no network here" in result.err
@@ -443,7 +443,7 @@ def test_tensorboard_gets_every_metric(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert train(tmp_path / "run", "train.steps=2", 'tracking.to=["tensorboard"]').code == 0
+    assert train(tmp_path / "run", "train.steps=2", 'tracking.report_to=["tensorboard"]').code == 0
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == set(metrics[0]) - {"step"}
@@ -464,7 +464,7 @@ def test_the_export_is_a_model_that_others_load_and_says_what_it_is(alone):
 
 
 def test_the_best_student_is_named(tmp_path):
-    result = train(tmp_path / "run", "train.steps=2", "eval.every=1")
+    result = train(tmp_path / "run", "train.steps=2", "eval.every_steps=1")
     assert result.code == 0
     run = load_run(tmp_path / "run")
     step, accuracy = progress.best(run)
@@ -481,7 +481,7 @@ def test_a_row_has_the_newest_accuracy_whoever_measured_it_and_looks_at_no_step_
         return measured[asked[-1]]
 
     monkeypatch.setattr(loop.evaluate, "stored_summary", stored)
-    metrics = dict.fromkeys(("loss", "abs_advantage", "truncated_share", "tokens", "update_seconds"), 1.0)
+    metrics = dict.fromkeys(("loss", "abs_advantage", "truncated_fraction", "tokens", "update_seconds"), 1.0)
 
     def shown(step):
         return progress.format_row(run, metrics | {"step": step}, 0.0)[progress.COLUMNS.index("accuracy")]

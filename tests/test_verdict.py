@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from opdctl.analysis.position_bias import CONFIDENCE_LEVEL, PositionBias, assess_bias, find_change_point, share
+from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, PositionBias, assess_bias, find_change_point, share
 from opdctl.analysis.position_sums import Batch, PositionStats
 from opdctl.losses.token_weights import IwOpd, PrefixBoost, ResponseTokens, Weight
 
@@ -123,4 +123,4 @@ def test_an_even_signal_has_no_place_where_it_changes():
     assert find_change_point(flat.signals["signal"][used], flat.tokens_G[used]) is None
     assert assess_bias(flat).bias == "none found"
     assert assess_bias(flat).p_value == 1.0
-    assert CONFIDENCE_LEVEL > 0.95
+    assert BIAS_CONFIDENCE_LEVEL > 0.95

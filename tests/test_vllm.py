@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART, directory, generate, invoke, requests, sets, small_recipe
+from helpers.commands import QUICKSTART, invoke, sets, small_recipe
+from helpers.engines import directory, generate, requests
+from helpers.models import SMALL, save
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
-from test_models import SMALL, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from opdctl.artifacts.records import TokenScores, sample_seed
@@ -38,14 +39,14 @@ ROOM = ("prompts.max_tokens=60", "rollout.max_tokens=180")
 
 
 def start(model: ModelDir, *overrides: str) -> VllmEngine:
-    recipe = small_recipe("vllm.eager=true", *ROOM, *overrides)
+    recipe = small_recipe("vllm.enforce_eager=true", *ROOM, *overrides)
     return VllmEngine(model, EngineContext(recipe, recipe.student, "cpu"))
 
 
 @pytest.fixture(scope="module")
 def toy():
     # In blocks of 32 tokens the tests' short prompts, too, come from the prefix cache.
-    engine = start(directory("toy:student"), "vllm.extra.block_size=32")
+    engine = start(directory("toy:student"), "vllm.engine_args.block_size=32")
     yield engine
     engine.close()
 
@@ -297,7 +298,7 @@ def test_nan_is_an_error_and_no_answer(padded, models, tmp_path):
     for call in (lambda: generate(padded, requests(2)), lambda: logprobs(padded, answered)):
         with pytest.raises(OpdctlError, match=f"{broken.path}: vLLM gets NaN from this model") as told:
             call()
-        assert told.value.code == ExitCode.DATA
+        assert told.value.code == ExitCode.BAD_DATA
     padded.load_weights(models[0])
     assert np.isfinite(logprobs(padded, answered)).all()
 
@@ -305,7 +306,7 @@ def test_nan_is_an_error_and_no_answer(padded, models, tmp_path):
 def test_a_wrong_argument_or_a_broken_model_is_one_message_and_the_other_engines_go_on(toy, tmp_path):
     model = directory("toy:student")
     with pytest.raises(OpdctlError, match=r"does not start with .*unexpected keyword argument 'no_such'") as told:
-        start(model, "vllm.extra.no_such=1")
+        start(model, "vllm.engine_args.no_such=1")
     assert told.value.hint == "see the recipe's section [vllm]"
     with pytest.raises(OpdctlError, match=r"vllm.max_model_len: 9999 is more than the 256 tokens"):
         start(model, "vllm.max_model_len=9999")
@@ -326,7 +327,7 @@ def test_a_wrong_argument_or_a_broken_model_is_one_message_and_the_other_engines
 
 # --- the command line
 
-ENGINE = ("rollout.engine=vllm", "score.engine=vllm", "vllm.eager=true", "train.steps=1")
+ENGINE = ("rollout.engine=vllm", "score.engine=vllm", "vllm.enforce_eager=true", "train.steps=1")
 KILLED = """
 import os, signal
 from opdctl.engines.vllm import VllmEngine
@@ -337,7 +338,7 @@ def killed(self, work, at_once, advance):
     return run(self, work, at_once, (lambda n: n and os.kill(os.getpid(), signal.SIGKILL)) if second else advance)
 
 VllmEngine._run = killed
-from opdctl.cli import main
+from opdctl.cli.main import main
 main()
 """
 
@@ -371,8 +372,8 @@ def test_stages_with_vllm_say_nothing_that_is_not_opdctl_s_and_go_on_from_a_kill
         assert result.code == 0, result.err
     verified = invoke("status", tmp_path / "whole", "--verify")
     assert verified.code == 0, verified.err
-    meaning = json.loads((tmp_path / "whole/step-00000/rollout/manifest.json").read_text())
-    assert "vllm" in json.dumps(meaning)
+    logprob_metadata = json.loads((tmp_path / "whole/step-00000/rollout/manifest.json").read_text())
+    assert "vllm" in json.dumps(logprob_metadata)
 
 
 def test_a_student_trained_on_vllm_s_responses_is_as_good_as_on_transformers(tmp_path):
@@ -380,7 +381,13 @@ def test_a_student_trained_on_vllm_s_responses_is_as_good_as_on_transformers(tmp
     problems, and 7 from their draws."""
     accuracy = {}
     for engine in ("vllm", "transformers"):
-        steps = ("train.steps=8", "eval.every=0", "eval.problems=128", "vllm.eager=true", f"rollout.engine={engine}")
+        steps = (
+            "train.steps=8",
+            "eval.every_steps=0",
+            "eval.limit=128",
+            "vllm.enforce_eager=true",
+            f"rollout.engine={engine}",
+        )
         output = tmp_path / engine
         overrides = [word for override in steps for word in ("--set", override)]
         trained = invoke("train", "--recipe", QUICKSTART, *overrides, "--output", output)

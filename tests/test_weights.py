@@ -353,7 +353,7 @@ def test_every_weight_is_one_finite_number_of_at_least_nought_a_token_from_the_c
     weight = WEIGHTS.build(name, params)
     step = step(weight.needs)
     with np.errstate(invalid="raise", divide="raise", over="raise"):
-        weights = weight.over(step)
+        weights = weight.weigh_step(step)
     assert [(weight_T.shape, weight_T.dtype) for weight_T in weights] == [((len(t),), np.float64) for t in step]
     assert all(np.isfinite(weight_T).all() and (weight_T >= 0).all() for weight_T in weights)
 
@@ -366,7 +366,7 @@ def test_neither_order_nor_company_matters_to_a_response_unless_its_weight_is_of
     step = step(weight.needs)
     order, weights = data.draw(st.permutations(range(len(step)))), weigh(weight, step)
     close(weigh(weight, [step[i] for i in order]), [weights[i] for i in order])
-    if type(weight).over is Weight.over:
+    if type(weight).weigh_step is Weight.weigh_step:
         close([weigh(weight, [response])[0] for response in step], weights, 0)
 
 
@@ -451,8 +451,8 @@ def test_each_weight_needs_what_it_reads():
 @pytest.mark.parametrize("weights", [[1, math.nan], [1, math.inf], [1, -1e-300], [1], [1, 1, 1], [[1, 1]], []])
 def test_what_is_no_weight_is_refused(weights):
     with pytest.raises(OpdctlError, match="gives a response of 2 tokens weights") as refused:
-        weigh(SimpleNamespace(over=lambda step: [np.ones(1), np.array(weights, float)]), [blank(1), blank(2)])
-    assert refused.value.code == ExitCode.DATA
+        weigh(SimpleNamespace(weigh_step=lambda step: [np.ones(1), np.array(weights, float)]), [blank(1), blank(2)])
+    assert refused.value.code == ExitCode.BAD_DATA
 
 
 STORED = ["rollout.entropy", "rollout.top_k", "rollout.top_k", "score.entropy", "score.top_k", "score.student_top_k"]
@@ -461,10 +461,10 @@ STORED = ["rollout.entropy", "rollout.top_k", "rollout.top_k", "score.entropy", 
 @pytest.mark.parametrize(("column", "setting"), [*zip(COLUMN_SETTINGS, STORED, strict=True)])
 def test_a_column_that_is_not_stored_names_its_setting(column, setting):
     with pytest.raises(OpdctlError, match=column) as refused:
-        blank(1).stored(column)
-    assert refused.value.code == ExitCode.SETTINGS
+        blank(1).column(column)
+    assert refused.value.code == ExitCode.RECIPE_MISMATCH
     assert f"`{setting}`" in refused.value.hint
-    assert tokens([0], **{column: [3]}).stored(column).tolist() == [3]
+    assert tokens([0], **{column: [3]}).column(column).tolist() == [3]
 
 
 PARAMETERS = [(entry.name, key, kind) for entry in WEIGHTS.entries() for key, kind in entry.parameters.items()]
@@ -521,7 +521,7 @@ def test_every_weight_says_in_one_line_what_it_is_and_where_it_comes_from(entry)
 
 def test_a_plugin_s_typo_in_a_column_and_too_few_arrays_are_told(monkeypatch):
     with pytest.raises(OpdctlError, match="did you mean `student_entropy`"):
-        tokens([0.0]).stored("student_entrop")
-    monkeypatch.setattr(Uniform, "over", lambda self, step: [])
+        tokens([0.0]).column("student_entrop")
+    monkeypatch.setattr(Uniform, "weigh_step", lambda self, step: [])
     with pytest.raises(OpdctlError, match="0 arrays of weights for 1 responses"):
         weigh(Uniform(), [tokens([0.0])])

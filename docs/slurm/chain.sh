@@ -11,7 +11,7 @@ recipe=$1 run=$2 first=$3 last=$4
 rollout=${ROLLOUT:---gpus=1 --time=02:00:00 --requeue}
 score=${SCORE:---gpus=4 --time=02:00:00 --requeue}
 train=${TRAIN:---gpus=8 --time=01:00:00 --requeue}
-workers=${WORKERS:-4} # at most the recipe's rollout.parts
+workers=${WORKERS:-4} # at most the recipe's rollout.num_parts
 
 after=()
 submit() { # submit JOB OPTIONS COMMAND: waits for the job before it, and becomes the one to wait for

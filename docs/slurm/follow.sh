@@ -24,7 +24,7 @@ recipe=$1 run=$2
 rollout=${ROLLOUT:---gpus=1 --time=12:00:00}
 score=${SCORE:---gpus=4 --time=12:00:00}
 train=${TRAIN:---gpus=1 --time=12:00:00}
-workers=${WORKERS:-1} # of rollout and of score-teacher each, at most the recipe's rollout.parts
+workers=${WORKERS:-1} # of rollout and of score-teacher each, at most the recipe's rollout.num_parts
 
 submit() { # submit STAGE OPTIONS
   # shellcheck disable=SC2086 # the options are several words

@@ -39,7 +39,7 @@ def analyze_run(run: Run, names: Sequence[str] | None = None) -> Analysis:
     steps, left_out = scored_steps(run)
     if not steps:
         hint = f"run `{next_stage_command(run)}`"
-        raise OpdctlError(f"{run.path}: no step has teacher scores yet", hint=hint, code=ExitCode.NO)
+        raise OpdctlError(f"{run.path}: no step has teacher scores yet", hint=hint, code=ExitCode.FAILED)
     if left_out:
         console.warn(f"left out, since not wholly scored: steps {', '.join(map(str, left_out))}")
     whole, phases = Phase(_span(steps), PositionStats()), _phases(steps)
@@ -109,7 +109,7 @@ def _refuse_lacking(run: Run, name: str, weight: Weight) -> None:
         raise OpdctlError(
             f"{run.path}: weight `{name}` needs what this run did not store",
             hint=f"a run with {settings} in its recipe stores it; name the weight in the recipe and it is so by itself",
-            code=ExitCode.SETTINGS,
+            code=ExitCode.RECIPE_MISMATCH,
         )
 
 
@@ -122,7 +122,9 @@ def scored_steps(run: Run) -> tuple[list[int], list[int]]:
 
 def _is_scored(run: Run, step: int) -> bool:
     """Whether a step was once whole: a part that is missing since is damage, which reading it says."""
-    return bool(run.rollout(step).manifest()) and all(stage.manifest() for stage in run.scores(step).values())
+    return bool(run.rollout_stage(step).manifest()) and all(
+        stage.manifest() for stage in run.score_stages(step).values()
+    )
 
 
 def _phases(steps: list[int]) -> list[tuple[list[int], Phase]]:

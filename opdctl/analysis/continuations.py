@@ -64,11 +64,11 @@ def run_continuations(
     benchmark, responses = _benchmark(run), _responses(run, step)
     made, stages = 0, {name: _stage(run, step, name, benchmark, responses) for name in _models(run, step, responses)}
     for name, stage in stages.items():
-        with stage.work(repair=repair, shard=shard) as parts:
+        with stage.claim_parts(repair=repair, shard=shard) as parts:
             made += (
                 _generate_continuations(run, step, name, benchmark, responses, engines, stage, parts) if parts else 0
             )
-    if not all(stage.done() for stage in stages.values()):
+    if not all(stage.is_finished() for stage in stages.values()):
         return None, made
     rows = {
         name: [row for i in range(len(s.names)) for row in read_rows(s.verify(i), GradedResponse)]
@@ -121,10 +121,12 @@ def _benchmark(run: Run) -> Benchmark:
 
 def _responses(run: Run, step: int) -> list[Response]:
     """Return the step's first responses that have a token."""
-    rollout, wanted = run.rollout(step), run.recipe.continuations.responses
-    if not rollout.done():
+    rollout, wanted = run.rollout_stage(step), run.recipe.continuations.responses
+    if not rollout.is_finished():
         raise OpdctlError(
-            f"{rollout.path}: no finished rollout to go on from", hint=f"run `{rollout.redo}`", code=ExitCode.NO
+            f"{rollout.path}: no finished rollout to go on from",
+            hint=f"run `{rollout.rerun_command}`",
+            code=ExitCode.FAILED,
         )
     found: list[Response] = []
     for index in range(len(rollout.names)):
@@ -134,7 +136,7 @@ def _responses(run: Run, step: int) -> list[Response]:
     if not found or any(response.answer is None for response in found):
         what = "the prompts have no answers to grade by" if found else "every response is empty"
         raise OpdctlError(
-            f"{rollout.path}: {what}", hint="prompts.answer_column names their column", code=ExitCode.DATA
+            f"{rollout.path}: {what}", hint="prompts.answer_column names their column", code=ExitCode.BAD_DATA
         )
     return found
 
@@ -145,20 +147,20 @@ def _models(run: Run, step: int, responses: Sequence[Response]) -> list[str]:
 
 
 def _stage(run: Run, step: int, name: str, benchmark: Benchmark, responses: Sequence[Response]) -> StageDir:
-    digest = run.student_digest(run.policy_step(step)) if name == "student" else run.digests[name]
+    digest = run.student_digest(run.policy_version(step)) if name == "student" else run.digests[name]
     settings = fingerprint_settings(run.recipe, "continuations") | {"grader": benchmark.grader.name}
     return open_stage_dir(
         continuations_path(run, step) / name,
         stage="continuations",
-        parts=min(run.recipe.rollout.parts, len(responses)),
+        parts=min(run.recipe.rollout.num_parts, len(responses)),
         suffix=".parquet",
-        fingerprint=Fingerprint(settings, {"rollout": run.rollout(step).digest, name: digest}),
-        redo=f"opdctl analyze-position {shlex.quote(str(run.path))} --continuations --step {step}",
+        fingerprint=Fingerprint(settings, {"rollout": run.rollout_stage(step).digest, name: digest}),
+        rerun_command=f"opdctl analyze-position {shlex.quote(str(run.path))} --continuations --step {step}",
     )
 
 
 def _model(run: Run, step: int, name: str) -> ModelDir:
-    return run.student_at(run.policy_step(step)) if name == "student" else run.models[name]
+    return run.student_at(run.policy_version(step)) if name == "student" else run.models[name]
 
 
 def _generate_continuations(
@@ -173,11 +175,11 @@ def _generate_continuations(
 ) -> int:
     settings, samples, made = run.recipe.rollout, run.recipe.continuations.samples, 0
     engine = engines.get(name, settings.engine, _model(run, step, name))
-    stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p})
+    stage.start(engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p})
     total = len(_own(responses, name)) * len(PERCENTS) * samples
     with console.progress(f"continuations, {name}, step {step}", total) as advance:
         for index in parts:
-            part = _own(stage.share(responses, index), name)
+            part = _own(stage.items_of_part(responses, index), name)
             draws = [Draw(response, percent, n) for response in part for percent in PERCENTS for n in range(samples)]
             requests = [
                 Request(

@@ -162,7 +162,7 @@ class BinnedSums:
             np.bincount(cells.bin_C, count_C, minlength=size).astype(np.float64) for count_C in counts_C
         )
 
-    def put(self, name: str, value_N: Floats, cells: Cells) -> None:
+    def add(self, name: str, value_N: Floats, cells: Cells) -> None:
         """Take down a quantity of the tokens that were counted."""
         sum_C = np.add.reduceat(value_N, cells.start_C) if len(cells.start_C) else np.zeros(0)
         terms = (sum_C, sum_C**2, sum_C * cells.count_C)
@@ -211,7 +211,7 @@ class SignalShares:
     moments: dict[str, Floats] = field(default_factory=dict)
     """By weight, the sums of w and of w², [G, 2]."""
 
-    def put(self, name: str, value_N: Floats, batch: Batch) -> None:
+    def add(self, name: str, value_N: Floats, batch: Batch) -> None:
         self.signals[name] = _in_groups(batch.by_percent(value_N), batch.first)
 
     def count(self, batch: Batch) -> None:
@@ -219,7 +219,7 @@ class SignalShares:
         self.responses_G, self.tokens_G = _in_groups(own_R2, batch.first).T
 
     def put_weight(self, name: str, weight_N: Floats, batch: Batch) -> None:
-        self.put(name, weight_N * np.abs(batch.advantage_N), batch)
+        self.add(name, weight_N * np.abs(batch.advantage_N), batch)
         moments_R2 = np.stack([batch.total_R(weight_N), batch.total_R(weight_N**2)], axis=1)
         self.moments[name] = _in_groups(moments_R2, batch.first)
 
@@ -258,8 +258,8 @@ class PositionStats:
         shares = numbers.shares
         shares.count(batch)
         signal_N = np.abs(batch.advantage_N)
-        shares.put("signal", signal_N, batch)
-        shares.put("unspent", _remaining_fraction(signal_N, batch) * signal_N, batch)
+        shares.add("signal", signal_N, batch)
+        shares.add("unspent", _remaining_fraction(signal_N, batch) * signal_N, batch)
         for name, weight_RT in weights.items():
             weight_N = joined(weight_RT)
             numbers._put(name, weight_N, cells)
@@ -268,7 +268,7 @@ class PositionStats:
 
     def _put(self, name: str, value_N: Floats, cells: Mapping[str, Cells]) -> None:
         for kind, own in cells.items():
-            getattr(self, kind).put(name, value_N, own)
+            getattr(self, kind).add(name, value_N, own)
 
     def merge(self, other: "PositionStats") -> None:
         self.responses += other.responses

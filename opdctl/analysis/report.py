@@ -47,7 +47,7 @@ def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
         for kind, data in (("png", figures.as_bytes(figure, "png")), ("svg", images[name])):
             paths.append(folder / "figures" / f"{name}.{kind}")
             files.write_bytes(paths[-1], data)
-    tables = [
+    table_files = [
         path
         for name, table in analysis.tables().items()
         for path in tables.write_table(folder / "tables" / name, table)
@@ -57,7 +57,7 @@ def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     return {
         "report": str(folder / "report.html"),
         "figures": [str(path) for path in paths],
-        "tables": [str(path) for path in tables],
+        "tables": [str(path) for path in table_files],
         "summary": analysis.summary(),
     }
 
@@ -65,7 +65,9 @@ def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
 def page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
     """Return the report as HTML, the figures of `images` (SVG) within it."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(resources.files("opdctl").joinpath("report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        resources.files("opdctl.analysis").joinpath("report.html").read_text(encoding="utf-8")
+    )
     said = captions.figure_captions(analysis)
     return template.render(
         analysis=analysis,
@@ -125,8 +127,8 @@ def _tables(analysis: Analysis) -> list[tuple[str, Table, bool]]:
     ]
     found += [("By twentieths of the response", "relative", False), ("By training step", "steps", False)]
     found += [("Continuations", "continuations", False)] if analysis.continuations else []
-    tables = analysis.tables()
-    return [(title, tables[name], shown) for title, name, shown in found]
+    found_tables = analysis.tables()
+    return [(title, found_tables[name], shown) for title, name, shown in found]
 
 
 def _shown(title: str, table: Table, shown: bool) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def shade_range(shown: Sequence[Sample], by: str) -> tuple[float, float]:
 
 def response_groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Iterator[list[ScoredResponse]]:
     """Yield a step's responses part by part, or all at once where a weight ranks them against one another."""
-    if any(weight.ranks for weight in weights.values()):
+    if any(weight.needs_full_step for weight in weights.values()):
         yield list(read_scored(run, step))
         return
     held: list[ScoredResponse] = []
@@ -90,7 +90,7 @@ def response_groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Itera
 def load_samples(run: Run, step: int, wanted: Sequence[str], weights: Mapping[str, Weight]) -> list[Sample]:
     """Return the responses of the ids that are wanted, in their order."""
     read, found = token_decoder(run), {}
-    ranked = any(weight.ranks for weight in weights.values())
+    ranked = any(weight.needs_full_step for weight in weights.values())
     for group in response_groups(run, step, weights):
         if not ranked:  # then a response's weights do not depend on the others
             group = [scored for scored in group if scored.response.sample_id in wanted]

@@ -99,7 +99,7 @@ def translate_write_errors(path: Path) -> Iterator[None]:
         if error.errno in DISK_FULL_ERRNOS:
             raise _disk_full(path) from error
         if error.errno in WRITE_ERRNOS:
-            raise OpdctlError(f"{path}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
+            raise OpdctlError(f"{path}: cannot be written: {error.strerror}", code=ExitCode.UNAVAILABLE) from error
         raise
     except SafetensorError as error:  # wraps the system's error in its text
         if "No space left" not in str(error) and "os error 28" not in str(error):
@@ -112,7 +112,7 @@ def _disk_full(path: Path) -> OpdctlError:
         f"{path}: the disk is full: it takes more than the {format_bytes(free_space(path))} that are free",
         hint="free some space and run the same command again: finished parts are kept. What a run takes in all is said "
         "by --dry-run",
-        code=ExitCode.REACH,
+        code=ExitCode.UNAVAILABLE,
     )
 
 
@@ -127,7 +127,7 @@ def require_space(path: Path, needed: int, what: str) -> None:
         raise OpdctlError(
             f"{path}: {what} needs {format_bytes(needed)} of disk space, {format_bytes(free)} are free",
             hint="free some space and run the same command again, or use another --output",
-            code=ExitCode.REACH,
+            code=ExitCode.UNAVAILABLE,
         )
 
 
@@ -189,7 +189,7 @@ def _check_version(path: Path, version: object) -> None:
         raise OpdctlError(
             f"{path}: schema version {version!r}, this opdctl reads version {SCHEMA_VERSION}",
             hint="go on with the opdctl that wrote it, or start again in another --output",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         )
 
 
@@ -203,7 +203,7 @@ def check_no_symlinks(*paths: Path) -> None:
 def corrupt_artifact(path: Path, why: str, hint: str | None = None) -> OpdctlError:
     """Return the error for an artifact that is not what was written."""
     hint = hint or f"remove {path} and run the command that made it again"
-    return OpdctlError(f"{path}: damaged: {why}", hint=hint, code=ExitCode.DATA)
+    return OpdctlError(f"{path}: damaged: {why}", hint=hint, code=ExitCode.BAD_DATA)
 
 
 def copy_file(path: Path, folder: Path) -> None:

@@ -38,7 +38,7 @@ class Lease:
         self._seen: tuple[int, int] | None = None
         self._since, self._changes = 0.0, 0
 
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         """Return whether the claim is ours now. Never waits; a dead owner's is taken over when it has been asked for
         during a whole lease. Raises OpdctlError (code 5) where the folder cannot be written."""
         try:
@@ -48,13 +48,15 @@ class Lease:
             self._watch()
             return False
         except OSError as error:
-            raise OpdctlError(f"{self._path}: cannot be written: {error.strerror}", code=ExitCode.REACH) from error
+            raise OpdctlError(
+                f"{self._path}: cannot be written: {error.strerror}", code=ExitCode.UNAVAILABLE
+            ) from error
         return True
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         self._lease.release()
 
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the claim is still ours."""
         owner = self._lease.owner
         return owner is not None and owner.token == self._lease.token
@@ -70,7 +72,7 @@ class Lease:
             elif not stat.st_size and time.monotonic() - self._since > EMPTY_LOCK_TIMEOUT_SECONDS:
                 self._path.unlink()
 
-    def shows_life(self) -> bool:
+    def owner_is_alive(self) -> bool:
         """Whether another owner has touched the claim since it was first asked for."""
         return self._changes > 1
 
@@ -83,18 +85,18 @@ class Lease:
 def hold_lease(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the claim `name`. Raises OpdctlError (code 5) when another process has it and lives, unless told to wait."""
     claim, pause = Lease(folder, name), backoff()
-    while not claim.take():
-        if not wait and claim.shows_life():
+    while not claim.acquire():
+        if not wait and claim.owner_is_alive():
             raise OpdctlError(
                 f"{folder}: {claim.owner()} is working on `{name}` here",
                 hint="wait for it, or use another --output",
-                code=ExitCode.REACH,
+                code=ExitCode.UNAVAILABLE,
             )
         time.sleep(next(pause))
     try:
         yield
     finally:
-        claim.give_back()
+        claim.release()
 
 
 def backoff() -> Iterator[float]:
@@ -109,5 +111,5 @@ def remove_stale_leases(folder: Path, name: str) -> None:
     """Remove the claims beginning with `name` that dead processes of this machine have left."""
     for path in folder.glob(f".{name}*.lock"):
         claim = Lease(folder, path.name.removeprefix(".").removesuffix(".lock"))
-        if claim.take():
-            claim.give_back()
+        if claim.acquire():
+            claim.release()

@@ -40,20 +40,20 @@ class PartRecord(TypedDict):
 
 
 class PolicyRecord(TypedDict):
-    """policy.json: how many updates the student has seen that draws a step's responses, where that is settled."""
+    """policy_version.json: how many updates the student has seen that draws a step's responses, where that is settled."""
 
-    policy_step: Count
+    policy_version: Count
 
 
 class StageHeader(TypedDict):
-    """work.json: what is being made."""
+    """in_progress.json: what is being made."""
 
     schema_version: int
     stage: str
     fingerprint: Digest
     settings: dict[str, Any]
     inputs: dict[str, str]
-    meaning: dict[str, Any]
+    logprob_metadata: dict[str, Any]
 
 
 class Manifest(StageHeader):
@@ -88,7 +88,7 @@ class ModelRecord(TypedDict):
     path: str
     digest: Digest
     tokenizer: Digest
-    stamp: dict[str, list[int]]
+    file_stats: dict[str, list[int]]
 
 
 class PromptsRecord(TypedDict):

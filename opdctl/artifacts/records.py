@@ -1,4 +1,4 @@
-"""The artifacts' records: their columns, types, ids and meaning. Imports no torch.
+"""The artifacts' records: their columns, types, ids and logprob_metadata. Imports no torch.
 
     prompts.parquet              one row a prompt, in the order drawn
     rollout/part-*.parquet       one row a response
@@ -42,7 +42,7 @@ class Response:
     """One response that the student drew.
 
     logprobs: of each response id, under the policy that drew it. finish_reason: "stop" (the last id is an end of
-    sequence, which belongs to the response) or "length". policy_step: updates that policy had seen. Only where
+    sequence, which belongs to the response) or "length". policy_version: updates that policy had seen. Only where
     the recipe asks for them: entropies [T] of the whole distribution at each token, in nats, and its most probable
     tokens, falling, as top_ids and top_logprobs [T, K]. For example, the first sample of prompt `sort12-abc` at step 3
     is `sort12-abc/00003/0`.
@@ -54,7 +54,7 @@ class Response:
     response_ids: Ids
     logprobs: Logprobs
     finish_reason: str
-    policy_step: int
+    policy_version: int
     source: str
     teacher: str
     answer: str | None
@@ -129,7 +129,7 @@ RESPONSES = pa.schema(
         ("response_ids", _IDS),
         ("logprobs", _LOGPROBS),
         ("finish_reason", pa.string()),
-        ("policy_step", pa.int32()),
+        ("policy_version", pa.int32()),
         ("source", pa.string()),
         ("teacher", pa.string()),
         ("answer", pa.string()),

@@ -46,7 +46,7 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tup
     return [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
 
 
-STAGE_MARKERS = ("work.json", "manifest.json")  # a stage whose folder holds one of them was begun
+STAGE_MARKERS = ("in_progress.json", "manifest.json")  # a stage whose folder holds one of them was begun
 T = TypeVar("T")
 
 
@@ -104,31 +104,33 @@ class FingerprintMismatchError(OpdctlError):
                 [f"{path}: was made under other settings", *(lines or [f"its inputs changed: {', '.join(inputs)}"])]
             ),
             hint=f"put the old value back; or use another --output; or remove {path} to make it again",
-            code=ExitCode.SETTINGS,
+            code=ExitCode.RECIPE_MISMATCH,
         )
 
 
 class StageDir:
     """The parts of one stage at one step, and their manifest.
 
-    `redo` is the command that makes a part again, for error messages.
+    `rerun_command` is the command that makes a part again, for error messages.
     """
 
-    def __init__(self, path: Path, *, stage: str, parts: int, suffix: str, fingerprint: Fingerprint, redo: str):
-        self.path, self.stage, self.fingerprint, self.redo = path, stage, fingerprint, redo
+    def __init__(
+        self, path: Path, *, stage: str, parts: int, suffix: str, fingerprint: Fingerprint, rerun_command: str
+    ):
+        self.path, self.stage, self.fingerprint, self.rerun_command = path, stage, fingerprint, rerun_command
         self.names = [f"part-{i:05d}-of-{parts:05d}{suffix}" for i in range(parts)]
-        self._work_path, self.manifest_path = (path / name for name in STAGE_MARKERS)
-        self._claim: leases.Lease | None = None
+        self._header_path, self.manifest_path = (path / name for name in STAGE_MARKERS)
+        self._lease: leases.Lease | None = None
         check_no_symlinks(path.parent, path)
-        self._refuse_another_fingerprint()
+        self._check_fingerprint()
 
-    def _begun(self) -> dict[str, Any] | None:
+    def _read_header(self) -> dict[str, Any] | None:
         """Return what is recorded of the stage, finished or begun, or None."""
-        found: Any = self.manifest() or self._read(self._work_path, StageHeader)
+        found: Any = self.manifest() or self._read(self._header_path, StageHeader)
         return found
 
-    def _refuse_another_fingerprint(self) -> None:
-        recorded = self._begun()
+    def _check_fingerprint(self) -> None:
+        recorded = self._read_header()
         if recorded is None:
             return
         if recorded["fingerprint"] == self.fingerprint.digest:
@@ -147,7 +149,7 @@ class StageDir:
     def _read(self, path: Path, kind: Any) -> Any:
         """Return what a JSON file says, or None where there is none, or none any more: another may be sealing."""
         try:
-            hint = f"remove {path} and run `{self.redo}`: what it tells of is made again"
+            hint = f"remove {path} and run `{self.rerun_command}`: what it tells of is made again"
             return read_json(path, kind, hint) if path.exists() else None
         except OpdctlError:
             if path.exists():
@@ -158,9 +160,9 @@ class StageDir:
         """Return what was recorded of part `index`, by its receipt or by the manifest."""
         if receipt := self._read(self._receipt(index), PartRecord):
             return Part(**receipt)
-        return self._recorded(index) if self.manifest() else None
+        return self._manifest_entry(index) if self.manifest() else None
 
-    def _recorded(self, index: int) -> Part:
+    def _manifest_entry(self, index: int) -> Part:
         manifest = self.manifest()
         for part in manifest["parts"] if manifest else ():
             if part["name"] == self.names[index]:
@@ -182,25 +184,25 @@ class StageDir:
     def _is_missing(self, index: int, *, digests: bool = True) -> bool:
         if not (self.path / self.names[index]).exists():
             return True
-        return self.manifest() is None and not self._taken_over(index, digests=digests)
+        return self.manifest() is None and not self._is_reusable(index, digests=digests)
 
-    def _taken_over(self, index: int, *, digests: bool) -> bool:
+    def _is_reusable(self, index: int, *, digests: bool) -> bool:
         record, path = self.record(index), self.path / self.names[index]
         if record is None or record.bytes != path.stat().st_size:
             return False
         return not digests or record.sha256 == sha256_file(path)
 
-    def share(self, items: list[T], index: int) -> list[T]:
+    def items_of_part(self, items: list[T], index: int) -> list[T]:
         """Return the items of part `index`: the parts are even cuts of the whole, in order."""
         count = len(self.names)
         return items[index * len(items) // count : (index + 1) * len(items) // count]
 
-    def todo(self, *, repair: bool = False) -> list[int]:
+    def parts_to_make(self, *, repair: bool = False) -> list[int]:
         """Return the numbers of the parts to make: the missing ones, and with `repair` the damaged ones too."""
-        return sorted({*self.missing(), *(self.damaged_parts() if repair else ())})
+        return sorted({*self.missing(), *(self.corrupted_parts() if repair else ())})
 
     @contextlib.contextmanager
-    def work(
+    def claim_parts(
         self, *, repair: bool = False, shard: WorkerShard = ALL_PARTS, wait: bool = False
     ) -> Iterator[Iterator[int] | None]:
         """Yield the shard's parts to make, each claimed for as long as the caller is at it, or None where there is
@@ -211,53 +213,53 @@ class StageDir:
         the end, whoever made them.
         """
         folder, name = self.path.parent, self.path.name
-        if self.done() and not repair and not self._work_path.exists():
+        if self.is_finished() and not repair and not self._header_path.exists():
             yield None
         else:
-            wanted = shard.among(self.todo(repair=repair))
-            with contextlib.closing(self._claim_each(wanted, repair=repair, wait=wait)) as parts:
+            wanted = shard.among(self.parts_to_make(repair=repair))
+            with contextlib.closing(self._lease_each(wanted, repair=repair, wait=wait)) as parts:
                 first = next(parts, None)
                 yield None if first is None else itertools.chain([first], parts)
             if not self.missing(digests=False):
                 with leases.hold_lease(folder, name, wait=True):  # two workers may finish at once
-                    self.seal()
+                    self.finalize()
         leases.remove_stale_leases(folder, name)
 
-    def _claim_each(self, wanted: Iterable[int], *, repair: bool, wait: bool) -> Generator[int]:
+    def _lease_each(self, wanted: Iterable[int], *, repair: bool, wait: bool) -> Generator[int]:
         left = {index: leases.Lease(self.path.parent, f"{self.path.name}-part-{index:05d}") for index in wanted}
         pause = leases.backoff()
         while left:
             for index, claim in list(left.items()):
-                if claim.take():
+                if claim.acquire():
                     del left[index]
-                    self._claim, pause = claim, leases.backoff()
+                    self._lease, pause = claim, leases.backoff()
                     try:
-                        if self._is_wanted(index, repair=repair):  # its owner may just have finished it
+                        if self._is_to_make(index, repair=repair):  # its owner may just have finished it
                             yield index
                     finally:
-                        self._claim = None
-                        claim.give_back()
-                elif not wait and claim.shows_life():
+                        self._lease = None
+                        claim.release()
+                elif not wait and claim.owner_is_alive():
                     del left[index]
             if left:
                 time.sleep(next(pause))
 
-    def _is_wanted(self, index: int, *, repair: bool) -> bool:
-        return self._is_missing(index) or (repair and self._damage(index) is not None)
+    def _is_to_make(self, index: int, *, repair: bool) -> bool:
+        return self._is_missing(index) or (repair and self._find_corruption(index) is not None)
 
-    def lost(self) -> list[Path]:
+    def finished_but_missing(self) -> list[Path]:
         """Return the finished parts that are not there any more."""
         return [self.path / name for name in self.names if not (self.path / name).exists()] if self.manifest() else []
 
-    def done(self) -> bool:
+    def is_finished(self) -> bool:
         return self.manifest() is not None and not self.missing()
 
-    def begin(self, meaning: Mapping[str, Any]) -> None:
+    def start(self, logprob_metadata: Mapping[str, Any]) -> None:
         """Record, before the first part, what is being made and what its values mean."""
         with translate_write_errors(self.path):
             make_directory(self.path)
         remove_temporary_files(self.path)
-        write_json(self._work_path, {**self._header(), "meaning": dict(meaning)})
+        write_json(self._header_path, {**self._header(), "logprob_metadata": dict(logprob_metadata)})
 
     def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> bool:
         """Write part `index` by `save(temporary path)`. Return whether it counts: it is dropped where the claim to it
@@ -268,17 +270,17 @@ class StageDir:
                 save(temporary)
                 part = Part(name, rows, tokens, temporary.stat().st_size, sha256_file(temporary))
                 fsync_path(temporary)  # may take its time, so before the claim is looked at
-                self._check_claim()
+                self._check_lease()
                 write_json(self._receipt(index), asdict(part))
-                self._check_claim()
+                self._check_lease()
         except leases.LeaseLost:
             return False
         return True
 
-    def _check_claim(self) -> None:
-        begun = self._begun()
+    def _check_lease(self) -> None:
+        begun = self._read_header()
         is_own = begun is not None and begun["fingerprint"] == self.fingerprint.digest
-        if self._claim is not None and not (is_own and self._claim.held()):
+        if self._lease is not None and not (is_own and self._lease.is_held()):
             raise leases.LeaseLost
 
     def _header(self) -> dict[str, Any]:
@@ -290,30 +292,30 @@ class StageDir:
             "inputs": dict(self.fingerprint.inputs),
         }
 
-    def seal(self) -> bool:
+    def finalize(self) -> bool:
         """Write the manifest if every part is there and it is not written yet. Return whether the stage is finished."""
         if self.missing():
             return False
         # A part that was removed and made again has a receipt that is newer than the manifest.
         receipts = [self._read(self._receipt(index), PartRecord) for index in range(len(self.names))]
-        if self._work_path.exists() or any(receipts):
-            header: StageHeader = self._read(self._work_path, StageHeader) or self._read(self.manifest_path, Manifest)
-            parts = [receipt or asdict(self._recorded(i)) for i, receipt in enumerate(receipts)]
+        if self._header_path.exists() or any(receipts):
+            header: StageHeader = self._read(self._header_path, StageHeader) or self._read(self.manifest_path, Manifest)
+            parts = [receipt or asdict(self._manifest_entry(i)) for i, receipt in enumerate(receipts)]
             write_json(self.manifest_path, {**header, "parts": parts})
             for index in range(len(self.names)):
                 self._receipt(index).unlink(missing_ok=True)
             remove_temporary_files(self.path)
-            self._work_path.unlink(missing_ok=True)  # last: while it is there, sealing is tried again
+            self._header_path.unlink(missing_ok=True)  # last: while it is there, sealing is tried again
         return True
 
     def sha256(self, index: int) -> str:
         """Return the recorded digest of a finished part."""
-        return (self.record(index) or self._recorded(index)).sha256
+        return (self.record(index) or self._manifest_entry(index)).sha256
 
     def verify(self, index: int, *, digests: bool = True) -> Path:
         """Return the path of a finished part. Raises OpdctlError (code 3) when it is not what was recorded."""
         path, record = self.path / self.names[index], self.record(index)
-        hint = f"run `{self.redo} --repair` to make this part again"
+        hint = f"run `{self.rerun_command} --repair` to make this part again"
         check_no_symlinks(path)
         if record is None or not path.exists():
             raise corrupt_artifact(path, "the part is missing", hint)
@@ -323,12 +325,12 @@ class StageDir:
             raise corrupt_artifact(path, f"its SHA-256 is {digest[:12]}…, {record.sha256[:12]}… was written", hint)
         return path
 
-    def damaged_parts(self, *, digests: bool = True) -> dict[int, str]:
+    def corrupted_parts(self, *, digests: bool = True) -> dict[int, str]:
         """Return what is wrong with each part that the manifest lists."""
         indices = range(len(self.names)) if self.manifest() else ()
-        return {index: what for index in indices if (what := self._damage(index, digests=digests))}
+        return {index: what for index in indices if (what := self._find_corruption(index, digests=digests))}
 
-    def _damage(self, index: int, *, digests: bool = True) -> str | None:
+    def _find_corruption(self, index: int, *, digests: bool = True) -> str | None:
         """Return what is wrong with a part, or None."""
         try:
             self.verify(index, digests=digests)
@@ -341,7 +343,7 @@ class StageDir:
         """The digest of the finished stage: of its parts, not of when or where they were made."""
         manifest = self.manifest()
         if manifest is None:
-            raise OpdctlError(f"{self.path}: not finished", hint=f"run `{self.redo}`", code=ExitCode.NO)
+            raise OpdctlError(f"{self.path}: not finished", hint=f"run `{self.rerun_command}`", code=ExitCode.FAILED)
         return digest_of([part["sha256"] for part in manifest["parts"]])
 
 
@@ -349,7 +351,7 @@ def read_stage_rows(folder: Path, kind: type[Row]) -> list[Row]:
     """Return the rows of a finished stage, whatever made it. Raises OpdctlError (code 3) where a part is damaged."""
     if problems := verify_stage(folder):
         raise OpdctlError(
-            "\n".join(problems), hint="run the command that made it again with --repair", code=ExitCode.DATA
+            "\n".join(problems), hint="run the command that made it again with --repair", code=ExitCode.BAD_DATA
         )
     names = [part["name"] for part in read_json(folder / "manifest.json", Sealed)["parts"]]
     return [row for name in names for row in read_rows(folder / name, kind)]

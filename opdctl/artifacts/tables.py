@@ -108,7 +108,9 @@ def _reshape_top_k(flat: list[np.ndarray | None], lengths: list[int]) -> list[np
     return [None if cell is None else cell.reshape(n, width) for cell, n in zip(flat, lengths, strict=True)]
 
 
-def write_scores(path: Path, ids: Sequence[str], scores: Sequence[TokenScores], meaning: Mapping[str, str]) -> None:
+def write_scores(
+    path: Path, ids: Sequence[str], scores: Sequence[TokenScores], logprob_metadata: Mapping[str, str]
+) -> None:
     """Write what a model says of one rollout part as safetensors: `offsets` [R + 1], and each column [tokens, …]."""
     tensors = {"offsets": cumulative_offsets([len(row.logprobs) for row in scores])}
     for name in SCORE_COLUMNS:
@@ -117,7 +119,7 @@ def write_scores(path: Path, ids: Sequence[str], scores: Sequence[TokenScores], 
             tensors[name] = np.concatenate([value() if callable(value) else value for value in values])
     tensors.setdefault("logprobs", np.zeros(0, np.float32))
     # One entry: safetensors writes several in an order that changes from call to call, and so would the digest.
-    save_file(tensors, path, metadata={"opdctl": json.dumps({**meaning, "sample_ids": list(ids)})})
+    save_file(tensors, path, metadata={"opdctl": json.dumps({**logprob_metadata, "sample_ids": list(ids)})})
 
 
 def read_scores(path: Path, rollout_sha256: str) -> dict[str, TokenScores]:
@@ -127,8 +129,8 @@ def read_scores(path: Path, rollout_sha256: str) -> dict[str, TokenScores]:
     """
     try:
         with safe_open(path, "np") as file:
-            meaning = manifests.check(json.loads((file.metadata() or {})["opdctl"]), ScoresRecord)
-            ids, scored = meaning["sample_ids"], meaning["rollout"]
+            logprob_metadata = manifests.check(json.loads((file.metadata() or {})["opdctl"]), ScoresRecord)
+            ids, scored = logprob_metadata["sample_ids"], logprob_metadata["rollout"]
             lengths = _check_shapes(file)
             names, offsets = set(file.keys()), file.get_tensor("offsets")
             columns = {name: file.get_tensor(name) for name in names - {"offsets", HIDDEN}}

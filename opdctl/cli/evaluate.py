@@ -225,7 +225,7 @@ def show_comparison(found: Sequence[Mapping[str, Any]]) -> None:
 
 def show_summary(summary: Mapping[str, Any]) -> None:
     """Print one evaluation's accuracies with both intervals."""
-    rows = [_line(f"Avg@{summary['samples']}", summary["avg"], summary["ci"], summary["ci_these"])]
+    rows = [_line(f"Avg@{summary['samples']}", summary["avg"], summary["ci"], summary["ci_same_problems"])]
     for name, key in (("pass", "pass_at"), ("maj", "maj_at")):
         found = summary[key].items()
         rows += [_line(f"{name}@{k}", each["mean"], each["ci"], None) for k, each in found if k != "1"]
@@ -235,7 +235,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     lengths = summary["response_lengths"]
     console.info(
         f"responses: {summary['response_length']:.0f} tokens in the mean (median {lengths['p50']:.0f}, 90 % below "
-        f"{lengths['p90']:.0f}), {summary['truncated_share']:.1%} truncated; verdicts: {verdicts}"
+        f"{lengths['p90']:.0f}), {summary['truncated_fraction']:.1%} truncated; verdicts: {verdicts}"
     )
     _warn(summary)
 
@@ -247,10 +247,10 @@ def _line(name: str, value: float, ci: Sequence[float] | None, these: Sequence[f
 
 def _warn(summary: Mapping[str, Any]) -> None:
     about, name = summary["benchmark"], summary["bench"]
-    if killers := summary["killers"]:
+    if killers := summary["grader_failures"]:
         shown = ", ".join(f"{each['sample_id']} ({each['verdict']})" for each in killers[:3])
         console.warn(f"{name}: {len(killers)} answers killed or outlasted their grader and count as wrong: {shown}")
-    if golds := about["unreadable_golds"]:
+    if golds := about["unparsable_golds"]:
         console.warn(f"{name}: {len(golds)} gold answers can only be met word for word: {', '.join(golds[:5])}")
     found = about["contamination"]
     if found and found["seen"]:

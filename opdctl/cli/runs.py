@@ -95,7 +95,7 @@ def status(
             print_json(runs._status_as_json(found))
         stages = found["stages"] + found["continuations"]
         if found["damaged_evaluations"] or any(stage.state == "damaged" for stage in stages):
-            raise typer.Exit(ExitCode.DATA)
+            raise typer.Exit(ExitCode.BAD_DATA)
 
 
 def _status_rows(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -49,22 +49,22 @@ def error_handling(verbose: int, quiet: bool) -> Iterator[None]:
         raise
     except BrokenPipeError as error:  # the reader of stdout has gone: there is nobody to tell
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it on its way out
-        raise typer.Exit(ExitCode.NO) from error
+        raise typer.Exit(ExitCode.FAILED) from error
     except Exception as error:
         if distributed.is_peer_failure(error):
             console.error("another process of this run has failed, as it says itself", None)
-            raise typer.Exit(ExitCode.NO) from error
+            raise typer.Exit(ExitCode.FAILED) from error
         if is_out_of_memory(error):
             hint = "smaller batches need less: rollout.batch_size, score.tokens_per_batch, train.tokens_per_micro_batch"
             console.error(f"out of memory: {' '.join(str(error).split())[:300]}", hint)
-            raise typer.Exit(ExitCode.REACH) from error
+            raise typer.Exit(ExitCode.UNAVAILABLE) from error
         if isinstance(error, OSError) and error.errno in (*DISK_FULL_ERRNOS, *WRITE_ERRNOS):
             console.error(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", None)
-            raise typer.Exit(ExitCode.REACH) from error
+            raise typer.Exit(ExitCode.UNAVAILABLE) from error
         if verbose:
             raise
         console.error(f"internal error: {type(error).__name__}: {error}", "run again with -v for the traceback")
-        raise typer.Exit(ExitCode.NO) from error
+        raise typer.Exit(ExitCode.FAILED) from error
     finally:
         distributed.destroy_process_group()
 
@@ -146,9 +146,9 @@ def resolve_step(run: "Run", step: int | None) -> int:
         return min(current, steps - 1)
     if step >= steps:
         raise OpdctlError(f"--step {step}: {run.path} has steps 0 to {steps - 1}")
-    if not run.may_draw(step):
+    if not run.can_sample(step):
         raise OpdctlError(
             f"--step {step}: step {step} has no student yet, {current} updates are done",
-            hint=f"run `{run.command('train')}`",
+            hint=f"run `{run.command_line('train')}`",
         )
     return step

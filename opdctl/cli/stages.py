@@ -135,10 +135,10 @@ def _run_stage(
     plan.check_space(run, [name.removesuffix("-teacher")])
     with open_engine_pool(run.recipe, device) as engines:
         if name == "rollout":
-            made, stages = rollout.run_rollout(run, at, engines, repair=repair, shard=own), [run.rollout(at)]
+            made, stages = rollout.run_rollout(run, at, engines, repair=repair, shard=own), [run.rollout_stage(at)]
         else:
             made = score.run_scoring(run, at, engines, only=scorers, repair=repair, shard=own)
-            stages = [run.score(at, scorer) for scorer in scorers]
+            stages = [run.score_stage(at, scorer) for scorer in scorers]
     parts = [part for stage in stages for part in (stage.manifest() or {"parts": []})["parts"]]
     folders = ", ".join(str(stage.path) for stage in stages)
     report = {
@@ -153,7 +153,7 @@ def _run_stage(
         "next": next_stage_command(run),
     }
     counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
-    if not all(stage.done() for stage in stages):
+    if not all(stage.is_finished() for stage in stages):
         there, whole = (
             sum(len(s.names) - len(s.missing(digests=False)) for s in stages),
             sum(len(s.names) for s in stages),

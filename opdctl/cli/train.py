@@ -12,7 +12,6 @@ from opdctl.cli.plan import show_plan
 from opdctl.cli.session import error_handling, open_run_and_device, print_json, read_recipe_options
 from opdctl.cli.stages import reject_with_follow
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.training import publish
 
 if TYPE_CHECKING:
     from opdctl.recipe.schema import Recipe
@@ -52,6 +51,8 @@ def train(
             raise OpdctlError("--no-fill makes no parts, so there is nothing to --repair", hint="give one of them")
         resolved = read_recipe_options(recipe, set_, output)
         if push is not None:
+            from opdctl.training import publish
+
             publish.check_repo_id(push)
         if dry_run:
             show_plan(resolved, output, json_)
@@ -114,7 +115,7 @@ def _report_training(run: "Run", before: int, seconds: dict[str, float], no_fill
         raise OpdctlError(
             f"{run.path}: step {done} has no teacher scores to learn from yet",
             hint=f"run `{next_stage_command(run)}`",
-            code=ExitCode.NO,
+            code=ExitCode.FAILED,
         )
     accuracy, student = progress.accuracy(run), run.student_path(done) if done else run.student.path
     if done == before:
@@ -149,6 +150,8 @@ def _report_training(run: "Run", before: int, seconds: dict[str, float], no_fill
 
 def _push(run: "Run", repo: str) -> None:
     """Upload the newest student, if this process speaks for the run."""
+    from opdctl.training import publish
+
     done = run.current_step()
     if distributed.is_main():
         console.info(f"pushing {run.student_path(done)} to {repo}")

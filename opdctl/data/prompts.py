@@ -56,20 +56,20 @@ def tokenize(
         if max(lengths) > settings.max_tokens:
             too_long.append((problem.id, max(lengths)))
         elif not min(lengths):
-            raise OpdctlError(f"{settings.source}: prompt `{problem.id}` has no tokens", code=ExitCode.DATA)
+            raise OpdctlError(f"{settings.source}: prompt `{problem.id}` has no tokens", code=ExitCode.BAD_DATA)
         else:
             teacher = _teacher(problem, settings, teachers)
             prompts.append(Prompt(problem.id, own, problem.answer, teacher, *others))
-    if too_long and settings.too_long == "error":
+    if too_long and settings.on_too_long == "error":
         shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:MAX_SHOWN_CHARS])
         raise OpdctlError(
             f"{settings.source}: {len(too_long)} prompts are longer than prompts.max_tokens = {settings.max_tokens}: "
             f"{shown}",
-            hint='raise prompts.max_tokens, or leave them out with prompts.too_long = "drop"',
-            code=ExitCode.DATA,
+            hint='raise prompts.max_tokens, or leave them out with prompts.on_too_long = "drop"',
+            code=ExitCode.BAD_DATA,
         )
     if not prompts:
-        raise OpdctlError(f"{settings.source}: no prompts are left", code=ExitCode.DATA)
+        raise OpdctlError(f"{settings.source}: no prompts are left", code=ExitCode.BAD_DATA)
     return prompts, len(too_long)
 
 
@@ -82,7 +82,7 @@ def _teacher(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> st
             f"{settings.source}: prompt `{problem.id}`: no teacher `{problem.teacher}`"
             f"{did_you_mean(problem.teacher, known)}",
             hint=f"column `{settings.teacher_column}` must hold one of [teachers]",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         )
     return name
 
@@ -105,7 +105,7 @@ def apply_chat_template(
         raise OpdctlError(
             f"prompt `{name}` cannot be written in this tokenizer: {error}",
             hint=f"its text begins {text[:60]!r}",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         ) from error
 
 
@@ -143,7 +143,7 @@ def _embedded(settings: Prompts) -> list[Problem]:
             raise OpdctlError(f"prompts.{key}: `{settings.source}` has no columns", hint="it needs a file of prompts")
     try:
         stream = task.problems(settings.split, seed=0)
-        return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.count)]
+        return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.limit)]
     except ValueError as error:
         raise OpdctlError(f"prompts.split: {error}") from error
 
@@ -152,7 +152,7 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
     problems: list[Problem] = []
     seen: dict[str, int] = {}
     twice: list[str] = []
-    for number, row in islice(_wanted(rows, settings), settings.count):
+    for number, row in islice(_wanted(rows, settings), settings.limit):
         where = f"{settings.source}: row {number}"
         name = _cell(row, settings.id_column, "prompts.id_column", where) if settings.id_column else number - 1
         text = _text_cell(row, settings.prompt_column, "prompts.prompt_column", where) + settings.suffix
@@ -161,7 +161,7 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
             teacher_text = _text_cell(row, column, "prompts.teacher_prompt_column", where) + settings.suffix
         answer = _cell(row, settings.answer_column, "prompts.answer_column", where) if settings.answer_column else None
         if name is None:
-            raise OpdctlError(f"{where}: `{settings.id_column}` is null", code=ExitCode.DATA)
+            raise OpdctlError(f"{where}: `{settings.id_column}` is null", code=ExitCode.BAD_DATA)
         if str(name) in seen:
             twice.append(f"`{name}` of row {seen[str(name)]} in row {number}")
         seen.setdefault(str(name), number)
@@ -173,18 +173,18 @@ def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
         raise OpdctlError(
             f"{settings.source}: {len(twice)} ids occur again: {shown}{', …' if len(twice) > MAX_SHOWN_CHARS else ''}",
             hint="give each prompt an id of its own (prompts.id_column), or leave the column out: then it is the row",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         )
     if not problems:
-        why = f"no row passes prompts.at_least = {settings.at_least}" if settings.at_least else "holds no prompts"
-        raise OpdctlError(f"{settings.source}: {why}", hint="at least one prompt is needed", code=ExitCode.DATA)
+        why = f"no row passes prompts.min_values = {settings.min_values}" if settings.min_values else "holds no prompts"
+        raise OpdctlError(f"{settings.source}: {why}", hint="at least one prompt is needed", code=ExitCode.BAD_DATA)
     return problems
 
 
 def _text_cell(row: Row, column: str, key: str, where: str) -> str:
     text = _cell(row, column, key, where)
     if not isinstance(text, str) or not text:
-        raise OpdctlError(f"{where}: `{column}` must be text, got {text!r}", code=ExitCode.DATA)
+        raise OpdctlError(f"{where}: `{column}` must be text, got {text!r}", code=ExitCode.BAD_DATA)
     return _valid_text(text, where)
 
 
@@ -193,7 +193,7 @@ def _teacher_cell(row: Row, settings: Prompts, where: str) -> str | None:
         return None
     name = _cell(row, settings.teacher_column, "prompts.teacher_column", where)
     if not isinstance(name, str):
-        raise OpdctlError(f"{where}: `{settings.teacher_column}` must be text, got {name!r}", code=ExitCode.DATA)
+        raise OpdctlError(f"{where}: `{settings.teacher_column}` must be text, got {name!r}", code=ExitCode.BAD_DATA)
     return name
 
 
@@ -201,17 +201,17 @@ def _wanted(rows: Iterator[Row], settings: Prompts) -> Iterator[tuple[int, Row]]
     """Yield (number from 1, row) of the rows that `at_least` lets through."""
     for number, row in enumerate(rows, 1):
         where = f"{settings.source}: row {number}"
-        if all(_number(row, column, where) >= least for column, least in settings.at_least.items()):
+        if all(_number(row, column, where) >= least for column, least in settings.min_values.items()):
             yield number, row
 
 
 def _number(row: Row, column: str, where: str) -> float:
-    value = _cell(row, column, "prompts.at_least", where)
+    value = _cell(row, column, "prompts.min_values", where)
     if value is None:
         return -math.inf  # unknown is not enough
     if isinstance(value, bool) or not isinstance(value, int | float):
-        message = f"{where}: `{column}` (prompts.at_least) must be a number, got {value!r}"
-        raise OpdctlError(message, code=ExitCode.DATA)
+        message = f"{where}: `{column}` (prompts.min_values) must be a number, got {value!r}"
+        raise OpdctlError(message, code=ExitCode.BAD_DATA)
     return value
 
 
@@ -220,7 +220,7 @@ def _cell(row: Row, column: str, key: str, where: str) -> Any:
         raise OpdctlError(
             f"{where}: no column `{column}` ({key}){did_you_mean(column, row)}",
             hint=f"its columns are {', '.join(f'`{name}`' for name in row) or 'none'}",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         )
     return row[column]
 
@@ -229,5 +229,5 @@ def _valid_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell and UTF-8 cannot
-        raise OpdctlError(f"{where}: not valid Unicode at character {error.start}", code=ExitCode.DATA) from error
+        raise OpdctlError(f"{where}: not valid Unicode at character {error.start}", code=ExitCode.BAD_DATA) from error
     return text

@@ -33,9 +33,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-                raise OpdctlError(f"{path}:{number}: {error}", code=ExitCode.DATA) from error
+                raise OpdctlError(f"{path}:{number}: {error}", code=ExitCode.BAD_DATA) from error
             if not isinstance(row, dict):
-                raise OpdctlError(f"{path}:{number}: must be a JSON object, got {line[:40]!r}", code=ExitCode.DATA)
+                raise OpdctlError(f"{path}:{number}: must be a JSON object, got {line[:40]!r}", code=ExitCode.BAD_DATA)
             yield row
 
 
@@ -47,10 +47,10 @@ def _read_csv(path: Path) -> Iterator[Row]:
             for row in rows:
                 if None in row or None in row.values():
                     why = f"has not {len(rows.fieldnames or ())} cells, as the first line has"
-                    raise OpdctlError(f"{path}:{rows.line_num}: {why}", code=ExitCode.DATA)
+                    raise OpdctlError(f"{path}:{rows.line_num}: {why}", code=ExitCode.BAD_DATA)
                 yield row
         except (csv.Error, UnicodeDecodeError) as error:
-            raise OpdctlError(f"{path}:{rows.line_num + 1}: {error}", code=ExitCode.DATA) from error
+            raise OpdctlError(f"{path}:{rows.line_num + 1}: {error}", code=ExitCode.BAD_DATA) from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -59,7 +59,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         for batch in file.iter_batches():
             yield from batch.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise OpdctlError(f"{path}: cannot be read as Parquet: {error}", code=ExitCode.DATA) from error
+        raise OpdctlError(f"{path}: cannot be read as Parquet: {error}", code=ExitCode.BAD_DATA) from error
 
 
 def load_from_hub(
@@ -81,5 +81,5 @@ def load_from_hub(
         raise OpdctlError(
             f"{key}: `{source}` is no local file, and the hub did not give it: {reason}",
             hint=hint,
-            code=ExitCode.REACH,
+            code=ExitCode.UNAVAILABLE,
         ) from error

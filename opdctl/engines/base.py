@@ -1,6 +1,6 @@
 """Engines: what a stage asks of the thing that runs a model. They speak token ids only. Imports no torch.
 
-Weights reach an engine as a finished model directory. An engine says, in `meaning`, what its log-probs are.
+Weights reach an engine as a finished model directory. An engine says, in `logprob_metadata`, what its log-probs are.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class ScoreRequest:
 class Engine(Protocol):
     """Generates and scores with one model."""
 
-    meaning: dict[str, str]
+    logprob_metadata: dict[str, str]
 
     def generate(
         self,

@@ -115,7 +115,7 @@ class Client:
                 broken = str(error) if isinstance(error, MalformedResponseError) else f"{type(error).__name__}: {error}"
         broken = self._shown(broken)
         raise OpdctlError(
-            f"{url}: the server's answer is broken, twice over: {broken}", hint=RESUME_HINT, code=ExitCode.DATA
+            f"{url}: the server's answer is broken, twice over: {broken}", hint=RESUME_HINT, code=ExitCode.BAD_DATA
         )
 
     async def _send(self, method: str, url: str, body: Any) -> httpx.Response:
@@ -124,11 +124,11 @@ class Client:
         def tell(state: tenacity.RetryCallState) -> None:
             if not self._told:  # one request's word is enough, until one gets through
                 self._told = True
-                console.warn(f"{url}: {_failure(state)}; trying again, {self._settings.retries} times at most")
+                console.warn(f"{url}: {_failure(state)}; trying again, {self._settings.max_retries} times at most")
 
         again = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_RetryableError),
-            stop=tenacity.stop_after_attempt(1 + self._settings.retries),
+            stop=tenacity.stop_after_attempt(1 + self._settings.max_retries),
             wait=_pause,
             before_sleep=tell,
             reraise=True,
@@ -136,8 +136,8 @@ class Client:
         try:
             response: httpx.Response = await again(self._once, method, url, body)
         except _RetryableError as error:
-            what = f"no answer in {1 + self._settings.retries} attempts, at last: {error}"
-            raise OpdctlError(f"{url}: {what}", hint=RESUME_HINT, code=ExitCode.REACH) from None
+            what = f"no answer in {1 + self._settings.max_retries} attempts, at last: {error}"
+            raise OpdctlError(f"{url}: {what}", hint=RESUME_HINT, code=ExitCode.UNAVAILABLE) from None
         self._told = False
         return response
 
@@ -152,7 +152,7 @@ class Client:
             what = self._shown(str(error) or type(error).__name__)
             if "CERTIFICATE_VERIFY_FAILED" in what:
                 hint = "for a certificate of your own, name its authority's file in SSL_CERT_FILE"
-                raise OpdctlError(f"{url}: {what}", hint=hint, code=ExitCode.REACH) from None
+                raise OpdctlError(f"{url}: {what}", hint=hint, code=ExitCode.UNAVAILABLE) from None
             raise _RetryableError(what) from None
         status, asked = response.status_code, response.headers.get("retry-after", "")
         if status in (408, 429) or (status >= 500 and status != 501):

@@ -24,10 +24,10 @@ def check_parity(
 ) -> None:
     """Compare an engine's log-probs of the first responses with the trainer's; say RMS and greatest difference in nats.
 
-    Does nothing when `pipeline.parity_rms` is 0, or for the transformers engine, which is the trainer's own forward
+    Does nothing when `pipeline.max_logprob_rms` is 0, or for the transformers engine, which is the trainer's own forward
     pass. Raises OpdctlError (code 3) when the RMS is above that bound.
     """
-    bound = recipe.pipeline.parity_rms
+    bound = recipe.pipeline.max_logprob_rms
     if not bound or engine == "transformers":
         return
     from opdctl.engines.transformers import TransformersEngine
@@ -44,7 +44,7 @@ def check_parity(
     if not rms <= bound:  # NaN is not below anything
         raise OpdctlError(
             f"engine `{engine}`: its log-probs of {model.path} are {rms:.3g} nats RMS from the trainer's, "
-            f"pipeline.parity_rms is {bound:g}",
+            f"pipeline.max_logprob_rms is {bound:g}",
             hint="use the same dtype in both, or another engine; raise the bound only if you know where it comes from",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         )

@@ -52,7 +52,7 @@ class ServerEngine:
             self.close()
             raise
         kind = "processed" if _is_unmodified(place.recipe.rollout) else "raw or processed, as the server was started"
-        self.meaning = {"engine": "server", "dtype": model.dtype, "logprobs": f"{kind}, float32, nats"}
+        self.logprob_metadata = {"engine": "server", "dtype": model.dtype, "logprobs": f"{kind}, float32, nats"}
 
     def load_weights(self, model: ModelDir) -> None:
         """Take the directory if it is the recipe's own: a server keeps the weights that it was started with.

@@ -38,7 +38,7 @@ class TransformersEngine:
     def __init__(self, model: ModelDir, device: str):
         self._device = device
         self.load_weights(model)
-        self.meaning = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
+        self.logprob_metadata = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 
     def load_weights(self, model: ModelDir) -> None:
         """Take over another directory's weights, by loading it anew.
@@ -77,9 +77,9 @@ class TransformersEngine:
         found: list[dict[str, Tensor]] = []
 
         def read(chunk: Chunk) -> None:
-            columns = {"logprobs": chunk.picked_CK[:, 0]}
+            columns = {"logprobs": chunk.selected_logp_CK[:, 0]}
             if settings.student_top_k:
-                columns["student_top_logprobs"] = chunk.picked_CK[:, 1:]
+                columns["student_top_logprobs"] = chunk.selected_logp_CK[:, 1:]
             if settings.entropy:
                 columns["entropies"] = chunk.entropy_C()
             if settings.top_k:
@@ -124,7 +124,7 @@ class TransformersEngine:
             logits_BV = batch.logits()
             token_B, logp_B = sample(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
             ended_B = torch.isin(token_B, self._eos) & ~drawn.stopped_B[rows_B]
-            drawn.put(rows_B, t, token_B, logp_B, logits_BV, ended_B)
+            drawn.add(rows_B, t, token_B, logp_B, logits_BV, ended_B)
             advance(int(ended_B.sum()))
             working_B = ~drawn.stopped_B[rows_B]
             if not (working := int(working_B.sum())):
@@ -167,7 +167,7 @@ class _SampleBuffer:
         self._length_B = torch.full((count,), longest, device=device)
         self.stopped_B = torch.zeros(count, dtype=torch.bool, device=device)
 
-    def put(self, rows_B: Tensor, t: int, token_B: Tensor, logp_B: Tensor, logits_BV: Tensor, ended_B: Tensor) -> None:
+    def add(self, rows_B: Tensor, t: int, token_B: Tensor, logp_B: Tensor, logits_BV: Tensor, ended_B: Tensor) -> None:
         """Take down token t of the responses in `rows_B`; `ended_B` of them end with it."""
         found = {"response_ids": token_B.int(), "logprobs": logp_B}
         if self._top_k or "entropies" in self._columns:

@@ -96,9 +96,9 @@ class VllmEngine:
     _llm: Any = None
 
     def __init__(self, model: ModelDir, place: EngineContext):
-        self._place, self._sleeps = place, place.recipe.vllm.sleep
+        self._place, self._sleeps = place, place.recipe.vllm.enable_sleep_mode
         self._start(model)
-        self.meaning = {"engine": "vllm", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
+        self.logprob_metadata = {"engine": "vllm", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 
     def _start(self, model: ModelDir) -> None:
         self._path, self._eos, self._vocab_size = model.path, list(model.eos_ids), model.vocab_size
@@ -200,7 +200,7 @@ class VllmEngine:
     def _check_numbers(self, found: Iterable[Completion | TokenScores]) -> None:
         # Of NaN vLLM makes an answer like any other: token 0, over and over.
         if any(np.isnan(each.logprobs).any() for each in found):
-            raise OpdctlError(f"{self._path}: vLLM gets NaN from this model", code=ExitCode.DATA)
+            raise OpdctlError(f"{self._path}: vLLM gets NaN from this model", code=ExitCode.BAD_DATA)
 
     def _check_room(self, tokens: int, what: str) -> None:
         if tokens > self._room:
@@ -320,21 +320,21 @@ def _check_whole(model: ModelDir) -> None:
     except Exception:  # what transformers cannot load, vLLM may be able to, or say why not
         return
     if missing := sorted(info["missing_keys"]):
-        raise OpdctlError(f"{model.path}: weights missing: {', '.join(missing[:5])}", code=ExitCode.DATA)
+        raise OpdctlError(f"{model.path}: weights missing: {', '.join(missing[:5])}", code=ExitCode.BAD_DATA)
 
 
 def _arguments(model: ModelDir, place: EngineContext) -> dict[str, Any]:
     """Return the arguments to vLLM's engine."""
     settings = place.recipe.vllm
     parallel = {
-        "tensor_parallel_size": settings.tensor_parallel,
-        "pipeline_parallel_size": settings.pipeline_parallel,
-        "data_parallel_size": settings.data_parallel,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "data_parallel_size": settings.data_parallel_size,
     }
     arguments: dict[str, Any] = {name: size for name, size in parallel.items() if size > 1}
     if place.device == "cuda":
-        arguments["gpu_memory_utilization"] = settings.memory_share
-    if settings.sleep:
+        arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    if settings.enable_sleep_mode:
         arguments["enable_sleep_mode"] = True
     if model.dtype != "float32":
         # In 16 bits the product of hidden states and output matrix is too coarse for log-probs.
@@ -350,11 +350,11 @@ def _arguments(model: ModelDir, place: EngineContext) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",  # of the policy that is sampled
         "max_logprobs": -1,
         "max_model_len": _max_model_len(model, place.recipe),
-        "max_num_seqs": settings.max_sequences,
-        "max_num_batched_tokens": settings.max_batched_tokens,
-        "enforce_eager": settings.eager,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "enforce_eager": settings.enforce_eager,
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
-        **settings.extra,
+        **settings.engine_args,
     }
 
 

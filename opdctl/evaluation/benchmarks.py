@@ -49,7 +49,7 @@ class Benchmark:
     source: Source
     grader: graders.Grader
     samples: int = 32
-    wants: Literal["box", "code", "any"] = "box"
+    answer_format: Literal["box", "code", "any"] = "box"
     size: int | None = None
     on_track: Callable[[str, str], bool] | None = None
 
@@ -59,16 +59,16 @@ class Benchmark:
 
     def suffix_under(self, settings: Eval) -> str:
         """Return the text that asks for the answer's form, put behind every problem."""
-        return {"box": settings.suffix, "code": settings.code_suffix, "any": ""}[self.wants]
+        return {"box": settings.suffix, "code": settings.code_suffix, "any": ""}[self.answer_format]
 
     def problems(self, count: int | None, data: Path | None) -> list[Problem]:
         """Return the first `count` problems, all by default. Raises OpdctlError as their source does."""
         where = str(data or self.source.where)
         problems = list(islice(self.source.problems(self.name, count, data), count))
         if not problems:
-            raise OpdctlError(f"{where}: holds no problems", code=ExitCode.DATA)
+            raise OpdctlError(f"{where}: holds no problems", code=ExitCode.BAD_DATA)
         if twice := [name for name, n in Counter(problem.id for problem in problems).items() if n > 1]:
-            raise OpdctlError(f"{where}: id `{twice[0]}` occurs more than once", code=ExitCode.DATA)
+            raise OpdctlError(f"{where}: id `{twice[0]}` occurs more than once", code=ExitCode.BAD_DATA)
         return problems
 
 
@@ -94,7 +94,7 @@ class Columns:
         raise OpdctlError(
             f"{where} has none of the columns {', '.join(columns)}; it has {', '.join(row)}"
             f"{did_you_mean(columns[0], row)}",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         )
 
 
@@ -206,7 +206,7 @@ def _all() -> Iterator[Benchmark]:
     math = graders.mathematics
     for task in TASKS.values():
         grader = graders.Text(task.extract)
-        yield Benchmark(task.name, Embedded(task), grader, samples=1, wants="any", on_track=task.on_track)
+        yield Benchmark(task.name, Embedded(task), grader, samples=1, answer_format="any", on_track=task.on_track)
     yield Benchmark(
         "aime24", Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train"), math, size=30
     )
@@ -232,8 +232,10 @@ def _all() -> Iterator[Benchmark]:
     yield Benchmark(
         "olympiadbench", Hub("math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84"), math, 4, size=674
     )
-    yield Benchmark("humaneval_plus", EvalPlus("humaneval"), code_execution.code, samples=4, wants="code", size=164)
-    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), code_execution.code, samples=4, wants="code", size=378)
+    yield Benchmark(
+        "humaneval_plus", EvalPlus("humaneval"), code_execution.code, samples=4, answer_format="code", size=164
+    )
+    yield Benchmark("mbpp_plus", EvalPlus("mbpp"), code_execution.code, samples=4, answer_format="code", size=378)
 
 
 for _benchmark in _all():

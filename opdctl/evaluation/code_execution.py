@@ -59,7 +59,7 @@ def problems(dataset: Dataset, data: Path | None) -> Iterator[Problem]:
                 if line.strip():
                     yield _problem(dataset, json.loads(line), f"{path}:{number}")
     except (OSError, EOFError, ValueError) as error:
-        raise OpdctlError(f"{path}: cannot be read as JSON Lines: {error}", code=ExitCode.DATA) from error
+        raise OpdctlError(f"{path}: cannot be read as JSON Lines: {error}", code=ExitCode.BAD_DATA) from error
 
 
 def _problem(dataset: Dataset, task: Any, where: str) -> Problem:
@@ -68,7 +68,7 @@ def _problem(dataset: Dataset, task: Any, where: str) -> Problem:
         raise OpdctlError(
             f"{where}: is no task of EvalPlus: it has no {', '.join(missing)}",
             hint=f"wanted is {RELEASES[dataset][0]}.jsonl as EvalPlus publishes it",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         )
     gold = json.dumps({"dataset": dataset} | {name: task[name] for name in COLUMNS})
     return Problem(task["task_id"], f"```python\n{task['prompt'].strip()}\n```", gold)
@@ -88,7 +88,7 @@ def _fetched(dataset: Dataset) -> Path:
         raise OpdctlError(
             f"--bench {dataset}_plus: EvalPlus could not fetch its {name} {version}: {error}",
             hint=f"give it by --data {name}.jsonl; or run it once where there is a network",
-            code=ExitCode.REACH,
+            code=ExitCode.UNAVAILABLE,
         ) from error
     return Path(path)
 
@@ -98,7 +98,7 @@ def _need_evalplus() -> None:
         raise OpdctlError(
             "the benchmarks of code need the package evalplus",
             hint="pip install 'opdctl[code]'",
-            code=ExitCode.REACH,
+            code=ExitCode.UNAVAILABLE,
         )
 
 
@@ -193,5 +193,5 @@ def _need_confinement() -> None:
             f"a model's code cannot be confined here, so none is run: {why[0]}",
             hint="needed are Linux with user namespaces, the commands unshare and setpriv of util-linux, and as root a "
             "Python that the user nobody can read",
-            code=ExitCode.REACH,
+            code=ExitCode.UNAVAILABLE,
         )

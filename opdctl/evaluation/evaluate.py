@@ -96,7 +96,7 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
         "max_tokens": settings.max_tokens,
         "suffix": benchmark.suffix_under(settings),
         "template_arguments": settings.template_arguments,
-        "problems": settings.problems,
+        "problems": settings.limit,
         "grader": benchmark.grader.name,
         "seed": recipe.seed,
         "engine": recipe.rollout.engine,
@@ -125,13 +125,13 @@ def run_eval(
     """
     benchmark = find(bench, run.recipe.eval)
     _refuse_code(benchmark, run.recipe.eval)
-    problems = benchmark.problems(run.recipe.eval.problems, data)
+    problems = benchmark.problems(run.recipe.eval.limit, data)
     stage = _stage(run, benchmark, problems, subject)
     for folder in (stage.path, stage.path.parent):
         files.remove_temporary_files(folder)
-    with stage.work(repair=repair, shard=shard, wait=wait) as parts:
+    with stage.claim_parts(repair=repair, shard=shard, wait=wait) as parts:
         made = _answer(run, benchmark, problems, subject, engines, stage, parts) if parts else 0
-    if not stage.done():
+    if not stage.is_finished():
         return None, made
     rows = [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), GradedResponse)]
     summary = {
@@ -160,13 +160,13 @@ def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], subject:
     return open_stage_dir(
         run.evaluation_path(benchmark.name, subject.name),
         stage="eval",
-        parts=min(run.recipe.eval.parts, len(problems)),
+        parts=min(run.recipe.eval.num_parts, len(problems)),
         suffix=".parquet",
         fingerprint=Fingerprint(
             fingerprint_settings(run.recipe, "eval") | {"eval.samples": benchmark.samples_under(run.recipe.eval)},
             {"model": subject.digest, "problems": _digest(problems)},
         ),
-        redo=f"{run.command('eval')} --bench {benchmark.name} {subject.options}",
+        rerun_command=f"{run.command_line('eval')} --bench {benchmark.name} {subject.options}",
     )
 
 
@@ -185,7 +185,7 @@ def _about(run: Run, benchmark: Benchmark, problems: Sequence[Problem], data: Pa
     about = {
         "source": str(data or benchmark.source.where),
         "digest": key["digest"],
-        "unreadable_golds": [problem.id for problem, readable in zip(problems, golds, strict=True) if not readable],
+        "unparsable_golds": [problem.id for problem, readable in zip(problems, golds, strict=True) if not readable],
         "contamination": _contamination(run, problems),
     }
     files.write_json(path, {"key": key, "about": about})
@@ -212,10 +212,10 @@ def _answer(
     settings, made = run.recipe.eval, 0
     samples = benchmark.samples_under(settings)
     engine = engines.get(subject.role, run.recipe.rollout.engine, subject.model)
-    stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p})
+    stage.start(engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p})
     with console.progress(f"eval {benchmark.name}, {subject.name}", samples * len(problems)) as advance:
         for index in parts:
-            part = stage.share(problems, index)
+            part = stage.items_of_part(problems, index)
             draws = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
             requests = [
                 Request(_prompt_ids(run, benchmark, subject.model, p), sample_seed(run.recipe.seed, name))
@@ -292,14 +292,14 @@ def summarise(rows: Sequence[GradedResponse]) -> dict[str, Any]:
         "samples": samples,
         "avg": avg.value,
         "ci": [avg.low, avg.high],
-        "ci_these": [these.low, these.high] if these else None,
+        "ci_same_problems": [these.low, these.high] if these else None,
         "pass_at": _estimates(passed),
         "maj_at": _estimates(majority),
-        "truncated_share": sum(row.finish_reason == "length" for row in rows) / len(rows),
+        "truncated_fraction": sum(row.finish_reason == "length" for row in rows) / len(rows),
         "response_length": float(np.mean(lengths)),
         "response_lengths": {f"p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)} | {"max": max(lengths)},
         "verdicts": dict(sorted(Counter(row.verdict for row in rows).items())),
-        "killers": [
+        "grader_failures": [
             {
                 "sample_id": row.sample_id,
                 "verdict": row.verdict,

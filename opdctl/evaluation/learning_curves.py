@@ -89,7 +89,7 @@ def compare(paths: Sequence[Path], target: float | None = None) -> list[dict[str
         said = "; ".join(f"{path}: {', '.join(own) or 'none'}" for path, own in zip(paths, of_runs, strict=True))
         raise OpdctlError(
             f"--compare: there is no benchmark that all runs were evaluated on: {said}",
-            hint="evaluate them by `opdctl eval`, or while they train by eval.every",
+            hint="evaluate them by `opdctl eval`, or while they train by eval.every_steps",
         )
     return [_compared(bench, [own[bench] for own in of_runs], target) for bench in shared]
 

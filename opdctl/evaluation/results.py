@@ -97,8 +97,8 @@ def check_same_problems(a: Evaluation, b: Evaluation) -> None:
     if not a.same_problems_as(b):
         raise OpdctlError(
             f"--compare: {a.path} and {b.path} were asked other problems",
-            hint="evaluate one of them again: same --data, same eval.problems",
-            code=ExitCode.SETTINGS,
+            hint="evaluate one of them again: same --data, same eval.limit",
+            code=ExitCode.RECIPE_MISMATCH,
         )
 
 

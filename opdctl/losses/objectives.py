@@ -119,8 +119,8 @@ class PolicyGradient(Objective):
         correction_N = log_correction_N.exp().detach()
         return loss_N * correction_N, {
             "advantage": advantage_N,
-            "clip_share": (clipped_N > plain_N).float(),
-            "dual_clip_share": ((plain_N > bound_N) & (advantage_N < 0)).float(),
+            "clip_fraction": (clipped_N > plain_N).float(),
+            "dual_clip_fraction": ((plain_N > bound_N) & (advantage_N < 0)).float(),
             "ratio": ratio_N,
             "rollout_correction": correction_N,
         }
@@ -231,7 +231,7 @@ class Divergence(Objective):
             return {"score.top_k": self.top_k}
         return {"rollout.top_k": self.top_k, "score.student_top_k": True}
 
-    def between(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
+    def divergence(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
         """Return the divergence of two distributions, given by log-probs, [N], in nats."""
         raise NotImplementedError
 
@@ -241,7 +241,7 @@ class Divergence(Objective):
         student_NS, teacher_NS = tokens.student_logp_NS, tokens.teacher_logp_NS
         if self.support != "full":
             student_NS, teacher_NS = append_tail_logprob(student_NS), append_tail_logprob(teacher_NS)
-        loss_N = self.between(student_NS, teacher_NS)
+        loss_N = self.divergence(student_NS, teacher_NS)
         return loss_N, {"divergence": loss_N}
 
 
@@ -250,7 +250,7 @@ class Divergence(Objective):
 class ForwardKl(Divergence):
     """KL(teacher || student): covers all that the teacher might say."""
 
-    def between(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
+    def divergence(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
         return _kl(teacher_NS, student_NS)
 
 
@@ -259,7 +259,7 @@ class ForwardKl(Divergence):
 class ReverseKl(Divergence):
     """KL(student || teacher): leaves what the teacher would not say."""
 
-    def between(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
+    def divergence(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
         return _kl(student_NS, teacher_NS)
 
 
@@ -274,7 +274,7 @@ class Jsd(Divergence):
         super().__post_init__()
         _check("beta", self.beta, 0, 1)
 
-    def between(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
+    def divergence(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
         mixed_NS = _log_mix(teacher_NS, student_NS, self.beta)
         return self.beta * _kl(teacher_NS, mixed_NS) + (1 - self.beta) * _kl(student_NS, mixed_NS)
 

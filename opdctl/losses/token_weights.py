@@ -48,7 +48,7 @@ class ResponseTokens:
     def __len__(self) -> int:
         return len(self.advantage_T)
 
-    def stored(self, column: str) -> npt.NDArray[Any]:
+    def column(self, column: str) -> npt.NDArray[Any]:
         """Return an optional column. Raises OpdctlError (code 4) with the setting to add when it is not stored."""
         if column not in COLUMN_SETTINGS:
             raise OpdctlError(f"a weight asks for a column `{column}`{did_you_mean(column, COLUMN_SETTINGS)}")
@@ -56,7 +56,7 @@ class ResponseTokens:
             raise OpdctlError(
                 f"a weight asks for {column}, which is not stored",
                 hint=f"it needs `{COLUMN_SETTINGS[column]}` in the recipe, which a weight declares by `needs`",
-                code=ExitCode.SETTINGS,
+                code=ExitCode.RECIPE_MISMATCH,
             )
         return self.columns[column]
 
@@ -70,15 +70,15 @@ class Weight:
         return {}
 
     @property
-    def ranks(self) -> bool:
+    def needs_full_step(self) -> bool:
         """Whether the weights of a response depend on the step's other responses too."""
-        return type(self).over is not Weight.over
+        return type(self).weigh_step is not Weight.weigh_step
 
     def __call__(self, tokens: ResponseTokens) -> Floats:
         """Return the weights of one response's tokens, [T], finite and at least 0."""
         raise NotImplementedError(f"{self} weighs a whole step, by `over`")
 
-    def over(self, step: Sequence[ResponseTokens]) -> list[Floats]:
+    def weigh_step(self, step: Sequence[ResponseTokens]) -> list[Floats]:
         """Return the weights of each of a step's responses."""
         return [self(tokens) for tokens in step]
 
@@ -95,11 +95,11 @@ class Product(Weight):
         return merge_requirements(self.first.needs, self.second.needs)
 
     @property
-    def ranks(self) -> bool:
-        return self.first.ranks or self.second.ranks
+    def needs_full_step(self) -> bool:
+        return self.first.needs_full_step or self.second.needs_full_step
 
-    def over(self, step: Sequence[ResponseTokens]) -> list[Floats]:
-        return [a * b for a, b in zip(self.first.over(step), self.second.over(step), strict=True)]
+    def weigh_step(self, step: Sequence[ResponseTokens]) -> list[Floats]:
+        return [a * b for a, b in zip(self.first.weigh_step(step), self.second.weigh_step(step), strict=True)]
 
 
 def merge_requirements(*settings: Settings) -> dict[str, int | bool]:
@@ -121,7 +121,7 @@ def weigh(weight: Weight, step: Sequence[ResponseTokens]) -> list[Floats]:
 
     Raises OpdctlError (code 3) when a weight is not finite, negative, or of another length than the response.
     """
-    weights = weight.over(step)
+    weights = weight.weigh_step(step)
     if len(weights) != len(step):
         raise OpdctlError(f"{weight} gives {len(weights)} arrays of weights for {len(step)} responses")
     for tokens, weight_T in zip(step, weights, strict=True):
@@ -130,7 +130,7 @@ def weigh(weight: Weight, step: Sequence[ResponseTokens]) -> list[Floats]:
                 f"{weight} gives a response of {len(tokens)} tokens weights of shape {weight_T.shape}, from "
                 f"{weight_T.min(initial=np.inf)} to {weight_T.max(initial=-np.inf)}",
                 hint="a weight is one finite number >= 0 for each token",
-                code=ExitCode.DATA,
+                code=ExitCode.BAD_DATA,
             )
     return weights
 
@@ -268,8 +268,8 @@ class Prune(Weight):
         return {"rollout.top_k": self.top_k, "score.top_k": self.top_k}
 
     def __call__(self, tokens: ResponseTokens) -> Floats:
-        student_TK = tokens.stored("student_top_ids")[:, : self.top_k]
-        teacher_TK = tokens.stored("teacher_top_ids")[:, : self.top_k]
+        student_TK = tokens.column("student_top_ids")[:, : self.top_k]
+        teacher_TK = tokens.column("teacher_top_ids")[:, : self.top_k]
         shared_TK = (student_TK[:, :, None] == teacher_TK[:, None, :]).any(-1)
         drifted_T = shared_TK.sum(-1) / self.top_k < self.tau
         return np.clip(1 - self.drop * np.cumsum(drifted_T), 0.0, 1.0) + self.base
@@ -412,8 +412,8 @@ class Tip(Weight):
         top = {"rollout.top_k": self.top_k, "score.student_top_k": True} if self.top_k else {}
         return {"rollout.entropy": True, **top}
 
-    def over(self, step: Sequence[ResponseTokens]) -> list[Floats]:
-        entropy_N = _unit_range(np.concatenate([np.zeros(0), *(tokens.stored("student_entropy") for tokens in step)]))
+    def weigh_step(self, step: Sequence[ResponseTokens]) -> list[Floats]:
+        entropy_N = _unit_range(np.concatenate([np.zeros(0), *(tokens.column("student_entropy") for tokens in step)]))
         divergence_N = _unit_range(np.concatenate([np.zeros(0), *map(self._divergence, step)]))
         score_N = 1 - (1 - entropy_N) * (1 - divergence_N)  # h + d - h d, and exactly 1 where one of them is
         kept = _num_tokens(self.rho, len(score_N))
@@ -423,8 +423,8 @@ class Tip(Weight):
     def _divergence(self, tokens: ResponseTokens) -> Floats:
         if not self.top_k:
             return np.abs(tokens.advantage_T)
-        student_TK = _with_rest(tokens.stored("student_top_logp")[:, : self.top_k])
-        teacher_TK = _with_rest(tokens.stored("teacher_logp_of_student_top")[:, : self.top_k])
+        student_TK = _with_rest(tokens.column("student_top_logp")[:, : self.top_k])
+        teacher_TK = _with_rest(tokens.column("teacher_logp_of_student_top")[:, : self.top_k])
         return np.maximum((np.exp(student_TK) * (student_TK - teacher_TK)).sum(-1), 0.0)
 
 
@@ -450,18 +450,18 @@ class Fire(Weight):
     def needs(self) -> Settings:
         return {"rollout.entropy": True, "score.entropy": True}
 
-    def over(self, step: Sequence[ResponseTokens]) -> list[Floats]:
+    def weigh_step(self, step: Sequence[ResponseTokens]) -> list[Floats]:
         likelihood_R = sorted(tokens.teacher_logp_T.mean() for tokens in step if len(tokens))
         # The first value that the percentile, by linear interpolation, is not above.
         least = likelihood_R[_num_tokens(self.percentile / 100, len(likelihood_R) - 1)] if likelihood_R else -math.inf
         kept = [len(tokens) > 0 and tokens.teacher_logp_T.mean() >= least for tokens in step]
         teacher_max, student_max = (
-            max((tokens.stored(column).max(initial=0.0) for tokens in step), default=0.0) or 1.0
+            max((tokens.column(column).max(initial=0.0) for tokens in step), default=0.0) or 1.0
             for column in ("teacher_entropy", "student_entropy")
         )
         raw = [
-            (1 + self.alpha * (1 - tokens.stored("teacher_entropy") / teacher_max))
-            * (1 + self.beta * tokens.stored("student_entropy") / student_max)
+            (1 + self.alpha * (1 - tokens.column("teacher_entropy") / teacher_max))
+            * (1 + self.beta * tokens.column("student_entropy") / student_max)
             * keep
             for tokens, keep in zip(step, kept, strict=True)
         ]

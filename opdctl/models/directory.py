@@ -70,7 +70,7 @@ def _from_hub(model: Model, key: str) -> Path:
         raise OpdctlError(
             f"{key}: `{model.model}` is no local directory, and the hub did not give it: {reason}",
             hint=f"correct the name, or download it where there is a network and set {key} to its directory",
-            code=ExitCode.REACH,
+            code=ExitCode.UNAVAILABLE,
         ) from error
 
 
@@ -113,7 +113,7 @@ class ModelDir:
             raise OpdctlError(f"{self.path}: neither its generation config nor its tokenizer names an end of sequence")
         return tuple(ids)
 
-    def trained(self, path: Path) -> "ModelDir":
+    def with_path(self, path: Path) -> "ModelDir":
         """Return what training has made of this model, in `path`: its tokenizer is the same, and not read again."""
         other = ModelDir(path, self.dtype, self.trust_remote_code)
         vars(other).update(tokenizer=self.tokenizer, vocab_size=self.vocab_size)
@@ -145,7 +145,7 @@ class ModelDir:
             if file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
                 shutil.copyfile(file, folder / file.name)
 
-    def rows(self) -> int:
+    def num_embeddings(self) -> int:
         """Rows of the output matrix, as the config names them; 0 where it does not."""
         return self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size") or 0
 

@@ -35,10 +35,10 @@ def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> "Pr
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise OpdctlError(f"{model.path}: cannot be loaded: {error}", code=ExitCode.DATA) from error
+        raise OpdctlError(f"{model.path}: cannot be loaded: {error}", code=ExitCode.BAD_DATA) from error
     if info["missing_keys"]:
         raise OpdctlError(
-            f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.DATA
+            f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.BAD_DATA
         )
     loaded = loaded.to(device).eval()
     if loaded.base_model is loaded:
@@ -72,5 +72,7 @@ def load_head(model: ModelDir, *, device: str) -> "Head":
                     value = opened.get_tensor(name).to(getattr(torch, model.dtype))  # rounded as in the whole model
                     setattr(layer, own, torch.nn.Parameter(value, requires_grad=False))
         if getattr(layer, own).is_meta:
-            raise OpdctlError(f"{model.path}: no {' or '.join(sorted(names))} in its safetensors", code=ExitCode.DATA)
+            raise OpdctlError(
+                f"{model.path}: no {' or '.join(sorted(names))} in its safetensors", code=ExitCode.BAD_DATA
+            )
     return output_head(empty, model.vocab_size)

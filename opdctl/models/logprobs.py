@@ -55,7 +55,7 @@ class Head:
                 logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
             return logits_CV
 
-    def slope(self, logits_CV: Tensor) -> Tensor:
+    def logit_derivative(self, logits_CV: Tensor) -> Tensor:
         """Return the derivative of logits by hidden · weightᵀ + bias. Uses the logits up."""
         if not self.softcap:
             return logits_CV.fill_(self.scale)
@@ -92,23 +92,23 @@ def _whole(parameter: Tensor) -> Tensor:
 class Chunk:
     """Some tokens and their log-probs; alive only while the function that it is handed to runs.
 
-    rows: which of the batch's tokens these are. logp_CV: the log-prob of every id, in nats. picked_CK: those of the ids
-    asked for. Where a gradient is wanted it flows from `picked_CK` and, if that was used, from `logp_CV`.
+    rows: which of the batch's tokens these are. logp_CV: the log-prob of every id, in nats. selected_logp_CK: those of the ids
+    asked for. Where a gradient is wanted it flows from `selected_logp_CK` and, if that was used, from `logp_CV`.
     """
 
-    def __init__(self, rows: slice, logits_CV: Tensor, spare_CV: Tensor, ids_CK: Tensor, gradient: bool):
+    def __init__(self, rows: slice, logits_CV: Tensor, buffer_CV: Tensor, ids_CK: Tensor, gradient: bool):
         self.rows, self._ids_CK = rows, ids_CK
         # log softmax in the two given arrays: what costs time here is memory, and fresh memory most of all.
         greatest_C1 = logits_CV.amax(-1, keepdim=True)
-        self._p_CV = torch.exp(logits_CV.sub_(greatest_C1), out=spare_CV)
+        self._p_CV = torch.exp(logits_CV.sub_(greatest_C1), out=buffer_CV)
         mass_C1 = self._p_CV.sum(-1, keepdim=True)
         self._p_CV.div_(mass_C1)
         self.logp_CV = logits_CV.sub_(mass_C1.log())
         self._logz_C1 = greatest_C1 + mass_C1.log()
-        self.picked_CK = self.logp_CV.gather(-1, ids_CK)
+        self.selected_logp_CK = self.logp_CV.gather(-1, ids_CK)
         if gradient:
             self.logp_CV.requires_grad_()
-            self.picked_CK.requires_grad_()
+            self.selected_logp_CK.requires_grad_()
 
     @torch.no_grad()
     def entropy_C(self) -> Tensor:
@@ -124,16 +124,16 @@ class Chunk:
     @torch.no_grad()
     def gradient(self, loss: Tensor, head: Head) -> Tensor:
         """Return the gradient of `loss` by hidden · weightᵀ + bias, [C, V]. Uses the chunk up."""
-        picked_CK, whole_CV = torch.autograd.grad(loss, [self.picked_CK, self.logp_CV], allow_unused=True)
+        selected_logp_CK, whole_CV = torch.autograd.grad(loss, [self.selected_logp_CK, self.logp_CV], allow_unused=True)
         # d log softmax(z)_k / d z_v = [k = v] - p_v, and so for each log-prob that the loss depends on.
-        total_C1 = sum(grad.sum(-1, keepdim=True) for grad in (picked_CK, whole_CV) if grad is not None)
+        total_C1 = sum(grad.sum(-1, keepdim=True) for grad in (selected_logp_CK, whole_CV) if grad is not None)
         grad_CV = self._p_CV.mul_(-total_C1)
-        if picked_CK is not None:
-            grad_CV.scatter_add_(-1, self._ids_CK, picked_CK)
+        if selected_logp_CK is not None:
+            grad_CV.scatter_add_(-1, self._ids_CK, selected_logp_CK)
         if whole_CV is not None:
             grad_CV += whole_CV
         if head.softcap or head.scale != 1:
-            grad_CV *= head.slope(self.logp_CV.detach().add_(self._logz_C1))
+            grad_CV *= head.logit_derivative(self.logp_CV.detach().add_(self._logz_C1))
         return grad_CV
 
 
@@ -166,12 +166,12 @@ class _OverChunks(torch.autograd.Function):
         gradient = any(grad is not None for grad in grads)
         total = torch.zeros((), device=hidden_ND.device)
         size = min(max(1, CHUNK_LOGITS // head.vocab_size), max(1, len(hidden_ND)))
-        logits_CV, spare_CV = (torch.empty(size, head.vocab_size, device=hidden_ND.device) for _ in range(2))
+        logits_CV, buffer_CV = (torch.empty(size, head.vocab_size, device=hidden_ND.device) for _ in range(2))
         for start in range(0, max(len(hidden_ND), 1), size):  # no tokens are one empty chunk
             rows = slice(start, start + size)
             count = len(ids_NK[rows])
             chunk = Chunk(
-                rows, head.logits(hidden_ND[rows], logits_CV[:count]), spare_CV[:count], ids_NK[rows], gradient
+                rows, head.logits(hidden_ND[rows], logits_CV[:count]), buffer_CV[:count], ids_NK[rows], gradient
             )
             with torch.set_grad_enabled(gradient):
                 loss = use(chunk)

@@ -46,64 +46,70 @@ def shape_of(model: ModelDir) -> ModelShape | None:
     experts = first("num_experts", "num_local_experts", "n_routed_experts") or 1
     inner = ("moe_intermediate_size", "intermediate_size") if experts > 1 else ("intermediate_size",)
     return ModelShape(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=first("num_key_value_heads") or heads,
-        head_size=first("head_dim") or hidden // heads,
-        feed_forward=first(*inner) or 4 * hidden,
-        vocabulary=first("vocab_size"),
-        experts=experts,
-        active_experts=first("num_experts_per_tok") or 1,
-        tied=bool(config.tie_word_embeddings),
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=first("num_key_value_heads") or heads,
+        head_dim=first("head_dim") or hidden // heads,
+        intermediate_size=first(*inner) or 4 * hidden,
+        vocab_size=first("vocab_size"),
+        num_experts=experts,
+        num_experts_per_tok=first("num_experts_per_tok") or 1,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
     )
 
 
 def _attention_parameters(shape: ModelShape) -> int:
-    return shape.hidden * shape.head_size * (2 * shape.heads + 2 * shape.kv_heads)
+    return shape.hidden_size * shape.head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
 
 
 def _feed_forward_parameters(shape: ModelShape, experts: int) -> int:
-    router = shape.hidden * shape.experts if shape.experts > 1 else 0
-    return 3 * shape.hidden * shape.feed_forward * experts + router
+    router = shape.hidden_size * shape.num_experts if shape.num_experts > 1 else 0
+    return 3 * shape.hidden_size * shape.intermediate_size * experts + router
 
 
 def block_parameters(shape: ModelShape) -> int:
     """Return the parameters of one layer, its norms included."""
-    norms = 2 * shape.hidden + 2 * shape.head_size
-    return _attention_parameters(shape) + _feed_forward_parameters(shape, shape.experts) + norms
+    norms = 2 * shape.hidden_size + 2 * shape.head_dim
+    return _attention_parameters(shape) + _feed_forward_parameters(shape, shape.num_experts) + norms
 
 
 def head_parameters(shape: ModelShape) -> int:
-    return shape.vocabulary * shape.hidden
+    return shape.vocab_size * shape.hidden_size
 
 
 def parameters(shape: ModelShape) -> int:
     """Return all parameters of a decoder with gated feed-forward layers and norms of queries and keys."""
-    matrices = 1 if shape.tied else 2
-    return shape.layers * block_parameters(shape) + matrices * head_parameters(shape) + shape.hidden
+    matrices = 1 if shape.tie_word_embeddings else 2
+    return shape.num_hidden_layers * block_parameters(shape) + matrices * head_parameters(shape) + shape.hidden_size
 
 
 def active_parameters(shape: ModelShape) -> int:
     """Return the parameters of the layers' matrices that one token is multiplied by."""
-    return shape.layers * (_attention_parameters(shape) + _feed_forward_parameters(shape, shape.active_experts))
+    return shape.num_hidden_layers * (
+        _attention_parameters(shape) + _feed_forward_parameters(shape, shape.num_experts_per_tok)
+    )
 
 
 def adapter_parameters(shape: ModelShape, rank: int) -> int:
     """Return the parameters of LoRA adapters on every linear layer but the output matrix."""
-    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    attention = 2 * (shape.hidden + queries) + 2 * (shape.hidden + keys)
-    return shape.layers * rank * (attention + 3 * shape.experts * (shape.hidden + shape.feed_forward))
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    attention = 2 * (shape.hidden_size + queries) + 2 * (shape.hidden_size + keys)
+    return (
+        shape.num_hidden_layers
+        * rank
+        * (attention + 3 * shape.num_experts * (shape.hidden_size + shape.intermediate_size))
+    )
 
 
 def cache_bytes(shape: ModelShape, width: int, share: int = 1) -> int:
     """Return the key-value cache of one token on one of `share` GPUs, which hold at least a head each."""
-    return 2 * shape.layers * ceil(shape.kv_heads / share) * shape.head_size * width
+    return 2 * shape.num_hidden_layers * ceil(shape.num_key_value_heads / share) * shape.head_dim * width
 
 
 def forward_flops(shape: ModelShape, tokens: float, context: float) -> float:
     """Return the FLOPs of `tokens` tokens through the layers; each attends to `context` tokens in the mean."""
-    attention = 4 * shape.layers * shape.heads * shape.head_size * context
+    attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * context
     return tokens * (2 * active_parameters(shape) + attention)
 
 
@@ -113,15 +119,15 @@ def activation_bytes(shape: ModelShape, low: bool) -> int:
     Counted from what Qwen3's layer saves: norms keep their input and its normalised form in float32, products their
     input, attention its queries, keys, values and output, the gated feed-forward four arrays of its inner size.
     """
-    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    experts = 4 * 4 * shape.feed_forward * shape.active_experts
-    if shape.experts > 1:  # of each its input and output too; autocast leaves experts in float32
-        experts += 4 * 2 * shape.hidden * shape.active_experts
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    experts = 4 * 4 * shape.intermediate_size * shape.num_experts_per_tok
+    if shape.num_experts > 1:  # of each its input and output too; autocast leaves experts in float32
+        experts += 4 * 2 * shape.hidden_size * shape.num_experts_per_tok
     elif low:
         experts //= 2
     if low:
-        return 26 * shape.hidden + 10 * (queries + keys) + experts
-    return 4 * (6 * shape.hidden + 4 * (queries + keys)) + experts
+        return 26 * shape.hidden_size + 10 * (queries + keys) + experts
+    return 4 * (6 * shape.hidden_size + 4 * (queries + keys)) + experts
 
 
 # ── A stage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,7 +164,7 @@ def _seconds(hardware: Hardware, dtype: str, flops: float, head_flops: float, gp
 
 
 def _gpus_per_engine(recipe: Recipe, engine: str) -> int:
-    return 1 if engine == "transformers" else recipe.vllm.tensor_parallel * recipe.vllm.pipeline_parallel
+    return 1 if engine == "transformers" else recipe.vllm.tensor_parallel_size * recipe.vllm.pipeline_parallel_size
 
 
 def _batch_tokens(recipe: Recipe, budget: int) -> int:
@@ -168,7 +174,7 @@ def _batch_tokens(recipe: Recipe, budget: int) -> int:
 
 
 def _chunk_bytes(shape: ModelShape, tokens: int) -> int:
-    return LIVE_CHUNKS * 4 * min(CHUNK_LOGITS, tokens * shape.vocabulary)
+    return LIVE_CHUNKS * 4 * min(CHUNK_LOGITS, tokens * shape.vocab_size)
 
 
 def _engine_memory(shape: ModelShape, dtype: str, share: int) -> dict[str, int]:
@@ -188,14 +194,14 @@ def generation_cost(
     copies = max(1, hardware.rollout_gpus // share)
     prompt, response = recipe.prompts.max_tokens, sampling.max_tokens
     memory = _engine_memory(shape, dtype, share)
-    of_one = cache_bytes(shape, BYTES[dtype], share) // recipe.vllm.pipeline_parallel * (prompt + response)
-    of_one_logits = 4 * DRAW_COPIES * shape.vocabulary
+    of_one = cache_bytes(shape, BYTES[dtype], share) // recipe.vllm.pipeline_parallel_size * (prompt + response)
+    of_one_logits = 4 * DRAW_COPIES * shape.vocab_size
     at_once = min(batch_size, ceil(responses / parts))
     if engine == "transformers":
-        of_one += of_one // shape.layers  # a layer's cache is there twice as it grows
+        of_one += of_one // shape.num_hidden_layers  # a layer's cache is there twice as it grows
     else:
-        room = recipe.vllm.memory_share * hardware.memory_gib * 2**30 - sum(memory.values())
-        at_once = min(at_once, recipe.vllm.max_sequences, int(room // (of_one + of_one_logits)))
+        room = recipe.vllm.gpu_memory_utilization * hardware.memory_gib * 2**30 - sum(memory.values())
+        at_once = min(at_once, recipe.vllm.max_num_seqs, int(room // (of_one + of_one_logits)))
     memory |= {"cache": max(at_once, 1) * of_one, "logits": max(at_once, 1) * of_one_logits}
     if at_once < 1:
         return StageCost(hardware.rollout_gpus, memory, None, 0)
@@ -210,9 +216,9 @@ def _token_seconds(
 ) -> float:
     """Return the time of one more token each: the longer of reading weights and caches, and of the products."""
     width = BYTES[dtype]
-    touched = 1 - (1 - shape.active_experts / shape.experts) ** at_once if shape.experts > 1 else 1.0
-    experts = shape.layers * _feed_forward_parameters(shape, shape.experts)
-    layers = shape.layers * _attention_parameters(shape) + touched * experts
+    touched = 1 - (1 - shape.num_experts_per_tok / shape.num_experts) ** at_once if shape.num_experts > 1 else 1.0
+    experts = shape.num_hidden_layers * _feed_forward_parameters(shape, shape.num_experts)
+    layers = shape.num_hidden_layers * _attention_parameters(shape) + touched * experts
     read = width * layers + 4 * head_parameters(shape) + at_once * context * cache_bytes(shape, width)
     products = _seconds(
         hardware, dtype, forward_flops(shape, at_once, context), 2 * at_once * head_parameters(shape), share
@@ -225,7 +231,7 @@ def rollout_cost(recipe: Recipe, shape: ModelShape) -> StageCost:
     settings = recipe.rollout
     responses = recipe.responses_per_step()
     return generation_cost(
-        recipe, shape, recipe.student.dtype, settings, responses, settings.parts, settings.batch_size
+        recipe, shape, recipe.student.dtype, settings, responses, settings.num_parts, settings.batch_size
     )
 
 
@@ -237,12 +243,12 @@ def score_cost(recipe: Recipe, shape: ModelShape, dtype: str, of_all: float = 1)
     memory, width = _engine_memory(shape, dtype, share), BYTES[dtype]
     batch = _batch_tokens(recipe, recipe.score.tokens_per_batch)
     if engine == "transformers":
-        inner = 3 * shape.feed_forward * shape.active_experts
-        memory["activations"] = batch * (width * (4 * shape.hidden + inner) + 4 * shape.hidden)
+        inner = 3 * shape.intermediate_size * shape.num_experts_per_tok
+        memory["activations"] = batch * (width * (4 * shape.hidden_size + inner) + 4 * shape.hidden_size)
         memory["logits"] = _chunk_bytes(shape, batch)
     else:
-        memory["cache"] = batch * cache_bytes(shape, width, share) // recipe.vllm.pipeline_parallel
-        memory["logits"] = 2 * 4 * recipe.vllm.max_batched_tokens * shape.vocabulary
+        memory["cache"] = batch * cache_bytes(shape, width, share) // recipe.vllm.pipeline_parallel_size
+        memory["logits"] = 2 * 4 * recipe.vllm.max_num_batched_tokens * shape.vocab_size
     responses = of_all * recipe.responses_per_step()
     flops = forward_flops(shape, responses * (prompt + response), (prompt + response) / 2)
     head = 2 * head_parameters(shape) * responses * response
@@ -265,7 +271,7 @@ def update_cost(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -
     if teacher is not None and build_objective(recipe).support == "full":
         memory["teacher's output matrix"] = 4 * head_parameters(teacher)
         memory["logits"] *= 3  # the teacher's too, and the gradient by the whole distribution
-        memory["activations"] += 4 * teacher.hidden * _batch_tokens(recipe, settings.tokens_per_micro_batch)
+        memory["activations"] += 4 * teacher.hidden_size * _batch_tokens(recipe, settings.tokens_per_micro_batch)
     return StageCost(hardware.train_gpus, memory, settings.updates_per_step * once)
 
 
@@ -288,7 +294,7 @@ def _trained_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
         # Two blocks and the embedding whole, and one block's gradient before it is summed over the GPUs.
         memory["gathered"] = (2 if low else 4) * (2 * block + head) + (0 if lora else 4 * block)
     elif low and not lora:
-        memory["bfloat16 copy"] = 2 * shape.layers * block
+        memory["bfloat16 copy"] = 2 * shape.num_hidden_layers * block
     # The output matrix is whole, in float32, wherever it is sharded or lower; its gradient wherever it is trained.
     memory["output matrix"] = 4 * head * ((sharded or bool(lora and own < 4)) + (not lora))
     return memory
@@ -298,8 +304,8 @@ def _micro_batch_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     """Return what a full micro-batch takes; with checkpointing, the layers' inputs and one layer's activations."""
     tokens = _batch_tokens(recipe, recipe.train.tokens_per_micro_batch)
     of_a_layer = activation_bytes(shape, recipe.student.dtype == "bfloat16")
-    layers = shape.layers * of_a_layer
+    layers = shape.num_hidden_layers * of_a_layer
     if recipe.train.gradient_checkpointing:
-        layers = shape.layers * 4 * shape.hidden + of_a_layer
-    ends = 4 * 4 * shape.hidden  # the last norm's two, and of the response tokens the states and their gradient
+        layers = shape.num_hidden_layers * 4 * shape.hidden_size + of_a_layer
+    ends = 4 * 4 * shape.hidden_size  # the last norm's two, and of the response tokens the states and their gradient
     return {"activations": tokens * (layers + ends), "logits": _chunk_bytes(shape, tokens)}

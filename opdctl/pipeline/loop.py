@@ -84,7 +84,7 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
                 break
             with clock.time("update"):
                 trainer = trainer or Trainer(run, device)
-                metrics = trainer.step(step, seconds)
+                metrics = trainer.train_step(step, seconds)
             if show is not None:
                 left = (time.monotonic() - start) / (step + 1 - first) * (steps - step - 1)
                 show(partial(format_row, run, metrics, left), format_line(metrics, steps))
@@ -106,15 +106,15 @@ def latest_student_is_intact(run: Run) -> bool:
 
 def follow_stage(run: Run, device: str, stage: str, scorers: Collection[str], shard: stage_dir.WorkerShard) -> None:
     """Draw the responses of step after step, or score them with the `scorers`, as soon as their inputs are there, until
-    the recipe's last. Raises OpdctlError (code 5) when there were none for `pipeline.max_idle_seconds`."""
+    the recipe's last. Raises OpdctlError (code 5) when there were none for `pipeline.follow_timeout_seconds`."""
     with open_engine_pool(run.recipe, device) as engines, send_heartbeats(run, stage) as follower:
         for step in range(run.current_step(), run.recipe.train.steps):
             if stage == "rollout":
-                follower.wait_for(step, partial(run.may_draw, step), "a student")
+                follower.wait_for(step, partial(run.can_sample, step), "a student")
                 made = rollout.run_rollout(run, step, engines, shard=shard, wait=True)
-                console.info(f"step {step}: {made} parts drawn by the student of step {run.policy_step(step)}")
+                console.info(f"step {step}: {made} parts drawn by the student of step {run.policy_version(step)}")
             else:
-                follower.wait_for(step, partial(run.is_drawn, step), "the responses")
+                follower.wait_for(step, partial(run.is_sampled, step), "the responses")
                 made = score.run_scoring(run, step, engines, only=scorers, shard=shard, wait=True)
                 console.info(f"step {step}: {made} parts scored")
 
@@ -126,7 +126,7 @@ def make_missing(run: Run, step: int, engines: EnginePool, clock: Clock, repair:
     """
     shard, parts, seconds = (
         stage_dir.WorkerShard(distributed.rank(), distributed.world_size()),
-        run.recipe.rollout.parts,
+        run.recipe.rollout.num_parts,
         {},
     )
     stages = {"rollout": (rollout.run_rollout, parts), "score": (score.run_scoring, parts * len(run.scorers()))}
@@ -145,12 +145,12 @@ def check_collapse(run: Run) -> None:
     """Raise OpdctlError (code 1) if each of the last steps is beyond a bound of the recipe."""
     done, bounds = run.current_step(), run.recipe.train
     recent = [run.update(step)["metrics"] for step in range(max(done - COLLAPSE_STEPS, 0), done)]
-    truncated, entropies = [m["truncated_share"] for m in recent], [m["entropy"] for m in recent]
+    truncated, entropies = [m["truncated_fraction"] for m in recent], [m["entropy"] for m in recent]
     if len(recent) < COLLAPSE_STEPS:
         return
-    if min(truncated) > bounds.max_truncated_share:
+    if min(truncated) > bounds.max_truncated_fraction:
         shown = ", ".join(f"{share:.0%}" for share in truncated)
-        what, key = f"{shown} of the responses ran into rollout.max_tokens", "train.max_truncated_share"
+        what, key = f"{shown} of the responses ran into rollout.max_tokens", "train.max_truncated_fraction"
     elif max(entropies) < bounds.min_entropy:
         shown = ", ".join(f"{entropy:.3g}" for entropy in entropies)
         what, key = f"the policy's entropy was {shown} nats a token", "train.min_entropy"
@@ -160,14 +160,14 @@ def check_collapse(run: Run) -> None:
         f"{run.path}: collapse: in steps {done - COLLAPSE_STEPS + 1} to {done} {what}; the bound is {key}",
         hint=f"students of before: steps {', '.join(map(str, run.kept_steps()))}; move the bound to go on, or begin "
         "again with a lower train.learning_rate",
-        code=ExitCode.NO,
+        code=ExitCode.FAILED,
     )
 
 
 def evaluate_if_due(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
     """Evaluate the student before the first step, every so many, and after the last; the teachers once."""
     settings = run.recipe.eval
-    if not settings.every or (step % settings.every and step < run.recipe.train.steps):
+    if not settings.every_steps or (step % settings.every_steps and step < run.recipe.train.steps):
         return
     if distributed.is_main():
         _evaluate(run, step, engines, clock)
@@ -190,9 +190,9 @@ def prune_students(run: Run) -> None:
     """Remove students and trainer states that the recipe does not keep."""
     settings, done = run.recipe.train, run.current_step()
     saved = [step for step in range(1, done + 1) if run.trainer_path(step).is_dir()]
-    for step in saved[: -settings.keep_last]:
+    for step in saved[: -settings.keep_latest]:
         files.remove_directory(run.trainer_path(step))
     drawing = run.recipe.pipeline.max_staleness + 1  # students that may still be drawn with
-    for step in range(1, done - max(settings.keep_last, drawing) + 1):
+    for step in range(1, done - max(settings.keep_latest, drawing) + 1):
         if not is_kept(run.recipe, step):
             files.remove_directory(run.student_path(step))

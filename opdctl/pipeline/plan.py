@@ -94,7 +94,7 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
     response_tokens = responses * recipe.rollout.max_tokens
     rollout, scores = _step_bytes(recipe, shapes)
     artifacts = _times(_plus(rollout, scores), steps)
-    newest = min(recipe.train.keep_last, steps)
+    newest = min(recipe.train.keep_latest, steps)
     kept = newest + sum(is_kept(recipe, step) for step in range(1, steps - newest + 1))
     # Of adapters there is a state too; it is small.
     state = 0 if recipe.lora.rank else newest * STATE_BYTES
@@ -108,7 +108,7 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
         prompts_per_step=recipe.rollout.prompts_per_step,
         responses_per_step=responses,
         epochs=steps * recipe.rollout.prompts_per_step / prompts if prompts else None,
-        parts_per_step=recipe.rollout.parts,
+        parts_per_step=recipe.rollout.num_parts,
         prompt_tokens_per_step=prompt_tokens,
         response_tokens_per_step=response_tokens,
         rollout_bytes_per_step=rollout,
@@ -137,7 +137,7 @@ def check_space(run: Run, stages: Collection[str]) -> None:
 
 def update_bytes(run: Run) -> int:
     """Return the bytes of a student, and of the trainer state with it; an adapter's, which is small, left out."""
-    state = 0 if run.recipe.lora.rank or run.recipe.train.save_every > 1 else STATE_BYTES
+    state = 0 if run.recipe.lora.rank or run.recipe.train.save_every_steps > 1 else STATE_BYTES
     return run.student.parameters() * (BYTES[run.recipe.student.dtype] + state)
 
 
@@ -175,14 +175,14 @@ def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
     problems = load_local_problems(recipe.prompts)
     if problems is not None and student:
         prepare_prompts(recipe, problems, student)
-    return recipe.prompts.count if problems is None else len(problems)
+    return recipe.prompts.limit if problems is None else len(problems)
 
 
 def _stages(
     recipe: Recipe, shapes: Mapping[str, ModelShape | None]
 ) -> tuple[dict[str, StageCost | None], dict[str, int]]:
     """Return what each stage takes, None where a model's shape is not known, and how often it is gone through."""
-    steps, every, models = recipe.train.steps, recipe.eval.every, recipe.models()
+    steps, every, models = recipe.train.steps, recipe.eval.every_steps, recipe.models()
     teachers = list(recipe.teacher_models())
     work: dict[str, tuple[str, Callable[[ModelShape], StageCost | None]]] = {
         "rollout": ("student", partial(costs.rollout_cost, recipe)),
@@ -211,7 +211,7 @@ def _evaluation_stage(recipe: Recipe, dtype: str, shape: ModelShape) -> StageCos
     for bench in _benches(recipe, None):
         if bench["problems"] is None:
             return None
-        parts = min(recipe.eval.parts, bench["problems"])
+        parts = min(recipe.eval.num_parts, bench["problems"])
         settings = (recipe.eval, bench["responses"], parts, recipe.eval.batch_size)
         found.append(costs.generation_cost(recipe, shape, dtype, *settings))
     largest = max(found, key=lambda stage: stage.bytes)
@@ -230,7 +230,7 @@ def _score_bytes(recipe: Recipe, shapes: Mapping[str, ModelShape | None]) -> int
     reference = LOGPROB_BYTES * (recipe.reference is not None)
     if not settings.hidden_states:
         return stored + reference
-    known = [shape.hidden for name in teachers if (shape := shapes[name])]
+    known = [shape.hidden_size for name in teachers if (shape := shapes[name])]
     return stored + reference + HIDDEN_BYTES * max(known) if len(known) == len(teachers) else None
 
 
@@ -245,8 +245,8 @@ def _benches(recipe: Recipe, data: Path | None) -> list[dict[str, Any]]:
     for name in recipe.eval.bench:
         benchmark = find(name, recipe.eval)
         here = data is not None or benchmark.source.local
-        known = [count for count in (recipe.eval.problems, benchmark.size) if count]
-        problems = len(benchmark.problems(recipe.eval.problems, data)) if here else min(known, default=None)
+        known = [count for count in (recipe.eval.limit, benchmark.size) if count]
+        problems = len(benchmark.problems(recipe.eval.limit, data)) if here else min(known, default=None)
         responses = _times(problems, benchmark.samples_under(recipe.eval))
         tokens = _times(responses, recipe.eval.max_tokens)
         benches.append({"bench": name, "problems": problems, "responses": responses, "max_response_tokens": tokens})

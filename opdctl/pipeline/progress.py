@@ -50,7 +50,7 @@ def format_row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[s
         f"{done}/{run.recipe.train.steps}",
         f"{metrics['loss']:+.4f}",
         f"{metrics['abs_advantage']:.4f}",
-        f"{metrics['truncated_share']:.0%}",
+        f"{metrics['truncated_fraction']:.0%}",
         accuracy,
         f"{metrics['tokens'] / seconds:,.0f}",
         str(timedelta(seconds=round(seconds_left))),
@@ -59,11 +59,11 @@ def format_row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[s
 
 def format_line(metrics: dict[str, Any], steps: int) -> str:
     """Return a step's metrics as one line."""
-    lag = f"  lag {metrics['lag']}" if metrics["lag"] else ""
+    lag = f"  lag {metrics['staleness']}" if metrics["staleness"] else ""
     return (
         f"step {metrics['step'] + 1:>{len(str(steps))}}/{steps}"
         f"  loss {metrics['loss']:+.4f}  |A| {metrics['abs_advantage']:.4f}  entropy {metrics['entropy']:.3f}"
-        f"  length {metrics['response_length']:.0f}  truncated {metrics['truncated_share']:.0%}"
+        f"  length {metrics['response_length']:.0f}  truncated {metrics['truncated_fraction']:.0%}"
         f"  grad {metrics['grad_norm']:.2f}{lag}"
     )
 

@@ -28,24 +28,27 @@ def run_rollout(
     claimed. Raises OpdctlError when the step's student is not there (code 2), or when it was begun under other settings
     (code 4).
     """
-    run.settle_policy(step)
+    run.pin_policy_version(step)
     run = run.at(step)
-    stage = run.rollout(step)
-    with stage.work(repair=repair, shard=shard, wait=wait) as parts:
+    stage = run.rollout_stage(step)
+    with stage.claim_parts(repair=repair, shard=shard, wait=wait) as parts:
         return _generate(run, step, engines, stage, parts) if parts else 0
 
 
 def _generate(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
     settings, made = run.recipe.rollout, 0
-    draws, policy = run.draws(step), run.policy_step(step)
+    draws, policy = run.samples(step), run.policy_version(step)
     student = run.student_at(policy)
-    for path in stage.lost():
+    for path in stage.finished_but_missing():
         console.warn(f"{path}: was finished, and is gone: it is made again")
     engine = engines.get("student", settings.engine, student)
-    stage.begin(engine.meaning | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_step": policy})
+    stage.start(
+        engine.logprob_metadata
+        | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_version": policy}
+    )
     with console.progress(f"rollout, step {step}", len(draws)) as advance:
         for index in parts:
-            part = stage.share(draws, index)
+            part = stage.items_of_part(draws, index)
             requests = [Request(prompt.prompt_ids, sample_seed(run.recipe.seed, name)) for name, prompt in part]
             completions = engine.generate(
                 requests, settings, settings.batch_size, advance, entropy=settings.entropy, top_k=settings.top_k
@@ -69,7 +72,7 @@ def _row(run: Run, policy: int, sample_id: str, prompt: Prompt, completion: Comp
         response_ids=completion.response_ids,
         logprobs=completion.logprobs,
         finish_reason=completion.finish_reason,
-        policy_step=policy,
+        policy_version=policy,
         source=run.recipe.prompts.source,
         teacher=prompt.teacher,
         answer=prompt.answer,

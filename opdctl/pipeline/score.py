@@ -34,25 +34,25 @@ def run_scoring(
     """
     run, made = run.at(step), 0
     for name in run.scorers() if only is None else only:
-        stage = run.score(step, name)
-        with stage.work(repair=repair, shard=shard, wait=wait) as parts:
+        stage = run.score_stage(step, name)
+        with stage.claim_parts(repair=repair, shard=shard, wait=wait) as parts:
             made += _score(run, step, name, engines, stage, parts) if parts else 0
     return made
 
 
 def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
-    rollout, settings, model, made = run.rollout(step), _settings(run.recipe.score, name), run.models[name], 0
-    for path in stage.lost():
+    rollout, settings, model, made = run.rollout_stage(step), _settings(run.recipe.score, name), run.models[name], 0
+    for path in stage.finished_but_missing():
         console.warn(f"{path}: was finished, and is gone: it is made again")
     engine = engines.get(name, settings.engine, model)
     # Temperature 1 and no top-p: the teacher is a reference, not a sampler.
-    meaning = engine.meaning | {
+    logprob_metadata = engine.logprob_metadata | {
         "temperature": "1",
         "logprobs": "raw, float32, nats",
         "model": run.digests[name],
         "tokenizer": model.tokenizer_digest,
     }
-    stage.begin(meaning)
+    stage.start(logprob_metadata)
     with console.progress(f"score-teacher {name}, step {step}", run.recipe.responses_per_step()) as advance:
         for index in parts:
             rows = read_rows(rollout.verify(index), Response)
@@ -62,8 +62,8 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir,
             scores = engine.score(answered, settings, advance)
             if index == 0 and own:
                 parity.check_parity(run.recipe, settings.engine, model, answered, [each.logprobs for each in scores])
-            part = meaning | {"rollout": rollout.sha256(index)}
-            save = partial(write_scores, ids=[row.sample_id for row in own], scores=scores, meaning=part)
+            part = logprob_metadata | {"rollout": rollout.sha256(index)}
+            save = partial(write_scores, ids=[row.sample_id for row in own], scores=scores, logprob_metadata=part)
             made += stage.write(index, save, rows=len(own), tokens=sum(len(score.logprobs) for score in scores))
             advance(len(rows) - len(own))
     return made

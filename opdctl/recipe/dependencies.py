@@ -21,9 +21,9 @@ MUTABLE_KEYS = (
     "name",
     "train.steps",
     "train.keep_",
-    "train.save_every",
+    "train.save_every_steps",
     "train.cpu_offload",
-    "train.max_truncated_share",
+    "train.max_truncated_fraction",
     "train.min_entropy",
     "eval.",
     "continuations.",
@@ -63,7 +63,7 @@ def unaffected_stages(keys: Iterable[str]) -> list[str]:
 
 def fingerprint_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings that shape `stage`, by dotted key: the fingerprint of its artifacts."""
-    skip = ("eval.every", "eval.bench", "eval.batch_size", "eval.allow_code_execution")
+    skip = ("eval.every_steps", "eval.bench", "eval.batch_size", "eval.allow_code_execution")
     flat = {
         k: v for k, v in recipe.flat().items() if k.startswith(STAGE_DEPENDENCIES[stage]) and not k.startswith(skip)
     }

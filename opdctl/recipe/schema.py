@@ -27,25 +27,25 @@ class Section(BaseModel):
 class ModelShape(Section):
     """The sizes that tell what a decoder takes: what `--dry-run` counts with where the model itself is out of reach."""
 
-    layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
     """Blocks of attention and feed-forward."""
-    hidden: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
     """Size of the hidden states."""
-    heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
     """Heads of the queries."""
-    kv_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
     """Heads of keys and values."""
-    head_size: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
     """Size of one head."""
-    feed_forward: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
     """Inner size of the feed-forward layer, of one expert where there are several."""
-    vocabulary: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
     """Rows of the output matrix."""
-    experts: int = Field(default=1, gt=0)
+    num_experts: int = Field(default=1, gt=0)
     """Experts of a layer; 1 is a dense model."""
-    active_experts: int = Field(default=1, gt=0)
+    num_experts_per_tok: int = Field(default=1, gt=0)
     """Experts that a token goes through."""
-    tied: bool = False
+    tie_word_embeddings: bool = False
     """Whether the output matrix is the embedding."""
 
 
@@ -73,7 +73,7 @@ class Prompts(Section):
     """The split of a toy task or a hub data set."""
     revision: str | None = None
     """The hub data set's revision."""
-    count: int | None = Field(default=None, gt=0)
+    limit: int | None = Field(default=None, gt=0)
     """How many prompts to use, the first ones; all if unset. A toy task has no end and needs it."""
     id_column: str | None = None
     """Column of unique prompt ids; the row number if unset."""
@@ -85,7 +85,7 @@ class Prompts(Section):
     """Column with the name of each prompt's teacher, one of [teachers]."""
     teacher_prompt_column: str | None = None
     """Column of the prompt that teachers read in place of the student's, such as one with the solution in it."""
-    at_least: dict[str, float] = {}
+    min_values: dict[str, float] = {}
     """Use only rows whose column has at least this value, such as `difficulty = 6`."""
     suffix: str = ""
     """Text put behind every prompt."""
@@ -93,7 +93,7 @@ class Prompts(Section):
     """Arguments to the chat template, such as `enable_thinking = false`."""
     max_tokens: int = Field(default=2048, gt=0)
     """The longest prompt, in tokens, template included."""
-    too_long: Literal["drop", "error"] = "error"
+    on_too_long: Literal["drop", "error"] = "error"
     """What to do with a longer one. It is never cut."""
 
 
@@ -114,7 +114,7 @@ class Rollout(Sampling):
     """Prompts of each step. An epoch is as many whole steps as the prompts give."""
     samples_per_prompt: int = Field(default=1, gt=0)
     """Responses to each of them."""
-    parts: int = Field(default=8, gt=0)
+    num_parts: int = Field(default=8, gt=0)
     """Files a step's responses are cut into: the unit of resuming and of sharing work."""
     batch_size: int = Field(default=256, gt=0)
     """Responses drawn together, at most one part's."""
@@ -179,7 +179,7 @@ class Train(Section):
     """Of AdamW."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after the warm-up: stays, or falls to 0 at step `decay_steps`."""
     decay_steps: int | None = Field(default=None, gt=0)
     """The step at which a falling learning rate is 0. Its own, so that raising `steps` changes no step before."""
@@ -195,19 +195,19 @@ class Train(Section):
     """Recompute activations in the backward pass: slower, and much leaner."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer states in the CPU's memory, and a block at a time on the GPU."""
-    max_truncated_share: float = Field(default=1.0, gt=0, le=1)
+    max_truncated_fraction: float = Field(default=1.0, gt=0, le=1)
     """Stop as collapsed where more of the responses than this run into `rollout.max_tokens`, in each of three steps."""
-    max_spoilt_responses: int = Field(default=0, ge=0)
+    max_invalid_responses: int = Field(default=0, ge=0)
     """Responses of a step that are left out where one of their log-probs is missing or no finite number; one more, and
     the run stops."""
     min_entropy: float = Field(default=0.0, ge=0)
     """Stop as collapsed where the policy's entropy, in nats a token, is below this, in each of three steps."""
-    save_every: int = Field(default=1, gt=0)
+    save_every_steps: int = Field(default=1, gt=0)
     """Steps from one saved trainer state, 12 bytes a parameter, to the next. Updates since the last one are made once
     more where a run goes on, from their stored responses and scores."""
-    keep_every: int = Field(default=50, gt=0)
+    keep_every_steps: int = Field(default=50, gt=0)
     """Students that are kept: every so many steps, those evaluated, and the last."""
-    keep_last: int = Field(default=2, gt=0)
+    keep_latest: int = Field(default=2, gt=0)
     """Newest students and trainer states that are kept besides."""
 
 
@@ -220,7 +220,7 @@ class Lora(Section):
     """Adapters are scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that is dropped. The policy in training is then not quite the one that responded."""
-    targets: list[str] = Field(default=["all-linear"], min_length=1)
+    target_modules: list[str] = Field(default=["all-linear"], min_length=1)
     """Names of the layers that get one; `all-linear` is every linear layer but the output matrix."""
     modules_to_save: list[str] = []
     """Names of layers that are trained whole besides."""
@@ -233,9 +233,9 @@ class Eval(Sampling):
     """0 takes the most probable token: one response a problem, always the same."""
     samples: int | None = Field(default=None, gt=0)
     """Responses to each problem; as many as the benchmark names if unset, 32 for AIME and HMMT."""
-    problems: int | None = Field(default=None, gt=0)
+    limit: int | None = Field(default=None, gt=0)
     """Problems to use, from the start; all if unset. The embedded task has no end and then uses 256."""
-    every: int = Field(default=10, ge=0)
+    every_steps: int = Field(default=10, ge=0)
     """Evaluate every so many steps while training; 0: neither then nor before and after."""
     suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Text put behind every problem of a benchmark that wants a boxed answer."""
@@ -245,7 +245,7 @@ class Eval(Sampling):
     """Arguments to the chat template; one that a template does not know changes nothing."""
     batch_size: int = Field(default=256, gt=0)
     """Responses drawn together, at most one part's."""
-    parts: int = Field(default=8, gt=0)
+    num_parts: int = Field(default=8, gt=0)
     """Files the graded responses are cut into, at most one a problem: the unit of resuming and of sharing work."""
     grader: Literal["mathematics", "text"] = "mathematics"
     """How a file of your own is graded: by what the answer means, or letter by letter."""
@@ -271,25 +271,25 @@ class Continuations(Section):
 class Vllm(Section):
     """Settings of the engine `vllm`."""
 
-    tensor_parallel: int = Field(default=1, gt=0)
+    tensor_parallel_size: int = Field(default=1, gt=0)
     """GPUs that share each layer."""
-    pipeline_parallel: int = Field(default=1, gt=0)
+    pipeline_parallel_size: int = Field(default=1, gt=0)
     """Groups of GPUs that hold successive layers."""
-    data_parallel: int = Field(default=1, gt=0)
+    data_parallel_size: int = Field(default=1, gt=0)
     """Copies of the model."""
-    memory_share: float = Field(default=0.9, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of the GPU's memory that the engine may take."""
     max_model_len: int | None = Field(default=None, gt=0)
     """Longest prompt and response together, in tokens; what the recipe can ask for if unset."""
-    max_sequences: int = Field(default=256, gt=0)
+    max_num_seqs: int = Field(default=256, gt=0)
     """Responses in work at once."""
-    max_batched_tokens: int = Field(default=8192, gt=0)
+    max_num_batched_tokens: int = Field(default=8192, gt=0)
     """Tokens in one forward pass. Scoring holds about two float32 copies of their logits."""
-    eager: bool = False
+    enforce_eager: bool = False
     """Run without compiled graphs: a faster start, slower steps."""
-    sleep: bool = False
+    enable_sleep_mode: bool = False
     """Give the GPU memory back between stages."""
-    extra: dict[str, bool | int | float | str] = {}
+    engine_args: dict[str, bool | int | float | str] = {}
     """Further arguments to vLLM's engine."""
 
 
@@ -302,14 +302,14 @@ class Server(Section):
     """Requests under way at once."""
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Time for one request."""
-    retries: int = Field(default=6, ge=0)
+    max_retries: int = Field(default=6, ge=0)
     """Further attempts after a lost connection, a time-out, 408, 429 or 5xx, with growing pauses."""
 
 
 class Tracking(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = []
     """Trackers, each an extra to install: `pip install 'opdctl[wandb]'`."""
     project: str = "opdctl"
     """The project's name at trackio and Weights & Biases."""
@@ -323,9 +323,9 @@ class Pipeline(Section):
     max_staleness: int = Field(default=0, ge=0)
     """Steps that `rollout --follow` may run ahead: the responses of step s are then drawn by the newest student there
     is, of step s - max_staleness at least. 0 is on-policy. More needs an objective with a rollout correction."""
-    max_idle_seconds: float = Field(default=3600.0, gt=0)
+    follow_timeout_seconds: float = Field(default=3600.0, gt=0)
     """How long a stage with `--follow` waits for its inputs, where no other one is at work, before it gives up."""
-    parity_rms: float = Field(default=0.0, ge=0)
+    max_logprob_rms: float = Field(default=0.0, ge=0)
     """Stop where an engine's log-probs are further than this, RMS in nats, from the trainer's own on a few responses of
     a step's first part; 0 checks nothing. The model is loaded a second time for it."""
 
@@ -428,7 +428,7 @@ def is_data_file(name: str) -> bool:
 
 def is_kept(recipe: Recipe, step: int) -> bool:
     """Whether the student of `step` stays when newer ones are there."""
-    return any(every and step % every == 0 for every in (recipe.train.keep_every, recipe.eval.every))
+    return any(every and step % every == 0 for every in (recipe.train.keep_every_steps, recipe.eval.every_steps))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

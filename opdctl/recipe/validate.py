@@ -76,22 +76,26 @@ def _get(merged: Mapping[str, Any], section: str, key: str) -> Any:
 
 def combination_errors(recipe: Recipe) -> list[tuple[str, str]]:
     problems = []
-    if recipe.rollout.parts > recipe.responses_per_step():
-        problems.append(("rollout.parts", f"{recipe.rollout.parts} parts for {recipe.responses_per_step()} responses"))
-    if recipe.prompts.count is not None and recipe.prompts.count < recipe.rollout.prompts_per_step:
+    if recipe.rollout.num_parts > recipe.responses_per_step():
         problems.append(
-            ("prompts.count", f"{recipe.prompts.count} is less than one step's {recipe.rollout.prompts_per_step}")
+            ("rollout.num_parts", f"{recipe.rollout.num_parts} parts for {recipe.responses_per_step()} responses")
         )
-    if recipe.prompts.source.startswith("toy:") and recipe.prompts.count is None:
-        problems.append(("prompts.count", "is required: the embedded task has no end"))
+    if recipe.prompts.limit is not None and recipe.prompts.limit < recipe.rollout.prompts_per_step:
+        problems.append(
+            ("prompts.limit", f"{recipe.prompts.limit} is less than one step's {recipe.rollout.prompts_per_step}")
+        )
+    if recipe.prompts.source.startswith("toy:") and recipe.prompts.limit is None:
+        problems.append(("prompts.limit", "is required: the embedded task has no end"))
     problems += _teacher_errors(recipe)
     if not all(0 <= beta < 1 for beta in recipe.train.betas):
         problems.append(("train.betas", f"must lie in [0, 1), got {recipe.train.betas}"))
     decay, warmup = recipe.train.decay_steps, recipe.train.warmup_steps
-    if recipe.train.schedule != "constant" and (decay is None or decay <= warmup):
+    if recipe.train.lr_scheduler_type != "constant" and (decay is None or decay <= warmup):
         problems.append(("train.decay_steps", f"a falling learning rate needs one above train.warmup_steps, {warmup}"))
-    if recipe.eval.every and not recipe.eval.allow_code_execution:
-        text = "runs code that the student wrote, while training: set eval.allow_code_execution, or eval.every = 0"
+    if recipe.eval.every_steps and not recipe.eval.allow_code_execution:
+        text = (
+            "runs code that the student wrote, while training: set eval.allow_code_execution, or eval.every_steps = 0"
+        )
         problems += [("eval.bench", f"`{name}` {text}") for name in recipe.eval.bench if _benchmark_runs_code(name)]
     if recipe.eval.temperature == 0 and recipe.eval.samples not in (None, 1):
         problems.append(("eval.samples", "at temperature 0 all samples are the same: leave it out, or set it to 1"))

@@ -36,7 +36,7 @@ def check_same_recipe(recipe: Recipe, path: Path) -> None:
                 ]
             ),
             hint="\n".join(_resolution_hints(run, changes)),
-            code=ExitCode.SETTINGS,
+            code=ExitCode.RECIPE_MISMATCH,
         )
 
 
@@ -47,7 +47,10 @@ def artifact_changes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
 
 def describe_reusable_artifacts(run: Run, changes: Iterable[tuple[str, Any, Any]]) -> list[str]:
     """Return how much of what was made is valid under changed settings too, as a line, if anything is."""
-    counts = {STEP_ARTIFACTS[stage]: run.finished(stage) for stage in unaffected_stages(key for key, _, _ in changes)}
+    counts = {
+        STEP_ARTIFACTS[stage]: run.count_finished_steps(stage)
+        for stage in unaffected_stages(key for key, _, _ in changes)
+    }
     said = " and ".join(f"{count} steps of {name}" for name, count in counts.items() if count)
     return [f"{said} stay valid"] if said else []
 

@@ -1,5 +1,5 @@
 """Stages that stay: each waits for what the others make, and says that it lives. They know one another by the run
-directory alone: a file in followers/ for each, written every few seconds."""
+directory alone: a file in heartbeats/ for each, written every few seconds."""
 
 import contextlib
 import json
@@ -30,24 +30,24 @@ class StageHeartbeat:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def wait_for(self, step: int, ready: Callable[[], bool], what: str) -> None:
-        """Come back when `ready()`. Raises OpdctlError (code 5) when it was not for `pipeline.max_idle_seconds`, and no
+        """Come back when `ready()`. Raises OpdctlError (code 5) when it was not for `pipeline.follow_timeout_seconds`, and no
         other follower is at work."""
         self._step, self._state = step, f"waits for {what}"
-        limit, start, pause = self._run.recipe.pipeline.max_idle_seconds, time.monotonic(), leases.backoff()
+        limit, start, pause = self._run.recipe.pipeline.follow_timeout_seconds, time.monotonic(), leases.backoff()
         while not ready():
             if time.monotonic() - start > limit:
-                if self._others_work():
+                if self._any_other_running():
                     start = time.monotonic()
                     continue
                 raise OpdctlError(
-                    f"{self._run.path}: step {step}: waited {limit:g} s for {what}; pipeline.max_idle_seconds",
+                    f"{self._run.path}: step {step}: waited {limit:g} s for {what}; pipeline.follow_timeout_seconds",
                     hint=f"`opdctl status {self._run.path}` says who is at work; run the same command again to go on",
-                    code=ExitCode.REACH,
+                    code=ExitCode.UNAVAILABLE,
                 )
             time.sleep(next(pause))
         self._state = RUNNING
 
-    def _others_work(self) -> bool:
+    def _any_other_running(self) -> bool:
         now = self._path.stat().st_mtime if self._path.exists() else time.time()
         return any(sign.state == RUNNING and sign.is_alive for sign in read_heartbeats(self._run, now))
 
@@ -95,7 +95,7 @@ def send_heartbeats(run: Run, stage: str) -> Iterator[StageHeartbeat]:
 
 
 def heartbeats_path(run: Run) -> Path:
-    return run.path / "followers"
+    return run.path / "heartbeats"
 
 
 def remove_stale_heartbeats(own: Path) -> None:

@@ -82,7 +82,7 @@ def _check_source(recipe: Recipe, path: Path) -> None:
         raise OpdctlError(
             f"{path}: {source} is not what it was when this run took its prompts from it",
             hint="restore it, or use another --output for the new prompts; removed, it is not missed",
-            code=ExitCode.SETTINGS,
+            code=ExitCode.RECIPE_MISMATCH,
         )
 
 
@@ -90,11 +90,13 @@ def _check_model(path: Path, name: str, model: ModelDir) -> None:
     """Raise OpdctlError (code 4) unless a model's files are those that the run began with."""
     recorded = read_run_record(path)["models"][name]
     # Files with the recorded sizes and times are not hashed again.
-    if not model.path.is_dir() or (_file_stats(model) != recorded["stamp"] and model.digest() != recorded["digest"]):
+    if not model.path.is_dir() or (
+        _file_stats(model) != recorded["file_stats"] and model.digest() != recorded["digest"]
+    ):
         raise OpdctlError(
             f"{path}: the {name} at {model.path} is not the one this run began with",
             hint="restore it, or use another --output",
-            code=ExitCode.SETTINGS,
+            code=ExitCode.RECIPE_MISMATCH,
         )
 
 
@@ -129,7 +131,7 @@ def _warn_of_code(model: Model) -> None:
 def _model_record(model: ModelDir) -> dict[str, Any]:
     """Return what run.json says of a model."""
     names = {"path": str(model.path), "digest": model.digest(), "tokenizer": model.tokenizer_digest}
-    return {**names, "stamp": _file_stats(model)}
+    return {**names, "file_stats": _file_stats(model)}
 
 
 def _file_stats(model: ModelDir) -> dict[str, list[int]]:
@@ -145,7 +147,7 @@ def prepare_prompts(recipe: Recipe, problems: list[Problem], student: ModelDir) 
             f"{recipe.prompts.source}: {len(prompts)} prompts are fewer than rollout.prompts_per_step = "
             f"{recipe.rollout.prompts_per_step}",
             hint="lower rollout.prompts_per_step, or give more prompts",
-            code=ExitCode.DATA,
+            code=ExitCode.BAD_DATA,
         )
     return prompts, dropped
 
@@ -183,7 +185,7 @@ def _create(recipe: Recipe, path: Path) -> None:
         check_same_tokenizer(student, found[name], name)
     check_top_k(recipe, student)
     for name, model in found.items():
-        if (rows := model.rows()) > student.vocab_size:
+        if (rows := model.num_embeddings()) > student.vocab_size:
             console.info(
                 f"{name}: of {rows} rows of its output matrix the tokenizer knows {student.vocab_size}; the others "
                 "are masked"

@@ -65,10 +65,10 @@ def plan_recipe_change(run: Run, recipe: Recipe) -> RecipeChange:
         )
     if step and not run.trainer_path(step).is_dir():
         raise OpdctlError(
-            f"{run.trainer_path(step)}: was not saved (train.save_every = {run.recipe.train.save_every}), and the "
+            f"{run.trainer_path(step)}: was not saved (train.save_every_steps = {run.recipe.train.save_every_steps}), and the "
             "updates since the last state can only be made once more under the recorded recipe",
-            hint=f"make one step more, the last is saved: `{run.command('train')} --set train.steps={step + 1}`",
-            code=ExitCode.SETTINGS,
+            hint=f"make one step more, the last is saved: `{run.command_line('train')} --set train.steps={step + 1}`",
+            code=ExitCode.RECIPE_MISMATCH,
         )
     return RecipeChange(
         run, recipe, step, settings, list(_invalid(run, step, unaffected_stages(key for key, _, _ in settings)))
@@ -88,7 +88,7 @@ def apply(found: RecipeChange) -> None:
     path = found.run.path
     if alive := [sign for sign in read_heartbeats(found.run) if sign.is_alive]:
         who = ", ".join(f"{sign.stage} (process {sign.pid} on {sign.host})" for sign in alive)
-        raise OpdctlError(f"{path}: {who} would go on under the old recipe", hint="stop it", code=ExitCode.REACH)
+        raise OpdctlError(f"{path}: {who} would go on under the old recipe", hint="stop it", code=ExitCode.UNAVAILABLE)
     with leases.hold_lease(path, "train"):
         for folder in found.dropped:
             files.remove_directory(folder)
@@ -117,7 +117,7 @@ def branch(found: RecipeChange, new: Path) -> int:
     def fill(folder: Path) -> None:
         nonlocal shared
         shared = directories.link_or_copy(kept, run.path, folder)
-        files.write_json(folder / "run.json", {**files.read_json(run.path / "run.json"), "branch_of": str(run.path)})
+        files.write_json(folder / "run.json", {**files.read_json(run.path / "run.json"), "forked_from": str(run.path)})
         _record(found, folder)
 
     directories.write_directory(new, fill)

@@ -77,7 +77,7 @@ class Run:
 
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def finished(self, stage: str) -> int:
+    def count_finished_steps(self, stage: str) -> int:
         """Return in how many steps `rollout`, or `score`, is finished, whatever recipe that was under."""
         names = ["rollout"] if stage == "rollout" else self.scorers()
         folders = list_steps(self.path).values()
@@ -93,7 +93,9 @@ class Run:
     def update(self, step: int) -> UpdateRecord:
         """Return what the update of `step` recorded."""
         path = self.update_path(step)
-        return files.read_json(path, UpdateRecord, f"remove {path} and run `{self.command('train')}`: it is made again")
+        return files.read_json(
+            path, UpdateRecord, f"remove {path} and run `{self.command_line('train')}`: it is made again"
+        )
 
     def student_at(self, step: int) -> ModelDir:
         """Return the student that has seen `step` updates. Raises OpdctlError when it is not there, or not whole."""
@@ -103,17 +105,17 @@ class Run:
         if not self.update_path(step - 1).exists():
             raise OpdctlError(
                 f"{path}: step {step} has no student yet, {self.current_step()} updates are done",
-                hint=f"run `{self.command('train')}`",
+                hint=f"run `{self.command_line('train')}`",
             )
         newest = step == self.current_step()
         if not path.is_dir() and not newest:
             raise OpdctlError(
-                f"{path}: this student is not kept (train.keep_every = {self.recipe.train.keep_every})",
+                f"{path}: this student is not kept (train.keep_every_steps = {self.recipe.train.keep_every_steps})",
                 hint=f"steps that are kept: {', '.join(map(str, self.kept_steps()))}",
             )
-        hint = f"run `{self.command('train')} --repair`: it is made again" if newest else f"remove {path}"
+        hint = f"run `{self.command_line('train')} --repair`: it is made again" if newest else f"remove {path}"
         directories.check_directory(path, self.update(step - 1)["student"], hint)
-        return self.student.trained(path)
+        return self.student.with_path(path)
 
     def kept_steps(self) -> list[int]:
         """Return the steps whose student is there to be used."""
@@ -124,45 +126,47 @@ class Run:
 
     # ── Policies ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _policy_path(self, step: int) -> Path:
-        return self.step_path(step) / "rollout" / "policy.json"
+    def _policy_version_path(self, step: int) -> Path:
+        return self.step_path(step) / "rollout" / "policy_version.json"
 
-    def policy_step(self, step: int) -> int:
+    def policy_version(self, step: int) -> int:
         """Return how many updates the student has seen that draws a step's responses: `step`, or what was settled."""
-        path = self._policy_path(step)
-        return int(files.read_json(path, PolicyRecord)["policy_step"]) if path.exists() else step
+        path = self._policy_version_path(step)
+        return int(files.read_json(path, PolicyRecord)["policy_version"]) if path.exists() else step
 
-    def _refuse_stale(self, step: int) -> None:
+    def _check_staleness(self, step: int) -> None:
         """Raise OpdctlError (code 4) where a step that is still to be learnt from is too stale for the recipe."""
-        policy, bound = self.policy_step(step), self.recipe.pipeline.max_staleness
+        policy, bound = self.policy_version(step), self.recipe.pipeline.max_staleness
         if step - policy > bound and not self.update_path(step).exists():
             raise OpdctlError(
                 f"{self.step_path(step)}: drawn by the student of step {policy}; "
                 f"pipeline.max_staleness = {bound} wants that of step {step - bound} at least",
                 hint=f"put the old value back; or remove {self.step_path(step)} to draw it again",
-                code=ExitCode.SETTINGS,
+                code=ExitCode.RECIPE_MISMATCH,
             )
 
-    def may_draw(self, step: int) -> bool:
+    def can_sample(self, step: int) -> bool:
         """Whether there is a student that is new enough to draw a step's responses."""
-        return self._policy_path(step).exists() or self.current_step() + self.recipe.pipeline.max_staleness >= step
+        return (
+            self._policy_version_path(step).exists() or self.current_step() + self.recipe.pipeline.max_staleness >= step
+        )
 
-    def settle_policy(self, step: int) -> None:
+    def pin_policy_version(self, step: int) -> None:
         """Settle that the newest student there is draws a step's responses. Who comes first decides for all workers;
         without staleness, or where parts were drawn already, there is nothing to settle."""
-        path = self._policy_path(step)
+        path = self._policy_version_path(step)
         if not self.recipe.pipeline.max_staleness or path.exists():
             return
         with leases.hold_lease(self.step_path(step), "rollout-policy", wait=True):
             policy = min(self.current_step(), step)
-            if self.may_draw(step) and not any(
+            if self.can_sample(step) and not any(
                 (path.parent / name).exists() for name in (path.name, *stage_dir.STAGE_MARKERS)
             ):
-                files.write_json(path, {"policy_step": policy})
+                files.write_json(path, {"policy_version": policy})
 
-    def is_begun(self, step: int) -> bool:
+    def is_started(self, step: int) -> bool:
         """Whether a step's rollout was begun: it may be ahead of the updates."""
-        return step <= self.current_step() or self._policy_path(step).exists()
+        return step <= self.current_step() or self._policy_version_path(step).exists()
 
     # ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -176,7 +180,7 @@ class Run:
             )
         return tables.read_rows(path, Prompt)
 
-    def draws(self, step: int) -> list[tuple[str, Prompt]]:
+    def samples(self, step: int) -> list[tuple[str, Prompt]]:
         """Return (sample id, prompt) of every response of a step, in order.
 
         An epoch is as many whole steps as the prompts give; each later epoch has an order of its own.
@@ -203,61 +207,61 @@ class Run:
 
     # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def rollout(self, step: int) -> StageDir:
+    def rollout_stage(self, step: int) -> StageDir:
         """Return the stage that draws a step's responses. Raises OpdctlError (code 4) where they are too stale."""
-        self._refuse_stale(step)
+        self._check_staleness(step)
         recipe = self.at(step).recipe
         return open_stage_dir(
             self.step_path(step) / "rollout",
             stage="rollout",
-            parts=recipe.rollout.parts,
+            parts=recipe.rollout.num_parts,
             suffix=".parquet",
             fingerprint=Fingerprint(
                 fingerprint_settings(recipe, "rollout"),
-                {"prompts": str(self.prompts_digest), "policy": self.student_digest(self.policy_step(step))},
+                {"prompts": str(self.prompts_digest), "policy": self.student_digest(self.policy_version(step))},
             ),
-            redo=self.command("rollout", step),
+            rerun_command=self.command_line("rollout", step),
         )
 
-    def score(self, step: int, name: str) -> StageDir:
+    def score_stage(self, step: int, name: str) -> StageDir:
         """Return the stage in which the model `name` scores a step's responses."""
         recipe = self.at(step).recipe
         return open_stage_dir(
             self.step_path(step) / name,
             stage="score",
-            parts=recipe.rollout.parts,
+            parts=recipe.rollout.num_parts,
             suffix=".safetensors",
             fingerprint=Fingerprint(
                 scorer_fingerprint_settings(recipe, name),
-                {"rollout": self.rollout(step).digest, name: self.digests[name]},
+                {"rollout": self.rollout_stage(step).digest, name: self.digests[name]},
             ),
-            redo=self.command("score-teacher", step) + f" --only {name}",
+            rerun_command=self.command_line("score-teacher", step) + f" --only {name}",
         )
 
-    def scores(self, step: int) -> dict[str, StageDir]:
+    def score_stages(self, step: int) -> dict[str, StageDir]:
         """Return the stages of all models that score a step's responses, by name."""
-        return {name: self.score(step, name) for name in self.scorers()}
+        return {name: self.score_stage(step, name) for name in self.scorers()}
 
-    def is_drawn(self, step: int) -> bool:
+    def is_sampled(self, step: int) -> bool:
         """Whether a step's rollout is finished."""
-        return self.is_begun(step) and self.rollout(step).done()
+        return self.is_started(step) and self.rollout_stage(step).is_finished()
 
     def is_scored(self, step: int) -> bool:
         """Whether a step's rollout and all its scores are finished."""
-        return self.is_drawn(step) and all(stage.done() for stage in self.scores(step).values())
+        return self.is_sampled(step) and all(stage.is_finished() for stage in self.score_stages(step).values())
 
-    def inputs(self, step: int) -> dict[str, str]:
+    def update_input_digests(self, step: int) -> dict[str, str]:
         """Return the digests of what a step's update is made from. Raises OpdctlError (code 1) where unfinished."""
         plugins = {f"plugin {name}": _plugin_digest(name) for name in self.recipe.plugins}
-        scores = {name: stage.digest for name, stage in self.scores(step).items()}
-        return {"rollout": self.rollout(step).digest, **scores, **plugins}
+        scores = {name: stage.digest for name, stage in self.score_stages(step).items()}
+        return {"rollout": self.rollout_stage(step).digest, **scores, **plugins}
 
     @cached_property
     def prompts_digest(self) -> str | None:
         """The digest of the prompts, or None where a model is only evaluated."""
         return read_run_record(self.path)["prompts"]["sha256"] if (self.path / "run.json").exists() else None
 
-    def command(self, stage: str, step: int | None = None) -> str:
+    def command_line(self, stage: str, step: int | None = None) -> str:
         """Return the command line that runs a stage of this run."""
         at = f" --step {step}" if step is not None else ""
         return f"opdctl {stage} --output {shlex.quote(str(self.path))}{at}"
@@ -272,7 +276,7 @@ def open_stage_dir(path: Path, **definition: Any) -> StageDir:
         return StageDir(path, **definition)
     except FingerprintMismatchError as error:
         if error.changes:
-            error.message = f"{path}: was made under other settings\n{describe_changes(error.changes)}"
+            error.kind = f"{path}: was made under other settings\n{describe_changes(error.changes)}"
         raise
 
 
@@ -291,9 +295,9 @@ def next_stage_command(run: Run) -> str:
     step = run.current_step()
     if step >= run.recipe.train.steps:
         return f"opdctl analyze-position {run.path}"
-    if not run.rollout(step).done():
-        return run.command("rollout")
-    return run.command("train" if run.is_scored(step) else "score-teacher")
+    if not run.rollout_stage(step).is_finished():
+        return run.command_line("rollout")
+    return run.command_line("train" if run.is_scored(step) else "score-teacher")
 
 
 def load_run(path: Path) -> Run:

@@ -16,10 +16,10 @@ from opdctl.runs.run import REFERENCE, Run
 def read_scored(run: Run, step: int) -> Iterator[ScoredResponse]:
     """Yield a step's responses with their scores, one verified part in memory at a time.
 
-    Up to train.max_spoilt_responses are left out, and said, that have too few log-probs or one that is no number.
+    Up to train.max_invalid_responses are left out, and said, that have too few log-probs or one that is no number.
     Raises OpdctlError (code 3) for more, when a part is missing or damaged, or when responses and scores do not join.
     """
-    rollout, stages, left = run.rollout(step), run.scores(step), run.recipe.train.max_spoilt_responses
+    rollout, stages, left = run.rollout_stage(step), run.score_stages(step), run.recipe.train.max_invalid_responses
     for index in range(len(rollout.names)):
         responses = read_rows(rollout.verify(index), Response)
         digest = rollout.sha256(index)
@@ -36,7 +36,7 @@ def check_ids(responses: Iterable[Response], model: ModelDir) -> None:
             if len(ids) and not 0 <= ids.min() <= ids.max() < model.vocab_size:
                 raise OpdctlError(
                     f"{response.sample_id}: a {what} id beyond the {model.vocab_size} of the tokenizer: {ids.max()}",
-                    code=ExitCode.DATA,
+                    code=ExitCode.BAD_DATA,
                 )
 
 
@@ -77,7 +77,7 @@ def join(
 
 
 def _join_error(name: str, odd: Iterable[str]) -> OpdctlError:
-    return OpdctlError(f"responses and scores do not join: {name}: {', '.join(odd)}", code=ExitCode.DATA)
+    return OpdctlError(f"responses and scores do not join: {name}: {', '.join(odd)}", code=ExitCode.BAD_DATA)
 
 
 def _check(response: Response, who: str, said: Response | TokenScores) -> None:
@@ -89,15 +89,15 @@ def _check(response: Response, who: str, said: Response | TokenScores) -> None:
         if len(values) != len(response.response_ids):
             raise OpdctlError(
                 f"{response.sample_id}: {len(response.response_ids)} tokens, {len(values)} {column} of the {who}",
-                code=ExitCode.DATA,
+                code=ExitCode.BAD_DATA,
             )
         if not np.isfinite(values).all():
             position = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(-1)))
             raise OpdctlError(
                 f"{response.sample_id}: the {who}'s {column} at position {position} is {values[position]}",
                 hint="a token the model gives no probability, or a model that computes NaN in its dtype; a few such "
-                "responses can be left out: train.max_spoilt_responses",
-                code=ExitCode.DATA,
+                "responses can be left out: train.max_invalid_responses",
+                code=ExitCode.BAD_DATA,
             )
 
 

@@ -40,7 +40,7 @@ def _check(step: int, name: str, find: Callable[[], StageDir | None], none: str,
         stage = find()
         if stage is None:
             return StageStatus(step, name, "missing", none)
-        problems = stage.damaged_parts(digests=verify)
+        problems = stage.corrupted_parts(digests=verify)
         missing = stage.missing(digests=verify)
     except OpdctlError as error:
         return StageStatus(step, name, "damaged", f"{error.message} ({error.hint})")
@@ -54,8 +54,8 @@ def _check(step: int, name: str, find: Callable[[], StageDir | None], none: str,
 
 def _stage(run: Run, step: int, name: str) -> StageDir | None:
     if name == "rollout":
-        return run.rollout(step)
-    return run.score(step, name) if run.rollout(step).manifest() else None
+        return run.rollout_stage(step)
+    return run.score_stage(step, name) if run.rollout_stage(step).manifest() else None
 
 
 def continuations(run: Run, *, verify: bool) -> list[StageStatus]:
@@ -73,19 +73,26 @@ def continuations(run: Run, *, verify: bool) -> list[StageStatus]:
     return found
 
 
-def _as_recorded(path: Path, redo: str) -> StageDir | None:
+def _as_recorded(path: Path, rerun_command: str) -> StageDir | None:
     """Return a stage as its folder records it, None before its first part, whose name says how many there are to be."""
-    sealed, begun = (path / "manifest.json", Manifest), (path / "work.json", StageHeader)
+    sealed, begun = (path / "manifest.json", Manifest), (path / "in_progress.json", StageHeader)
     record_path, kind = sealed if sealed[0].exists() else begun
     if not record_path.exists():
         return None
-    record = files.read_json(record_path, kind, f"remove {path} and run `{redo}`")
+    record = files.read_json(record_path, kind, f"remove {path} and run `{rerun_command}`")
     listed = [part["name"] for part in record.get("parts", ())]
     names = listed or [part.name for part in path.glob("part-?????-of-?????.parquet")]
     if not names:
         return None
     fingerprint, parts = Fingerprint(record["settings"], record["inputs"]), int(Path(names[0]).stem.rpartition("-")[2])
-    return StageDir(path, stage=record["stage"], parts=parts, suffix=".parquet", fingerprint=fingerprint, redo=redo)
+    return StageDir(
+        path,
+        stage=record["stage"],
+        parts=parts,
+        suffix=".parquet",
+        fingerprint=fingerprint,
+        rerun_command=rerun_command,
+    )
 
 
 def check_update(run: Run, step: int, *, verify: bool) -> StageStatus:
@@ -96,13 +103,15 @@ def check_update(run: Run, step: int, *, verify: bool) -> StageStatus:
         record, newest = run.update(step), step + 1 == run.current_step()
         student, trainer = run.student_path(step + 1), run.trainer_path(step + 1)
         if newest and not student.is_dir():
-            raise files.corrupt_artifact(student, "the newest is missing", run.command("train") + " --repair")
-        again = run.command("train") + " --repair makes it again" if newest else "remove it: no step needs it any more"
+            raise files.corrupt_artifact(student, "the newest is missing", run.command_line("train") + " --repair")
+        again = (
+            run.command_line("train") + " --repair makes it again" if newest else "remove it: no step needs it any more"
+        )
         before = "train takes the state before it, or remove it"
         for path, digests, way in ((student, record["student"], again), (trainer, record["trainer"], before)):
             if verify and path.is_dir():
                 directories.check_directory(path, digests, way)
-        if verify and not _same_artifacts(record["inputs"], run.inputs(step)):
+        if verify and not _same_artifacts(record["inputs"], run.update_input_digests(step)):
             raise files.corrupt_artifact(run.step_path(step), "the update was made from other responses or scores")
     except OpdctlError as error:
         return StageStatus(step, "update", "damaged", f"{error.message} ({error.hint})")
@@ -119,7 +128,7 @@ def evaluations(run: Run, *, verify: bool) -> tuple[list[dict[str, Any]], list[s
     """Return the summaries of the finished evaluations, and what is damaged among them."""
     paths = sorted(run.path.glob("eval/*/*/summary.json"))
     problems = [problem for path in paths for problem in stage_dir.verify_stage(path.parent)] if verify else []
-    again = f"remove it and run `{run.command('eval')}`: it is made again from the graded responses"
+    again = f"remove it and run `{run.command_line('eval')}`: it is made again from the graded responses"
     return [files.read_json(path, SummaryRecord, again) for path in paths], problems
 
 
@@ -132,7 +141,7 @@ def collect_status(run: Run, *, verify: bool = False) -> dict[str, Any]:
         _ = run.prompts
     done = run.current_step()
     stages = []
-    for step in itertools.takewhile(run.is_begun, range(run.recipe.train.steps)):
+    for step in itertools.takewhile(run.is_started, range(run.recipe.train.steps)):
         stages += [check_stage(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
         stages.append(check_update(run, step, verify=verify))
     summaries, problems = evaluations(run, verify=verify)
@@ -166,10 +175,10 @@ def next_command(run: Run, stages: list[StageStatus]) -> str:
         # Responses can only be drawn again while the student that drew them is kept.
         if stage.state != "damaged":
             continue
-        if stage.stage == "rollout" and run.policy_step(stage.step) in run.kept_steps():
-            return run.command("rollout", stage.step) + " --repair"
+        if stage.stage == "rollout" and run.policy_version(stage.step) in run.kept_steps():
+            return run.command_line("rollout", stage.step) + " --repair"
         if stage.stage in run.scorers():
-            return run.command("score-teacher", stage.step) + " --repair"
+            return run.command_line("score-teacher", stage.step) + " --repair"
         if stage.state == "damaged" and stage.stage == "update" and stage.step + 1 == run.current_step():
-            return run.command("train") + " --repair"
+            return run.command_line("train") + " --repair"
     return next_stage_command(run)

@@ -37,7 +37,7 @@ def response_stats(scored: Sequence[ScoredResponse]) -> dict[str, float]:
         "responses": len(responses),
         "tokens": sum(lengths),
         "response_length": sum(lengths) / max(len(responses), 1),
-        "truncated_share": sum(r.finish_reason == "length" for r in responses) / max(len(responses), 1),
+        "truncated_fraction": sum(r.finish_reason == "length" for r in responses) / max(len(responses), 1),
     }
     if found["tokens"]:
         quantiles = np.quantile(np.concatenate(gaps), QUANTILES)

@@ -24,7 +24,7 @@ from opdctl.runs.scored_responses import target_logprobs, to_weight_inputs
 class MicroBatch:
     """Whole responses of one teacher, padded, with what is stored of each of their N tokens.
 
-    share_N: what a token's loss is multiplied by, its weight included. support_ids_NK, teacher_logp_NK: the ids of a
+    loss_scale_N: what a token's loss is multiplied by, its weight included. support_ids_NK, teacher_logp_NK: the ids of a
     top-k objective and the teacher's log-probs of them.
     """
 
@@ -34,7 +34,7 @@ class MicroBatch:
     teacher_logp_N: Tensor
     target_logp_N: Tensor
     weight_N: Tensor
-    share_N: Tensor
+    loss_scale_N: Tensor
     support_ids_NK: Tensor | None
     teacher_logp_NK: Tensor | None
     old_logp_N: Tensor | None = None
@@ -50,7 +50,7 @@ def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
 
     def part(samples: list[ScoredResponse], rows: slice) -> MicroBatch:
         columns: dict[str, Any] = {k: value[rows] for k, value in vars(batch).items() if isinstance(value, Tensor)}
-        return replace(batch, samples=samples, padded=_padded(samples, batch.share_N.device), **columns)
+        return replace(batch, samples=samples, padded=_padded(samples, batch.loss_scale_N.device), **columns)
 
     cuts = ((batch.samples[:half], slice(tokens)), (batch.samples[half:], slice(tokens, None)))
     return [part(*cut) for cut in cuts] if half else [batch]
@@ -67,7 +67,7 @@ def micro_batches_of_rank(batches: Sequence[MicroBatch], rank: int, world: int) 
     losses of zero.
     """
     smallest = min(batches, key=lambda batch: batch.padded.input_ids_BT.numel())
-    idle = replace(smallest, share_N=torch.zeros_like(smallest.share_N), counts=False)
+    idle = replace(smallest, loss_scale_N=torch.zeros_like(smallest.loss_scale_N), counts=False)
     return [batches[i] if i < len(batches) else idle for i in range(rank, -(-len(batches) // world) * world, world)]
 
 
@@ -132,7 +132,7 @@ def _micro_batch(
         teacher_logp_N=column([teacher.logprobs for teacher in teachers]),
         target_logp_N=column([target_logprobs(sample, recipe.train.extrapolation) for sample in samples]),
         weight_N=column(weights),
-        share_N=column(shares),
+        loss_scale_N=column(shares),
         support_ids_NK=None if ids_NK is None else ids_NK[:, :top_k],
         teacher_logp_NK=None if logp_NK is None else logp_NK[:, :top_k],
     )

@@ -14,11 +14,13 @@ def learning_rate(settings: Train, step: int) -> float:
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
+    if settings.lr_scheduler_type == "constant":
         return settings.learning_rate
     assert settings.decay_steps is not None  # the recipe is refused without
     left = max(0.0, 1 - (step - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps))
-    return settings.learning_rate * (left if settings.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+    return settings.learning_rate * (
+        left if settings.lr_scheduler_type == "linear" else (1 - math.cos(math.pi * left)) / 2
+    )
 
 
 def make_adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:

@@ -48,7 +48,7 @@ def _inject(model: PreTrainedModel, settings: Lora) -> None:
     """Put LoRA adapters into the model and freeze the rest."""
     import peft
 
-    targets = settings.targets[0] if settings.targets == ["all-linear"] else settings.targets
+    targets = settings.target_modules[0] if settings.target_modules == ["all-linear"] else settings.target_modules
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -59,15 +59,15 @@ def _inject(model: PreTrainedModel, settings: Lora) -> None:
     )
     tied = model.config.get_text_config().tie_word_embeddings
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if tied and {head.rpartition(".")[2], "embed_tokens"} & {*settings.targets, *settings.modules_to_save}:
+    if tied and {head.rpartition(".")[2], "embed_tokens"} & {*settings.target_modules, *settings.modules_to_save}:
         raise OpdctlError(
             "lora: this model's output matrix is its embedding, so neither can have an adapter or a copy of its own",
-            hint="take them out of lora.targets and lora.modules_to_save",
+            hint="take them out of lora.target_modules and lora.modules_to_save",
         )
     try:
         peft.inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
-        raise OpdctlError(f"lora: {' '.join(str(error).split())}", hint="see lora.targets") from error
+        raise OpdctlError(f"lora: {' '.join(str(error).split())}", hint="see lora.target_modules") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -24,7 +24,7 @@ def check_repo_id(repo: str) -> None:
         raise OpdctlError(f"--push {repo}: whose repository?", hint="give OWNER/NAME")
     if get_token() is None:
         hint = "`hf auth login`, or put a token that may write into HF_TOKEN"
-        raise OpdctlError(f"--push {repo}: there is no token for the hub", hint=hint, code=ExitCode.REACH)
+        raise OpdctlError(f"--push {repo}: there is no token for the hub", hint=hint, code=ExitCode.UNAVAILABLE)
 
 
 def push_to_hub(folder: Path, repo: str, message: str) -> str:
@@ -41,7 +41,7 @@ def push_to_hub(folder: Path, repo: str, message: str) -> str:
         raise OpdctlError(
             f"--push {repo}: the hub did not take it: {reason}",
             hint=f"the student is whole, {folder}; the same command tries again, so does `hf upload {repo} {folder}`",
-            code=ExitCode.REACH,
+            code=ExitCode.UNAVAILABLE,
         ) from error
 
 
@@ -52,7 +52,7 @@ CARD_METRICS = {
     "abs_advantage": "mean |A|, nats a token",
     "entropy": "entropy, nats a token",
     "response_length": "response length, tokens",
-    "truncated_share": "share of truncated responses",
+    "truncated_fraction": "share of truncated responses",
 }
 
 

@@ -54,7 +54,7 @@ KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
 def trackers(recipe: Recipe, path: Path) -> Iterator[Callable[[Metrics], None]]:
     """Yield what hands a step's metrics on to the recipe's trackers, on rank 0 alone. It raises nothing."""
     opened: dict[str, Tracker] = {}
-    for kind in recipe.tracking.to if distributed.is_main() else ():
+    for kind in recipe.tracking.report_to if distributed.is_main() else ():
         with _spared(kind, opened):
             opened[kind] = KINDS[kind](recipe, path)
 

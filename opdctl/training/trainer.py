@@ -39,7 +39,7 @@ from opdctl.training.microbatches import MicroBatch, micro_batches, micro_batche
 from opdctl.training.optimizer import learning_rate, make_adamw
 
 MAX_OOM_SPLITS = 6  # times that micro-batches are halved at most where memory does not suffice
-LAST_UPDATE_METRICS = ("loss", "ratio", "clip_share", "dual_clip_share")
+LAST_UPDATE_METRICS = ("loss", "ratio", "clip_fraction", "dual_clip_fraction")
 
 
 class Trainer:
@@ -63,7 +63,7 @@ class Trainer:
                 f"{run.path / 'trainer'}: no whole state since the recipe was changed at step {max(past)}, and the "
                 "updates before cannot be made once more under the recipe of now",
                 hint=f"restore {run.trainer_path(max(past))} from a copy, or start again in another --output",
-                code=ExitCode.DATA,
+                code=ExitCode.BAD_DATA,
             )
         if saved:
             checkpoint.restore(run.trainer_path(saved), self._model, self._optimizer)
@@ -78,7 +78,7 @@ class Trainer:
         if distributed.is_main() and any(again[name] != recorded[name] for name in again if name != publish.CARD_FILE):
             console.warn("these updates came out otherwise than before in the last bits; going on from the new ones")
 
-    def step(self, step: int, stage_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
+    def train_step(self, step: int, stage_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
         """Update the student on the responses of `step`, write what comes of it, and return the step's metrics.
 
         stage_seconds: what the stages before took, as far as they were made now. Called by all ranks. Raises
@@ -87,9 +87,9 @@ class Trainer:
         start = time.monotonic()
         scored = list(read_scored(self._run, step))
         batches = self.micro_batches(step, scored)
-        lag = step - self._run.policy_step(step)
-        metrics = {"step": step, "lag": lag} | self._update(step, batches) | response_stats(scored)
-        metrics["spoilt_responses"] = self._run.recipe.responses_per_step() - len(scored)
+        lag = step - self._run.policy_version(step)
+        metrics = {"step": step, "staleness": lag} | self._update(step, batches) | response_stats(scored)
+        metrics["invalid_responses"] = self._run.recipe.responses_per_step() - len(scored)
         seconds = dict(stage_seconds) | {"update": time.monotonic() - start}
         for stage, each in seconds.items():
             metrics |= {f"{stage}_seconds": each, f"{stage}_tokens_per_second": metrics["tokens"] / each}
@@ -165,7 +165,7 @@ class Trainer:
         raise OpdctlError(
             f"out of memory in an update, with micro-batches of {max(len(b.samples) for b in batches)} responses",
             hint="train.gradient_checkpointing, train.cpu_offload or [lora] need less, and so do more processes",
-            code=ExitCode.REACH,
+            code=ExitCode.UNAVAILABLE,
         )
 
     def _backward_all(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
@@ -194,7 +194,7 @@ class Trainer:
         teacher_hidden_ND = self._teacher_states(batch)
 
         def use(chunk: Chunk) -> Tensor:
-            old_logp_C = chunk.picked_CK[:, 0].detach() if old_logp_N is None else old_logp_N[chunk.rows]
+            old_logp_C = chunk.selected_logp_CK[:, 0].detach() if old_logp_N is None else old_logp_N[chunk.rows]
             loss_C, metrics = self._objective(self._token_batch(batch, chunk, old_logp_C, teacher_hidden_ND))
             # What describes tokens whatever the objective; A by the trainer's numbers, on the sampled token.
             advantage_C = batch.teacher_logp_N[chunk.rows] - old_logp_C
@@ -203,8 +203,8 @@ class Trainer:
             if "rollout_correction" in metrics:
                 mismatch[ROLLOUT_CORRECTION_SQUARED] = metrics["rollout_correction"].square()
             tally.add({**metrics, **common, **mismatch, "entropy": chunk.entropy_C()})
-            tally.logps.append(chunk.picked_CK[:, 0].detach())
-            return (loss_C * batch.share_N[chunk.rows]).sum()
+            tally.logps.append(chunk.selected_logp_CK[:, 0].detach())
+            return (loss_C * batch.loss_scale_N[chunk.rows]).sum()
 
         support = [] if batch.support_ids_NK is None else [batch.support_ids_NK]
         head = output_head(self._model, run.student.vocab_size)
@@ -214,7 +214,7 @@ class Trainer:
             raise _not_finite(run, f"the loss is {loss.item()}", names)
         loss.backward()
         sums = {name: float(value) for name, value in tally.sums.items()}
-        sums |= {"loss": loss.item(), "tokens": len(batch.share_N)}
+        sums |= {"loss": loss.item(), "tokens": len(batch.loss_scale_N)}
         return torch.cat(tally.logps) if old_logp_N is None else old_logp_N, sums
 
     def _token_batch(
@@ -226,9 +226,14 @@ class Trainer:
             head = self._teacher_head(batch.samples[0].response.teacher)
             student, teacher = chunk.logp_CV, head.logits(teacher_hidden_ND[rows]).log_softmax(-1)
         elif batch.teacher_logp_NK is not None:
-            student, teacher = chunk.picked_CK[:, 1:], batch.teacher_logp_NK[rows]
+            student, teacher = chunk.selected_logp_CK[:, 1:], batch.teacher_logp_NK[rows]
         return TokenBatch(
-            chunk.picked_CK[:, 0], old_logp_C, batch.rollout_logp_N[rows], batch.target_logp_N[rows], student, teacher
+            chunk.selected_logp_CK[:, 0],
+            old_logp_C,
+            batch.rollout_logp_N[rows],
+            batch.target_logp_N[rows],
+            student,
+            teacher,
         )
 
     def _teacher_states(self, batch: MicroBatch) -> Tensor | None:
@@ -253,8 +258,8 @@ class Trainer:
         """Write trainer state and student, then update.json, which makes them count."""
         run, done, trainer = self._run, step + 1, {}
         if distributed.is_main() and run.update_path(step).exists():  # this process was suspended, and lost its claim
-            raise OpdctlError(f"{run.path}: another process has made step {done} meanwhile", code=ExitCode.REACH)
-        if done % self._settings.save_every == 0 or done == self._settings.steps:
+            raise OpdctlError(f"{run.path}: another process has made step {done} meanwhile", code=ExitCode.UNAVAILABLE)
+        if done % self._settings.save_every_steps == 0 or done == self._settings.steps:
             trainer = _write_sharded_directory(
                 run.trainer_path(done), lambda folder: checkpoint.save(folder, self._model, self._optimizer)
             )
@@ -310,7 +315,7 @@ def _write_sharded_directory(final: Path, fill: Callable[[Path], None]) -> dict[
 
 
 def update_fingerprint(run: Run, step: int) -> Fingerprint:
-    return Fingerprint(fingerprint_settings(run.recipe, "update"), run.inputs(step))
+    return Fingerprint(fingerprint_settings(run.recipe, "update"), run.update_input_digests(step))
 
 
 def _not_finite(run: Run, what: str, samples: list[str]) -> OpdctlError:
@@ -318,5 +323,5 @@ def _not_finite(run: Run, what: str, samples: list[str]) -> OpdctlError:
     return OpdctlError(
         f"{what}{among}; nothing of this step was kept",
         hint=f"the last student is whole: {run.student_path(run.current_step())}; lower train.learning_rate?",
-        code=ExitCode.DATA,
+        code=ExitCode.BAD_DATA,
     )

@@ -154,7 +154,7 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
         "prompts.id_column": "id",
         "rollout.engine": "transformers",
         "rollout.prompts_per_step": args.batch,
-        "rollout.parts": 1,
+        "rollout.num_parts": 1,
         "rollout.max_tokens": args.completion,
         "score.engine": "transformers",
         "score.tokens_per_batch": 4096,
@@ -163,7 +163,7 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
         "train.steps": args.steps,
         "train.learning_rate": 1e-5,
         "train.tokens_per_micro_batch": 4096,
-        "train.save_every": 1000,
+        "train.save_every_steps": 1000,
     }
     recipe = load_recipe([], [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     seconds: dict[str, list[float]] = {"generation": [], "score": [], "update": []}
@@ -174,7 +174,7 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
             work = {
                 "generation": lambda step=step: rollout.run_rollout(run, step, engines),
                 "score": lambda step=step: score.run_scoring(run, step, engines),
-                "update": lambda step=step: trainer.step(step),
+                "update": lambda step=step: trainer.train_step(step),
             }
             for name, stage in work.items():
                 start = time.perf_counter()

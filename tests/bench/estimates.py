@@ -74,7 +74,7 @@ def recipe_of(models: Path, args: argparse.Namespace, settings: dict[str, Any]) 
         "rollout.engine": "transformers",
         "rollout.prompts_per_step": args.batch,
         "rollout.max_tokens": args.length - PROMPT,
-        "rollout.parts": 1,
+        "rollout.num_parts": 1,
         "score.engine": "transformers",
         "score.tokens_per_batch": args.batch * args.length,
         "train.steps": 1,
@@ -160,7 +160,7 @@ def estimate(work: str, recipe: Recipe) -> tuple[int, float]:
 
 def files(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """Make one whole step, and return the bytes of its files, measured and estimated."""
-    recipe = recipe_of(models, args, {"rollout.prompts_per_step": 64, "rollout.parts": 4})
+    recipe = recipe_of(models, args, {"rollout.prompts_per_step": 64, "rollout.num_parts": 4})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         estimated = make_plan(recipe, path)
@@ -168,7 +168,7 @@ def files(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
         with open_engine_pool(recipe, "cpu") as engines:
             rollout.run_rollout(run, 0, engines)
             score.run_scoring(run, 0, engines)
-        Trainer(run, "cpu").step(0)
+        Trainer(run, "cpu").train_step(0)
         measured = {
             name: sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file())
             for name in ("step-00000/rollout", "step-00000/teacher", "student", "trainer")

@@ -34,7 +34,7 @@ class Measured:
 
 def measure(output: Path, seed: int, steps: int, staleness: int | None) -> Measured:
     """Train with followers of that staleness, or in a single process where it is None."""
-    settings = [f"seed={seed}", f"train.steps={steps}", "eval.every=0", "pipeline.threads=1"]
+    settings = [f"seed={seed}", f"train.steps={steps}", "eval.every_steps=0", "pipeline.threads=1"]
     settings += [f"pipeline.max_staleness={staleness or 0}"]
     common = ["--recipe", "recipes/quickstart.toml", "--output", str(output), "--quiet"]
     common += [word for setting in settings for word in ("--set", setting)]
@@ -49,7 +49,7 @@ def measure(output: Path, seed: int, steps: int, staleness: int | None) -> Measu
     return Measured(
         last.stat().st_mtime - first.stat().st_mtime,
         after.children_user + after.children_system - before.children_user - before.children_system,
-        [json.loads(line)["lag"] for line in lines],
+        [json.loads(line)["staleness"] for line in lines],
         accuracy(output),
     )
 
@@ -59,7 +59,7 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 
 def accuracy(output: Path) -> float:
-    command = ["eval", "--run", str(output), "--set", "eval.problems=1024", "--json", "--quiet"]
+    command = ["eval", "--run", str(output), "--set", "eval.limit=1024", "--json", "--quiet"]
     done = subprocess.run(
         [sys.executable, "-m", "opdctl", *command], env=ENVIRONMENT, stdout=subprocess.PIPE, check=True, text=True
     )

@@ -27,7 +27,7 @@ def plain(hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, target_N: Tensor) -
 
 def chunked(hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, target_N: Tensor) -> Tensor:
     def use(chunk: Chunk) -> Tensor:
-        logp_C = chunk.picked_CK[:, 0]
+        logp_C = chunk.selected_logp_CK[:, 0]
         old_C = logp_C.detach()
         chunk.entropy_C()
         return PolicyGradient()(TokenBatch(logp_C, old_C, old_C, target_N[chunk.rows]))[0].sum()

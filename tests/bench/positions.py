@@ -26,7 +26,7 @@ STEPS = 8
 
 def make(path: Path, tokens: int, length: int) -> None:
     """Plant a run whose |A| rises along the response; lengths are geometric."""
-    run, rng = planted_run(path, "rollout.parts=8"), np.random.default_rng(0)
+    run, rng = planted_run(path, "rollout.num_parts=8"), np.random.default_rng(0)
     for step in range(STEPS):
         lengths = rng.geometric(1 / length, size=tokens // length // STEPS)
         plant(run, step, [rng.normal(0, np.linspace(0.2, 0.5, n)) for n in lengths])

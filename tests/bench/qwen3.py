@@ -13,27 +13,27 @@ from opdctl.recipe.schema import ModelShape
 def model(shape: ModelShape) -> PreTrainedModel:
     """Return a dense model, or a mixture of experts where the shape has several."""
     same = {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_size,
-        "intermediate_size": shape.feed_forward,
-        "tie_word_embeddings": shape.tied,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+        "tie_word_embeddings": shape.tie_word_embeddings,
         "eos_token_id": 0,
     }
-    if shape.experts == 1:
+    if shape.num_experts == 1:
         return Qwen3ForCausalLM(Qwen3Config(**same))
-    experts = {"num_experts": shape.experts, "num_experts_per_tok": shape.active_experts}
-    return Qwen3Moe(Qwen3MoeConfig(**same, **experts, moe_intermediate_size=shape.feed_forward))
+    experts = {"num_experts": shape.num_experts, "num_experts_per_tok": shape.num_experts_per_tok}
+    return Qwen3Moe(Qwen3MoeConfig(**same, **experts, moe_intermediate_size=shape.intermediate_size))
 
 
 def save(shape: ModelShape, folder: Path) -> Path:
     """Write such a model, and a tokenizer of as many ids."""
     torch.manual_seed(0)
     model(shape).save_pretrained(folder)
-    words = {f"w{index}": index for index in range(shape.vocabulary)}
+    words = {f"w{index}": index for index in range(shape.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0").save_pretrained(folder)
     return folder

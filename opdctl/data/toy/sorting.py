@@ -15,11 +15,11 @@ from opdctl.data.toy.task import Task
 LETTERS = 12
 
 
-def draw(rng: random.Random) -> str:
+def generate(rng: random.Random) -> str:
     return "".join(rng.sample(string.ascii_lowercase, LETTERS))
 
 
-def work(word: str) -> str:
+def solve(word: str) -> str:
     left, passes = list(word), []
     while left:
         least = min(left)
@@ -28,4 +28,4 @@ def work(word: str) -> str:
     return f"{''.join(passes)}>{''.join(sorted(word))}"
 
 
-sort12 = Task("sort12", draw, work)
+sort12 = Task("sort12", generate, solve)

@@ -16,7 +16,7 @@ from opdctl.data.toy.task import Task
 CELLS = 5
 
 
-def draw(rng: random.Random, swaps: int) -> str:
+def generate(rng: random.Random, swaps: int) -> str:
     cells = "".join(rng.sample(string.ascii_lowercase, CELLS))
     pairs = (sorted(rng.sample(range(CELLS), 2)) for _ in range(swaps))
     return f"{cells}:{''.join(f'{one}{other}' for one, other in pairs)}"
@@ -28,7 +28,7 @@ def read(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     return list(cells), [(int(one), int(other)) for one, other in zip(digits[::2], digits[1::2], strict=True)]
 
 
-def work(text: str) -> str:
+def solve(text: str) -> str:
     cells, pairs = read(text)
     passes = []
     for one, other in pairs:
@@ -37,6 +37,6 @@ def work(text: str) -> str:
     return f"{''.join(passes)}>{''.join(cells)}"
 
 
-perm = Task("perm", partial(draw, swaps=12), work)
-perm4 = Task("perm4", partial(draw, swaps=4), work)
-perm8 = Task("perm8", partial(draw, swaps=8), work)
+perm = Task("perm", partial(generate, swaps=12), solve)
+perm4 = Task("perm4", partial(generate, swaps=4), solve)
+perm8 = Task("perm8", partial(generate, swaps=8), solve)

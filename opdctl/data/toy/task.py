@@ -20,12 +20,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task. `draw` gives a prompt's text before its `?`; `work` the answer to it, step by step, the text that the
+    """One task. `generate` returns a prompt's text before its `?`; `write_solution` the answer to it, step by step, the text that the
     teacher was trained to write: what follows its last `>` is the answer."""
 
     name: str
-    draw: Callable[[random.Random], str]
-    work: Callable[[str], str]
+    generate: Callable[[random.Random], str]
+    write_solution: Callable[[str], str]
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """Yield the endless, reproducible sequence of distinct problems of `split` that `seed` fixes."""
@@ -34,16 +34,16 @@ class Task:
         rng = random.Random(f"{self.name}/{split}/{seed}")
         seen: set[str] = set()
         while True:
-            text = self.draw(rng)
+            text = self.generate(rng)
             if split_of(text) == split and text not in seen:
                 seen.add(text)
-                answer = self.extract(self.work(text))
+                answer = self.extract(self.write_solution(text))
                 assert answer is not None  # a worked answer has one
                 yield Problem(f"{self.name}-{text.replace(':', '-')}", f"{text}?", answer)
 
     def solve(self, prompt: str) -> str:
         """Return the worked answer to `prompt`."""
-        return self.work(prompt.removesuffix("?"))
+        return self.write_solution(prompt.removesuffix("?"))
 
     def extract(self, response: str) -> str | None:
         """Return the answer that `response` gives, or None where it gives none."""

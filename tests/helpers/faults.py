@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUICKSTART, Result, artifacts, invoke, names, sets
+from helpers.commands import QUICKSTART, Result, artifacts, invoke, names, sets
 
 import opdctl.engines.transformers
 import opdctl.pipeline.loop  # noqa: F401 - and all that it imports, before any worker is forked
@@ -77,7 +77,7 @@ class Chain:
         run = load_run(self.path)
         if stage == "train --no-fill":
             return run.update_path(step).exists()
-        return run.rollout(step).done() if stage == "rollout" else run.is_scored(step)
+        return run.rollout_stage(step).is_finished() if stage == "rollout" else run.is_scored(step)
 
     def _attempt(self, stage: str, step: int, kills: int) -> int:
         """Let workers do a stage, kill some of them, and return how many."""
@@ -134,9 +134,9 @@ def check_every_response_is_there_once(run: Run, steps: int) -> int:
     """Return how many there are."""
     count = 0
     for step in range(steps):
-        stage = run.rollout(step)
+        stage = run.rollout_stage(step)
         found = [row.sample_id for index in range(len(stage.names)) for row in read_rows(stage.verify(index), Response)]
-        assert found == [name for name, _ in run.draws(step)], f"step {step}"
+        assert found == [name for name, _ in run.samples(step)], f"step {step}"
         count += len(found)
     return count
 
@@ -145,7 +145,7 @@ def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, .
     """Compare a chain under `kills` with an undisturbed one of as many steps, and return what there is to say of it."""
     importlib.import_module("transformers.models.qwen3.modeling_qwen3")
     leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = 5.0, 0.2  # three that want to train see soon that one is at it
-    settings = ("rollout.parts=6", "eval.every=0", "pipeline.threads=1", *settings)
+    settings = ("rollout.num_parts=6", "eval.every_steps=0", "pipeline.threads=1", *settings)
     disturbed = Chain(folder / "disturbed", settings, kills, random.Random(seed))
     done = disturbed.go(steps)
     Chain(folder / "undisturbed", settings, 0, random.Random(seed)).go(done)
@@ -163,7 +163,7 @@ def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, .
 
 # ── Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-TINY = ("rollout.prompts_per_step=4", "rollout.max_tokens=4", "rollout.parts=1", "train.steps=1")
+TINY = ("rollout.prompts_per_step=4", "rollout.max_tokens=4", "rollout.num_parts=1", "train.steps=1")
 CALLS = {  # where the artifacts find what writes, renames and flushes
     "write_text": Path,
     "write_bytes": Path,
@@ -286,7 +286,7 @@ def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> 
             assert os.WTERMSIG(code) == signal.SIGKILL
         else:
             said = output.with_suffix(".calls").read_text()
-            assert os.waitstatus_to_exitcode(code) == ExitCode.REACH, said
+            assert os.waitstatus_to_exitcode(code) == ExitCode.UNAVAILABLE, said
             assert "disk is full" in said or "cannot be written: Input/output error" in said, said
             assert not list(output.rglob(".tmp-*")), at
         check_nothing_wrong_is_read(output, whole)

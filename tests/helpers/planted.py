@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from conftest import small_recipe
+from helpers.commands import small_recipe
 
 from opdctl.artifacts.files import write_json
 from opdctl.artifacts.records import SCHEMA_VERSION, Response, TokenScores
@@ -17,7 +17,7 @@ SKY = 3  # an ordinary token
 
 
 def planted_run(path: Path, *overrides: str) -> Run:
-    return open_run(small_recipe("rollout.parts=1", "train.steps=8", "weight.gamma=1.0", *overrides), path)
+    return open_run(small_recipe("rollout.num_parts=1", "train.steps=8", "weight.gamma=1.0", *overrides), path)
 
 
 def plant(
@@ -42,7 +42,7 @@ def plant(
             response_ids=np.full(len(advantage), SKY, np.int32),
             logprobs=np.full(len(advantage), student_logp, np.float32),
             finish_reason="stop",
-            policy_step=step,
+            policy_version=step,
             source="planted",
             teacher="teacher",
             answer=None,
@@ -56,18 +56,18 @@ def plant(
 
 def plant_rows(run: Run, step: int, rows: Sequence[Response], scores: Sequence[TokenScores]) -> None:
     """Write a step's rollout and teacher scores, cut into the run's parts."""
-    rollout = run.rollout(step)
-    rollout.begin({})
+    rollout = run.rollout_stage(step)
+    rollout.start({})
     for index in range(len(rollout.names)):
-        own = rollout.share(list(rows), index)
+        own = rollout.items_of_part(list(rows), index)
         save = partial(write_rows, rows=own, kind=Response)
         rollout.write(index, save, rows=len(own), tokens=sum(len(row.response_ids) for row in own))
-    rollout.seal()
-    teacher = run.score(step, "teacher")
-    teacher.begin({})
+    rollout.finalize()
+    teacher = run.score_stage(step, "teacher")
+    teacher.start({})
     for index in range(len(teacher.names)):
-        own, found = teacher.share(list(rows), index), teacher.share(list(scores), index)
-        ids, meaning = [row.sample_id for row in own], {"rollout": rollout.sha256(index)}
-        save = partial(write_scores, ids=ids, scores=found, meaning=meaning)
+        own, found = teacher.items_of_part(list(rows), index), teacher.items_of_part(list(scores), index)
+        ids, logprob_metadata = [row.sample_id for row in own], {"rollout": rollout.sha256(index)}
+        save = partial(write_scores, ids=ids, scores=found, logprob_metadata=logprob_metadata)
         teacher.write(index, save, rows=len(own), tokens=sum(len(each.logprobs) for each in found))
-    teacher.seal()
+    teacher.finalize()
