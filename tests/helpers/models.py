@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 
+from opdctl.models.directory import find_or_download
+from opdctl.recipe.schema import Model
+
 TOY = find_or_download(Model(model="toy:student"), "student.model")
 SMALL = {
     "vocab_size": 64,  # eight rows more than the tokenizer knows
