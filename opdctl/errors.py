@@ -143,6 +143,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
+def summarize_exception(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 MAX_SUGGESTIONS = 10
 
 
