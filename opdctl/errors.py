@@ -41,6 +41,7 @@ ErrorKind = Literal[
     "non_finite_value",
     "out_of_memory",
     "recipe_mismatch",
+    "rejected_request",
     "settings_mismatch",
     "source_mismatch",
     "stale_rollout",
