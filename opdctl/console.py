@@ -1,6 +1,6 @@
-"""What a person sees: messages and progress, on stderr. Data on stdout is the command line's business.
+"""Console output on stderr: messages, tables and progress. Commands print their data to stdout in opdctl.cli.
 
-Nothing from a prompt, a response or a model is ever read as markup, nor as an order to the terminal.
+Text from prompts, responses and models is never interpreted as markup or as terminal escape codes.
 """
 
 import contextlib
@@ -17,29 +17,27 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-
-
 if not console.is_terminal:
-    console.width = 1000  # a file is as wide as its tables
-
+    console.width = 1000  # never wrap tables in a file
 
 _level = 0
 _name = ""
-UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)  # moves the cursor, colours, turns text round
-MAX_TABLE_ROWS = 12  # of a table that grows
-PROGRESS_DELAY_SECONDS = 10.0  # seconds: shorter work shows no plain progress lines
+CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Escape codes, and characters that change the direction of text. Tab and newline are not among them."""
+MAX_TABLE_ROWS = 12
+"""Rows of a live table; older rows scroll out."""
+PROGRESS_DELAY_SECONDS = 10.0
+"""Work that takes less time prints no progress lines outside a terminal."""
 
 
 def set_level(level: int, name: str = "") -> None:
-    """Set how much is said, -1 errors only, 0 the usual, 1 details; and whose errors these are, among several ranks."""
+    """Set the verbosity (-1 errors and warnings, 0 normal, 1 debug) and a prefix for errors, such as "rank 1: "."""
     global _level, _name
     _level, _name = level, name
 
 
 def _strip_control_chars(text: str) -> str:
-    return UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
+    return CONTROL_CHARS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def info(message: str, style: str = "") -> None:
@@ -63,51 +61,52 @@ def error(message: str, hint: str | None) -> None:
 
 
 def print_renderable(text: Text) -> None:
-    """Print styled text, whose parts the caller has made safe."""
+    """Print styled text. The caller has removed control characters."""
     if _level >= 0:
         console.print(text)
 
 
 def print_fields(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Print a titled list of (what, value)."""
+    """Print a titled list of (label, value)."""
     if _level >= 0:
-        width = max(len(what) for what, _ in rows)
+        width = max(len(label) for label, _ in rows)
         console.print(Text(title, style="bold"))
-        for what, value in rows:  # not a table: a path or a command must not be broken
-            console.print(Text.assemble((f"{what:<{width}}  ", "cyan"), _strip_control_chars(value)))
+        for label, value in rows:  # no table, which would wrap paths and commands
+            console.print(Text.assemble((f"{label:<{width}}  ", "cyan"), _strip_control_chars(value)))
 
 
 def print_components(title: str, entries: Sequence[Any]) -> None:
-    """Print registry entries: name, what it is, parameters with defaults, source."""
+    """Print the components of a registry (`ComponentInfo`): name, summary, parameters with defaults, source."""
     if _level >= 0:
         console.print(Text(title, style="bold"))
         for entry in entries:
-            parameters = ", ".join(
-                f"{name} = {json.dumps(value)}" for name, value in entry.parameters.items()
-            )  # as in TOML
+            parameters = ", ".join(f"{name} = {json.dumps(value)}" for name, value in entry.parameters.items())
             console.print(Text.assemble((entry.name, "cyan"), f"  {entry.summary}"))
             console.print(Text("    " + "; ".join(part for part in (parameters, entry.source) if part), style="dim"))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print a table, its first `left` columns to the left, the others, numbers mostly, to the right."""
+    """Print a table. The first `left` columns are left-justified; the others are right-justified, as numbers are."""
     if _level >= 0:
-        console.print(_grid(title, header, rows, left))
+        console.print(_build_table(title, header, rows, left))
 
 
-def _grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
-    grid = Table(title=Text(_strip_control_chars(title), style="bold"), title_justify="left")
-    for number, name in enumerate(header):
-        grid.add_column(name, justify="right" if number >= left else "left")
+def _build_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
+    table = Table(title=Text(_strip_control_chars(title), style="bold"), title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index >= left else "left")
     for row in rows:
-        grid.add_row(*(Text(_strip_control_chars(cell)) for cell in row))
-    return grid
+        table.add_row(*(Text(_strip_control_chars(cell)) for cell in row))
+    return table
 
 
 @contextlib.contextmanager
 def live_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Callable[[], Sequence[str]], str], None]]:
-    """Yield a function that takes how to make a row, and the line that says the same: on a terminal the last rows are
-    a table that stays in its place while messages and progress pass, elsewhere each line is said and no row made."""
+    """Yield a function add(make_row, line), where `line` has the content of the row as text.
+
+    On a terminal, the last rows are a table that stays at the bottom, below messages and progress. Elsewhere, each line
+    is printed and no row is made.
+    """
     if _level < 0 or not console.is_terminal:
         yield lambda make_row, line: info(line)
         return
@@ -116,14 +115,14 @@ def live_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Callable
 
         def add(make_row: Callable[[], Sequence[str]], line: str) -> None:
             rows.append(make_row())
-            live.update(_grid(title, header, rows[-MAX_TABLE_ROWS:], left=0), refresh=True)
+            live.update(_build_table(title, header, rows[-MAX_TABLE_ROWS:], left=0), refresh=True)
 
         yield add
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told of each `n` more done: a bar on a terminal, else a plain line every 10 %."""
+    """Yield a function advance(n), called after n of `total` items: a bar on a terminal, else a line every 10 %."""
     if _level < 0:
         yield lambda n: None
     elif console.is_terminal:
@@ -136,14 +135,14 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _plain_lines(label: str, total: int) -> Callable[[int], None]:
-    start, done, said = time.monotonic(), 0, 0
+    start, done, printed_tenth = time.monotonic(), 0, 0
 
     def advance(n: int) -> None:
-        nonlocal done, said
+        nonlocal done, printed_tenth
         done += n
         tenth = 10 * done // max(total, 1)
-        if tenth > said and time.monotonic() - start > PROGRESS_DELAY_SECONDS:
-            said = tenth
+        if tenth > printed_tenth and time.monotonic() - start > PROGRESS_DELAY_SECONDS:
+            printed_tenth = tenth
             info(f"{label}: {10 * tenth} % ({done} of {total})")
 
     return advance

@@ -1,6 +1,6 @@
-"""Processes that work together under torchrun. The only file that reads RANK or calls a collective.
+"""Process groups under torchrun. No other module reads RANK or calls a collective.
 
-Without torchrun there is one process, which is rank 0 of one. Imports torch only where there are more.
+Without torchrun there is a single process, rank 0. torch is imported only when a function needs it.
 """
 
 import datetime
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Value = TypeVar("Value")
-_owns_process_group = False  # whether the process group was made here
-COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)  # one rank may evaluate for hours; a dead one is torchrun's to notice
+CUDA_BACKEND = "cpu:gloo,cuda:nccl"
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
+"""Long, since the others wait while one rank evaluates for hours. torchrun detects a rank that has exited."""
+_owns_process_group = False  # whether this module created the process group
 
 
 def is_torchrun() -> bool:
-    """Whether torchrun started this process. Others set RANK and WORLD_SIZE too, for purposes of their own."""
+    """Whether torchrun started this process. RANK and WORLD_SIZE are no evidence: other launchers set them too."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -32,12 +34,12 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this is rank 0, the only process that writes files and prints."""
     return rank() == 0
 
 
 def init_process_group() -> None:
-    """Join the other processes, if there are any. Each sees one GPU, its own; so do the engines that it starts."""
+    """Create the process group, if there are several processes. Each process, with its engines, sees one GPU."""
     if world_size() == 1:
         return
     local = int(os.environ["LOCAL_RANK"])
@@ -45,14 +47,14 @@ def init_process_group() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
     import torch
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = CUDA_BACKEND if torch.cuda.is_available() else "gloo"
     global _owns_process_group
     torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     _owns_process_group = True
 
 
 def destroy_process_group() -> None:
-    """Part from the other processes. A process group that vLLM has made in this process is not ours to take down."""
+    """Destroy the process group. One that vLLM created in this process is left alone."""
     global _owns_process_group
     if _owns_process_group:
         import torch
@@ -62,18 +64,18 @@ def destroy_process_group() -> None:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error says no more than that another process is gone."""
+    """Whether an error only reports that another rank is gone."""
     return world_size() > 1 and ("gloo" in str(error) or type(error).__name__.startswith("Dist"))
 
 
 def mesh(device: str) -> "DeviceMesh":
-    """Return all processes as a mesh to shard a model over; a single one is a mesh of its own."""
+    """Return the device mesh of all processes, over which a model is sharded. It may consist of a single process."""
     import torch
     from torch._C._distributed_c10d import HashStore
     from torch.distributed.device_mesh import init_device_mesh
 
     if not torch.distributed.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        backend = CUDA_BACKEND if device == "cuda" else "gloo"
         global _owns_process_group
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         _owns_process_group = True
@@ -81,44 +83,44 @@ def mesh(device: str) -> "DeviceMesh":
 
 
 def broadcast_object(value: Value) -> Value:
-    """Return rank 0's value on every rank."""
+    """Return the value of rank 0 on every rank."""
     if world_size() == 1:
         return value
     import torch
 
-    held: list[Any] = [value]
-    torch.distributed.broadcast_object_list(held, src=0, device=torch.device("cpu"))
-    return held[0]
+    values: list[Any] = [value]
+    torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     all_reduce_sum({})
 
 
 def all_reduce_sum(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the sums over all ranks, in float64. Every rank gives the same names."""
+    """Return the sums over all ranks, in float64. Every rank passes the same names."""
     if world_size() == 1:
         return dict(values)
     import torch
 
-    summed = torch.tensor([0.0, *(values[name] for name in sorted(values))], dtype=torch.float64)
-    torch.distributed.all_reduce(summed)
-    return dict(zip(sorted(values), summed.tolist()[1:], strict=True))
+    sums = torch.tensor([0.0, *(values[name] for name in sorted(values))], dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return dict(zip(sorted(values), sums.tolist()[1:], strict=True))
 
 
-def main_process_first(work: Callable[[], Value]) -> Value:
-    """Do the work on rank 0, then on the others: they find what it has made, and an error is said once."""
+def main_process_first(function: Callable[[], Value]) -> Value:
+    """Call the function on rank 0, then on the other ranks, which reuse its files. An error is reported once."""
     if not is_main():
         barrier()
-    done = work()
+    result = function()
     if is_main():
         barrier()
-    return done
+    return result
 
 
 def full_tensor(tensor: "torch.Tensor") -> "torch.Tensor":
-    """Return a tensor, or all of a sharded one; then every rank must ask for it."""
+    """Return a tensor, gathered from all ranks if it is sharded; then every rank must call this."""
     import torch
     from torch.distributed.tensor import DTensor
 

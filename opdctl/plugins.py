@@ -1,6 +1,6 @@
-"""The public API for user code: what a plugin module imports. Names from other modules may change without notice.
+"""The public API for plugins. Names from other modules may change without notice.
 
-A plugin registers components by the decorators of the registries:
+A plugin registers components with the decorators of the registries:
 
     from opdctl.plugins import WEIGHTS, ResponseTokens, Weight
 

@@ -1,8 +1,8 @@
-"""Names to components, loaded when asked for.
+"""Registries of named components: token weights, objectives, engines, benchmarks.
 
-A component is a frozen dataclass whose fields are its parameters, or a function that makes one. It registers itself
-under a name in its kind's home module, which is imported the first time that a name of the kind is looked up, or in a
-plugin: a module of the user's own that the recipe names.
+A component is a frozen dataclass, whose fields are its parameters, or a factory function. Built-in components register
+themselves in one module for each kind, which is imported at the first lookup. A plugin, a user's module that the recipe
+lists, can register more.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ComponentInfo:
-    """What a registry says of a component: `parameters` with their defaults, `source` the paper it comes from."""
+    """The description of a component. parameters: their defaults. source: the paper that introduced it."""
 
     name: str
     summary: str
@@ -34,101 +34,109 @@ class ComponentInfo:
 class Registry(Generic[T]):
     """The components of one kind, such as the token weights."""
 
-    def __init__(self, kind: str, home: str):
-        self.kind, self._home = kind, home
-        self._makers: dict[str, Callable[..., T]] = {}
+    def __init__(self, kind: str, module: str):
+        self.kind, self._module = kind, module
+        self._factories: dict[str, Callable[..., T]] = {}
         self._sources: dict[str, str] = {}
 
     def register(self, name: str, source: str = "") -> Callable[[Callable[..., T]], Callable[..., T]]:
-        """Return a decorator that files a class or function under `name`; `source` says where it comes from."""
+        """Return a decorator that registers a class or function under `name`; `source` is the paper or the author."""
 
-        def file(maker: Callable[..., T]) -> Callable[..., T]:
-            if name in self._makers:
+        def decorator(factory: Callable[..., T]) -> Callable[..., T]:
+            if name in self._factories:
                 raise ValueError(f"two components of kind {self.kind} are named {name!r}")
-            self._makers[name], self._sources[name] = maker, source
-            return maker
+            self._factories[name], self._sources[name] = factory, source
+            return factory
 
-        return file
+        return decorator
 
     def names(self) -> list[str]:
         """Return every registered name, in order of registration."""
-        importlib.import_module(self._home)
-        return list(self._makers)
+        importlib.import_module(self._module)
+        return list(self._factories)
 
     def get(self, name: str) -> Callable[..., T]:
-        """Return what is filed under `name`. Raises OpdctlError with the nearest name when nothing is."""
+        """Return the class or function that is registered under `name`.
+
+        Raises:
+            OpdctlError: the name is unknown.
+        """
         if name not in self.names():
-            raise OpdctlError(f"unknown {self.kind} `{name}`{did_you_mean(name, self._makers)}")
-        return self._makers[name]
+            raise OpdctlError("unknown_name", f"{self.kind} `{name}`{did_you_mean(name, self._factories)}")
+        return self._factories[name]
 
     def entries(self) -> list[ComponentInfo]:
-        """Return what there is to say of every component, in order of registration."""
+        """Return the descriptions of all components, in order of registration. Each must be a dataclass."""
         return [
             ComponentInfo(
                 name,
-                " ".join((inspect.getdoc(maker) or "").partition("\n\n")[0].split()),
-                {field.name: field.default for field in dataclasses.fields(maker)},  # type: ignore[arg-type]
+                " ".join((inspect.getdoc(factory) or "").partition("\n\n")[0].split()),
+                {field.name: field.default for field in dataclasses.fields(factory)},  # type: ignore[arg-type]
                 self._sources[name],
             )
-            for name, maker in ((name, self.get(name)) for name in self.names())
+            for name, factory in ((name, self.get(name)) for name in self.names())
         ]
 
-    def problems(self, name: str, params: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Return (parameter, what is wrong with it) of every bad parameter; "name" and "" for the whole.
+    def validate(self, name: str, params: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return (parameter, error) for every invalid parameter; the parameter is "name" or "" for the component.
 
-        Each parameter is checked against the dataclass field of its name and type, and by the component's own checks.
+        Each parameter is checked against the name and type of a dataclass field, then by the component itself.
         """
-        try:
-            maker = self.get(name)
-        except OpdctlError as error:
-            return [("name", error.message)]
-        if not dataclasses.is_dataclass(maker):
+        if name not in self.names():
+            return [("name", f"unknown {self.kind} `{name}`{did_you_mean(name, self._factories)}")]
+        factory = self.get(name)
+        if not dataclasses.is_dataclass(factory):
             return [("name", f"{self.kind} `{name}` must be a dataclass: its fields are its parameters")]
-        hints = typing.get_type_hints(maker)
-        types: dict[str, Any] = {field.name: hints[field.name] for field in dataclasses.fields(maker)}
-        found = []
+        hints = typing.get_type_hints(factory)
+        types: dict[str, Any] = {field.name: hints[field.name] for field in dataclasses.fields(factory)}
+        errors = []
         for key, value in params.items():
             if key not in types:
-                found.append((key, f"{self.kind} `{name}` has no parameter `{key}`{did_you_mean(key, types)}"))
-            elif not _fits(value, types[key]):
-                found.append((key, f"{key} must be {_describe_type(types[key])}, got {value!r}"))
-            elif problem := _validation_error(maker, {key: value}):
-                found.append((key, problem))
-        if not found and (problem := _validation_error(maker, params)):
-            found.append(("", problem))
-        return found
+                errors.append((key, f"{self.kind} `{name}` has no parameter `{key}`{did_you_mean(key, types)}"))
+            elif not _has_type(value, types[key]):
+                errors.append((key, f"{key} must be {_describe_type(types[key])}, got {value!r}"))
+            elif error := _validation_error(factory, {key: value}):
+                errors.append((key, error))
+        if not errors and (error := _validation_error(factory, params)):
+            errors.append(("", error))
+        return errors
 
     def build(self, name: str, params: Mapping[str, Any]) -> T:
-        """Build the component `name` with `params`. Raises OpdctlError with everything that is wrong with them."""
-        if problems := self.problems(name, params):
-            raise OpdctlError("\n".join(text for _, text in problems))
-        maker = self.get(name)
-        hints = typing.get_type_hints(maker)
-        return maker(**{key: float(value) if hints[key] is float else value for key, value in params.items()})
+        """Build the component `name` with `params`.
+
+        Raises:
+            OpdctlError: the name is unknown, or parameters are invalid; the message lists all of them.
+        """
+        factory = self.get(name)
+        if errors := self.validate(name, params):
+            raise OpdctlError("invalid_recipe", "\n".join(text for _, text in errors))
+        hints = typing.get_type_hints(factory)
+        return factory(**{key: float(value) if hints[key] is float else value for key, value in params.items()})
 
 
-def _describe_type(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(repr(value) for value in typing.get_args(kind))
-    return f"of type {kind.__name__}"
+def _describe_type(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(repr(value) for value in typing.get_args(annotation))
+    return f"of type {annotation.__name__}"
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    if typing.get_origin(wanted) is Literal:
-        return value in typing.get_args(wanted)
-    if isinstance(value, bool) or wanted is bool:
-        return isinstance(value, bool) and wanted is bool
-    return isinstance(value, int | float if wanted is float else wanted)
+def _has_type(value: Any, annotation: Any) -> bool:
+    """Whether a TOML value has the type of a field: an integer is a float, a bool is neither."""
+    if typing.get_origin(annotation) is Literal:
+        return value in typing.get_args(annotation)
+    if isinstance(value, bool) or annotation is bool:
+        return isinstance(value, bool) and annotation is bool
+    return isinstance(value, int | float if annotation is float else annotation)
 
 
-def _validation_error(maker: Callable[..., Any], params: Mapping[str, Any]) -> str | None:
-    """Return why the component refuses `params`, or None."""
+def _validation_error(factory: Callable[..., Any], params: Mapping[str, Any]) -> str | None:
+    """Return the error of the component's own check of `params`, or None."""
     try:
-        maker(**params)
+        factory(**params)
     except ValueError as error:
         return str(error)
     except OverflowError:
-        return f"too large a number: {', '.join(params)}"
+        return f"{', '.join(params)}: the number is too large"
     return None
 
 
@@ -139,9 +147,10 @@ BENCHMARKS: Registry[Any] = Registry("benchmark", "opdctl.evaluation.benchmarks"
 
 
 def load_plugins(names: Sequence[str]) -> None:
-    """Import the user's modules, so that they register their components; the working directory is searched last.
+    """Import the user's modules, which register their components. The working directory is searched last.
 
-    Raises OpdctlError for a module that there is not, or that fails.
+    Raises:
+        OpdctlError: a module is missing, or its import fails.
     """
     if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -151,12 +160,13 @@ def load_plugins(names: Sequence[str]) -> None:
         except Exception as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == name
             raise OpdctlError(
-                f"plugins: `{name}`: {'no such module' if missing else f'{type(error).__name__}: {error}'}",
-                hint="a plugin is a Python module in the working directory, on PYTHONPATH, or installed",
+                "invalid_plugin",
+                f"plugins: `{name}`: {'module not found' if missing else f'{type(error).__name__}: {error}'}",
+                hint="put the module in the working directory or on PYTHONPATH, or install it",
             ) from error
 
 
 def plugin_file(name: str) -> Path | None:
-    """Return the file of a plugin, or None where it has none of its own."""
+    """Return the file of a plugin, or None if it has none, such as a namespace package."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin) if spec and spec.origin else None

@@ -1,9 +1,9 @@
-"""Objectives: the loss of each token, and what its metrics need. Token weights and means are the trainer's business.
+"""Objectives: the loss and the metrics of each token. The trainer applies token weights and averages.
 
-An objective is a frozen dataclass that sees tokens one by one, in any order and cut in any way: the gradient must not
-depend on how a batch was cut. Its losses are multiplied by the token weights and summed; the sum is divided once.
+An objective is a frozen dataclass that treats every token independently of the others: the gradient must not depend on
+the micro-batches. The trainer multiplies the losses by the token weights, sums them over the step and divides once.
 
-Shapes: N response tokens, S tokens of the support: the vocabulary, or the K most probable tokens.
+Shapes: N tokens of many responses, K top-k, S tokens of the support: the vocabulary or the top-k.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from opdctl.losses.token_weights import Settings
+from opdctl.losses.checks import check_range
+from opdctl.losses.token_weights import MIN_TAIL_PROB, Settings
 from opdctl.registry import OBJECTIVES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Support = Literal["sampled", "full", "teacher", "student"]
-MAX_LOG_RATIO = 20.0  # beyond both clips, where the loss is flat; an infinite ratio would make NaN of its gradient
-MAX_TOP_K_LOG_MASS = -1e-6  # log of the most mass that a top-k may hold: rounding must not leave the rest with none
+MAX_LOG_RATIO = 20.0
+"""Bound of log(p_student / p_old), in nats. It is beyond both clips, so the loss is constant there; an infinite ratio
+would make the gradient NaN."""
+MAX_TOP_K_LOG_MASS = -MIN_TAIL_PROB
+"""Bound of the log of the probability mass in a top-k, in nats: log(1 - x) is -x for a small x."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Some tokens, in nats; only what is the student's carries gradient.
+    """Log-probs of some tokens, in nats. Only those of the student carry gradient.
 
-    logp_N: the student's log-prob of the sampled token. old_logp_N: that of the policy that the step's first update
-    starts from, by the trainer; rollout_logp_N: by the engine that drew it. target_logp_N: the teacher's, or what it is
-    extrapolated to. student_logp_NS, teacher_logp_NS: of every token of the objective's support, where it has one.
+    logp_N: of the sampled token, under the student. old_logp_N: under the policy before the first update of the step,
+    computed by the trainer. rollout_logp_N: computed by the rollout engine. target_logp_N: under the teacher, or its
+    extrapolation. student_logp_NS, teacher_logp_NS: of every token of the support; None for the support "sampled".
     """
 
     logp_N: Tensor
@@ -42,34 +46,27 @@ class TokenBatch:
 
     @property
     def advantage_N(self) -> Tensor:
-        """A = log p_target - log p_old, detached: through A itself the teacher gives no gradient."""
+        """A = log p_target - log p_old, detached."""
         return (self.target_logp_N - self.old_logp_N).detach()
 
 
 class Objective:
-    """What an objective must be.
+    """The base class of objectives.
 
-    support: the tokens at each position whose log-probs it wants: the sampled one, the whole vocabulary, or the
-    teacher's or the student's most probable ones.
+    support: the tokens at each position whose log-probs the objective reads: the sampled token, the full vocabulary, or
+    the top-k of the teacher or the student.
     """
 
     support: Support = "sampled"
 
     @property
     def needs(self) -> Settings:
-        """Settings of rollout and score that store what this objective asks for."""
+        """The recipe settings that store what this objective reads, with the values that it requires."""
         return {}
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return each token's loss and each token's share in the metrics, [N]; a metric is the mean over all tokens."""
+        """Return the loss and the metrics of each token, [N] each. The trainer logs the mean of a metric."""
         raise NotImplementedError
-
-
-def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise ValueError unless low < value < high, or value is finite where there is no upper bound."""
-    if not (math.isfinite(value) and low < value < high):
-        wanted = f"a finite number > {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 # ── On the sampled token ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -78,12 +75,12 @@ def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
 @OBJECTIVES.register("policy_gradient", "arXiv 2606.22600")
 @dataclass(frozen=True)
 class PolicyGradient(Objective):
-    """Policy gradient with A as each token's advantage, clipped as in PPO: reverse KL on the sampled tokens.
+    """Policy gradient with the advantage A of each token, clipped as in PPO: reverse KL on the sampled tokens.
 
-    With ratio = p_student / p_old, a token's loss is the greater of -A ratio and -A clip(ratio), for negative
-    advantages at most -A dual_clip. It is multiplied by the truncated importance weight
-    min(p_old / p_rollout, rollout_correction_cap), which corrects for the rollout engine's own log-probs. Advantages
-    are held within ± advantage_clip; 0 leaves them as they are.
+    With ratio = p_student / p_old, the loss is max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)); for a
+    negative A it is at most -A dual_clip. The loss is multiplied by the truncated importance weight
+    min(p_old / p_rollout, rollout_correction_cap), which corrects for the log-probs of the rollout engine. Advantages
+    are clipped to ± advantage_clip; 0 disables this.
     """
 
     clip_low: float = 0.2
@@ -93,15 +90,14 @@ class PolicyGradient(Objective):
     advantage_clip: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("clip_low", self.clip_low, 0, 1)
-        _check("clip_high", self.clip_high, 0)
-        _check("dual_clip", self.dual_clip, 1)
-        _check("rollout_correction_cap", self.rollout_correction_cap, 0)
-        if not (math.isfinite(self.advantage_clip) and self.advantage_clip >= 0):
-            raise ValueError(f"advantage_clip must be a finite number >= 0, got {self.advantage_clip}")
+        check_range("clip_low", self.clip_low, gt=0, lt=1)
+        check_range("clip_high", self.clip_high, gt=0)
+        check_range("dual_clip", self.dual_clip, gt=1)
+        check_range("rollout_correction_cap", self.rollout_correction_cap, gt=0)
+        check_range("advantage_clip", self.advantage_clip, ge=0)
 
     def advantage(self, tokens: TokenBatch) -> Tensor:
-        """Return each token's advantage, [N], taken as a constant. Variants of the policy gradient differ here."""
+        """Return the advantage of each token, [N]; no gradient flows through it. Subclasses override this method."""
         return tokens.advantage_N
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -109,18 +105,18 @@ class PolicyGradient(Objective):
         if self.advantage_clip:
             advantage_N = advantage_N.clamp(-self.advantage_clip, self.advantage_clip)
         ratio_N = (tokens.logp_N - tokens.old_logp_N).clamp(max=MAX_LOG_RATIO).exp()
-        plain_N = -advantage_N * ratio_N
+        unclipped_N = -advantage_N * ratio_N
         clipped_N = -advantage_N * ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high)
-        loss_N = plain_N.maximum(clipped_N)
+        loss_N = unclipped_N.maximum(clipped_N)
         bound_N = -advantage_N * self.dual_clip
         loss_N = loss_N.minimum(bound_N).where(advantage_N < 0, loss_N)
-        # A capped exponent: exp overflows to inf before min could cut it.
+        # Clamp the exponent: exp could overflow before a clamp of its result.
         log_correction_N = (tokens.old_logp_N - tokens.rollout_logp_N).clamp(max=math.log(self.rollout_correction_cap))
         correction_N = log_correction_N.exp().detach()
         return loss_N * correction_N, {
             "advantage": advantage_N,
-            "clip_fraction": (clipped_N > plain_N).float(),
-            "dual_clip_fraction": ((plain_N > bound_N) & (advantage_N < 0)).float(),
+            "clip_fraction": (clipped_N > unclipped_N).float(),
+            "dual_clip_fraction": ((unclipped_N > bound_N) & (advantage_N < 0)).float(),
             "ratio": ratio_N,
             "rollout_correction": correction_N,
         }
@@ -135,7 +131,7 @@ class Power(PolicyGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("alpha", self.alpha, 0)
+        check_range("alpha", self.alpha, gt=0)
 
     def advantage(self, tokens: TokenBatch) -> Tensor:
         return (self.alpha * tokens.target_logp_N).exp() - (self.alpha * tokens.old_logp_N).exp()
@@ -144,14 +140,13 @@ class Power(PolicyGradient):
 @OBJECTIVES.register("top_d", "TOP-D, arXiv 2607.04751")
 @dataclass(frozen=True)
 class TopD(PolicyGradient):
-    """Policy gradient with the advantage log(alpha p_T/p_S + 1 - alpha): bounded below, alpha 1 is A itself."""
+    """Policy gradient with the advantage log(alpha p_T/p_S + 1 - alpha), bounded below; alpha 1 gives A."""
 
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha must lie in (0, 1], got {self.alpha}")
+        check_range("alpha", self.alpha, gt=0, le=1)
 
     def advantage(self, tokens: TokenBatch) -> Tensor:
         if self.alpha == 1:
@@ -160,16 +155,16 @@ class TopD(PolicyGradient):
         return _log_mix(advantage_N, advantage_N.new_zeros(()), self.alpha)
 
 
-@OBJECTIVES.register("control", "OPSA, arXiv 2608.31046")
+@OBJECTIVES.register("constant_penalty", "OPSA, arXiv 2608.31046")
 @dataclass(frozen=True)
 class ConstantPenalty(PolicyGradient):
-    """Policy gradient with the same negative advantage on every token: a placebo that any method should beat."""
+    """Policy gradient with the constant advantage -penalty for every token: a placebo, the baseline of every method."""
 
     penalty: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("penalty", self.penalty, 0)
+        check_range("penalty", self.penalty, gt=0)
 
     def advantage(self, tokens: TokenBatch) -> Tensor:
         return tokens.advantage_N.new_full(tokens.advantage_N.shape, -self.penalty)
@@ -180,28 +175,29 @@ class ConstantPenalty(PolicyGradient):
 class SampledKl(Objective):
     """An estimator of the reverse KL from the sampled token: k1 = -A, k2 = A²/2 or k3 = exp(A) - 1 - A.
 
-    k1 is never differentiated itself: its gradient would not know the teacher. It takes the policy gradient, which k2
-    has by itself on-policy; k3's is that of a forward KL. Beyond `cap` nats exp(A) goes on as a straight line: exp
-    overflows. There is no ratio and no clip, so it is meant for one update a step.
+    k1 is not differentiated directly, since its gradient does not depend on the teacher. It has the value k1 and the
+    gradient of the policy gradient, which is also the on-policy gradient of k2. The gradient of k3 is that of a forward
+    KL. Above `cap` nats k3 replaces exp(A) by its tangent, because exp overflows. The loss has no ratio and no clip, so
+    use it with one update a step.
     """
 
     estimator: Literal["k1", "k2", "k3"] = "k2"
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        _check("cap", self.cap, 0, 80)
+        check_range("cap", self.cap, gt=0, lt=80)
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         advantage_N = tokens.target_logp_N - tokens.logp_N
         if self.estimator == "k1":
-            fixed_N = advantage_N.detach()
-            loss_N = -fixed_N - fixed_N * (tokens.logp_N - tokens.logp_N.detach())
+            constant_N = advantage_N.detach()
+            loss_N = -constant_N - constant_N * (tokens.logp_N - tokens.logp_N.detach())
         elif self.estimator == "k2":
             loss_N = advantage_N.square() / 2
         else:
-            held_N = advantage_N.clamp(max=self.cap)
-            # exp(A) - 1 as expm1(A): near 0 the difference would have no digits left.
-            loss_N = held_N.expm1() + held_N.exp() * (advantage_N - held_N) - advantage_N
+            capped_N = advantage_N.clamp(max=self.cap)
+            # expm1(A), since exp(A) - 1 loses all digits near 0.
+            loss_N = capped_N.expm1() + capped_N.exp() * (advantage_N - capped_N) - advantage_N
         return loss_N, {self.estimator: loss_N}
 
 
@@ -210,18 +206,18 @@ class SampledKl(Objective):
 
 @dataclass(frozen=True)
 class Divergence(Objective):
-    """A divergence of the whole next-token distributions, exact on the vocabulary, or on a top-k and one for the rest.
+    """A divergence of the next-token distributions: exact on the full vocabulary, or on a top-k and the tail.
 
-    support "teacher" and "student" take the `top_k` tokens most probable to the one at scoring or to the other at
-    rollout; all other tokens are one, so that mass cannot leave the support unpunished. "full" takes the vocabulary,
-    from the teacher's stored hidden states and its output matrix.
+    The supports "teacher" and "student" are the `top_k` most probable tokens of that model. All other tokens form one
+    outcome, the tail, so that mass outside the support is penalized too. "full" is the vocabulary; it uses the stored
+    hidden states of the teacher and its output matrix.
     """
 
     support: Literal["full", "teacher", "student"] = "teacher"
     top_k: int = 64
 
     def __post_init__(self) -> None:
-        _check("top_k", self.top_k, 0)
+        check_range("top_k", self.top_k, gt=0)
 
     @property
     def needs(self) -> Settings:
@@ -232,7 +228,7 @@ class Divergence(Objective):
         return {"rollout.top_k": self.top_k, "score.student_top_k": True}
 
     def divergence(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
-        """Return the divergence of two distributions, given by log-probs, [N], in nats."""
+        """Return the divergence of two distributions, given as log-probs, in nats, [N]."""
         raise NotImplementedError
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -248,7 +244,7 @@ class Divergence(Objective):
 @OBJECTIVES.register("forward_kl", "Hinton et al., arXiv 1503.02531")
 @dataclass(frozen=True)
 class ForwardKl(Divergence):
-    """KL(teacher || student): covers all that the teacher might say."""
+    """KL(teacher || student): mode-covering."""
 
     def divergence(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
         return _kl(teacher_NS, student_NS)
@@ -257,7 +253,7 @@ class ForwardKl(Divergence):
 @OBJECTIVES.register("reverse_kl", "MiniLLM, arXiv 2306.08543")
 @dataclass(frozen=True)
 class ReverseKl(Divergence):
-    """KL(student || teacher): leaves what the teacher would not say."""
+    """KL(student || teacher): mode-seeking."""
 
     def divergence(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
         return _kl(student_NS, teacher_NS)
@@ -272,7 +268,7 @@ class Jsd(Divergence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("beta", self.beta, 0, 1)
+        check_range("beta", self.beta, gt=0, lt=1)
 
     def divergence(self, student_NS: Tensor, teacher_NS: Tensor) -> Tensor:
         mixed_NS = _log_mix(teacher_NS, student_NS, self.beta)
@@ -280,22 +276,21 @@ class Jsd(Divergence):
 
 
 def _kl(p_NS: Tensor, q_NS: Tensor) -> Tensor:
-    """Return KL(p || q) of distributions given by log-probs, [N]."""
+    """Return KL(p || q) of distributions given as log-probs, in nats, [N]."""
     return (p_NS.exp() * (p_NS - q_NS)).sum(-1)
 
 
-def _log_mix(p: Tensor, q: Tensor, share: float) -> Tensor:
-    """Return log(share exp(p) + (1 - share) exp(q)), without overflow."""
-    return (p + math.log(share)).logaddexp(q + math.log1p(-share))
+def _log_mix(logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
+    """Return log(alpha exp(logp) + (1 - alpha) exp(logq)) without overflow."""
+    return (logp + math.log(alpha)).logaddexp(logq + math.log1p(-alpha))
 
 
 def append_tail_logprob(logp_NK: Tensor) -> Tensor:
-    """Append the log-prob of all tokens that are not among the K: log(1 - exp(logsumexp)), [N, K + 1]."""
+    """Append the log-prob of the tail, all tokens outside the top-k: [N, K + 1]."""
     import torch
 
-    held_N = logp_NK.logsumexp(-1).clamp(max=MAX_TOP_K_LOG_MASS)
-    # log(1 - e^x) is log1p(-e^x) for small e^x and log(-expm1(x)) for e^x near 1; each loses digits where the other is
-    # exact.
-    near_one_N = held_N > -math.log(2)
-    rest_N = (-held_N.expm1()).log().where(near_one_N, (-held_N.exp()).log1p())
-    return torch.cat([logp_NK, rest_N[..., None]], dim=-1)
+    log_mass_N = logp_NK.logsumexp(-1).clamp(max=MAX_TOP_K_LOG_MASS)
+    # log(1 - e^x) is log1p(-e^x) for small e^x and log(-expm1(x)) for e^x near 1: each is exact in its range only.
+    near_one_N = log_mass_N > -math.log(2)
+    tail_N = (-log_mass_N.expm1()).log().where(near_one_N, (-log_mass_N.exp()).log1p())
+    return torch.cat([logp_NK, tail_N[..., None]], dim=-1)

@@ -1,19 +1,18 @@
-"""TODO."""
+"""The token weight and the objective of a recipe, and the settings that store what they read."""
 
 from collections.abc import Mapping
 
 from opdctl.losses.objectives import Objective as TokenObjective
 from opdctl.losses.token_weights import Weight as TokenWeight
-from opdctl.losses.token_weights import build as build_weight
-from opdctl.losses.token_weights import merge_requirements
+from opdctl.losses.token_weights import build_weight, merge_requirements
 from opdctl.recipe.schema import Recipe
 from opdctl.registry import OBJECTIVES
 
 
 def build_token_weight(recipe: Recipe) -> TokenWeight:
     """Build the recipe's token weight."""
-    given = recipe.weight
-    return build_weight(given.name, given.params, (given.times.name, given.times.params) if given.times else None)
+    weight = recipe.weight
+    return build_weight(weight.name, weight.params, (weight.times.name, weight.times.params) if weight.times else None)
 
 
 def build_objective(recipe: Recipe) -> TokenObjective:
@@ -22,11 +21,11 @@ def build_objective(recipe: Recipe) -> TokenObjective:
 
 
 def required_columns(recipe: Recipe) -> dict[str, int | bool]:
-    """Return the settings of rollout and score that have stored what the recipe's weight and objective ask for."""
+    """Return the settings that store the columns of the recipe's weight and objective, with the required values."""
     return merge_requirements(build_token_weight(recipe).needs, build_objective(recipe).needs)
 
 
-def unmet_requirements(recipe: Recipe, needs: Mapping[str, int | bool]) -> dict[str, int | bool]:
-    """Return those of `needs` that the recipe does not meet."""
+def unmet_requirements(recipe: Recipe, requirements: Mapping[str, int | bool]) -> dict[str, int | bool]:
+    """Return the requirements that the recipe does not meet."""
     flat = recipe.flat()
-    return {key: value for key, value in needs.items() if flat[key] < value}
+    return {key: value for key, value in requirements.items() if flat[key] < value}

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Which stages depend on which settings: fingerprints of artifacts, and the effect of a changed setting."""
 
 import itertools
 import json
@@ -16,12 +16,15 @@ STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "eval": ("seed", "eval.", "student.dtype", "rollout.engine"),
     "continuations": ("seed", "continuations.", "student.dtype", "rollout.engine", "rollout.max_tokens"),
 }
-"""The keys, or beginnings of keys, that shape what a stage makes."""
+"""Each stage with the settings that its artifacts depend on, as keys or prefixes of keys."""
+STEP_ARTIFACTS = {"rollout": "rollouts", "score": "scores", "update": "updates"}
+"""The stages of a step with the plural of their artifacts, in order: each stage depends on the previous one."""
 MUTABLE_KEYS = (
     "name",
     "train.steps",
-    "train.keep_",
     "train.save_every_steps",
+    "train.keep_every_steps",
+    "train.keep_latest",
     "train.cpu_offload",
     "train.max_truncated_fraction",
     "train.min_entropy",
@@ -33,65 +36,75 @@ MUTABLE_KEYS = (
     "server.",
     "hardware.",
 )
+"""Keys, or prefixes of keys, that may change in a started run: its rollouts, scores and updates do not depend on them.
+Evaluations and continuations have separate fingerprints."""
 MUTABLE_MODEL_KEYS = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(shape|server|served_name)(\.|$)")
-"""Keys, by their beginning and by what stands in them, that may change between two calls on one run directory.
-Evaluations and continuations check their own."""
+"""The same for the keys of any model."""
+IMMUTABLE_KEYS = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
+"""Keys that no fork of a run can change: every artifact of the run depends on them. The remaining keys can change in a
+fork."""
 
 
 def is_mutable(key: str) -> bool:
+    """Whether a started run accepts another value of the setting."""
     return key.startswith(MUTABLE_KEYS) or MUTABLE_MODEL_KEYS.match(key) is not None
 
 
 def affected_stages(key: str) -> list[str]:
-    """Return the stages that the setting `key` shapes."""
+    """Return the stages whose artifacts depend on the setting `key`."""
     return [stage for stage, keys in STAGE_DEPENDENCIES.items() if key.startswith(keys)]
-
-
-STEP_ARTIFACTS = {"rollout": "rollouts", "score": "scores", "update": "updates"}
-"""What the stages of a step make, in the order in which each builds on the one before."""
-IMMUTABLE_KEYS = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
-"""Keys that a run is begun with for good: what was made under others is of no use to it."""
 
 
 def unaffected_stages(keys: Iterable[str]) -> list[str]:
     """Return the stages of a step whose artifacts depend on none of the settings."""
-    shaped = {stage for key in keys for stage in affected_stages(key)}
-    if "prompts" in shaped:
+    affected = {stage for key in keys for stage in affected_stages(key)}
+    if "prompts" in affected:
         return []
-    return list(itertools.takewhile(lambda stage: stage not in shaped, STEP_ARTIFACTS))
+    return list(itertools.takewhile(lambda stage: stage not in affected, STEP_ARTIFACTS))
 
 
 def fingerprint_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Return the settings that shape `stage`, by dotted key: the fingerprint of its artifacts."""
-    skip = ("eval.every_steps", "eval.bench", "eval.batch_size", "eval.allow_code_execution")
-    flat = {
-        k: v for k, v in recipe.flat().items() if k.startswith(STAGE_DEPENDENCIES[stage]) and not k.startswith(skip)
-    }
-    return {k: flat[k] for k in sorted(flat) if stage in ("eval", "continuations") or not is_mutable(k)}
+    """Return the settings in the fingerprint of a stage's artifacts, by dotted key."""
+    excluded = ("eval.every_steps", "eval.bench", "eval.batch_size", "eval.allow_code_execution")
+    keys = sorted(key for key in recipe.flat() if key.startswith(STAGE_DEPENDENCIES[stage]))
+    if stage not in ("eval", "continuations"):
+        keys = [key for key in keys if not is_mutable(key)]
+    flat = recipe.flat()
+    return {key: flat[key] for key in keys if not key.startswith(excluded)}
 
 
 def scorer_fingerprint_settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Return the settings that shape what the model `name` says of responses: its own, and those of all scorers."""
-    own = ("score.", f"{model_key(name)}.")
-    return {key: value for key, value in fingerprint_settings(recipe, "score").items() if key.startswith(own)}
+    """Return the settings in the fingerprint of the scores of the model `name`: [score], and those of the model."""
+    prefixes = ("score.", f"{model_key(name)}.")
+    return {key: value for key, value in fingerprint_settings(recipe, "score").items() if key.startswith(prefixes)}
 
 
 def describe_changes(changes: Iterable[tuple[str, Any, Any]]) -> str:
-    """Return one line a change: the key, old and new value, what it shapes, and what comes before that."""
+    """Return one line for each change (key, old, new), with the artifacts that it affects and those it does not.
+
+    describe_changes([("weight.gamma", 0.5, 0.7)])
+    # weight.gamma 0.5 → 0.7 affects updates; rollouts and scores can be reused
+    """
     lines = []
     for key, old, new in changes:
-        names = [STEP_ARTIFACTS.get(stage, stage) for stage in affected_stages(key)] or ["inputs"]
-        shaped = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-        free = " or ".join(STEP_ARTIFACTS[stage] for stage in unaffected_stages([key]))
-        lines.append(f"{key} {old!r} → {new!r} shapes {shaped}" + (f", not {free}" if free else ""))
+        affected = _enumerate([STEP_ARTIFACTS.get(stage, stage) for stage in affected_stages(key)] or ["inputs"])
+        reusable = _enumerate([STEP_ARTIFACTS[stage] for stage in unaffected_stages([key])])
+        lines.append(
+            f"{key} {old!r} → {new!r} affects {affected}" + (f"; {reusable} can be reused" if reusable else "")
+        )
     return "\n".join(lines)
 
 
+def _enumerate(names: Sequence[str]) -> str:
+    """Return "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
 def as_overrides(changes: Sequence[tuple[str, Any, Any]]) -> list[str] | None:
-    """Return the changes as `--set` takes them, or None where one takes a setting away, which no `--set` can say."""
+    """Return the changes (key, old, new) as arguments of `--set`, or None if one removes a setting: `--set` cannot."""
     components = {key.removesuffix("name") for key, _, _ in changes if key.endswith(".name")}
-    own = [(key, new) for key, _, new in changes if new is not None]
     if any(new is None and not key.startswith(tuple(components)) for key, _, new in changes):
         return None
-    # A component's name comes first: it takes the parameters of the one before away.
-    return [f"{key}={json.dumps(new)}" for key, new in sorted(own, key=lambda pair: not pair[0].endswith(".name"))]
+    values = [(key, new) for key, _, new in changes if new is not None]
+    # The name of a component comes first, because it removes the parameters of the previous component.
+    return [f"{key}={json.dumps(new)}" for key, new in sorted(values, key=lambda pair: not pair[0].endswith(".name"))]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Loading a recipe: merge files and `--set`, import plugins, validate, and resolve defaults and paths."""
 
 import dataclasses
 import tomllib
@@ -16,50 +16,55 @@ from opdctl.registry import BENCHMARKS, OBJECTIVES, WEIGHTS, Registry, load_plug
 
 
 def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
-    """Read `files`, merge them and `overrides` ("a.b=c") left to right onto `base`, and return the recipe they make.
+    """Merge `base`, `files` and `overrides` ("a.b=c"), in this order, and return the validated recipe.
 
-    Raises OpdctlError with all that is wrong in one message, each line with its file, key and the nearest valid name.
+    Raises:
+        OpdctlError: a file cannot be read, or the recipe is invalid. The message has a line for each error, with the
+            file, the key and the nearest valid name.
     """
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    recipe: Recipe | None = None
     _merge(merged, base or {}, "--model", origin)
     for file in files:
         _merge(merged, _read(file), str(file), origin)
     for override in overrides:
         _merge(merged, _parse_override(override), "--set", origin)
     default_origin = str(files[-1]) if files else "--set"
-
     if isinstance(plugins := merged.get("plugins"), list):
         try:
             load_plugins([name for name in plugins if isinstance(name, str)])
         except OpdctlError as error:
-            where = _origin("plugins", origin, default_origin)
-            raise OpdctlError(f"{where}: {error.message}", hint=error.hint, code=error.code) from error
-    problems: list[tuple[str, str]] = []
+            file = _origin("plugins", origin, default_origin)
+            raise OpdctlError(error.kind, f"{file}: {error.detail}", hint=error.hint) from error
+    recipe, errors = _validate(merged)
+    if recipe is None or errors:
+        lines = [f"{_origin(key, origin, default_origin)}: {key}: {text}" for key, text in errors]
+        count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
+        raise OpdctlError("invalid_recipe", "\n".join(lines), hint=f"correct the recipe ({count}); nothing was run")
+    return _with_absolute_paths(_with_component_defaults(recipe))
+
+
+def _validate(merged: Mapping[str, Any]) -> tuple[Recipe | None, list[tuple[str, str]]]:
+    """Return the recipe, None if it does not match the schema, and every error as (key, text)."""
+    recipe, errors = None, []
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
-        problems += [format_error(dict(detail)) for detail in error.errors(include_url=False)]
-    problems += component_errors(merged)
+        errors += [format_error(dict(detail)) for detail in error.errors(include_url=False)]
+    errors += component_errors(merged)
     if recipe is not None:
-        problems += combination_errors(recipe)
-    if problems:
-        lines = [f"{_origin(key, origin, default_origin)}: {key}: {text}" for key, text in problems]
-        raise OpdctlError("\n".join(lines), hint=f"{len(lines)} to mend in the recipe; nothing was run")
-    assert recipe is not None
-    return _with_absolute_paths(_with_defaults(recipe))
+        errors += combination_errors(recipe)
+    return recipe, errors
 
 
 def default_eval_recipe(model: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a recipe to evaluate `model` alone by: what it says of teacher, prompts and training is never used."""
-    unused = {"teacher": {"model": model}, "prompts": {"source": "toy:sort12", "count": 1024}, "train": {"steps": 1}}
+    """Return a recipe for the evaluation of a model without a run. Its teacher, prompts and training are never used."""
+    unused = {"teacher": {"model": model}, "prompts": {"source": "toy:sort12", "limit": 1024}, "train": {"steps": 1}}
     return load_recipe([], overrides, {"name": "eval", "student": {"model": model}} | unused)
 
 
-def _with_defaults(recipe: Recipe) -> Recipe:
-    """Write out what the recipe leaves to its components, since a later default must not change a run: their
-    parameters, and what the stages must store for them."""
+def _with_component_defaults(recipe: Recipe) -> Recipe:
+    """Add the parameters of the components and the columns that they need, so that new defaults cannot change a run."""
     weight, objective = recipe.weight, recipe.objective
     times = weight.times and Component(name=weight.times.name, **_parameters(WEIGHTS, weight.times))
     update: dict[str, Any] = {
@@ -72,33 +77,38 @@ def _with_defaults(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _parameters(registry: Registry[Any], given: Component) -> dict[str, Any]:
-    return dataclasses.asdict(registry.build(given.name, given.params))
+def _parameters(registry: Registry[Any], component: Component) -> dict[str, Any]:
+    return dataclasses.asdict(registry.build(component.name, component.params))
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Make the paths of local models and prompts absolute: a run goes on from whatever folder it is called in."""
+    """Make the paths of local models, prompts and benchmarks absolute, so that a run can resume in any directory."""
 
-    def local(model: Model) -> Model:
+    def resolve(model: Model) -> Model:
         return model.model_copy(update={"model": _absolute(model.model)})
 
     update: dict[str, Any] = {
-        name: local(model)
+        name: resolve(model)
         for name, model in (("student", recipe.student), ("teacher", recipe.teacher), ("reference", recipe.reference))
         if model
     }
-    update["teachers"] = {name: local(model) for name, model in recipe.teachers.items()}
+    update["teachers"] = {name: resolve(model) for name, model in recipe.teachers.items()}
     update["prompts"] = recipe.prompts.model_copy(update={"source": _absolute(recipe.prompts.source)})
     return with_benchmarks(recipe.model_copy(update=update), recipe.eval.bench)
 
 
-def _absolute(text: str) -> str:
-    path = Path(text).expanduser()
-    return str(path.resolve()) if path.exists() else text
+def _absolute(source: str) -> str:
+    """Return the absolute path of a file or directory. Other strings, such as a hub id, are returned as they are."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def with_benchmarks(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """Return `recipe` with other benchmarks. Raises OpdctlError for one that there is not."""
+    """Return `recipe` with other benchmarks.
+
+    Raises:
+        OpdctlError: a benchmark is unknown.
+    """
     for name in names:
         if not is_data_file(name):
             BENCHMARKS.get(name)
@@ -111,16 +121,16 @@ def _read(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
-        raise OpdctlError(f"{file}: no such recipe{did_you_mean(file.name, known)}") from None
+        raise OpdctlError("missing_file", f"{file}{did_you_mean(file.name, known)}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise OpdctlError(f"{file}: cannot be read as TOML: {error}") from error
+        raise OpdctlError("invalid_recipe", f"{file}: cannot be read as TOML: {error}") from error
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names) or "\n" in text:
-        raise OpdctlError(f"--set {text}: must read key=value, such as train.steps=10")
+        raise OpdctlError("invalid_usage", f"--set {text}: must be key=value, such as train.steps=10")
     try:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
@@ -131,6 +141,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: dict[str, str], prefix: str = "") -> None:
+    """Merge `new` into `into` key by key, and record in `origin` that its keys come from `source`."""
     for name, value in new.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
@@ -138,17 +149,18 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
                 into[name] = {}
             default = DEFAULT_COMPONENTS.get(key)
             if default is not None and "name" in value and value["name"] != into[name].get("name", default):
-                # Another component: the parameters of the one before are not its own.
+                # A new component does not inherit the parameters of the previous one.
                 into[name] = {k: v for k, v in into[name].items() if k == "times"}
             _merge(into[name], value, source, origin, f"{key}.")
         elif value is False and isinstance(into.get(name), dict):
-            del into[name]  # the section of an earlier file is taken away
+            del into[name]  # remove the section of an earlier file
         else:
             into[name] = value
         origin[key] = source
 
 
 def _origin(key: str, origin: Mapping[str, str], default: str) -> str:
+    """Return the source of a key, or of the nearest section around it that has one."""
     while key:
         if key in origin:
             return origin[key]

@@ -1,18 +1,20 @@
-"""TODO."""
+"""Validation of a recipe beyond its schema: every error as (key, text), so that all are reported at once."""
 
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opdctl.errors import did_you_mean
-from opdctl.losses.objectives import PolicyGradient
+from opdctl.losses.objectives import Objective, PolicyGradient
 from opdctl.recipe.components import build_objective
 from opdctl.recipe.schema import AUTO, DEFAULT_COMPONENTS, TEACHER_NAME_PATTERN, Recipe, Section, is_data_file
-from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS
+from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry
+
+Errors = list[tuple[str, str]]
 
 
-def format_error(detail: dict[str, Any]) -> tuple[str, str]:
-    """Turn one of pydantic's errors into (dotted key, text)."""
+def format_error(detail: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the (key, text) of an error of pydantic."""
     loc = [str(part) for part in detail["loc"]]
     key = ".".join(loc)
     match detail["type"]:
@@ -22,114 +24,160 @@ def format_error(detail: dict[str, Any]) -> tuple[str, str]:
             return key, "is required"
         case "literal_error":
             return key, f"must be {detail['ctx']['expected']}, got {detail['input']!r}"
-        case "string_pattern_mismatch" if loc[-1] == "server":  # not shown: it may have a password in it
+        case "string_pattern_mismatch" if loc[-1] == "server":  # do not print the value: it may contain a password
             return key, "must be an address such as http://host:8000/v1, without a password or query; see [server]"
         case "string_pattern_mismatch":
-            return key, f"must be letters, digits, `.`, `_` or `-`, got {detail['input']!r}"
+            return key, f"must consist of letters, digits, `.`, `_` and `-`, got {detail['input']!r}"
         case "int_type" | "int_from_float":
             return key, f"must be an integer, got {detail['input']!r}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return key, f"must be a table of settings, got {detail['input']!r}"
         case _:
-            text = detail["msg"].replace("Input should be", "must be").replace("a valid", "a")
-            return key, f"{text}, got {detail['input']!r}"
+            reason = detail["msg"].replace("Input should be", "must be").replace("a valid", "a")
+            return key, f"{reason}, got {detail['input']!r}"
 
 
 def _fields(loc: Iterable[str]) -> list[str]:
-    """Return the keys of the section that `loc` leads to."""
-    kind: Any = Recipe
+    """Return the keys of the section at a location in the recipe."""
+    annotation: Any = Recipe
     for name in loc:
-        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else kind.model_fields[name].annotation
-        sections = [each for each in typing.get_args(kind) if isinstance(each, type) and issubclass(each, Section)]
-        if sections and typing.get_origin(kind) is not dict:
-            (kind,) = sections  # an optional section
-    return list(kind.model_fields)
+        if typing.get_origin(annotation) is dict:
+            annotation = typing.get_args(annotation)[1]
+        else:
+            annotation = annotation.model_fields[name].annotation
+        sections = [arg for arg in typing.get_args(annotation) if isinstance(arg, type) and issubclass(arg, Section)]
+        if sections and typing.get_origin(annotation) is not dict:
+            (annotation,) = sections  # an optional section
+    return list(annotation.model_fields)
 
 
-def component_errors(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Build every component that the recipe names, so that a typo fails before any model loads."""
-    problems = []
-    if ("teacher" in merged) == bool(merged.get("teachers")):
-        what = "not beside [teachers]: give one or the other" if "teacher" in merged else "is required, or [teachers]"
-        problems.append(("teacher", what))
-    components = [("weight", WEIGHTS, merged.get("weight", {})), ("objective", OBJECTIVES, merged.get("objective", {}))]
-    components += [("weight.times", WEIGHTS, _get(merged, "weight", "times"))]
-    for section, registry, given in components:
-        if isinstance(given, dict) and isinstance(name := given.get("name", DEFAULT_COMPONENTS[section] or None), str):
-            not_its_own = ("name", "times") if section == "weight" else ("name",)
-            found = registry.problems(name, {k: v for k, v in given.items() if k not in not_its_own})
-            problems += [(f"{section}.{key}".rstrip("."), text) for key, text in found]
-    engines = {key: _get(merged, key, "engine") for key in ("rollout", "score")}
-    names = [(f"{key}.engine", ENGINES, [name]) for key, name in engines.items() if name != AUTO]
+# ── Names and parameters of components, before the recipe is known to match the schema ───────────────────────────────
+
+
+def component_errors(merged: Mapping[str, Any]) -> Errors:
+    """Validate the names and parameters of components, so that a typo is reported before any model is loaded."""
+    errors = []
+    if "teacher" in merged and merged.get("teachers"):
+        errors.append(("teacher", "[teacher] and [teachers] are mutually exclusive"))
+    elif "teacher" not in merged and not merged.get("teachers"):
+        errors.append(("teacher", "is required, or [teachers]"))
+    return [*errors, *_parameter_errors(merged), *_name_errors(merged)]
+
+
+def _parameter_errors(merged: Mapping[str, Any]) -> Errors:
+    errors = []
+    sections: list[tuple[str, Registry[Any], Any]] = [
+        ("weight", WEIGHTS, merged.get("weight", {})),
+        ("objective", OBJECTIVES, merged.get("objective", {})),
+        ("weight.times", WEIGHTS, _get(merged, "weight", "times")),
+    ]
+    for section, registry, values in sections:
+        if not isinstance(values, dict):
+            continue
+        name = values.get("name", DEFAULT_COMPONENTS[section] or None)
+        if isinstance(name, str):
+            other_keys = ("name", "times") if section == "weight" else ("name",)
+            params = {key: value for key, value in values.items() if key not in other_keys}
+            errors += [(f"{section}.{key}".rstrip("."), text) for key, text in registry.validate(name, params)]
+    return errors
+
+
+def _name_errors(merged: Mapping[str, Any]) -> Errors:
+    """Validate the names of engines and benchmarks."""
+    errors = []
+    engines = {f"{section}.engine": _get(merged, section, "engine") for section in ("rollout", "score")}
+    names: list[tuple[str, Registry[Any], Any]] = [
+        (key, ENGINES, [name]) for key, name in engines.items() if name != AUTO
+    ]
     names += [("eval.bench", BENCHMARKS, _get(merged, "eval", "bench"))]
     for key, registry, values in names:
         for value in values if isinstance(values, list) else []:
             if isinstance(value, str) and value not in registry.names() and not is_data_file(value):
-                problems.append((key, f"unknown {registry.kind} `{value}`{did_you_mean(value, registry.names())}"))
-    return problems
+                errors.append((key, f"unknown {registry.kind} `{value}`{did_you_mean(value, registry.names())}"))
+    return errors
 
 
 def _get(merged: Mapping[str, Any], section: str, key: str) -> Any:
-    found = merged.get(section)
-    return found.get(key) if isinstance(found, dict) else None
+    values = merged.get(section)
+    return values.get(key) if isinstance(values, dict) else None
 
 
-def combination_errors(recipe: Recipe) -> list[tuple[str, str]]:
-    problems = []
-    if recipe.rollout.num_parts > recipe.responses_per_step():
-        problems.append(
-            ("rollout.num_parts", f"{recipe.rollout.num_parts} parts for {recipe.responses_per_step()} responses")
-        )
-    if recipe.prompts.limit is not None and recipe.prompts.limit < recipe.rollout.prompts_per_step:
-        problems.append(
-            ("prompts.limit", f"{recipe.prompts.limit} is less than one step's {recipe.rollout.prompts_per_step}")
-        )
-    if recipe.prompts.source.startswith("toy:") and recipe.prompts.limit is None:
-        problems.append(("prompts.limit", "is required: the embedded task has no end"))
-    problems += _teacher_errors(recipe)
-    if not all(0 <= beta < 1 for beta in recipe.train.betas):
-        problems.append(("train.betas", f"must lie in [0, 1), got {recipe.train.betas}"))
-    decay, warmup = recipe.train.decay_steps, recipe.train.warmup_steps
-    if recipe.train.lr_scheduler_type != "constant" and (decay is None or decay <= warmup):
-        problems.append(("train.decay_steps", f"a falling learning rate needs one above train.warmup_steps, {warmup}"))
-    if recipe.eval.every_steps and not recipe.eval.allow_code_execution:
+# ── Combinations of settings ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def combination_errors(recipe: Recipe) -> Errors:
+    """Validate settings that are valid by themselves and not together."""
+    return [*_sampling_errors(recipe), *_teacher_errors(recipe), *_train_errors(recipe), *_eval_errors(recipe)]
+
+
+def _sampling_errors(recipe: Recipe) -> Errors:
+    errors = []
+    rollout, prompts = recipe.rollout, recipe.prompts
+    if rollout.num_parts > recipe.responses_per_step():
+        text = f"{rollout.num_parts} exceeds the number of responses of a step, {recipe.responses_per_step()}"
+        errors.append(("rollout.num_parts", text))
+    if rollout.temperature != 1 or rollout.top_p != 1:
+        errors.append(("rollout", "temperature and top_p must be 1: on-policy distillation samples from the student"))
+    if prompts.limit is not None and prompts.limit < rollout.prompts_per_step:
+        text = f"{prompts.limit} is less than rollout.prompts_per_step, {rollout.prompts_per_step}"
+        errors.append(("prompts.limit", text))
+    if prompts.source.startswith("toy:") and prompts.limit is None:
+        errors.append(("prompts.limit", "is required: a toy task is an infinite stream"))
+    return errors
+
+
+def _teacher_errors(recipe: Recipe) -> Errors:
+    errors = []
+    for name in recipe.teachers:
+        if not TEACHER_NAME_PATTERN.fullmatch(name):
+            errors.append((f"teachers.{name}", "the name must consist of letters, digits, `_` and `-`"))
+    if recipe.teachers and recipe.prompts.teacher_column is None:
+        errors.append(("prompts.teacher_column", "is required with [teachers]: the column with each prompt's teacher"))
+    if not recipe.teachers and recipe.prompts.teacher_column is not None:
+        errors.append(("prompts.teacher_column", "requires [teachers]"))
+    if recipe.train.extrapolation != 1:
+        if recipe.reference is None:
+            errors.append(("train.extrapolation", f"{recipe.train.extrapolation} requires a [reference] model"))
+        objective = _valid_objective(recipe)
+        if objective is not None and objective.support != "sampled":
+            text = f"objective `{recipe.objective.name}` does not support a reference model"
+            errors.append(("train.extrapolation", text))
+    return errors
+
+
+def _train_errors(recipe: Recipe) -> Errors:
+    errors = []
+    train = recipe.train
+    if not all(0 <= beta < 1 for beta in train.betas):
+        errors.append(("train.betas", f"must be in [0, 1), got {train.betas}"))
+    if train.lr_scheduler_type != "constant" and (train.decay_steps is None or train.decay_steps <= train.warmup_steps):
+        text = f"must exceed train.warmup_steps ({train.warmup_steps}) for a decaying learning rate"
+        errors.append(("train.decay_steps", text))
+    objective = _valid_objective(recipe)
+    if recipe.pipeline.max_staleness and objective is not None and not isinstance(objective, PolicyGradient):
         text = (
-            "runs code that the student wrote, while training: set eval.allow_code_execution, or eval.every_steps = 0"
+            f"objective `{recipe.objective.name}` has no rollout correction; use `policy_gradient` or a variant"
         )
-        problems += [("eval.bench", f"`{name}` {text}") for name in recipe.eval.bench if _benchmark_runs_code(name)]
-    if recipe.eval.temperature == 0 and recipe.eval.samples not in (None, 1):
-        problems.append(("eval.samples", "at temperature 0 all samples are the same: leave it out, or set it to 1"))
-    if recipe.rollout.temperature != 1 or recipe.rollout.top_p != 1:
-        problems.append(
-            ("rollout", "on-policy distillation samples the student itself: temperature and top_p must be 1")
-        )
-    if recipe.pipeline.max_staleness and not _corrects_rollouts(recipe):
-        text = f"objective `{recipe.objective.name}` has no rollout correction; `policy_gradient` and its variants have"
-        problems.append(("pipeline.max_staleness", text))
-    return problems
+        errors.append(("pipeline.max_staleness", text))
+    return errors
 
 
-def _corrects_rollouts(recipe: Recipe) -> bool:
-    """Whether the objective corrects for responses of an older student; one that does not exist has its own error."""
-    given = recipe.objective
-    return bool(OBJECTIVES.problems(given.name, given.params)) or isinstance(build_objective(recipe), PolicyGradient)
+def _valid_objective(recipe: Recipe) -> Objective | None:
+    """Return the objective, or None if it is invalid, which `component_errors` reports."""
+    is_invalid = OBJECTIVES.validate(recipe.objective.name, recipe.objective.params)
+    return None if is_invalid else build_objective(recipe)
+
+
+def _eval_errors(recipe: Recipe) -> Errors:
+    errors = []
+    settings = recipe.eval
+    if settings.every_steps and not settings.allow_code_execution:
+        text = "runs code from the student during training: set eval.allow_code_execution, or eval.every_steps = 0"
+        errors += [("eval.bench", f"`{name}` {text}") for name in settings.bench if _benchmark_runs_code(name)]
+    if settings.temperature == 0 and settings.samples not in (None, 1):
+        errors.append(("eval.samples", "must be 1 or unset at temperature 0, where all samples are identical"))
+    return errors
 
 
 def _benchmark_runs_code(bench: str) -> bool:
     return bench in BENCHMARKS.names() and BENCHMARKS.get(bench)().grader.runs_code
-
-
-def _teacher_errors(recipe: Recipe) -> list[tuple[str, str]]:
-    problems = []
-    for name in recipe.teachers:
-        if not TEACHER_NAME_PATTERN.fullmatch(name):
-            problems.append((f"teachers.{name}", "a name must be letters, digits, `_` or `-`"))
-    if bool(recipe.teachers) != (recipe.prompts.teacher_column is not None):
-        text = "names the column that says which of [teachers] is a prompt's own: give both or neither"
-        problems.append(("prompts.teacher_column", text))
-    if recipe.train.extrapolation != 1 and recipe.reference is None:
-        problems.append(("train.extrapolation", f"{recipe.train.extrapolation} needs a [reference] model"))
-    known = not OBJECTIVES.problems(recipe.objective.name, recipe.objective.params)
-    if recipe.train.extrapolation != 1 and known and build_objective(recipe).support != "sampled":
-        problems.append(("train.extrapolation", f"objective `{recipe.objective.name}` knows no reference model"))
-    return problems
