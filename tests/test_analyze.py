@@ -135,7 +135,7 @@ def test_a_weight_that_ranks_the_step_sees_all_its_parts(tmp_path):
 
 
 def test_a_weight_that_is_called_like_a_quantity_does_not_take_its_place(run, monkeypatch):
-    monkeypatch.setitem(WEIGHTS._makers, "signal", WEIGHTS.get("suffix_only"))
+    monkeypatch.setitem(WEIGHTS._factories, "signal", WEIGHTS.get("suffix_only"))
     monkeypatch.setitem(WEIGHTS._sources, "signal", "")
     plant(run, 0, [np.array([-3.0, -1.0])] * 30)
     found = analyze.analyze_run(run, ["signal"])

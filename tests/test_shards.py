@@ -155,7 +155,7 @@ class Biased(TransformersEngine):
 def biased():
     ENGINES.register("biased")(lambda model, place: Biased(model, place.device))
     yield
-    del ENGINES._makers["biased"]
+    del ENGINES._factories["biased"]
 
 
 @pytest.mark.parametrize(("bound", "code"), [(0.05, ExitCode.BAD_DATA), (0.2, 0), (0, 0)])

@@ -34,8 +34,8 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapp
         try:
             load_plugins([name for name in plugins if isinstance(name, str)])
         except OpdctlError as error:
-            file = _origin("plugins", origin, default_origin)
-            raise OpdctlError(error.kind, f"{file}: {error.detail}", hint=error.hint) from error
+            source = _origin("plugins", origin, default_origin)
+            raise OpdctlError(error.kind, f"{source}: {error.detail}", hint=error.hint) from error
     recipe, errors = _validate(merged)
     if recipe is None or errors:
         lines = [f"{_origin(key, origin, default_origin)}: {key}: {text}" for key, text in errors]

@@ -70,7 +70,7 @@ ARMS = (
     objective("reverse_kl, top 4", "objective.name=reverse_kl", "objective.top_k=4"),
     weight("tip", rho=0.5),
     weight("position_sigmoid"),
-    objective("control (placebo)", "objective.name=control"),
+    objective("control (placebo)", "objective.name=constant_penalty"),
 )
 STUDENTS = (
     Student("student", "sort12", "toy:student", "toy:teacher"),
