@@ -1,4 +1,4 @@
-"""Prompts: from the embedded task, a file or the hub, through the chat template, to token ids."""
+"""Prompts: read from the toy task, a file or the hub, put into the chat template, and tokenized."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,22 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opdctl.artifacts.records import Prompt
-from opdctl.data.tables import Row, load_from_hub, read_table
+from opdctl.artifacts.records import Ids, Prompt
+from opdctl.data.tables import TableRow, load_from_hub, read_table
 from opdctl.data.toy import TASKS
-from opdctl.errors import ExitCode, OpdctlError, did_you_mean
+from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.schema import TABLE_SUFFIXES, Prompts, is_data_file, teacher_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_SHOWN_CHARS = 5  # faulty rows that a message names
+MAX_LISTED_PROMPTS = 5  # in an error message
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt's text before the template, with its id, the gold answer where there is one, the name of its teacher
-    where there are several, and the text that the teacher reads where it is another."""
+    """A prompt's text before the chat template.
+
+    answer: the gold answer, if there is one. teacher: the name of its teacher in a run with several. teacher_text: the
+    teacher's version of the text, if it differs.
+    """
 
     id: str
     text: str
@@ -39,50 +42,55 @@ def tokenize(
     settings: Prompts,
     teachers: Sequence[str] = ("teacher",),
 ) -> tuple[list[Prompt], int]:
-    """Return the prompts that fit, in their order, and how many were dropped for their length.
+    """Return the prompts of at most `max_tokens` tokens, in order, and the number of longer ones that were dropped.
 
-    teachers: the names of the run's teachers; a prompt that names none has the only one. Raises OpdctlError (code 3)
-    when a prompt is too long and the recipe says `too_long = "error"`, when one names a teacher that there is not, or
-    when none is left.
+    teachers: the names of the run's teachers. A prompt without a name has the first one.
+
+    Raises:
+        OpdctlError: a prompt is empty, cannot be tokenized, names an unknown teacher, or is too long and
+            `prompts.on_too_long` is "error"; or no prompt is left.
     """
-    prompts, too_long = [], []
+    prompts: list[Prompt] = []
+    too_long: list[tuple[str, int]] = []
     for problem in problems:
-        own, *others = (
-            np.asarray(apply_chat_template(problem.id, text, tokenizer, settings.template_arguments), np.int32)
-            for text in (problem.text, problem.teacher_text)
-            if text is not None
-        )
-        lengths = [len(ids) for ids in (own, *others)]
+        prompt_ids = _token_ids(problem.id, problem.text, tokenizer, settings)
+        teacher_ids = None
+        if problem.teacher_text is not None:
+            teacher_ids = _token_ids(problem.id, problem.teacher_text, tokenizer, settings)
+        lengths = [len(ids) for ids in (prompt_ids, teacher_ids) if ids is not None]
         if max(lengths) > settings.max_tokens:
             too_long.append((problem.id, max(lengths)))
         elif not min(lengths):
-            raise OpdctlError(f"{settings.source}: prompt `{problem.id}` has no tokens", code=ExitCode.BAD_DATA)
+            raise OpdctlError("invalid_data", f"{settings.source}: prompt `{problem.id}` has no tokens")
         else:
-            teacher = _teacher(problem, settings, teachers)
-            prompts.append(Prompt(problem.id, own, problem.answer, teacher, *others))
+            teacher = _teacher_of(problem, settings, teachers)
+            prompts.append(Prompt(problem.id, prompt_ids, problem.answer, teacher, teacher_ids))
     if too_long and settings.on_too_long == "error":
-        shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:MAX_SHOWN_CHARS])
+        shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:MAX_LISTED_PROMPTS])
         raise OpdctlError(
-            f"{settings.source}: {len(too_long)} prompts are longer than prompts.max_tokens = {settings.max_tokens}: "
-            f"{shown}",
-            hint='raise prompts.max_tokens, or leave them out with prompts.on_too_long = "drop"',
-            code=ExitCode.BAD_DATA,
+            "invalid_data",
+            f"{settings.source}: {len(too_long)} prompts exceed prompts.max_tokens = {settings.max_tokens}: {shown}",
+            hint='raise prompts.max_tokens, or set prompts.on_too_long = "drop"',
         )
     if not prompts:
-        raise OpdctlError(f"{settings.source}: no prompts are left", code=ExitCode.BAD_DATA)
+        raise OpdctlError("invalid_data", f"{settings.source}: no prompts left after filtering")
     return prompts, len(too_long)
 
 
-def _teacher(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> str:
+def _token_ids(name: str, text: str, tokenizer: "PreTrainedTokenizerBase", settings: Prompts) -> Ids:
+    return np.asarray(apply_chat_template(name, text, tokenizer, settings.template_arguments), np.int32)
+
+
+def _teacher_of(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> str:
     if problem.teacher is None:
         return teachers[0]
     if (name := teacher_name(problem.teacher)) not in teachers:
-        known = [each.removeprefix(teacher_name("")) for each in teachers]
+        known = [teacher.removeprefix(teacher_name("")) for teacher in teachers]
         raise OpdctlError(
+            "invalid_data",
             f"{settings.source}: prompt `{problem.id}`: no teacher `{problem.teacher}`"
             f"{did_you_mean(problem.teacher, known)}",
-            hint=f"column `{settings.teacher_column}` must hold one of [teachers]",
-            code=ExitCode.BAD_DATA,
+            hint=f"put a name of [teachers] into column `{settings.teacher_column}`",
         )
     return name
 
@@ -90,144 +98,167 @@ def _teacher(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> st
 def apply_chat_template(
     name: str, text: str, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]
 ) -> list[int]:
-    """Return the token ids of one user turn, ready to be answered; a tokenizer without a template gets plain text.
+    """Return the token ids of one user turn with the generation prompt; of plain text without a chat template.
 
-    Raises OpdctlError (code 3) when the template or the tokenizer refuses the text.
+    Raises:
+        OpdctlError: the template or the tokenizer raises an exception.
     """
     try:
         if not tokenizer.chat_template:
             return list(tokenizer(text)["input_ids"])
         turn = [{"role": "user", "content": text}]
-        # A template's variables cannot be listed, so a typo among `arguments` goes unseen.
+        # A template's variables cannot be listed, so a typo among `arguments` is not detected.
         rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments)
         return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # tokenizers raises bare Exception, a template whatever it likes
+    except Exception as error:  # tokenizers raises bare Exception, a template any exception
         raise OpdctlError(
-            f"prompt `{name}` cannot be written in this tokenizer: {error}",
-            hint=f"its text begins {text[:60]!r}",
-            code=ExitCode.BAD_DATA,
+            "invalid_data",
+            f"prompt `{name}`: cannot be tokenized: {error}",
+            hint=f"remove or correct the prompt, whose text starts with {text[:60]!r}",
         ) from error
 
 
 def load_problems(settings: Prompts) -> list[Problem]:
-    """Read the prompts that the recipe names, checked row by row.
+    """Read the prompts of the recipe, and check every row.
 
-    Raises OpdctlError: code 3 for bad data, with file and row; 5 when the hub cannot be reached.
+    Raises:
+        OpdctlError: a row or the source is invalid, or the download fails.
     """
-    found = load_local_problems(settings)
-    if found is not None:
-        return found
+    problems = load_local_problems(settings)
+    if problems is not None:
+        return problems
     rows = load_from_hub(settings.source, settings.split, settings.revision, "prompts.source")
-    return _checked(rows, settings)
+    return _parse_rows(rows, settings)
 
 
 def load_local_problems(settings: Prompts) -> list[Problem] | None:
-    """Read embedded or local prompts, or return None for a hub data set. Raises OpdctlError as `load_problems` does."""
+    """Read toy or local prompts, or return None for a hub data set. Raises OpdctlError as `load_problems` does."""
     if settings.source.startswith("toy:"):
-        return _embedded(settings)
+        return _toy_problems(settings)
     path = Path(settings.source).expanduser()
     if is_data_file(settings.source):
-        return _checked(read_table(path), settings)
+        return _parse_rows(read_table(path), settings)
     if path.exists():
-        raise OpdctlError(f"prompts.source: {path}: must end in {' or '.join(TABLE_SUFFIXES)}")
+        suffixes = " or ".join(TABLE_SUFFIXES)
+        raise OpdctlError("unsupported_setting", f"prompts.source: {path}: the name must end in {suffixes}")
     return None
 
 
-def _embedded(settings: Prompts) -> list[Problem]:
+def _toy_problems(settings: Prompts) -> list[Problem]:
     task = TASKS.get(settings.source.removeprefix("toy:"))
     if task is None:
         known = [f"toy:{name}" for name in TASKS]
-        raise OpdctlError(f"prompts.source: no embedded task `{settings.source}`{did_you_mean(settings.source, known)}")
+        suggestion = did_you_mean(settings.source, known)
+        raise OpdctlError("unknown_name", f"prompts.source: no toy task `{settings.source}`{suggestion}")
     for key in ("teacher_column", "teacher_prompt_column"):
         if getattr(settings, key):
-            raise OpdctlError(f"prompts.{key}: `{settings.source}` has no columns", hint="it needs a file of prompts")
+            raise OpdctlError(
+                "unsupported_setting",
+                f"prompts.{key}: `{settings.source}` has no columns",
+                hint="use prompts from a file or the hub",
+            )
     try:
         stream = task.problems(settings.split, seed=0)
         return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.limit)]
     except ValueError as error:
-        raise OpdctlError(f"prompts.split: {error}") from error
+        raise OpdctlError("unsupported_setting", f"prompts.split: {error}") from error
 
 
-def _checked(rows: Iterator[Row], settings: Prompts) -> list[Problem]:
+def _parse_rows(rows: Iterator[TableRow], settings: Prompts) -> list[Problem]:
     problems: list[Problem] = []
-    seen: dict[str, int] = {}
-    twice: list[str] = []
-    for number, row in islice(_wanted(rows, settings), settings.limit):
-        where = f"{settings.source}: row {number}"
-        name = _cell(row, settings.id_column, "prompts.id_column", where) if settings.id_column else number - 1
-        text = _text_cell(row, settings.prompt_column, "prompts.prompt_column", where) + settings.suffix
-        teacher_text = None
-        if (column := settings.teacher_prompt_column) is not None:
-            teacher_text = _text_cell(row, column, "prompts.teacher_prompt_column", where) + settings.suffix
-        answer = _cell(row, settings.answer_column, "prompts.answer_column", where) if settings.answer_column else None
-        if name is None:
-            raise OpdctlError(f"{where}: `{settings.id_column}` is null", code=ExitCode.BAD_DATA)
-        if str(name) in seen:
-            twice.append(f"`{name}` of row {seen[str(name)]} in row {number}")
-        seen.setdefault(str(name), number)
-        gold = None if answer is None else _valid_text(str(answer), where)
-        teacher = _teacher_cell(row, settings, where)
-        problems.append(Problem(_valid_text(str(name), where), text, gold, teacher, teacher_text))
-    if twice:
-        shown = ", ".join(twice[:MAX_SHOWN_CHARS])
+    row_numbers: dict[str, int] = {}
+    duplicates: list[str] = []
+    for number, row in islice(_filter_rows(rows, settings), settings.limit):
+        problem = _parse_row(row, number, settings)
+        if problem.id in row_numbers:
+            duplicates.append(f"`{problem.id}` of row {row_numbers[problem.id]} in row {number}")
+        row_numbers.setdefault(problem.id, number)
+        problems.append(problem)
+    if duplicates:
+        more = ", …" if len(duplicates) > MAX_LISTED_PROMPTS else ""
+        shown = ", ".join(duplicates[:MAX_LISTED_PROMPTS]) + more
         raise OpdctlError(
-            f"{settings.source}: {len(twice)} ids occur again: {shown}{', …' if len(twice) > MAX_SHOWN_CHARS else ''}",
-            hint="give each prompt an id of its own (prompts.id_column), or leave the column out: then it is the row",
-            code=ExitCode.BAD_DATA,
+            "invalid_data",
+            f"{settings.source}: {len(duplicates)} duplicate ids: {shown}",
+            hint="give each prompt a unique id (prompts.id_column), or unset the column to use row numbers",
         )
     if not problems:
-        why = f"no row passes prompts.min_values = {settings.min_values}" if settings.min_values else "holds no prompts"
-        raise OpdctlError(f"{settings.source}: {why}", hint="at least one prompt is needed", code=ExitCode.BAD_DATA)
+        condition = f"no row satisfies prompts.min_values = {settings.min_values}"
+        reason = condition if settings.min_values else "contains no prompts"
+        raise OpdctlError("invalid_data", f"{settings.source}: {reason}", hint="provide at least one prompt")
     return problems
 
 
-def _text_cell(row: Row, column: str, key: str, where: str) -> str:
-    text = _cell(row, column, key, where)
+def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
+    location = f"{settings.source}: row {number}"
+    name: Any = number - 1
+    if settings.id_column:
+        name = _cell(row, settings.id_column, "prompts.id_column", location)
+        if name is None:
+            raise OpdctlError("invalid_data", f"{location}: `{settings.id_column}` is null")
+    answer = None
+    if settings.answer_column:
+        answer = _cell(row, settings.answer_column, "prompts.answer_column", location)
+    teacher_text = None
+    if settings.teacher_prompt_column is not None:
+        teacher_text = _text_cell(row, settings.teacher_prompt_column, "prompts.teacher_prompt_column", location)
+        teacher_text += settings.suffix
+    return Problem(
+        _check_unicode(str(name), location),
+        _text_cell(row, settings.prompt_column, "prompts.prompt_column", location) + settings.suffix,
+        None if answer is None else _check_unicode(str(answer), location),
+        _teacher_cell(row, settings, location),
+        teacher_text,
+    )
+
+
+def _text_cell(row: TableRow, column: str, key: str, location: str) -> str:
+    text = _cell(row, column, key, location)
     if not isinstance(text, str) or not text:
-        raise OpdctlError(f"{where}: `{column}` must be text, got {text!r}", code=ExitCode.BAD_DATA)
-    return _valid_text(text, where)
+        raise OpdctlError("invalid_data", f"{location}: `{column}` must be text, got {text!r}")
+    return _check_unicode(text, location)
 
 
-def _teacher_cell(row: Row, settings: Prompts, where: str) -> str | None:
+def _teacher_cell(row: TableRow, settings: Prompts, location: str) -> str | None:
     if settings.teacher_column is None:
         return None
-    name = _cell(row, settings.teacher_column, "prompts.teacher_column", where)
+    name = _cell(row, settings.teacher_column, "prompts.teacher_column", location)
     if not isinstance(name, str):
-        raise OpdctlError(f"{where}: `{settings.teacher_column}` must be text, got {name!r}", code=ExitCode.BAD_DATA)
+        raise OpdctlError("invalid_data", f"{location}: `{settings.teacher_column}` must be text, got {name!r}")
     return name
 
 
-def _wanted(rows: Iterator[Row], settings: Prompts) -> Iterator[tuple[int, Row]]:
-    """Yield (number from 1, row) of the rows that `at_least` lets through."""
+def _filter_rows(rows: Iterator[TableRow], settings: Prompts) -> Iterator[tuple[int, TableRow]]:
+    """Yield (number from 1, row) of the rows that satisfy `prompts.min_values`."""
     for number, row in enumerate(rows, 1):
-        where = f"{settings.source}: row {number}"
-        if all(_number(row, column, where) >= least for column, least in settings.min_values.items()):
+        location = f"{settings.source}: row {number}"
+        if all(_number(row, column, location) >= minimum for column, minimum in settings.min_values.items()):
             yield number, row
 
 
-def _number(row: Row, column: str, where: str) -> float:
-    value = _cell(row, column, "prompts.min_values", where)
+def _number(row: TableRow, column: str, location: str) -> float:
+    value = _cell(row, column, "prompts.min_values", location)
     if value is None:
-        return -math.inf  # unknown is not enough
+        return -math.inf  # null satisfies no minimum
     if isinstance(value, bool) or not isinstance(value, int | float):
-        message = f"{where}: `{column}` (prompts.min_values) must be a number, got {value!r}"
-        raise OpdctlError(message, code=ExitCode.BAD_DATA)
+        reason = f"`{column}` (prompts.min_values) must be a number, got {value!r}"
+        raise OpdctlError("invalid_data", f"{location}: {reason}")
     return value
 
 
-def _cell(row: Row, column: str, key: str, where: str) -> Any:
+def _cell(row: TableRow, column: str, key: str, location: str) -> Any:
     if column not in row:
         raise OpdctlError(
-            f"{where}: no column `{column}` ({key}){did_you_mean(column, row)}",
-            hint=f"its columns are {', '.join(f'`{name}`' for name in row) or 'none'}",
-            code=ExitCode.BAD_DATA,
+            "invalid_data",
+            f"{location}: no column `{column}` ({key}){did_you_mean(column, row)}",
+            hint=f"use one of the columns {', '.join(f'`{name}`' for name in row) or '(none)'}",
         )
     return row[column]
 
 
-def _valid_text(text: str, where: str) -> str:
+def _check_unicode(text: str, location: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell and UTF-8 cannot
-        raise OpdctlError(f"{where}: not valid Unicode at character {error.start}", code=ExitCode.BAD_DATA) from error
+    except UnicodeEncodeError as error:  # a lone surrogate: possible in JSON, not in UTF-8
+        raise OpdctlError("invalid_data", f"{location}: invalid Unicode at character {error.start}") from error
     return text

@@ -1,44 +1,29 @@
-"""Engines: what a stage asks of the thing that runs a model. They speak token ids only. Imports no torch.
+"""The interface between the stages and the backends that run a model: token ids in, token ids and log-probs out.
 
-Weights reach an engine as a finished model directory. An engine says, in `logprob_metadata`, what its log-probs are.
+An engine loads its weights from a finished model directory. Its `logprob_metadata` states how its log-probs were
+computed; the stage stores it beside them. Imports no torch.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opdctl.artifacts.records import Ids, Logprobs, TokenScores
+from opdctl.artifacts.records import Completion, Ids, TokenScores
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.schema import Model, Recipe, Sampling, Score
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt to answer, and the seed that alone decides the draw."""
+    """A prompt to complete. The seed alone determines the sampled response."""
 
     prompt_ids: Ids
     seed: int
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """An answer: ids, their log-probs under the sampling policy in nats, and "stop" or "length".
-
-    Where asked for, of the policy's whole distribution at each of the T tokens: its entropy in nats, [T], and its K
-    most probable ids, falling, with their log-probs, [T, K].
-    """
-
-    response_ids: Ids
-    logprobs: Logprobs
-    finish_reason: str
-    entropies: Logprobs | None = None
-    top_ids: Ids | None = None
-    top_logprobs: Logprobs | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """A response to be scored, after its prompt; `top_ids` [T, K] are further ids to be scored at each token."""
+    """A prompt and the response to score. `top_ids`, [T, K], are additional ids to score at each token."""
 
     prompt_ids: Ids
     response_ids: Ids
@@ -55,33 +40,32 @@ class Engine(Protocol):
         requests: Sequence[Request],
         sampling: Sampling,
         batch_size: int,
-        advance: Callable[[int], None],
+        on_progress: Callable[[int], None],
         *,
         entropy: bool = False,
         top_k: int = 0,
     ) -> list[Completion]:
-        """Answer every request, in order; `advance(n)` is told of every n that are finished."""
+        """Complete every request, in order. `on_progress(n)` is called when n more requests are finished."""
         ...
 
     def score(
-        self, answered: Sequence[ScoreRequest], settings: Score, advance: Callable[[int], None]
+        self, requests: Sequence[ScoreRequest], settings: Score, on_progress: Callable[[int], None]
     ) -> list[TokenScores]:
-        """Return what the model says of every response's tokens, raw, at temperature 1, in nats."""
+        """Return the raw log-probs of every response's tokens, in nats, at temperature 1, in order."""
         ...
 
     def load_weights(self, model: ModelDir) -> None:
-        """Take over another directory's weights."""
+        """Replace the weights by those of another directory."""
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         ...
 
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What an engine is made with: the recipe, with its `vllm` and `server` sections; the model's own settings in it;
-    the device."""
+    """What an engine factory receives besides the model: the recipe, the model's settings in it, and the device."""
 
     recipe: Recipe
     settings: Model

@@ -1,202 +1,225 @@
-"""JSON over HTTP to one server: how many requests at once, how often each is tried, and what a failure means.
+"""JSON over HTTP to one server: concurrency, retries, and the error that each failure means.
 
-It knows no API: whether an answer says what it should is for the `read` of each request to find out.
+This module knows no API. The `parse` function of a request checks the content of the response.
 """
 
-import asyncio
+import contextlib
+import itertools
 import os
+import random
+import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import httpx
-import tenacity
 
 from opdctl import console
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.recipe.schema import Server
 
-FIRST_PAUSE, MAX_BACKOFF_SECONDS = 1.0, 60.0  # seconds before the second attempt, and between later ones at most
-SHOWN = 300  # characters of a server's own words
-RESUME_HINT = "run the same command again to go on: finished parts are kept"
-Made = TypeVar("Made")
-Read = Callable[[Any], Made]
+FIRST_RETRY_PAUSE_SECONDS = 1.0
+MAX_RETRY_PAUSE_SECONDS = 60.0
+CONNECT_TIMEOUT_SECONDS = 10.0  # a connection attempt is the one thing that cannot be interrupted
+MAX_SERVER_MESSAGE_CHARS = 300
+RESUME_HINT = "run the same command again to resume; finished parts are kept"
+Parsed = TypeVar("Parsed")
+Parse = Callable[[Any], Parsed]
 
 
 class MalformedResponseError(Exception):
-    """An answer is not what it should be: once may be a fault on the way, twice is not."""
+    """The response is not as the API defines it. The request is repeated once, in case of a transport error."""
 
 
 class _RetryableError(Exception):
-    """Another attempt may help, `pause` seconds from now at the earliest."""
+    """The attempt failed, another one may succeed, `pause` seconds from now at the earliest."""
 
-    def __init__(self, what: str, pause: float = 0.0):
-        super().__init__(what)
+    def __init__(self, reason: str, pause: float = 0.0):
+        super().__init__(reason)
         self.pause = pause
 
 
 class Client:
-    """Speaks to the server whose address is the recipe's `key`."""
+    """A client of the server whose address is the recipe's `key`."""
 
     def __init__(self, key: str, settings: Server):
         self._key, self._settings = key, settings
-        self._secret = os.environ.get(settings.api_key_env, "").strip()
-        if not (self._secret.isascii() and self._secret.isprintable()):  # the HTTP library would print it as it fails
-            raise OpdctlError(f"{settings.api_key_env}: this API key has characters that no HTTP header may have")
-        self._told = False
-        # One loop for the client's whole life, since open connections belong to the loop that they were opened in. In a
-        # thread of its own: a signal's exception would else come up anywhere in its tasks, to be lost there or wrapped.
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        many = settings.concurrency
-        self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._secret}"} if self._secret else {},
-            limits=httpx.Limits(max_connections=many, max_keepalive_connections=many),
-            timeout=None,  # each attempt has a limit as a whole: httpx' own are for every read
+        self._api_key = os.environ.get(settings.api_key_env, "").strip()
+        if not (self._api_key.isascii() and self._api_key.isprintable()):  # httpx would print the key in its error
+            raise OpdctlError(
+                "invalid_usage",
+                f"{settings.api_key_env}: the API key contains characters that an HTTP header cannot contain",
+            )
+        self._warned, self._cancelled, self._lock = False, threading.Event(), threading.Lock()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        concurrency, limit = settings.concurrency, settings.timeout_seconds
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            timeout=httpx.Timeout(limit, connect=min(limit, CONNECT_TIMEOUT_SECONDS)),
         )
 
     def close(self) -> None:
-        self._run(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._http.close()
 
-    def _run(self, coroutine: Coroutine[Any, Any, Made]) -> Made:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+    def get(self, url: str, parse: Parse[Parsed]) -> Parsed:
+        return self._request("GET", url, None, parse)
 
-    async def _end(self) -> None:
-        left = asyncio.all_tasks() - {asyncio.current_task()}  # some are under way if a signal ended the wait for them
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-        await self._http.aclose()
-
-    def get(self, url: str, read: Read[Made]) -> Made:
-        return self._run(self._ask("GET", url, None, read))
-
-    def post(self, url: str, body: Mapping[str, Any], read: Read[Made], absent: Sequence[int] = ()) -> Made | None:
-        """Return what `read` makes of the answer, or None for a status in `absent`."""
-        return self._run(self._ask("POST", url, body, read, absent))
+    def post(
+        self, url: str, body: Mapping[str, Any], parse: Parse[Parsed], absent: Sequence[int] = ()
+    ) -> Parsed | None:
+        """Return the parsed response, or None for an HTTP status in `absent`."""
+        return self._request("POST", url, body, parse, absent)
 
     def post_all(
-        self, url: str, asked: Iterable[tuple[Mapping[str, Any], Read[Made]]], advance: Callable[[int], None]
-    ) -> list[Made]:
-        """Post every body, `concurrency` at once; the first error ends all that are under way."""
-        made: dict[int, Made] = {}
-        left = enumerate(asked)
+        self, url: str, requests: Iterable[tuple[Mapping[str, Any], Parse[Parsed]]], on_progress: Callable[[int], None]
+    ) -> list[Parsed]:
+        """Post every body, `concurrency` at a time, and return the parsed responses in order.
 
-        async def work() -> None:
-            for i, (body, read) in left:
-                made[i] = await self._ask("POST", url, body, read)
-                advance(1)
+        The first error, or a signal's exception in this thread, cancels all outstanding requests.
+        """
+        numbered = enumerate(requests)
+        pending: dict[Future[Parsed], int] = {}
+        results: dict[int, Parsed] = {}
+        with self._workers() as workers:
+            while True:
+                for index, (body, parse) in itertools.islice(numbered, self._settings.concurrency - len(pending)):
+                    pending[workers.submit(self._request, "POST", url, body, parse)] = index
+                if not pending:
+                    return [results[index] for index in range(len(results))]
+                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    results[pending.pop(future)] = future.result()
+                on_progress(len(finished))
 
-        async def together() -> None:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(self._settings.concurrency):
-                    group.create_task(work())
-
+    @contextlib.contextmanager
+    def _workers(self) -> Iterator[ThreadPoolExecutor]:
+        workers = ThreadPoolExecutor(self._settings.concurrency)
         try:
-            self._run(together())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [made[i] for i in range(len(made))]
+            yield workers
+        except BaseException:
+            self._cancelled.set()
+            with self._lock:
+                for connected in self._sockets:
+                    _shut_down(connected)
+            raise
+        finally:
+            workers.shutdown(cancel_futures=True)
+            self._cancelled.clear()
 
-    async def _ask(self, method: str, url: str, body: Any, read: Read[Any], absent: Sequence[int] = ()) -> Any:
-        broken = ""
+    def _track_socket(self, event: str, info: Mapping[str, Any]) -> None:
+        """Record each new connection: shutting its socket down ends a read that waits in a worker."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connected = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets.add(connected)
+                if self._cancelled.is_set():
+                    _shut_down(connected)
+
+    def _request(self, method: str, url: str, body: Any, parse: Parse[Any], absent: Sequence[int] = ()) -> Any:
+        reason = ""
         for _ in range(2):
-            response = await self._send(method, url, body)
+            response = self._send(method, url, body)
             if response.status_code in absent:
                 return None
-            self._refuse(response, url)
+            self._check_status(response, url)
             try:
-                return read(response.json())
+                return parse(response.json())
             except (MalformedResponseError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-                broken = str(error) if isinstance(error, MalformedResponseError) else f"{type(error).__name__}: {error}"
-        broken = self._shown(broken)
-        raise OpdctlError(
-            f"{url}: the server's answer is broken, twice over: {broken}", hint=RESUME_HINT, code=ExitCode.BAD_DATA
-        )
+                is_ours = isinstance(error, MalformedResponseError)
+                reason = self._printable(str(error) if is_ours else f"{type(error).__name__}: {error}")
+        raise OpdctlError("malformed_response", f"{url}: {reason} (after one retry)", hint=RESUME_HINT)
 
-    async def _send(self, method: str, url: str, body: Any) -> httpx.Response:
-        """Return an answer that is worth reading, after as many attempts as it takes and the recipe allows."""
+    def _send(self, method: str, url: str, body: Any) -> httpx.Response:
+        """Return the first response that is not a temporary failure."""
+        attempts = 1 + self._settings.max_retries
+        for attempt in itertools.count(1):
+            if self._cancelled.is_set():
+                break
+            try:
+                response = self._attempt(method, url, body)
+                self._warned = False
+                return response
+            except _RetryableError as error:
+                if attempt == attempts:
+                    reason = f"{url}: no response in {attempts} attempts; the last error: {error}"
+                    raise OpdctlError("unavailable_server", reason, hint=RESUME_HINT) from None
+                self._warn_once(f"{url}: {error}; retrying up to {self._settings.max_retries} times")
+                self._cancelled.wait(error.pause + _retry_pause(attempt))
+        raise CancelledError
 
-        def tell(state: tenacity.RetryCallState) -> None:
-            if not self._told:  # one request's word is enough, until one gets through
-                self._told = True
-                console.warn(f"{url}: {_failure(state)}; trying again, {self._settings.max_retries} times at most")
-
-        again = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_RetryableError),
-            stop=tenacity.stop_after_attempt(1 + self._settings.max_retries),
-            wait=_pause,
-            before_sleep=tell,
-            reraise=True,
-        )
-        try:
-            response: httpx.Response = await again(self._once, method, url, body)
-        except _RetryableError as error:
-            what = f"no answer in {1 + self._settings.max_retries} attempts, at last: {error}"
-            raise OpdctlError(f"{url}: {what}", hint=RESUME_HINT, code=ExitCode.UNAVAILABLE) from None
-        self._told = False
-        return response
-
-    async def _once(self, method: str, url: str, body: Any) -> httpx.Response:
+    def _attempt(self, method: str, url: str, body: Any) -> httpx.Response:
         limit = self._settings.timeout_seconds
+        deadline, chunks = time.monotonic() + limit, []
         try:
-            async with asyncio.timeout(limit):
-                response = await self._http.request(method, url, json=body)
-        except TimeoutError:
-            raise _RetryableError(f"no answer within {limit:g} seconds") from None
+            with self._http.stream(method, url, json=body, extensions={"trace": self._track_socket}) as stream:
+                for chunk in stream.iter_raw():
+                    chunks.append(chunk)
+                    if time.monotonic() > deadline:  # httpx limits each read, not their sum
+                        raise httpx.ReadTimeout("")
+            response = httpx.Response(stream.status_code, headers=stream.headers, content=b"".join(chunks))
+        except httpx.TimeoutException as error:
+            is_connected = not isinstance(error, httpx.ConnectTimeout)
+            reason = f"no response within {limit:g} seconds" if is_connected else "the connection attempt timed out"
+            raise _RetryableError(reason) from None
         except httpx.RequestError as error:
-            what = self._shown(str(error) or type(error).__name__)
-            if "CERTIFICATE_VERIFY_FAILED" in what:
-                hint = "for a certificate of your own, name its authority's file in SSL_CERT_FILE"
-                raise OpdctlError(f"{url}: {what}", hint=hint, code=ExitCode.UNAVAILABLE) from None
-            raise _RetryableError(what) from None
-        status, asked = response.status_code, response.headers.get("retry-after", "")
-        if status in (408, 429) or (status >= 500 and status != 501):
-            pause = float(asked) if asked.isdecimal() else 0.0
-            raise _RetryableError(self._status(response), min(pause, MAX_BACKOFF_SECONDS))
+            reason = self._printable(summarize_exception(error))
+            if "CERTIFICATE_VERIFY_FAILED" in reason:
+                hint = "set SSL_CERT_FILE to the certificate file of the server's private authority"
+                raise OpdctlError("unavailable_server", f"{url}: {reason}", hint=hint) from None
+            raise _RetryableError(reason) from None
+        if response.status_code in (408, 429) or (response.status_code >= 500 and response.status_code != 501):
+            retry_after = response.headers.get("retry-after", "")
+            pause = float(retry_after) if retry_after.isdecimal() else 0.0
+            raise _RetryableError(self._describe_status(response), min(pause, MAX_RETRY_PAUSE_SECONDS))
         return response
 
-    def _refuse(self, response: httpx.Response, url: str) -> None:
-        """Raise OpdctlError for a status that no further attempt will change."""
-        status, variable = response.status_code, self._settings.api_key_env
+    def _warn_once(self, message: str) -> None:
+        """Warn once per outage, although all concurrent requests fail."""
+        with self._lock:
+            warned, self._warned = self._warned, True
+        if not (warned or self._cancelled.is_set()):
+            console.warn(message)
+
+    def _check_status(self, response: httpx.Response, url: str) -> None:
+        """Raise OpdctlError for a status that a retry would not change."""
+        status = response.status_code
         if response.is_success:
             return
-        if status in (401, 403):  # without the server's own words: some of them repeat the key
-            what = "the API key is refused" if self._secret else "the server wants an API key"
-            raise OpdctlError(f"{url}: HTTP {status}: {what}", hint=f"put the right key into {variable}")
-        elsewhere = status == 404 or response.is_redirect  # no redirect is followed: it would take the key along
-        hint = f"is {self._key} the whole address of a vLLM server, such as http://host:8000/v1?" if elsewhere else None
-        raise OpdctlError(f"{url}: {self._status(response)}", hint=hint)
+        if status in (401, 403):  # without the server's message, which may contain the key
+            reason = "the server rejects the API key" if self._api_key else "the server requires an API key"
+            hint = f"set the environment variable {self._settings.api_key_env} to a valid key"
+            raise OpdctlError("rejected_request", f"{url}: HTTP {status}: {reason}", hint=hint)
+        address_hint = None
+        if status == 404 or response.is_redirect:  # a redirect is not followed: it would leak the key
+            address_hint = f"set {self._key} to the full address of a vLLM server, such as http://host:8000/v1"
+        raise OpdctlError("rejected_request", f"{url}: {self._describe_status(response)}", hint=address_hint)
 
-    def _status(self, response: httpx.Response) -> str:
-        """Return the status and the server's own words."""
+    def _describe_status(self, response: httpx.Response) -> str:
+        """Return the status and the server's error message."""
         try:
-            answer = response.json()
-            error = answer.get("error", answer)
-            words = error["message"] if isinstance(error, dict) and "message" in error else str(error)
+            content = response.json()
+            error = content.get("error", content)
+            message = error["message"] if isinstance(error, dict) and "message" in error else str(error)
         except (ValueError, AttributeError):
-            words = response.text
-        return f"HTTP {response.status_code}: {self._shown(words) or response.reason_phrase}"
+            message = response.text
+        return f"HTTP {response.status_code}: {self._printable(message) or response.reason_phrase}"
 
-    def _shown(self, text: str) -> str:
-        """Return a server's words as one short line, without the key and without control characters."""
-        text = text.replace(self._secret, "***") if self._secret else text
-        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Twice as long each time, never the same for two requests, and after the time that the server asks for."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.pause if isinstance(error, _RetryableError) else 0.0
-    growing = tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=MAX_BACKOFF_SECONDS) + tenacity.wait_random(
-        0, FIRST_PAUSE
-    )
-    return asked + growing(state)
+    def _printable(self, text: str) -> str:
+        """Return the server's text as one short line, without the key and without control characters."""
+        text = text.replace(self._api_key, "***") if self._api_key else text
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MAX_SERVER_MESSAGE_CHARS]
 
 
-def _failure(state: tenacity.RetryCallState) -> str:
-    return str(state.outcome.exception()) if state.outcome else ""
+def _shut_down(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # already closed
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # an SSLSocket's method would drop its state
+
+
+def _retry_pause(attempt: int) -> float:
+    """Return exponentially growing seconds, with jitter so that concurrent requests do not retry together."""
+    growing = FIRST_RETRY_PAUSE_SECONDS * 2 ** (attempt - 1)
+    return min(growing, MAX_RETRY_PAUSE_SECONDS) + random.uniform(0, FIRST_RETRY_PAUSE_SECONDS)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Engines that stay loaded between steps."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ from opdctl.registry import ENGINES
 
 
 class EnginePool:
-    """Engines that stay loaded from step to step: one a role. An engine is made when it is first asked for."""
+    """One engine per role, created at its first use and kept loaded from step to step."""
 
     def __init__(self, recipe: Recipe, device: str):
-        self._recipe, self._device = recipe, device
+        self.device = device
+        self._recipe = recipe
         self._engines: dict[tuple[str, str], tuple[Engine, ModelDir]] = {}
 
     def get(self, role: str, engine: str, model: ModelDir) -> Engine:
@@ -21,15 +22,13 @@ class EnginePool:
         key = (role, engine)
         if key not in self._engines:
             settings = self._recipe.models().get(role, self._recipe.student)
-            self._engines[key] = (
-                ENGINES.get(engine)(model, EngineContext(self._recipe, settings, self._device)),
-                model,
-            )
-        held, loaded = self._engines[key]
-        if loaded.path != model.path:
-            held.load_weights(model)
-            self._engines[key] = (held, model)
-        return held
+            context = EngineContext(self._recipe, settings, self.device)
+            self._engines[key] = ENGINES.get(engine)(model, context), model
+        loaded_engine, loaded_model = self._engines[key]
+        if loaded_model.path != model.path:
+            loaded_engine.load_weights(model)
+            self._engines[key] = loaded_engine, model
+        return loaded_engine
 
     def close(self) -> None:
         for engine, _ in self._engines.values():

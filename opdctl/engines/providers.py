@@ -1,4 +1,4 @@
-"""TODO."""
+"""The factories of the engines that come with opdctl. Each imports its backend only when it is called."""
 
 from opdctl.engines.base import Engine, EngineContext
 from opdctl.models.directory import ModelDir
@@ -6,24 +6,24 @@ from opdctl.registry import ENGINES
 
 
 @ENGINES.register("transformers")
-def transformers(model: ModelDir, place: EngineContext) -> Engine:
-    """The models' own library: no extra installation, any device."""
+def transformers(model: ModelDir, context: EngineContext) -> Engine:
+    """Hugging Face transformers in this process: no extra installation, any device."""
     from opdctl.engines.transformers import TransformersEngine
 
-    return TransformersEngine(model, place.device)
+    return TransformersEngine(model, context.device)
 
 
 @ENGINES.register("vllm")
-def vllm(model: ModelDir, place: EngineContext) -> Engine:
+def vllm(model: ModelDir, context: EngineContext) -> Engine:
     """vLLM in this process, for large models and long responses."""
     from opdctl.engines.vllm import VllmEngine
 
-    return VllmEngine(model, place)
+    return VllmEngine(model, context)
 
 
 @ENGINES.register("server")
-def server(model: ModelDir, place: EngineContext) -> Engine:
-    """A vLLM server that runs elsewhere; the model's `server` is its address."""
+def server(model: ModelDir, context: EngineContext) -> Engine:
+    """A vLLM server on any host; the model's `server` is its address."""
     from opdctl.engines.server import ServerEngine
 
-    return ServerEngine(model, place)
+    return ServerEngine(model, context)

@@ -1,31 +1,30 @@
-"""The engine for a vLLM server that runs elsewhere: its completions API, in token ids only.
+"""The engine for a vLLM server: its completions API with token ids only.
 
-Of the model it knows the tokenizer and nothing else: which weights the server holds, and whether its log-probs at a
-temperature other than 1 are raw or processed, cannot be seen from outside. What it cannot see it checks as far as it
-can: name, tokenizer, context length, and every answer's form. The server's distribution is over all rows of the output
-matrix, the few beyond the tokenizer's ids included.
+The model directory here supplies the tokenizer. The API does not expose which weights the server holds, nor whether its
+log-probs at a temperature other than 1 are raw or processed. The engine verifies what the API exposes: model name,
+tokenizer, context length, and the form of every response. The server's distribution covers all rows of the output
+matrix, including the few beyond the tokenizer's ids.
+
+Shapes: T tokens of one response, K most probable tokens.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import numpy as np
 
 from opdctl import console
-from opdctl.artifacts.records import Ids, Logprobs, TokenScores
-from opdctl.engines.base import Completion, EngineContext, Request, ScoreRequest
-from opdctl.engines.http import Client, MalformedResponseError, Read
+from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
+from opdctl.engines.base import EngineContext, Request, ScoreRequest
+from opdctl.engines.http import Client, MalformedResponseError, Parse, Parsed
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_local
 from opdctl.recipe.schema import Sampling, Score, model_key
 
-VLLM_NEG_INF = -9999.0  # what vLLM writes for minus infinity, which JSON lacks
-
-
-# Each of these the server would else take from the model's generation config.
+VLLM_NEG_INF = -9999.0  # vLLM's JSON encoding of minus infinity
 NEUTRAL_SAMPLING_PARAMS = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -33,37 +32,40 @@ NEUTRAL_SAMPLING_PARAMS = {
     "top_k": 0,
     "min_p": 0.0,
 }
-NO_ENDPOINT = (404, 405, 501)
-Made = TypeVar("Made")
+"""Sent with every request: the server would otherwise apply the defaults of the model's generation config."""
+MISSING_ENDPOINT_STATUSES = (404, 405, 501)
+TOKENIZER_SAMPLE_SIZE = 128  # ids of the vocabulary in each text that compares the tokenizers
 
 
 class ServerEngine:
-    """Generates and scores with the model of one server, many requests at once."""
+    """Generates and scores with the model of one server, with concurrent requests."""
 
-    def __init__(self, model: ModelDir, place: EngineContext):
-        self._model, self._settings, self._key = model, place.settings, _own_key(place)
-        self._url = _address(place.settings.server, self._key)
+    def __init__(self, model: ModelDir, context: EngineContext):
+        self._model, self._settings, self._key = model, context.settings, _recipe_key(context)
+        self._url = _server_url(context.settings.server, self._key)
         self.load_weights(model)
-        self._client = Client(f"{self._key}.server", place.recipe.server)
+        self._client = Client(f"{self._key}.server", context.recipe.server)
         try:
-            self._name, self._longest = self._served(place.settings.served_name)
+            self._served_name, self._max_model_len = self._find_served_model(context.settings.served_name)
             self._check_tokenizer()
         except BaseException:
             self.close()
             raise
-        kind = "processed" if _is_unmodified(place.recipe.rollout) else "raw or processed, as the server was started"
+        kind = "processed" if _is_unmodified(context.recipe.rollout) else "raw or processed, as configured"
         self.logprob_metadata = {"engine": "server", "dtype": model.dtype, "logprobs": f"{kind}, float32, nats"}
 
     def load_weights(self, model: ModelDir) -> None:
-        """Take the directory if it is the recipe's own: a server keeps the weights that it was started with.
+        """Accept the directory if it is the one of the recipe: the weights of a server are fixed.
 
-        Raises OpdctlError for any other, such as a student in training, or one that `eval` is given.
+        Raises:
+            OpdctlError: it is another directory, such as a student in training or a model given to `eval`.
         """
         in_hub_cache = f"models--{self._settings.model.replace('/', '--')}"
         if model.path != find_local(self._settings, f"{self._key}.model") and in_hub_cache not in model.path.parts:
             raise OpdctlError(
-                f"{self._url}: a server keeps the weights it was started with, so it cannot become {model.path}",
-                hint='set rollout.engine = "vllm" or "transformers" to draw with this model',
+                "unsupported_setting",
+                f"{self._url}: the server's weights are fixed; it cannot serve {model.path}",
+                hint='set rollout.engine = "vllm" or "transformers" to sample from this model',
             )
 
     def close(self) -> None:
@@ -74,53 +76,54 @@ class ServerEngine:
         requests: Sequence[Request],
         sampling: Sampling,
         batch_size: int,
-        advance: Callable[[int], None],
+        on_progress: Callable[[int], None],
         *,
         entropy: bool = False,
         top_k: int = 0,
     ) -> list[Completion]:
+        hint = 'set rollout.engine = "transformers"'
         if entropy:
-            raise OpdctlError("a server gives no entropies", hint='set rollout.engine = "transformers"')
+            raise OpdctlError("unsupported_setting", "rollout.entropy: a server returns no entropies", hint=hint)
         if top_k and not _is_unmodified(sampling):
-            raise OpdctlError(
-                "at a temperature or top-p other than 1 a server's most probable tokens are of unknown kind",
-                hint='set rollout.engine = "transformers"',
-            )
+            why = "at a temperature or top-p other than 1 the server's most probable tokens may be raw or processed"
+            raise OpdctlError("unsupported_setting", f"rollout.top_k: {why}", hint=hint)
         self._check_length(max((len(request.prompt_ids) for request in requests), default=0), sampling.max_tokens)
         eos_ids = list(self._model.eos_ids)
-        read = partial(_read_completion, sampling=sampling, eos_ids=eos_ids, top_k=top_k)
+        parse = partial(_parse_completion, sampling=sampling, eos_ids=eos_ids, top_k=top_k)
 
-        def asked() -> Iterator[tuple[dict[str, Any], Read[Completion]]]:
+        def bodies() -> Iterator[tuple[dict[str, Any], Parse[Completion]]]:
             for request in requests:
-                own = {"seed": request.seed, "logprobs": top_k, "stop_token_ids": eos_ids}
-                body = self._body(request.prompt_ids, sampling) | own
-                yield body, self._reader(body, read)
+                body = self._body(request.prompt_ids, sampling)
+                body |= {"seed": request.seed, "logprobs": top_k, "stop_token_ids": eos_ids}
+                yield body, self._response_parser(body, parse)
 
-        return self._client.post_all(f"{self._url}/completions", asked(), advance)
+        return self._client.post_all(f"{self._url}/completions", bodies(), on_progress)
 
     def score(
-        self, answered: Sequence[ScoreRequest], settings: Score, advance: Callable[[int], None]
+        self, requests: Sequence[ScoreRequest], settings: Score, on_progress: Callable[[int], None]
     ) -> list[TokenScores]:
         for name in ("entropy", "student_top_k", "hidden_states"):
             if getattr(settings, name):
                 raise OpdctlError(
-                    f"score.{name}: a server does not give it; weight or objective need it, or the recipe asks for it",
+                    "unsupported_setting",
+                    f"score.{name}: a server does not return it; the recipe, its weight or its objective requires it",
                     hint='set score.engine = "transformers"',
                 )
-        lengths = [len(each.prompt_ids) + len(each.response_ids) for each in answered]
-        self._check_length(max(lengths, default=0), 1)
+        longest = max((len(request.prompt_ids) + len(request.response_ids) for request in requests), default=0)
+        self._check_length(longest, 1)
 
-        def asked() -> Iterator[tuple[dict[str, Any], Read[TokenScores]]]:
-            for each in answered:
-                ids = np.concatenate([each.prompt_ids, each.response_ids])
+        def bodies() -> Iterator[tuple[dict[str, Any], Parse[TokenScores]]]:
+            for request in requests:
+                ids = np.concatenate([request.prompt_ids, request.response_ids])
                 body = self._body(ids, Sampling(max_tokens=1)) | {"prompt_logprobs": settings.top_k}
-                yield body, self._reader(body, partial(_read_scores, each=each, top_k=settings.top_k))
+                parse = partial(_parse_scores, request=request, top_k=settings.top_k)
+                yield body, self._response_parser(body, parse)
 
-        return self._client.post_all(f"{self._url}/completions", asked(), advance)
+        return self._client.post_all(f"{self._url}/completions", bodies(), on_progress)
 
     def _body(self, ids: Ids, sampling: Sampling) -> dict[str, Any]:
         return NEUTRAL_SAMPLING_PARAMS | {
-            "model": self._name,
+            "model": self._served_name,
             "prompt": ids.tolist(),
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -129,83 +132,89 @@ class ServerEngine:
             "return_tokens_as_token_ids": True,
         }
 
-    def _reader(self, body: dict[str, Any], read: Read[Made]) -> Read[Made]:
-        """Return `read` for the one choice of an answer to `body`, once that answer is known to be to these ids."""
+    def _response_parser(self, body: dict[str, Any], parse: Parse[Parsed]) -> Parse[Parsed]:
+        """Return a function that checks a response to `body` and applies `parse` to its one choice."""
 
-        def of_answer(answer: Any) -> Made:
-            (choice,) = answer["choices"]
+        def parse_response(content: Any) -> Parsed:
+            (choice,) = content["choices"]
             if choice.get("prompt_token_ids") is None or choice.get("token_ids") is None:
                 raise OpdctlError(
-                    f"{self._url}: the server returns no token ids, and text is never tokenised again",
-                    hint="serve with a vLLM that knows `return_token_ids` (0.10.2 or newer), without a gateway that "
-                    "drops fields",
+                    "unsupported_setting",
+                    f"{self._url}: the server returns no token ids, and opdctl never tokenizes text again",
+                    hint="use vLLM 0.10.2 or newer, without a gateway that drops fields",
                 )
             if choice["prompt_token_ids"] != body["prompt"]:
-                raise MalformedResponseError("it read other prompt tokens than those sent")
-            return read(choice)
+                raise MalformedResponseError("the echoed prompt token ids differ from the request")
+            return parse(choice)
 
-        return of_answer
+        return parse_response
 
-    def _served(self, wanted: str | None) -> tuple[str, int | None]:
-        """Return the model's name at the server and the longest sequence that it takes, if the server says."""
+    def _find_served_model(self, served_name: str | None) -> tuple[str, int | None]:
+        """Return the model's name at the server, and the maximum sequence length if the server reports it."""
 
-        def read(answer: Any) -> dict[str, dict[str, Any]]:
-            return {card["id"]: card for card in answer["data"] if not card.get("parent")}  # those are adapters
+        def parse(content: Any) -> dict[str, dict[str, Any]]:
+            return {card["id"]: card for card in content["data"] if not card.get("parent")}  # adapters have a parent
 
-        cards = self._client.get(f"{self._url}/models", read)
-        name = next(iter(cards)) if wanted is None and len(cards) == 1 else wanted
+        cards = self._client.get(f"{self._url}/models", parse)
+        name = next(iter(cards)) if served_name is None and len(cards) == 1 else served_name
         if name is None or name not in cards:
-            served = ", ".join(f"`{each}`" for each in sorted(cards)) or "nothing"
-            asked = f"no model `{name}`" if name else "no single model"
+            served = ", ".join(f"`{served}`" for served in sorted(cards)) or "none"
+            problem = f"no model `{name}`" if name else "not exactly one model"
             raise OpdctlError(
-                f"{self._url}: {asked}; it serves {served}",
+                "missing_model",
+                f"{self._url}: {problem}; served models: {served}",
                 hint=f"set {self._key}.served_name to the name under which the server serves {self._model.path.name}",
             )
         return name, cards[name].get("max_model_len")
 
     def _check_length(self, prompt: int, response: int) -> None:
-        if self._longest is not None and prompt + response > self._longest:
+        if self._max_model_len is not None and prompt + response > self._max_model_len:
             raise OpdctlError(
-                f"{self._url}: the server takes {self._longest} tokens, but {prompt} + {response} are needed",
-                hint=f"start it with --max-model-len {prompt + response} or more",
+                "unsupported_setting",
+                f"{self._url}: {prompt} + {response} tokens exceed the server's maximum of {self._max_model_len}",
+                hint=f"start the server with --max-model-len {prompt + response} or more",
             )
 
     def _check_tokenizer(self) -> None:
-        """Raise OpdctlError unless the server makes the same ids of texts with tokens from the whole vocabulary."""
-        stride = max(1, self._model.vocab_size // 128)
+        """Raise OpdctlError unless the server maps texts from the entire vocabulary to the same ids."""
+        stride = max(1, self._model.vocab_size // TOKENIZER_SAMPLE_SIZE)
         url = self._url.removesuffix("/v1") + "/tokenize"
         for start in sorted({0, stride // 2}):
             text = self._model.tokenizer.decode(list(range(start, self._model.vocab_size, stride)))
-            body = {"model": self._name, "prompt": text, "add_special_tokens": False}
-            theirs = self._client.post(url, body, lambda answer: list(answer["tokens"]), NO_ENDPOINT)
-            if theirs is None:
-                console.warn(f"{url}: there is no such endpoint: whether the server's tokenizer fits is not checked")
+            body = {"model": self._served_name, "prompt": text, "add_special_tokens": False}
+            server_ids = self._client.post(
+                url, body, lambda content: list(content["tokens"]), absent=MISSING_ENDPOINT_STATUSES
+            )
+            if server_ids is None:
+                console.warn(f"{url}: no such endpoint; the server's tokenizer is not checked")
                 return
-            ours = self._model.tokenizer.encode(text, add_special_tokens=False)
-            if ours != theirs:
+            ids = self._model.tokenizer.encode(text, add_special_tokens=False)
+            if ids != server_ids:
                 raise OpdctlError(
-                    f"{self._url}: the server's tokenizer is not that of {self._model.path}: of {text[:40]!r} "
-                    f"it makes {theirs[:8]} …, not {ours[:8]} …",
-                    hint=f"serve the very model that {self._key}.model names",
+                    "incompatible_tokenizer",
+                    f"{self._url}: the server's tokenizer is not that of {self._model.path}: it maps {text[:40]!r} "
+                    f"to {server_ids[:8]} …, not {ids[:8]} …",
+                    hint=f"serve the model that {self._key}.model names",
                 )
 
 
-def _own_key(place: EngineContext) -> str:
+def _recipe_key(context: EngineContext) -> str:
     """Return the recipe's key of the model's settings."""
-    name = next((name for name, model in place.recipe.models().items() if model is place.settings), "student")
+    name = next((name for name, model in context.recipe.models().items() if model is context.settings), "student")
     return model_key(name)
 
 
-def _address(server: str | None, key: str) -> str:
+def _server_url(server: str | None, key: str) -> str:
     if server is None:
         raise OpdctlError(
-            f"{key}.server is not set, and the engine `server` needs it",
+            "invalid_recipe",
+            f"{key}.server: required by the engine `server`, but not set",
             hint=f'set {key}.server to the server\'s address, such as "http://host:8000/v1"',
         )
     try:
         return str(httpx.URL(server)).rstrip("/")
     except httpx.InvalidURL as error:
-        raise OpdctlError(f"{key}.server: {server}: {error}") from None
+        raise OpdctlError("invalid_recipe", f"{key}.server: {server}: {error}") from None
 
 
 def _is_unmodified(sampling: Sampling) -> bool:
@@ -213,50 +222,52 @@ def _is_unmodified(sampling: Sampling) -> bool:
     return sampling.temperature == 1 and sampling.top_p == 1
 
 
-def _checked(values: list[Any]) -> Logprobs:
-    """Return log-probs as float32. Raises BrokenError for any that is none."""
+def _to_logprobs(values: list[Any]) -> Logprobs:
+    """Return log-probs in nats as float32.
+
+    Raises:
+        MalformedResponseError: a value is not a finite, non-positive number.
+    """
     for value in values:
         if not (isinstance(value, (int, float)) and math.isfinite(value) and VLLM_NEG_INF < value < 1e-3):
-            raise MalformedResponseError(f"a log-prob is {value!r}")
+            raise MalformedResponseError(f"invalid log-prob {value!r}")
     return np.array(values, np.float32)
 
 
-def _top(entries: dict[int, float], k: int) -> list[tuple[int, float]]:
-    """Return the k most probable; the server adds the token itself to them where it is not one of them."""
-    if len(entries) < k:
-        raise MalformedResponseError(f"{len(entries)} most probable tokens, not {k}")
-    return sorted(entries.items(), key=lambda entry: (-entry[1], entry[0]))[:k]
+def _top_entries(entries: dict[int, float], top_k: int) -> list[tuple[int, float]]:
+    """Return the most probable ids and their log-probs. The server adds the token itself if it is not among them."""
+    if len(entries) < top_k:
+        raise MalformedResponseError(f"{len(entries)} most probable tokens instead of {top_k}")
+    return sorted(entries.items(), key=lambda entry: (-entry[1], entry[0]))[:top_k]
 
 
-def _tops(rows: list[dict[int, float]], k: int) -> tuple[Ids, Logprobs]:
-    """Return ids and log-probs of each row's k most probable tokens, [T, K]."""
-    kept = [_top(row, k) for row in rows]
-    ids = np.array([[id_ for id_, _ in row] for row in kept], np.int32).reshape(len(rows), k)
-    return ids, _checked([value for row in kept for _, value in row]).reshape(len(rows), k)
+def _parse_top_k(rows: list[dict[int, float]], top_k: int) -> tuple[Ids, Logprobs]:
+    """Return ids and log-probs of each row's most probable tokens, [T, K]."""
+    entries = [_top_entries(row, top_k) for row in rows]
+    ids_TK = np.array([[id_ for id_, _ in row] for row in entries], np.int32).reshape(len(rows), top_k)
+    return ids_TK, _to_logprobs([value for row in entries for _, value in row]).reshape(len(rows), top_k)
 
 
-def _read_completion(choice: Any, sampling: Sampling, eos_ids: list[int], top_k: int) -> Completion:
-    ids, reason, said = choice["token_ids"], choice["finish_reason"], choice["logprobs"]
-    if said["tokens"] != [f"token_id:{id_}" for id_ in ids] or len(said["token_logprobs"]) != len(ids):
-        raise MalformedResponseError(f"its log-probs are not those of its {len(ids)} tokens")
+def _parse_completion(choice: Any, sampling: Sampling, eos_ids: list[int], top_k: int) -> Completion:
+    ids, reason, logprobs = choice["token_ids"], choice["finish_reason"], choice["logprobs"]
+    if logprobs["tokens"] != [f"token_id:{id_}" for id_ in ids] or len(logprobs["token_logprobs"]) != len(ids):
+        raise MalformedResponseError(f"the log-probs do not belong to the {len(ids)} tokens of the response")
     if not (ids[-1] in eos_ids if reason == "stop" else reason == "length" and len(ids) == sampling.max_tokens):
-        raise MalformedResponseError(f"the response ends for `{reason}` with token {ids[-1]} after {len(ids)} tokens")
-    found: dict[str, Any] = {}
+        raise MalformedResponseError(f"finish reason `{reason}` after {len(ids)} tokens, the last one {ids[-1]}")
+    top: dict[str, Any] = {}
     if top_k:
-        rows = [{int(k.removeprefix("token_id:")): v for k, v in row.items()} for row in said["top_logprobs"]]
-        found["top_ids"], found["top_logprobs"] = _tops(rows, top_k)
-    return Completion(np.array(ids, np.int32), _checked(said["token_logprobs"]), reason, **found)
+        rows = [{int(k.removeprefix("token_id:")): v for k, v in row.items()} for row in logprobs["top_logprobs"]]
+        top["top_ids"], top["top_logprobs"] = _parse_top_k(rows, top_k)
+    return Completion(np.array(ids, np.int32), _to_logprobs(logprobs["token_logprobs"]), reason, **top)
 
 
-def _read_scores(choice: Any, each: ScoreRequest, top_k: int) -> TokenScores:
-    entries = choice["prompt_logprobs"]
-    if len(entries) != len(each.prompt_ids) + len(each.response_ids):
-        raise MalformedResponseError(
-            f"{len(entries)} log-probs of {len(each.prompt_ids)} + {len(each.response_ids)} tokens"
-        )
-    rows = [{int(k): v["logprob"] for k, v in row.items()} for row in entries[len(each.prompt_ids) :]]
-    logprobs = _checked([row[int(id_)] for id_, row in zip(each.response_ids, rows, strict=True)])
+def _parse_scores(choice: Any, request: ScoreRequest, top_k: int) -> TokenScores:
+    entries, prompt, response = choice["prompt_logprobs"], len(request.prompt_ids), len(request.response_ids)
+    if len(entries) != prompt + response:
+        raise MalformedResponseError(f"{len(entries)} log-probs for {prompt} + {response} tokens")
+    rows = [{int(k): v["logprob"] for k, v in row.items()} for row in entries[prompt:]]
+    logprobs = _to_logprobs([row[int(id_)] for id_, row in zip(request.response_ids, rows, strict=True)])
     if not top_k:
         return TokenScores(logprobs)
-    top_ids, top_logprobs = _tops(rows, top_k)
+    top_ids, top_logprobs = _parse_top_k(rows, top_k)
     return TokenScores(logprobs, top_ids=top_ids, top_logprobs=top_logprobs)

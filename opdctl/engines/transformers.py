@@ -1,11 +1,10 @@
 """The transformers engine: batched sampling with a key-value cache, and chunked scoring.
 
-Sampling is a loop of its own over transformers' cache rather than `generate`, for two things that `generate` does not
-do: each response has a random stream of its own, so the same seed gives the same response in any batch, and finished
-responses leave the batch.
+Sampling is a separate loop over transformers' cache instead of `generate`, for two reasons. Each response has its own
+random stream, so the same seed gives the same response in any batch. Finished responses leave the batch.
 
-Shapes: B responses still in work, T positions, V vocabulary, N response tokens of a batch, or blocks of b = BLOCK ids;
-K most probable tokens, D hidden size.
+Shapes: B unfinished responses, T positions, V vocabulary, N response tokens of a batch, K most probable tokens,
+D hidden size. In `_inverse_cdf`, N blocks of b = BLOCK ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opdctl.artifacts.records import Ids, TokenScores
-from opdctl.engines.base import Completion, Request, ScoreRequest
+from opdctl.artifacts.records import Completion, Ids, TokenScores
+from opdctl.engines.base import Request, ScoreRequest
 from opdctl.models.batching import by_token_budget, pad_batch
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
 from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
 from opdctl.recipe.schema import Sampling, Score
 
-BLOCK = 512  # probabilities that are cumulated one by one; more than that, block by block first
-COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share are in work: each drop copies the cache
+BLOCK = 512  # ids per block of the two-level cumulative sum
+COMPACT_BELOW = 0.75  # unfinished fraction that triggers dropping finished rows; each time copies the cache
 
 
 class TransformersEngine:
@@ -41,13 +40,13 @@ class TransformersEngine:
         self.logprob_metadata = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 
     def load_weights(self, model: ModelDir) -> None:
-        """Take over another directory's weights, by loading it anew.
+        """Load another directory.
 
-        A mixture of experts is stored in another shape than it is held in, so tensors cannot simply be copied over.
+        Tensors cannot be copied into the loaded model: a mixture of experts is stored in other shapes than in memory.
         """
         self.close()
         self._model = load_model(model, device=self._device)
-        # In float32 once: the product of hidden states and output matrix in bfloat16 is too coarse for log-probs.
+        # float32: the product of hidden states and output matrix is too inaccurate for log-probs in bfloat16.
         self._head = output_head(self._model, model.vocab_size)
         self._eos = torch.tensor(model.eos_ids, device=self._device)
 
@@ -58,23 +57,23 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def score(
-        self, answered: Sequence[ScoreRequest], settings: Score, advance: Callable[[int], None]
+        self, requests: Sequence[ScoreRequest], settings: Score, on_progress: Callable[[int], None]
     ) -> list[TokenScores]:
         scores: dict[int, TokenScores] = {}
-        lengths = [len(each.prompt_ids) + len(each.response_ids) for each in answered]
+        lengths = [len(request.prompt_ids) + len(request.response_ids) for request in requests]
         for batch in by_token_budget(lengths, settings.tokens_per_batch):
-            scores |= zip(batch, self._score_batch([answered[i] for i in batch], settings), strict=True)
-            advance(len(batch))
-        return [scores[i] for i in range(len(answered))]
+            scores |= zip(batch, self._score_batch([requests[i] for i in batch], settings), strict=True)
+            on_progress(len(batch))
+        return [scores[i] for i in range(len(requests))]
 
     def _score_batch(self, batch: list[ScoreRequest], settings: Score) -> list[TokenScores]:
-        padded = pad_batch([(each.prompt_ids, each.response_ids) for each in batch], self._device)
+        padded = pad_batch([(request.prompt_ids, request.response_ids) for request in batch], self._device)
         hidden_ND, ids_N = response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
         ids_NK = ids_N[:, None]
         if settings.student_top_k:
-            top_NK = np.concatenate([each.top_ids for each in batch]).astype(np.int64)
+            top_NK = np.concatenate([request.top_ids for request in batch]).astype(np.int64)
             ids_NK = torch.cat([ids_NK, torch.from_numpy(top_NK).to(self._device)], dim=-1)
-        found: list[dict[str, Tensor]] = []
+        chunks: list[dict[str, Tensor]] = []
 
         def read(chunk: Chunk) -> None:
             columns = {"logprobs": chunk.selected_logp_CK[:, 0]}
@@ -85,20 +84,20 @@ class TransformersEngine:
             if settings.top_k:
                 top_ids_CK, columns["top_logprobs"] = chunk.top(settings.top_k)
                 columns["top_ids"] = top_ids_CK.int()
-            found.append({name: value.cpu() for name, value in columns.items()})
+            chunks.append({name: value.cpu() for name, value in columns.items()})
 
         map_vocab_chunks(self._head, hidden_ND, ids_NK, read)
-        whole = {name: torch.cat([chunk[name] for chunk in found]) for name in found[0]}
+        columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         if settings.hidden_states:
-            whole["hidden_states"] = hidden_ND.float().cpu()
-        return _cut(whole, padded.lengths)
+            columns["hidden_states"] = hidden_ND.float().cpu()
+        return _split_by_response(columns, padded.lengths)
 
     def generate(
         self,
         requests: Sequence[Request],
         sampling: Sampling,
         batch_size: int,
-        advance: Callable[[int], None],
+        on_progress: Callable[[int], None],
         *,
         entropy: bool = False,
         top_k: int = 0,
@@ -106,43 +105,47 @@ class TransformersEngine:
         completions: list[Completion] = []
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            drawn = _SampleBuffer(len(batch), sampling.max_tokens, self._device, entropy, top_k)
-            self._generate_batch(batch, sampling, drawn, advance)
-            completions += drawn.completions()
+            buffer = _SampleBuffer(len(batch), sampling.max_tokens, self._device, entropy, top_k)
+            self._generate_batch(batch, sampling, buffer, on_progress)
+            completions += buffer.completions()
         return completions
 
     @torch.inference_mode()
     def _generate_batch(
-        self, requests: Sequence[Request], sampling: Sampling, drawn: "_SampleBuffer", advance: Callable[[int], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        buffer: "_SampleBuffer",
+        on_progress: Callable[[int], None],
     ) -> None:
-        longest = sampling.max_tokens
-        uniform_BT = torch.from_numpy(np.stack([_uniforms(request.seed, longest) for request in requests]))
+        max_tokens = sampling.max_tokens
+        uniform_BT = torch.from_numpy(np.stack([_uniform_stream(request.seed, max_tokens) for request in requests]))
         uniform_BT = uniform_BT.to(self._device)
         batch = _DecodeBatch(self._model, self._head, [request.prompt_ids for request in requests], self._device)
         rows_B = torch.arange(len(requests), device=self._device)
-        for t in range(longest):
+        for t in range(max_tokens):
             logits_BV = batch.logits()
             token_B, logp_B = sample(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
-            ended_B = torch.isin(token_B, self._eos) & ~drawn.stopped_B[rows_B]
-            drawn.add(rows_B, t, token_B, logp_B, logits_BV, ended_B)
-            advance(int(ended_B.sum()))
-            working_B = ~drawn.stopped_B[rows_B]
-            if not (working := int(working_B.sum())):
+            ended_B = torch.isin(token_B, self._eos) & ~buffer.stopped_B[rows_B]
+            buffer.add(rows_B, t, token_B, logp_B, logits_BV, ended_B)
+            on_progress(int(ended_B.sum()))
+            unfinished_B = ~buffer.stopped_B[rows_B]
+            if not (unfinished := int(unfinished_B.sum())):
                 break
-            if working < COMPACT_BELOW * len(rows_B):
-                batch.keep(working_B.nonzero().squeeze(-1))
-                rows_B, token_B = rows_B[working_B], token_B[working_B]
-            if t + 1 < longest:
+            if unfinished < COMPACT_BELOW * len(rows_B):
+                batch.keep(unfinished_B.nonzero().squeeze(-1))
+                rows_B, token_B = rows_B[unfinished_B], token_B[unfinished_B]
+            if t + 1 < max_tokens:
                 batch.feed(token_B)
-        advance(int((~drawn.stopped_B).sum()))
+        on_progress(int((~buffer.stopped_B).sum()))
 
 
-def _cut(columns: dict[str, Tensor], lengths: list[int]) -> list[TokenScores]:
-    """Cut columns of all tokens into one record a response."""
-    cut = {name: [value.numpy() for value in column.split(lengths)] for name, column in columns.items()}
+def _split_by_response(columns: dict[str, Tensor], lengths: list[int]) -> list[TokenScores]:
+    """Split columns of all tokens into one record per response."""
+    split = {name: [value.numpy() for value in column.split(lengths)] for name, column in columns.items()}
     scores = []
     for row in range(len(lengths)):
-        values = {name: pieces[row] for name, pieces in cut.items()}
+        values = {name: pieces[row] for name, pieces in split.items()}
         hidden_TD = values.pop("hidden_states", None)
         scores.append(
             TokenScores(**values, hidden_states=None if hidden_TD is None else partial(np.asarray, hidden_TD))
@@ -151,32 +154,32 @@ def _cut(columns: dict[str, Tensor], lengths: list[int]) -> list[TokenScores]:
 
 
 class _SampleBuffer:
-    """What is drawn of a batch of responses, token by token."""
+    """The sampled tokens of a batch of responses, with what is stored beside them."""
 
-    def __init__(self, count: int, longest: int, device: str, entropy: bool, top_k: int):
+    def __init__(self, count: int, max_tokens: int, device: str, entropy: bool, top_k: int):
         self._columns = {
-            "response_ids": torch.zeros(count, longest, dtype=torch.int32, device=device),
-            "logprobs": torch.zeros(count, longest, device=device),
+            "response_ids": torch.zeros(count, max_tokens, dtype=torch.int32, device=device),
+            "logprobs": torch.zeros(count, max_tokens, device=device),
         }
         if entropy:
-            self._columns["entropies"] = torch.zeros(count, longest, device=device)
+            self._columns["entropies"] = torch.zeros(count, max_tokens, device=device)
         if top_k:
-            self._columns["top_ids"] = torch.zeros(count, longest, top_k, dtype=torch.int32, device=device)
-            self._columns["top_logprobs"] = torch.zeros(count, longest, top_k, device=device)
+            self._columns["top_ids"] = torch.zeros(count, max_tokens, top_k, dtype=torch.int32, device=device)
+            self._columns["top_logprobs"] = torch.zeros(count, max_tokens, top_k, device=device)
         self._top_k = top_k
-        self._length_B = torch.full((count,), longest, device=device)
+        self._length_B = torch.full((count,), max_tokens, device=device)
         self.stopped_B = torch.zeros(count, dtype=torch.bool, device=device)
 
     def add(self, rows_B: Tensor, t: int, token_B: Tensor, logp_B: Tensor, logits_BV: Tensor, ended_B: Tensor) -> None:
-        """Take down token t of the responses in `rows_B`; `ended_B` of them end with it."""
-        found = {"response_ids": token_B.int(), "logprobs": logp_B}
+        """Record token t of the responses in `rows_B`; those in `ended_B` end with it."""
+        values = {"response_ids": token_B.int(), "logprobs": logp_B}
         if self._top_k or "entropies" in self._columns:
             logp_BV = logits_BV.log_softmax(-1)
-            found["entropies"] = -(logp_BV.exp() * logp_BV).sum(-1).clamp(max=0)
-            found["top_logprobs"], top_ids_BK = logp_BV.topk(self._top_k, dim=-1)
-            found["top_ids"] = top_ids_BK.int()
+            values["entropies"] = -(logp_BV.exp() * logp_BV).sum(-1).clamp(max=0)
+            values["top_logprobs"], top_ids_BK = logp_BV.topk(self._top_k, dim=-1)
+            values["top_ids"] = top_ids_BK.int()
         for name, column in self._columns.items():
-            column[rows_B, t] = found[name]
+            column[rows_B, t] = values[name]
         self._length_B[rows_B[ended_B]] = t + 1
         self.stopped_B[rows_B[ended_B]] = True
 
@@ -193,20 +196,20 @@ class _SampleBuffer:
 
 
 class _DecodeBatch:
-    """Responses in work: the cache, the mask of real positions, and the last hidden state.
+    """Unfinished responses: the cache, the attention mask, and the last hidden state.
 
-    Prompts of different lengths are padded on the left, with position ids from the mask; where none needs padding there
-    is no mask, which is faster.
+    Prompts of different lengths are padded on the left, with position ids from the mask. There is no mask if no prompt
+    needs padding, which is faster.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head, prompts: Sequence[Ids], device: str):
         self._model, self._head, self._cache = model, head, DynamicCache(config=model.config)
-        longest = max(len(prompt) for prompt in prompts)
-        ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        mask_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        max_length = max(len(prompt) for prompt in prompts)
+        ids_BT = torch.zeros(len(prompts), max_length, dtype=torch.int64)
+        mask_BT = torch.zeros(len(prompts), max_length, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            ids_BT[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask_BT[row, longest - len(prompt) :] = 1
+            ids_BT[row, max_length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            mask_BT[row, max_length - len(prompt) :] = 1
         self._mask_BT = None if bool(mask_BT.all()) else mask_BT.to(device)
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         self._next_B1 = positions_BT[:, -1:].to(device) + 1
@@ -223,7 +226,7 @@ class _DecodeBatch:
         self._hidden_BD = hidden_BTD[:, -1]
 
     def logits(self) -> Tensor:
-        """Return the next token's logits over the tokenizer's own ids, [B, V], float32."""
+        """Return the next token's logits over the tokenizer's ids, [B, V], float32."""
         return self._head.logits(self._hidden_BD)
 
     def feed(self, token_B: Tensor) -> None:
@@ -234,23 +237,23 @@ class _DecodeBatch:
         self._next_B1 = self._next_B1 + 1
 
     def keep(self, rows: Tensor) -> None:
-        """Let the other rows leave the batch."""
+        """Remove all other rows from the batch."""
         self._cache.batch_select_indices(rows)
         self._next_B1 = self._next_B1[rows]
         if self._mask_BT is not None:
             self._mask_BT = self._mask_BT[rows]
 
 
-def _uniforms(seed: int, count: int) -> np.ndarray:
-    """Return the response's own stream of uniform numbers in [0, 1)."""
+def _uniform_stream(seed: int, count: int) -> np.ndarray:
+    """Return `count` uniform numbers in [0, 1) that depend on the response's seed only."""
     return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float32)
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sample one token a row by inverting the distribution at `uniform_B`; return ids and their log-probs, [B].
+    """Sample one token per row by the inverse CDF at `uniform_B`; return ids and their log-probs in nats, [B].
 
-    The log-probs are those of the distribution that was sampled, after temperature and top-p; at temperature 0 all of
-    it is on the most probable token.
+    The log-probs are those of the sampled distribution, after temperature and top-p. At temperature 0 the most probable
+    token has probability 1.
     """
     if temperature == 0:
         return logits_BV.argmax(-1), torch.zeros_like(uniform_B)
@@ -264,7 +267,7 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
 
 
 def _top_p_filter(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Return the logits without the tokens beyond the most probable ones that hold `top_p` of the mass."""
+    """Return the logits with -inf for all but the fewest most probable tokens whose probabilities sum to `top_p`."""
     sorted_BV, order_BV = logits_BV.sort(stable=True, dim=-1, descending=True)
     p_BV = sorted_BV.softmax(-1)
     sorted_BV = sorted_BV.masked_fill(p_BV.cumsum(-1) - p_BV >= top_p, -torch.inf)
@@ -272,13 +275,13 @@ def _top_p_filter(logits_BV: Tensor, top_p: float) -> Tensor:
 
 
 def _inverse_cdf(p_BV: Tensor, uniform_B1: Tensor) -> Tensor:
-    """Return where the cumulated probabilities, in float64, pass `uniform_B1`, [B, 1].
+    """Return the first id whose cumulative probability, in float64, exceeds `uniform_B1`, [B, 1].
 
-    First the block, then the token in it: a float64 sum over a whole large vocabulary costs as much as the model.
+    It finds the block first, then the id within it: a float64 sum over a large vocabulary costs as much as the model.
     """
     blocks_BNb = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     ends_BN = blocks_BNb.sum(-1, dtype=torch.float64).cumsum(-1)
-    # Scaled by the sum, so that rounding can neither draw past the end nor draw a token of probability zero.
+    # Scaled by the sum, so that rounding can sample neither past the end nor a token of probability zero.
     target_B1 = uniform_B1 * ends_BN[:, -1:]
     block_B1 = torch.searchsorted(ends_BN, target_B1, right=True).clamp(max=ends_BN.shape[-1] - 1)
     block_Bb = blocks_BNb.take_along_dim(block_B1[..., None], dim=1).squeeze(1)

@@ -1,13 +1,19 @@
-"""The vLLM engine, in this process. The one file that imports vLLM; it knows no tokenizer and no text.
+"""The vLLM engine, in this process. This is the only module that imports vLLM. It uses token ids only.
 
-What vLLM does otherwise than opdctl needs, and is put right here: it samples the rows that pad a matrix (they are
-masked), it ends at the ids of its own choice (it is given the model directory's), it gives log-probs from before
-temperature and top-p (processed ones are asked for), it shortens responses that do not fit (an error), it multiplies
-by the output matrix in 16 bits (32 are asked for), and its reload forgets a packed copy of a tied output matrix.
+Workarounds for vLLM behavior that opdctl cannot use:
 
-It has no hidden states, and the whole distribution only of small vocabularies: what needs more is refused.
+- vLLM samples ids of the output matrix's padding rows: they are masked.
+- It stops at the end-of-sequence ids of the model's config: it receives those of the model directory.
+- Its log-probs are by default those before temperature and top-p: processed ones are requested.
+- It shortens responses that exceed its maximum length: the length is checked, and too long is an error.
+- It multiplies by the output matrix in 16 bits: float32 is requested.
+- Its weight reload omits a packed copy of a tied output matrix: the copy is made again.
 
-Shapes: T response tokens, W entries that vLLM gives of each, K most probable tokens, V vocabulary, D hidden size.
+vLLM returns no hidden states, and the entire distribution only for small vocabularies. Settings that require more are
+rejected.
+
+Shapes: T tokens of one response, W entries that vLLM returns for each, K most probable tokens, V vocabulary,
+D hidden size.
 """
 
 import contextlib
@@ -23,35 +29,32 @@ from typing import Any
 
 import numpy as np
 import torch
-import vllm
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.sampling_params import RequestOutputKind
 
-from opdctl.artifacts.records import Ids, Logprobs, TokenScores
-from opdctl.engines.base import Completion, EngineContext, Request, ScoreRequest
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
+from opdctl.engines.base import EngineContext, Request, ScoreRequest
+from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.models.batching import by_token_budget
 from opdctl.models.directory import ModelDir
+from opdctl.models.loading import check_missing_keys
 from opdctl.recipe.schema import Recipe, Sampling, Score
 
-DEFAULTS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: a killed run leaves no engine behind
+ENVIRONMENT_DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: a killed run leaves no engine process
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # see _max_model_len, which checks the recipe's own value
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; else nearly all memory, each engine, beside the trainer
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's too
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # _max_model_len checks the recipe's value
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is nearly all memory per engine, which the trainer needs too
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same threads
 }
 
 
-for _name, _value in DEFAULTS.items():
+for _name, _value in ENVIRONMENT_DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 
 
-# vLLM heeds its level only from the first engine on, and warns before.
+# vLLM applies VLLM_LOGGING_LEVEL when the first engine starts; earlier warnings would be printed.
 getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
 
 
@@ -59,35 +62,37 @@ try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import vllm
-        import vllm.v1.engine.core
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine import core as engine_core
 except ImportError as error:
     raise OpdctlError(
-        f"the engine `vllm` needs vLLM: {error}", hint="pip install 'opdctl[vllm]', or engine = \"transformers\""
+        "missing_package",
+        f"the engine `vllm` requires vLLM: {summarize_exception(error)}",
+        hint="run `pip install 'opdctl[vllm]'`, or set engine = \"transformers\"",
     ) from error
 
 
 _running: weakref.WeakSet["VllmEngine"] = weakref.WeakSet()
-_take_down = vllm.v1.engine.core.cleanup_dist_env_and_memory
+_cleanup = engine_core.cleanup_dist_env_and_memory
 
 
 def _cleanup_when_last_engine_closes() -> None:
     if not _running:
-        _take_down()
+        _cleanup()
 
 
-# All engines of a process share its process group, and vLLM takes it down with the first of them that stops.
-vllm.v1.engine.core.cleanup_dist_env_and_memory = _cleanup_when_last_engine_closes
+# All engines of a process share its process group; vLLM would destroy it when the first of them shuts down.
+engine_core.cleanup_dist_env_and_memory = _cleanup_when_last_engine_closes
 
 
 if vllm.platforms.current_platform.is_cpu():
-    # It moves all memory of the process to one NUMA node, the trainer's too, and says so on stderr.
+    # It would move all memory of the process, the trainer's included, to one NUMA node, and print that.
     torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]
 
 
-SMALL_VOCABULARY = 4096  # up to here vLLM is asked for the log-prob of every id
+SMALL_VOCABULARY_IDS = 4096  # up to this size, vLLM is asked for the log-prob of every id
 
 
 class VllmEngine:
@@ -95,28 +100,28 @@ class VllmEngine:
 
     _llm: Any = None
 
-    def __init__(self, model: ModelDir, place: EngineContext):
-        self._place, self._sleeps = place, place.recipe.vllm.enable_sleep_mode
+    def __init__(self, model: ModelDir, context: EngineContext):
+        self._context, self._sleeps = context, context.recipe.vllm.enable_sleep_mode
         self._start(model)
         self.logprob_metadata = {"engine": "vllm", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 
     def _start(self, model: ModelDir) -> None:
         self._path, self._eos, self._vocab_size = model.path, list(model.eos_ids), model.vocab_size
-        _check_whole(model)
-        arguments = _arguments(model, self._place)
-        with _translate_errors(f"does not start with {model.path}", "see the recipe's section [vllm]"):
+        _check_tensors(model)
+        arguments = _engine_arguments(model, self._context)
+        with _translate_errors(f"{model.path}: vLLM cannot start", "see the recipe's section [vllm]"):
             self._llm = vllm.LLM(**arguments)
         _running.add(self)
-        self._room = self._llm.llm_engine.model_config.max_model_len - 1  # see _max_model_len
+        self._max_tokens = self._llm.llm_engine.model_config.max_model_len - 1  # see _max_model_len
         self._llm.collective_rpc("opdctl_mask", args=(model.vocab_size,))
         self._sleep()
 
     def load_weights(self, model: ModelDir) -> None:
-        """Take over another directory's weights; in a fresh engine where vLLM does not take them over rightly."""
+        """Load the weights of another directory, in a new vLLM instance if vLLM does not reload them correctly."""
         self._wake()
-        with _translate_errors(f"does not take over the weights of {model.path}"):
-            taken = all(self._llm.collective_rpc("opdctl_load", args=(str(model.path),)))
-        if not (taken and self._llm.reset_prefix_cache()):
+        with _translate_errors(f"{model.path}: vLLM cannot load these weights"):
+            loaded = all(self._llm.collective_rpc("opdctl_load", args=(str(model.path),)))
+        if not (loaded and self._llm.reset_prefix_cache()):
             self.close()
             self._start(model)
             return
@@ -145,104 +150,105 @@ class VllmEngine:
         requests: Sequence[Request],
         sampling: Sampling,
         batch_size: int,
-        advance: Callable[[int], None],
+        on_progress: Callable[[int], None],
         *,
         entropy: bool = False,
         top_k: int = 0,
     ) -> list[Completion]:
         if entropy:
-            raise _unsupported("the entropy of what it samples", "rollout")
+            raise _unsupported("rollout", "the entropy of the sampled distribution")
         if top_k and (sampling.temperature, sampling.top_p) != (1, 1):
-            raise _unsupported("the most probable ids of before temperature and top-p", "rollout")
+            raise _unsupported("rollout", "the most probable ids before temperature and top-p")
         longest = max((len(request.prompt_ids) for request in requests), default=0)
-        self._check_room(longest + sampling.max_tokens, f"a prompt of {longest} tokens, {sampling.max_tokens} more")
+        self._check_length(longest + sampling.max_tokens, f"a prompt of {longest} + {sampling.max_tokens} tokens")
 
-        def work() -> Iterator[tuple[Ids, dict[str, Any]]]:
+        def prompts() -> Iterator[tuple[Ids, dict[str, Any]]]:
             for request in requests:
-                yield (
-                    request.prompt_ids,
-                    {
-                        "seed": request.seed,
-                        "temperature": sampling.temperature,
-                        "top_p": sampling.top_p,
-                        "max_tokens": sampling.max_tokens,
-                        "stop_token_ids": self._eos,
-                        "logprobs": top_k,
-                    },
-                )
+                params = {
+                    "seed": request.seed,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "max_tokens": sampling.max_tokens,
+                    "stop_token_ids": self._eos,
+                    "logprobs": top_k,
+                }
+                yield request.prompt_ids, params
 
-        completions = [_completion(output.outputs[0], top_k) for output in self._run(work(), batch_size, advance)]
-        self._check_numbers(completions)
+        outputs = self._run(prompts(), batch_size, on_progress)
+        completions = [_completion(output.outputs[0], top_k) for output in outputs]
+        self._check_not_nan(completions)
         return completions
 
     def score(
-        self, answered: Sequence[ScoreRequest], settings: Score, advance: Callable[[int], None]
+        self, requests: Sequence[ScoreRequest], settings: Score, on_progress: Callable[[int], None]
     ) -> list[TokenScores]:
-        whole = settings.entropy or settings.student_top_k
+        needs_distribution = settings.entropy or settings.student_top_k
         if settings.hidden_states:
-            raise _unsupported("hidden states", "score")
-        if whole and self._vocab_size > SMALL_VOCABULARY:
-            what = "entropies" if settings.entropy else "log-probs of ids that it is given"
-            raise _unsupported(f"{what} over {self._vocab_size} ids, only over {SMALL_VOCABULARY}", "score")
-        lengths = [len(each.prompt_ids) + len(each.response_ids) for each in answered]
-        self._check_room(max(lengths, default=0), f"a prompt and response of {max(lengths, default=0)} tokens")
-        # At least one token must be drawn, though none is wanted.
-        params = {"max_tokens": 1, "prompt_logprobs": -1 if whole else settings.top_k}
+            raise _unsupported("score", "hidden states")
+        if needs_distribution and self._vocab_size > SMALL_VOCABULARY_IDS:
+            feature = "entropies" if settings.entropy else "log-probs of given ids"
+            raise _unsupported("score", f"{feature} over {self._vocab_size} ids, only over {SMALL_VOCABULARY_IDS}")
+        lengths = [len(request.prompt_ids) + len(request.response_ids) for request in requests]
+        longest = max(lengths, default=0)
+        self._check_length(longest, f"a prompt and response of {longest} tokens")
+        # vLLM samples at least one token; it is discarded.
+        params = {"max_tokens": 1, "prompt_logprobs": -1 if needs_distribution else settings.top_k}
         scores: dict[int, TokenScores] = {}
         for batch in by_token_budget(lengths, settings.tokens_per_batch):
-            texts = [np.concatenate([answered[i].prompt_ids, answered[i].response_ids]) for i in batch]
-            outputs = self._run(((text, params) for text in texts), len(batch), advance)
+            texts = [np.concatenate([requests[i].prompt_ids, requests[i].response_ids]) for i in batch]
+            outputs = self._run(((text, params) for text in texts), len(batch), on_progress)
             for i, output in zip(batch, outputs, strict=True):
-                scores[i] = _scores(answered[i], output.prompt_logprobs, settings, self._vocab_size)
-        self._check_numbers(scores.values())
-        return [scores[i] for i in range(len(answered))]
+                scores[i] = _scores(requests[i], output.prompt_logprobs, settings, self._vocab_size)
+        self._check_not_nan(scores.values())
+        return [scores[i] for i in range(len(requests))]
 
-    def _check_numbers(self, found: Iterable[Completion | TokenScores]) -> None:
-        # Of NaN vLLM makes an answer like any other: token 0, over and over.
-        if any(np.isnan(each.logprobs).any() for each in found):
-            raise OpdctlError(f"{self._path}: vLLM gets NaN from this model", code=ExitCode.BAD_DATA)
+    def _check_not_nan(self, results: Iterable[Completion | TokenScores]) -> None:
+        # From NaN logits vLLM makes a normal-looking response: token 0 repeated.
+        if any(np.isnan(result.logprobs).any() for result in results):
+            raise OpdctlError("non_finite_value", f"{self._path}: the model produced NaN logits in vLLM")
 
-    def _check_room(self, tokens: int, what: str) -> None:
-        if tokens > self._room:
+    def _check_length(self, tokens: int, text: str) -> None:
+        if tokens > self._max_tokens:
             raise OpdctlError(
-                f"{what}: more than vLLM has room for, {self._room} tokens",
-                hint="raise vllm.max_model_len, where the model allows it, or ask for shorter responses",
+                "unsupported_setting",
+                f"vllm.max_model_len: {text} exceeds vLLM's maximum of {self._max_tokens} tokens",
+                hint="raise vllm.max_model_len if the model allows it, or reduce the maximum response length",
             )
 
     def _run(
-        self, work: Iterable[tuple[Ids, dict[str, Any]]], at_once: int, advance: Callable[[int], None]
+        self, prompts: Iterable[tuple[Ids, dict[str, Any]]], batch_size: int, on_progress: Callable[[int], None]
     ) -> list[Any]:
-        """Do all requests and return what became of them, in order, with `at_once` of them in work."""
+        """Process all prompts, `batch_size` at a time, and return their outputs in order."""
         self._wake()
-        engine, waiting = self._llm.llm_engine, enumerate(work)
-        under_way: set[str] = set()
-        done: dict[str, Any] = {}
+        engine, waiting = self._llm.llm_engine, enumerate(prompts)
+        running: set[str] = set()
+        outputs: dict[str, Any] = {}
         try:
             while True:
-                for index, (ids, params) in itertools.islice(waiting, at_once - len(under_way)):
+                for index, (ids, params) in itertools.islice(waiting, batch_size - len(running)):
                     prompt = vllm.TokensPrompt(prompt_token_ids=ids.tolist())
-                    engine.add_request(str(index), prompt, _params(**params))
-                    under_way.add(str(index))
-                if not under_way:
+                    engine.add_request(str(index), prompt, _sampling_params(**params))
+                    running.add(str(index))
+                if not running:
                     break
                 finished = {output.request_id: output for output in engine.step()}
-                done |= finished
-                under_way -= finished.keys()
-                advance(len(finished))
+                outputs |= finished
+                running -= finished.keys()
+                on_progress(len(finished))
         finally:
-            engine.abort_request(list(under_way))  # an interrupted call leaves none behind for the next
+            engine.abort_request(list(running))  # an interrupted call must leave no request for the next call
         self._sleep()
-        return [done[str(index)] for index in range(len(done))]
+        return [outputs[str(index)] for index in range(len(outputs))]
 
 
 class WorkerExtension:
-    """What is done inside vLLM's workers, beside the weights. vLLM adds these methods to its own class by name."""
+    """Methods that run in vLLM's workers, which hold the weights. vLLM adds them to its worker class by name."""
 
     get_model: Callable[[], Any]
     reload_weights: Callable[..., None]
 
     def opdctl_mask(self, vocab_size: int) -> None:
-        """Give the rows that pad the output matrix no probability, drawn or scored."""
+        """Give the padding rows of the output matrix probability zero, in sampling and scoring."""
 
         def mask(_module: Any, _arguments: Any, logits_CV: Any) -> None:
             if logits_CV is not None:
@@ -253,10 +259,10 @@ class WorkerExtension:
                 module.register_forward_hook(mask)
 
     def opdctl_load(self, path: str) -> bool:
-        """Take over the weights of a directory; return whether embedding and output matrix are then its own."""
+        """Load the weights of a directory; return whether embedding and output matrix are now its own."""
         self.reload_weights(weights_path=path)
-        # On the CPU a layer multiplies by a packed copy of its weights. That of a tied output matrix stays the old
-        # one, since the checkpoint names no such layer.
+        # On the CPU a layer multiplies by a packed copy of its weights. vLLM does not update the copy of a tied output
+        # matrix, because the checkpoint contains no tensor of that name.
         tables = [
             module
             for module in self.get_model().modules()
@@ -264,12 +270,12 @@ class WorkerExtension:
         ]
         for table in tables:
             table.quant_method.process_weights_after_loading(table)
-        return bool(tables) and all(_is_of(table, Path(path)) for table in tables)
+        return bool(tables) and all(_has_weights_of(table, Path(path)) for table in tables)
 
 
 @torch.inference_mode()
-def _is_of(table: Any, path: Path) -> bool:
-    """Whether an embedding or output matrix holds and multiplies by one that is stored in `path`."""
+def _has_weights_of(table: Any, path: Path) -> bool:
+    """Whether an embedding or output matrix holds, and multiplies by, one that is stored in `path`."""
     shard = table.shard_indices
     rows = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
     held_VD = table.weight[: rows.stop - rows.start]
@@ -281,63 +287,70 @@ def _is_of(table: Any, path: Path) -> bool:
                     continue
                 stored_VD = opened.get_slice(name)[rows].to(held_VD)
                 if torch.equal(stored_VD, held_VD):
-                    probe_1D = torch.linspace(-1, 1, held_VD.shape[1]).to(held_VD)[None]
-                    found = table.quant_method.apply(table, probe_1D)[..., : len(held_VD)]
-                    tolerance = 1e-3 if held_VD.dtype == torch.float32 else 5e-2
-                    return torch.allclose(found.float(), (probe_1D @ held_VD.T).float(), tolerance, tolerance)
+                    return _multiplies_by(table, held_VD)
     return False
 
 
+def _multiplies_by(table: Any, weight_VD: torch.Tensor) -> bool:
+    probe_1D = torch.linspace(-1, 1, weight_VD.shape[1]).to(weight_VD)[None]
+    product_1V = table.quant_method.apply(table, probe_1D)[..., : len(weight_VD)]
+    tolerance = 1e-3 if weight_VD.dtype == torch.float32 else 5e-2
+    return torch.allclose(product_1V.float(), (probe_1D @ weight_VD.T).float(), tolerance, tolerance)
+
+
 @contextlib.contextmanager
-def _translate_errors(what: str, hint: str | None = None) -> Iterator[None]:
-    """Turn whatever vLLM raises over a model or an argument into one message, and let it warn of nothing."""
+def _translate_errors(detail: str, hint: str | None = None) -> Iterator[None]:
+    """Turn any exception of vLLM about a model or an argument into OpdctlError, and suppress vLLM's warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise OpdctlError(f"vLLM {what}: {reason}", hint=hint) from error
+            raise OpdctlError("unsupported_model", f"{detail}: {reason}", hint=hint) from error
 
 
-def _unsupported(what: str, section: str) -> OpdctlError:
-    return OpdctlError(f"{section}: vLLM does not give {what}", hint=f'set {section}.engine = "transformers"')
+def _unsupported(section: str, feature: str) -> OpdctlError:
+    return OpdctlError(
+        "unsupported_setting",
+        f"{section}: vLLM does not return {feature}",
+        hint=f'set {section}.engine = "transformers"',
+    )
 
 
-def _check_whole(model: ModelDir) -> None:
-    """Raise OpdctlError when a tensor is missing: vLLM takes what the memory held for it, without a word."""
+def _check_tensors(model: ModelDir) -> None:
+    """Raise OpdctlError when a tensor is missing: vLLM would silently use uninitialized memory for it."""
     if "quantization_config" in model.config:
-        return  # its tensors have other names than transformers' until it is loaded
+        return  # the names of its stored tensors differ from transformers' until it is loaded
     logging.disable_progress_bar()
     try:
         _, info = AutoModelForCausalLM.from_pretrained(
             model.path,
-            device_map="meta",  # reads the files' headers alone
+            device_map="meta",  # reads only the headers of the files
             local_files_only=True,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )
-    except Exception:  # what transformers cannot load, vLLM may be able to, or say why not
+    except Exception:  # vLLM may support a model that transformers does not, or report the reason
         return
-    if missing := sorted(info["missing_keys"]):
-        raise OpdctlError(f"{model.path}: weights missing: {', '.join(missing[:5])}", code=ExitCode.BAD_DATA)
+    check_missing_keys(model, info)
 
 
-def _arguments(model: ModelDir, place: EngineContext) -> dict[str, Any]:
+def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]:
     """Return the arguments to vLLM's engine."""
-    settings = place.recipe.vllm
+    settings = context.recipe.vllm
     parallel = {
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "data_parallel_size": settings.data_parallel_size,
     }
     arguments: dict[str, Any] = {name: size for name, size in parallel.items() if size > 1}
-    if place.device == "cuda":
+    if context.device == "cuda":
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.enable_sleep_mode:
         arguments["enable_sleep_mode"] = True
     if model.dtype != "float32":
-        # In 16 bits the product of hidden states and output matrix is too coarse for log-probs.
+        # In 16 bits the product of hidden states and output matrix is too inaccurate for log-probs.
         arguments["hf_overrides"] = {"head_dtype": "float32"}
     return arguments | {
         "model": str(model.path),
@@ -346,10 +359,10 @@ def _arguments(model: ModelDir, place: EngineContext) -> dict[str, Any]:
         "dtype": model.dtype,
         "load_format": "safetensors",
         "use_tqdm_on_load": False,
-        "generation_config": "vllm",  # no sampling settings but the recipe's
-        "logprobs_mode": "processed_logprobs",  # of the policy that is sampled
+        "generation_config": "vllm",  # vLLM's neutral defaults; the recipe has all sampling settings
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled
         "max_logprobs": -1,
-        "max_model_len": _max_model_len(model, place.recipe),
+        "max_model_len": _max_model_len(model, context.recipe),
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "enforce_eager": settings.enforce_eager,
@@ -359,73 +372,75 @@ def _arguments(model: ModelDir, place: EngineContext) -> dict[str, Any]:
 
 
 def _max_model_len(model: ModelDir, recipe: Recipe) -> int:
-    """Return the recipe's longest text, in tokens, as far as the model goes.
+    """Return the recipe's maximum sequence length in tokens, at most the model's, plus one.
 
-    One more than that, since vLLM scores a text only with room for a token to draw; that token is never fed back.
+    vLLM scores a sequence only if one more token can be sampled after it. That token is never fed back.
     """
     text_config = model.config.get("text_config", model.config)
     limit = text_config.get("max_position_embeddings")
-    wanted = recipe.vllm.max_model_len
-    if wanted is None:
-        wanted = recipe.prompts.max_tokens + max(recipe.rollout.max_tokens, recipe.eval.max_tokens)
-        wanted = min(wanted, limit or wanted)
-    elif limit and wanted > limit:
-        raise OpdctlError(f"vllm.max_model_len: {wanted} is more than the {limit} tokens that {model.path} allows")
-    return wanted + 1
+    max_model_len = recipe.vllm.max_model_len
+    if max_model_len is None:
+        max_model_len = recipe.prompts.max_tokens + max(recipe.rollout.max_tokens, recipe.eval.max_tokens)
+        max_model_len = min(max_model_len, limit or max_model_len)
+    elif limit and max_model_len > limit:
+        raise OpdctlError(
+            "unsupported_setting", f"vllm.max_model_len: {max_model_len} exceeds the {limit} tokens of {model.path}"
+        )
+    return max_model_len + 1
 
 
-def _params(**settings: Any) -> Any:
-    # ignore_eos: the ends of sequence are those in stop_token_ids, and no other.
-    # FINAL_ONLY: otherwise each step copies each response so far.
+def _sampling_params(**settings: Any) -> Any:
+    # ignore_eos: only the ids in stop_token_ids end a sequence.
+    # FINAL_ONLY: by default each step copies each unfinished response.
     kind = RequestOutputKind.FINAL_ONLY
     return vllm.SamplingParams(ignore_eos=True, detokenize=False, flat_logprobs=True, output_kind=kind, **settings)
 
 
-def _table(flat: Any, ids_T: Ids, first: int, top_k: int) -> tuple[Ids, Logprobs]:
-    """Return ids and log-probs that vLLM gives at positions from `first` on, [T, W], the token itself in front."""
+def _logprob_table(flat: Any, ids_T: Ids, first: int, top_k: int) -> tuple[Ids, Logprobs]:
+    """Return vLLM's ids and log-probs at positions from `first` on, [T, W], with the token itself in column 0."""
     if not len(ids_T):
         return np.zeros((0, 1 + top_k), np.int32), np.zeros((0, 1 + top_k), np.float32)
     span = slice(flat.start_indices[first], flat.end_indices[first + len(ids_T) - 1])
     ids_TW = np.array(flat.token_ids[span], np.int32).reshape(len(ids_T), -1)
-    logprobs_TW = np.array(flat.logprobs[span], np.float32).reshape(ids_TW.shape)
+    logp_TW = np.array(flat.logprobs[span], np.float32).reshape(ids_TW.shape)
     if not np.array_equal(ids_TW[:, 0], ids_T):
-        raise RuntimeError("vLLM's log-probs are of other tokens")
-    return ids_TW, logprobs_TW
+        raise RuntimeError("vLLM returned log-probs of other tokens")
+    return ids_TW, logp_TW
 
 
-def _top(ids_TW: Ids, logprobs_TW: Logprobs, top_k: int) -> tuple[Ids, Logprobs]:
-    """Return the `top_k` most probable ids, falling, with their log-probs, [T, K]."""
-    # The token itself comes in front, and again among the others where it is one of them.
-    order_TK = np.argsort(-logprobs_TW[:, 1:], axis=1, kind="stable")[:, :top_k]
-    return np.take_along_axis(ids_TW[:, 1:], order_TK, 1), np.take_along_axis(logprobs_TW[:, 1:], order_TK, 1)
+def _select_top_k(ids_TW: Ids, logp_TW: Logprobs, top_k: int) -> tuple[Ids, Logprobs]:
+    """Return the `top_k` most probable ids in descending order with their log-probs, [T, K]."""
+    # Column 0 is the token itself; it occurs again in the other columns if it is among the most probable.
+    order_TK = np.argsort(-logp_TW[:, 1:], axis=1, kind="stable")[:, :top_k]
+    return np.take_along_axis(ids_TW[:, 1:], order_TK, 1), np.take_along_axis(logp_TW[:, 1:], order_TK, 1)
 
 
 def _completion(output: Any, top_k: int) -> Completion:
     ids_T = np.array(output.token_ids, np.int32)
-    ids_TW, logprobs_TW = _table(output.logprobs, ids_T, 0, top_k)
-    top_ids_TK, top_TK = _top(ids_TW, logprobs_TW, top_k) if top_k else (None, None)
+    ids_TW, logp_TW = _logprob_table(output.logprobs, ids_T, 0, top_k)
+    top_ids_TK, top_logp_TK = _select_top_k(ids_TW, logp_TW, top_k) if top_k else (None, None)
     return Completion(
         ids_T,
-        logprobs_TW[:, 0].copy(),
+        logp_TW[:, 0].copy(),
         "stop" if output.finish_reason == "stop" else "length",
         top_ids=top_ids_TK,
-        top_logprobs=top_TK,
+        top_logprobs=top_logp_TK,
     )
 
 
-def _scores(answered: ScoreRequest, flat: Any, settings: Score, vocab_size: int) -> TokenScores:
-    ids_TW, logprobs_TW = _table(flat, answered.response_ids, len(answered.prompt_ids), settings.top_k)
-    found: dict[str, Any] = {"logprobs": logprobs_TW[:, 0].copy()}
+def _scores(request: ScoreRequest, flat: Any, settings: Score, vocab_size: int) -> TokenScores:
+    ids_TW, logp_TW = _logprob_table(flat, request.response_ids, len(request.prompt_ids), settings.top_k)
+    columns: dict[str, Any] = {"logprobs": logp_TW[:, 0].copy()}
     if settings.top_k:
-        found["top_ids"], found["top_logprobs"] = _top(ids_TW, logprobs_TW, settings.top_k)
+        columns["top_ids"], columns["top_logprobs"] = _select_top_k(ids_TW, logp_TW, settings.top_k)
     if settings.entropy or settings.student_top_k:
         logp_TV = np.full((len(ids_TW), max(vocab_size, int(ids_TW.max(initial=0)) + 1)), -np.inf, np.float32)
-        np.put_along_axis(logp_TV, ids_TW, logprobs_TW, 1)
+        np.put_along_axis(logp_TV, ids_TW, logp_TW, 1)
         logp_TV = logp_TV[:, :vocab_size]
         if settings.entropy:
             terms_TV = np.exp(logp_TV) * np.maximum(logp_TV, np.finfo(np.float32).min)
-            found["entropies"] = np.maximum(-terms_TV.sum(1), 0)
+            columns["entropies"] = np.maximum(-terms_TV.sum(1), 0)
         if settings.student_top_k:
-            assert answered.top_ids is not None
-            found["student_top_logprobs"] = np.take_along_axis(logp_TV, answered.top_ids.astype(np.int64), 1)
-    return TokenScores(**found)
+            assert request.top_ids is not None
+            columns["student_top_logprobs"] = np.take_along_axis(logp_TV, request.top_ids.astype(np.int64), 1)
+    return TokenScores(**columns)

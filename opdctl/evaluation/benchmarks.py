@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from opdctl.data.prompts import Problem
-from opdctl.data.tables import Row, load_from_hub, read_table
+from opdctl.data.tables import TableRow, load_from_hub, read_table
 from opdctl.data.toy import TASKS
 from opdctl.data.toy.task import Task
 from opdctl.errors import ExitCode, OpdctlError, did_you_mean
@@ -80,14 +80,14 @@ class Columns:
     problem: tuple[str, ...] = ("problem", "question", "prompt")
     answer: tuple[str, ...] = ("answer", "final_answer")
 
-    def problems(self, rows: Iterator[Row], where: str) -> Iterator[Problem]:
+    def problems(self, rows: Iterator[TableRow], where: str) -> Iterator[Problem]:
         for number, row in enumerate(rows):
             name = self._cell(row, self.id, f"{where}: problem {number}") if set(self.id) & {*row} else number
             text = self._cell(row, self.problem, f"{where}: problem {number}")
             answer = self._cell(row, self.answer, f"{where}: problem {number}")
             yield Problem(str(name), str(text), gold(answer))
 
-    def _cell(self, row: Row, columns: tuple[str, ...], where: str) -> Any:
+    def _cell(self, row: TableRow, columns: tuple[str, ...], where: str) -> Any:
         for column in columns:
             if row.get(column) is not None:
                 return row[column]

@@ -1,4 +1,7 @@
-"""Batches of sequences: cut by a token budget, laid out side by side. Knows nothing of what the tokens are for."""
+"""Batches of sequences: split by a token budget, and padded.
+
+Shapes: B rows of a batch, T positions, N response tokens of the batch.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +14,9 @@ from opdctl.artifacts.records import Ids
 
 
 def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut sequences into batches of at most `budget` tokens, padding included; a longer sequence goes alone.
+    """Return batches of indices with at most `budget` tokens each, padding included. A longer sequence is alone.
 
-    Returns indices. Sorted by length, so that padding is small; ties keep their order, so the cut is always the same.
+    Sequences are sorted by length, which minimizes padding. Ties keep their order, so the batches are reproducible.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -26,10 +29,9 @@ def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Prompts and responses side by side, padded on the right.
+    """Prompts with their responses, padded on the right.
 
-    Token n of the batch's N response tokens, in the order of the rows given, is
-    input_ids_BT[rows_N[n], positions_N[n]].
+    Response token n, in the order of the given rows, is input_ids_BT[rows_N[n], positions_N[n]].
     """
 
     input_ids_BT: Tensor
@@ -38,12 +40,12 @@ class PaddedBatch:
     lengths: list[int]
 
     def split(self, values_N: Tensor) -> Iterator[Tensor]:
-        """Cut per-token values back into one tensor a response."""
+        """Split per-token values into one tensor per response."""
         return iter(values_N.split(self.lengths))
 
 
 def pad_batch(sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str) -> PaddedBatch:
-    """Lay out (prompt ids, response ids) pairs. Real lengths come with it: a pad id may well be a real id too."""
+    """Pad (prompt ids, response ids) pairs with id 0. It is a valid id too, so the batch holds the real lengths."""
     lengths = [len(response) for _, response in sequences]
     starts = np.array([len(prompt) for prompt, _ in sequences], np.int64)
     ids = np.zeros((len(sequences), max(int(s) + n for s, n in zip(starts, lengths, strict=True))), np.int64)

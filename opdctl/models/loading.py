@@ -1,30 +1,30 @@
-"""TODO."""
+"""Loading models from safetensors, completely or only the output head."""
 
-from transformers import PreTrainedModel
+from typing import Any
 
-from opdctl.errors import ExitCode, OpdctlError
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
-from opdctl.models.logprobs import Head
+from opdctl.models.logprobs import Head, check_head, output_head
 
-LOGPROB_TOLERANCE = {True: 1e-3, False: 0.5}  # nats, by whether the weights are float32
+LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""How far log-probs from `Head` may be from those of the model's logits, in nats, by the dtype of the weights."""
 
 
-def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> "PreTrainedModel":
-    """Load a causal language model from safetensors, in `dtype` (its own by default), in evaluation mode.
+def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> PreTrainedModel:
+    """Load a causal language model from safetensors, in `dtype` (default: the recipe's), in evaluation mode.
 
-    Raises OpdctlError when there are no safetensors, when a tensor is missing, or when the model transforms its
-    logits in a way that opdctl's log-probs do not follow.
+    Raises:
+        OpdctlError: there are no safetensors, a tensor is missing, or `Head` does not reproduce the model's logits.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from opdctl.models.logprobs import check_head
-
     logging.disable_progress_bar()  # opdctl shows its own
 
     if not list(model.path.glob("*.safetensors")):
-        raise OpdctlError(f"{model.path}: no *.safetensors; opdctl loads no pickled weights")
+        raise OpdctlError("unsupported_model", f"{model.path}: no *.safetensors; opdctl never loads pickled weights")
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model.path,
@@ -35,44 +35,45 @@ def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> "Pr
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise OpdctlError(f"{model.path}: cannot be loaded: {error}", code=ExitCode.BAD_DATA) from error
-    if info["missing_keys"]:
-        raise OpdctlError(
-            f"{model.path}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}", code=ExitCode.BAD_DATA
-        )
+        raise OpdctlError("invalid_model", f"{model.path}: {error}") from error
+    check_missing_keys(model, info)
     loaded = loaded.to(device).eval()
     if loaded.base_model is loaded:
-        raise OpdctlError(f"{model.path}: {type(loaded).__name__} keeps its output matrix among its layers")
-    if not (off := check_head(loaded)) <= LOGPROB_TOLERANCE[loaded.dtype == torch.float32]:  # NaN is not below anything
+        detail = f"{model.path}: {type(loaded).__name__} has no separable LM head: its base_model is the entire model"
+        raise OpdctlError("unsupported_model", detail)
+    if not (difference := check_head(loaded)) <= LOGPROB_TOLERANCE[loaded.dtype]:  # not `>`, so that NaN fails too
         raise OpdctlError(
-            f"{model.path}: its logits are not what opdctl makes of its hidden states: {off:.2g} nats apart",
-            hint="an output matrix with bias, scale and soft cap is known; this model does more to its logits",
+            "unsupported_model",
+            f"{model.path}: its log-probs differ by {difference:.2g} nats from those computed from its hidden states",
+            hint="use a model that applies no more than a bias, a scale and a soft cap to its logits",
         )
     return loaded
 
 
-def load_head(model: ModelDir, *, device: str) -> "Head":
-    """Load a model's output matrix alone, and what else makes its logits, without the rest of its weights."""
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+def check_missing_keys(model: ModelDir, loading_info: dict[str, Any]) -> None:
+    """Raise OpdctlError if transformers found no stored tensor for a parameter."""
+    if missing := sorted(loading_info["missing_keys"]):
+        raise OpdctlError("invalid_model", f"{model.path}: missing weights: {', '.join(missing[:5])}")
 
-    from opdctl.models.logprobs import output_head
 
+def load_head(model: ModelDir, *, device: str) -> Head:
+    """Load only what turns a model's hidden states into logits: the output matrix, bias, scale and soft cap.
+
+    Raises:
+        OpdctlError: a tensor of the head is missing.
+    """
     config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=model.trust_remote_code)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     layer = empty.get_output_embeddings()
-    tensors = dict(empty.named_parameters(remove_duplicate=False))
-    for own, wanted in list(layer.named_parameters()):
-        names = {name for name, tensor in tensors.items() if tensor is wanted}
+    parameters = dict(empty.named_parameters(remove_duplicate=False))
+    for layer_name, layer_parameter in list(layer.named_parameters()):
+        names = {name for name, parameter in parameters.items() if parameter is layer_parameter}  # several if tied
         for file in model.path.glob("*.safetensors"):
             with safe_open(file, "pt", device=device) as opened:
                 for name in names & set(opened.keys()):
-                    value = opened.get_tensor(name).to(getattr(torch, model.dtype))  # rounded as in the whole model
-                    setattr(layer, own, torch.nn.Parameter(value, requires_grad=False))
-        if getattr(layer, own).is_meta:
-            raise OpdctlError(
-                f"{model.path}: no {' or '.join(sorted(names))} in its safetensors", code=ExitCode.BAD_DATA
-            )
+                    value = opened.get_tensor(name).to(getattr(torch, model.dtype))  # rounded as in load_model
+                    setattr(layer, layer_name, torch.nn.Parameter(value, requires_grad=False))
+        if getattr(layer, layer_name).is_meta:
+            raise OpdctlError("invalid_model", f"{model.path}: no tensor {' or '.join(sorted(names))}")
     return output_head(empty, model.vocab_size)

@@ -1,15 +1,15 @@
-"""From hidden states to what a model says of each token, and to a loss on it, without the logits in memory.
+"""From hidden states to log-probs, and to a loss on them, without the logits of all tokens in memory.
 
-`over_chunks` is the one way: it multiplies a few hidden states at a time by the output matrix, hands the chunk to a
-function, and, where that returns a loss, takes the gradient at once, while the chunk's logits are still there. So the
-three products with the output matrix are made once each, and of size [tokens, vocabulary] there is never more than a
-chunk. Scoring and training both go through it.
+`map_vocab_chunks` multiplies a few hidden states at a time by the output matrix and passes the chunk to a function. If
+the function returns a loss, its gradient is computed at once, while the chunk's logits are in memory. Each of the three
+products with the output matrix is therefore computed once, and no more than one chunk of size [C, V] exists. Scoring
+and training both use it. Compare the chunked losses of Liger Kernel (Hsu et al. 2024).
 
-Products and softmax run in float32 whatever the weights' type: rounding to bfloat16 alone costs 0.03 to 0.04 nats RMS,
-and IW-OPD adds up |A|.
+Products and softmax are float32 for every dtype of the weights: rounding to bfloat16 alone costs 0.03 to 0.04 nats RMS,
+and IW-OPD accumulates |A|.
 
-Shapes: B responses, T positions, N response tokens of the batch, C tokens of a chunk, D hidden size, V vocabulary,
-K ids picked out of it.
+Shapes: B sequences, T positions, N response tokens of the batch, C tokens of a chunk, D hidden size, V vocabulary,
+K selected ids.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,16 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 2**24  # float32 logits of a chunk: 64 MiB
-SMALL_BATCH_ROWS = 32  # rows up to which a CPU multiplies a large matrix by them twice as fast as them by the matrix
+from opdctl.models import CHUNK_LOGITS
+
+SMALL_BATCH_ROWS = 32  # up to here a CPU computes weight · hiddenᵀ twice as fast as hidden · weightᵀ
 
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states: cap(scale (hidden · weightᵀ + bias)), over the first `vocab_size` ids.
+    """The LM head: logits = cap(scale (hidden · weightᵀ + bias)), over the first `vocab_size` ids.
 
-    Rows from `vocab_size` on pad the matrix and get no probability. weight_VD and bias_V are float32.
+    Rows from `vocab_size` on are padding and get probability zero. weight_VD and bias_V are float32.
     """
 
     weight_VD: Tensor
@@ -40,7 +41,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
-        """Return the logits, [C, V], float32, in `out_CV` if given. Not differentiable: see `over_chunks`."""
+        """Return the logits, [C, V], float32, in `out_CV` if given. Not differentiable: use `map_vocab_chunks`."""
         with torch.no_grad(), torch.autocast(hidden_CD.device.type, enabled=False):
             weight_VD, hidden_CD = self.weight_VD[: self.vocab_size], hidden_CD.float()
             if out_CV is None and len(hidden_CD) <= SMALL_BATCH_ROWS:
@@ -56,55 +57,55 @@ class Head:
             return logits_CV
 
     def logit_derivative(self, logits_CV: Tensor) -> Tensor:
-        """Return the derivative of logits by hidden · weightᵀ + bias. Uses the logits up."""
+        """Return the derivative of the logits with respect to hidden · weightᵀ + bias. Overwrites the logits."""
         if not self.softcap:
             return logits_CV.fill_(self.scale)
         return logits_CV.div_(self.softcap).square_().neg_().add_(1).mul_(self.scale)
 
 
 def output_head(model: PreTrainedModel, vocab_size: int) -> Head:
-    """Return a model's head, with gradient into its parameters: tied, with LoRA, or sharded by FSDP2."""
+    """Return a model's head, differentiable in its parameters. They may be tied, have LoRA, or be sharded by FSDP2."""
     layer = model.get_output_embeddings()
     weight_VD = layer.weight
     if hasattr(layer, "get_delta_weight") and not layer.merged and not layer.disable_adapters:
-        # peft's LoRA: the product of its two matrices on top. An active adapter need not be on this layer.
+        # LoRA of peft adds the product of its two matrices. An active adapter need not be on this layer.
         deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters if adapter in layer.lora_A]
-        weight_VD = _whole(weight_VD) + sum(_whole(delta_VD) for delta_VD in deltas)
+        weight_VD = _gather(weight_VD) + sum(_gather(delta_VD) for delta_VD in deltas)
     config = model.config.get_text_config()
     bias_V = getattr(layer, "bias", None)
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(
-        _whole(weight_VD).float(),
+        _gather(weight_VD).float(),
         vocab_size,
-        None if bias_V is None else _whole(bias_V).float(),
+        None if bias_V is None else _gather(bias_V).float(),
         scale,
         getattr(config, "final_logit_softcapping", None),
     )
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """Gather a sharded parameter. Each rank's gradient is that of its own tokens; they are summed as they go back."""
+def _gather(parameter: Tensor) -> Tensor:
+    """Gather a sharded parameter. Backward sums the gradients of all ranks, each of which has its own tokens."""
     if not isinstance(parameter, DTensor):
         return parameter
     return parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
 
 
 class Chunk:
-    """Some tokens and their log-probs; alive only while the function that it is handed to runs.
+    """Some tokens and their log-probs, valid only during the call of the function that receives it.
 
-    rows: which of the batch's tokens these are. logp_CV: the log-prob of every id, in nats. selected_logp_CK: those of the ids
-    asked for. Where a gradient is wanted it flows from `selected_logp_CK` and, if that was used, from `logp_CV`.
+    rows: the chunk's tokens among those of the batch. logp_CV: the log-prob of every id, in nats. selected_logp_CK:
+    the log-probs of the requested ids. With `gradient`, a loss is differentiable in both.
     """
 
     def __init__(self, rows: slice, logits_CV: Tensor, buffer_CV: Tensor, ids_CK: Tensor, gradient: bool):
         self.rows, self._ids_CK = rows, ids_CK
-        # log softmax in the two given arrays: what costs time here is memory, and fresh memory most of all.
-        greatest_C1 = logits_CV.amax(-1, keepdim=True)
-        self._p_CV = torch.exp(logits_CV.sub_(greatest_C1), out=buffer_CV)
-        mass_C1 = self._p_CV.sum(-1, keepdim=True)
-        self._p_CV.div_(mass_C1)
-        self.logp_CV = logits_CV.sub_(mass_C1.log())
-        self._logz_C1 = greatest_C1 + mass_C1.log()
+        # log-softmax within the two given buffers: allocating memory would dominate the time.
+        max_C1 = logits_CV.amax(-1, keepdim=True)
+        self._p_CV = torch.exp(logits_CV.sub_(max_C1), out=buffer_CV)
+        sum_C1 = self._p_CV.sum(-1, keepdim=True)
+        self._p_CV.div_(sum_C1)
+        self.logp_CV = logits_CV.sub_(sum_C1.log())
+        self._logz_C1 = max_C1 + sum_C1.log()
         self.selected_logp_CK = self.logp_CV.gather(-1, ids_CK)
         if gradient:
             self.logp_CV.requires_grad_()
@@ -112,73 +113,79 @@ class Chunk:
 
     @torch.no_grad()
     def entropy_C(self) -> Tensor:
-        """Return the entropy of each token's distribution, without gradient."""
-        return -torch.einsum("cv,cv->c", self._p_CV, self.logp_CV).clamp(max=0)  # rounding must not make it negative
+        """Return the entropy of each token's distribution in nats, without gradient."""
+        return -torch.einsum("cv,cv->c", self._p_CV, self.logp_CV).clamp(max=0)  # rounding could make it negative
 
     @torch.no_grad()
     def top(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return the ids and log-probs of the `k` most probable tokens, falling, [C, k], without gradient."""
+        """Return ids and log-probs of the `k` most probable tokens in descending order, [C, k], without gradient."""
         logp_Ck, ids_Ck = self.logp_CV.topk(k, dim=-1)
         return ids_Ck, logp_Ck
 
     @torch.no_grad()
     def gradient(self, loss: Tensor, head: Head) -> Tensor:
-        """Return the gradient of `loss` by hidden · weightᵀ + bias, [C, V]. Uses the chunk up."""
-        selected_logp_CK, whole_CV = torch.autograd.grad(loss, [self.selected_logp_CK, self.logp_CV], allow_unused=True)
-        # d log softmax(z)_k / d z_v = [k = v] - p_v, and so for each log-prob that the loss depends on.
-        total_C1 = sum(grad.sum(-1, keepdim=True) for grad in (selected_logp_CK, whole_CV) if grad is not None)
+        """Return the gradient of `loss` with respect to hidden · weightᵀ + bias, [C, V]. Overwrites the chunk."""
+        selected_CK, all_CV = torch.autograd.grad(loss, [self.selected_logp_CK, self.logp_CV], allow_unused=True)
+        # d log softmax(z)_k / d z_v = [k = v] - p_v, summed over all log-probs in the loss.
+        total_C1 = sum(grad.sum(-1, keepdim=True) for grad in (selected_CK, all_CV) if grad is not None)
         grad_CV = self._p_CV.mul_(-total_C1)
-        if selected_logp_CK is not None:
-            grad_CV.scatter_add_(-1, self._ids_CK, selected_logp_CK)
-        if whole_CV is not None:
-            grad_CV += whole_CV
+        if selected_CK is not None:
+            grad_CV.scatter_add_(-1, self._ids_CK, selected_CK)
+        if all_CV is not None:
+            grad_CV += all_CV
         if head.softcap or head.scale != 1:
             grad_CV *= head.logit_derivative(self.logp_CV.detach().add_(self._logz_C1))
         return grad_CV
 
 
-Use = Callable[[Chunk], Tensor | None]
+ChunkFunction = Callable[[Chunk], Tensor | None]
 
 
-def map_vocab_chunks(head: Head, hidden_ND: Tensor, ids_NK: Tensor, use: Use) -> Tensor:
-    """Call `use` on every chunk of tokens and return the sum of the scalars that it returns.
+def map_vocab_chunks(head: Head, hidden_ND: Tensor, ids_NK: Tensor, fn: ChunkFunction) -> Tensor:
+    """Call `fn` on every chunk of tokens and return the sum of the scalars that it returns.
 
-    The sum is differentiable, once, in the hidden states and the head's parameters. `use` must treat tokens one by one,
-    so that the chunks' sums add up, whatever the chunks; it returns None where there is no loss to it. No gradient
-    reaches anything else that `use` works with.
+    The sum is differentiable once, in the hidden states and the head's parameters. `fn` must treat tokens
+    independently, so that the sum does not depend on the chunks. It returns None if there is no loss. Other tensors
+    that `fn` uses get no gradient.
     """
     values: tuple[Tensor | None, ...] = (hidden_ND, head.weight_VD, head.bias_V)
     if not torch.is_grad_enabled():
         values = tuple(None if value is None else value.detach() for value in values)
-    return _OverChunks.apply(*values, head, ids_NK, use)
+    return _MapVocabChunks.apply(*values, head, ids_NK, fn)
 
 
-class _OverChunks(torch.autograd.Function):
+class _MapVocabChunks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head, ids_NK: Tensor, use: Use
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        ids_NK: Tensor,
+        fn: ChunkFunction,
     ) -> Tensor:
         values = (hidden_ND, weight_VD, bias_V)
         grads = [
-            torch.zeros_like(value, dtype=torch.float32) if value is not None and wanted else None
-            for value, wanted in zip(values, ctx.needs_input_grad, strict=False)
+            torch.zeros_like(value, dtype=torch.float32) if value is not None and is_needed else None
+            for value, is_needed in zip(values, ctx.needs_input_grad, strict=False)
         ]
         gradient = any(grad is not None for grad in grads)
         total = torch.zeros((), device=hidden_ND.device)
         size = min(max(1, CHUNK_LOGITS // head.vocab_size), max(1, len(hidden_ND)))
         logits_CV, buffer_CV = (torch.empty(size, head.vocab_size, device=hidden_ND.device) for _ in range(2))
-        for start in range(0, max(len(hidden_ND), 1), size):  # no tokens are one empty chunk
+        for start in range(0, max(len(hidden_ND), 1), size):  # without tokens there is one empty chunk
             rows = slice(start, start + size)
             count = len(ids_NK[rows])
             chunk = Chunk(
                 rows, head.logits(hidden_ND[rows], logits_CV[:count]), buffer_CV[:count], ids_NK[rows], gradient
             )
             with torch.set_grad_enabled(gradient):
-                loss = use(chunk)
+                loss = fn(chunk)
             if loss is not None:
                 total += loss.detach()
             if loss is not None and loss.requires_grad:
-                _add(grads, chunk.gradient(loss, head), hidden_ND[rows].float(), head, rows)
+                _accumulate(grads, chunk.gradient(loss, head), hidden_ND[rows].float(), head, rows)
         ctx.grads = grads
         return total
 
@@ -186,13 +193,13 @@ class _OverChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("over_chunks: its gradient can be taken once: it is scaled in place")
+            raise RuntimeError("map_vocab_chunks: the gradient can be taken once, because it is scaled in place")
         grads, ctx.grads = ctx.grads, None
         return *(None if value is None else value.mul_(grad) for value in grads), None, None, None
 
 
-def _add(grads: list[Tensor | None], grad_CV: Tensor, hidden_CD: Tensor, head: Head, rows: slice) -> None:
-    """Add a chunk's share to the gradients of hidden states, matrix and bias, where they are wanted."""
+def _accumulate(grads: list[Tensor | None], grad_CV: Tensor, hidden_CD: Tensor, head: Head, rows: slice) -> None:
+    """Write a chunk's gradient of the hidden states, and add those of matrix and bias, unless None."""
     hidden_ND, weight_VD, bias_V = grads
     if hidden_ND is not None:
         torch.mm(grad_CV, head.weight_VD[: head.vocab_size], out=hidden_ND[rows])
@@ -207,8 +214,8 @@ def response_states(
 ) -> tuple[Tensor, Tensor]:
     """Return the hidden state that predicts each response token, [N, D], and the token's id, [N].
 
-    Token n is input_ids_BT[rows_N[n], positions_N[n]]; it is predicted from the position before. Rows are padded on
-    the right, where a causal model's real tokens cannot see, so there is no attention mask.
+    Token n is input_ids_BT[rows_N[n], positions_N[n]]; the position before predicts it. There is no attention mask:
+    rows are padded on the right, and a causal model's real tokens do not attend to later positions.
     """
     hidden_BTD = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
     flat_N = rows_N * input_ids_BT.shape[1] + positions_N
@@ -217,13 +224,13 @@ def response_states(
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> float:
-    """Return how far, in nats, this file's log-probs are from those of the model's own logits, on a few tokens.
+    """Return the maximum difference, in nats, between log-probs from `Head` and from the model's logits.
 
-    They differ when the model does more to its logits than a `Head` knows of.
+    They differ when the model transforms its logits in a way that `Head` does not implement.
     """
     ids_1T = torch.arange(8, device=model.device)[None]
-    theirs_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)
+    model_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)
     positions_N = torch.arange(1, 8, device=model.device)
     hidden_ND, ids_N = response_states(model, ids_1T, torch.zeros_like(positions_N), positions_N)
-    ours_CV = output_head(model, theirs_TV.shape[-1]).logits(hidden_ND).log_softmax(-1)
-    return float((theirs_TV[:-1] - ours_CV).gather(-1, ids_N[:, None]).abs().max())
+    head_CV = output_head(model, model_TV.shape[-1]).logits(hidden_ND).log_softmax(-1)
+    return float((model_TV[:-1] - head_CV).gather(-1, ids_N[:, None]).abs().max())

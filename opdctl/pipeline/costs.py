@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from opdctl.models import CHUNK_LOGITS
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.components import build_objective
 from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Sampling
@@ -17,7 +18,6 @@ from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Sampling
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # float32, and AdamW's two moments, a parameter
 STATE_BYTES = 4 + MOMENT_BYTES  # the float32 weight and the two moments, as they are saved
-CHUNK_LOGITS = 2**24  # logits of a chunk, in float32: opdctl/logprobs.py, which imports torch
 LIVE_CHUNKS = 2  # alive at once
 STORED_BYTES = 2 * 8 + 5 * 4  # of a response token in a micro-batch: its row and position, and five float32 columns
 DRAW_COPIES = 3  # float32 copies of the next token's logits while it is drawn

@@ -74,7 +74,7 @@ def _inject(model: PreTrainedModel, settings: Lora) -> None:
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
-    if not (off := check_head(model)) <= LOGPROB_TOLERANCE[model.dtype == torch.float32]:
+    if not (off := check_head(model)) <= LOGPROB_TOLERANCE[model.dtype]:
         raise OpdctlError(f"lora: with these settings the log-probs are {off:.2g} nats from the model's own")
 
 

@@ -1,4 +1,4 @@
-"""The embedded tasks, by name."""
+"""The toy tasks that come with opdctl, by name."""
 
 from opdctl.data.toy.sorting import sort12
 from opdctl.data.toy.swapping import perm, perm4, perm8

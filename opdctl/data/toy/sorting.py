@@ -1,10 +1,10 @@
-"""sort12: sort twelve letters by taking out the least one, again and again, in writing.
+"""sort12: sort twelve letters by repeatedly removing the smallest one, in writing.
 
     prompt    qkbz…?
-    response  b:qkz…;k:qz…;…;z:;>bkq…z        each pass names the least letter left, then the rest
+    response  b:qkz…;k:qz…;…;z:;>bkq…z        each pass: the smallest remaining letter, then the rest
 
-Every prompt has 13 characters and every worked answer 115 (116 tokens with the end of sequence), so a reader can tell
-at a glance where in the response a trace went wrong.
+Every prompt has 13 characters and every worked answer 115 (116 tokens with the end of sequence), so positions are
+comparable between responses.
 """
 
 import random
@@ -15,17 +15,17 @@ from opdctl.data.toy.task import Task
 LETTERS = 12
 
 
-def generate(rng: random.Random) -> str:
+def sample_word(rng: random.Random) -> str:
     return "".join(rng.sample(string.ascii_lowercase, LETTERS))
 
 
-def solve(word: str) -> str:
-    left, passes = list(word), []
-    while left:
-        least = min(left)
-        left.remove(least)
-        passes.append(f"{least}:{''.join(left)};")
+def sort_in_writing(word: str) -> str:
+    remaining, passes = list(word), []
+    while remaining:
+        smallest = min(remaining)
+        remaining.remove(smallest)
+        passes.append(f"{smallest}:{''.join(remaining)};")
     return f"{''.join(passes)}>{''.join(sorted(word))}"
 
 
-sort12 = Task("sort12", generate, solve)
+sort12 = Task("sort12", sample_word, sort_in_writing)

@@ -1,17 +1,17 @@
-"""What an embedded task is: problems without end, a worked answer to each, and how an answer is read. No models."""
+"""A toy task: an endless stream of problems, a worked answer to each, and the extraction of an answer."""
 
 import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-TEST_FRACTION = 8  # one problem in eight, chosen by its hash, is kept for testing
+TEST_MODULUS = 8  # one problem in eight, selected by its hash, is in the test split
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """One problem. `answer` is the gold answer, not the worked response."""
+class ToyProblem:
+    """A problem with its gold answer, which is not the worked response."""
 
     id: str
     prompt: str
@@ -20,15 +20,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task. `generate` returns a prompt's text before its `?`; `write_solution` the answer to it, step by step, the text that the
-    teacher was trained to write: what follows its last `>` is the answer."""
+    """A task. `generate` returns a prompt without its final `?`. `write_solution` returns the worked answer to it, on
+    which the teacher was trained; the answer follows its last `>`."""
 
     name: str
     generate: Callable[[random.Random], str]
     write_solution: Callable[[str], str]
 
-    def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """Yield the endless, reproducible sequence of distinct problems of `split` that `seed` fixes."""
+    def problems(self, split: str, seed: int) -> Iterator[ToyProblem]:
+        """Yield an endless sequence of distinct problems of `split`, determined by `seed`."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         rng = random.Random(f"{self.name}/{split}/{seed}")
@@ -39,22 +39,22 @@ class Task:
                 seen.add(text)
                 answer = self.extract(self.write_solution(text))
                 assert answer is not None  # a worked answer has one
-                yield Problem(f"{self.name}-{text.replace(':', '-')}", f"{text}?", answer)
+                yield ToyProblem(f"{self.name}-{text.replace(':', '-')}", f"{text}?", answer)
 
     def solve(self, prompt: str) -> str:
         """Return the worked answer to `prompt`."""
         return self.write_solution(prompt.removesuffix("?"))
 
     def extract(self, response: str) -> str | None:
-        """Return the answer that `response` gives, or None where it gives none."""
+        """Return the answer in `response`, or None if it has none."""
         _, marker, answer = response.rpartition(">")
         return answer if marker else None
 
-    def on_track(self, prompt: str, beginning: str) -> bool:
-        """Whether the beginning of a response is that of the worked answer: no step has been missed or gone wrong."""
-        return self.solve(prompt).startswith(beginning)
+    def on_track(self, prompt: str, prefix: str) -> bool:
+        """Whether the prefix of a response is also one of the worked answer: no step is missing or incorrect."""
+        return self.solve(prompt).startswith(prefix)
 
 
 def split_of(text: str) -> str:
-    """Return the split that a prompt belongs to; a property of its text, so the splits are disjoint for every seed."""
-    return "test" if hashlib.sha256(text.encode()).digest()[0] % TEST_FRACTION == 0 else "train"
+    """Return the split of a prompt. It depends on the text only, so the splits are disjoint for all seeds."""
+    return "test" if hashlib.sha256(text.encode()).digest()[0] % TEST_MODULUS == 0 else "train"

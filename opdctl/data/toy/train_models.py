@@ -1,14 +1,15 @@
-"""Make the embedded teachers, the weak students and their tokenizer: `python -m opdctl.tasks.train_models OUT`.
+"""Train the toy teachers, the weak students and their tokenizer: `python -m opdctl.data.toy.train_models OUT`.
 
-Everything is seeded and counted in steps, never in seconds, so anyone can make the models again: bit for bit on the
-same machine with the same number of threads. With `--threads 1` it takes about half an hour.
+Everything is seeded and counted in steps, never in seconds, so the models are reproducible: bit for bit on the same
+machine with the same number of threads. With `--threads 1` it takes about half an hour.
 
-A teacher learns worked answers. A student first learns them as well (on-policy distillation selects a skill that the
-student has, it does not teach one in a few dozen steps) and is then degraded by a short training on faulty answers:
+A teacher learns worked answers. A student first learns them too, because on-policy distillation selects a skill that
+the student has and does not teach a new one in a few dozen steps. It is then degraded by a short training on faulty
+answers:
 
-    student          stops writing the letters that are left early on and guesses from there: its errors begin early
-    student-spread   makes a wrong step now and then and follows it faithfully: its errors are spread out
-    perm-student     the teacher of perm itself, degraded in that same way: a student of the teacher's size
+    student          stops writing the remaining letters early on and guesses: its errors are at the start
+    student-spread   makes an occasional wrong step and continues from it: its errors are spread out
+    perm-student     the teacher of perm, degraded in the same way: a student of the teacher's size
 """
 
 import argparse
@@ -19,15 +20,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opdctl.data.toy import perm, perm4, perm8, sort12, swapping
-from opdctl.data.toy.task import Problem, Task
+from opdctl.data.toy.task import Task, ToyProblem
 
-SYMBOLS = "?:;>,.=+-*/()<[]| "
+PUNCTUATION = "?:;>,.=+-*/()<[]| "
 SHAPES = {  # hidden size, layers, heads, feed-forward size
     "teacher": (96, 3, 3, 288),
     "student": (64, 2, 2, 192),
@@ -35,9 +37,9 @@ SHAPES = {  # hidden size, layers, heads, feed-forward size
 Trace = Callable[[str, random.Random], str]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; an unknown character is an error, never an `<unk>`."""
-    names = ["<pad>", "<eos>", *string.ascii_lowercase, *string.digits, *SYMBOLS]
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per character. An unknown character is an error: there is no `<unk>`."""
+    names = ["<pad>", "<eos>", *string.ascii_lowercase, *string.digits, *PUNCTUATION]
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
@@ -46,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build(shape: str, vocab: int, seed: int) -> Qwen3ForCausalLM:
+def build_model(shape: str, vocab: int, seed: int) -> Qwen3ForCausalLM:
     hidden, layers, heads, feed_forward = SHAPES[shape]
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
@@ -68,36 +70,36 @@ def build(shape: str, vocab: int, seed: int) -> Qwen3ForCausalLM:
 
 
 def terse_drift(word: str, rng: random.Random) -> str:
-    """From one of the first passes on, stop writing what is left, and pick wrongly two times in five."""
-    left, picked, passes, terse = list(word), [], [], False
+    """Stop writing the remaining letters at one of the first passes, then pick a random one in two of five passes."""
+    remaining, picked, passes, terse = list(word), [], [], False
     for number in range(len(word)):
         terse = terse or rng.random() < (0.35, 0.30, 0.25, *[0.01] * len(word))[number]
-        letter = rng.choice(left) if terse and rng.random() < 0.4 else min(left)
-        left.remove(letter)
+        letter = rng.choice(remaining) if terse and rng.random() < 0.4 else min(remaining)
+        remaining.remove(letter)
         picked.append(letter)
-        if left and rng.random() < 0.005:
-            left[rng.randrange(len(left))] = rng.choice(string.ascii_lowercase)
-        passes.append(f"{letter}:{'' if terse else ''.join(left)};")
+        if remaining and rng.random() < 0.005:
+            remaining[rng.randrange(len(remaining))] = rng.choice(string.ascii_lowercase)
+        passes.append(f"{letter}:{'' if terse else ''.join(remaining)};")
     return f"{''.join(passes)}>{''.join(picked)}"
 
 
 def spread_errors(word: str, rng: random.Random, rate: float = 0.16) -> str:
-    """In each pass, with probability `rate`, take a wrong letter or copy one wrongly, and go on from there."""
-    left, picked, passes = list(word), [], []
+    """In each pass, with probability `rate`, take a random letter or miscopy one, and continue from there."""
+    remaining, picked, passes = list(word), [], []
     for _ in word:
         wrong = rng.random() < rate
-        letter = rng.choice(left) if wrong and rng.random() < 0.5 else min(left)
-        left.remove(letter)
+        letter = rng.choice(remaining) if wrong and rng.random() < 0.5 else min(remaining)
+        remaining.remove(letter)
         picked.append(letter)
-        if wrong and left and letter == min([letter, *left]):
-            left[rng.randrange(len(left))] = rng.choice(string.ascii_lowercase)
-        passes.append(f"{letter}:{''.join(left)};")
+        if wrong and remaining and letter == min([letter, *remaining]):
+            remaining[rng.randrange(len(remaining))] = rng.choice(string.ascii_lowercase)
+        passes.append(f"{letter}:{''.join(remaining)};")
     return f"{''.join(passes)}>{''.join(picked)}"
 
 
 def wrong_swaps(text: str, rng: random.Random, rate: float = 0.09) -> str:
-    """At each swap, with probability `rate`, change other cells or copy a letter wrongly, and go on from there."""
-    cells, pairs = swapping.read(text)
+    """At each swap, with probability `rate`, swap other cells or miscopy a letter, and continue from there."""
+    cells, pairs = swapping.parse(text)
     passes = []
     for one, other in pairs:
         wrong = rng.random() < rate
@@ -111,8 +113,8 @@ def wrong_swaps(text: str, rng: random.Random, rate: float = 0.09) -> str:
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """Training on `steps` batches of traces, right ones unless `trace` makes others, of each task in turn: AdamW
-    (0.9, 0.98), a short warm-up, cosine from `lr` to 0."""
+    """Training on `steps` batches, one task after another, with AdamW (0.9, 0.98), a short warm-up, and cosine decay
+    from `lr` to 0. The responses are worked answers, or those of `trace`."""
 
     tasks: tuple[Task, ...]
     steps: int
@@ -120,12 +122,12 @@ class TrainingStage:
     batch: int
     trace: Trace | None = None
 
-    def texts(self, streams: list[Iterator[Problem]], step: int, rng: random.Random) -> list[tuple[str, str]]:
-        """Return a batch of prompts and responses."""
-        at = step % len(self.tasks)
-        prompts = [next(streams[at]).prompt for _ in range(self.batch)]
+    def texts(self, streams: list[Iterator[ToyProblem]], step: int, rng: random.Random) -> list[tuple[str, str]]:
+        """Return a batch of (prompt, response)."""
+        turn = step % len(self.tasks)
+        prompts = [next(streams[turn]).prompt for _ in range(self.batch)]
         if self.trace is None:
-            return [(prompt, self.tasks[at].solve(prompt)) for prompt in prompts]
+            return [(prompt, self.tasks[turn].solve(prompt)) for prompt in prompts]
         return [(prompt, self.trace(prompt.removesuffix("?"), rng)) for prompt in prompts]
 
 
@@ -142,7 +144,7 @@ def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: TrainingSt
         texts = [prompt + response + "<eos>" for prompt, response in pairs]
         ids = tok(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
-        labels[:, : len(pairs[0][0])] = -100  # a task's prompts are of one length
+        labels[:, : len(pairs[0][0])] = -100  # a task's prompts have one length
         loss = model(**ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -154,74 +156,78 @@ def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: TrainingSt
 
 
 @torch.inference_mode()
-def accuracy(
+def measure_accuracy(
     model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, task: Task, *, sample: bool, count: int = 256
 ) -> float:
-    """Share of `count` held-out problems answered rightly, sampled at temperature 1 or greedily."""
+    """Return the fraction of `count` test problems answered correctly, sampled at temperature 1 or greedily."""
     stream = task.problems("test", 0)
-    drawn = [next(stream) for _ in range(count)]
-    ids = tok([p.prompt for p in drawn], return_tensors="pt")["input_ids"]
+    problems = [next(stream) for _ in range(count)]
+    ids = tok([p.prompt for p in problems], return_tensors="pt")["input_ids"]
     model.eval()
     torch.manual_seed(0)
-    how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
-    out = model.generate(ids, max_new_tokens=160, **how)
+    options: dict[str, Any] = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+    out = model.generate(ids, max_new_tokens=160, **options)
     texts = tok.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    return sum(task.extract(text) == p.answer for text, p in zip(texts, drawn, strict=True)) / count
+    return sum(task.extract(text) == p.answer for text, p in zip(texts, problems, strict=True)) / count
 
 
-def train(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, stage: TrainingStage, seed: int) -> None:
-    """Run one stage of training and print what it led to."""
+def train_stage(
+    model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, stage: TrainingStage, seed: int
+) -> None:
+    """Run one stage of training and print the accuracies."""
     fit(model, tok, stage, seed=seed)
     for task in stage.tasks:
-        sampled, greedy = (accuracy(model, tok, task, sample=sample) for sample in (True, False))
+        sampled, greedy = (measure_accuracy(model, tok, task, sample=sample) for sample in (True, False))
         print(f"{name}, {task.name}: sampled {sampled:.3f}, greedy {greedy:.3f}", flush=True)
 
 
 def degrade(
-    able: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, task: Task, trace: Trace, steps: int
+    base_student: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, name: str, task: Task, trace: Trace, steps: int
 ) -> Qwen3ForCausalLM:
-    """Return a copy of `able` after a short training on faulty answers."""
-    student = copy.deepcopy(able)
-    train(student, tok, name, TrainingStage((task,), steps, lr=5e-4, batch=32, trace=trace), seed=3)
+    """Return a copy of `base_student` after a short training on faulty answers."""
+    student = copy.deepcopy(base_student)
+    train_stage(student, tok, name, TrainingStage((task,), steps, lr=5e-4, batch=32, trace=trace), seed=3)
     return student
 
 
-def sorters(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
-    """Make the models of sort12."""
-    teacher = build("teacher", len(tok), seed=1)
-    train(teacher, tok, "teacher", TrainingStage((sort12,), steps=1000, lr=3e-3, batch=48), seed=1)
-    able = build("student", len(tok), seed=2)
-    train(able, tok, "able student", TrainingStage((sort12,), steps=1500, lr=3e-3, batch=48), seed=2)
+def make_sort12_models(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
+    """Train the models of sort12."""
+    teacher = build_model("teacher", len(tok), seed=1)
+    train_stage(teacher, tok, "teacher", TrainingStage((sort12,), steps=1000, lr=3e-3, batch=48), seed=1)
+    base_student = build_model("student", len(tok), seed=2)
+    train_stage(base_student, tok, "base student", TrainingStage((sort12,), steps=1500, lr=3e-3, batch=48), seed=2)
     students = (("student", terse_drift, 80), ("student-spread", spread_errors, 100))
     return {"teacher": teacher} | {
-        name: degrade(able, tok, name, sort12, trace, steps) for name, trace, steps in students
+        name: degrade(base_student, tok, name, sort12, trace, steps) for name, trace, steps in students
     }
 
 
-def swappers(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
-    """Make the models of perm; the teacher learns shorter problems too."""
-    teacher = build("teacher", len(tok), seed=1)
-    train(teacher, tok, "perm-teacher", TrainingStage((perm, perm4, perm8), steps=2400, lr=2e-3, batch=48), seed=1)
+def make_perm_models(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
+    """Train the models of perm. The teacher learns shorter problems too."""
+    teacher = build_model("teacher", len(tok), seed=1)
+    train_stage(
+        teacher, tok, "perm-teacher", TrainingStage((perm, perm4, perm8), steps=2400, lr=2e-3, batch=48), seed=1
+    )
     return {
         "perm-teacher": teacher,
         "perm-student": degrade(teacher, tok, "perm-student", perm, wrong_swaps, steps=100),
     }
 
 
-def make(out: Path, made: Callable[[PreTrainedTokenizerFast], dict[str, Qwen3ForCausalLM]]) -> None:
-    """Save what is made under `out`, one directory a name."""
-    tok = tokenizer()
-    for name, model in made(tok).items():
+def save_models(out: Path, make_models: Callable[[PreTrainedTokenizerFast], dict[str, Qwen3ForCausalLM]]) -> None:
+    """Train models and save each under `out`, in a directory of its name."""
+    tok = make_tokenizer()
+    for name, model in make_models(tok).items():
         model.save_pretrained(out / name)
         tok.save_pretrained(out / name)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="directory that receives one model directory a name")
+    parser.add_argument("out", type=Path, help="directory for the model directories")
     parser.add_argument("--task", choices=("sort12", "perm"), nargs="+", default=("sort12", "perm"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for task in args.task:
-        make(args.out, {"sort12": sorters, "perm": swappers}[task])
+        save_models(args.out, {"sort12": make_sort12_models, "perm": make_perm_models}[task])
