@@ -1,4 +1,4 @@
-"""Models unlike the embedded ones: other architectures, heads, vocabularies, files - through the whole pipeline."""
+"""Models of other architectures, with other heads, vocabularies and files, through the complete pipeline."""
 
 import json
 import shutil
@@ -8,26 +8,21 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import QUICKSTART, invoke, sets
-from helpers.models import SMALL, save
+from helpers.models import SMALL, TOY, save
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
-from opdctl.errors import OpdctlError
-from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
-from opdctl.recipe.schema import Model
 from opdctl.runs.run import load_run
 from opdctl.runs.scored_responses import read_scored
 
-TOY = find_or_download(Model(model="toy:student"), "student.model")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 KINDS = {
     "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False)),
@@ -37,7 +32,7 @@ KINDS = {
 
 
 def prompts(folder: Path) -> Path:
-    """Write prompts of one to sixteen tokens, so that most need padding."""
+    """Write prompts of one to sixteen tokens; most of them need padding."""
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": "abcdefghijklmnop"[: n % 16 + 1]}) + "\n" for n in range(32)))
     return path
@@ -49,13 +44,13 @@ def train(tmp_path: Path, *overrides: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_student_of_another_kind_trains_and_its_logprobs_are_its_own(kind, tmp_path):
+def test_other_architectures_train_with_correct_logprobs(kind, tmp_path):
     torch.manual_seed(0)
     student, teacher = (save(KINDS[kind](), tmp_path / name) for name in ("student", "teacher"))
     result = train(tmp_path, f"student.model={student}", f"teacher.model={teacher}")
     assert result.code == 0, result.err
     run = load_run(tmp_path / "run")
-    for step in (0, 1):  # step 1 was drawn by an engine that took the first update's weights over
+    for step in (0, 1):  # the engine of step 1 loaded the weights of the first update
         models = [load_model(run.student_at(step), device="cpu"), load_model(run.models["teacher"], device="cpu")]
         for sample in read_scored(run, step):
             prompt, response = sample.response.prompt_ids, sample.response.response_ids
@@ -68,45 +63,8 @@ def test_a_student_of_another_kind_trains_and_its_logprobs_are_its_own(kind, tmp
                 np.testing.assert_allclose(stored, whole.gather(-1, ids[len(prompt) :, None])[:, 0], rtol=0, atol=1e-4)
 
 
-def test_a_model_that_does_more_to_its_logits_is_refused_not_scored_wrongly(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    model = PhiForCausalLM(PhiConfig(**{**SMALL, "num_key_value_heads": 2}))
-    torch.nn.init.normal_(model.lm_head.bias)
-    path = save(model, tmp_path / "phi")
-    assert load_model(ModelDir(path, "float32"), device="cpu").lm_head.bias.abs().max() > 0
-    forward = PhiForCausalLM.forward
-
-    def doubled(self, **inputs):
-        output = forward(self, **inputs)
-        output.logits = output.logits * 2
-        return output
-
-    monkeypatch.setattr(PhiForCausalLM, "forward", doubled)
-    with pytest.raises(OpdctlError, match="its logits are not what opdctl makes of its hidden states"):
-        load_model(ModelDir(path, "float32"), device="cpu")
-
-
-def test_a_model_with_a_tensor_missing_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    path = Path(shutil.copytree(TOY, tmp_path / "model"))
-    tensors = load_file(path / "model.safetensors")
-    tensors.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OpdctlError, match=r"weights missing: model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(ModelDir(path, "float32"), device="cpu")
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    path = Path(shutil.copytree(TOY, tmp_path / "model"))
-    torch.save({}, path / "pytorch_model.bin")
-    (path / "model.safetensors").unlink()
-    with pytest.raises(OpdctlError, match="loads no pickled weights"):
-        load_model(ModelDir(path, "float32"), device="cpu")
-
-
-def test_the_student_ends_its_responses_as_it_did_when_it_came_and_nothing_foreign_is_exported(tmp_path):
-    """Without a generation config the tokenizer's end of sequence counts, before and after an update."""
+def test_exported_student_has_the_same_eos_and_no_foreign_files(tmp_path):
+    """Without a generation config the tokenizer defines the end of sequence, before and after an update."""
     path = Path(shutil.copytree(TOY, tmp_path / "student"))
     (path / "generation_config.json").unlink()
     (path / "pytorch_model.bin").write_bytes(b"stale")
@@ -120,7 +78,7 @@ def test_the_student_ends_its_responses_as_it_did_when_it_came_and_nothing_forei
     assert not (exported.path / "pytorch_model.bin").exists()
 
 
-def test_a_generation_config_that_transformers_would_not_write_does_not_stop_the_export(tmp_path):
+def test_generation_config_that_transformers_rejects_is_copied(tmp_path):
     path = Path(shutil.copytree(TOY, tmp_path / "student"))
     (path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 1}')
     result = train(tmp_path, f"student.model={path}")
@@ -130,16 +88,17 @@ def test_a_generation_config_that_transformers_would_not_write_does_not_stop_the
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json", "chat_template.jinja", "config.json"])
-def test_a_changed_file_of_the_model_is_refused(tmp_path, file):
+def test_changed_model_file_is_rejected(tmp_path, file):
     path = Path(shutil.copytree(TOY, tmp_path / "student"))
     assert train(tmp_path, f"student.model={path}", "train.steps=1").code == 0
     (path / file).write_text((path / file).read_text() + " ")
     result = train(tmp_path, f"student.model={path}", "train.steps=2")
     assert result.code == 4
-    assert "is not the one this run began with" in result.err
+    assert result.kind == "model_mismatch"
+    assert str(path) in result.err
 
 
-def test_a_rollout_does_not_need_the_teacher_nor_scoring_the_student(tmp_path):
+def test_rollout_needs_no_teacher_and_scoring_no_student(tmp_path):
     student, teacher = (Path(shutil.copytree(TOY, tmp_path / name)) for name in ("student", "teacher"))
     begin = ["--recipe", QUICKSTART, *sets(f"student.model={student}", f"teacher.model={teacher}")]
     run = ["--output", tmp_path / "run"]
@@ -156,7 +115,7 @@ def test_a_rollout_does_not_need_the_teacher_nor_scoring_the_student(tmp_path):
     assert invoke("train", "--no-fill", *run).code == 4
 
 
-def test_relative_paths_hold_from_whatever_folder_a_run_goes_on(tmp_path, monkeypatch):
+def test_relative_model_path_resolves_from_any_directory(tmp_path, monkeypatch):
     shutil.copytree(TOY, tmp_path / "here" / "student")
     monkeypatch.chdir(tmp_path / "here")
     begin = ["--recipe", QUICKSTART, *sets("student.model=./student", "train.steps=1"), "--output", tmp_path / "run"]
@@ -164,14 +123,3 @@ def test_relative_paths_hold_from_whatever_folder_a_run_goes_on(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     result = invoke("train", "--output", tmp_path / "run", "--set", "train.steps=2")
     assert result.code == 0, result.err
-
-
-def test_a_model_of_nan_is_refused_when_it_is_loaded(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    path = Path(shutil.copytree(TOY, tmp_path / "model"))
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.norm.weight"].fill_(float("nan"))
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OpdctlError, match="nan nats apart"):
-        load_model(ModelDir(path, "float32"), device="cpu")

@@ -1,4 +1,4 @@
-"""Log-probs from hidden states: exact against the plain formula, in value and gradient, whatever the chunks."""
+"""Log-probs from hidden states equal the plain formula, in value and gradient, for every chunk size."""
 
 import math
 from unittest.mock import patch
@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opdctl.models import logprobs
-from opdctl.models.batching import by_token_budget, pad_batch
+from opdctl.models.batching import pad_batch
 from opdctl.models.directory import ModelDir, find_or_download
 from opdctl.models.loading import load_model
 from opdctl.models.logprobs import Head, map_vocab_chunks, output_head, response_states
 from opdctl.recipe.schema import Model
 
-N, D, V, PADDED = 23, 8, 11, 13  # two rows of the matrix are no token's
+N, D, V, PADDED = 23, 8, 11, 13  # two rows of the matrix are padding
 CHUNKS = [1, 4, N, 100]
 KINDS = {
     "plain": {},
@@ -30,7 +30,7 @@ KINDS = {
 _constants = torch.Generator().manual_seed(1)
 UPSTREAM_NK = torch.randn(N, 4, generator=_constants)
 TEACHER_NV = torch.randn(N, V, generator=_constants).log_softmax(-1)
-OLD_N = torch.tensor([-1.0, -0.1, 0.1, 1.0]).repeat(N)[:N]  # what the old policy's log-prob is more: two are clipped
+OLD_N = torch.tensor([-1.0, -0.1, 0.1, 1.0]).repeat(N)[:N]  # old minus new log-prob: two are clipped
 ADVANTAGE_N = torch.tensor([1.0, -2.0, 0.5, -0.3, 3.0]).repeat(N)[:N]
 
 
@@ -44,7 +44,7 @@ def kl(logp_CV, rows):
     return (logp_CV.exp() * (logp_CV - TEACHER_NV[rows])).sum()
 
 
-# Of picked log-probs, a function that gives every log-prob, and the tokens' numbers.
+# Functions of selected log-probs, a function that returns all log-probs, and the tokens' indices.
 LOSSES = {
     "linear": lambda selected_logp_CK, whole, rows: (selected_logp_CK * UPSTREAM_NK[rows]).sum(),
     "squares": lambda selected_logp_CK, whole, rows: (selected_logp_CK.square() * UPSTREAM_NK[rows]).sum(),
@@ -59,7 +59,7 @@ LOSSES = {
 
 
 def make(count=N, seed=0, bias=False, **kind):
-    """Return hidden states, a head and four ids a token, of which one comes twice; all but the ids want a gradient."""
+    """Return hidden states, a head, and four ids per token, one of them twice. All but the ids need a gradient."""
     generator = torch.Generator().manual_seed(seed)
     hidden_ND, weight_VD, bias_V = (
         torch.randn(*shape, generator=generator).requires_grad_() for shape in ((count, D), (PADDED, D), (PADDED,))
@@ -74,7 +74,7 @@ def leaves(hidden_ND, head):
 
 
 def plain(hidden_ND, head):
-    """Log-softmax of the whole logits, in float64."""
+    """Log-softmax of all logits, in float64."""
     logits_NV = hidden_ND.double() @ head.weight_VD.double().T
     if head.bias_V is not None:
         logits_NV = logits_NV + head.bias_V.double()
@@ -106,7 +106,7 @@ def assert_near(found, want, floor=0.0):
 
 
 class Watch(TorchDispatchMode):
-    """Takes down the shape of every tensor that is made."""
+    """Records the shape of every tensor that is created."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_equal_those_of_the_plain_formula_for_every_chunk(kind, chunk):
+def test_values_equal_the_plain_formula(kind, chunk):
     hidden_ND, head, ids_NK = make(**KINDS[kind])
     found, rows = [], []
 
@@ -142,7 +142,7 @@ def test_values_equal_those_of_the_plain_formula_for_every_chunk(kind, chunk):
         torch.testing.assert_close(value.double(), want.double(), rtol=0, atol=1e-5)
 
 
-def test_a_chunk_has_one_token_where_the_vocabulary_is_larger_than_a_chunk():
+def test_a_chunk_has_at_least_one_token():
     hidden_ND, head, ids_NK = make()
     sizes = []
     with patch.object(logprobs, "CHUNK_LOGITS", V // 2):
@@ -153,7 +153,7 @@ def test_a_chunk_has_one_token_where_the_vocabulary_is_larger_than_a_chunk():
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_equal_those_of_the_plain_formula_for_every_chunk(name, kind, chunk):
+def test_gradients_equal_the_plain_formula(name, kind, chunk):
     hidden_ND, head, ids_NK = make(**KINDS[kind])
     wanted = plain_loss(LOSSES[name], hidden_ND, head, ids_NK)
     with in_chunks_of(chunk):
@@ -178,10 +178,10 @@ def test_gradients_equal_those_of_the_plain_formula_for_every_chunk(name, kind, 
     chunk=st.integers(1, N + 1),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_gradients_are_the_same_whatever_the_chunks_and_the_order_of_tokens(name, kind, order, chunk, seed):
+def test_gradients_do_not_depend_on_chunks_and_token_order(name, kind, order, chunk, seed):
     hidden_ND, head, ids_NK = make(len(order), seed, **kind)
     with torch.no_grad():
-        hidden_ND /= 2  # no token is nearly sure: 1 - p would have few digits in float32
+        hidden_ND /= 2  # no probability near 1: 1 - p would have few digits in float32
     rows = torch.tensor(order, dtype=torch.int64)
     wanted = plain_loss(LOSSES[name], hidden_ND, head, ids_NK, torch.arange(len(order)))
     with in_chunks_of(chunk):  # the tokens in another order, each still with its own constants
@@ -191,19 +191,19 @@ def test_gradients_are_the_same_whatever_the_chunks_and_the_order_of_tokens(name
         assert_near(grad, want, floor=1e-5)
 
 
-def test_rows_of_the_matrix_beyond_the_vocabulary_get_no_probability_and_no_gradient():
+def test_padding_rows_get_no_probability_and_no_gradient():
     hidden_ND, head, ids_NK = make(bias=True)
     with torch.no_grad():
         head.weight_VD[V:] += 10  # would be likely
         head.bias_V[V:] += 10
     sums = []
 
-    def use(chunk):
+    def loss_fn(chunk):
         sums.append(chunk.logp_CV.detach().exp().sum(-1))
         assert chunk.top(V)[0].max() < V
         return chunk.logp_CV.square().sum() + chunk.selected_logp_CK.sum()
 
-    map_vocab_chunks(head, hidden_ND, ids_NK, use).backward()
+    map_vocab_chunks(head, hidden_ND, ids_NK, loss_fn).backward()
     torch.testing.assert_close(torch.cat(sums), torch.ones(N))
     for value in (head.weight_VD, head.bias_V):
         assert (value.grad[V:] == 0).all()
@@ -211,7 +211,7 @@ def test_rows_of_the_matrix_beyond_the_vocabulary_get_no_probability_and_no_grad
 
 
 @pytest.mark.parametrize("factor", [3.0, -0.5, 0.0])
-def test_the_gradient_is_scaled_by_what_comes_from_above_and_adds_up_over_calls(factor):
+def test_gradient_is_scaled_by_the_upstream_gradient_and_accumulates(factor):
     hidden_ND, head, ids_NK = make(bias=True)
     wanted = torch.autograd.grad(plain_loss(LOSSES["both"], hidden_ND, head, ids_NK), leaves(hidden_ND, head))
     (factor * chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)).backward()
@@ -221,7 +221,7 @@ def test_the_gradient_is_scaled_by_what_comes_from_above_and_adds_up_over_calls(
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "matrix", "bias", "head"])
-def test_what_is_frozen_gets_no_gradient_nor_memory_for_one_and_the_rest_its_own(frozen):
+def test_frozen_tensors_get_no_gradient_and_no_memory_for_one(frozen):
     hidden_ND, head, ids_NK = make(bias=True)
     values = {"hidden": hidden_ND, "matrix": head.weight_VD, "bias": head.bias_V}
     still = [value for name, value in values.items() if frozen == name or (frozen == "head" and name != "hidden")]
@@ -238,7 +238,7 @@ def test_what_is_frozen_gets_no_gradient_nor_memory_for_one_and_the_rest_its_own
     assert {tuple(value.shape) for value in leaves(hidden_ND, head)} <= watch.shapes
 
 
-def test_where_all_is_frozen_the_loss_has_no_graph():
+def test_loss_has_no_graph_if_everything_is_frozen():
     hidden_ND, head, ids_NK = make()
     for value in leaves(hidden_ND, head):
         value.requires_grad_(False)
@@ -249,23 +249,25 @@ def test_where_all_is_frozen_the_loss_has_no_graph():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", ["plain", "all"])
-def test_without_gradients_the_value_is_the_same_and_nothing_is_differentiated(mode, kind):
+def test_no_grad_gives_the_same_value(mode, kind):
     hidden_ND, head, ids_NK = make(**KINDS[kind])
-    wanting = []
+    requires_grad = []
 
-    def use(chunk):
-        wanting.append(chunk.selected_logp_CK.requires_grad or chunk.logp_CV.requires_grad or torch.is_grad_enabled())
+    def loss_fn(chunk):
+        requires_grad.append(
+            chunk.selected_logp_CK.requires_grad or chunk.logp_CV.requires_grad or torch.is_grad_enabled()
+        )
         return LOSSES["both"](chunk.selected_logp_CK, lambda: chunk.logp_CV, chunk.rows)
 
     with mode(), in_chunks_of(4):
-        found = map_vocab_chunks(head, hidden_ND, ids_NK, use)
+        found = map_vocab_chunks(head, hidden_ND, ids_NK, loss_fn)
     assert not found.requires_grad
-    assert wanting == [False] * math.ceil(N / 4)
+    assert requires_grad == [False] * math.ceil(N / 4)
     torch.testing.assert_close(found.double(), plain_loss(LOSSES["both"], hidden_ND, head, ids_NK), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_tokens_give_a_zero_loss_and_zero_gradients(name):
+def test_zero_tokens_give_zero_loss_and_gradients(name):
     hidden_ND, head, ids_NK = make(0, bias=True)
     found = chunked_loss(LOSSES[name], hidden_ND, head, ids_NK)
     found.backward()
@@ -274,7 +276,7 @@ def test_no_tokens_give_a_zero_loss_and_zero_gradients(name):
         torch.testing.assert_close(value.grad, torch.zeros_like(value))
 
 
-def test_no_tokens_can_be_read_too():
+def test_zero_tokens_give_one_empty_chunk():
     hidden_ND, head, ids_NK = make(0)
     shapes = []
 
@@ -287,15 +289,15 @@ def test_no_tokens_can_be_read_too():
     assert shapes == [[(0, 4), (0,), (0, 3), (0, 3), (0, V)]]
 
 
-def test_chunks_without_a_loss_or_with_a_constant_one_count_as_such_and_have_no_gradient():
+def test_chunks_may_have_no_loss_or_a_constant_loss():
     hidden_ND, head, ids_NK = make()
 
-    def use(chunk):
+    def loss_fn(chunk):
         start = chunk.rows.start
         return None if start == 0 else torch.tensor(2.5) if start == 4 else chunk.selected_logp_CK[:, 0].sum()
 
     with in_chunks_of(4):
-        found = map_vocab_chunks(head, hidden_ND, ids_NK, use)
+        found = map_vocab_chunks(head, hidden_ND, ids_NK, loss_fn)
     found.backward()
     picked_N = plain(hidden_ND, head).gather(-1, ids_NK)[8:, 0]
     assert found.item() == pytest.approx(2.5 + picked_N.sum().item(), rel=1e-5)
@@ -304,7 +306,7 @@ def test_chunks_without_a_loss_or_with_a_constant_one_count_as_such_and_have_no_
 
 
 @pytest.mark.parametrize("result", [None, torch.tensor(1.0)])
-def test_where_no_chunk_has_a_gradient_the_sum_still_takes_part_in_backward(result):
+def test_backward_works_if_no_chunk_has_a_gradient(result):
     hidden_ND, head, ids_NK = make()
     with in_chunks_of(5):
         found = map_vocab_chunks(head, hidden_ND, ids_NK, lambda chunk: result)
@@ -314,7 +316,7 @@ def test_where_no_chunk_has_a_gradient_the_sum_still_takes_part_in_backward(resu
         torch.testing.assert_close(value.grad, torch.zeros_like(value))
 
 
-def test_a_second_backward_is_refused_and_so_is_a_second_derivative():
+def test_second_backward_and_second_derivative_raise():
     hidden_ND, head, ids_NK = make()
     found = chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)
     found.backward(retain_graph=True)
@@ -328,7 +330,7 @@ def test_a_second_backward_is_refused_and_so_is_a_second_derivative():
         slope_ND.sum().backward()
 
 
-def test_bfloat16_hidden_states_are_multiplied_in_float32_and_their_gradient_is_bfloat16():
+def test_bfloat16_hidden_states_use_float32_products():
     hidden_ND, head, ids_NK = make(bias=True)
     half_ND = hidden_ND.detach().bfloat16().requires_grad_()
     single_ND = half_ND.detach().float().requires_grad_()
@@ -361,44 +363,44 @@ def test_extreme_logits_give_finite_log_probs_and_gradients():
         hidden_ND.mul_(1e4)
     finite = []
 
-    def use(chunk):
+    def loss_fn(chunk):
         finite.append(bool(chunk.logp_CV.isfinite().all() and chunk.entropy_C().isfinite().all()))
         return LOSSES["both"](chunk.selected_logp_CK, lambda: chunk.logp_CV, chunk.rows)
 
-    map_vocab_chunks(head, hidden_ND, ids_NK, use).backward()
+    map_vocab_chunks(head, hidden_ND, ids_NK, loss_fn).backward()
     assert finite == [True]
     assert hidden_ND.grad.isfinite().all()
     assert head.weight_VD.grad.isfinite().all()
 
 
-def test_nothing_of_the_size_of_tokens_times_vocabulary_is_built():
+def test_no_tensor_has_size_tokens_times_vocabulary():
     tokens, hidden, vocabulary, chunk = 64, 4, 400, 8
     hidden_ND = torch.randn(tokens, hidden, requires_grad=True)
     head = Head(torch.randn(vocabulary, hidden, requires_grad=True), vocabulary, torch.zeros(vocabulary), 0.5, 20.0)
     teacher = Head(torch.randn(vocabulary, hidden), vocabulary)
 
-    def use(part):
+    def loss_fn(part):
         other_CV = teacher.logits(hidden_ND[part.rows]).log_softmax(-1)
         divergence = (part.logp_CV.exp() * (part.logp_CV - other_CV)).sum()
         return divergence + part.selected_logp_CK.sum() + part.entropy_C().sum() + part.top(7)[1].sum()
 
     with Watch() as watch, in_chunks_of(chunk, vocabulary):
-        map_vocab_chunks(head, hidden_ND, torch.randint(0, vocabulary, (tokens, 3)), use).backward()
+        map_vocab_chunks(head, hidden_ND, torch.randint(0, vocabulary, (tokens, 3)), loss_fn).backward()
     sizes = {math.prod(shape) for shape in watch.shapes}
     assert chunk * vocabulary in sizes
     assert max(sizes) <= chunk * vocabulary + vocabulary * hidden < tokens * vocabulary
 
 
-def test_by_hand_two_words_of_equal_logit():
-    # two words, logits 0 and 0: log 1/2 each, entropy log 2; the gradient of the one's log-prob is ∓ 1/2 times hidden
+def test_two_ids_of_equal_logit_by_hand():
+    # logits 0 and 0: log 1/2 each, entropy log 2; the gradient of one log-prob is ∓ 1/2 times hidden
     head = Head(torch.zeros(2, D, requires_grad=True), 2)
     entropies = []
 
-    def use(chunk):
+    def loss_fn(chunk):
         entropies.append(chunk.entropy_C().item())
         return chunk.selected_logp_CK.sum()
 
-    found = map_vocab_chunks(head, torch.ones(1, D), torch.tensor([[1]]), use)
+    found = map_vocab_chunks(head, torch.ones(1, D), torch.tensor([[1]]), loss_fn)
     found.backward()
     assert found.item() == pytest.approx(-np.log(2))
     assert entropies == pytest.approx([np.log(2)])
@@ -417,8 +419,8 @@ def ragged(lengths):
 
 
 @torch.no_grad()
-def test_each_token_is_predicted_from_the_one_before_and_padding_changes_nothing(student):
-    """Against one unpadded forward pass a sequence: the commonest fault is to be off by one."""
+def test_response_states_predict_the_next_token_despite_padding(student):
+    """Compared with an unpadded forward pass per sequence; off-by-one is the most common error."""
     model, directory = student
     sequences = ragged([(3, 5), (13, 40), (1, 1), (7, 0), (2, 17)])
     padded = pad_batch(sequences, "cpu")
@@ -433,11 +435,3 @@ def test_each_token_is_predicted_from_the_one_before_and_padding_changes_nothing
         whole = model(ids[None]).logits[0].double().log_softmax(-1)
         want = [whole[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
         np.testing.assert_allclose(logp_T.numpy(), want, rtol=0, atol=2e-5)
-
-
-def test_batches_keep_to_the_budget_and_hold_every_sequence_once():
-    lengths = [5, 100, 7, 7, 30, 1, 64]
-    batches = by_token_budget(lengths, 64)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 64
