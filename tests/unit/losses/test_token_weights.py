@@ -1,4 +1,4 @@
-"""Token weights: hand-worked numbers, a plain reference of each formula, and what must hold for every step."""
+"""Token weights: values by hand, a plain reference of each formula, and invariants."""
 
 import inspect
 import math
@@ -12,7 +12,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.losses.token_weights import COLUMN_SETTINGS, Product, ResponseTokens, Uniform, Weight, build, weigh
+from opdctl.losses.token_weights import COLUMN_SETTINGS, Product, ResponseTokens, Uniform, Weight, build_weight, weigh
 from opdctl.registry import WEIGHTS
 
 K = 16
@@ -20,7 +20,7 @@ LN2, LN3 = math.log(2), math.log(3)
 
 
 def tokens(advantage, teacher=None, step=0, **columns):
-    """Return a response of plain lists that no weight can write to; the teacher's log-probs are -1 unless given."""
+    """Return a response from plain lists, as read-only arrays. The teacher's log-probs default to -1."""
     teacher_T = np.full(len(advantage), -1.0) if teacher is None else np.array(teacher, float)
     advantage_T, columns = np.array(advantage, float), {name: np.array(value) for name, value in columns.items()}
     for value in (advantage_T, teacher_T, *columns.values()):
@@ -33,20 +33,20 @@ def blank(length, step=0):
 
 
 def weights_of(name, step, **params):
-    """Return the weights of a step's responses, as lists."""
+    """Return the weights of the responses of a step, as lists."""
     return [weight_T.tolist() for weight_T in weigh(WEIGHTS.build(name, params), step)]
 
 
-def close(found, wanted, tolerance=1e-10):
-    for ours, theirs in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
-        assert len(ours) == len(theirs)
+def assert_close(weights, expected, tolerance=1e-10):
+    for weight_T, expected_T in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(weight_T, expected_T, rtol=tolerance, atol=tolerance)
+        assert len(weight_T) == len(expected_T)
 
 
 def response_of(stored, step, length, sizes, pairs, pick):
-    """Return a response of values picked out of `sizes` and `pairs`, with the columns that the settings `stored` store.
+    """Return a response with values from `sizes` and `pairs`, and the columns that the settings `stored` store.
 
-    A token's pair (a, b) makes -(a + b k) the student's, or the teacher's, log-prob of the student's k-th id.
+    For the pair (a, b) of a token, the log-prob of the student's k-th id is -(a + b k).
     """
 
     def some(values):
@@ -66,7 +66,7 @@ def response_of(stored, step, length, sizes, pairs, pick):
 
 @st.composite
 def steps_of(draw, size, pair):
-    """Draw a function that makes a step's responses of what is stored."""
+    """Draw a function from the stored settings to the responses of a step."""
     sizes, pairs = draw(st.lists(size, min_size=1, max_size=5)), draw(st.lists(pair, min_size=1, max_size=3))
     lengths = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 80]), max_size=5))
     step, seed = draw(st.integers(0, 130)), draw(st.integers(0, 999))
@@ -79,7 +79,7 @@ def steps_of(draw, size, pair):
     return make
 
 
-# Eighths tie, and their sums are exact; the top tokens' probabilities are (1 - r) r^k.
+# Eighths have ties and exact sums. The probabilities of the top tokens are (1 - r) r^k.
 STEPS = steps_of(
     st.integers(0, 40).map(lambda n: n / 8),
     st.sampled_from([0.1, 0.3, 0.5, 0.8, 0.9]).map(lambda r: (-math.log(1 - r), -math.log(r))),
@@ -101,41 +101,41 @@ SURPRISE = tokens([0] * 4, [-LN2, -2 * LN2, -3 * LN2, 0])
 TOP = {"student_top_ids": [[1, 2, 3]] * 5, "teacher_top_ids": [[2, 1, 9], [7, 1, 2], [1, 2, 3], [3, 8, 1], [1, 3, 2]]}
 BY_HAND = [
     ("uniform", {}, tokens([3, -1]), [1, 1]),
-    # |A| = 1, 0, 3, 4; total 8; spent before each token 0, 1/8, 1/8, 4/8; w = 1 + 0.5 (1 - spent)
+    # |A| = 1, 0, 3, 4; total 8; fraction before each token 0, 1/8, 1/8, 4/8; w = 1 + 0.5 (1 - fraction)
     ("iw_opd", {}, tokens([-1, 0, 3, -4]), [1.5, 1.4375, 1.4375, 1.25]),
-    ("iw_opd", {"gamma": 0.75}, tokens([0, 0, 0]), [1.75, 1.75, 1.75]),  # nothing to spend
+    ("iw_opd", {"gamma": 0.75}, tokens([0, 0, 0]), [1.75, 1.75, 1.75]),  # |A| is 0 everywhere
     ("iw_opd", {"gamma": 0.0}, tokens([1, -2]), [1, 1]),
     ("iw_opd", SIGNED, tokens([2, -1, 3]), [1.5, 1.25, 1.375]),  # total 4; before each token 0, 2/4, 1/4
-    ("iw_opd", SIGNED, tokens([-3, 1, 1]), [1.5, 1, 1]),  # total -1; 0, 3 and 2, both held at 1
-    ("iw_opd", SIGNED, tokens([-1, 3]), [1.5, 1.5]),  # total 2; 0, -1/2 held at 0
-    ("iw_opd", SIGNED, tokens([1, -1]), [1.5, 1.5]),  # total 0: no share to speak of
+    ("iw_opd", SIGNED, tokens([-3, 1, 1]), [1.5, 1, 1]),  # total -1; 0, 3 and 2, both clipped to 1
+    ("iw_opd", SIGNED, tokens([-1, 3]), [1.5, 1.5]),  # total 2; 0, -1/2 clipped to 0
+    ("iw_opd", SIGNED, tokens([1, -1]), [1.5, 1.5]),  # total 0: the fraction is 0
     ("iw_opd", SIGNED, tokens([3, -1, -2]), [1.5, 1.5, 1.5]),  # the same
-    # r = 1, 2, 1, of mean 4/3; the last A is never before a token
+    # r = 1, 2, 1, of mean 4/3; the last A precedes no token
     ("prefix_ratio", {"alpha": 1.0}, tokens([LN2, -LN2, 9]), [0.75, 1.5, 0.75]),
     # r = 1, 2^-1, 2^1, of mean 7/6
     ("prefix_ratio", {"alpha": 0.5}, tokens([-2 * LN2, 4 * LN2, 0]), [6 / 7, 3 / 7, 12 / 7]),
-    # -log p = 1, 2, 3, 0 in ln 2; the two last before each are none, {1}, {1, 2}, {2, 3}; their worst half 1, 2, 3:
-    # exp(-Q) = 1/2, 1/4, 1/8, the last of which is below 0.2
+    # -log p = 1, 2, 3, 0 in ln 2; the windows of two are empty, {1}, {1, 2}, {2, 3}; their worst half 1, 2, 3:
+    # exp(-Q) = 1/2, 1/4, 1/8; the last is below 0.2
     ("teacher_confidence", {"alpha": 1.0, "window": 2, "q": 0.5, "w_min": 0.2}, SURPRISE, [1, 0.5, 0.25, 0.2]),
-    # the same with alpha 2 and all of each window: Q = 1, 3/2, 5/2 in ln 2, exp(-2 Q) = 2^-2, 2^-3, 2^-5
+    # the same with alpha 2 and the mean of each window: Q = 1, 3/2, 5/2 in ln 2, exp(-2 Q) = 2^-2, 2^-3, 2^-5
     ("teacher_confidence", {"alpha": 2.0, "window": 2, "q": 0.0, "w_min": 0.0}, SURPRISE, [1, 1 / 4, 1 / 8, 1 / 32]),
-    # the worst 0.3 of 8, 9 and 10 are three each, though (1 - 0.7) * 10 > 3; of them one, two and three are ln 2, not 0
+    # the worst 0.3 of 8, 9 and 10 are three tokens, although (1 - 0.7) * 10 > 3; one, two and three are ln 2, not 0
     (
         "teacher_confidence",
         {"alpha": 1.0, "q": 0.7},
         tokens([0] * 11, [0.0] * 7 + [-LN2] * 4),
         [1] * 8 + [2 ** (-1 / 3), 2 ** (-2 / 3), 1 / 2],
     ),
-    # two ids each share 1, 1/2, 1, 0, 1/2; so far below 0.7: 0, 1, 1, 2, 3; 1 - 0.4 of these 1, 0.6, 0.6, 0.2, -0.2
+    # overlap of two ids 1, 1/2, 1, 0, 1/2; tokens below 0.7 up to t: 0, 1, 1, 2, 3; 1 - 0.4 n: 1, 0.6, 0.6, 0.2, -0.2
     ("prune", {"drop": 0.4, "top_k": 2}, tokens([0] * 5, **TOP), [1.5, 1.1, 1.1, 0.7, 0.5]),
-    # with tau 0.5 only the fourth is below
+    # with tau 0.5 only the fourth token is below
     ("prune", {"drop": 0.4, "top_k": 2, "tau": 0.5, "base": 0.0}, tokens([0] * 5, **TOP), [1, 1, 1, 0.6, 0.6]),
     ("linear_decay", {}, blank(5), [1.5, 1.375, 1.25, 1.125, 1]),
     ("linear_decay", {"gamma": 2.0}, blank(1), [3]),
     # t/n = 1/4 … 1; sigmoid of -1, 0, 1, 2: 0.268941421370, 0.5, 0.731058578630, 0.880797077978; 0.25 + 0.75 of these
     ("position_sigmoid", {"tau": 0.5, "scale": 0.25}, blank(4), [0.45170606603, 0.625, 0.79829393397, 0.91059780848]),
-    ("prefix_only", {}, blank(5), [1, 1, 0, 0, 0]),  # 0.3 · 5 = 1.5, so two
-    ("prefix_only", {"fraction": 0.07}, blank(100), [1] * 7 + [0] * 93),  # though 0.07 * 100 > 7
+    ("prefix_only", {}, blank(5), [1, 1, 0, 0, 0]),  # 0.3 · 5 = 1.5, so two tokens
+    ("prefix_only", {"fraction": 0.07}, blank(100), [1] * 7 + [0] * 93),  # although 0.07 * 100 > 7
     ("suffix_only", {}, blank(5), [0, 0, 0, 1, 1]),
     ("suffix_only", {"fraction": 0.0}, blank(2), [0, 0]),
     ("prefix_boost", {}, blank(5), [1.5, 1.5, 1, 1, 1]),
@@ -144,14 +144,14 @@ BY_HAND = [
 ]
 
 
-@pytest.mark.parametrize(("name", "params", "response", "wanted"), BY_HAND)
-def test_one_response_by_hand(name, params, response, wanted):
-    close(weights_of(name, [response], **params), [wanted])
+@pytest.mark.parametrize(("name", "params", "response", "expected"), BY_HAND)
+def test_one_response_by_hand(name, params, response, expected):
+    assert_close(weights_of(name, [response], **params), [expected])
 
 
 # Of 20 tokens, at steps 0 to 5. Cosine: (1 - cos(pi/4)) / 2 = 0.1464 is 2.93, (1 - cos(3 pi/4)) / 2 = 0.8536 17.07.
 @pytest.mark.parametrize(("schedule", "kept"), [("linear", [0, 5, 10, 15, 20, 20]), ("cosine", [0, 3, 10, 18, 20, 20])])
-def test_the_curriculum_grows_over_its_steps_and_then_stays(schedule, kept):
+def test_curriculum_grows_over_its_steps(schedule, kept):
     params = {"schedule": schedule, "start": 0.0, "end": 1.0, "steps": 4}
     step = [blank(20, step) for step in range(6)]
     assert weights_of("prefix_curriculum", step, mode="mask", **params) == [[1] * n + [0] * (20 - n) for n in kept]
@@ -165,30 +165,30 @@ TIP = [tokens([-4, 0], student_entropy=[0.0, 1.0]), tokens([1, 2], student_entro
 
 
 @pytest.mark.parametrize(
-    ("rho", "wanted"), [(0, [0, 0, 0, 0]), (0.25, [1, 0, 0, 1]), (0.51, [1, 0, 1, 1]), (1, [1] * 4)]
+    ("rho", "expected"), [(0, [0, 0, 0, 0]), (0.25, [1, 0, 0, 1]), (0.51, [1, 0, 1, 1]), (1, [1] * 4)]
 )
-def test_tip_on_the_sampled_token_by_hand(rho, wanted):
-    assert weights_of("tip", TIP, rho=rho, top_k=0) == [wanted[:2], wanted[2:]]
+def test_tip_on_the_sampled_token_by_hand(rho, expected):
+    assert weights_of("tip", TIP, rho=rho, top_k=0) == [expected[:2], expected[2:]]
 
 
-# The student gives its first token 1/2, 1/2, 3/4, 1/2, the teacher 1/4, 1/2, 1/4, 1/2, and the rest what is left:
+# The student gives its first token 1/2, 1/2, 3/4, 1/2, the teacher 1/4, 1/2, 1/4, 1/2; the tail has the remaining mass:
 # KL = ln(2)/2 + ln(2/3)/2 = ln(4/3)/2, 0, 3/4 ln 3 - 1/4 ln 3 = ln(3)/2, 0; of their range d = 0.26186, 0, 1, 0.
-@pytest.mark.parametrize(("entropy", "wanted"), [(0.25, [1, 0, 1, 1]), (0.27, [0, 1, 1, 1])])
-def test_tip_on_the_most_probable_tokens_by_hand(entropy, wanted):
-    student = [[-LN2, -9], [-LN2, -9], [LN3 - 2 * LN2, -9], [-LN2, -9]]  # the second is beyond top_k
+@pytest.mark.parametrize(("entropy", "expected"), [(0.25, [1, 0, 1, 1]), (0.27, [0, 1, 1, 1])])
+def test_tip_on_the_top_k_by_hand(entropy, expected):
+    student = [[-LN2, -9], [-LN2, -9], [LN3 - 2 * LN2, -9], [-LN2, -9]]  # the second column is beyond top_k
     teacher = [[-2 * LN2, -9], [-LN2, -9], [-2 * LN2, -9], [-LN2, -9]]
     columns = {"student_top_logp": student, "teacher_logp_of_student_top": teacher}
     response = tokens([0, 9, 0, 0], student_entropy=[0, entropy, 0, 1], **columns)
-    assert weights_of("tip", [response], rho=0.75, top_k=1) == [wanted]
+    assert weights_of("tip", [response], rho=0.75, top_k=1) == [expected]
 
 
-def test_tip_keeps_the_greatest_entropy_and_the_greatest_divergence_as_equals():
+def test_tip_keeps_ties():
     # h = 0, 1, 1/4 and d = 0, 4/10, 1: h + d - h d = 0, 1, 1
     response = tokens([0, 4, 10], student_entropy=[0.0, 4.0, 1.0])
     assert weights_of("tip", [response], rho=0.1, top_k=0) == [[0, 1, 1]]
 
 
-def test_tip_ranks_the_smallest_numbers_there_are():
+def test_tip_ranks_subnormal_numbers():
     response = tokens([0, 0, 0], student_entropy=[0.0, 5e-324, 0.0])
     assert weights_of("tip", [response], rho=0.3, top_k=0) == [[0, 1, 0]]
 
@@ -204,23 +204,23 @@ FIRE = [
 
 def test_fire_by_hand():
     # alpha 1, beta 2: (2)(3/2) = 3, (7/4)(2) = 7/2, (3/2)(3) = 9/2; mean 11/3
-    close(weights_of("fire", FIRE, percentile=50, beta=2), [[9 / 11, 21 / 22], [27 / 22], [], [0]])
+    assert_close(weights_of("fire", FIRE, percentile=50, beta=2), [[9 / 11, 21 / 22], [27 / 22], [], [0]])
     # alpha 2, beta 1, all kept: (3)(5/4) = 15/4, (5/2)(3/2) = 15/4, (2)(2) = 4, (1)(1) = 1; mean 25/8
-    close(weights_of("fire", FIRE, percentile=0, alpha=2), [[1.2, 1.2], [1.28], [], [0.32]])
+    assert_close(weights_of("fire", FIRE, percentile=0, alpha=2), [[1.2, 1.2], [1.28], [], [0.32]])
 
 
-def test_fire_keeps_the_response_that_is_the_percentile():
-    # -8 … -1, then -0.1: the 28th percentile of 26 is the one with 0.28 · 25 = 7 before it, though 0.28 * 25 > 7.
+def test_fire_keeps_the_response_at_the_percentile():
+    # -8 … -1, then -0.1: the 28th percentile of 26 is the value after 0.28 · 25 = 7 others, although 0.28 * 25 > 7.
     means = [*range(-8, 0), *[-0.1] * 18]
     step = [tokens([0], [mean], teacher_entropy=[0.0], student_entropy=[0.0]) for mean in means]
-    close(weights_of("fire", step, percentile=28), [[0]] * 7 + [[1]] * 19)
+    assert_close(weights_of("fire", step, percentile=28), [[0]] * 7 + [[1]] * 19)
 
 
 # ── By the formula ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def first(fraction, length):
-    """Return ceil(fraction · length) of the decimal number that is written."""
+    """Return ceil(fraction · length) for the exact decimal fraction."""
     return math.ceil(Fraction(str(fraction)) * length)
 
 
@@ -267,7 +267,7 @@ def prefix_boost(t, fraction, multiplier, outside=1):
 def prefix_curriculum(t, mode, schedule, start, end, steps, multiplier):
     progress = min(t.step, steps) / steps
     grown = progress if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * progress)
-    fraction = round(start + (end - start) * grown, 12)  # or a rounding error would make it one token more
+    fraction = round(start + (end - start) * grown, 12)  # a rounding error could add a token
     return prefix_boost(t, fraction, multiplier) if mode == "boost" else prefix_boost(t, fraction, 1, 0)
 
 
@@ -293,9 +293,9 @@ FORMULAS = [
 
 @pytest.mark.parametrize(("name", "formula", "steps", "params"), FORMULAS)
 @given(data=st.data())
-def test_a_weight_of_one_response_is_its_formula(name, formula, steps, params, data):
+def test_weight_matches_its_formula(name, formula, steps, params, data):
     params, step = data.draw(st.fixed_dictionaries(params)), data.draw(steps)(COLUMN_SETTINGS.values())
-    close(weights_of(name, step, **params), [formula(t, **params) for t in step], 1e-9)
+    assert_close(weights_of(name, step, **params), [formula(t, **params) for t in step], 1e-9)
 
 
 def kl_to_teacher(t, k, top_k):
@@ -310,22 +310,22 @@ def of_range(values):
 
 
 @given(STEPS, SHARE, st.integers(0, K))
-def test_tip_is_its_formula(step, rho, top_k):
+def test_tip_matches_its_formula(step, rho, top_k):
     step = step(COLUMN_SETTINGS.values())
     entropy = of_range([h for t in step for h in t.columns["student_entropy"].tolist()])
     apart = [kl_to_teacher(t, k, top_k) if top_k else abs(t.advantage_T[k]) for t in step for k in range(len(t))]
     scores = [h + d - h * d for h, d in zip(entropy, of_range(apart), strict=True)]
     count = first(rho, len(scores))
     least = sorted(scores, reverse=True)[count - 1] if count else math.inf
-    found = [weight for weights in weights_of("tip", step, rho=rho, top_k=top_k) for weight in weights]
-    assert sum(found) >= count
-    assert {*found} <= {0, 1}
-    for weight, score in zip(found, scores, strict=True):
-        assert weight == (score > least) or abs(score - least) < 1e-9  # within rounding of the last one kept
+    flat_weights = [weight for weights in weights_of("tip", step, rho=rho, top_k=top_k) for weight in weights]
+    assert sum(flat_weights) >= count
+    assert {*flat_weights} <= {0, 1}
+    for weight, score in zip(flat_weights, scores, strict=True):
+        assert weight == (score > least) or abs(score - least) < 1e-9  # within rounding of the threshold
 
 
 @given(STEPS, SIZE, SIZE, st.integers(0, 100))
-def test_fire_is_its_formula(step, alpha, beta, percentile):
+def test_fire_matches_its_formula(step, alpha, beta, percentile):
     step = step(COLUMN_SETTINGS.values())
     means = {i: math.fsum(t.teacher_logp_T) / len(t) for i, t in enumerate(step) if len(t)}
     ranked = sorted(means.values())
@@ -334,22 +334,22 @@ def test_fire_is_its_formula(step, alpha, beta, percentile):
     kept = [i for i, mean in means.items() if mean >= least]
     entropies = [[t.columns[name].tolist() for t in step] for name in ("teacher_entropy", "student_entropy")]
     top_t, top_s = (max((h for each in entropy for h in each), default=0) or 1 for entropy in entropies)
-    wanted = [
+    expected = [
         [(1 + alpha * (1 - t / top_t)) * (1 + beta * s / top_s) * (i in kept) for t, s in zip(*each, strict=True)]
         for i, each in enumerate(zip(*entropies, strict=True))
     ]
-    mean = math.fsum(weight for i in kept for weight in wanted[i]) / (sum(len(step[i]) for i in kept) or 1)
-    found = weights_of("fire", step, alpha=alpha, beta=beta, percentile=percentile)
-    close(found, [[weight / mean for weight in each] for each in wanted], 1e-9)
+    mean = math.fsum(weight for i in kept for weight in expected[i]) / (sum(len(step[i]) for i in kept) or 1)
+    weights = weights_of("fire", step, alpha=alpha, beta=beta, percentile=percentile)
+    assert_close(weights, [[weight / mean for weight in each] for each in expected], 1e-9)
 
 
-# ── What must hold ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Invariants ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("name", "params"), EVERY)
 @settings(max_examples=50)
 @given(step=EXTREME_STEPS)
-def test_every_weight_is_one_finite_number_of_at_least_nought_a_token_from_the_columns_it_needs(name, params, step):
+def test_weights_are_finite_and_non_negative(name, params, step):
     weight = WEIGHTS.build(name, params)
     step = step(weight.needs)
     with np.errstate(invalid="raise", divide="raise", over="raise"):
@@ -361,33 +361,33 @@ def test_every_weight_is_one_finite_number_of_at_least_nought_a_token_from_the_c
 @pytest.mark.parametrize(("name", "params"), EVERY)
 @settings(max_examples=40)
 @given(step=STEPS, data=st.data())
-def test_neither_order_nor_company_matters_to_a_response_unless_its_weight_is_of_the_step(name, params, step, data):
+def test_weights_do_not_depend_on_order_or_other_responses(name, params, step, data):
     weight = WEIGHTS.build(name, params)
     step = step(weight.needs)
     order, weights = data.draw(st.permutations(range(len(step)))), weigh(weight, step)
-    close(weigh(weight, [step[i] for i in order]), [weights[i] for i in order])
+    assert_close(weigh(weight, [step[i] for i in order]), [weights[i] for i in order])
     if type(weight).weigh_step is Weight.weigh_step:
-        close([weigh(weight, [response])[0] for response in step], weights, 0)
+        assert_close([weigh(weight, [response])[0] for response in step], weights, 0)
 
 
 @pytest.mark.parametrize(("name", "params"), [("tip", {"top_k": 0}), ("fire", {"percentile": 0})])
-def test_tip_and_fire_weigh_by_the_whole_step(name, params):
+def test_tip_and_fire_depend_on_all_responses_of_the_step(name, params):
     one, other, third = (tokens(x, student_entropy=x, teacher_entropy=x) for x in ([1.0, 2.0], [7.0, 9.0], [0.0, 0.5]))
-    whole = weights_of(name, [one, other], **params)
-    assert weights_of(name, [one, third], **params)[0] != whole[0]
-    assert weights_of(name, [one], **params) + weights_of(name, [other], **params) != whole
+    together = weights_of(name, [one, other], **params)
+    assert weights_of(name, [one, third], **params)[0] != together[0]
+    assert weights_of(name, [one], **params) + weights_of(name, [other], **params) != together
 
 
 @pytest.mark.parametrize("name", POSITION)
 @settings(max_examples=30)
 @given(step=EXTREME_STEPS)
-def test_a_position_weight_depends_on_the_real_length_only(name, step):
+def test_position_weights_depend_on_the_length_only(name, step):
     assert weights_of(name, step()) == weights_of(name, [blank(len(t), t.step) for t in step()])
 
 
 @pytest.mark.parametrize("name", ["iw_opd", "linear_decay"])
 @given(EXTREME_STEPS, st.floats(0, 1e6))
-def test_iw_opd_and_linear_decay_fall_from_one_plus_gamma_to_no_less_than_one(name, step, gamma):
+def test_iw_opd_and_linear_decay_fall_from_one_plus_gamma_towards_one(name, step, gamma):
     for weights in filter(None, weights_of(name, step(), gamma=gamma)):
         assert weights[0] == 1 + gamma
         assert weights == sorted(weights, reverse=True)
@@ -395,7 +395,7 @@ def test_iw_opd_and_linear_decay_fall_from_one_plus_gamma_to_no_less_than_one(na
 
 
 @given(STEPS, EXTREME_STEPS, st.integers(-300, 300), st.booleans())
-def test_iw_opd_sees_neither_scale_nor_sign(step, extreme, power, signed):
+def test_iw_opd_is_invariant_to_scale_and_sign(step, extreme, power, signed):
     scaled = [tokens(math.ldexp(-1.0, power) * t.advantage_T) for t in step()]
     assert weights_of("iw_opd", scaled, signed=signed) == weights_of("iw_opd", step(), signed=signed)
     mirrored = [tokens(-t.advantage_T) for t in extreme()]
@@ -411,7 +411,7 @@ def test_prefix_ratio_has_mean_one_in_each_response(step, alpha):
 
 
 @given(EXTREME_STEPS, SIZE, SIZE, st.floats(0, 100))
-def test_fire_has_mean_one_over_the_tokens_that_it_keeps(step, alpha, beta, percentile):
+def test_fire_has_mean_one_over_the_kept_tokens(step, alpha, beta, percentile):
     step = step(COLUMN_SETTINGS.values())
     weights = weights_of("fire", step, alpha=alpha, beta=beta, percentile=percentile)
     kept = [weight for each in weights if any(each) for weight in each]
@@ -419,22 +419,22 @@ def test_fire_has_mean_one_over_the_tokens_that_it_keeps(step, alpha, beta, perc
     assert not kept or (math.fsum(kept) / len(kept) == pytest.approx(1) and min(kept) > 0)
 
 
-# ── Products, and what is refused ────────────────────────────────────────────────────────────────────────────────────
+# ── Products and errors ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_product_by_hand():
+def test_product_by_hand():
     # iw_opd 1.5, 1.4375, 1.4375, 1.25 and 1.5, 1.5, on the first half of each
-    weight = build("iw_opd", {}, ("prefix_only", {"fraction": 0.5}))
-    close(weigh(weight, [tokens([-1, 0, 3, -4]), blank(2)]), [[1.5, 1.4375, 0, 0], [1.5, 0]])
+    weight = build_weight("iw_opd", {}, ("prefix_only", {"fraction": 0.5}))
+    assert_close(weigh(weight, [tokens([-1, 0, 3, -4]), blank(2)]), [[1.5, 1.4375, 0, 0], [1.5, 0]])
     # tip keeps [1, 0] and [0, 1] of the whole step; linear_decay is 1.5, 1 in each
-    close(weigh(build("tip", {"top_k": 0}, ("linear_decay", {"gamma": 0.5})), TIP), [[1.5, 0], [0, 1]])
-    assert build("iw_opd", {"gamma": 2.0}) == WEIGHTS.build("iw_opd", {"gamma": 2.0})
+    assert_close(weigh(build_weight("tip", {"top_k": 0}, ("linear_decay", {"gamma": 0.5})), TIP), [[1.5, 0], [0, 1]])
+    assert build_weight("iw_opd", {"gamma": 2.0}) == WEIGHTS.build("iw_opd", {"gamma": 2.0})
 
 
-def test_a_product_needs_the_union_and_the_greater_number():
+def test_product_needs_the_union_and_the_greater_value():
     prune, tip = WEIGHTS.build("prune", {"top_k": 8}), WEIGHTS.build("tip", {"top_k": 32})
-    wanted = {"rollout.entropy": True, "rollout.top_k": 32, "score.top_k": 8, "score.student_top_k": True}
-    assert Product(prune, tip).needs == Product(tip, prune).needs == wanted
+    expected = {"rollout.entropy": True, "rollout.top_k": 32, "score.top_k": 8, "score.student_top_k": True}
+    assert Product(prune, tip).needs == Product(tip, prune).needs == expected
     assert Product(prune, WEIGHTS.build("uniform", {})).needs == prune.needs
 
 
@@ -449,21 +449,22 @@ def test_each_weight_needs_what_it_reads():
 
 
 @pytest.mark.parametrize("weights", [[1, math.nan], [1, math.inf], [1, -1e-300], [1], [1, 1, 1], [[1, 1]], []])
-def test_what_is_no_weight_is_refused(weights):
-    with pytest.raises(OpdctlError, match="gives a response of 2 tokens weights") as refused:
-        weigh(SimpleNamespace(weigh_step=lambda step: [np.ones(1), np.array(weights, float)]), [blank(1), blank(2)])
-    assert refused.value.code == ExitCode.BAD_DATA
+def test_invalid_weights_are_rejected(weights):
+    weight = SimpleNamespace(weigh_step=lambda responses: [np.ones(1), np.array(weights, float)])
+    with pytest.raises(OpdctlError, match="a response of 2 tokens") as caught:
+        weigh(weight, [blank(1), blank(2)])
+    assert (caught.value.kind, caught.value.code) == ("invalid_data", ExitCode.BAD_DATA)
 
 
 STORED = ["rollout.entropy", "rollout.top_k", "rollout.top_k", "score.entropy", "score.top_k", "score.student_top_k"]
 
 
 @pytest.mark.parametrize(("column", "setting"), [*zip(COLUMN_SETTINGS, STORED, strict=True)])
-def test_a_column_that_is_not_stored_names_its_setting(column, setting):
-    with pytest.raises(OpdctlError, match=column) as refused:
+def test_missing_column_names_its_setting(column, setting):
+    with pytest.raises(OpdctlError, match=f"`{column}`") as caught:
         blank(1).column(column)
-    assert refused.value.code == ExitCode.RECIPE_MISMATCH
-    assert f"`{setting}`" in refused.value.hint
+    assert (caught.value.kind, caught.value.code) == ("settings_mismatch", ExitCode.RECIPE_MISMATCH)
+    assert f"`{setting}`" in caught.value.hint
     assert tokens([0], **{column: [3]}).column(column).tolist() == [3]
 
 
@@ -472,10 +473,12 @@ WRONG = {bool: [1, "true"], str: ["bost", 1], int: [1.5, True, "3"], float: [mat
 
 
 @pytest.mark.parametrize(("name", "key", "default"), PARAMETERS)
-def test_a_parameter_of_the_wrong_type_or_not_finite_is_refused(name, key, default):
+def test_parameter_of_the_wrong_type(name, key, default):
     for value in WRONG[type(default)]:
-        with pytest.raises(OpdctlError, match=f"^{key} must be "):
+        with pytest.raises(OpdctlError) as caught:
             WEIGHTS.build(name, {key: value})
+        assert caught.value.kind == "invalid_recipe"
+        assert caught.value.detail.startswith(f"{key} must be ")
 
 
 RANGES = """
@@ -491,37 +494,39 @@ RANGES = [(low, high, path) for low, high, *paths in map(str.split, RANGES.strip
 
 
 @pytest.mark.parametrize(("low", "high", "path"), RANGES)
-def test_a_parameter_out_of_its_range_is_refused(low, high, path):
+def test_parameter_out_of_range(low, high, path):
     low, high = float(low), float(high)
     name, key = path.split(".")
-    whole = isinstance(getattr(WEIGHTS.build(name, {}), key), int)
+    is_integer = isinstance(getattr(WEIGHTS.build(name, {}), key), int)
     for value in (low, min(high, 1e6)):
-        assert getattr(WEIGHTS.build(name, {key: int(value) if whole else value}), key) == value
-    for value in [int(low) - 1] if whole else [math.nextafter(low, -1), math.nextafter(high, math.inf)]:
-        with pytest.raises(OpdctlError, match=f"^{key} must be a finite number "):
+        assert getattr(WEIGHTS.build(name, {key: int(value) if is_integer else value}), key) == value
+    for value in [int(low) - 1] if is_integer else [math.nextafter(low, -1), math.nextafter(high, math.inf)]:
+        with pytest.raises(OpdctlError) as caught:
             WEIGHTS.build(name, {key: value})
+        assert caught.value.detail.startswith(f"{key} must be a finite number ")
 
 
-def test_a_wrong_choice_or_name_is_refused_with_the_right_ones():
+def test_unknown_choice_or_parameter():
     with pytest.raises(OpdctlError, match="mode must be 'boost' or 'mask', got 'bost'"):
         WEIGHTS.build("prefix_curriculum", {"mode": "bost"})
     with pytest.raises(OpdctlError, match="schedule must be 'cosine' or 'linear', got 'step'"):
         WEIGHTS.build("prefix_curriculum", {"schedule": "step"})
     with pytest.raises(OpdctlError, match="has no parameter `gama`; did you mean `gamma`"):
-        build("uniform", {}, ("iw_opd", {"gama": 1.0}))
+        build_weight("uniform", {}, ("iw_opd", {"gama": 1.0}))
 
 
 @pytest.mark.parametrize("entry", WEIGHTS.entries(), ids=WEIGHTS.names())
-def test_every_weight_says_in_one_line_what_it_is_and_where_it_comes_from(entry):
-    maker = WEIGHTS.get(entry.name)
-    assert entry.summary == inspect.getdoc(maker).splitlines()[0]
-    assert entry.summary.endswith(".")  # a dataclass without a docstring says its signature of itself
+def test_every_weight_has_a_summary_and_a_source(entry):
+    assert entry.summary == inspect.getdoc(WEIGHTS.get(entry.name)).splitlines()[0]
+    assert entry.summary.endswith(".")  # the default docstring of a dataclass is its signature
     assert entry.source
 
 
-def test_a_plugin_s_typo_in_a_column_and_too_few_arrays_are_told(monkeypatch):
-    with pytest.raises(OpdctlError, match="did you mean `student_entropy`"):
+def test_plugin_errors(monkeypatch):
+    with pytest.raises(OpdctlError, match="did you mean `student_entropy`") as caught:
         tokens([0.0]).column("student_entrop")
-    monkeypatch.setattr(Uniform, "weigh_step", lambda self, step: [])
-    with pytest.raises(OpdctlError, match="0 arrays of weights for 1 responses"):
+    assert caught.value.kind == "unknown_name"
+    monkeypatch.setattr(Uniform, "weigh_step", lambda self, responses: [])
+    with pytest.raises(OpdctlError, match="0 arrays for 1 responses") as caught:
         weigh(Uniform(), [tokens([0.0])])
+    assert caught.value.kind == "invalid_plugin"

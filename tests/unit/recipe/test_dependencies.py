@@ -1,0 +1,105 @@
+"""Which stages depend on a setting, and what a changed setting affects."""
+
+from pathlib import Path
+
+import pytest
+
+from opdctl.artifacts.stage_dir import changed_settings
+from opdctl.recipe.dependencies import (
+    affected_stages,
+    describe_changes,
+    fingerprint_settings,
+    is_mutable,
+    scorer_fingerprint_settings,
+    unaffected_stages,
+)
+from opdctl.recipe.load import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "stages"),
+    [
+        ("name", []),
+        ("seed", ["prompts", "rollout", "update", "eval", "continuations"]),
+        ("student.model", ["prompts", "rollout", "update"]),
+        ("teacher.model", ["score"]),
+        ("prompts.limit", ["prompts"]),
+        ("rollout.max_tokens", ["rollout", "continuations"]),
+        ("weight.gamma", ["update"]),
+        ("eval.samples", ["eval"]),
+        ("pipeline.device", []),
+    ],
+)
+def test_affected_stages(key: str, stages: list[str]) -> None:
+    assert affected_stages(key) == stages
+
+
+def test_fingerprints_exclude_mutable_settings(smallest: Path) -> None:
+    recipe = load_recipe([smallest])
+    assert {"seed", "student.model", "weight.name", "train.learning_rate"} <= set(
+        fingerprint_settings(recipe, "update")
+    )
+    assert not {"train.steps", "train.keep_every_steps", "train.keep_latest"} & set(
+        fingerprint_settings(recipe, "update")
+    )
+    assert set(fingerprint_settings(recipe, "score")) == {
+        "score.engine",
+        "score.tokens_per_batch",
+        "score.entropy",
+        "score.top_k",
+        "score.student_top_k",
+        "score.hidden_states",
+        "teacher.model",
+        "teacher.revision",
+        "teacher.dtype",
+        "teacher.trust_remote_code",
+    }
+    assert "eval.samples" in fingerprint_settings(recipe, "eval")
+    assert not {"eval.every_steps", "eval.bench"} & set(fingerprint_settings(recipe, "eval"))
+
+
+def test_fingerprint_of_a_teacher_excludes_other_teachers(smallest: Path) -> None:
+    smallest.write_text(smallest.read_text().replace('teacher.model = "toy:teacher"', ""))
+    teachers = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teacher", "prompts.teacher_column=domain"]
+    settings = scorer_fingerprint_settings(load_recipe([smallest], teachers), "teacher-math")
+    assert set(settings) >= {"score.engine", "teachers.math.model"}
+    assert not any(key.startswith("teachers.code") for key in settings)
+
+
+def test_shapes_and_hardware_are_mutable() -> None:
+    mutable = ("hardware.train_gpus", "student.shape", "student.shape.head_dim", "teachers.math.shape.vocab_size")
+    assert all(map(is_mutable, mutable))
+    assert not any(map(is_mutable, ("student.model", "student.dtype", "weight.shape")))
+
+
+def test_new_weight_affects_updates_only(smallest: Path) -> None:
+    old, new = load_recipe([smallest]), load_recipe([smallest], ["weight.name=uniform"])
+    differing = {
+        stage
+        for stage in ("prompts", "rollout", "score", "update", "eval")
+        if fingerprint_settings(old, stage) != fingerprint_settings(new, stage)
+    }
+    assert differing == {"update"}
+    changes = changed_settings(old.flat(), new.flat())
+    assert changes[:2] == [("weight.gamma", 0.5, None), ("weight.name", "iw_opd", "uniform")]
+    line = "weight.name 'iw_opd' → 'uniform' affects updates; rollouts and scores can be reused"
+    assert describe_changes(changes).splitlines()[1] == line
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "line"),
+    [
+        ("weight.gamma", 0.5, 0.7, "weight.gamma 0.5 → 0.7 affects updates; rollouts and scores can be reused"),
+        ("score.top_k", 0, 4, "score.top_k 0 → 4 affects scores; rollouts can be reused"),
+        ("rollout.max_tokens", 9, 8, "rollout.max_tokens 9 → 8 affects rollouts and continuations"),
+        ("seed", 0, 1, "seed 0 → 1 affects prompts, rollouts, updates, eval and continuations"),
+    ],
+)
+def test_describe_changes(key: str, old: object, new: object, line: str) -> None:
+    assert describe_changes([(key, old, new)]) == line
+
+
+def test_unaffected_stages() -> None:
+    assert unaffected_stages(["weight.gamma"]) == ["rollout", "score"]
+    assert unaffected_stages(["weight.gamma", "score.top_k"]) == ["rollout"]
+    assert unaffected_stages(["prompts.limit"]) == []

@@ -1,0 +1,150 @@
+"""Invalid recipes: every error at once, each with its source, its key and the nearest valid name."""
+
+from pathlib import Path
+
+import pytest
+from helpers.recipes import SMALLEST, error_lines, load_error
+
+from opdctl.recipe.load import load_recipe
+
+TOY_TEACHERS = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teacher"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "detail"),
+    [
+        ("train.step=3", "train.step", "did you mean `steps`?"),
+        ("wieght.name=uniform", "wieght", "did you mean `weight`?"),
+        ("student.modle=toy:student", "student.modle", "did you mean `model`?"),
+        ("train.steps=many", "train.steps", "integer"),
+        ("train.steps='3'", "train.steps", "integer"),
+        ("train.steps=2.0", "train.steps", "integer"),
+        ("train.steps=true", "train.steps", "integer"),
+        ("train.steps=0", "train.steps", "greater than 0"),
+        ("rollout.temperature=inf", "rollout.temperature", "finite"),
+        ("rollout.temperature=nan", "rollout.temperature", "finite"),
+        ("eval.top_p=1.5", "eval.top_p", "less than or equal to 1"),
+        ("student.dtype=bf16", "student.dtype", "'bfloat16'"),
+        ("name=a/b", "name", "a/b"),
+        ("name=..", "name", ".."),
+        ("weight.name=unifrom", "weight.name", "did you mean `uniform`?"),
+        ("weight.gama=0.5", "weight.gama", "did you mean `gamma`?"),
+        ("weight.gamma=-1", "weight.gamma", "got -1"),
+        ("weight.gamma=inf", "weight.gamma", "got inf"),
+        ("weight.gamma=high", "weight.gamma", "got 'high'"),
+        ("objective.name=policy_gradent", "objective.name", "did you mean `policy_gradient`?"),
+        ("objective.dual_clip=1", "objective.dual_clip", "got 1"),
+        ("rollout.engine=transfomers", "rollout.engine", "did you mean `transformers`?"),
+        ("score.engine=transfomers", "score.engine", "did you mean `transformers`?"),
+        ("eval.bench=['aime25', 'amie24']", "eval.bench", "did you mean `aime24`?"),
+        ("prompts.min_values.difficulty=hard", "prompts.min_values.difficulty", "number"),
+    ],
+)
+def test_error_names_source_key_and_reason(smallest: Path, override: str, key: str, detail: str) -> None:
+    (line,) = error_lines([smallest], override)
+    assert line.startswith(f"--set: {key}: ")
+    assert detail in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.num_parts=5"], "rollout.num_parts"),
+        (["rollout.prompts_per_step=10", "prompts.limit=9"], "prompts.limit"),
+        (["train.betas=[0.9, 1.0]"], "train.betas"),
+        (["rollout.temperature=0.5"], "rollout"),
+        (["rollout.top_p=0.9"], "rollout"),
+        (["eval.bench=[]"], "eval.bench"),
+        (["train.lr_scheduler_type=linear"], "train.decay_steps"),
+        (["train.lr_scheduler_type=cosine", "train.warmup_steps=4", "train.decay_steps=4"], "train.decay_steps"),
+        (["eval.temperature=0", "eval.samples=2"], "eval.samples"),
+        (["eval.bench=['humaneval_plus']"], "eval.bench"),
+        (["objective.name=jsd", "pipeline.max_staleness=1"], "pipeline.max_staleness"),
+    ],
+)
+def test_invalid_combination(smallest: Path, overrides: list[str], key: str) -> None:
+    assert error_lines([smallest], *overrides)[0].startswith(f"--set: {key}: ")
+
+
+def test_as_many_parts_as_responses_are_valid(smallest: Path) -> None:
+    recipe = load_recipe(
+        [smallest], ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.num_parts=4"]
+    )
+    assert recipe.responses_per_step() == 4
+
+
+def test_toy_task_requires_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "endless.toml"
+    path.write_text(SMALLEST.replace("prompts.limit = 2048", ""))
+    (line,) = error_lines([path])
+    assert line.startswith(f"{path}: prompts.limit: is required")
+
+
+def test_all_missing_keys_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "bare.toml"
+    path.write_text("seed = 1\n")
+    missing = {f"{path}: {key}: is required" for key in ("name", "student", "prompts", "train")}
+    assert set(error_lines([path])) == missing | {f"{path}: teacher: is required, or [teachers]"}
+
+
+def test_all_errors_are_reported_with_their_sources(smallest: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text("train.stpes = 4\nweight.gamma = -1.0\nrollout.engine = 'nothing'\n")
+    error = load_error([smallest, other], "objective.clip_lo=0.1", "eval.temperature=inf", "eval.bench=['nothing']")
+    lines = (error.detail or "").splitlines()
+    assert len(lines) == 6
+    assert "6" in (error.hint or "")
+    for file, key in [
+        (other, "train.stpes"),
+        (other, "weight"),
+        (other, "rollout.engine"),
+        ("--set", "objective"),
+        ("--set", "eval.temperature"),
+        ("--set", "eval.bench"),
+    ]:
+        assert any(line.startswith(f"{file}: {key}") for line in lines), (file, key)
+
+
+def test_all_invalid_parameters_of_a_component_are_reported(smallest: Path) -> None:
+    error = load_error([smallest], "objective.clip_lo=0.1", "objective.dual_clp=3.0", "objective.clip_high='x'")
+    assert all(name in error.message for name in ("clip_lo", "dual_clp", "clip_high must be"))
+
+
+def test_invalid_parameter_is_reported_with_its_own_file(smallest: Path, tmp_path: Path) -> None:
+    typo, named = tmp_path / "typo.toml", tmp_path / "named.toml"
+    typo.write_text("weight = { name = 'iw_opd', gama = 0.5 }\n")
+    named.write_text("weight.name = 'iw_opd'\n")
+    assert error_lines([smallest, typo, named])[0].startswith(f"{typo}: weight")
+
+
+@pytest.mark.parametrize("key", ["weight.gamma", "objective.clip_high", "train.learning_rate", "eval.temperature"])
+def test_number_too_large_for_a_float(smallest: Path, key: str) -> None:
+    assert key.partition(".")[0] in load_error([smallest], f"{key}=1{'0' * 400}").message
+
+
+def test_server_address_is_not_printed(smallest: Path) -> None:
+    error = load_error([smallest], "teacher.server=http://user:secret@host/v1")
+    assert "teacher.server" in error.message
+    assert "secret" not in error.message
+
+
+def test_several_teachers(smallest: Path) -> None:
+    several = [*TOY_TEACHERS, "prompts.teacher_column=domain"]
+    (line,) = error_lines([smallest], *several)
+    assert line.startswith(f"{smallest}: teacher: ")
+    smallest.write_text(smallest.read_text().replace('teacher.model = "toy:teacher"', ""))
+    assert list(load_recipe([smallest], several).scorers()) == ["teacher-math", "teacher-code"]
+    assert "prompts.teacher_column" in load_error([smallest], *TOY_TEACHERS).message
+    assert "teachers.a/b" in load_error([smallest], *several, "teachers.a/b.model=toy:teacher").message
+
+
+def test_teacher_column_requires_several_teachers(smallest: Path) -> None:
+    assert "prompts.teacher_column" in load_error([smallest], "prompts.teacher_column=domain").message
+
+
+def test_extrapolation_requires_a_reference_and_the_sampled_token(smallest: Path) -> None:
+    assert "[reference]" in load_error([smallest], "train.extrapolation=1.25").message
+    with_reference = ["train.extrapolation=1.25", "reference.model=toy:student"]
+    assert list(load_recipe([smallest], with_reference).scorers()) == ["teacher", "reference"]
+    (line,) = error_lines([smallest], *with_reference, "objective.name=jsd")
+    assert line.startswith("--set: train.extrapolation: objective `jsd` ")
