@@ -1,4 +1,4 @@
-"""The shipped recipes: each one's header holds, its command resolves, and it sets what it says."""
+"""The recipes of the repository: correct headers, commands that resolve, and the settings of the paper."""
 
 import json
 import re
@@ -11,17 +11,16 @@ from typing import Any
 import pytest
 from helpers.commands import ROOT, invoke
 
-from opdctl.errors import OpdctlError
 from opdctl.evaluation.benchmarks import find
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Weight
 from opdctl.recipe.components import build_objective, build_token_weight
-from opdctl.recipe.dependencies import is_mutable
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import Recipe
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.toml"))
+BASE_RECIPES = sorted(FOLDER.glob("*.toml"))
 PAIRS = {  # of the paper: student and teacher parameters
     "cross_scale": (4_022_468_096, 30_532_122_624),
     "30b-to-1.7b": (1_720_574_976, 30_532_122_624),
@@ -31,7 +30,7 @@ PAIRS = {  # of the paper: student and teacher parameters
     "4b-to-0.6b": (596_049_920, 4_022_468_096),
     "235b-to-30b": (30_532_122_624, 235_093_634_560),
 }
-WEIGHTS = {
+EXPECTED_WEIGHTS = {
     "all_tokens": {"name": "uniform"},
     "prefix_30": {"name": "prefix_only", "fraction": 0.3},
     "suffix_30": {"name": "suffix_only", "fraction": 0.3},
@@ -45,21 +44,21 @@ WEIGHTS = {
 
 
 def header(path: Path) -> dict[str, str]:
-    """Return what the comment at the head of a recipe says, by its first word."""
+    """Return the fields of the comment at the top of a recipe."""
     lines = path.read_text().split("\n\n")[0].splitlines()
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     name = ""
     for line in lines:
         if match := re.fullmatch(r"#   (\S+(?: run)?) {2,}(.+)", line):
             name = match[1]
-            found[name] = match[2]
+            fields[name] = match[2]
         elif line.startswith("#      ") and name:
-            found[name] += " " + line.lstrip("# ")
-    return found
+            fields[name] += " " + line.lstrip("# ")
+    return fields
 
 
 def words_of(path: Path) -> list[str]:
-    """Return the words of the command in a recipe's header, after `opdctl`."""
+    """Return the arguments of the command in the header of a recipe."""
     program, *words = shlex.split(header(path)["command"])
     assert program == "opdctl"
     return words
@@ -77,7 +76,7 @@ def recipe_of(name: str) -> Recipe:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the recipes, and stand-ins for the data that `recipes/prompts.py` writes."""
+    """A directory with the recipes, and placeholders for the data that `recipes/prompts.py` writes."""
     (tmp_path / "recipes").symlink_to(FOLDER)
     rows = [{"id": str(i), "domain": ("math", "code")[i % 2], "prompt": "?", "answer": None} for i in range(1024)]
     (tmp_path / "data").mkdir()
@@ -88,7 +87,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_command_of_a_recipe_resolves_and_its_components_build(path: Path, checkout: Path) -> None:
+def test_command_of_a_recipe_resolves(path: Path, checkout: Path) -> None:
     result = invoke(*words_of(path), "--dry-run", "--json")
     assert result.code == 0, result.err
     assert Path(result.json()["run_dir"]) == Path("runs") / path.stem
@@ -101,24 +100,24 @@ def test_the_command_of_a_recipe_resolves_and_its_components_build(path: Path, c
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_header_says_command_hardware_time_and_result(path: Path, checkout: Path) -> None:
-    said = header(path)
-    assert said.keys() >= {"command", "hardware", "time", "expected"}
+def test_header_has_command_hardware_time_and_result(path: Path, checkout: Path) -> None:
+    fields = header(path)
+    assert fields.keys() >= {"command", "hardware", "time", "expected"}
     assert all(len(line) <= 120 for line in path.read_text().splitlines())
     if path.stem in ("quickstart", "perm"):
         return
-    assert said["not run"].startswith("by us")
-    assert said["time"] == time_line(invoke(*words_of(path), "--dry-run", "--json").json())
+    assert fields["not run"] == "by us: we had neither GPUs nor the models and data."
+    assert fields["time"] == time_line(invoke(*words_of(path), "--dry-run", "--json").json())
 
 
 def time_line(plan: dict[str, Any]) -> str:
-    """Return what a header says of the time: `--dry-run`'s own figure."""
+    """Return the time of a header: the estimate of `--dry-run`."""
     stages = plan["stages"].values()
     gpus = max(stage["gpus"] for stage in stages)
     assert all(stage["bytes"] <= plan["hardware"]["memory_gib"] * 2**30 for stage in stages)
     return (
         f"at most {plan['gpu_hours']:,.0f} GPU-hours, {plan['seconds'] / 3600:.0f} h on {gpus} GPU{'s' * (gpus > 1)}: "
-        "`--dry-run`'s estimate, every response at its limit"
+        "estimate of `--dry-run` for responses of maximum length"
     )
 
 
@@ -127,23 +126,23 @@ def test_every_pair_of_the_paper_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_pair_is_of_the_models_it_names(name: str, checkout: Path) -> None:
+def test_pair_has_the_models_of_its_name(name: str, checkout: Path) -> None:
     (path,) = (path for path in RECIPES if path.stem == name)
     parameters = invoke(*words_of(path), "--dry-run", "--json").json()["parameters"]
     assert (parameters["student"], parameters["teacher"]) == PAIRS[name]
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_a_weight_s_recipe_sets_that_weight_alone(name: str) -> None:
+@pytest.mark.parametrize("name", EXPECTED_WEIGHTS)
+def test_weight_recipe_sets_only_the_weight(name: str) -> None:
     recipe = recipe_of(name)
-    assert {"name": recipe.weight.name, **recipe.weight.params}.items() >= WEIGHTS[name].items()
+    assert {"name": recipe.weight.name, **recipe.weight.params}.items() >= EXPECTED_WEIGHTS[name].items()
     (path,) = (path for path in RECIPES if path.stem == name)
     without = load_recipe(files_of(path)[:-1]).flat()
     differing = {key for key, value in recipe.flat().items() if without.get(key) != value}
     assert differing <= {"name"} | {key for key in recipe.flat() if key.startswith("weight.")}
 
 
-def test_the_paper_s_settings_are_those_of_the_recipe() -> None:
+def test_cross_scale_has_the_settings_of_the_paper() -> None:
     recipe = recipe_of("cross_scale")
     assert (recipe.rollout.prompts_per_step, recipe.rollout.samples_per_prompt, recipe.train.updates_per_step) == (
         1024,
@@ -155,13 +154,13 @@ def test_the_paper_s_settings_are_those_of_the_recipe() -> None:
     assert (recipe.eval.every_steps, recipe.train.keep_every_steps) == (10, 50)
     assert {find(name, recipe.eval).samples_under(recipe.eval) for name in recipe.eval.bench} == {32}
     assert {find(name, recipe.eval).samples_under(recipe.eval) for name in recipe_of("code").eval.bench} == {4}
-    for name in ("cross_scale", "code", "two_teachers"):  # three epochs of whole steps
-        of = recipe_of(name)
-        assert of.prompts.limit is not None
-        assert of.train.steps == 3 * (of.prompts.limit // of.rollout.prompts_per_step), name
+    for name in ("cross_scale", "code", "two_teachers"):  # three epochs of complete steps
+        recipe = recipe_of(name)
+        assert recipe.prompts.limit is not None
+        assert recipe.train.steps == 3 * (recipe.prompts.limit // recipe.rollout.prompts_per_step), name
 
 
-def test_the_variants_are_what_they_say() -> None:
+def test_settings_of_the_variants() -> None:
     assert list(recipe_of("two_teachers").scorers()) == ["teacher-math", "teacher-code"]
     plain, weighted = recipe_of("exopd"), recipe_of("iw_exopd")
     assert (plain.weight.name, plain.train.extrapolation) == ("uniform", 1.25)
@@ -172,32 +171,42 @@ def test_the_variants_are_what_they_say() -> None:
     assert recipe_of("lora_one_gpu").lora.rank > 0
 
 
-def test_a_section_of_an_earlier_file_can_be_taken_away(tmp_path: Path) -> None:
-    over = tmp_path / "over.toml"
-    over.write_text("prompts.min_values = false\nstudent.shape = false\n")
-    recipe = load_recipe([FOLDER / "cross_scale.toml", over])
-    assert (recipe.prompts.min_values, recipe.student.shape) == ({}, None)
-    over.write_text("teacher = false\n")
-    with pytest.raises(OpdctlError, match=r"over\.toml: teacher: is required"):
-        load_recipe([FOLDER / "cross_scale.toml", over])
-    with pytest.raises(OpdctlError, match="must be a table"):
-        load_recipe([FOLDER / "cross_scale.toml"], ["reference=false"])  # there is none
-
-
-def test_what_a_dry_run_counts_with_changes_nothing_of_a_run() -> None:
-    free = ("hardware.train_gpus", "student.shape", "student.shape.layers", "teachers.math.shape.tied")
-    assert all(map(is_mutable, free))
-    assert not any(map(is_mutable, ("student.model", "student.dtype", "weight.shape")))
-
-
-def test_the_prompts_of_the_code_recipes_are_made_of_the_data_sets(tmp_path: Path) -> None:
+def test_prompts_script(tmp_path: Path) -> None:
     spec = spec_from_file_location("recipe_prompts", FOLDER / "prompts.py")
     assert spec is not None
     assert spec.loader is not None
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
     turns = [{"role": "system", "content": "Act so."}, {"role": "user", "content": "Add two numbers."}]
-    found = list(script.code([{"ability": "math", "prompt": turns}, {"ability": "code", "prompt": turns}]))
-    assert found == [{"id": "code-1", "domain": "code", "prompt": "Add two numbers.", "answer": None}]
+    problems = list(script.code([{"ability": "math", "prompt": turns}, {"ability": "code", "prompt": turns}]))
+    assert problems == [{"id": "code-1", "domain": "code", "prompt": "Add two numbers.", "answer": None}]
     rows = [{"difficulty": d, "question": "1 + 1?", "final_answer": 2} for d in (5.5, 6.0)]
     assert list(script.math(rows)) == [{"id": "math-1", "domain": "math", "prompt": "1 + 1?", "answer": "2"}]
+
+
+def test_base_recipes() -> None:
+    assert {"cross_scale", "quickstart"} == {path.stem for path in BASE_RECIPES}
+
+
+@pytest.mark.parametrize("path", BASE_RECIPES, ids=lambda path: path.stem)
+def test_dry_run_writes_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke("train", "--recipe", path, "--dry-run")
+    assert result.code == 0, result.err
+    assert result.out == ""
+    assert "nothing was written" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_the_plan_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = invoke("train", "--recipe", ROOT / "recipes" / "quickstart.toml", "--dry-run", "--json").json()
+    # 64 prompts of 13 tokens and as many responses of 160; 4,096 prompts are 64 steps of 64.
+    assert (plan["prompt_tokens_per_step"], plan["response_tokens_per_step"]) == (832, 10240)
+    assert (plan["steps"], plan["epochs"]) == (64, 1.0)
+    assert plan["parameters"] == {"student": 110528, "teacher": 365664}
+
+
+@pytest.mark.parametrize("path", BASE_RECIPES, ids=lambda path: path.stem)
+def test_recipe_has_the_name_of_its_file(path: Path) -> None:
+    assert load_recipe([path]).name == path.stem

@@ -1,4 +1,4 @@
-"""Structural rules of the package: which module may import which, which modules stay light, who touches files."""
+"""Structural rules of the package: layers of imports, light modules, where libraries are used, names."""
 
 import ast
 import itertools
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "opdctl"
+PACKAGE = Path(__file__).parents[2] / "opdctl"
 LAYERS = [  # a module imports from lines above its own only; modules on one line do not import one another
     {"errors"},
     {"console", "distributed", "environment", "registry"},
@@ -32,16 +32,16 @@ LIGHT_MODULES = ("cli.main", "recipe.load", "runs.status", "analysis.report", "p
 
 def imported_modules(path: Path) -> set[str]:
     """Return the modules of the package that a file imports, at its top or within a function."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "opdctl":
             module = (node.module or "").removeprefix("opdctl").removeprefix(".")
             for alias in node.names:
                 name = f"{module}.{alias.name}" if module else alias.name
-                found.add(name if name in MODULES else module)
+                modules.add(name if name in MODULES else module)
         elif isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("opdctl.") for alias in node.names if alias.name.startswith("opdctl.")}
-    return found
+            modules |= {alias.name.removeprefix("opdctl.") for alias in node.names if alias.name.startswith("opdctl.")}
+    return modules
 
 
 IMPORTS = {name: imported_modules(path) for name, path in MODULES.items()}
@@ -60,28 +60,28 @@ def test_imports_go_down_the_layers(name):
 
 
 def test_no_import_cycle():
-    left = {name: others & MODULES.keys() - {name} for name, others in IMPORTS.items()}
-    while free := [name for name, others in left.items() if not others & left.keys()]:
-        for name in free:
-            del left[name]
-    assert not left, f"a cycle among {sorted(left)}"
+    remaining = {name: others & MODULES.keys() - {name} for name, others in IMPORTS.items()}
+    while leaves := [name for name, others in remaining.items() if not others & remaining.keys()]:
+        for name in leaves:
+            del remaining[name]
+    assert not remaining, f"a cycle among {sorted(remaining)}"
 
 
 def importers(*modules: str) -> set[str]:
     """Return the modules that import one of these, at the top or within a function."""
-    found = set()
+    importing = set()
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             if any(each == module or each.startswith(f"{module}.") for each in names for module in modules):
-                found.add(name)
-    return found
+                importing.add(name)
+    return importing
 
 
 @pytest.mark.parametrize(
-    ("libraries", "homes"),
+    ("libraries", "modules"),
     [
         (["pyarrow"], ("artifacts.", "data.tables")),
         (["safetensors"], ("artifacts.", "models.", "training.policy", "engines.vllm")),
@@ -93,9 +93,8 @@ def importers(*modules: str) -> set[str]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_library_is_used_in_its_home_only(libraries, homes):
-    strangers = {name for name in importers(*libraries) if not name.startswith(homes)}
-    assert not strangers
+def test_library_is_imported_in_its_modules_only(libraries, modules):
+    assert not {name for name in importers(*libraries) if not name.startswith(modules)}
 
 
 def test_nothing_is_unpickled():
@@ -105,14 +104,14 @@ def test_nothing_is_unpickled():
 def test_light_modules_import_no_torch():
     code = (
         "import importlib, json, sys\n"
-        "found = {}\n"
+        "heavy = {}\n"
         "for name in sys.argv[1:]:\n"
         "    importlib.import_module(f'opdctl.{name}')\n"
-        "    found[name] = sorted({'torch', 'transformers'} & set(sys.modules))\n"
-        "print(json.dumps(found))\n"
+        "    heavy[name] = sorted({'torch', 'transformers'} & set(sys.modules))\n"
+        "print(json.dumps(heavy))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *LIGHT_MODULES], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == {name: [] for name in LIGHT_MODULES}
+    result = subprocess.run([sys.executable, "-c", code, *LIGHT_MODULES], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == {name: [] for name in LIGHT_MODULES}
 
 
 def test_no_function_is_longer_than_a_screen():
