@@ -144,7 +144,7 @@ def recipe_page() -> str:
     for section, headers in sections.items():
         title, key = ", ".join(f"`{header}`" for header in headers), headers[0].strip("[]") + "."
         parts.append(_section_part(title, section.__dict__.get("__doc__") or "", key, section.model_fields))
-        if registry := {schema.Weight: WEIGHTS, schema.Objective: OBJECTIVES}.get(section):
+        if registry := {schema.WeightSettings: WEIGHTS, schema.ObjectiveSettings: OBJECTIVES}.get(section):
             parts.append(_components(registry))
     return RECIPE_HEAD + "\n\n".join(parts) + "\n"
 

@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping
 
-from opdctl.losses.objectives import Objective as TokenObjective
-from opdctl.losses.token_weights import Weight as TokenWeight
-from opdctl.losses.token_weights import build_weight, merge_requirements
+from opdctl.losses.objectives import Objective
+from opdctl.losses.token_weights import Weight, build_weight, merge_requirements
 from opdctl.recipe.schema import Recipe
 from opdctl.registry import OBJECTIVES
 
 
-def build_token_weight(recipe: Recipe) -> TokenWeight:
+def build_token_weight(recipe: Recipe) -> Weight:
     """Build the recipe's token weight."""
     weight = recipe.weight
     return build_weight(weight.name, weight.params, (weight.times.name, weight.times.params) if weight.times else None)
 
 
-def build_objective(recipe: Recipe) -> TokenObjective:
+def build_objective(recipe: Recipe) -> Objective:
     """Build the recipe's objective."""
     return OBJECTIVES.build(recipe.objective.name, recipe.objective.params)
 

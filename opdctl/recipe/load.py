@@ -10,7 +10,15 @@ from pydantic import ValidationError
 
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.components import required_columns, unmet_requirements
-from opdctl.recipe.schema import DEFAULT_COMPONENTS, Component, Model, Objective, Recipe, Weight, is_data_file
+from opdctl.recipe.schema import (
+    DEFAULT_COMPONENTS,
+    Component,
+    Model,
+    ObjectiveSettings,
+    Recipe,
+    WeightSettings,
+    is_data_file,
+)
 from opdctl.recipe.validate import combination_errors, component_errors, format_error
 from opdctl.registry import BENCHMARKS, OBJECTIVES, WEIGHTS, Registry, load_plugins
 
@@ -68,8 +76,8 @@ def _with_component_defaults(recipe: Recipe) -> Recipe:
     weight, objective = recipe.weight, recipe.objective
     times = weight.times and Component(name=weight.times.name, **_parameters(WEIGHTS, weight.times))
     update: dict[str, Any] = {
-        "weight": Weight(name=weight.name, times=times, **_parameters(WEIGHTS, weight)),
-        "objective": Objective(name=objective.name, **_parameters(OBJECTIVES, objective)),
+        "weight": WeightSettings(name=weight.name, times=times, **_parameters(WEIGHTS, weight)),
+        "objective": ObjectiveSettings(name=objective.name, **_parameters(OBJECTIVES, objective)),
     }
     for key, value in unmet_requirements(recipe, required_columns(recipe)).items():
         section, name = key.split(".")

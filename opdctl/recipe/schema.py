@@ -168,7 +168,7 @@ DEFAULT_COMPONENTS = {"weight": "iw_opd", "objective": "policy_gradient", "weigh
 """The default name in each section that names a component; "" if the section has none."""
 
 
-class Weight(Component):
+class WeightSettings(Component):
     """The token weight."""
 
     name: str = DEFAULT_COMPONENTS["weight"]
@@ -177,7 +177,7 @@ class Weight(Component):
     """A second weight; the two weights are multiplied."""
 
 
-class Objective(Component):
+class ObjectiveSettings(Component):
     """The objective."""
 
     name: str = DEFAULT_COMPONENTS["objective"]
@@ -401,8 +401,8 @@ class Recipe(Section):
     prompts: Prompts
     rollout: Rollout = Rollout()
     score: Score = Score()
-    weight: Weight = Weight()
-    objective: Objective = Objective()
+    weight: WeightSettings = WeightSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     train: Train
     lora: Lora = Lora()
     eval: Eval = Eval()

@@ -155,9 +155,7 @@ def _train_errors(recipe: Recipe) -> Errors:
         errors.append(("train.decay_steps", text))
     objective = _valid_objective(recipe)
     if recipe.pipeline.max_staleness and objective is not None and not isinstance(objective, PolicyGradient):
-        text = (
-            f"objective `{recipe.objective.name}` has no rollout correction; use `policy_gradient` or a variant"
-        )
+        text = f"objective `{recipe.objective.name}` has no rollout correction; use `policy_gradient` or a variant"
         errors.append(("pipeline.max_staleness", text))
     return errors
 
