@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from opdctl.artifacts.records import sample_seed
-from opdctl.engines.base import Completion, Engine, Request
+from opdctl.artifacts.records import Completion, sample_seed
+from opdctl.engines.base import Engine, Request
 from opdctl.models.directory import ModelDir, find_or_download
 from opdctl.recipe.schema import Model, Sampling
 
