@@ -1,0 +1,104 @@
+"""The registries of components."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.commands import QUICKSTART
+
+from opdctl.errors import OpdctlError
+from opdctl.losses.token_weights import Weight
+from opdctl.recipe.load import load_recipe
+from opdctl.registry import OBJECTIVES, WEIGHTS, ComponentInfo, Registry, load_plugins
+
+
+@dataclass(frozen=True)
+class Circle:
+    """A circle.
+
+    It has more text.
+    """
+
+    radius: float = 1.0
+    filled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.radius < 0 or (self.filled and self.radius == 0):
+            raise ValueError(f"radius must be positive, got {self.radius}")
+
+
+@pytest.fixture
+def shapes() -> Registry[Circle]:
+    registry: Registry[Circle] = Registry("shape", "opdctl.registry")
+    registry.register("circle", "Euclid")(Circle)
+    return registry
+
+
+def test_entries(shapes: Registry[Circle]) -> None:
+    assert shapes.names() == ["circle"]
+    assert shapes.entries() == [ComponentInfo("circle", "A circle.", {"radius": 1.0, "filled": False}, "Euclid")]
+
+
+def test_names_are_unique(shapes: Registry[Circle]) -> None:
+    with pytest.raises(ValueError, match="'circle'"):
+        shapes.register("circle")(Circle)
+
+
+def test_unknown_name_gets_the_nearest(shapes: Registry[Circle]) -> None:
+    for look_up in (shapes.get, lambda name: shapes.build(name, {})):
+        with pytest.raises(OpdctlError, match=r"shape `circel`; did you mean `circle`\?") as caught:
+            look_up("circel")
+        assert caught.value.kind == "unknown_name"
+    ((key, error),) = shapes.validate("circel", {})
+    assert key == "name"
+    assert "did you mean `circle`?" in error
+
+
+@pytest.mark.parametrize(
+    ("params", "keys"),
+    [
+        ({"radius": 2}, []),
+        ({"radius": True}, ["radius"]),
+        ({"radius": "2"}, ["radius"]),
+        ({"radius": -1.0}, ["radius"]),
+        ({"filled": 1}, ["filled"]),
+        ({"radius": -1.0, "fill": True}, ["radius", "fill"]),
+        ({"radius": 0.0, "filled": True}, [""]),  # each is valid by itself
+    ],
+)
+def test_validate_returns_every_invalid_parameter(shapes: Registry[Circle], params: dict[str, Any], keys) -> None:
+    assert [key for key, _ in shapes.validate("circle", params)] == keys
+    if keys:
+        with pytest.raises(OpdctlError) as caught:
+            shapes.build("circle", params)
+        assert caught.value.kind == "invalid_recipe"
+        assert len((caught.value.detail or "").splitlines()) == len(keys)
+    else:
+        assert shapes.build("circle", params) == Circle(2.0)
+        assert isinstance(shapes.build("circle", params).radius, float)
+
+
+def test_component_of_a_recipe_must_be_a_dataclass() -> None:
+    class Odd(Weight):
+        def __call__(self, response: Any) -> Any:
+            return np.ones(len(response))
+
+    WEIGHTS.register("odd")(Odd)
+    try:
+        with pytest.raises(OpdctlError, match="must be a dataclass") as caught:
+            load_recipe([QUICKSTART], ["weight.name=odd"])
+    finally:
+        del WEIGHTS._factories["odd"]
+    assert caught.value.kind == "invalid_recipe"
+
+
+def test_missing_plugin() -> None:
+    with pytest.raises(OpdctlError, match="plugins: `no_such_plugin`") as caught:
+        load_plugins(["no_such_plugin"])
+    assert caught.value.kind == "invalid_plugin"
+
+
+def test_built_in_components_are_registered_at_the_first_lookup() -> None:
+    assert {"uniform", "iw_opd"} <= set(WEIGHTS.names())
+    assert {"policy_gradient", "constant_penalty"} <= set(OBJECTIVES.names())
