@@ -19,7 +19,7 @@ from opdctl.recipe.components import build_token_weight, unmet_requirements
 from opdctl.recipe.schema import Component
 from opdctl.registry import WEIGHTS
 from opdctl.runs.layout import list_steps
-from opdctl.runs.run import Run, next_stage_command
+from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import to_weight_inputs
 
 PREFIX_RATIO_ALPHAS = (0.02, 0.1, 0.5)
@@ -38,7 +38,7 @@ def analyze_run(run: Run, names: Sequence[str] | None = None) -> Analysis:
     weights = chosen_weights(run, names)
     steps, left_out = scored_steps(run)
     if not steps:
-        hint = f"run `{next_stage_command(run)}`"
+        hint = f"run `{run.next_command()}`"
         raise OpdctlError(f"{run.path}: no step has teacher scores yet", hint=hint, code=ExitCode.FAILED)
     if left_out:
         console.warn(f"left out, since not wholly scored: steps {', '.join(map(str, left_out))}")

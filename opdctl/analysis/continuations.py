@@ -1,13 +1,13 @@
-"""continuations: teacher and student go on from the student's own prefixes, and the whole answers are graded.
+"""Continuations: teacher and student continue the student's own prefixes, and the complete answers are graded.
 
-What a prefix is worth to a model that goes on from it: the teacher's accuracy falls with the length of the prefix as
-far as the student has led it astray (arXiv 2606.22600, Figure 1b). Prefixes of 0, 10 … 90 % of stored responses in,
-Parquet parts of graded responses out, one folder a model; then a summary.
+The teacher's accuracy falls with the length of the prefix as far as the student's errors mislead it (arXiv 2606.22600,
+Figure 1b). Reads the prefixes of 0, 10 … 90 % of stored responses, writes Parquet parts of graded responses in one
+directory for each model, then a summary.
 """
 
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,29 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from opdctl import console
 from opdctl.artifacts import files
-from opdctl.artifacts.records import SCHEMA_VERSION, GradedResponse, Ids, Response, sample_seed
-from opdctl.artifacts.stage_dir import ALL_PARTS, Fingerprint, StageDir, WorkerShard
-from opdctl.artifacts.tables import read_rows, write_rows
-from opdctl.engines.base import Completion, Request
-from opdctl.engines.pool import EnginePool
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.artifacts.records import Completion, GradedResponse, Ids, Response, sample_seed
+from opdctl.artifacts.stage_dir import Fingerprint, StageDir
+from opdctl.artifacts.tables import read_rows
+from opdctl.artifacts.versions import versioned
+from opdctl.engines.base import Request
+from opdctl.engines.pool import EnginePool, open_engine_pool
+from opdctl.errors import OpdctlError
 from opdctl.evaluation import stats
 from opdctl.evaluation.benchmarks import Benchmark, find
+from opdctl.evaluation.evaluate import graded_response
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.layout import step_name
 from opdctl.runs.run import Run, open_stage_dir
+from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
 
-PERCENTS = range(0, 100, 10)
-"""Lengths of the prefixes, in hundredths of the response, rounded down to tokens: never with its last token."""
+PREFIX_PERCENTS = range(0, 100, 10)
+"""Lengths of the prefixes in percent of the response, rounded down to tokens: never with the last token."""
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One continuation to make: the response, the share of it that is kept, in hundredths, and the sample's number."""
+class Continuation:
+    """One continuation to make: of the first `percent` percent of a response, the sample with this number."""
 
     response: Response
     percent: int
@@ -52,96 +54,105 @@ class Draw:
         return _prefix(self.response, self.percent)
 
 
-def run_continuations(
-    run: Run, step: int, engines: EnginePool, *, repair: bool = False, shard: WorkerShard = ALL_PARTS
-) -> tuple[dict[str, Any] | None, int]:
-    """Make the continuations of a step's prefixes that are missing, with `repair` damaged ones too.
+@dataclass(frozen=True)
+class ContinuationsResult:
+    """The continuations of a step. summary: None while other workers make the remaining parts."""
 
-    Returns their summary, None while other shards are at work, and how many parts were made. Raises OpdctlError: 1 when
-    the step has no finished rollout, 2 when its student is not kept or the benchmark runs code, 3 when the prompts have
-    no answers, 4 when it was begun with other settings.
+    path: Path
+    summary: dict[str, Any] | None
+    parts_made: int
+
+
+def make_continuations(run: Run, device: str, step: int) -> ContinuationsResult:
+    """Make the continuations of a step with engines of their own.
+
+    Raises:
+        OpdctlError: as `run_continuations` does.
+    """
+    with open_engine_pool(_recipe_for_engines(run.recipe), device) as engines:
+        summary, made = run_continuations(run, step, engines)
+    return ContinuationsResult(continuations_path(run, step), summary, made)
+
+
+def run_continuations(run: Run, step: int, engines: EnginePool) -> tuple[dict[str, Any] | None, int]:
+    """Make the continuations of a step's prefixes that are missing.
+
+    Returns their summary, None while other workers make parts, and the number of parts made here.
+
+    Raises:
+        OpdctlError: the step's rollout is unfinished; its student was pruned; the benchmark runs code; the prompts have
+        no
+            answers; the continuations were started with different settings.
     """
     benchmark, responses = _benchmark(run), _responses(run, step)
-    made, stages = 0, {name: _stage(run, step, name, benchmark, responses) for name in _models(run, step, responses)}
-    for name, stage in stages.items():
-        with stage.claim_parts(repair=repair, shard=shard) as parts:
-            made += (
-                _generate_continuations(run, step, name, benchmark, responses, engines, stage, parts) if parts else 0
-            )
+    stages = {name: _stage(run, step, name, benchmark, responses) for name in _models(run, responses)}
+    made = sum(
+        _generate_continuations(run, step, name, benchmark, responses, engines, stage) for name, stage in stages.items()
+    )
     if not all(stage.is_finished() for stage in stages.values()):
         return None, made
-    rows = {
-        name: [row for i in range(len(s.names)) for row in read_rows(s.verify(i), GradedResponse)]
-        for name, s in stages.items()
-    }
+    rows = {name: stage.read_all(GradedResponse) for name, stage in stages.items()}
     summary = {
-        "schema_version": SCHEMA_VERSION,
+        **versioned("continuations"),
         "step": step,
         "student": step_name(step),
         "bench": benchmark.name,
         "problems": len({response.prompt_id for response in responses}),
         "responses": len(responses),
-        **summarise(rows, _on_track(run, benchmark, responses)),
+        **summarize_continuations(rows, _on_track(run, benchmark, responses)),
     }
-    path = continuations_path(run, step) / "summary.json"
-    if not path.exists() or files.read_json(path) != summary:
-        files.write_json(path, summary)
+    files.write_json_if_changed(continuations_path(run, step) / "summary.json", summary)
     return summary, made
 
 
 def describe_plan(run: Run, step: int) -> str:
-    """Return what there is to do for a step, all of it. Raises OpdctlError as `run` does."""
+    """Return the number of continuations of a step. Raises OpdctlError as `run_continuations` does."""
     _benchmark(run)
     responses, samples = _responses(run, step), run.recipe.continuations.samples
-    models = _models(run, step, responses)
-    count = sum(len(_own(responses, name)) for name in models) * len(PERCENTS) * samples
-    return f"continuations of step {step} by {', '.join(models)}: {count} from prefixes of {len(responses)} responses"
+    models = _models(run, responses)
+    count = sum(len(_continued_by(responses, name)) for name in models) * len(PREFIX_PERCENTS) * samples
+    return f"continuations of step {step} by {', '.join(models)}: {count} of prefixes of {len(responses)} responses"
 
 
 def continuations_path(run: Run, step: int) -> Path:
     return run.path / "continuations" / step_name(step)
 
 
-def recipe_for_engines(recipe: Recipe) -> Recipe:
-    """Return the recipe to make engines by: a prompt may have a response behind it now."""
-    longest = recipe.prompts.max_tokens + recipe.rollout.max_tokens
-    return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"max_tokens": longest})})
+def _recipe_for_engines(recipe: Recipe) -> Recipe:
+    """Return the recipe for engines whose prompts include a prefix of a response."""
+    max_tokens = recipe.prompts.max_tokens + recipe.rollout.max_tokens
+    return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"max_tokens": max_tokens})})
 
 
 def _benchmark(run: Run) -> Benchmark:
-    """Return the recipe's first benchmark, whose grader says whether an answer to a prompt is right."""
+    """Return the recipe's first benchmark, whose grader grades the answers to the prompts."""
     benchmark = find(run.recipe.eval.bench[0], run.recipe.eval)
     if benchmark.grader.runs_code:
         raise OpdctlError(
-            f"--continuations: {benchmark.name} is judged by running programs, not by the prompts' answers",
+            "unsupported_setting",
+            f"eval.bench: {benchmark.name} is graded by running programs, not by the prompts' answers",
             hint="put a benchmark of mathematics or text first in eval.bench",
         )
     return benchmark
 
 
 def _responses(run: Run, step: int) -> list[Response]:
-    """Return the step's first responses that have a token."""
-    rollout, wanted = run.rollout_stage(step), run.recipe.continuations.responses
+    """Return the step's first non-empty responses."""
+    rollout, count = run.rollout_stage(step), run.recipe.continuations.responses
     if not rollout.is_finished():
-        raise OpdctlError(
-            f"{rollout.path}: no finished rollout to go on from",
-            hint=f"run `{rollout.rerun_command}`",
-            code=ExitCode.FAILED,
-        )
-    found: list[Response] = []
+        raise OpdctlError("missing_input", f"{rollout.path} is not finished", hint=f"run `{rollout.rerun_command}`")
+    responses: list[Response] = []
     for index in range(len(rollout.names)):
-        if len(found) < wanted:
-            found += [row for row in read_rows(rollout.verify(index), Response) if len(row.response_ids)]
-    found = found[:wanted]
-    if not found or any(response.answer is None for response in found):
-        what = "the prompts have no answers to grade by" if found else "every response is empty"
-        raise OpdctlError(
-            f"{rollout.path}: {what}", hint="prompts.answer_column names their column", code=ExitCode.BAD_DATA
-        )
-    return found
+        if len(responses) < count:
+            responses += [row for row in read_rows(rollout.verify(index), Response) if len(row.response_ids)]
+    responses = responses[:count]
+    if not responses or any(response.answer is None for response in responses):
+        why = "the prompts have no answers to grade by" if responses else "every response is empty"
+        raise OpdctlError("invalid_data", f"{rollout.path}: {why}", hint="set prompts.answer_column to their column")
+    return responses
 
 
-def _models(run: Run, step: int, responses: Sequence[Response]) -> list[str]:
+def _models(run: Run, responses: Sequence[Response]) -> list[str]:
     teachers = {response.teacher for response in responses}
     return ["student", *(name for name in run.recipe.teacher_models() if name in teachers)]
 
@@ -152,10 +163,10 @@ def _stage(run: Run, step: int, name: str, benchmark: Benchmark, responses: Sequ
     return open_stage_dir(
         continuations_path(run, step) / name,
         stage="continuations",
-        parts=min(run.recipe.rollout.num_parts, len(responses)),
+        num_parts=min(run.recipe.rollout.num_parts, len(responses)),
         suffix=".parquet",
         fingerprint=Fingerprint(settings, {"rollout": run.rollout_stage(step).digest, name: digest}),
-        rerun_command=f"opdctl analyze-position {shlex.quote(str(run.path))} --continuations --step {step}",
+        rerun_command=f"opdctl run continuations {shlex.quote(str(run.path))} --step {step}",
     )
 
 
@@ -171,68 +182,60 @@ def _generate_continuations(
     responses: list[Response],
     engines: EnginePool,
     stage: StageDir,
-    parts: Iterator[int],
 ) -> int:
-    settings, samples, made = run.recipe.rollout, run.recipe.continuations.samples, 0
-    engine = engines.get(name, settings.engine, _model(run, step, name))
-    stage.start(engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p})
-    total = len(_own(responses, name)) * len(PERCENTS) * samples
-    with console.progress(f"continuations, {name}, step {step}", total) as advance:
-        for index in parts:
-            part = _own(stage.items_of_part(responses, index), name)
-            draws = [Draw(response, percent, n) for response in part for percent in PERCENTS for n in range(samples)]
+    settings, samples = run.recipe.rollout, run.recipe.continuations.samples
+
+    def prepare() -> tuple[Mapping[str, Any], MakePart]:
+        engine = engines.get(name, settings.engine, _model(run, step, name))
+
+        def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
+            continued = [
+                Continuation(response, percent, n)
+                for response in _continued_by(stage.items_of_part(responses, index), name)
+                for percent in PREFIX_PERCENTS
+                for n in range(samples)
+            ]
             requests = [
                 Request(
-                    np.concatenate([run.prompt_ids(name, draw.response), draw.prefix_ids]),
-                    sample_seed(run.recipe.seed, f"{name}/{draw.id}"),
+                    np.concatenate([run.prompt_ids(name, each.response), each.prefix_ids]),
+                    sample_seed(run.recipe.seed, f"{name}/{each.id}"),
                 )
-                for draw in draws
+                for each in continued
             ]
-            completions = engine.generate(requests, settings, settings.batch_size, advance)
-            rows = _graded(run, benchmark, draws, completions)
-            tokens = sum(len(row.response_ids) for row in rows)
-            made += stage.write(
-                index, partial(write_rows, rows=rows, kind=GradedResponse), rows=len(rows), tokens=tokens
-            )
-    return made
+            completions = engine.generate(requests, settings, settings.batch_size, on_progress)
+            return rows_part(_grade(run, benchmark, continued, completions), GradedResponse)
+
+        return engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p}, make_part
+
+    num_items = len(_continued_by(responses, name)) * len(PREFIX_PERCENTS) * samples
+    return make_missing_parts(stage, f"continuations, {name}, step {step}", num_items, prepare)
 
 
-def _graded(
-    run: Run, benchmark: Benchmark, draws: Sequence[Draw], completions: Sequence[Completion]
+def _grade(
+    run: Run, benchmark: Benchmark, continued: Sequence[Continuation], completions: Sequence[Completion]
 ) -> list[GradedResponse]:
-    """Return the rows of a part: the answer is that of prefix and continuation together."""
-    pairs = list(zip(draws, completions, strict=True))
-    whole = [np.concatenate([draw.prefix_ids, completion.response_ids]) for draw, completion in pairs]
-    texts = run.student.tokenizer.batch_decode(whole, skip_special_tokens=True)
-    golds = [str(draw.response.answer) for draw in draws]
+    """Return the rows of a part. The answer is that of the prefix and its continuation together."""
+    pairs = list(zip(continued, completions, strict=True))
+    complete_ids = [np.concatenate([each.prefix_ids, completion.response_ids]) for each, completion in pairs]
+    texts = run.student.tokenizer.batch_decode(complete_ids, skip_special_tokens=True)
+    golds = [str(each.response.answer) for each in continued]
     grades = benchmark.grader.grade(list(zip(golds, texts, strict=True)))
     return [
-        GradedResponse(
-            sample_id=draw.id,
-            problem_id=draw.response.prompt_id,
-            response_ids=completion.response_ids,
-            text=text,
-            finish_reason=completion.finish_reason,
-            gold=gold,
-            extracted=grade.extracted,
-            correct=grade.correct,
-            verdict=grade.verdict,
-            vote=grade.extracted,
-        )
-        for (draw, completion), gold, text, grade in zip(pairs, golds, texts, grades, strict=True)
+        graded_response(each.id, each.response.prompt_id, gold, completion, text, grade, grade.extracted)
+        for (each, completion), gold, text, grade in zip(pairs, golds, texts, grades, strict=True)
     ]
 
 
-def _own(part: Sequence[Response], name: str) -> list[Response]:
-    """Return the responses that a model goes on from: a teacher from those of its own prompts."""
-    return [response for response in part if name in ("student", response.teacher)]
+def _continued_by(responses: Sequence[Response], name: str) -> list[Response]:
+    """Return the responses that a model continues: a teacher those to its own prompts."""
+    return [response for response in responses if name in ("student", response.teacher)]
 
 
 def _prefix(response: Response, percent: int) -> Ids:
     return response.response_ids[: len(response.response_ids) * percent // 100]
 
 
-# ── What it comes to ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Summary ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _on_track(run: Run, benchmark: Benchmark, responses: Sequence[Response]) -> dict[tuple[str, int], bool]:
@@ -242,14 +245,14 @@ def _on_track(run: Run, benchmark: Benchmark, responses: Sequence[Response]) -> 
     decode = partial(run.student.tokenizer.batch_decode, skip_special_tokens=True)
     prompts = decode([response.prompt_ids for response in responses])
     found = {}
-    for percent in PERCENTS:
+    for percent in PREFIX_PERCENTS:
         prefixes = decode([_prefix(response, percent) for response in responses])
         for response, prompt, prefix in zip(responses, prompts, prefixes, strict=True):
             found[response.sample_id, percent] = benchmark.on_track(prompt, prefix)
     return found
 
 
-def summarise(
+def summarize_continuations(
     rows: dict[str, list[GradedResponse]], on_track: dict[tuple[str, int], bool]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the accuracy of each model by the length of the prefix, with 95 % intervals over problems; and the same of

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Durable files: atomic writes, checksums, JSON that checks itself, disk space. Imports no torch.
+
+A file is written under a temporary name in its own directory, flushed to disk, and renamed. Every JSON file holds a
+digest of itself and is checked against it and against its form when it is read. No symbolic link is followed.
+"""
 
 import contextlib
 import errno
@@ -8,16 +12,17 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from opdctl.artifacts import manifests
-from opdctl.artifacts.records import SCHEMA_VERSION
-from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, ExitCode, OpdctlError
+from opdctl.artifacts.versions import OLDEST_VERSION, VERSIONS
+from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, OpdctlError
 
-# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Checksums ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def sha256_file(path: Path) -> str:
@@ -27,15 +32,19 @@ def sha256_file(path: Path) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+# ── Atomic writes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def fsync_path(path: Path) -> None:
+    """Flush a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network file systems cannot do it with folders, and need it not
+    except OSError as error:  # some network file systems cannot fsync directories and do not need it
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:
@@ -43,7 +52,7 @@ def fsync_path(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a folder, and those above it, and have their names on the disk."""
+    """Create a directory and its parents durably: the parent of each is flushed."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -51,34 +60,41 @@ def make_directory(path: Path) -> None:
 
 
 def temporary_path(final: Path, kind: str = "") -> Path:
+    """Return the hidden name beside `final` that this process writes to first."""
     return final.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{kind}{final.name}")
 
 
 def discard(path: Path) -> None:
-    """Remove whatever is at `path`; not what a link there leads to."""
+    """Remove a file or a directory if it exists; of a symbolic link the link alone."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def remove_temporary_files(folder: Path, *, everyones: bool = False) -> None:
-    """Remove what dead processes of this machine left half-written in `folder`; `everyones`: what any process left, for
-    whoever is alone at work there."""
-    for left in folder.glob(".tmp-*" if everyones else f".tmp-{socket.gethostname()}-*"):
-        pid = left.name.removeprefix(f".tmp-{socket.gethostname()}-").partition("-")[0]
-        if everyones or (pid.isdigit() and pid != str(os.getpid()) and not Path("/proc", pid).exists()):
-            discard(left)
+def remove_temporary_files(directory: Path, *, include_running: bool = False) -> None:
+    """Remove temporary files of dead processes on this host from `directory`.
+
+    include_running: remove those of every process on every host, for the holder of an exclusive lease.
+    """
+    for path in directory.glob(".tmp-*" if include_running else f".tmp-{socket.gethostname()}-*"):
+        pid = path.name.removeprefix(f".tmp-{socket.gethostname()}-").partition("-")[0]
+        if include_running or (pid.isdigit() and pid != str(os.getpid()) and not Path("/proc", pid).exists()):
+            discard(path)
 
 
 @contextlib.contextmanager
 def atomic_write(final: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `final`; when the block ends well, flush it to disk and rename it to `final`."""
+    """Yield a temporary path beside `final`; if the block succeeds, flush it to disk and rename it to `final`.
+
+    Raises:
+        OpdctlError: the disk is full, or the directory cannot be written.
+    """
     temporary = temporary_path(final)
     with translate_write_errors(final):
         try:
             make_directory(final.parent)
-            discard(temporary)  # of a dead process of our own number: in containers all have the same
+            discard(temporary)  # left by a dead process of the same number: in containers all numbers are equal
             yield temporary
             for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
                 fsync_path(path)
@@ -92,53 +108,70 @@ def atomic_write(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def translate_write_errors(path: Path) -> Iterator[None]:
-    """Say of `path` what the system says when it cannot be written."""
+    """Turn the system's errors for a full or read-only disk into an OpdctlError that names `path`."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL_ERRNOS:
             raise _disk_full(path) from error
         if error.errno in WRITE_ERRNOS:
-            raise OpdctlError(f"{path}: cannot be written: {error.strerror}", code=ExitCode.UNAVAILABLE) from error
+            raise OpdctlError("failed_write", f"{path}: {error.strerror}") from error
         raise
-    except SafetensorError as error:  # wraps the system's error in its text
+    except SafetensorError as error:  # has the system's error in its text only
         if "No space left" not in str(error) and "os error 28" not in str(error):
             raise
         raise _disk_full(path) from error
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory if it exists. It is renamed first, so a kill leaves no half of it under its name."""
+    if path.exists():
+        with translate_write_errors(path):
+            trash = temporary_path(path, "old-")
+            discard(trash)
+            path.rename(trash)
+            discard(trash)
+
+
+# ── Disk space ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _disk_full(path: Path) -> OpdctlError:
     return OpdctlError(
-        f"{path}: the disk is full: it takes more than the {format_bytes(free_space(path))} that are free",
-        hint="free some space and run the same command again: finished parts are kept. What a run takes in all is said "
-        "by --dry-run",
-        code=ExitCode.UNAVAILABLE,
+        "disk_full",
+        f"{path}: no space left on the device, {format_bytes(free_space(path))} free",
+        hint="free some space and run the same command again: finished parts are kept; --dry-run estimates the disk "
+        "space of a run",
     )
 
 
 def free_space(path: Path) -> int:
-    """Return the bytes that are free where `path` is, or will be."""
-    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())).free
+    """Return the free bytes of the file system that `path` is on, or will be on."""
+    return shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())).free
 
 
-def require_space(path: Path, needed: int, what: str) -> None:
-    """Raise OpdctlError (code 5) unless `needed` bytes are free where `path` is."""
-    if (free := free_space(path)) < needed:
+def require_space(path: Path, required_bytes: int, purpose: str) -> None:
+    """Check that `required_bytes` are free on the file system of `path`.
+
+    Raises:
+        OpdctlError: less is free.
+    """
+    if (free := free_space(path)) < required_bytes:
         raise OpdctlError(
-            f"{path}: {what} needs {format_bytes(needed)} of disk space, {format_bytes(free)} are free",
+            "disk_full",
+            f"{path}: {purpose} needs {format_bytes(required_bytes)}, {format_bytes(free)} free",
             hint="free some space and run the same command again, or use another --output",
-            code=ExitCode.UNAVAILABLE,
         )
 
 
 def format_bytes(count: int) -> str:
-    """Return a number of bytes for a person, in powers of 1024."""
+    """Return a number of bytes as text, in powers of 1024: format_bytes(1536) is "1.5 KiB"."""
     name, size = byte_unit(count)
     return f"{count} B" if name == "B" else f"{count / size:.1f} {name}"
 
 
 def byte_unit(count: int) -> tuple[str, int]:
-    """Return the unit that leaves the fewest digits before the point, and the bytes that it stands for."""
+    """Return the largest unit that is not above `count`, and its size in bytes."""
     name, size = "B", 1
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if count >= 1024 * size:
@@ -146,13 +179,17 @@ def byte_unit(count: int) -> tuple[str, int]:
     return name, size
 
 
+# ── Text and JSON ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a whole small file, or leave the old one."""
+    """Write a small file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
@@ -162,53 +199,81 @@ def read_text(path: Path) -> str:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, with a digest of itself."""
+    """Write a JSON object with a digest of itself."""
     write_text(path, json.dumps({**value, "digest": digest_of(value)}, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, kind: Any = dict[str, Any], hint: str | None = None) -> Any:
-    """Return the JSON object in `path`, of the form `kind`.
+def write_json_if_changed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object unless the file holds it already."""
+    if not path.exists() or read_json(path) != value:
+        write_json(path, value)
 
-    Raises OpdctlError (code 3) when it is not what was written, or was by another version; `hint` is what to do then.
+
+def read_json(path: Path, form: Any = dict[str, Any], hint: str | None = None) -> Any:
+    """Return the JSON object in `path`. The object is shared between callers: do not change it.
+
+    form: the TypedDict that the object must match. hint: what to do if the file is corrupt.
+
+    Raises:
+        OpdctlError: the file is missing or corrupt, or has a version that this opdctl does not read.
     """
     check_no_symlinks(path)
+    hint = hint or "restore it from a copy, or start again in another --output"
     try:
-        value = manifests.parse(path.read_bytes())
-        written = value.pop("digest", None)
-        _check_version(path, value.get("schema_version", SCHEMA_VERSION))
-        if written != digest_of(value):
-            raise ValueError("its content is not that of its digest")
-        return manifests.check(value, kind)
+        stat = path.stat()
+        return _read_json_once(path, form, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    except _ChecksumError as error:
+        raise OpdctlError("checksum_mismatch", f"{path}: the content does not match its digest", hint=hint) from error
     except (OSError, ValueError) as error:
-        hint = hint or "restore it from a copy, or start again in another --output"
         raise corrupt_artifact(path, str(error), hint) from error
 
 
-def _check_version(path: Path, version: object) -> None:
-    if version != SCHEMA_VERSION:
+class _ChecksumError(Exception):
+    """The digest in a JSON file is not that of its content."""
+
+
+@lru_cache(maxsize=4096)
+def _read_json_once(path: Path, form: Any, identity: tuple[int, int, int]) -> Any:
+    """Read and check a file once for each (inode, modification time, size): a replaced file has another one."""
+    value = manifests.parse(path.read_bytes())
+    digest = value.pop("digest", None)
+    _check_version(path, value)
+    if digest != digest_of(value):
+        raise _ChecksumError
+    return manifests.check(value, form)
+
+
+def _check_version(path: Path, value: Mapping[str, Any]) -> None:
+    kind, version = value.get("artifact"), value.get("version", value.get("schema_version"))
+    newest = VERSIONS.get(kind, OLDEST_VERSION) if isinstance(kind, str) else OLDEST_VERSION
+    if version is not None and not (isinstance(version, int) and OLDEST_VERSION <= version <= newest):
         raise OpdctlError(
-            f"{path}: schema version {version!r}, this opdctl reads version {SCHEMA_VERSION}",
-            hint="go on with the opdctl that wrote it, or start again in another --output",
-            code=ExitCode.BAD_DATA,
+            "unsupported_version",
+            f"{path}: version {version!r}; this opdctl reads versions {OLDEST_VERSION} to {newest}",
+            hint="use the opdctl that wrote it, or start again in another --output",
         )
 
 
 def check_no_symlinks(*paths: Path) -> None:
-    """Raise OpdctlError (code 3) where one of the paths is a symbolic link: it may lead out of the run directory."""
+    """Check that no path is a symbolic link, which may lead out of the run directory.
+
+    Raises:
+        OpdctlError: one is.
+    """
     for path in paths:
         if path.is_symlink():
-            raise corrupt_artifact(path, "a symbolic link, and none is followed", "put what it leads to in its place")
+            raise corrupt_artifact(path, "is a symbolic link", "replace it with the file that it points to")
 
 
 def corrupt_artifact(path: Path, why: str, hint: str | None = None) -> OpdctlError:
-    """Return the error for an artifact that is not what was written."""
+    """Return the error for an artifact that differs from what was written."""
     hint = hint or f"remove {path} and run the command that made it again"
-    return OpdctlError(f"{path}: damaged: {why}", hint=hint, code=ExitCode.BAD_DATA)
+    return OpdctlError("corrupt_artifact", f"{path}: {why}", hint=hint)
 
 
-def copy_file(path: Path, folder: Path) -> None:
-    """Put a copy of a file into a folder, in the place of one of its name."""
-    shutil.copyfile(path, folder / path.name)
+def copy_file(path: Path, directory: Path) -> None:
+    """Copy a file into a directory, over a file of the same name."""
+    shutil.copyfile(path, directory / path.name)
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
@@ -218,17 +283,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """Make `path` hold one JSON line a value; a file that holds them already is left alone."""
+    """Write one JSON line for each value, unless the file holds exactly these lines already."""
     text = "".join(json.dumps(value) + "\n" for value in values)
     if not path.exists() or read_text(path) != text:
         write_text(path, text)
-
-
-def remove_directory(path: Path) -> None:
-    """Remove a directory if it is there: renamed first, so that a kill cannot leave half of it under its name."""
-    if path.exists():
-        with translate_write_errors(path):
-            grave = temporary_path(path, "old-")
-            discard(grave)
-            path.rename(grave)
-            discard(grave)

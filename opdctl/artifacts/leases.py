@@ -1,11 +1,11 @@
-"""Who is at work on what: claims that processes lay to names in a folder of a file system that they share.
+"""Leases: lock files with a heartbeat, in a directory of a shared file system.
 
-A claim is a lock file that its owner touches every few seconds for as long as it works (filelock's SoftFileLease). A
-dead owner's claim is taken over: at once where it died on this machine, elsewhere when nobody has touched the file for
-a whole lease. Whoever waits times that by a clock of its own, so clocks that differ or jump do no harm.
+The owner of a lease touches its lock file every few seconds (filelock's SoftFileLease). A lease is stale, and another
+process acquires it, as soon as its owner is dead on this host, or if nobody touches the file for LEASE_SECONDS. A
+waiting process measures that by its own clock, so clocks that differ or jump do no harm.
 
-A lease is not a lock: an owner that was suspended for longer than one goes on, and does not know. So it writes
-whole files, and asks `held` before it puts one in its place.
+A lease is not a lock: an owner that was suspended for longer than LEASE_SECONDS continues without knowing. So it writes
+complete files, and checks `is_held` before it puts one in its place.
 """
 
 import contextlib
@@ -15,23 +15,23 @@ from pathlib import Path
 
 import filelock
 
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import OpdctlError
 
-LEASE_SECONDS = 60.0  # seconds without a sign of life after which a claim is taken over
-HEARTBEAT_SECONDS = 5.0  # seconds from one sign of life to the next
-EMPTY_LOCK_TIMEOUT_SECONDS = 10.0  # seconds after which a claim without an owner's name is nobody's
-MAX_BACKOFF_SECONDS = 1.0  # seconds
+LEASE_SECONDS = 60.0  # without a heartbeat, after which a lease is stale
+HEARTBEAT_SECONDS = 5.0
+EMPTY_LOCK_TIMEOUT_SECONDS = 10.0  # after which a lock file without an owner record is stale
+MAX_BACKOFF_SECONDS = 1.0
 
 
-class LeaseLost(Exception):  # noqa: N818 - nobody's error
-    """The claim went to another while its owner was suspended."""
+class LeaseLost(Exception):  # noqa: N818 - control flow, not an error
+    """Another process acquired the lease while its owner was suspended."""
 
 
 class Lease:
-    """One claim, to be taken and given back by one thread."""
+    """One lease. One thread acquires and releases it."""
 
-    def __init__(self, folder: Path, name: str):
-        self._path = folder / f".{name}.lock"
+    def __init__(self, directory: Path, name: str):
+        self._path = directory / f".{name}.lock"
         self._lease = filelock.SoftFileLease(
             self._path, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS
         )
@@ -39,31 +39,32 @@ class Lease:
         self._since, self._changes = 0.0, 0
 
     def acquire(self) -> bool:
-        """Return whether the claim is ours now. Never waits; a dead owner's is taken over when it has been asked for
-        during a whole lease. Raises OpdctlError (code 5) where the folder cannot be written."""
+        """Return whether this process has acquired the lease. Never waits.
+
+        Raises:
+            OpdctlError: the directory cannot be written.
+        """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._lease.acquire(blocking=False)
         except filelock.Timeout:
-            self._watch()
+            self._observe_owner()
             return False
         except OSError as error:
-            raise OpdctlError(
-                f"{self._path}: cannot be written: {error.strerror}", code=ExitCode.UNAVAILABLE
-            ) from error
+            raise OpdctlError("failed_write", f"{self._path}: {error.strerror}") from error
         return True
 
     def release(self) -> None:
         self._lease.release()
 
     def is_held(self) -> bool:
-        """Whether the claim is still ours."""
+        """Whether this process still holds the lease."""
         owner = self._lease.owner
         return owner is not None and owner.token == self._lease.token
 
-    def _watch(self) -> None:
-        """Note a sign of life of another owner. A file that its owner died too soon to sign is removed: filelock would
-        take it for a claim for ever."""
+    def _observe_owner(self) -> None:
+        """Record a heartbeat of the owner. An empty lock file, whose owner crashed before it wrote its record, is
+        removed: filelock would treat it as held for ever."""
         with contextlib.suppress(FileNotFoundError):
             stat = self._path.stat()
             now = (stat.st_ino, stat.st_mtime_ns)
@@ -73,43 +74,48 @@ class Lease:
                 self._path.unlink()
 
     def owner_is_alive(self) -> bool:
-        """Whether another owner has touched the claim since it was first asked for."""
+        """Whether the owner has touched the lock file since the first attempt to acquire it."""
         return self._changes > 1
 
     def owner(self) -> str:
+        """Return process and host of the owner, as text."""
         owner = self._lease.owner
         return f"process {owner.pid} on {owner.hostname}" if owner else "another process"
 
 
 @contextlib.contextmanager
-def hold_lease(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the claim `name`. Raises OpdctlError (code 5) when another process has it and lives, unless told to wait."""
-    claim, pause = Lease(folder, name), backoff()
-    while not claim.acquire():
-        if not wait and claim.owner_is_alive():
+def hold_lease(directory: Path, name: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lease `name` for the block. wait: until it is free.
+
+    Raises:
+        OpdctlError: a live process holds it, and `wait` is off.
+    """
+    lease, pause = Lease(directory, name), backoff()
+    while not lease.acquire():
+        if not wait and lease.owner_is_alive():
             raise OpdctlError(
-                f"{folder}: {claim.owner()} is working on `{name}` here",
+                "lease_held",
+                f"{directory}: {lease.owner()} holds the lease `{name}`",
                 hint="wait for it, or use another --output",
-                code=ExitCode.UNAVAILABLE,
             )
         time.sleep(next(pause))
     try:
         yield
     finally:
-        claim.release()
+        lease.release()
 
 
 def backoff() -> Iterator[float]:
-    """Yield the seconds between one look and the next at what others do: more and more."""
+    """Yield exponentially growing poll intervals, in seconds."""
     pause = 0.02
     while True:
         yield pause
         pause = min(1.5 * pause, MAX_BACKOFF_SECONDS)
 
 
-def remove_stale_leases(folder: Path, name: str) -> None:
-    """Remove the claims beginning with `name` that dead processes of this machine have left."""
-    for path in folder.glob(f".{name}*.lock"):
-        claim = Lease(folder, path.name.removeprefix(".").removesuffix(".lock"))
-        if claim.acquire():
-            claim.release()
+def remove_stale_leases(directory: Path, name: str) -> None:
+    """Remove stale lock files whose name begins with `name`."""
+    for path in directory.glob(f".{name}*.lock"):
+        lease = Lease(directory, path.name.removeprefix(".").removesuffix(".lock"))
+        if lease.acquire():
+            lease.release()

@@ -1,13 +1,13 @@
-"""What the JSON files of a run directory hold, checked as they are read: receipts, manifests, run.json, update.json.
+"""The forms of the JSON files of a run directory: receipts, manifests, run.json, update.json.
 
-They are data, and may have been damaged, or written by somebody else. A value is checked and handed on as it is:
-nothing is converted, and keys that are not named here are let through.
+They are untrusted data: corrupt, or written by someone else. A value is checked and returned unchanged. Keys that are
+not listed here are accepted, and a NotRequired key is one that older versions lack.
 """
 
 import json
 from functools import cache
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -15,22 +15,22 @@ from typing_extensions import TypedDict
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-"""The name of a file in the folder of what names it."""
+"""The name of a file in the same directory."""
 
 
 def _within(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise ValueError("leads out of its folder")
+        raise ValueError("leads out of its directory")
     return name
 
 
 Digests = dict[Annotated[str, AfterValidator(_within)], Digest]
-"""SHA-256 by name of the files of a folder, and of those below it."""
+"""SHA-256 of the files of a directory and below, by relative name."""
 
 
 class PartRecord(TypedDict):
-    """A finished part: its receipt, and an entry of the manifest."""
+    """A finished part: its receipt, and its entry in the manifest."""
 
     name: FileName
     rows: Count
@@ -40,16 +40,16 @@ class PartRecord(TypedDict):
 
 
 class PolicyRecord(TypedDict):
-    """policy_version.json: how many updates the student has seen that draws a step's responses, where that is settled."""
+    """policy_version.json: the policy version that samples a step's responses, pinned by the first worker."""
 
     policy_version: Count
 
 
 class StageHeader(TypedDict):
-    """in_progress.json: what is being made."""
+    """in_progress.json: the stage that is being made. artifact: the stage's name."""
 
-    schema_version: int
-    stage: str
+    artifact: str
+    version: int
     fingerprint: Digest
     settings: dict[str, Any]
     inputs: dict[str, str]
@@ -57,33 +57,21 @@ class StageHeader(TypedDict):
 
 
 class Manifest(StageHeader):
-    """manifest.json: what was made."""
+    """manifest.json: the finished stage."""
 
     parts: list[PartRecord]
 
 
-class SealedPart(TypedDict):
-    """What of a part's entry in the manifest its content is checked by."""
-
-    name: FileName
-    sha256: Digest
-
-
-class Sealed(TypedDict):
-    """What of a manifest is read where it does not matter which stage it is of."""
-
-    parts: list[SealedPart]
-
-
 class ScoresRecord(TypedDict):
-    """The metadata of a score part: whose tokens it scores. rollout: the digest of the rollout part."""
+    """The metadata of a score part. rollout: the digest of the rollout part that it scores."""
 
     rollout: str
     sample_ids: list[str]
 
 
 class ModelRecord(TypedDict):
-    """A model as the run found it. stamp: size and time of each file, which need not be hashed while both hold."""
+    """A model at the start of the run. file_stats: size and modification time of each file, which need no new hash
+    while both are the same."""
 
     path: str
     digest: Digest
@@ -92,7 +80,7 @@ class ModelRecord(TypedDict):
 
 
 class PromptsRecord(TypedDict):
-    """prompts.parquet. source_sha256: the digest of the file that they came from, if it was one."""
+    """prompts.parquet. source_sha256: the digest of the file that they were read from, if it was a file."""
 
     rows: Count
     dropped: Count
@@ -100,19 +88,31 @@ class PromptsRecord(TypedDict):
     source_sha256: Digest | None
 
 
-class RunRecord(TypedDict):
-    """run.json: what the run was begun with."""
+class StartRecord(TypedDict):
+    """The start of a fork: the step, and the digests of the student and the trainer state that it starts from."""
 
-    schema_version: int
+    run_dir: str
+    step: Count
+    student: Digests
+    trainer: Digests
+
+
+class RunRecord(TypedDict):
+    """run.json: what the run was started with. forked_from: the run and the step that a fork starts from."""
+
+    artifact: str
+    version: int
     libraries: dict[str, str]
     models: dict[str, ModelRecord]
     prompts: PromptsRecord
+    forked_from: NotRequired[StartRecord]
 
 
 class UpdateRecord(TypedDict):
-    """update.json: what an update was made from, and what came of it."""
+    """update.json: the inputs and the results of an update."""
 
-    schema_version: int
+    artifact: str
+    version: int
     step: Count
     settings: dict[str, Any]
     inputs: dict[str, str]
@@ -121,35 +121,36 @@ class UpdateRecord(TypedDict):
     metrics: dict[str, float]
 
 
-_adapter = cache(TypeAdapter)
-
-
 class SummaryRecord(TypedDict):
-    """summary.json of an evaluation, as far as others than the evaluation read it."""
+    """summary.json of an evaluation: the keys that other commands read."""
 
-    schema_version: int
+    artifact: str
+    version: int
     bench: str
     model: str
     avg: float
 
 
+_adapter = cache(TypeAdapter)
+
+
 def check(value: Any, kind: Any) -> Any:
-    """Return `value`, which is of the form `kind`. Raises ValueError with the first key that is not, and why."""
+    """Return `value` if it has the form `kind`. Raises ValueError with the first key that has not, and why."""
     try:
         _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
+        where = ".".join(map(str, first["loc"])) or "the object"
         raise ValueError(f"{where}: {first['msg']}") from None
     return value
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """Return the JSON object in `data`. Raises ValueError where there is none."""
+    """Return the JSON object in `data`. Raises ValueError if there is none."""
     try:
         value = json.loads(data)
     except RecursionError:
-        raise ValueError("nested without end") from None
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return value

@@ -1,11 +1,13 @@
-"""TODO."""
+"""Rows as Parquet and scores as safetensors. The columns are those of the records; their types come from the
+annotations."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from functools import partial
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -18,42 +20,80 @@ from opdctl.artifacts import manifests
 from opdctl.artifacts.files import atomic_write, corrupt_artifact, sha256_file
 from opdctl.artifacts.manifests import ScoresRecord
 from opdctl.artifacts.records import (
-    GRADED,
-    PROMPTS,
-    RESPONSES,
+    PER_TOKEN,
     GradedResponse,
+    HiddenStates,
+    Ids,
+    Logprobs,
     Prompt,
     Response,
     TokenScores,
     cumulative_offsets,
 )
+from opdctl.errors import OpdctlError
 
-HIDDEN = "hidden_states"
-SCORE_COLUMNS = tuple(column.name for column in fields(TokenScores))
-SCORE_TENSOR_SPECS = {"offsets": ("I64", 1), "top_ids": ("I32", 2), "logprobs": ("F32", 1), "entropies": ("F32", 1)}
-
-
-SCORE_TENSOR_SPECS |= dict.fromkeys(("top_logprobs", "student_top_logprobs", HIDDEN), ("F32", 2))
-
-
-"""Type and number of dimensions of each tensor of a score part."""
 Row = TypeVar("Row", Prompt, Response, GradedResponse)
+COMPRESSION = "zstd"
+ARROW_TYPES: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int32(),
+    bool: pa.bool_(),
+    Ids: pa.list_(pa.int32()),
+    Logprobs: pa.list_(pa.float32()),
+}
+"""The Arrow type of each annotation. Arrays of shape [T, K] are stored flat."""
+TENSOR_TYPES: dict[Any, str] = {Ids: "I32", Logprobs: "F32", HiddenStates: "F32"}
+OFFSETS, HIDDEN_STATES = "offsets", "hidden_states"
+
+
+# ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Column:
+    """A field of a record: its annotation without `| None` and `Annotated`, and what these say."""
+
+    def __init__(self, name: str, annotation: Any, default: Any):
+        variants = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+        (kind,) = (variant for variant in variants if variant is not type(None))
+        self.name, self.default, self.is_nullable = name, default, type(None) in variants
+        self.is_per_token = get_origin(kind) is Annotated and PER_TOKEN in get_args(kind)[1:]
+        self.kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def columns_of(record: type) -> tuple[Column, ...]:
+    """Return the columns of a record, in order."""
+    hints = get_type_hints(record, include_extras=True)
+    return tuple(Column(field.name, hints[field.name], field.default) for field in fields(record))
+
+
+def arrow_schema(record: type) -> pa.Schema:
+    """Return the Parquet schema of a record."""
+    return pa.schema(
+        [pa.field(each.name, ARROW_TYPES[each.kind], nullable=each.is_nullable) for each in columns_of(record)]
+    )
+
+
+@cache
+def tensor_specs() -> dict[str, tuple[str, int]]:
+    """Return the type and the number of dimensions of each tensor of a score part."""
+    scores = {
+        each.name: (TENSOR_TYPES[each.kind], 2 if each.is_per_token or each.kind is HiddenStates else 1)
+        for each in columns_of(TokenScores)
+    }
+    return {OFFSETS: ("I64", 1), **scores}
 
 
 # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_SCHEMAS: dict[type, pa.Schema] = {Prompt: PROMPTS, Response: RESPONSES, GradedResponse: GRADED}
-NULLABLE_COLUMNS = ("answer", "teacher_prompt_ids", "entropies", "top_ids", "top_logprobs", "extracted", "vote")
+
+def write_rows(path: Path, rows: Sequence[Row], record: type[Row]) -> None:
+    """Write rows as Parquet with page checksums: without them most bit flips go undetected."""
+    schema = arrow_schema(record)
+    columns = {name: [_flatten(getattr(row, name)) for row in rows] for name in schema.names}
+    pq.write_table(pa.table(columns, schema=schema), path, compression=COMPRESSION, write_page_checksum=True)
 
 
-def write_rows(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
-    """Write rows as Parquet with page checksums: without them a flipped byte is mostly read in silence."""
-    columns = {name: [_flat(getattr(row, name)) for row in rows] for name in _SCHEMAS[kind].names}
-    pq.write_table(pa.table(columns, schema=_SCHEMAS[kind]), path, compression="zstd", write_page_checksum=True)
-
-
-def _flat(value: Any) -> Any:
-    """Return what a cell holds: arrays of several dimensions row by row."""
+def _flatten(value: Any) -> Any:
     return value.reshape(-1) if isinstance(value, np.ndarray) else value
 
 
@@ -68,98 +108,127 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> list[Path]:
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
-    """Write the run's prompts, whole or not at all, and return the file's SHA-256."""
+    """Write the run's prompts atomically and return the file's SHA-256."""
     with atomic_write(path) as temporary:
         write_rows(temporary, prompts, Prompt)
     return sha256_file(path)
 
 
-def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Read the rows of one Parquet file. Raises OpdctlError (code 3) when it is damaged or of another schema."""
+def read_rows(path: Path, record: type[Row]) -> list[Row]:
+    """Return the rows of one Parquet file. A column that the file lacks has its default.
+
+    Raises:
+        OpdctlError: the file is corrupt or has other columns.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if not file.schema_arrow.equals(_SCHEMAS[kind]):
-                raise ValueError(f"has columns {file.schema_arrow.names}, wanted {_SCHEMAS[kind].names}")
+            columns = _stored_columns(file.schema_arrow, record)
             table = file.read()
         table.validate(full=True)
-        columns = {name: _column(name, table[name]) for name in table.schema.names}
-        if kind is Response:
-            lengths = [len(ids) for ids in columns["response_ids"]]
-            columns |= {name: _reshape_top_k(columns[name], lengths) for name in ("top_ids", "top_logprobs")}
+        values = {each.name: _read_column(each, table[each.name]) for each in columns}
+        for each in columns:
+            if each.is_per_token:
+                values[each.name] = _reshape_top_k(values[each.name], [len(ids) for ids in values["response_ids"]])
     except (OSError, pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise corrupt_artifact(path, str(error)) from error
-    return [kind(**{name: values[i] for name, values in columns.items()}) for i in range(table.num_rows)]
+    return [record(**{name: column[i] for name, column in values.items()}) for i in range(table.num_rows)]
 
 
-def _column(name: str, column: pa.ChunkedArray) -> list[Any]:
-    if column.null_count and name not in NULLABLE_COLUMNS:
-        raise ValueError(f"column {name} has {column.null_count} nulls")
-    if not pa.types.is_list(column.type):
-        return column.to_pylist()
-    if any(chunk.flatten().null_count for chunk in column.chunks):
-        raise ValueError(f"column {name} has nulls within")
-    # Ids and log-probs stay arrays; a column that was not asked for is null.
-    return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in column]
+def _stored_columns(stored: pa.Schema, record: type) -> list[Column]:
+    """Return the record's columns that a file has. Raises ValueError for a column of another type or name."""
+    columns = {each.name: each for each in columns_of(record)}
+    missing = [each.name for each in columns.values() if each.default is MISSING and each.name not in stored.names]
+    if missing or not {*stored.names} <= columns.keys() or len({*stored.names}) != len(stored.names):
+        raise ValueError(f"has columns {stored.names}, expected {[*columns]}")
+    for field in stored:
+        if field.type != ARROW_TYPES[columns[field.name].kind]:
+            raise ValueError(
+                f"column {field.name} has type {field.type}, expected {ARROW_TYPES[columns[field.name].kind]}"
+            )
+    return [columns[name] for name in stored.names]
+
+
+def _read_column(column: Column, values: pa.ChunkedArray) -> list[Any]:
+    if values.null_count and not column.is_nullable:
+        raise ValueError(f"column {column.name} has {values.null_count} nulls")
+    if not pa.types.is_list(values.type):
+        return values.to_pylist()
+    if any(chunk.flatten().null_count for chunk in values.chunks):
+        raise ValueError(f"column {column.name} has nulls in its lists")
+    # Ids and log-probs stay arrays; a column that was not requested is null.
+    return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in values]
 
 
 def _reshape_top_k(flat: list[np.ndarray | None], lengths: list[int]) -> list[np.ndarray | None]:
-    """Bring the most probable tokens of each response back to one row a token, all of the same width."""
+    """Reshape the flat values of each response to [T, K], with one K for the whole file."""
     width = max((len(cell) // n for cell, n in zip(flat, lengths, strict=True) if cell is not None and n), default=0)
     return [None if cell is None else cell.reshape(n, width) for cell, n in zip(flat, lengths, strict=True)]
+
+
+# ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_scores(
     path: Path, ids: Sequence[str], scores: Sequence[TokenScores], logprob_metadata: Mapping[str, str]
 ) -> None:
-    """Write what a model says of one rollout part as safetensors: `offsets` [R + 1], and each column [tokens, …]."""
-    tensors = {"offsets": cumulative_offsets([len(row.logprobs) for row in scores])}
-    for name in SCORE_COLUMNS:
-        values = [value for row in scores if (value := getattr(row, name)) is not None]
+    """Write the scores of one rollout part as safetensors: `offsets` [B + 1], and each column [tokens, …]."""
+    tensors = {OFFSETS: cumulative_offsets([len(row.logprobs) for row in scores])}
+    for column in columns_of(TokenScores):
+        values = [value for row in scores if (value := getattr(row, column.name)) is not None]
         if values:
-            tensors[name] = np.concatenate([value() if callable(value) else value for value in values])
+            tensors[column.name] = np.concatenate([value() if callable(value) else value for value in values])
     tensors.setdefault("logprobs", np.zeros(0, np.float32))
     # One entry: safetensors writes several in an order that changes from call to call, and so would the digest.
     save_file(tensors, path, metadata={"opdctl": json.dumps({**logprob_metadata, "sample_ids": list(ids)})})
 
 
 def read_scores(path: Path, rollout_sha256: str) -> dict[str, TokenScores]:
-    """Return what a model says of one part, by sample id; hidden states are left on disk until they are asked for.
+    """Return the scores of one part by sample id. Hidden states stay on disk until they are read.
 
-    Raises OpdctlError (code 3) when it is damaged, or when it scores another rollout part than the one of this digest.
+    Raises:
+        OpdctlError: the file is corrupt, or scores another rollout part than the one of this digest.
     """
     try:
         with safe_open(path, "np") as file:
-            logprob_metadata = manifests.check(json.loads((file.metadata() or {})["opdctl"]), ScoresRecord)
-            ids, scored = logprob_metadata["sample_ids"], logprob_metadata["rollout"]
-            lengths = _check_shapes(file)
-            names, offsets = set(file.keys()), file.get_tensor("offsets")
-            columns = {name: file.get_tensor(name) for name in names - {"offsets", HIDDEN}}
+            metadata = manifests.check(json.loads((file.metadata() or {})["opdctl"]), ScoresRecord)
+            lengths = _check_tensors(file)
+            names, offsets = set(file.keys()), file.get_tensor(OFFSETS)
+            columns = {name: file.get_tensor(name) for name in names - {OFFSETS, HIDDEN_STATES}}
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise corrupt_artifact(path, str(error)) from error
-    if scored != rollout_sha256:
-        raise corrupt_artifact(path, "it scores other responses than those beside it")
+    if metadata["rollout"] != rollout_sha256:
+        raise OpdctlError(
+            "checksum_mismatch",
+            f"{path}: scores a different rollout part",
+            hint=f"remove {path} and run the command that made it again",
+        )
+    ids = metadata["sample_ids"]
     fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and "logprobs" in columns and lengths == {offsets[-1]}
     if not fits or (np.diff(offsets) < 0).any() or len(set(ids)) != len(ids):
-        raise corrupt_artifact(path, "its offsets, ids and log-probs do not fit together")
-    spans = zip(ids, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        raise corrupt_artifact(path, "offsets, ids and log-probs do not fit together")
+    read_hidden_states = partial(_read_span, path, HIDDEN_STATES) if HIDDEN_STATES in names else None
     return {
-        sample: TokenScores(
-            **{name: column[a:b] for name, column in columns.items()},
-            hidden_states=partial(_read_span, path, HIDDEN, a, b) if HIDDEN in names else None,
-        )
-        for sample, a, b in spans
+        sample: _slice_scores(columns, read_hidden_states, start, stop)
+        for sample, start, stop in zip(ids, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
     }
 
 
-def _check_shapes(file: safe_open) -> set[int]:
-    """Return the numbers of tokens that the columns have. Raises ValueError for a column of another kind."""
+def _slice_scores(
+    columns: Mapping[str, np.ndarray], read: Callable[[int, int], np.ndarray] | None, start: int, stop: int
+) -> TokenScores:
+    sliced = {name: column[start:stop] for name, column in columns.items()}
+    return TokenScores(**sliced, hidden_states=partial(read, start, stop) if read else None)
+
+
+def _check_tensors(file: safe_open) -> set[int]:
+    """Return the numbers of tokens of the columns. Raises ValueError for a tensor of another name, type or rank."""
     lengths = set()
-    for name in file.keys():  # noqa: SIM118 - it is no dictionary
-        column = file.get_slice(name)
-        shape, kind = column.get_shape(), (column.get_dtype(), len(column.get_shape()))
-        if name not in SCORE_TENSOR_SPECS or kind != SCORE_TENSOR_SPECS[name]:
-            raise ValueError(f"a tensor `{name}` of type {kind[0]} and shape {shape}")
-        lengths |= {shape[0]} if name != "offsets" else set()
+    for name in file.keys():  # noqa: SIM118 - not a dictionary
+        tensor = file.get_slice(name)
+        shape, spec = tensor.get_shape(), (tensor.get_dtype(), len(tensor.get_shape()))
+        if tensor_specs().get(name) != spec:
+            raise ValueError(f"unexpected tensor `{name}` of type {spec[0]} and shape {shape}")
+        lengths |= {shape[0]} if name != OFFSETS else set()
     return lengths
 
 

@@ -1,13 +1,19 @@
-"""The command line: parse, call, print. Data go to stdout, everything else to stderr. Imports no torch up here."""
+"""The command line: parse, call, print. Data go to stdout, everything else to stderr. Imports no torch at the top."""
 
 import importlib.metadata
-import os
 import sys
 from typing import Annotated
 
 import typer
 
-from opdctl.cli import analyze, completion, evaluate, runs, stages, train
+from opdctl.cli.analyze import analyze_position
+from opdctl.cli.compare import compare
+from opdctl.cli.evaluate import evaluate
+from opdctl.cli.listing import list_
+from opdctl.cli.runs import run_app
+from opdctl.cli.stages import rollout, score_teacher
+from opdctl.cli.status import status
+from opdctl.cli.train import train
 
 app = typer.Typer(
     add_completion=True,
@@ -18,8 +24,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         sys.stdout.write(f"opdctl {importlib.metadata.version('opdctl')}\n")
         raise typer.Exit
 
@@ -27,28 +33,29 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _app(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Distil a teacher language model into a student on the student's own responses, stage by stage.
 
     \b
-    opdctl train --recipe recipes/quickstart.toml
+    opdctl train --recipe quickstart
     opdctl status runs/quickstart
     opdctl analyze-position runs/quickstart
     """
 
 
-app.command()(stages.rollout)
-app.command("score-teacher")(stages.score_teacher)
-app.command()(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("analyze-position")(analyze.analyze_position)
-app.command()(runs.change)
-app.command()(runs.status)
+app.command()(rollout)
+app.command("score-teacher")(score_teacher)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command("analyze-position")(analyze_position)
+app.command()(status)
+app.command()(compare)
+app.command("list")(list_)
+app.add_typer(run_app, name="run")
 
 
 def main() -> None:
     """Run the command line."""
-    completion.join_bash_words(os.environ)
     app(prog_name="opdctl")

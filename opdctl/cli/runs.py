@@ -1,122 +1,158 @@
-"""TODO."""
+"""`opdctl run …`: fork, repair and show a run, and continue its prefixes."""
 
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
 from opdctl import console
-from opdctl.cli.options import DryRun, Json, Overrides, Quiet, Recipes, RunDir, Verbose
-from opdctl.cli.session import error_handling, print_json, read_recipe_options
+from opdctl.cli.analyze import load_run_for_analysis
+from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, Verbose, Weights
+from opdctl.cli.session import command_session, print_json, read_recipe_options, set_up_device
 from opdctl.errors import ExitCode
 
-if TYPE_CHECKING:
-    from opdctl.recipe.schema import Recipe
-    from opdctl.runs.run import Run
+run_app = typer.Typer(help="Manage a run: fork, repair, show, continuations.", no_args_is_help=True)
 
 
-def change(
+@run_app.command()
+def fork(
     run_dir: RunDir,
+    new_run_dir: Annotated[Path, typer.Argument(metavar="NEW_RUN_DIR", help="The directory of the fork.")],
     recipe: Recipes = None,
     set_: Overrides = None,
-    branch: Annotated[
-        Path | None,
-        typer.Option("--branch", metavar="NEW_RUN_DIR", help="Leave the run as it is, and make a new one of it."),
-    ] = None,
     dry_run: DryRun = False,
     json_: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    verbose: Verbose = None,
 ) -> None:
-    """Go on with a begun run under another recipe, from its current step on, and record that.
+    """Start a new run from the current step of a run, with another recipe. The run stays as it is.
 
     \b
-    opdctl change runs/quickstart --set weight.gamma=0.7 --dry-run
-    opdctl change runs/quickstart --set weight.gamma=0.7
-    opdctl change runs/quickstart --set weight.name=uniform --branch runs/uniform
-    then: opdctl train --output runs/quickstart
+    opdctl run fork runs/quickstart runs/gamma --set weight.gamma=0.7 --dry-run
+    opdctl run fork runs/quickstart runs/gamma --set weight.gamma=0.7
+    then: opdctl train --output runs/gamma
     """
-    with error_handling(verbose, quiet):
+    with command_session(verbose):
+        from opdctl.runs.fork import create_fork, plan_fork
         from opdctl.runs.open import resolve_auto_engines
-        from opdctl.runs.run import load_run
+        from opdctl.runs.run import Run
 
         resolved = resolve_auto_engines(read_recipe_options(recipe, set_, run_dir), run_dir)
-        _change(load_run(run_dir), resolved, branch, dry_run, json_)
+        plan = plan_fork(Run.load(run_dir), resolved)
+        for line in plan.lines():
+            console.info(line)
+        if dry_run:
+            console.info("nothing was written")
+        else:
+            console.info(f"wrote {new_run_dir}: {create_fork(plan, new_run_dir)} files reused from {run_dir}")
+            console.info(f"next: {Run.load(new_run_dir).next_command()}")
+        if json_:
+            changes = [{"key": key, "old": old, "new": new} for key, old, new in plan.changes]
+            reused = [str(path.relative_to(run_dir)) for path in plan.reused]
+            print_json({"run_dir": str(new_run_dir), "step": plan.step, "changes": changes, "reused": reused})
 
 
-def _change(run: "Run", recipe: "Recipe", branch: Path | None, dry_run: bool, as_json: bool) -> None:
-    from opdctl.runs import recipe_change
-    from opdctl.runs.run import next_stage_command
-
-    found = recipe_change.plan_recipe_change(run, recipe)
-    for line in found.lines():
-        console.info(line)
-    report = {
-        "run_dir": str(branch or run.path),
-        "step": found.step,
-        "changes": [{"key": key, "old": old, "new": new} for key, old, new in found.settings],
-        "dropped": [str(path) for path in found.dropped],
-    }
-    if dry_run:
-        console.info("nothing was written")
-    elif branch is not None:
-        console.info(f"wrote {branch}: shares {recipe_change.branch(found, branch)} files with {run.path}")
-        console.info(f"next: {next_stage_command(replace(run, path=branch))}")
-    else:
-        recipe_change.apply(found)
-        console.info(f"{run.path}: from step {found.step} on under the new recipe")
-        console.info(f"next: {next_stage_command(replace(run, recipe=recipe))}")
-    if as_json:
-        print_json(report)
-
-
-def status(
+@run_app.command()
+def repair(
     run_dir: RunDir,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every part and check its digest.")] = False,
+    dry_run: DryRun = False,
     json_: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    verbose: Verbose = None,
 ) -> None:
-    """Say what is done, missing or damaged in a run directory, and the next command.
+    """Set corrupt files aside, so that the ordinary commands make them again. Every file is read.
 
     \b
-    opdctl status runs/quickstart
-    opdctl status runs/quickstart --verify
+    opdctl run repair runs/quickstart
+    then: opdctl train --output runs/quickstart
     """
-    with error_handling(verbose, quiet):
-        from opdctl.cli import runs
-        from opdctl.runs import status
-        from opdctl.runs.run import load_run
+    with command_session(verbose):
+        from opdctl.runs.repair import find_corrupt_artifacts, set_aside
+        from opdctl.runs.run import Run
 
-        found = status.collect_status(load_run(run_dir), verify=verify)
-        console.print_fields(f"{run_dir}: {found['steps_done']} of {found['steps']} steps", runs._status_rows(found))
+        run = Run.load(run_dir)
+        artifacts = find_corrupt_artifacts(run)
+        for each in artifacts:
+            pruned = "" if each.command else "; its policy was pruned, so it cannot be made again"
+            console.warn(f"{each.why}{pruned}")
+        moved = [] if dry_run else set_aside(run, artifacts)
+        commands = list(dict.fromkeys(each.command for each in artifacts if each.command))
+        if not artifacts:
+            console.info("no corrupt files")
+        console.info("nothing was written" if dry_run else f"{len(moved)} moved to {run.path / 'corrupt'}")
+        for command in commands or [run.next_command()]:
+            console.info(f"next: {command}")
         if json_:
-            print_json(runs._status_as_json(found))
-        stages = found["stages"] + found["continuations"]
-        if found["damaged_evaluations"] or any(stage.state == "damaged" for stage in stages):
+            corrupt = [{"path": str(each.path), "why": each.why, "command": each.command} for each in artifacts]
+            print_json({"run_dir": str(run_dir), "corrupt": corrupt, "moved": [str(path) for path in moved]})
+        if any(each.command is None for each in artifacts):
             raise typer.Exit(ExitCode.BAD_DATA)
 
 
-def _status_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the status as (what, state) lines: the steps before the first unfinished one together, then the rest."""
-    unfinished = {stage.step for stage in found["stages"] if stage.state != "done"}
-    finished = range(min([*unfinished, found["steps_done"]]))
-    lines = [("finished", f"steps 0 to {finished[-1]}" if finished[-1] else "step 0")] if finished else []
-    shown = [stage for stage in found["stages"] if stage.step not in finished] + found["continuations"]
-    for stage in shown:
-        lines.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
-    lines += [("damaged", problem) for problem in found["damaged_evaluations"]]
-    for change in found["changes"]:
-        lines.append((f"from step {change['step']}", f"another recipe: {'; '.join(change['settings'])}"))
-    for sign in found["followers"]:
-        life = f"{sign.age:.0f} s ago" if sign.is_alive else f"no sign of life for {sign.age:.0f} s"
-        lines.append((sign.stage, f"step {sign.step}, {sign.state}  ({life}, process {sign.pid} on {sign.host})"))
-    for summary in found["evaluations"]:
-        lines.append((f"eval {summary['bench']}", f"{summary['model']}: {summary['avg']:.1%}"))
-    return [*lines, ("next", found["next"])]
+@run_app.command()
+def show(
+    run_dir: RunDir,
+    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="Such as sort12-abc/00003/0.")],
+    set_: Overrides = None,
+    weights: Weights = None,
+    shade: Annotated[
+        Literal["signal", "weight"], typer.Option("--shade", help="What a token is shaded by.")
+    ] = "signal",
+    json_: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Show one response, token by token, with its log-probs, advantages and weights.
+
+    \b
+    opdctl run show runs/quickstart sort12-abc/00003/0
+    """
+    with command_session(verbose):
+        from opdctl.analysis.analyze import chosen_weights, scored_steps
+        from opdctl.analysis.samples import load_sample
+        from opdctl.cli.sample_view import print_sample
+
+        run = load_run_for_analysis(run_dir, None, set_)
+        names = weights.split(",") if weights is not None else None
+        sample = load_sample(run, sample_id, scored_steps(run)[0], chosen_weights(run, names))
+        print_sample(sample, shade)
+        if json_:
+            print_json(sample.as_dict())
 
 
-def _status_as_json(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the status as JSON values."""
-    return {**found, **{key: [asdict(each) for each in found[key]] for key in ("stages", "continuations", "followers")}}
+@run_app.command()
+def continuations(
+    run_dir: RunDir,
+    set_: Overrides = None,
+    step: Annotated[int, typer.Option("--step", min=0, help="The step whose prefixes are continued.")] = 0,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Continue prefixes of the student's responses with the teacher and the student, and grade the answers.
+
+    \b
+    opdctl run continuations runs/quickstart
+    then: opdctl analyze-position runs/quickstart
+    """
+    with command_session(verbose):
+        from opdctl.analysis.captions import continuations_sentence
+        from opdctl.analysis.continuations import describe_plan, make_continuations
+        from opdctl.pipeline.stages import resolve_step
+        from opdctl.runs.open import open_run
+        from opdctl.runs.run import read_recipe
+
+        run = load_run_for_analysis(run_dir, None, set_)
+        step = resolve_step(run, step)
+        if dry_run:
+            console.info(describe_plan(run, step))
+            console.info("nothing was written")
+            return
+        models = ("student", *run.recipe.teacher_models())
+        open_run(read_recipe(run_dir), run_dir, needs=models, record=False)  # checks that the models are unchanged
+        result = make_continuations(run, set_up_device(run.recipe), step)
+        if result.summary is None:
+            console.info(f"wrote {result.parts_made} parts of {result.path}; other workers are producing the rest")
+        else:
+            console.info(continuations_sentence(result.summary))
+            console.info(f"wrote {result.path}; next: opdctl analyze-position {run_dir}")
+        if json_:
+            made = {"parts_made": result.parts_made, "summary": result.summary}
+            print_json({"run_dir": str(run_dir), "step": step, **made})

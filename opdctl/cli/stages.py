@@ -1,38 +1,30 @@
-"""TODO."""
+"""`opdctl rollout` and `opdctl score-teacher`."""
 
 import time
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from opdctl import console
-from opdctl.cli.options import (
-    DryRun,
-    Follow,
-    Json,
-    Only,
-    Output,
-    Overrides,
-    Quiet,
-    Recipes,
-    Repair,
-    ShardOption,
-    Step,
-    Verbose,
-)
-from opdctl.cli.plan import show_plan
-from opdctl.cli.session import (
-    error_handling,
-    open_run_and_device,
-    print_json,
-    read_recipe_options,
-    resolve_shard,
-    resolve_step,
-)
+from opdctl.cli.options import DryRun, Json, Output, Overrides, Recipes, Verbose
+from opdctl.cli.session import command_session, open_run_and_device, print_json, read_recipe_options
 from opdctl.errors import OpdctlError, did_you_mean
 
 if TYPE_CHECKING:
+    from opdctl.pipeline.stages import StageName, StageResult
     from opdctl.recipe.schema import Recipe
-    from opdctl.runs.run import Run
+
+Step = Annotated[int | None, typer.Option("--step", min=0, help="The step to work on. Default: the current one.")]
+Follow = Annotated[
+    bool,
+    typer.Option("--follow", help="Keep running with the model loaded; process each step when its inputs appear."),
+]
+Only = Annotated[
+    str | None,
+    typer.Option("--only", metavar="NAME", help="Score with one model: teacher, teacher-NAME or reference."),
+]
 
 
 def rollout(
@@ -40,31 +32,21 @@ def rollout(
     set_: Overrides = None,
     output: Output = None,
     step: Step = None,
-    shard: ShardOption = None,
     follow: Follow = False,
-    repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    verbose: Verbose = None,
 ) -> None:
-    """Draw the current student's responses to a step's prompts.
+    """Sample the current student's responses to a step's prompts.
 
     \b
-    opdctl rollout --recipe recipes/quickstart.toml
-    opdctl rollout --output runs/quickstart --step 3 --repair
+    opdctl rollout --recipe quickstart
     opdctl rollout --output runs/quickstart --follow
     then: opdctl score-teacher
     """
-    with error_handling(verbose, quiet):
-        reject_with_follow(follow, {"--step": step is not None, "--repair": repair})
+    with command_session(verbose):
         resolved = read_recipe_options(recipe, set_, output)
-        if dry_run:
-            show_plan(resolved, output, json_)
-        elif follow:
-            _follow("rollout", *open_run_and_device(resolved, output, "student"), json_, shard)
-        else:
-            _run_stage("rollout", *open_run_and_device(resolved, output, "student"), step, repair, json_, shard)
+        _run("rollout", resolved, output, ["student"], step, follow=follow, dry_run=dry_run, as_json=json_)
 
 
 def score_teacher(
@@ -73,119 +55,77 @@ def score_teacher(
     output: Output = None,
     step: Step = None,
     only: Only = None,
-    shard: ShardOption = None,
     follow: Follow = False,
-    repair: Repair = False,
     dry_run: DryRun = False,
     json_: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    verbose: Verbose = None,
 ) -> None:
     """Score each token of a step's responses with the teacher, or with every teacher and the reference model.
 
     \b
-    opdctl score-teacher --recipe recipes/quickstart.toml
+    opdctl score-teacher --recipe quickstart
     opdctl score-teacher --output runs/two-teachers --only teacher-math
     then: opdctl train --no-fill
     """
-    with error_handling(verbose, quiet):
-        reject_with_follow(follow, {"--step": step is not None, "--repair": repair})
+    with command_session(verbose):
         resolved = read_recipe_options(recipe, set_, output)
-        names = _scorers(resolved, only)
-        if dry_run:
-            show_plan(resolved, output, json_)
-        elif follow:
-            _follow("score-teacher", *open_run_and_device(resolved, output, *names), json_, shard, names)
-        else:
-            _run_stage(
-                "score-teacher", *open_run_and_device(resolved, output, *names), step, repair, json_, shard, names
-            )
+        scorers = _select_scorers(resolved, only)
+        _run("score-teacher", resolved, output, scorers, step, follow=follow, dry_run=dry_run, as_json=json_)
 
 
-def reject_with_follow(follow: bool, others: Mapping[str, bool]) -> None:
-    for option, given in others.items():
-        if follow and given:
-            raise OpdctlError(f"--follow goes from step to step and makes what is missing: give it without {option}")
-
-
-def _scorers(recipe: "Recipe", only: str | None) -> list[str]:
-    """Return the names of the models to score with."""
+def _select_scorers(recipe: "Recipe", only: str | None) -> list[str]:
     names = list(recipe.scorers())
     if only is not None and only not in names:
-        raise OpdctlError(f"--only {only}: no such model{did_you_mean(only, names)}")
+        raise OpdctlError("unknown_name", f"--only {only}{did_you_mean(only, names)}")
     return names if only is None else [only]
 
 
-def _run_stage(
-    name: str,
-    run: "Run",
-    device: str,
+def _run(
+    name: "StageName",
+    recipe: "Recipe",
+    output: Path | None,
+    models: Collection[str],
     step: int | None,
-    repair: bool,
+    *,
+    follow: bool,
+    dry_run: bool,
     as_json: bool,
-    shard: str | None,
-    scorers: Collection[str] = (),
 ) -> None:
-    """Run rollout, or score-teacher with the `scorers`, on one step."""
-    from opdctl.engines.pool import open_engine_pool
-    from opdctl.pipeline import plan, rollout, score
-    from opdctl.runs.run import next_stage_command
+    """Run a stage on one step, or follow the run. models: those that the stage loads."""
+    from opdctl.cli.plan import show_plan
+    from opdctl.pipeline.stages import follow_stage, resolve_step, run_stage
 
-    start, at, own = time.monotonic(), resolve_step(run, step), resolve_shard(shard)
-    plan.check_space(run, [name.removesuffix("-teacher")])
-    with open_engine_pool(run.recipe, device) as engines:
-        if name == "rollout":
-            made, stages = rollout.run_rollout(run, at, engines, repair=repair, shard=own), [run.rollout_stage(at)]
-        else:
-            made = score.run_scoring(run, at, engines, only=scorers, repair=repair, shard=own)
-            stages = [run.score_stage(at, scorer) for scorer in scorers]
-    parts = [part for stage in stages for part in (stage.manifest() or {"parts": []})["parts"]]
-    folders = ", ".join(str(stage.path) for stage in stages)
-    report = {
-        "run_dir": str(run.path),
-        "stage": name,
-        "step": at,
-        "parts": len(parts),
-        "parts_made": made,
-        "rows": sum(part["rows"] for part in parts),
-        "tokens": sum(part["tokens"] for part in parts),
-        "seconds": time.monotonic() - start,
-        "next": next_stage_command(run),
-    }
-    counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
-    if not all(stage.is_finished() for stage in stages):
-        there, whole = (
-            sum(len(s.names) - len(s.missing(digests=False)) for s in stages),
-            sum(len(s.names) for s in stages),
-        )
-        console.info(f"step {at}: {there} of {whole} parts are there; others are at work on the rest")
-    elif made:
-        console.info(f"step {at}: wrote {folders}: {counts}")
-    elif run.current_step() == run.recipe.train.steps:
-        console.info(f"nothing to do: all {run.recipe.train.steps} steps are done; raise train.steps to go on")
-    else:
-        console.info(f"nothing to do: {folders} {'is' if len(stages) == 1 else 'are'} finished")
-    console.info(f"next: {report['next']}")
+    if follow and step is not None:
+        raise OpdctlError("invalid_usage", "--follow cannot be combined with --step", hint="give one of them")
+    if dry_run:
+        show_plan(recipe, output, as_json)
+        return
+    run, device = open_run_and_device(recipe, output, *models)
+    if not follow:
+        _report(run_stage(run, device, name, resolve_step(run, step), models), as_json)
+        return
+    start, steps = time.monotonic(), list(range(run.current_step(), run.recipe.train.steps))
+    follow_stage(run, device, name, models)
+    console.info(f"{name}: all {run.recipe.train.steps} steps are done; next: {run.next_command()}")
     if as_json:
-        print_json(report)
+        seconds = time.monotonic() - start
+        summary = {"stage": name, "steps": steps, "seconds": seconds, "next": run.next_command()}
+        print_json({"run_dir": str(run.path), **summary})
 
 
-def _follow(
-    name: str, run: "Run", device: str, as_json: bool, shard: str | None, scorers: Collection[str] = ()
-) -> None:
-    """Run rollout, or score-teacher with the `scorers`, on one step after another."""
-    from opdctl.pipeline import loop
-    from opdctl.runs.run import next_stage_command
-
-    start, first, steps = time.monotonic(), run.current_step(), run.recipe.train.steps
-    loop.follow_stage(run, device, name, scorers, resolve_shard(shard))
-    report = {
-        "run_dir": str(run.path),
-        "stage": name,
-        "steps": list(range(first, steps)),
-        "seconds": time.monotonic() - start,
-        "next": next_stage_command(run),
-    }
-    console.info(f"{name}: all {steps} steps are done here; next: {report['next']}")
+def _report(result: "StageResult", as_json: bool) -> None:
+    report, run, step = result.as_dict(), result.run, result.step
+    paths = ", ".join(str(stage.path) for stage in result.stages)
+    if not result.is_finished:
+        done, total = result.count_finished_parts(), result.total_parts
+        console.info(f"step {step}: {done} of {total} parts finished; other workers are producing the rest")
+    elif result.parts_made:
+        counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
+        console.info(f"step {step}: wrote {paths}: {counts}")
+    elif run.current_step() == run.recipe.train.steps:
+        console.info(f"nothing to do: all {run.recipe.train.steps} steps are done; raise train.steps to continue")
+    else:
+        console.info(f"nothing to do: {paths} {'is' if len(result.stages) == 1 else 'are'} finished")
+    console.info(f"next: {report['next']}")
     if as_json:
         print_json(report)

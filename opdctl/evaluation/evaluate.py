@@ -1,24 +1,22 @@
 """eval: a model answers a benchmark's problems, several times each, and the answers are graded."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opdctl import console
 from opdctl.artifacts import files
 from opdctl.artifacts.files import digest_of
-from opdctl.artifacts.records import SCHEMA_VERSION, GradedResponse, sample_seed
-from opdctl.artifacts.stage_dir import ALL_PARTS, Fingerprint, StageDir, WorkerShard
-from opdctl.artifacts.tables import read_rows, write_rows
+from opdctl.artifacts.records import Completion, GradedResponse, sample_seed
+from opdctl.artifacts.stage_dir import Fingerprint, StageDir
+from opdctl.artifacts.versions import versioned
 from opdctl.data.prompts import Problem, apply_chat_template
-from opdctl.engines.base import Completion, Request
-from opdctl.engines.pool import EnginePool
+from opdctl.engines.base import Request
+from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import contamination, stats
 from opdctl.evaluation.benchmarks import Benchmark, find
@@ -29,14 +27,20 @@ from opdctl.recipe.schema import Eval, Model, Recipe
 from opdctl.runs.layout import step_name
 from opdctl.runs.open import find_model
 from opdctl.runs.run import Run, open_stage_dir
+from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
 
-MAX_SHOWN_ANSWER_CHARS = 200  # characters of an answer that killed its grader, in the summary
+MAX_SHOWN_ANSWER_CHARS = 200  # of an answer that crashed its grader, in the summary
+
+
+# ── Targets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """The model that is evaluated: the name of its folder, its files, their digest, the engine role that it takes, and
-    the options of `opdctl eval` that choose it."""
+    """The model that is evaluated.
+
+    name: of its directory under eval/BENCH. role: of its engine. options: of `opdctl eval`, to evaluate it again.
+    """
 
     name: str
     model: ModelDir
@@ -46,17 +50,18 @@ class EvalTarget:
 
 
 def student_target(run: Run, step: int) -> EvalTarget:
+    """Return policy version `step` of a run."""
     return EvalTarget(step_name(step), run.student_at(step), run.student_digest(step), "student", f"--step {step}")
 
 
 def scorer_target(run: Run, name: str) -> EvalTarget:
-    """A model of the run that scores responses: a teacher, or the reference."""
+    """Return a teacher or the reference model of a run."""
     return EvalTarget(name, run.models[name], run.digests[name], name, f"--model {name}")
 
 
 def external_target(name: str, like: Model) -> EvalTarget:
-    """A model that is no part of the run: a directory or a hub id, loaded as `like` says."""
-    if like.model != name:  # what was said of another model's revision and code does not hold for this one
+    """Return a model that is not part of the run: a directory or a hub id, loaded with the settings of `like`."""
+    if like.model != name:  # revision and remote code of another model do not apply to this one
         like = like.model_copy(update={"model": name, "revision": None, "trust_remote_code": False})
     model = find_model(like, "--model")
     digest = model.digest()
@@ -65,7 +70,7 @@ def external_target(name: str, like: Model) -> EvalTarget:
 
 
 def find_target(run: Run, model: str | None, step: int | None) -> EvalTarget:
-    """Return what to evaluate: the student of `step`, the newest by default; a teacher of the run; or another model."""
+    """Return what to evaluate: the student of `step`, the newest by default; a scorer of the run; or another model."""
     if model is None:
         return student_target(run, run.current_step() if step is None else step)
     if model in run.scorers():
@@ -73,21 +78,24 @@ def find_target(run: Run, model: str | None, step: int | None) -> EvalTarget:
     return external_target(model, run.recipe.student)
 
 
-def is_evaluated(run: Run, bench: str, subject: str) -> bool:
-    """Whether there is a finished evaluation, under whatever protocol."""
-    return (run.evaluation_path(bench, subject) / "summary.json").exists()
+# ── Stored evaluations ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def stored_summary(run: Run, bench: str, subject: str) -> dict[str, Any] | None:
-    """Return the summary of a finished evaluation under the recipe's own protocol, or None."""
-    path = run.evaluation_path(bench, subject) / "summary.json"
-    summary = files.read_json(path) if path.exists() else None
+def is_evaluated(run: Run, bench: str, target: str) -> bool:
+    """Whether there is a finished evaluation, under any protocol."""
+    return (run.evaluation_path(bench, target) / "summary.json").exists()
+
+
+def stored_summary(run: Run, bench: str, target: str) -> dict[str, Any] | None:
+    """Return the summary of a finished evaluation under the recipe's protocol, or None."""
+    path = run.evaluation_path(bench, target) / "summary.json"
+    summary: dict[str, Any] | None = files.read_json(path) if path.exists() else None
     protocol = _protocol(run.recipe, find(bench, run.recipe.eval)) if summary else None
     return summary if summary and summary["protocol"] == protocol else None
 
 
 def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
-    """Return all that decides what is asked and how it is answered and graded."""
+    """Return the settings that decide which problems are asked, and how they are answered and graded."""
     settings = recipe.eval
     return {
         "samples": benchmark.samples_under(settings),
@@ -96,7 +104,7 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
         "max_tokens": settings.max_tokens,
         "suffix": benchmark.suffix_under(settings),
         "template_arguments": settings.template_arguments,
-        "problems": settings.limit,
+        "limit": settings.limit,
         "grader": benchmark.grader.name,
         "seed": recipe.seed,
         "engine": recipe.rollout.engine,
@@ -104,130 +112,152 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
     }
 
 
+# ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """An evaluation on one benchmark. summary: None while other workers make the remaining parts."""
+
+    path: Path
+    summary: dict[str, Any] | None
+    parts_made: int
+
+
+def evaluate_benchmarks(
+    run: Run, device: str, model: str | None, step: int | None, data: Path | None
+) -> Iterator[EvalResult]:
+    """Evaluate a model on the recipe's benchmarks and yield each result as soon as it is there.
+
+    Raises:
+        OpdctlError: as `run_eval` does; the model is missing.
+    """
+    target = find_target(run, model, step)
+    with open_engine_pool(run.recipe, device) as engines:
+        for bench in run.recipe.eval.bench:
+            summary, made = run_eval(run, bench, target, engines, data)
+            yield EvalResult(run.evaluation_path(bench, target.name), summary, made)
+
+
 def run_eval(
-    run: Run,
-    bench: str,
-    subject: EvalTarget,
-    engines: EnginePool,
-    data: Path | None = None,
-    *,
-    repair: bool = False,
-    shard: WorkerShard = ALL_PARTS,
-    wait: bool = False,
+    run: Run, bench: str, target: EvalTarget, engines: EnginePool, data: Path | None = None, *, wait: bool = False
 ) -> tuple[dict[str, Any] | None, int]:
-    """Answer and grade what is missing of the shard's parts of a benchmark, with `repair` what is damaged too.
+    """Answer and grade the missing parts of a benchmark, and return its summary and the number of parts made here.
 
-    Returns its summary, None while other workers are at it, which is waited for with `wait`, and how many parts were
-    made.
+    The summary is None while other workers make parts; `wait` waits for them. data: a file of problems, or a directory.
 
-    Raises OpdctlError: 2 when it would run code and may not, 3 for bad benchmark data, 4 when it was begun with other
-    settings, 5 when data are out of reach.
+    Raises:
+        OpdctlError: code execution is disabled; the benchmark's data are invalid or unavailable; the evaluation was
+            started with different settings.
     """
     benchmark = find(bench, run.recipe.eval)
-    _refuse_code(benchmark, run.recipe.eval)
+    _check_code_execution(benchmark, run.recipe.eval)
     problems = benchmark.problems(run.recipe.eval.limit, data)
-    stage = _stage(run, benchmark, problems, subject)
-    for folder in (stage.path, stage.path.parent):
-        files.remove_temporary_files(folder)
-    with stage.claim_parts(repair=repair, shard=shard, wait=wait) as parts:
-        made = _answer(run, benchmark, problems, subject, engines, stage, parts) if parts else 0
+    stage = _stage(run, benchmark, problems, target)
+    for directory in (stage.path, stage.path.parent):
+        files.remove_temporary_files(directory)
+    made = _answer_problems(run, benchmark, problems, target, engines, stage, wait=wait)
     if not stage.is_finished():
         return None, made
-    rows = [row for index in range(len(stage.names)) for row in read_rows(stage.verify(index), GradedResponse)]
     summary = {
-        "schema_version": SCHEMA_VERSION,
+        **versioned("eval"),
         "bench": benchmark.name,
-        "model": subject.name,
-        **summarise(rows),
+        "model": target.name,
+        **summarize(stage.read_all(GradedResponse)),
         "protocol": _protocol(run.recipe, benchmark),
-        "benchmark": _about(run, benchmark, problems, data),
+        "benchmark": _describe_benchmark(run, benchmark, problems, data),
     }
-    path = stage.path / "summary.json"
-    if not path.exists() or files.read_json(path) != summary:
-        files.write_json(path, summary)
+    files.write_json_if_changed(stage.path / "summary.json", summary)
     return summary, made
 
 
-def _refuse_code(benchmark: Benchmark, settings: Eval) -> None:
+def _check_code_execution(benchmark: Benchmark, settings: Eval) -> None:
     if benchmark.grader.runs_code and not settings.allow_code_execution:
         raise OpdctlError(
-            f"--bench {benchmark.name}: would run code that a model wrote",
-            hint="give --allow-code-execution; docs/eval.md says within which limits it runs",
+            "code_execution_disabled",
+            f"--bench {benchmark.name} runs model-generated code",
+            hint="give --allow-code-execution; docs/eval.md describes the sandbox",
         )
 
 
-def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], subject: EvalTarget) -> StageDir:
+def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], target: EvalTarget) -> StageDir:
     return open_stage_dir(
-        run.evaluation_path(benchmark.name, subject.name),
+        run.evaluation_path(benchmark.name, target.name),
         stage="eval",
-        parts=min(run.recipe.eval.num_parts, len(problems)),
+        num_parts=min(run.recipe.eval.num_parts, len(problems)),
         suffix=".parquet",
         fingerprint=Fingerprint(
             fingerprint_settings(run.recipe, "eval") | {"eval.samples": benchmark.samples_under(run.recipe.eval)},
-            {"model": subject.digest, "problems": _digest(problems)},
+            {"model": target.digest, "problems": _problems_digest(problems)},
         ),
-        rerun_command=f"{run.command_line('eval')} --bench {benchmark.name} {subject.options}",
+        rerun_command=f"{run.command_line('eval')} --bench {benchmark.name} {target.options}",
     )
 
 
-def _digest(problems: Sequence[Problem]) -> str:
+def _problems_digest(problems: Sequence[Problem]) -> str:
     return digest_of([(problem.id, problem.text, problem.answer) for problem in problems])
 
 
-def _about(run: Run, benchmark: Benchmark, problems: Sequence[Problem], data: Path | None) -> dict[str, Any]:
-    """Return what there is to know of the benchmark itself: where it came from, golds that no answer can be compared
-    with, and what the training prompts hold of it. Kept beside the evaluations, since it takes a while."""
+def _describe_benchmark(
+    run: Run, benchmark: Benchmark, problems: Sequence[Problem], data: Path | None
+) -> dict[str, Any]:
+    """Return the benchmark's source, the gold answers that cannot be parsed, and its overlap with the prompts.
+
+    The result is stored beside the evaluations, since it takes a while.
+    """
     path = run.evaluation_path(benchmark.name, "benchmark.json")
-    key = {"digest": _digest(problems), "prompts": digest_of(run.prompts_digest)}
-    if path.exists() and (known := files.read_json(path))["key"] == key:
-        return known["about"]
-    golds = benchmark.grader.readable([problem.answer or "" for problem in problems])
-    about = {
+    key = {"digest": _problems_digest(problems), "prompts": digest_of(run.prompts_digest)}
+    if path.exists() and (stored := files.read_json(path))["key"] == key:
+        description: dict[str, Any] = stored["description"]
+        return description
+    parsable = benchmark.grader.readable([problem.answer or "" for problem in problems])
+    description = {
         "source": str(data or benchmark.source.where),
         "digest": key["digest"],
-        "unparsable_golds": [problem.id for problem, readable in zip(problems, golds, strict=True) if not readable],
-        "contamination": _contamination(run, problems),
+        "unparsable_golds": [problem.id for problem, ok in zip(problems, parsable, strict=True) if not ok],
+        "contamination": _find_contamination(run, problems),
     }
-    files.write_json(path, {"key": key, "about": about})
-    return about
+    files.write_json(path, {"key": key, "description": description})
+    return description
 
 
-def _contamination(run: Run, problems: Sequence[Problem]) -> dict[str, Any] | None:
-    """Return what the run's prompts hold of the problems, or None where there is no training."""
+def _find_contamination(run: Run, problems: Sequence[Problem]) -> dict[str, Any] | None:
+    """Return the overlap of the problems with the training prompts, or None without training."""
     if run.prompts_digest is None:
         return None
     prompts = run.student.tokenizer.batch_decode([p.prompt_ids for p in run.prompts], skip_special_tokens=True)
     return contamination.report({problem.id: problem.text for problem in problems}, prompts)
 
 
-def _answer(
+def _answer_problems(
     run: Run,
     benchmark: Benchmark,
     problems: list[Problem],
-    subject: EvalTarget,
+    target: EvalTarget,
     engines: EnginePool,
     stage: StageDir,
-    parts: Iterator[int],
+    *,
+    wait: bool,
 ) -> int:
-    settings, made = run.recipe.eval, 0
-    samples = benchmark.samples_under(settings)
-    engine = engines.get(subject.role, run.recipe.rollout.engine, subject.model)
-    stage.start(engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p})
-    with console.progress(f"eval {benchmark.name}, {subject.name}", samples * len(problems)) as advance:
-        for index in parts:
+    settings, samples = run.recipe.eval, benchmark.samples_under(run.recipe.eval)
+
+    def prepare() -> tuple[Mapping[str, Any], MakePart]:
+        engine = engines.get(target.role, run.recipe.rollout.engine, target.model)
+
+        def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
             part = stage.items_of_part(problems, index)
-            draws = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
+            asked = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
             requests = [
-                Request(_prompt_ids(run, benchmark, subject.model, p), sample_seed(run.recipe.seed, name))
-                for p, name in draws
+                Request(_prompt_ids(run, benchmark, target.model, p), sample_seed(run.recipe.seed, name))
+                for p, name in asked
             ]
-            completions = engine.generate(requests, settings, settings.batch_size, advance)
-            rows = _graded(benchmark, subject.model, draws, completions)
-            tokens = sum(len(row.response_ids) for row in rows)
-            made += stage.write(
-                index, partial(write_rows, rows=rows, kind=GradedResponse), rows=len(rows), tokens=tokens
-            )
-    return made
+            completions = engine.generate(requests, settings, settings.batch_size, on_progress)
+            return rows_part(_grade(benchmark, target.model, asked, completions), GradedResponse)
+
+        return engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p}, make_part
+
+    title = f"eval {benchmark.name}, {target.name}"
+    return make_missing_parts(stage, title, samples * len(problems), prepare, wait=wait)
 
 
 def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:
@@ -236,35 +266,36 @@ def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Proble
     return np.asarray(apply_chat_template(problem.id, text, model.tokenizer, settings.template_arguments), np.int32)
 
 
-def _graded(
-    benchmark: Benchmark, model: ModelDir, draws: list[tuple[Problem, str]], completions: list[Completion]
+def _grade(
+    benchmark: Benchmark, model: ModelDir, asked: list[tuple[Problem, str]], completions: list[Completion]
 ) -> list[GradedResponse]:
-    """Return the rows of whole problems: the vote of a sample depends on the problem's other samples."""
+    """Return the rows of complete problems: the vote of a sample depends on the problem's other samples."""
     texts = model.tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
-    golds = [problem.answer or "" for problem, _ in draws]
+    golds = [problem.answer or "" for problem, _ in asked]
     grades = benchmark.grader.grade(list(zip(golds, texts, strict=True)))
     by_problem = [
         (group[0][0][0].answer or "", [grade for _, grade in group])
-        for _, found in groupby(zip(draws, grades, strict=True), key=lambda pair: pair[0][0].id)
-        if (group := list(found))
+        for _, pairs in groupby(zip(asked, grades, strict=True), key=lambda pair: pair[0][0].id)
+        if (group := list(pairs))
     ]
-    votes = [vote for own in benchmark.grader.votes(by_problem) for vote in own]
+    votes = [vote for problem_votes in benchmark.grader.votes(by_problem) for vote in problem_votes]
     return [
-        _row(name, problem, completion, text, grade, vote)
-        for (problem, name), completion, text, grade, vote in zip(draws, completions, texts, grades, votes, strict=True)
+        graded_response(name, problem.id, problem.answer or "", completion, text, grade, vote)
+        for (problem, name), completion, text, grade, vote in zip(asked, completions, texts, grades, votes, strict=True)
     ]
 
 
-def _row(
-    name: str, problem: Problem, completion: Completion, text: str, grade: Grade, vote: str | None
+def graded_response(
+    sample_id: str, problem_id: str, gold: str, completion: Completion, text: str, grade: Grade, vote: str | None
 ) -> GradedResponse:
+    """Return the row of a graded completion. text: what was graded, as decoded."""
     return GradedResponse(
-        sample_id=name,
-        problem_id=problem.id,
+        sample_id=sample_id,
+        problem_id=problem_id,
         response_ids=completion.response_ids,
         text=text,
         finish_reason=completion.finish_reason,
-        gold=problem.answer or "",
+        gold=gold,
         extracted=grade.extracted,
         correct=grade.correct,
         verdict=grade.verdict,
@@ -272,29 +303,34 @@ def _row(
     )
 
 
-def summarise(rows: Sequence[GradedResponse]) -> dict[str, Any]:
-    """Return the accuracies with their intervals, the lengths and the verdicts of an evaluation's rows."""
+# ── Summary ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
+    """Return the accuracies with their intervals, the lengths in tokens, and the verdicts of an evaluation's rows."""
     by_problem: dict[str, list[GradedResponse]] = defaultdict(list)
     for row in rows:
         by_problem[row.problem_id].append(row)
-    correct = [[row.correct for row in own] for own in by_problem.values()]
-    votes = [[row.vote for row in own] for own in by_problem.values()]
-    samples = min(map(len, correct))
-    avg, these = stats.problem_bootstrap([float(np.mean(own)) for own in correct]), stats.sampling_interval(correct)
-    passed = {k: [stats.pass_at_k(own, k) for own in correct] for k in stats.k_values(samples)}
-    majority = {
-        k: [stats.maj_at_k(vote, own, k) for vote, own in zip(votes, correct, strict=True)]
-        for k in (stats.k_values(samples) if any(vote for own in votes for vote in own) else ())
+    correct = [[row.correct for row in samples] for samples in by_problem.values()]
+    votes = [[row.vote for row in samples] for samples in by_problem.values()]
+    samples_per_problem = min(map(len, correct))
+    k_values = stats.k_values(samples_per_problem)
+    avg = stats.problem_bootstrap([float(np.mean(samples)) for samples in correct])
+    same_problems = stats.sampling_interval(correct)
+    pass_at = {k: [stats.pass_at_k(samples, k) for samples in correct] for k in k_values}
+    maj_at = {
+        k: [stats.maj_at_k(vote, samples, k) for vote, samples in zip(votes, correct, strict=True)]
+        for k in (k_values if any(vote for samples in votes for vote in samples) else ())
     }
     lengths = [len(row.response_ids) for row in rows]
     return {
         "problems": len(by_problem),
-        "samples": samples,
+        "samples": samples_per_problem,
         "avg": avg.value,
         "ci": [avg.low, avg.high],
-        "ci_same_problems": [these.low, these.high] if these else None,
-        "pass_at": _estimates(passed),
-        "maj_at": _estimates(majority),
+        "ci_same_problems": [same_problems.low, same_problems.high] if same_problems else None,
+        "pass_at": _estimates(pass_at),
+        "maj_at": _estimates(maj_at),
         "truncated_fraction": sum(row.finish_reason == "length" for row in rows) / len(rows),
         "response_length": float(np.mean(lengths)),
         "response_lengths": {f"p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)} | {"max": max(lengths)},
@@ -312,5 +348,5 @@ def summarise(rows: Sequence[GradedResponse]) -> dict[str, Any]:
 
 
 def _estimates(by_k: dict[int, list[float]]) -> dict[str, dict[str, Any]]:
-    found = {k: stats.problem_bootstrap(values) for k, values in by_k.items()}
-    return {str(k): {"mean": each.value, "ci": [each.low, each.high]} for k, each in found.items()}
+    estimates = {k: stats.problem_bootstrap(values) for k, values in by_k.items()}
+    return {str(k): {"mean": each.value, "ci": [each.low, each.high]} for k, each in estimates.items()}

@@ -74,7 +74,7 @@ def accuracy_curve(path: Path) -> dict[str, Any] | None:
     return {"bench": bench, "curve": _points([found[bench]]), "teachers": reached}
 
 
-def compare(paths: Sequence[Path], target: float | None = None) -> list[dict[str, Any]]:
+def compare_curves(paths: Sequence[Path], target: float | None = None) -> list[dict[str, Any]]:
     """Compare runs by their accuracy by step, on every benchmark that all were evaluated on.
 
     Runs whose recipes differ in nothing but seed and name, and in what may change at any time, are seeds of one

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from opdctl.artifacts import files, stage_dir
+from opdctl.artifacts import files
 from opdctl.artifacts.records import GradedResponse
+from opdctl.artifacts.stage_dir import recorded_stage
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.evaluation import stats
 
@@ -34,7 +35,9 @@ class Evaluation:
     summary: Mapping[str, Any]
 
     def rows(self) -> list[GradedResponse]:
-        return stage_dir.read_stage_rows(self.path, GradedResponse)
+        """Return the graded responses. Raises OpdctlError if a part is corrupt."""
+        stage = recorded_stage(self.path, "opdctl eval")
+        return stage.read_all(GradedResponse) if stage else []
 
     def shares(self) -> dict[str, float]:
         """Return the share of right samples of each problem, by id."""

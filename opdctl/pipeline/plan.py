@@ -12,7 +12,6 @@ from typing import Any
 
 from opdctl import console
 from opdctl.artifacts import files
-from opdctl.artifacts.records import SCHEMA_VERSION
 from opdctl.data.prompts import load_local_problems
 from opdctl.environment import resolve_device
 from opdctl.evaluation.benchmarks import find
@@ -66,7 +65,7 @@ class Plan:
         return _sum(stage.total(self.times[name]) if stage else None for name, stage in self.stages.items())
 
     def as_dict(self) -> dict[str, Any]:
-        found = {"schema_version": SCHEMA_VERSION, **asdict(self), "hardware": self.hardware.model_dump()}
+        found = {**asdict(self), "hardware": self.hardware.model_dump()}
         for name, stage in self.stages.items():
             if stage:
                 found["stages"][name] |= {"bytes": stage.bytes, "gpu_hours": stage.gpu_hours(self.times[name])}
@@ -237,7 +236,7 @@ def _score_bytes(recipe: Recipe, shapes: Mapping[str, ModelShape | None]) -> int
 def plan_evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> dict[str, Any]:
     """Size up an evaluation, benchmark by benchmark; None where the number of problems is only known to the hub."""
     benches = _benches(recipe, data)
-    return {"schema_version": SCHEMA_VERSION, "run_dir": str(run_path(recipe, output)), "benches": benches}
+    return {"run_dir": str(run_path(recipe, output)), "benches": benches}
 
 
 def _benches(recipe: Recipe, data: Path | None) -> list[dict[str, Any]]:

@@ -1,57 +1,50 @@
-"""TODO."""
+"""What training shows while it runs and at its end: a row for each step, accuracies, the summary."""
 
-from collections.abc import Iterator
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from opdctl import console, distributed
 from opdctl.evaluation import evaluate
 from opdctl.runs.layout import list_steps, step_name
 from opdctl.runs.run import Run
 
-COLUMNS = ("step", "loss", "|A|", "truncated", "accuracy", "tokens/s", "time left")
+PROGRESS_COLUMNS = ("step", "loss", "|A|", "truncated", "accuracy", "tokens/s", "time left")
 
 
-def accuracies(run: Run) -> dict[int, float]:
-    """Return the first benchmark's accuracy of every student that was evaluated, by step."""
-    return dict(reversed([*newest_accuracies(run, run.current_step())]))
+@contextlib.contextmanager
+def report_steps(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that shows the metrics of a finished step, with the time left. Only rank 0 shows them."""
+    if not distributed.is_main():
+        yield lambda metrics: None
+        return
+    first, start, steps = run.current_step(), time.monotonic(), run.recipe.train.steps
+    with console.live_table(str(run.path), PROGRESS_COLUMNS) as show:
 
+        def report(metrics: dict[str, Any]) -> None:
+            done = metrics["step"] + 1
+            seconds_left = (time.monotonic() - start) / (done - first) * (steps - done)
+            show(partial(format_row, run, metrics, seconds_left), format_line(metrics, steps))
 
-def newest_accuracies(run: Run, done: int) -> Iterator[tuple[int, float]]:
-    """Yield step and accuracy of the students up to step `done` that were evaluated, the newest first.
-
-    They are what the folder lists, not what this process evaluated: with `train --follow` others do it, in any order.
-    """
-    bench = run.recipe.eval.bench[0]
-    steps = [step for step in list_steps(run.evaluation_path(bench, "")) if step <= done]
-    for step in reversed(steps):
-        if summary := evaluate.stored_summary(run, bench, step_name(step)):
-            yield step, summary["avg"]
-
-
-def best(run: Run) -> tuple[int, float] | None:
-    """Return step and accuracy of the best student, the first of equals, or None where none was evaluated."""
-    return max(accuracies(run).items(), key=lambda pair: (pair[1], -pair[0]), default=None)
-
-
-def accuracy(run: Run) -> dict[str, float | None]:
-    """Return the first benchmark's accuracy of the student before and now, and of each teacher; None: not measured."""
-    names = {"before": step_name(0), "after": step_name(run.current_step())}
-    names |= {name: name for name in run.recipe.teacher_models()}
-    found = {key: evaluate.stored_summary(run, run.recipe.eval.bench[0], name) for key, name in names.items()}
-    return {key: summary["avg"] if summary else None for key, summary in found.items()}
+        yield report
 
 
 def format_row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[str]:
-    """Return a step's metrics under COLUMNS, with the last accuracy measured and the step of its student."""
+    """Return a step's metrics under PROGRESS_COLUMNS, with the latest accuracy and the step of its student."""
     done = metrics["step"] + 1
-    accuracy = next((f"{share:.1%} @{step}" for step, share in newest_accuracies(run, done)), "")
+    latest = next((f"{accuracy:.1%} @{step}" for step, accuracy in latest_accuracies(run, done)), "")
     seconds = sum(metrics.get(f"{stage}_seconds", 0.0) for stage in ("rollout", "score", "update"))
     return [
         f"{done}/{run.recipe.train.steps}",
         f"{metrics['loss']:+.4f}",
         f"{metrics['abs_advantage']:.4f}",
         f"{metrics['truncated_fraction']:.0%}",
-        accuracy,
+        latest,
         f"{metrics['tokens'] / seconds:,.0f}",
         str(timedelta(seconds=round(seconds_left))),
     ]
@@ -59,18 +52,73 @@ def format_row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[s
 
 def format_line(metrics: dict[str, Any], steps: int) -> str:
     """Return a step's metrics as one line."""
-    lag = f"  lag {metrics['staleness']}" if metrics["staleness"] else ""
+    staleness = f"  staleness {metrics['staleness']}" if metrics["staleness"] else ""
     return (
         f"step {metrics['step'] + 1:>{len(str(steps))}}/{steps}"
         f"  loss {metrics['loss']:+.4f}  |A| {metrics['abs_advantage']:.4f}  entropy {metrics['entropy']:.3f}"
         f"  length {metrics['response_length']:.0f}  truncated {metrics['truncated_fraction']:.0%}"
-        f"  grad {metrics['grad_norm']:.2f}{lag}"
+        f"  grad {metrics['grad_norm']:.2f}{staleness}"
     )
 
 
 def accuracy_line(summary: dict[str, Any]) -> str:
+    """Return an evaluation's accuracy with its interval as one line."""
     low, high = summary["ci"]
     return (
         f"{summary['bench']}, {summary['model']}: {summary['avg']:.1%} [{low:.1%}, {high:.1%}]"
         f"  ({summary['problems']} problems, Avg@{summary['samples']})"
     )
+
+
+def latest_accuracies(run: Run, done: int) -> Iterator[tuple[int, float]]:
+    """Yield step and accuracy on the first benchmark of the evaluated students up to step `done`, the latest first.
+
+    They are read from the run directory: with `train --follow` other processes evaluate, in any order.
+    """
+    bench = run.recipe.eval.bench[0]
+    for step in reversed([step for step in list_steps(run.evaluation_path(bench, "")) if step <= done]):
+        if summary := evaluate.stored_summary(run, bench, step_name(step)):
+            yield step, summary["avg"]
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """The result of a training: where it stands, accuracies on the first benchmark, and the seconds of each stage.
+
+    accuracy: of the student `before` and `after`, and of each teacher; None if not measured. best: step and accuracy.
+    """
+
+    run: Run
+    steps_done: int
+    steps_before: int
+    accuracy: dict[str, float | None]
+    best: tuple[int, float] | None
+    seconds: dict[str, float]
+
+    @property
+    def student(self) -> Path:
+        done = self.steps_done
+        return self.run.student_path(done) if done else self.run.student.path
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return {
+            "run_dir": str(self.run.path),
+            "steps": self.steps_done,
+            "student": str(self.student),
+            "accuracy": self.accuracy,
+            "best": {"step": self.best[0], "accuracy": self.best[1]} if self.best else None,
+            "seconds": self.seconds,
+        }
+
+
+def summarize_training(run: Run, steps_before: int, seconds: dict[str, float]) -> TrainingSummary:
+    """Return the summary of a training that started after `steps_before` steps."""
+    done = run.current_step()
+    names = {"before": step_name(run.start_step), "after": step_name(done)}
+    names |= {name: name for name in run.recipe.teacher_models()}
+    summaries = {key: evaluate.stored_summary(run, run.recipe.eval.bench[0], name) for key, name in names.items()}
+    accuracy = {key: summary["avg"] if summary else None for key, summary in summaries.items()}
+    # Of equal accuracies the earliest step is the best.
+    best = max(latest_accuracies(run, done), key=lambda pair: (pair[1], -pair[0]), default=None)
+    return TrainingSummary(run, done, steps_before, accuracy, best, seconds)

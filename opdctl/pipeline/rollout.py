@@ -1,82 +1,60 @@
-"""rollout: the current student answers the step's prompts. Prompts in, Parquet parts of responses out."""
+"""rollout: the current student answers the step's prompts. Reads prompts, writes Parquet parts of responses."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
 
-from opdctl import console
-from opdctl.artifacts.records import Prompt, Response, sample_seed
-from opdctl.artifacts.stage_dir import ALL_PARTS, StageDir, WorkerShard
-from opdctl.artifacts.tables import write_rows
-from opdctl.engines import parity
-from opdctl.engines.base import Completion, Request, ScoreRequest
+from opdctl.artifacts.records import Completion, Prompt, Response, sample_seed
+from opdctl.engines.base import Request, ScoreRequest
+from opdctl.engines.parity import check_parity
 from opdctl.engines.pool import EnginePool
 from opdctl.runs.run import Run
+from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
 
 
-def run_rollout(
-    run: Run,
-    step: int,
-    engines: EnginePool,
-    *,
-    repair: bool = False,
-    shard: WorkerShard = ALL_PARTS,
-    wait: bool = False,
-) -> int:
-    """Draw the responses that a step still lacks and return how many parts that were; with `repair` damaged ones too.
+def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False) -> int:
+    """Sample the responses that a step lacks and return the number of parts made here.
 
-    shard: the parts that are this worker's. wait: come back when all of them are there, also those that others have
-    claimed. Raises OpdctlError when the step's student is not there (code 2), or when it was begun under other settings
-    (code 4).
+    wait: until all parts exist, also those that other workers have leased.
+
+    Raises:
+        OpdctlError: the step's student does not exist; the stage was made with different settings.
     """
     run.pin_policy_version(step)
-    run = run.at(step)
-    stage = run.rollout_stage(step)
-    with stage.claim_parts(repair=repair, shard=shard, wait=wait) as parts:
-        return _generate(run, step, engines, stage, parts) if parts else 0
+    stage, samples, version = run.rollout_stage(step), run.samples(step), run.policy_version(step)
 
+    def prepare() -> tuple[Mapping[str, Any], MakePart]:
+        settings, student = run.recipe.rollout, run.student_at(version)
+        engine = engines.get("student", settings.engine, student)
 
-def _generate(run: Run, step: int, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
-    settings, made = run.recipe.rollout, 0
-    draws, policy = run.samples(step), run.policy_version(step)
-    student = run.student_at(policy)
-    for path in stage.finished_but_missing():
-        console.warn(f"{path}: was finished, and is gone: it is made again")
-    engine = engines.get("student", settings.engine, student)
-    stage.start(
-        engine.logprob_metadata
-        | {"temperature": settings.temperature, "top_p": settings.top_p, "policy_version": policy}
-    )
-    with console.progress(f"rollout, step {step}", len(draws)) as advance:
-        for index in parts:
-            part = stage.items_of_part(draws, index)
+        def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
+            part = stage.items_of_part(samples, index)
             requests = [Request(prompt.prompt_ids, sample_seed(run.recipe.seed, name)) for name, prompt in part]
             completions = engine.generate(
-                requests, settings, settings.batch_size, advance, entropy=settings.entropy, top_k=settings.top_k
+                requests, settings, settings.batch_size, on_progress, entropy=settings.entropy, top_k=settings.top_k
             )
             if index == 0:
-                answered = [
-                    ScoreRequest(r.prompt_ids, c.response_ids) for r, c in zip(requests, completions, strict=True)
-                ]
-                parity.check_parity(run.recipe, settings.engine, student, answered, [c.logprobs for c in completions])
-            rows = [_row(run, policy, *draw, completion) for draw, completion in zip(part, completions, strict=True)]
-            tokens = sum(len(row.response_ids) for row in rows)
-            made += stage.write(index, partial(write_rows, rows=rows, kind=Response), rows=len(rows), tokens=tokens)
-    return made
+                pairs = zip(requests, completions, strict=True)
+                scored = [ScoreRequest(request.prompt_ids, done.response_ids) for request, done in pairs]
+                logprobs = [completion.logprobs for completion in completions]
+                check_parity(run.recipe, settings.engine, student, scored, logprobs, engines.device)
+            rows = [_row(run, version, *sample, done) for sample, done in zip(part, completions, strict=True)]
+            return rows_part(rows, Response)
+
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "policy_version": version}
+        return engine.logprob_metadata | sampling, make_part
+
+    return make_missing_parts(stage, f"rollout, step {step}", len(samples), prepare, wait=wait)
 
 
-def _row(run: Run, policy: int, sample_id: str, prompt: Prompt, completion: Completion) -> Response:
+def _row(run: Run, version: int, sample_id: str, prompt: Prompt, completion: Completion) -> Response:
     return Response(
+        **{field.name: getattr(completion, field.name) for field in fields(completion)},
         sample_id=sample_id,
         prompt_id=prompt.prompt_id,
         prompt_ids=prompt.prompt_ids,
-        response_ids=completion.response_ids,
-        logprobs=completion.logprobs,
-        finish_reason=completion.finish_reason,
-        policy_version=policy,
+        policy_version=version,
         source=run.recipe.prompts.source,
         teacher=prompt.teacher,
         answer=prompt.answer,
-        entropies=completion.entropies,
-        top_ids=completion.top_ids,
-        top_logprobs=completion.top_logprobs,
     )

@@ -1,77 +1,75 @@
-"""score-teacher: teachers, and a reference model, score each token of a step's responses. Rollout parts in,
-safetensors parts out, in one folder a model."""
+"""score-teacher: teachers, and a reference model, score each token of a step's responses.
 
-from collections.abc import Collection, Iterator
+Reads rollout parts, writes safetensors parts in one directory for each scorer.
+"""
+
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from typing import Any
 
-from opdctl import console
 from opdctl.artifacts.records import Response
-from opdctl.artifacts.stage_dir import ALL_PARTS, StageDir, WorkerShard
 from opdctl.artifacts.tables import read_rows, write_scores
-from opdctl.engines import parity
 from opdctl.engines.base import ScoreRequest
+from opdctl.engines.parity import check_parity
 from opdctl.engines.pool import EnginePool
 from opdctl.recipe.schema import Score
 from opdctl.runs.run import REFERENCE, Run
 from opdctl.runs.scored_responses import check_ids
+from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts
 
 
 def run_scoring(
-    run: Run,
-    step: int,
-    engines: EnginePool,
-    *,
-    only: Collection[str] | None = None,
-    repair: bool = False,
-    shard: WorkerShard = ALL_PARTS,
-    wait: bool = False,
+    run: Run, step: int, engines: EnginePool, *, only: Collection[str] | None = None, wait: bool = False
 ) -> int:
-    """Score the parts of a step that still lack it and return how many they were; with `repair` damaged ones too.
+    """Score the parts of a step that lack scores and return the number made here.
 
-    only: the models to score with; all of the recipe's if None. shard: the parts that are this worker's. wait: come
-    back when all of them are there, also those that others have claimed. Raises OpdctlError when the step's rollout is
-    unfinished (code 1) or damaged (code 3), or when it was scored under other settings (code 4).
+    only: the scorers, all of the recipe if None. wait: until all parts exist, also those that other workers have
+    leased.
+
+    Raises:
+        OpdctlError: the step's rollout is unfinished or corrupt; the stage was made with different settings.
     """
-    run, made = run.at(step), 0
-    for name in run.scorers() if only is None else only:
-        stage = run.score_stage(step, name)
-        with stage.claim_parts(repair=repair, shard=shard, wait=wait) as parts:
-            made += _score(run, step, name, engines, stage, parts) if parts else 0
-    return made
+    return sum(_score(run, step, name, engines, wait=wait) for name in (run.scorers() if only is None else only))
 
 
-def _score(run: Run, step: int, name: str, engines: EnginePool, stage: StageDir, parts: Iterator[int]) -> int:
-    rollout, settings, model, made = run.rollout_stage(step), _settings(run.recipe.score, name), run.models[name], 0
-    for path in stage.finished_but_missing():
-        console.warn(f"{path}: was finished, and is gone: it is made again")
-    engine = engines.get(name, settings.engine, model)
-    # Temperature 1 and no top-p: the teacher is a reference, not a sampler.
-    logprob_metadata = engine.logprob_metadata | {
-        "temperature": "1",
-        "logprobs": "raw, float32, nats",
-        "model": run.digests[name],
-        "tokenizer": model.tokenizer_digest,
-    }
-    stage.start(logprob_metadata)
-    with console.progress(f"score-teacher {name}, step {step}", run.recipe.responses_per_step()) as advance:
-        for index in parts:
-            rows = read_rows(rollout.verify(index), Response)
-            check_ids(rows, model)
-            own = [row for row in rows if name in (row.teacher, REFERENCE)]
-            answered = [ScoreRequest(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in own]
-            scores = engine.score(answered, settings, advance)
-            if index == 0 and own:
-                parity.check_parity(run.recipe, settings.engine, model, answered, [each.logprobs for each in scores])
-            part = logprob_metadata | {"rollout": rollout.sha256(index)}
-            save = partial(write_scores, ids=[row.sample_id for row in own], scores=scores, logprob_metadata=part)
-            made += stage.write(index, save, rows=len(own), tokens=sum(len(score.logprobs) for score in scores))
-            advance(len(rows) - len(own))
-    return made
+def _score(run: Run, step: int, name: str, engines: EnginePool, *, wait: bool) -> int:
+    rollout, stage = run.rollout_stage(step), run.score_stage(step, name)
+
+    def prepare() -> tuple[Mapping[str, Any], MakePart]:
+        settings, model = _settings(run.recipe.score, name), run.models[name]
+        engine = engines.get(name, settings.engine, model)
+        # Temperature 1 and no top-p: the scorer is a reference, not a sampler.
+        metadata = engine.logprob_metadata | {
+            "temperature": "1",
+            "logprobs": "raw, float32, nats",
+            "model": run.digests[name],
+            "tokenizer": model.tokenizer_digest,
+        }
+
+        def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
+            responses = read_rows(rollout.verify(index), Response)
+            check_ids(responses, model)
+            scored = [row for row in responses if name in (row.teacher, REFERENCE)]
+            requests = [ScoreRequest(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in scored]
+            scores = engine.score(requests, settings, on_progress)
+            if index == 0 and scored:
+                logprobs = [each.logprobs for each in scores]
+                check_parity(run.recipe, settings.engine, model, requests, logprobs, engines.device)
+            on_progress(len(responses) - len(scored))
+            metadata_of_part = metadata | {"rollout": rollout.sha256(index)}
+            ids = [row.sample_id for row in scored]
+            save = partial(write_scores, ids=ids, scores=scores, logprob_metadata=metadata_of_part)
+            return Part(save, rows=len(scored), tokens=sum(len(each.logprobs) for each in scores))
+
+        return metadata, make_part
+
+    title = f"score-teacher {name}, step {step}"
+    return make_missing_parts(stage, title, run.recipe.responses_per_step(), prepare, wait=wait)
 
 
 def _settings(settings: Score, name: str) -> Score:
-    """Of a reference nothing but the log-probs is ever asked for."""
+    """Return the settings of a scorer. The reference only ever gives log-probs."""
     if name != REFERENCE:
         return settings
-    nothing_else = {"entropy": False, "top_k": 0, "student_top_k": False, "hidden_states": False}
-    return settings.model_copy(update=nothing_else)
+    only_logprobs = {"entropy": False, "top_k": 0, "student_top_k": False, "hidden_states": False}
+    return settings.model_copy(update=only_logprobs)

@@ -1,12 +1,12 @@
-"""TODO."""
+"""Whether a recipe fits the run that it is used on, what remains valid, and how to resolve a mismatch."""
 
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from opdctl.artifacts.stage_dir import changed_settings
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.artifacts.stage_dir import Changes, changed_settings
+from opdctl.errors import OpdctlError
 from opdctl.recipe.dependencies import (
     IMMUTABLE_KEYS,
     STEP_ARTIFACTS,
@@ -16,52 +16,45 @@ from opdctl.recipe.dependencies import (
     unaffected_stages,
 )
 from opdctl.recipe.schema import Recipe
-from opdctl.runs.run import Run, load_run, read_recipe
+from opdctl.runs.run import Run, read_recipe
 
 
 def check_same_recipe(recipe: Recipe, path: Path) -> None:
-    """Raise OpdctlError (code 4) when the run in `path` was begun with a recipe that shapes other artifacts.
+    """Check that the run in `path` was started with a recipe that makes the same artifacts.
 
-    The message says what is valid under the new one too, the hint the ways on.
+    Raises:
+        OpdctlError: it was not. The message lists the changes and what can be reused, the hint the ways to resolve
+        them.
     """
     changes = artifact_changes(read_recipe(path), recipe)
     if changes:
-        run = load_run(path)
+        run = Run.load(path)
+        lines = [f"{path} was started with a different recipe", describe_changes(changes)]
         raise OpdctlError(
-            "\n".join(
-                [
-                    f"{path}: was begun with another recipe",
-                    describe_changes(changes),
-                    *describe_reusable_artifacts(run, changes),
-                ]
-            ),
+            "recipe_mismatch",
+            "\n".join([*lines, *describe_reusable_artifacts(run, changes)]),
             hint="\n".join(_resolution_hints(run, changes)),
-            code=ExitCode.RECIPE_MISMATCH,
         )
 
 
-def artifact_changes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """Return (key, old, new) of the settings that differ and shape artifacts."""
+def artifact_changes(old: Recipe, new: Recipe) -> Changes:
+    """Return (key, old, new) of the settings that differ and affect artifacts."""
     return [change for change in changed_settings(old.flat(), new.flat()) if not is_mutable(change[0])]
 
 
 def describe_reusable_artifacts(run: Run, changes: Iterable[tuple[str, Any, Any]]) -> list[str]:
-    """Return how much of what was made is valid under changed settings too, as a line, if anything is."""
-    counts = {
-        STEP_ARTIFACTS[stage]: run.count_finished_steps(stage)
-        for stage in unaffected_stages(key for key, _, _ in changes)
-    }
-    said = " and ".join(f"{count} steps of {name}" for name, count in counts.items() if count)
-    return [f"{said} stay valid"] if said else []
+    """Return a line with the number of artifacts that remain valid after the changes, if there are any."""
+    stages = unaffected_stages(key for key, _, _ in changes)
+    counts = {STEP_ARTIFACTS[stage]: run.count_finished_steps(stage) for stage in stages}
+    reusable = " and ".join(f"{name} of {count} steps" for name, count in counts.items() if count)
+    return [f"{reusable} can be reused"] if reusable else []
 
 
-def _resolution_hints(run: Run, changes: list[tuple[str, Any, Any]]) -> list[str]:
-    where, overrides = shlex.quote(str(run.path)), as_overrides(changes)
-    new = "--recipe FILE" if overrides is None else " ".join(f"--set {shlex.quote(text)}" for text in overrides)
-    ways = [f"`opdctl train --output {where}` goes on under the recorded recipe"]
+def _resolution_hints(run: Run, changes: Changes) -> list[str]:
+    path, overrides = shlex.quote(str(run.path)), as_overrides(changes)
+    options = "--recipe FILE" if overrides is None else " ".join(f"--set {shlex.quote(text)}" for text in overrides)
+    hints = [f"to resume with the recorded recipe: `opdctl train --output {path}`"]
     if not any(key.startswith(IMMUTABLE_KEYS) for key, _, _ in changes):
-        ways += [
-            f"`opdctl change {where} {new}` goes on from step {run.current_step()} under the new one, and records that",
-            f"`opdctl change {where} {new} --branch NEW_RUN_DIR` does so in a run directory of its own",
-        ]
-    return [*ways, f"another --output, or removing {where}, starts over"]
+        fork = f"opdctl run fork {path} NEW_RUN_DIR {options}"
+        hints.append(f"to continue from step {run.current_step()} with the new recipe: `{fork}`")
+    return [*hints, f"to start over: use another --output, or remove {path}"]

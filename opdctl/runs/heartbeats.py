@@ -1,9 +1,12 @@
-"""Stages that stay: each waits for what the others make, and says that it lives. They know one another by the run
-directory alone: a file in heartbeats/ for each, written every few seconds."""
+"""Heartbeats of long-running stages (`--follow`): each waits for its inputs and reports what it does.
+
+The stages communicate through the run directory alone: a file in heartbeats/ for each, written every few seconds.
+"""
 
 import contextlib
 import json
 import os
+import shlex
 import socket
 import threading
 import time
@@ -14,42 +17,46 @@ from pathlib import Path
 
 from opdctl import distributed
 from opdctl.artifacts import files, leases
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import OpdctlError
 from opdctl.runs.run import Run
 
-RUNNING = "works"
+RUNNING = "running"
 
 
 class StageHeartbeat:
-    """One stage that stays, as the others see it."""
+    """The heartbeat of one stage of this process."""
 
     def __init__(self, run: Run, stage: str):
-        self._run, self._stage, self._step, self._state = run, stage, run.current_step(), "starts"
+        self._run, self._stage, self._step, self._state = run, stage, run.current_step(), "starting"
         self._path = heartbeats_path(run) / f"{stage}-{socket.gethostname()}-{os.getpid()}.json"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def wait_for(self, step: int, ready: Callable[[], bool], what: str) -> None:
-        """Come back when `ready()`. Raises OpdctlError (code 5) when it was not for `pipeline.follow_timeout_seconds`, and no
-        other follower is at work."""
-        self._step, self._state = step, f"waits for {what}"
+        """Return as soon as `ready()`.
+
+        Raises:
+            OpdctlError: it was not ready for pipeline.follow_timeout_seconds, and no other stage is running.
+        """
+        self._step, self._state = step, f"waiting for {what}"
         limit, start, pause = self._run.recipe.pipeline.follow_timeout_seconds, time.monotonic(), leases.backoff()
         while not ready():
             if time.monotonic() - start > limit:
                 if self._any_other_running():
                     start = time.monotonic()
                     continue
+                path = shlex.quote(str(self._run.path))
                 raise OpdctlError(
-                    f"{self._run.path}: step {step}: waited {limit:g} s for {what}; pipeline.follow_timeout_seconds",
-                    hint=f"`opdctl status {self._run.path}` says who is at work; run the same command again to go on",
-                    code=ExitCode.UNAVAILABLE,
+                    "expired_wait",
+                    f"{self._run.path}: step {step}: no {what} for {limit:g} s (pipeline.follow_timeout_seconds)",
+                    hint=f"`opdctl status {path}` lists the active stages; run the same command again to resume",
                 )
             time.sleep(next(pause))
         self._state = RUNNING
 
     def _any_other_running(self) -> bool:
         now = self._path.stat().st_mtime if self._path.exists() else time.time()
-        return any(sign.state == RUNNING and sign.is_alive for sign in read_heartbeats(self._run, now))
+        return any(beat.state == RUNNING and beat.is_alive for beat in read_heartbeats(self._run, now))
 
     def start(self) -> None:
         self._write()
@@ -63,7 +70,7 @@ class StageHeartbeat:
 
     def _beat(self) -> None:
         while not self._stop.wait(leases.HEARTBEAT_SECONDS):
-            with contextlib.suppress(OpdctlError, OSError):  # the work itself will say what is wrong
+            with contextlib.suppress(OpdctlError, OSError):  # the stage itself will report the failure
                 self._write()
 
     def _write(self) -> None:
@@ -82,27 +89,26 @@ class StageHeartbeat:
 
 @contextlib.contextmanager
 def send_heartbeats(run: Run, stage: str) -> Iterator[StageHeartbeat]:
-    """Yield what lets a stage wait, and tells of it; of several ranks the first tells."""
-    follower = StageHeartbeat(run, stage)
+    """Yield the stage's heartbeat, which also waits for inputs. Only rank 0 writes it."""
+    heartbeat = StageHeartbeat(run, stage)
     if not distributed.is_main():
-        yield follower
+        yield heartbeat
         return
-    follower.start()
+    heartbeat.start()
     try:
-        yield follower
+        yield heartbeat
     finally:
-        follower.stop()
+        heartbeat.stop()
 
 
 def heartbeats_path(run: Run) -> Path:
     return run.path / "heartbeats"
 
 
-def remove_stale_heartbeats(own: Path) -> None:
-    """Remove what followers have left that showed no life for a whole lease when `own` was written, by the one clock
-    that all share: the file system's."""
-    now = own.stat().st_mtime
-    for path in own.parent.glob("[!.]*.json"):
+def remove_stale_heartbeats(latest: Path) -> None:
+    """Remove heartbeats older than one lease, by the clock of the file system, on which `latest` was just written."""
+    now = latest.stat().st_mtime
+    for path in latest.parent.glob("[!.]*.json"):
         with contextlib.suppress(FileNotFoundError):
             if now - path.stat().st_mtime > leases.LEASE_SECONDS:
                 path.unlink()
@@ -110,7 +116,7 @@ def remove_stale_heartbeats(own: Path) -> None:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A follower's last sign of life. age: seconds."""
+    """The last heartbeat of a stage. age: seconds."""
 
     stage: str
     step: int
@@ -125,12 +131,12 @@ class Heartbeat:
 
 
 def read_heartbeats(run: Run, now: float | None = None) -> list[Heartbeat]:
-    """Return the last sign of life of every follower. now: the time of the file system, by a file just written, where
-    its clock and this machine's may differ."""
-    found, now = [], time.time() if now is None else now
+    """Return the last heartbeat of every stage. now: the time of the file system, in seconds, if its clock may differ
+    from this host's."""
+    beats, now = [], time.time() if now is None else now
     for path in sorted(heartbeats_path(run).glob("[!.]*.json")):
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # it has just ended
-            said = json.loads(files.read_text(path))
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the stage has just ended
+            record = json.loads(files.read_text(path))
             names, age = ("stage", "step", "state", "host", "pid"), now - path.stat().st_mtime
-            found.append(Heartbeat(**{name: said[name] for name in names}, age=max(age, 0)))
-    return found
+            beats.append(Heartbeat(**{name: record[name] for name in names}, age=max(age, 0)))
+    return beats

@@ -1,12 +1,11 @@
-"""A recipe bound to its run directory: where everything lies, which step is next, what each stage depends on.
+"""A recipe bound to its run directory: paths, the current step, and what each stage depends on.
 
-Knows no stage's work. Opening a new run writes recipe.toml and prompts.parquet, then run.json, the mark that the run
-directory is whole. Opening an old one compares the recipe and the models with what is recorded, and refuses a change.
+Knows no stage's work. Only files are read here; runs/open.py creates a run directory and checks it against a recipe.
 """
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import numpy as np
 
 from opdctl.artifacts import directories, files, leases, stage_dir, tables
 from opdctl.artifacts.files import digest_of
-from opdctl.artifacts.manifests import PolicyRecord, RunRecord, UpdateRecord
+from opdctl.artifacts.manifests import PolicyRecord, RunRecord, StartRecord, UpdateRecord
 from opdctl.artifacts.records import Ids, Prompt, Response, sample_id
 from opdctl.artifacts.stage_dir import Fingerprint, FingerprintMismatchError, StageDir
-from opdctl.errors import ExitCode, OpdctlError, did_you_mean
+from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
 from opdctl.recipe.load import load_recipe
@@ -31,30 +30,58 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory and its recipe. Steps count updates: step k draws with the student that has seen k updates."""
+    """One run directory and its recipe.
+
+    A step is one rollout, its scores and one update. Policy version k is the student after k updates; without staleness
+    it samples the responses of step k.
+    """
 
     recipe: Recipe
     path: Path
     models: Mapping[str, ModelDir]
     """`student`, the teachers and `reference`, by name."""
     digests: Mapping[str, str]
-    earlier: Mapping[int, Recipe] = field(default_factory=dict)
-    """Recipes that were changed since, each by the step from which on it no longer holds."""
+    """The digest of each model."""
+    forked_from: StartRecord | None = None
+    """The run and the step that a fork starts from."""
 
-    def at(self, step: int) -> "Run":
-        """Return the run as it is, or was, at a step: under the recipe that holds there."""
-        changed_at = min((changed for changed in self.earlier if changed > step), default=None)
-        return self if changed_at is None else replace(self, recipe=self.earlier[changed_at], earlier={})
+    @classmethod
+    def load(cls, path: Path) -> "Run":
+        """Return the run as it is recorded, to read its artifacts: its models need not exist any more.
+
+        Raises:
+            OpdctlError: there is no run in `path`, or its record is corrupt.
+        """
+        recipe = read_recipe(path)
+        if not (path / "run.json").exists():
+            raise OpdctlError("missing_run", f"{path}: run.json is missing", hint="run `opdctl rollout` first")
+        return cls.from_record(recipe, path)
+
+    @classmethod
+    def from_record(cls, recipe: Recipe, path: Path) -> "Run":
+        """Return the run in `path` under a recipe. Its models are pinned by run.json: a newer hub revision is
+        ignored."""
+        record = read_run_record(path)
+        models = record["models"]
+        if missing := sorted(recipe.models().keys() - models.keys()):
+            hint = "start again in another --output"
+            raise files.corrupt_artifact(path / "run.json", f"has no entry for model `{missing[0]}`", hint)
+        pinned = {
+            name: ModelDir(Path(models[name]["path"]), model.dtype, model.trust_remote_code)
+            for name, model in recipe.models().items()
+        }
+        return cls(recipe, path, pinned, {name: models[name]["digest"] for name in pinned}, record.get("forked_from"))
 
     @property
     def student(self) -> ModelDir:
+        """The student before training."""
         return self.models["student"]
 
     def scorers(self) -> list[str]:
         """Return the names of the models that score responses."""
         return list(self.recipe.scorers())
 
-    # ── Where things lie ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Paths ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def step_path(self, step: int) -> Path:
         return self.path / step_name(step)
@@ -68,179 +95,52 @@ class Run:
     def update_path(self, step: int) -> Path:
         return self.step_path(step) / "update.json"
 
-    def evaluation_path(self, bench: str, subject: str) -> Path:
-        return self.path / "eval" / (Path(bench).stem if is_data_file(bench) else bench) / subject
+    def evaluation_path(self, bench: str, target: str) -> Path:
+        return self.path / "eval" / (Path(bench).stem if is_data_file(bench) else bench) / target
 
     @property
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def command_line(self, command: str, step: int | None = None) -> str:
+        """Return the command line that runs a stage of this run."""
+        option = f" --step {step}" if step is not None else ""
+        return f"opdctl {command} --output {shlex.quote(str(self.path))}{option}"
+
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def count_finished_steps(self, stage: str) -> int:
-        """Return in how many steps `rollout`, or `score`, is finished, whatever recipe that was under."""
-        names = ["rollout"] if stage == "rollout" else self.scorers()
-        folders = list_steps(self.path).values()
-        return sum(all((folder / name / "manifest.json").exists() for name in names) for folder in folders)
+    @property
+    def start_step(self) -> int:
+        """The first step: 0, or that of the fork."""
+        return self.forked_from["step"] if self.forked_from else 0
 
     def current_step(self) -> int:
-        """Return the first step without an update: the number of updates done."""
-        step = 0
+        """Return the first step without an update."""
+        step = self.start_step
         while self.update_path(step).exists():
             step += 1
         return step
 
+    def finished_steps(self) -> range:
+        """Return the steps that have an update."""
+        return range(self.start_step, self.current_step())
+
+    def count_finished_steps(self, stage: str) -> int:
+        """Return the number of steps whose `rollout`, or whose `score` by every scorer, is finished."""
+        names = ["rollout"] if stage == "rollout" else self.scorers()
+        steps = list_steps(self.path).values()
+        return sum(all((path / name / "manifest.json").exists() for name in names) for path in steps)
+
     def update(self, step: int) -> UpdateRecord:
-        """Return what the update of `step` recorded."""
+        """Return the record of a step's update."""
         path = self.update_path(step)
-        return files.read_json(
-            path, UpdateRecord, f"remove {path} and run `{self.command_line('train')}`: it is made again"
-        )
-
-    def student_at(self, step: int) -> ModelDir:
-        """Return the student that has seen `step` updates. Raises OpdctlError when it is not there, or not whole."""
-        if step == 0:
-            return self.student
-        path = self.student_path(step)
-        if not self.update_path(step - 1).exists():
-            raise OpdctlError(
-                f"{path}: step {step} has no student yet, {self.current_step()} updates are done",
-                hint=f"run `{self.command_line('train')}`",
-            )
-        newest = step == self.current_step()
-        if not path.is_dir() and not newest:
-            raise OpdctlError(
-                f"{path}: this student is not kept (train.keep_every_steps = {self.recipe.train.keep_every_steps})",
-                hint=f"steps that are kept: {', '.join(map(str, self.kept_steps()))}",
-            )
-        hint = f"run `{self.command_line('train')} --repair`: it is made again" if newest else f"remove {path}"
-        directories.check_directory(path, self.update(step - 1)["student"], hint)
-        return self.student.with_path(path)
-
-    def kept_steps(self) -> list[int]:
-        """Return the steps whose student is there to be used."""
-        return [0, *(step for step in list_steps(self.path / "student") if self.update_path(step - 1).exists())]
-
-    def student_digest(self, step: int) -> str:
-        return self.digests["student"] if step == 0 else digest_of(self.update(step - 1)["student"])
-
-    # ── Policies ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _policy_version_path(self, step: int) -> Path:
-        return self.step_path(step) / "rollout" / "policy_version.json"
-
-    def policy_version(self, step: int) -> int:
-        """Return how many updates the student has seen that draws a step's responses: `step`, or what was settled."""
-        path = self._policy_version_path(step)
-        return int(files.read_json(path, PolicyRecord)["policy_version"]) if path.exists() else step
-
-    def _check_staleness(self, step: int) -> None:
-        """Raise OpdctlError (code 4) where a step that is still to be learnt from is too stale for the recipe."""
-        policy, bound = self.policy_version(step), self.recipe.pipeline.max_staleness
-        if step - policy > bound and not self.update_path(step).exists():
-            raise OpdctlError(
-                f"{self.step_path(step)}: drawn by the student of step {policy}; "
-                f"pipeline.max_staleness = {bound} wants that of step {step - bound} at least",
-                hint=f"put the old value back; or remove {self.step_path(step)} to draw it again",
-                code=ExitCode.RECIPE_MISMATCH,
-            )
-
-    def can_sample(self, step: int) -> bool:
-        """Whether there is a student that is new enough to draw a step's responses."""
-        return (
-            self._policy_version_path(step).exists() or self.current_step() + self.recipe.pipeline.max_staleness >= step
-        )
-
-    def pin_policy_version(self, step: int) -> None:
-        """Settle that the newest student there is draws a step's responses. Who comes first decides for all workers;
-        without staleness, or where parts were drawn already, there is nothing to settle."""
-        path = self._policy_version_path(step)
-        if not self.recipe.pipeline.max_staleness or path.exists():
-            return
-        with leases.hold_lease(self.step_path(step), "rollout-policy", wait=True):
-            policy = min(self.current_step(), step)
-            if self.can_sample(step) and not any(
-                (path.parent / name).exists() for name in (path.name, *stage_dir.STAGE_MARKERS)
-            ):
-                files.write_json(path, {"policy_version": policy})
+        hint = f"remove {path} and run `{self.command_line('train')}`"
+        record: UpdateRecord = files.read_json(path, UpdateRecord, hint)
+        return record
 
     def is_started(self, step: int) -> bool:
-        """Whether a step's rollout was begun: it may be ahead of the updates."""
+        """Whether a step's rollout was started. It may be ahead of the updates."""
         return step <= self.current_step() or self._policy_version_path(step).exists()
-
-    # ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @cached_property
-    def prompts(self) -> list[Prompt]:
-        """The prompts in the order drawn. Raises OpdctlError (code 3) when the file is not the one recorded."""
-        path, recorded = self.path / "prompts.parquet", read_run_record(self.path)["prompts"]
-        if not path.exists() or files.sha256_file(path) != recorded["sha256"]:
-            raise files.corrupt_artifact(
-                path, "not the prompts that this run began with", "start again in another --output"
-            )
-        return tables.read_rows(path, Prompt)
-
-    def samples(self, step: int) -> list[tuple[str, Prompt]]:
-        """Return (sample id, prompt) of every response of a step, in order.
-
-        An epoch is as many whole steps as the prompts give; each later epoch has an order of its own.
-        """
-        settings = self.at(step).recipe.rollout
-        size, samples = settings.prompts_per_step, settings.samples_per_prompt
-        epoch, within = divmod(step, len(self.prompts) // size)
-        order = np.arange(len(self.prompts))
-        if epoch:
-            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(order)
-        drawn = [self.prompts[i] for i in order[within * size : (within + 1) * size]]
-        return [(sample_id(prompt.prompt_id, step, n), prompt) for prompt in drawn for n in range(samples)]
-
-    @cached_property
-    def _teacher_prompts(self) -> dict[str, Ids]:
-        found = ((prompt.prompt_id, prompt.teacher_prompt_ids) for prompt in self.prompts)
-        return {name: ids for name, ids in found if ids is not None}
-
-    def prompt_ids(self, name: str, response: Response) -> Ids:
-        """Return the prompt that the model `name` reads before a response: a teacher may have one of its own."""
-        if name in ("student", REFERENCE) or self.recipe.prompts.teacher_prompt_column is None:
-            return response.prompt_ids
-        return self._teacher_prompts[response.prompt_id]
-
-    # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def rollout_stage(self, step: int) -> StageDir:
-        """Return the stage that draws a step's responses. Raises OpdctlError (code 4) where they are too stale."""
-        self._check_staleness(step)
-        recipe = self.at(step).recipe
-        return open_stage_dir(
-            self.step_path(step) / "rollout",
-            stage="rollout",
-            parts=recipe.rollout.num_parts,
-            suffix=".parquet",
-            fingerprint=Fingerprint(
-                fingerprint_settings(recipe, "rollout"),
-                {"prompts": str(self.prompts_digest), "policy": self.student_digest(self.policy_version(step))},
-            ),
-            rerun_command=self.command_line("rollout", step),
-        )
-
-    def score_stage(self, step: int, name: str) -> StageDir:
-        """Return the stage in which the model `name` scores a step's responses."""
-        recipe = self.at(step).recipe
-        return open_stage_dir(
-            self.step_path(step) / name,
-            stage="score",
-            parts=recipe.rollout.num_parts,
-            suffix=".safetensors",
-            fingerprint=Fingerprint(
-                scorer_fingerprint_settings(recipe, name),
-                {"rollout": self.rollout_stage(step).digest, name: self.digests[name]},
-            ),
-            rerun_command=self.command_line("score-teacher", step) + f" --only {name}",
-        )
-
-    def score_stages(self, step: int) -> dict[str, StageDir]:
-        """Return the stages of all models that score a step's responses, by name."""
-        return {name: self.score_stage(step, name) for name in self.scorers()}
 
     def is_sampled(self, step: int) -> bool:
         """Whether a step's rollout is finished."""
@@ -250,86 +150,235 @@ class Run:
         """Whether a step's rollout and all its scores are finished."""
         return self.is_sampled(step) and all(stage.is_finished() for stage in self.score_stages(step).values())
 
-    def update_input_digests(self, step: int) -> dict[str, str]:
-        """Return the digests of what a step's update is made from. Raises OpdctlError (code 1) where unfinished."""
-        plugins = {f"plugin {name}": _plugin_digest(name) for name in self.recipe.plugins}
-        scores = {name: stage.digest for name, stage in self.score_stages(step).items()}
-        return {"rollout": self.rollout_stage(step).digest, **scores, **plugins}
+    def next_command(self) -> str:
+        """Return the command for the next stage of the current step, or the analysis if training is complete."""
+        step = self.current_step()
+        if step >= self.recipe.train.steps:
+            return f"opdctl analyze-position {shlex.quote(str(self.path))}"
+        if not self.rollout_stage(step).is_finished():
+            return self.command_line("rollout")
+        return self.command_line("train" if self.is_scored(step) else "score-teacher")
+
+    # ── Students ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _state_record(self, step: int) -> StartRecord | UpdateRecord:
+        """Return the record with the digests of the student and the trainer state after `step` updates."""
+        is_start = self.forked_from is not None and step == self.start_step
+        return self.forked_from if is_start and self.forked_from else self.update(step - 1)
+
+    def student_digests(self, step: int) -> Mapping[str, str]:
+        """Return the SHA-256 of the files of policy version `step`, after the first."""
+        return self._state_record(step)["student"]
+
+    def trainer_digests(self, step: int) -> Mapping[str, str]:
+        """Return the SHA-256 of the files of the trainer state after `step` updates; empty if it was not saved."""
+        return self._state_record(step)["trainer"]
+
+    def student_digest(self, step: int) -> str:
+        """Return the digest of policy version `step`."""
+        return self.digests["student"] if step == 0 else digest_of(self.student_digests(step))
+
+    def student_at(self, step: int) -> ModelDir:
+        """Return policy version `step`, checked file by file.
+
+        Raises:
+            OpdctlError: it does not exist yet, was pruned, or is corrupt.
+        """
+        if step == 0:
+            return self.student
+        path, current = self.student_path(step), self.current_step()
+        if not self.start_step <= step <= current:
+            raise OpdctlError(
+                "missing_checkpoint",
+                f"{path}: the run has steps {self.start_step} to {current}",
+                hint=f"run `{self.command_line('train')}`",
+            )
+        if not path.is_dir() and step != current:
+            raise OpdctlError(
+                "missing_checkpoint",
+                f"{path}: pruned (train.keep_every_steps = {self.recipe.train.keep_every_steps})",
+                hint=f"use one of the steps {', '.join(map(str, self.kept_steps()))}",
+            )
+        hint = f"run `opdctl run repair {shlex.quote(str(self.path))}`" if step == current else f"remove {path}"
+        directories.check_directory(path, self.student_digests(step), hint)
+        return self.student.with_path(path)
+
+    def kept_steps(self) -> list[int]:
+        """Return the steps whose student exists."""
+        first = [0] if self.start_step == 0 else []
+        steps = (step for step in list_steps(self.path / "student") if self.start_step <= step <= self.current_step())
+        return [*first, *steps]
+
+    # ── Policy versions ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _policy_version_path(self, step: int) -> Path:
+        return self.step_path(step) / "rollout" / "policy_version.json"
+
+    def policy_version(self, step: int) -> int:
+        """Return the policy version that samples a step's responses: `step`, or the one that was pinned."""
+        path = self._policy_version_path(step)
+        return int(files.read_json(path, PolicyRecord)["policy_version"]) if path.exists() else step
+
+    def pin_policy_version(self, step: int) -> None:
+        """Pin the newest student as the policy that samples a step's responses. The first worker decides.
+
+        Without staleness, or if a part of the rollout exists, there is nothing to decide.
+        """
+        path = self._policy_version_path(step)
+        if not self.recipe.pipeline.max_staleness or path.exists():
+            return
+        with leases.hold_lease(self.step_path(step), "rollout-policy", wait=True):
+            version = min(self.current_step(), step)
+            markers = (path.name, *stage_dir.STAGE_MARKERS)
+            if self.can_sample(step) and not any((path.parent / name).exists() for name in markers):
+                files.write_json(path, {"policy_version": version})
+
+    def can_sample(self, step: int) -> bool:
+        """Whether there is a student that is new enough to sample a step's responses."""
+        newest = self.current_step() + self.recipe.pipeline.max_staleness
+        return self._policy_version_path(step).exists() or newest >= step
+
+    def _check_staleness(self, step: int) -> None:
+        version, bound = self.policy_version(step), self.recipe.pipeline.max_staleness
+        if step - version > bound and not self.update_path(step).exists():
+            raise OpdctlError(
+                "stale_rollout",
+                f"{self.step_path(step)}: sampled by policy version {version}; pipeline.max_staleness = {bound} "
+                f"requires version {step - bound} or newer",
+                hint=f"restore the previous value, or remove {self.step_path(step)} to sample it again",
+            )
+
+    # ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts in their recorded order.
+
+        Raises:
+            OpdctlError: the file is missing, or differs from the one recorded.
+        """
+        path, record = self.path / "prompts.parquet", read_run_record(self.path)["prompts"]
+        if not path.exists() or files.sha256_file(path) != record["sha256"]:
+            hint = "restore it from a copy, or start again in another --output"
+            raise OpdctlError("checksum_mismatch", f"{path}: differs from the prompts of this run", hint=hint)
+        return tables.read_rows(path, Prompt)
 
     @cached_property
     def prompts_digest(self) -> str | None:
-        """The digest of the prompts, or None where a model is only evaluated."""
+        """The digest of the prompts, or None if a model is only evaluated."""
         return read_run_record(self.path)["prompts"]["sha256"] if (self.path / "run.json").exists() else None
 
-    def command_line(self, stage: str, step: int | None = None) -> str:
-        """Return the command line that runs a stage of this run."""
-        at = f" --step {step}" if step is not None else ""
-        return f"opdctl {stage} --output {shlex.quote(str(self.path))}{at}"
+    def samples(self, step: int) -> list[tuple[str, Prompt]]:
+        """Return (sample id, prompt) of every response of a step, in order.
+
+        An epoch is as many complete steps as the prompts allow. Each later epoch has a different order.
+        """
+        settings = self.recipe.rollout
+        size, samples = settings.prompts_per_step, settings.samples_per_prompt
+        epoch, index = divmod(step, len(self.prompts) // size)
+        order = np.arange(len(self.prompts))
+        if epoch:
+            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(order)
+        prompts = [self.prompts[i] for i in order[index * size : (index + 1) * size]]
+        return [(sample_id(prompt.prompt_id, step, n), prompt) for prompt in prompts for n in range(samples)]
+
+    @cached_property
+    def _teacher_prompts(self) -> dict[str, Ids]:
+        pairs = ((prompt.prompt_id, prompt.teacher_prompt_ids) for prompt in self.prompts)
+        return {name: ids for name, ids in pairs if ids is not None}
+
+    def prompt_ids(self, name: str, response: Response) -> Ids:
+        """Return the prompt that the model `name` reads before a response: a teacher's may differ."""
+        if name in ("student", REFERENCE) or self.recipe.prompts.teacher_prompt_column is None:
+            return response.prompt_ids
+        return self._teacher_prompts[response.prompt_id]
+
+    # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def rollout_stage(self, step: int) -> StageDir:
+        """Return the stage that samples a step's responses.
+
+        Raises:
+            OpdctlError: it was made with different settings, or is too stale.
+        """
+        self._check_staleness(step)
+        policy = self.student_digest(self.policy_version(step))
+        return open_stage_dir(
+            self.step_path(step) / "rollout",
+            stage="rollout",
+            num_parts=self.recipe.rollout.num_parts,
+            suffix=".parquet",
+            fingerprint=Fingerprint(
+                fingerprint_settings(self.recipe, "rollout"), {"prompts": str(self.prompts_digest), "policy": policy}
+            ),
+            rerun_command=self.command_line("rollout", step),
+        )
+
+    def score_stage(self, step: int, name: str) -> StageDir:
+        """Return the stage in which the model `name` scores a step's responses."""
+        return open_stage_dir(
+            self.step_path(step) / name,
+            stage="score",
+            num_parts=self.recipe.rollout.num_parts,
+            suffix=".safetensors",
+            fingerprint=Fingerprint(
+                scorer_fingerprint_settings(self.recipe, name),
+                {"rollout": self.rollout_stage(step).digest, name: self.digests[name]},
+            ),
+            rerun_command=self.command_line("score-teacher", step) + f" --only {name}",
+        )
+
+    def score_stages(self, step: int) -> dict[str, StageDir]:
+        """Return the stages of all scorers of a step, by name."""
+        return {name: self.score_stage(step, name) for name in self.scorers()}
+
+    def update_input_digests(self, step: int) -> dict[str, str]:
+        """Return the digests of the inputs of a step's update.
+
+        Raises:
+            OpdctlError: the rollout or a score is unfinished.
+        """
+        plugins = {f"plugin {name}": _plugin_digest(name) for name in self.recipe.plugins}
+        scores = {name: stage.digest for name, stage in self.score_stages(step).items()}
+        return {"rollout": self.rollout_stage(step).digest, **scores, **plugins}
 
 
 def open_stage_dir(path: Path, **definition: Any) -> StageDir:
     """Return the stage directory in `path`.
 
-    Raises OpdctlError (code 4) when it was made from other settings, with what each of them affects.
+    Raises:
+        OpdctlError: it was made with different settings; the message lists what each of them affects.
     """
     try:
         return StageDir(path, **definition)
     except FingerprintMismatchError as error:
         if error.changes:
-            error.kind = f"{path}: was made under other settings\n{describe_changes(error.changes)}"
+            error.detail = f"{path} was made with different settings\n{describe_changes(error.changes)}"
         raise
 
 
 def _plugin_digest(name: str) -> str:
     file = plugin_file(name)
-    return files.sha256_file(file) if file and file.is_file() else "no file of its own"
+    return files.sha256_file(file) if file and file.is_file() else "no file"
 
 
 def read_run_record(path: Path) -> RunRecord:
-    """Return what the run in `path` was begun with. Raises OpdctlError (code 3) when that is damaged."""
-    return files.read_json(path / "run.json", RunRecord)
-
-
-def next_stage_command(run: Run) -> str:
-    """Return the command for the next stage of the current step, or the analysis when the run is complete."""
-    step = run.current_step()
-    if step >= run.recipe.train.steps:
-        return f"opdctl analyze-position {run.path}"
-    if not run.rollout_stage(step).is_finished():
-        return run.command_line("rollout")
-    return run.command_line("train" if run.is_scored(step) else "score-teacher")
-
-
-def load_run(path: Path) -> Run:
-    """Open a run directory as it is recorded, for reading artifacts alone: the models need not be there any more."""
-    recipe = read_recipe(path)
-    if not (path / "run.json").exists():
-        raise OpdctlError(f"{path}: this run was never begun: it has no run.json", hint="run `opdctl rollout` first")
-    return _load_recorded(recipe, path)
-
-
-def _load_recorded(recipe: Recipe, path: Path) -> Run:
-    """Return the run with its models where run.json says: a hub's newer revision does not concern it."""
-    recorded = read_run_record(path)["models"]
-    if missing := sorted(recipe.models().keys() - recorded.keys()):
-        raise files.corrupt_artifact(
-            path / "run.json", f"does not tell of the {missing[0]}", "start again in another --output"
-        )
-    models = {
-        name: ModelDir(Path(recorded[name]["path"]), settings.dtype, settings.trust_remote_code)
-        for name, settings in recipe.models().items()
-    }
-    digests = {name: recorded[name]["digest"] for name in models}
-    earlier = {int(file.stem.rpartition("-")[2]): load_recipe([file]) for file in path.glob("recipe-before-*.toml")}
-    return Run(recipe, path, models, digests, earlier)
+    """Return run.json of the run in `path`."""
+    record: RunRecord = files.read_json(path / "run.json", RunRecord)
+    return record
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe recorded in the run directory `path`, with `overrides`. Raises OpdctlError when it is none."""
+    """Return the recipe recorded in the run directory `path`, with `overrides`.
+
+    Raises:
+        OpdctlError: there is no recipe in `path`, or it is invalid.
+    """
     if not (path / "recipe.toml").exists():
         runs = [file.parent.name for file in path.parent.glob("*/recipe.toml")]
         raise OpdctlError(
-            f"{path}: no run directory: it has no recipe.toml{did_you_mean(path.name, runs)}",
-            hint="give the path of a run; one is begun by `opdctl train` or `opdctl rollout` with --recipe",
+            "missing_run",
+            f"{path} has no recipe.toml{did_you_mean(path.name, runs)}",
+            hint="give the path of a run; `opdctl train --recipe FILE` starts one",
         )
     return load_recipe([path / "recipe.toml"], overrides)

@@ -1,184 +1,182 @@
-"""`opdctl status`: what is done, missing or damaged in a run directory, and the next command. Reads, never writes."""
+"""The state of a run directory: what is finished, missing or corrupt, and the next command. Only reads."""
 
 import itertools
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from opdctl.artifacts import directories, files, stage_dir
-from opdctl.artifacts.manifests import Manifest, StageHeader, SummaryRecord
-from opdctl.artifacts.records import SCHEMA_VERSION
-from opdctl.artifacts.stage_dir import Fingerprint, StageDir
+from opdctl.artifacts import directories, files
+from opdctl.artifacts.manifests import SummaryRecord
+from opdctl.artifacts.stage_dir import StageDir, recorded_stage
 from opdctl.errors import OpdctlError
-from opdctl.runs.compatibility import artifact_changes
-from opdctl.runs.heartbeats import read_heartbeats
+from opdctl.runs.heartbeats import Heartbeat, read_heartbeats
 from opdctl.runs.layout import list_steps
-from opdctl.runs.run import Run, next_stage_command
+from opdctl.runs.run import Run
+
+State = Literal["done", "partial", "missing", "corrupt"]
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage of one step. state: done, partial, missing or damaged."""
+    """One stage of one step. step: None for an evaluation."""
 
-    step: int
+    step: int | None
     stage: str
-    state: str
+    state: State
     detail: str
 
 
+@dataclass(frozen=True)
+class RunStatus:
+    """The state of a run."""
+
+    run: Run
+    stages: list[StageStatus]
+    continuations: list[StageStatus]
+    evaluations: list[StageStatus]
+    summaries: list[dict[str, Any]]
+    """The finished evaluations."""
+    heartbeats: list[Heartbeat]
+
+    @property
+    def is_corrupt(self) -> bool:
+        return any(each.state == "corrupt" for each in (*self.stages, *self.continuations, *self.evaluations))
+
+    def next_command(self) -> str:
+        """Return the command to run next: the repair of what is corrupt, or the next stage."""
+        if self.is_corrupt:
+            return f"opdctl run repair {shlex.quote(str(self.run.path))}"
+        return self.run.next_command()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the status as JSON values."""
+        run = self.run
+        stages = {
+            name: [asdict(each) for each in getattr(self, name)]
+            for name in ("stages", "continuations", "evaluations", "heartbeats")
+        }
+        return {
+            "run_dir": str(run.path),
+            "start_step": run.start_step,
+            "steps_done": run.current_step(),
+            "steps": run.recipe.train.steps,
+            **stages,
+            "summaries": self.summaries,
+            "forked_from": run.forked_from and {key: run.forked_from[key] for key in ("run_dir", "step")},
+            "next": self.next_command(),
+        }
+
+
+def collect_status(run: Run, *, verify: bool = False) -> RunStatus:
+    """Return the state of every started stage, of continuations and of evaluations. verify: read all files.
+
+    Raises:
+        OpdctlError: the prompts (if `verify`) or the record of the run are corrupt.
+    """
+    if verify:
+        _ = run.prompts
+    stages = []
+    for step in itertools.takewhile(run.is_started, range(run.start_step, run.recipe.train.steps)):
+        stages += [check_stage(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
+        stages.append(check_update(run, step, verify=verify))
+    hint = f"remove it and run `{run.command_line('eval')}`: it is made again from the graded responses"
+    summaries = [files.read_json(path, SummaryRecord, hint) for path in sorted(run.path.glob("eval/*/*/summary.json"))]
+    continuations = check_continuations(run, verify=verify)
+    return RunStatus(run, stages, continuations, check_evaluations(run, verify=verify), summaries, read_heartbeats(run))
+
+
 def check_stage(run: Run, step: int, name: str, *, verify: bool) -> StageStatus:
-    """Return what stands of a stage. Recorded parts must be there in their size; with `verify`, in their digest too."""
-    return _check(step, name, partial(_stage, run, step, name), "waits for the stage before", verify=verify)
+    """Return the state of a stage. Recorded parts must exist in their size and, if `verify`, match their checksum."""
+    return _check(step, name, partial(_find_stage, run, step, name), "waiting for the previous stage", verify=verify)
 
 
-def _check(step: int, name: str, find: Callable[[], StageDir | None], none: str, *, verify: bool) -> StageStatus:
-    """Return what stands of the stage that `find` returns; `none` is what to say where there is none yet."""
+def _find_stage(run: Run, step: int, name: str) -> StageDir | None:
+    if name == "rollout":
+        return run.rollout_stage(step)
+    return run.score_stage(step, name) if run.rollout_stage(step).manifest() else None
+
+
+def _check(
+    step: int | None, name: str, find: Callable[[], StageDir | None], if_none: str, *, verify: bool
+) -> StageStatus:
     try:
         stage = find()
         if stage is None:
-            return StageStatus(step, name, "missing", none)
-        problems = stage.corrupted_parts(digests=verify)
+            return StageStatus(step, name, "missing", if_none)
+        corrupted = {
+            index: why
+            for index, why in stage.corrupted_parts(digests=verify).items()
+            if (stage.path / stage.names[index]).exists()
+        }
         missing = stage.missing(digests=verify)
     except OpdctlError as error:
-        return StageStatus(step, name, "damaged", f"{error.message} ({error.hint})")
-    if problems:
-        return StageStatus(step, name, "damaged", "; ".join(problems.values()))
+        return StageStatus(step, name, "corrupt", f"{error.message} ({error.hint})")
+    if corrupted:
+        return StageStatus(step, name, "corrupt", "; ".join(corrupted.values()))
     if not missing:
         return StageStatus(step, name, "done" if stage.manifest() else "partial", f"{len(stage.names)} parts")
     done = len(stage.names) - len(missing)
     return StageStatus(step, name, "partial" if done else "missing", f"{done} of {len(stage.names)} parts")
 
 
-def _stage(run: Run, step: int, name: str) -> StageDir | None:
-    if name == "rollout":
-        return run.rollout_stage(step)
-    return run.score_stage(step, name) if run.rollout_stage(step).manifest() else None
-
-
-def continuations(run: Run, *, verify: bool) -> list[StageStatus]:
-    """Return what stands of the continuations, of each step that was gone on from and each model: of those that began,
-    and until there is a summary of those that are to."""
-    found = []
-    for step, folder in list_steps(run.path / "continuations").items():
-        again = f"opdctl analyze-position {shlex.quote(str(run.path))} --continuations --step {step}"
-        models = {path.name for path in folder.iterdir() if path.is_dir()}
-        if not (folder / "summary.json").exists():
+def check_continuations(run: Run, *, verify: bool) -> list[StageStatus]:
+    """Return the state of the continuations of each step and model: of the started ones and, until there is a summary,
+    of the ones that are still to be made."""
+    statuses = []
+    for step, directory in list_steps(run.path / "continuations").items():
+        command = f"opdctl run continuations {shlex.quote(str(run.path))} --step {step}"
+        models = {path.name for path in directory.iterdir() if path.is_dir()}
+        if not (directory / "summary.json").exists():
             models |= {"student", *run.recipe.teacher_models()}
         for model in sorted(models):
-            find = partial(_as_recorded, folder / model, again)
-            found.append(_check(step, f"continuations by {model}", find, "", verify=verify))
-    return found
+            find = partial(recorded_stage, directory / model, command)
+            statuses.append(_check(step, f"continuations by {model}", find, "", verify=verify))
+    return statuses
 
 
-def _as_recorded(path: Path, rerun_command: str) -> StageDir | None:
-    """Return a stage as its folder records it, None before its first part, whose name says how many there are to be."""
-    sealed, begun = (path / "manifest.json", Manifest), (path / "in_progress.json", StageHeader)
-    record_path, kind = sealed if sealed[0].exists() else begun
-    if not record_path.exists():
-        return None
-    record = files.read_json(record_path, kind, f"remove {path} and run `{rerun_command}`")
-    listed = [part["name"] for part in record.get("parts", ())]
-    names = listed or [part.name for part in path.glob("part-?????-of-?????.parquet")]
-    if not names:
-        return None
-    fingerprint, parts = Fingerprint(record["settings"], record["inputs"]), int(Path(names[0]).stem.rpartition("-")[2])
-    return StageDir(
-        path,
-        stage=record["stage"],
-        parts=parts,
-        suffix=".parquet",
-        fingerprint=fingerprint,
-        rerun_command=rerun_command,
-    )
+def check_evaluations(run: Run, *, verify: bool) -> list[StageStatus]:
+    """Return the state of every started evaluation."""
+    statuses = []
+    for path in sorted(path for path in run.path.glob("eval/*/*") if path.is_dir() and not path.name.startswith(".")):
+        bench = path.parent.name
+        find = partial(recorded_stage, path, f"{run.command_line('eval')} --bench {bench}")
+        statuses.append(_check(None, f"eval {bench} {path.name}", find, "", verify=verify))
+    return statuses
 
 
 def check_update(run: Run, step: int, *, verify: bool) -> StageStatus:
-    """Return what stands of a step's update, and of the student and trainer state that came of it."""
+    """Return the state of a step's update, and of the student and the trainer state that it wrote."""
     if not run.update_path(step).exists():
         return StageStatus(step, "update", "missing", "")
     try:
-        record, newest = run.update(step), step + 1 == run.current_step()
-        student, trainer = run.student_path(step + 1), run.trainer_path(step + 1)
-        if newest and not student.is_dir():
-            raise files.corrupt_artifact(student, "the newest is missing", run.command_line("train") + " --repair")
-        again = (
-            run.command_line("train") + " --repair makes it again" if newest else "remove it: no step needs it any more"
-        )
-        before = "train takes the state before it, or remove it"
-        for path, digests, way in ((student, record["student"], again), (trainer, record["trainer"], before)):
-            if verify and path.is_dir():
-                directories.check_directory(path, digests, way)
-        if verify and not _same_artifacts(record["inputs"], run.update_input_digests(step)):
-            raise files.corrupt_artifact(run.step_path(step), "the update was made from other responses or scores")
+        _check_update_files(run, step, verify=verify)
     except OpdctlError as error:
-        return StageStatus(step, "update", "damaged", f"{error.message} ({error.hint})")
-    kept = run.student_path(step + 1).is_dir()
-    return StageStatus(step, "update", "done", str(run.student_path(step + 1)) if kept else "its student is not kept")
+        return StageStatus(step, "update", "corrupt", f"{error.message} ({error.hint})")
+    student = run.student_path(step + 1)
+    return StageStatus(step, "update", "done", str(student) if student.is_dir() else "student pruned")
 
 
-def _same_artifacts(recorded: Mapping[str, str], found: Mapping[str, str]) -> bool:
-    """Whether an update was made from the artifacts that are there; a plugin may have changed since."""
-    return all(recorded.get(name) == digest for name, digest in found.items() if not name.startswith("plugin "))
+def _check_update_files(run: Run, step: int, *, verify: bool) -> None:
+    record, is_newest = run.update(step), step + 1 == run.current_step()
+    student, trainer = run.student_path(step + 1), run.trainer_path(step + 1)
+    again = f"run `{run.command_line('train')}`"
+    if is_newest and not student.is_dir():
+        raise files.corrupt_artifact(student, "the newest student is missing", again)
+    if not verify:
+        return
+    student_hint = f"run `opdctl run repair {shlex.quote(str(run.path))}`" if is_newest else f"remove {student}"
+    for path, digests, hint in (
+        (student, record["student"], student_hint),
+        (trainer, record["trainer"], f"remove {trainer}: training resumes from the state before it"),
+    ):
+        if path.is_dir():
+            directories.check_directory(path, digests, hint)
+    if not _same_artifacts(record["inputs"], run.update_input_digests(step)):
+        raise files.corrupt_artifact(run.step_path(step), "the update was made from other responses or scores")
 
 
-def evaluations(run: Run, *, verify: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the summaries of the finished evaluations, and what is damaged among them."""
-    paths = sorted(run.path.glob("eval/*/*/summary.json"))
-    problems = [problem for path in paths for problem in stage_dir.verify_stage(path.parent)] if verify else []
-    again = f"remove it and run `{run.command_line('eval')}`: it is made again from the graded responses"
-    return [files.read_json(path, SummaryRecord, again) for path in paths], problems
-
-
-def collect_status(run: Run, *, verify: bool = False) -> dict[str, Any]:
-    """Return the state of every stage of every step begun, the continuations and evaluations, and the next command.
-
-    Raises OpdctlError (code 3) where what all of it rests on is damaged: with `verify` the prompts, too.
-    """
-    if verify:
-        _ = run.prompts
-    done = run.current_step()
-    stages = []
-    for step in itertools.takewhile(run.is_started, range(run.recipe.train.steps)):
-        stages += [check_stage(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
-        stages.append(check_update(run, step, verify=verify))
-    summaries, problems = evaluations(run, verify=verify)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run_dir": str(run.path),
-        "steps_done": done,
-        "steps": run.recipe.train.steps,
-        "stages": stages,
-        "continuations": continuations(run, verify=verify),
-        "evaluations": summaries,
-        "damaged_evaluations": problems,
-        "changes": recipe_changes(run),
-        "followers": read_heartbeats(run),
-        "next": next_command(run, stages),
-    }
-
-
-def recipe_changes(run: Run) -> list[dict[str, Any]]:
-    """Return at which steps the recipe was changed, and how."""
-    found = []
-    for step, recipe in sorted(run.earlier.items()):
-        settings = artifact_changes(recipe, run.at(step).recipe)
-        found.append({"step": step, "settings": [f"{key} {old!r} → {new!r}" for key, old, new in settings]})
-    return [change for change in found if change["settings"]]
-
-
-def next_command(run: Run, stages: list[StageStatus]) -> str:
-    """Return the command to run next: repair what can be made again first, then what is missing, then the result."""
-    for stage in stages:
-        # Responses can only be drawn again while the student that drew them is kept.
-        if stage.state != "damaged":
-            continue
-        if stage.stage == "rollout" and run.policy_version(stage.step) in run.kept_steps():
-            return run.command_line("rollout", stage.step) + " --repair"
-        if stage.stage in run.scorers():
-            return run.command_line("score-teacher", stage.step) + " --repair"
-        if stage.state == "damaged" and stage.stage == "update" and stage.step + 1 == run.current_step():
-            return run.command_line("train") + " --repair"
-    return next_stage_command(run)
+def _same_artifacts(recorded: Mapping[str, str], present: Mapping[str, str]) -> bool:
+    """Whether an update was made from the present artifacts. A plugin may have changed since."""
+    return all(recorded.get(name) == digest for name, digest in present.items() if not name.startswith("plugin "))

@@ -24,8 +24,8 @@ from opdctl.runs.scored_responses import target_logprobs, to_weight_inputs
 class MicroBatch:
     """Whole responses of one teacher, padded, with what is stored of each of their N tokens.
 
-    loss_scale_N: what a token's loss is multiplied by, its weight included. support_ids_NK, teacher_logp_NK: the ids of a
-    top-k objective and the teacher's log-probs of them.
+    loss_scale_N: what a token's loss is multiplied by, its weight included. support_ids_NK, teacher_logp_NK: the ids of
+    a top-k objective and the teacher's log-probs of them.
     """
 
     samples: list[ScoredResponse]

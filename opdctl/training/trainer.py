@@ -17,14 +17,16 @@ from torch import Tensor
 
 from opdctl import console, distributed
 from opdctl.artifacts import directories, files
-from opdctl.artifacts.records import SCHEMA_VERSION, ScoredResponse, sample_seed
+from opdctl.artifacts.records import ScoredResponse, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint
-from opdctl.errors import ExitCode, OpdctlError, is_out_of_memory
+from opdctl.artifacts.versions import versioned
+from opdctl.errors import OpdctlError, is_out_of_memory
 from opdctl.losses.objectives import TokenBatch
 from opdctl.models.loading import load_head
 from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
 from opdctl.recipe.components import build_objective, build_token_weight
 from opdctl.recipe.dependencies import fingerprint_settings
+from opdctl.runs.repair import set_aside_path
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish
@@ -55,28 +57,54 @@ class Trainer:
         self._restore(run.current_step())
 
     def _restore(self, done: int) -> None:
-        """Take up the newest state that is whole, and make the updates since then once more, from their artifacts."""
+        """Load the latest intact checkpoint, and replay the later updates from their stored responses and scores."""
         run = self._run
         saved = distributed.broadcast_object(latest_checkpoint(run, done) if distributed.is_main() else 0)
-        if past := [step for step in run.earlier if saved < step]:
-            raise OpdctlError(
-                f"{run.path / 'trainer'}: no whole state since the recipe was changed at step {max(past)}, and the "
-                "updates before cannot be made once more under the recipe of now",
-                hint=f"restore {run.trainer_path(max(past))} from a copy, or start again in another --output",
-                code=ExitCode.BAD_DATA,
-            )
         if saved:
             checkpoint.restore(run.trainer_path(saved), self._model, self._optimizer)
-        if saved == done:
-            return
-        console.info(f"no trainer state of step {done}: making the updates from step {saved} on once more")
-        for step in range(saved, done):
-            self._update(step, self.micro_batches(step, list(read_scored(run, step))))
-        again = _write_sharded_directory(run.path / ".again", lambda folder: self._export(folder, done))
-        files.remove_directory(run.path / ".again")
-        recorded = run.update(done - 1)["student"]
-        if distributed.is_main() and any(again[name] != recorded[name] for name in again if name != publish.CARD_FILE):
-            console.warn("these updates came out otherwise than before in the last bits; going on from the new ones")
+        if saved < done:
+            console.info(f"no checkpoint for step {done}; replaying updates from step {saved}")
+            for step in range(saved, done):
+                self._update(step, self.micro_batches(step, list(read_scored(run, step))))
+            self._check_replay(done)
+        missing = done > run.start_step and not run.student_path(done).is_dir()
+        if distributed.broadcast_object(missing):
+            self._rewrite_student(done)
+
+    def _check_replay(self, done: int) -> None:
+        """Warn if the replayed student is not bit-identical to the recorded one."""
+        directory = self._run.path / ".replayed"
+        replayed = _write_sharded_directory(directory, lambda folder: self._export(folder, done))
+        files.remove_directory(directory)
+        recorded = self._run.student_digests(done)
+        names = replayed.keys() - {publish.CARD_FILE}
+        if distributed.is_main() and any(replayed[name] != recorded[name] for name in names):
+            console.warn(
+                "replayed updates are not bit-identical to the originals; continuing from the replayed weights"
+            )
+
+    def _rewrite_student(self, step: int) -> None:
+        """Write the newest student, whose directory is missing, from the checkpoint.
+
+        Raises:
+            OpdctlError: the student differs from the recorded one.
+        """
+        run = self._run
+        recorded = run.student_digests(step)
+        metrics = run.update(step - 1)["metrics"] if step > run.start_step else {}
+
+        def fill(folder: Path) -> None:
+            self._export(folder, step, metrics)
+            # The card lists settings that may have changed since. `opdctl run repair` has moved the original.
+            card = set_aside_path(run, run.student_path(step)) / publish.CARD_FILE
+            if distributed.is_main() and directories.matches_digest(card, recorded[publish.CARD_FILE]):
+                files.copy_file(card, folder)
+
+        console.info(f"writing the missing student of step {step} from its checkpoint")
+        written = _write_sharded_directory(run.student_path(step), fill)
+        if distributed.is_main() and written != recorded:
+            why = "the student written from the checkpoint differs from the recorded one"
+            raise files.corrupt_artifact(run.student_path(step), why, "start again in another --output")
 
     def train_step(self, step: int, stage_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
         """Update the student on the responses of `step`, write what comes of it, and return the step's metrics.
@@ -96,24 +124,6 @@ class Trainer:
         metrics["peak_memory_gib"] = peak_memory_gib(self._device)
         self._publish(step, metrics)
         return metrics
-
-    def repair_student(self, step: int) -> None:
-        """Write the newest student, that of `step`, once more, by the state that it was made of.
-
-        Raises OpdctlError (code 3) where it comes out otherwise than recorded.
-        """
-        path, record = self._run.student_path(step), self._run.update(step - 1)
-
-        def fill(folder: Path) -> None:
-            self._export(folder, step, record["metrics"])
-            if distributed.is_main() and directories.matches_digest(
-                path / publish.CARD_FILE, record["student"][publish.CARD_FILE]
-            ):
-                files.copy_file(path / publish.CARD_FILE, folder)  # it tells of settings that may have changed since
-
-        found = _write_sharded_directory(path, fill)
-        if distributed.is_main() and found != record["student"]:
-            raise files.corrupt_artifact(path, "made again it is another student", "start again in another --output")
 
     def micro_batches(self, step: int, scored: list[ScoredResponse]) -> list[MicroBatch]:
         """Weigh a step's tokens, cut them into micro-batches, and return this rank's."""
@@ -163,9 +173,9 @@ class Trainer:
             self._budget = max(batch.padded.input_ids_BT.numel() for batch in batches)
             console.warn(f"out of memory: going on with half as large micro-batches, of {self._budget} tokens at most")
         raise OpdctlError(
-            f"out of memory in an update, with micro-batches of {max(len(b.samples) for b in batches)} responses",
-            hint="train.gradient_checkpointing, train.cpu_offload or [lora] need less, and so do more processes",
-            code=ExitCode.UNAVAILABLE,
+            "out_of_memory",
+            f"in an update, with micro-batches of {max(len(b.samples) for b in batches)} responses",
+            hint="set train.gradient_checkpointing or train.cpu_offload, use [lora], or more processes",
         )
 
     def _backward_all(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
@@ -257,8 +267,8 @@ class Trainer:
     def _publish(self, step: int, metrics: dict[str, Any]) -> None:
         """Write trainer state and student, then update.json, which makes them count."""
         run, done, trainer = self._run, step + 1, {}
-        if distributed.is_main() and run.update_path(step).exists():  # this process was suspended, and lost its claim
-            raise OpdctlError(f"{run.path}: another process has made step {done} meanwhile", code=ExitCode.UNAVAILABLE)
+        if distributed.is_main() and run.update_path(step).exists():  # this process was suspended and lost its lease
+            raise OpdctlError("lease_held", f"{run.path}: another process has already written step {done}")
         if done % self._settings.save_every_steps == 0 or done == self._settings.steps:
             trainer = _write_sharded_directory(
                 run.trainer_path(done), lambda folder: checkpoint.save(folder, self._model, self._optimizer)
@@ -267,8 +277,7 @@ class Trainer:
         if distributed.is_main():
             fingerprint = update_fingerprint(run, step)
             record = {
-                "schema_version": SCHEMA_VERSION,
-                "stage": "update",
+                **versioned("update"),
                 "step": step,
                 "settings": dict(fingerprint.settings),
                 "inputs": dict(fingerprint.inputs),
@@ -288,16 +297,23 @@ class Trainer:
 
 
 def latest_checkpoint(run: Run, done: int) -> int:
-    """Return the step, up to `done`, of the newest saved state that is whole, 0 for none. Names those that are not."""
-    for step in range(done, 0, -1):
-        recorded, folder = run.update(step - 1)["trainer"], run.trainer_path(step)
-        if recorded and folder.is_dir():
+    """Return the step, up to `done`, of the latest intact checkpoint, 0 if there is none. Warns of corrupt ones.
+
+    Raises:
+        OpdctlError: there is none in a fork, which cannot replay the steps before its start.
+    """
+    for step in range(done, run.start_step - (run.start_step > 0), -1):
+        digests, folder = run.trainer_digests(step), run.trainer_path(step)
+        if digests and folder.is_dir():
             try:
-                directories.check_directory(folder, recorded)
+                directories.check_directory(folder, digests)
             except OpdctlError as error:
-                console.warn(f"{error.message}: taking the state before it")
+                console.warn(f"{error.message}; using the checkpoint before it")
             else:
                 return step
+    if run.start_step:
+        why = "no intact checkpoint since the fork"
+        raise files.corrupt_artifact(run.trainer_path(run.start_step), why, "restore it from a copy, or fork again")
     return 0
 
 
@@ -319,9 +335,9 @@ def update_fingerprint(run: Run, step: int) -> Fingerprint:
 
 
 def _not_finite(run: Run, what: str, samples: list[str]) -> OpdctlError:
-    among = f" among {', '.join(samples[:5])}" if samples else ""
+    responses = f" in responses {', '.join(samples[:5])}" if samples else ""
     return OpdctlError(
-        f"{what}{among}; nothing of this step was kept",
-        hint=f"the last student is whole: {run.student_path(run.current_step())}; lower train.learning_rate?",
-        code=ExitCode.BAD_DATA,
+        "non_finite_value",
+        f"{what}{responses}; this step was not written",
+        hint=f"the latest good student is {run.student_path(run.current_step())}; try a lower train.learning_rate",
     )

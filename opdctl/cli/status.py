@@ -1,0 +1,63 @@
+"""`opdctl status`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from opdctl import console
+from opdctl.cli.options import Json, RunDir, Verbose
+from opdctl.cli.session import command_session, print_json
+from opdctl.errors import ExitCode
+
+if TYPE_CHECKING:
+    from opdctl.runs.heartbeats import Heartbeat
+    from opdctl.runs.status import RunStatus
+
+
+def status(
+    run_dir: RunDir,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and check its checksum.")] = False,
+    json_: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Show what is finished, missing or corrupt in a run directory, and the next command.
+
+    \b
+    opdctl status runs/quickstart
+    opdctl status runs/quickstart --verify
+    """
+    with command_session(verbose):
+        from opdctl.runs.run import Run
+        from opdctl.runs.status import collect_status
+
+        found = collect_status(Run.load(run_dir), verify=verify)
+        run = found.run
+        console.print_fields(f"{run_dir}: {run.current_step()} of {run.recipe.train.steps} steps", _rows(found))
+        if json_:
+            print_json(found.as_dict())
+        if found.is_corrupt:
+            raise typer.Exit(ExitCode.BAD_DATA)
+
+
+def _rows(status: "RunStatus") -> list[tuple[str, str]]:
+    """Return (what, state) rows. The steps before the first unfinished one share a row."""
+    run = status.run
+    unfinished = {stage.step for stage in status.stages if stage.state != "done" and stage.step is not None}
+    finished = range(run.start_step, min([*unfinished, run.current_step()]))
+    rows = []
+    if run.forked_from:
+        rows.append(("forked from", f"{run.forked_from['run_dir']}, step {run.forked_from['step']}"))
+    if finished:
+        steps = f"step {finished[0]}" if len(finished) == 1 else f"steps {finished[0]} to {finished[-1]}"
+        rows.append(("finished", steps))
+    for stage in [*(stage for stage in status.stages if stage.step not in finished), *status.continuations]:
+        rows.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
+    rows += [(each.stage, f"{each.state}  {each.detail}") for each in status.evaluations if each.state != "done"]
+    rows += [(beat.stage, _describe(beat)) for beat in status.heartbeats]
+    rows += [(f"eval {each['bench']}", f"{each['model']}: {each['avg']:.1%}") for each in status.summaries]
+    return [*rows, ("next", status.next_command())]
+
+
+def _describe(beat: "Heartbeat") -> str:
+    age = f"{beat.age:.0f} s ago" if beat.is_alive else f"no heartbeat for {beat.age:.0f} s"
+    return f"step {beat.step}, {beat.state}  ({age}, process {beat.pid} on {beat.host})"

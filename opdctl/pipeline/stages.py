@@ -1,0 +1,113 @@
+"""Run rollout or score-teacher alone: on one step, or with `--follow` on each step as its inputs appear."""
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from opdctl import console
+from opdctl.artifacts.stage_dir import StageDir
+from opdctl.engines.pool import open_engine_pool
+from opdctl.errors import OpdctlError
+from opdctl.pipeline.plan import check_space
+from opdctl.pipeline.rollout import run_rollout
+from opdctl.pipeline.score import run_scoring
+from opdctl.runs.heartbeats import send_heartbeats
+from opdctl.runs.run import Run
+
+StageName = Literal["rollout", "score-teacher"]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The result of a stage on one step."""
+
+    run: Run
+    name: StageName
+    step: int
+    stages: list[StageDir]
+    parts_made: int
+    seconds: float
+
+    @property
+    def is_finished(self) -> bool:
+        return all(stage.is_finished() for stage in self.stages)
+
+    @property
+    def total_parts(self) -> int:
+        return sum(len(stage.names) for stage in self.stages)
+
+    def count_finished_parts(self) -> int:
+        return self.total_parts - sum(len(stage.missing(digests=False)) for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        manifests = [manifest for stage in self.stages if (manifest := stage.manifest())]
+        parts = [part for manifest in manifests for part in manifest["parts"]]
+        return {
+            "run_dir": str(self.run.path),
+            "stage": self.name,
+            "step": self.step,
+            "parts": len(parts),
+            "parts_made": self.parts_made,
+            "rows": sum(part["rows"] for part in parts),
+            "tokens": sum(part["tokens"] for part in parts),
+            "seconds": self.seconds,
+            "next": self.run.next_command(),
+        }
+
+
+def run_stage(run: Run, device: str, name: StageName, step: int, scorers: Collection[str] = ()) -> StageResult:
+    """Make the missing parts of a step's rollout, or of its scores by `scorers`.
+
+    Raises:
+        OpdctlError: an input is missing; the stage was made with different settings; the disk is full.
+    """
+    start = time.monotonic()
+    check_space(run, [name.removesuffix("-teacher")])
+    with open_engine_pool(run.recipe, device) as engines:
+        if name == "rollout":
+            made, stages = run_rollout(run, step, engines), [run.rollout_stage(step)]
+        else:
+            made = run_scoring(run, step, engines, only=scorers)
+            stages = [run.score_stage(step, scorer) for scorer in scorers]
+    return StageResult(run, name, step, stages, made, time.monotonic() - start)
+
+
+def follow_stage(run: Run, device: str, name: StageName, scorers: Collection[str] = ()) -> None:
+    """Run a stage on every step until the recipe's last, as soon as its inputs exist.
+
+    Raises:
+        OpdctlError: there were no inputs for pipeline.follow_timeout_seconds.
+    """
+    with open_engine_pool(run.recipe, device) as engines, send_heartbeats(run, name) as heartbeat:
+        for step in range(run.current_step(), run.recipe.train.steps):
+            if name == "rollout":
+                heartbeat.wait_for(step, partial(run.can_sample, step), "student")
+                made = run_rollout(run, step, engines, wait=True)
+                console.info(f"step {step}: {made} parts sampled by policy version {run.policy_version(step)}")
+            else:
+                heartbeat.wait_for(step, partial(run.is_sampled, step), "responses")
+                made = run_scoring(run, step, engines, only=scorers, wait=True)
+                console.info(f"step {step}: {made} parts scored")
+
+
+def resolve_step(run: Run, step: int | None) -> int:
+    """Return the step to work on: the current one by default, the last if all are done.
+
+    Raises:
+        OpdctlError: the run does not have the step, or no student for it yet.
+    """
+    current, first, steps = run.current_step(), run.start_step, run.recipe.train.steps
+    if step is None:
+        return min(current, steps - 1)
+    if not first <= step < steps:
+        raise OpdctlError("invalid_usage", f"--step {step}: {run.path} has steps {first} to {steps - 1}")
+    if not run.can_sample(step):
+        raise OpdctlError(
+            "missing_checkpoint",
+            f"--step {step}: {run.path} has {current} updates",
+            hint=f"run `{run.command_line('train')}`",
+        )
+    return step

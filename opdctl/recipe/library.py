@@ -1,0 +1,45 @@
+"""The recipes that come with opdctl, found by name: `quickstart`, `pairs/…`, `weights/…`, `variants/…`."""
+
+import tomllib
+from pathlib import Path
+
+from opdctl.errors import OpdctlError, did_you_mean
+
+PACKAGE = Path(__file__).parent.parent
+LIBRARY = next((path for path in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if path.is_dir()), PACKAGE)
+"""Inside the package in an installation, beside it in a source checkout."""
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all recipes, those for a complete run first."""
+    paths = sorted(LIBRARY.rglob("*.toml"), key=lambda path: (len(path.relative_to(LIBRARY).parts), path))
+    return [str(path.relative_to(LIBRARY).with_suffix("")) for path in paths]
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: a path if it exists, else the recipe of that name.
+
+    Raises:
+        OpdctlError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in recipe_names():
+        return LIBRARY / f"{name}.toml"
+    beside = sorted(each.name for each in path.parent.glob("*.toml")) if path.suffix == ".toml" else recipe_names()
+    raise OpdctlError(
+        "missing_file",
+        f"{name}: no such recipe{did_you_mean(path.name if path.suffix == '.toml' else name, beside)}",
+        hint="give a TOML file, or a name from `opdctl list recipes`",
+    )
+
+
+def describe_recipe(name: str) -> tuple[str, str]:
+    """Return the first comment line of a recipe, and "complete" or "overlay": what it is laid over is another
+    recipe."""
+    text = (LIBRARY / f"{name}.toml").read_text(encoding="utf-8")
+    keys = tomllib.loads(text)
+    is_complete = {"name", "student", "prompts"} <= keys.keys() and "steps" in keys.get("train", {})
+    comment = next((line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")), "")
+    return comment, "complete" if is_complete else "overlay"

@@ -1,0 +1,99 @@
+"""A fork: a new run that continues from the current step of another with a different recipe.
+
+The fork starts from that step's student and trainer state, and reuses the rollouts and scores of unfinished steps that
+the changes do not affect. Files are hard-linked where the file system can. The other run stays as it is, so every run
+has one recipe.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from opdctl.artifacts import directories, files
+from opdctl.artifacts.stage_dir import Changes
+from opdctl.errors import OpdctlError
+from opdctl.recipe.dependencies import IMMUTABLE_KEYS, describe_changes, unaffected_stages
+from opdctl.recipe.schema import Recipe
+from opdctl.runs.compatibility import artifact_changes, describe_reusable_artifacts
+from opdctl.runs.run import Run, read_run_record
+
+
+@dataclass(frozen=True)
+class ForkPlan:
+    """A fork of `run` at `step`: the changed settings, and the files and directories that the fork reuses."""
+
+    run: Run
+    recipe: Recipe
+    step: int
+    changes: Changes
+    reused: list[Path]
+
+    def lines(self) -> list[str]:
+        """Return the changes and their consequences as text."""
+        return [
+            describe_changes(self.changes),
+            *describe_reusable_artifacts(self.run, self.changes),
+            f"the fork starts at step {self.step}",
+        ]
+
+
+def plan_fork(run: Run, recipe: Recipe) -> ForkPlan:
+    """Return the fork of `run` from its current step on with another recipe.
+
+    Raises:
+        OpdctlError: nothing changes that affects artifacts; a setting changes that is fixed for a run; or the current
+            step has no trainer state to start from.
+    """
+    step, changes = run.current_step(), artifact_changes(run.recipe, recipe)
+    if not changes:
+        raise OpdctlError("invalid_usage", f"{run.path}: no change affects artifacts", hint="give --set or --recipe")
+    if fixed := [change for change in changes if change[0].startswith(IMMUTABLE_KEYS)]:
+        raise OpdctlError(
+            "immutable_setting",
+            f"{run.path}: these settings are fixed when a run starts\n{describe_changes(fixed)}",
+            hint="start a new run with `opdctl train --recipe … --output NEW_RUN_DIR`",
+        )
+    if step and not run.trainer_path(step).is_dir():
+        raise OpdctlError(
+            "missing_checkpoint",
+            f"{run.trainer_path(step)}: not saved (train.save_every_steps = {run.recipe.train.save_every_steps})",
+            hint=f"make one step more: `{run.command_line('train')} --set train.steps={step + 1}`: the last is saved",
+        )
+    return ForkPlan(run, recipe, step, changes, _reusable_paths(run, step, changes))
+
+
+def _reusable_paths(run: Run, step: int, changes: Changes) -> list[Path]:
+    """Return the prompts, the state of the step, and the artifacts of unfinished steps that the changes do not
+    affect."""
+    stages = unaffected_stages(key for key, _, _ in changes)
+    names = [*(["rollout"] if "rollout" in stages else []), *(run.scorers() if "score" in stages else [])]
+    unfinished = [run.step_path(later) / name for later in range(step, run.recipe.train.steps) for name in names]
+    state = [run.student_path(step), run.trainer_path(step)] if step else []
+    return [path for path in (run.path / "prompts.parquet", *state, *unfinished) if path.exists()]
+
+
+def create_fork(plan: ForkPlan, new: Path) -> int:
+    """Create the fork in the directory `new` atomically and return the number of files that it reuses.
+
+    Raises:
+        OpdctlError: `new` exists, or the state to start from is corrupt.
+    """
+    run, step = plan.run, plan.step
+    if new.exists():
+        raise OpdctlError("unusable_output", f"{new} exists", hint="give the path of a directory that does not exist")
+    start: Mapping[str, object] = {}
+    if step:
+        run.student_at(step)
+        directories.check_directory(run.trainer_path(step), run.trainer_digests(step))
+        digests = {"student": run.student_digests(step), "trainer": run.trainer_digests(step)}
+        start = {"forked_from": {"run_dir": str(run.path), "step": step, **digests}}
+    reused = 0
+
+    def fill(directory: Path) -> None:
+        nonlocal reused
+        reused = directories.link_or_copy(plan.reused, run.path, directory)
+        files.write_text(directory / "recipe.toml", plan.recipe.to_toml())
+        files.write_json(directory / "run.json", {**read_run_record(run.path), **start})
+
+    directories.write_directory(new, fill)
+    return reused
