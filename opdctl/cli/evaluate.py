@@ -24,46 +24,55 @@ if TYPE_CHECKING:
     from opdctl.runs.run import Run
 
 
+EvaluatedRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        "--output",
+        metavar="RUN_DIR",
+        help="The run. Default: the newest one under runs/.",
+        autocompletion=completion.complete_runs,
+    ),
+]
+EvaluatedStep = Annotated[
+    int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
+]
+EvaluatedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="Another model: a directory, a hub id, `toy:…`, or `teacher` of the run. Without a run: into eval/.",
+    ),
+]
+Benchmarks = Annotated[
+    str | None,
+    typer.Option(
+        "--bench",
+        metavar="A,B,…",
+        help="Benchmarks, or files of problems. Default: the recipe's.",
+        autocompletion=completion.complete_benchmarks,
+    ),
+]
+Data = Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a directory of them.")]
+ShowFailures = Annotated[
+    int, typer.Option("--show-failures", metavar="K", min=0, help="Print K incorrect responses per benchmark.")
+]
+AllowCodeExecution = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Let HumanEval+ and MBPP+ run model-generated code.")
+]
+
+
 def evaluate(
     recipe: Recipes = None,
     set_: Overrides = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--run",
-            "--output",
-            metavar="RUN_DIR",
-            help="The run. Default: the newest one under runs/.",
-            autocompletion=completion.complete_runs,
-        ),
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="PATH_OR_ID",
-            help="Another model: a directory, a hub id, `toy:…`, or `teacher` of the run. Without a run: into eval/.",
-        ),
-    ] = None,
-    bench: Annotated[
-        str | None,
-        typer.Option(
-            "--bench",
-            metavar="A,B,…",
-            help="Benchmarks, or files of problems. Default: the recipe's.",
-            autocompletion=completion.complete_benchmarks,
-        ),
-    ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Local benchmark file, or a directory of them.")] = None,
-    show_failures: Annotated[
-        int, typer.Option("--show-failures", metavar="K", min=0, help="Print K incorrect responses per benchmark.")
-    ] = 0,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Let HumanEval+ and MBPP+ run model-generated code.")
-    ] = False,
+    run_dir: EvaluatedRun = None,
+    step: EvaluatedStep = None,
+    model: EvaluatedModel = None,
+    bench: Benchmarks = None,
+    data: Data = None,
+    show_failures: ShowFailures = 0,
+    allow_code_execution: AllowCodeExecution = False,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
