@@ -221,5 +221,5 @@ def _shut_down(connected: socket.socket) -> None:
 
 def _retry_pause(attempt: int) -> float:
     """Return exponentially growing seconds, with jitter so that concurrent requests do not retry together."""
-    growing = FIRST_RETRY_PAUSE_SECONDS * 2 ** (attempt - 1)
+    growing = FIRST_RETRY_PAUSE_SECONDS * 2 ** min(attempt - 1, 30)
     return min(growing, MAX_RETRY_PAUSE_SECONDS) + random.uniform(0, FIRST_RETRY_PAUSE_SECONDS)
