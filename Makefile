@@ -1,24 +1,29 @@
-# make quickstart   a virtual environment, the installation, and the whole pipeline on the embedded task
-# make test         the same environment with the tools for development; lint, types, tests
+# make quickstart   a virtual environment, the installation, and the complete pipeline on the embedded task
+# make test         the same environment with the tools for development; lint, types, unit and integration tests
+# make test-all     the same and the acceptance tests: README, docs, vLLM, torchrun, kills, the wheel
 #
 # make docs         the documentation as a site, in build/site
 #
-# Where the package index serves torch for CUDA, and CUDA is not wanted:
+# If the package index serves torch for CUDA, and CUDA is not wanted:
 #   make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+PYTEST := $(VENV)/bin/pytest --numprocesses auto
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test test-all lint docs clean
 
 quickstart: $(VENV)/installed
-	$(VENV)/bin/opdctl train --recipe recipes/quickstart.toml
+	$(VENV)/bin/opdctl train --recipe quickstart
 	$(VENV)/bin/opdctl analyze-position runs/quickstart
 
 test: lint
-	$(VENV)/bin/pytest --numprocesses auto --dist loadfile
+	$(PYTEST) --dist worksteal tests/unit tests/integration
+
+test-all: lint
+	$(PYTEST) --dist loadscope --durations 25 --durations-min 5 tests
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -28,7 +33,7 @@ lint: $(VENV)/installed-dev
 docs: $(VENV)/installed-dev
 	$(VENV)/bin/mkdocs build
 
-# torch goes first, in a version of its own: whoever asks for it later without a version may bring CUDA along.
+# torch goes first, with its version: a package that requires torch without a version may install CUDA packages.
 $(VENV)/installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opdctl needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
@@ -36,9 +41,9 @@ $(VENV)/installed: pyproject.toml .ci/constraints.txt
 	$(PIP) --editable .
 	touch $@
 
-# evalplus asks for clients of several services that it does without here, so it comes with what it does need.
-# vLLM is tested for real, on the CPU, where there is a build of it. It asks for packages that have no build for this
-# torch and that it does without here.
+# evalplus requires clients of several services that are not used here, so it is installed with what it does use.
+# vLLM runs on the CPU where there is a build of it. It requires packages that have no build for this torch and that are
+# not used here.
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev,docs]'
 	$(PIP) --no-deps evalplus wget tempdir appdirs psutil termcolor tree-sitter tree-sitter-python
