@@ -13,7 +13,7 @@ from scipy import stats
 from opdctl.artifacts.records import Response, ScoredResponse, TokenScores
 from opdctl.data.toy import sort12
 
-STUDY = ROOT / "tests" / "bench" / "study"
+STUDY = ROOT / "tests" / "study"
 sys.path.insert(0, str(STUDY))
 
 from arms import ARMS, FULL, IW_OPD, PREFIX, QUICK, STUDENTS, SUFFIX, UNIFORM, Training  # noqa: E402

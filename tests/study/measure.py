@@ -22,7 +22,7 @@ from opdctl.data.toy import TASKS
 from opdctl.runs.run import Run, load_run
 from opdctl.runs.scored_responses import read_scored, to_weight_inputs
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "quickstart.toml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 FINAL_PROBLEMS = 128
 
 

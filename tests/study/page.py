@@ -54,7 +54,7 @@ def head(results: Results, seconds: float) -> str:
 Which token weights and losses help, and when the beginning of a response matters most. This page is made by
 
 ```console
-python tests/bench/study
+python tests/study
 ```
 
 from {len(results.rows)} measurements, each by opdctl's own commands. On two CPU cores, two processes of one thread each, they

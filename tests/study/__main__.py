@@ -1,7 +1,7 @@
 """The study: which token weights and losses help on the embedded tasks, and when a response's beginning matters most.
 
-    python tests/bench/study                     docs/study.md with its figures, in less than an hour on two idle cores
-    python tests/bench/study --out OUT --quick   the same path in minutes, with numbers that mean nothing
+    python tests/study                     docs/study.md with its figures, in less than an hour on two idle cores
+    python tests/study --out OUT --quick   the same path in minutes, with numbers that mean nothing
 
 What is measured is kept in a file, so a study that was killed goes on, and the page can be written again at once.
 """
