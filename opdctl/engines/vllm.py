@@ -259,7 +259,7 @@ class WorkerExtension:
                 module.register_forward_hook(mask)
 
     def opdctl_load(self, path: str) -> bool:
-        """Load the weights of a directory; return whether embedding and output matrix are now its own."""
+        """Load a directory's weights; return whether embedding and output matrix now equal the stored ones."""
         self.reload_weights(weights_path=path)
         # On the CPU a layer multiplies by a packed copy of its weights. vLLM does not update the copy of a tied output
         # matrix, because the checkpoint contains no tensor of that name.

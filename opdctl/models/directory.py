@@ -29,7 +29,7 @@ def toy_model_names() -> list[str]:
 
 
 def find_or_download(model: Model, key: str) -> Path:
-    """Return the directory of a model: embedded, local, or downloaded from the hub. `key` names it in errors.
+    """Return the directory of a model: toy, local, or downloaded from the hub. `key` names it in errors.
 
     Raises:
         OpdctlError: the name is invalid, the directory is not a model's, or the download fails.
@@ -38,7 +38,7 @@ def find_or_download(model: Model, key: str) -> Path:
 
 
 def find_local(model: Model, key: str) -> Path | None:
-    """Return the directory of an embedded or local model, or None for a hub id.
+    """Return the directory of a toy or local model, or None for a hub id.
 
     Raises:
         OpdctlError: the name is invalid, or the directory is not a model's.
@@ -47,7 +47,7 @@ def find_local(model: Model, key: str) -> Path | None:
     if name.startswith("toy:"):
         if name not in toy_model_names():
             suggestion = did_you_mean(name, toy_model_names())
-            raise OpdctlError("unknown_name", f"{key}: no embedded model `{name}`{suggestion}")
+            raise OpdctlError("unknown_name", f"{key}: no toy model `{name}`{suggestion}")
         return Path(str(resources.files("opdctl.data.toy"))) / "models" / name.removeprefix("toy:")
     path = Path(name).expanduser()
     if path.is_dir():
