@@ -48,7 +48,7 @@ from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
 from opdctl.recipe.dependencies import STAGE_DEPENDENCIES, fingerprint_settings
 from opdctl.recipe.schema import Model, Sampling, Score
-from opdctl.runs.run import load_run
+from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 
 pytestmark = pytest.mark.skipif(not has_vllm(), reason="needs vLLM, which `make test` installs where it can")
@@ -175,7 +175,7 @@ def undisturbed(rolled_out, server, tmp_path_factory) -> Path:
 
 
 def answered(run: Path) -> list[ScoreRequest]:
-    rows = [row for i in range(2) for row in read_rows(load_run(run).rollout_stage(0).verify(i), Response)]
+    rows = Run.load(run).rollout_stage(0).read_all(Response)
     return [ScoreRequest(row.prompt_ids, row.response_ids) for row in rows]
 
 
@@ -254,11 +254,11 @@ def test_served_student_samples_and_is_evaluated_but_cannot_be_trained(proxy, tm
         result = invoke(*command, *common)
         assert result.code == ExitCode.USAGE, command  # `rollout` is now one of step 1
         assert result.kind == "unsupported_setting", command
-    run = load_run(tmp_path / "run")
+    run = Run.load(tmp_path / "run")
     graded = read_rows(run.path / "eval/sort12/step-00000/part-00000-of-00001.parquet", GradedResponse)
     assert len(graded) == 8
     assert np.mean([row.correct for row in graded]) > 0.5
-    assert run.rollout_stage(0).manifest()["logprob_metadata"]["engine"] == "server"
+    assert run.rollout_stage(0).manifest().logprob_metadata["engine"] == "server"
     for sample in read_scored(run, 0):  # scored by the transformers engine with the same model
         np.testing.assert_allclose(sample.response.logprobs, sample.teacher.logprobs, rtol=0, atol=1e-3)
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
-from opdctl.runs.run import load_run
+from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
@@ -49,7 +49,7 @@ def test_other_architectures_train_with_correct_logprobs(kind, tmp_path):
     student, teacher = (save(KINDS[kind](), tmp_path / name) for name in ("student", "teacher"))
     result = train(tmp_path, f"student.model={student}", f"teacher.model={teacher}")
     assert result.code == 0, result.err
-    run = load_run(tmp_path / "run")
+    run = Run.load(tmp_path / "run")
     for step in (0, 1):  # the engine of step 1 loaded the weights of the first update
         models = [load_model(run.student_at(step), device="cpu"), load_model(run.models["teacher"], device="cpu")]
         for sample in read_scored(run, step):
@@ -72,7 +72,7 @@ def test_exported_student_has_the_same_eos_and_no_foreign_files(tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     result = train(tmp_path, f"student.model={path}")
     assert result.code == 0, result.err
-    exported = load_run(tmp_path / "run").student_at(2)
+    exported = Run.load(tmp_path / "run").student_at(2)
     assert exported.eos_ids == ModelDir(path, "float32").eos_ids == (1,)
     assert not (exported.path / "generation_config.json").exists()
     assert not (exported.path / "pytorch_model.bin").exists()
