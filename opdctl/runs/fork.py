@@ -1,7 +1,7 @@
 """A fork: a new run that continues from the current step of another with a different recipe.
 
-The fork starts from that step's student and trainer state, and reuses the rollouts and scores of unfinished steps that
-the changes do not affect. Files are hard-linked where the file system can. The other run stays as it is, so every run
+The fork starts from that step's student and trainer state with their evaluations, and reuses the rollouts and scores of
+unfinished steps that the changes do not affect. Files are hard-linked where the file system can. The other run stays as it is, so every run
 has one recipe.
 """
 
@@ -15,6 +15,7 @@ from opdctl.errors import OpdctlError
 from opdctl.recipe.dependencies import IMMUTABLE_KEYS, describe_changes, unaffected_stages
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.compatibility import artifact_changes, describe_reusable_artifacts
+from opdctl.runs.layout import step_name
 from opdctl.runs.run import Run, read_run_record
 
 
@@ -33,7 +34,7 @@ class ForkPlan:
         return [
             describe_changes(self.changes),
             *describe_reusable_artifacts(self.run, self.changes),
-            f"the fork starts at step {self.step}",
+            f"the fork starts at step {self.step} of {self.recipe.train.steps}",
         ]
 
 
@@ -69,7 +70,9 @@ def _reusable_paths(run: Run, step: int, changes: Changes) -> list[Path]:
     names = [*(["rollout"] if "rollout" in stages else []), *(run.scorers() if "score" in stages else [])]
     unfinished = [run.step_path(later) / name for later in range(step, run.recipe.train.steps) for name in names]
     state = [run.student_path(step), run.trainer_path(step)] if step else []
-    return [path for path in (run.path / "prompts.parquet", *state, *unfinished) if path.exists()]
+    evaluated = (step_name(step), *run.scorers(), "benchmark.json")
+    evaluations = [path for path in sorted(run.path.glob("eval/*/*")) if path.name in evaluated]
+    return [path for path in (run.path / "prompts.parquet", *state, *unfinished, *evaluations) if path.exists()]
 
 
 def create_fork(plan: ForkPlan, new: Path) -> int:
