@@ -1,8 +1,8 @@
 """A fork: a new run that continues from the current step of another with a different recipe.
 
 The fork starts from that step's student and trainer state with their evaluations, and reuses the rollouts and scores of
-unfinished steps that the changes do not affect. Files are hard-linked where the file system can. The other run stays as it is, so every run
-has one recipe.
+unfinished steps that the changes do not affect. Files are hard-linked where the file system can. The other run stays as
+it is, so every run has one recipe.
 """
 
 from collections.abc import Mapping
