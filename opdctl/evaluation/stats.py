@@ -30,6 +30,16 @@ class Estimate:
     low: float
     high: float
 
+    def format(self, spec: str = ".1%") -> str:
+        """Return "value [low, high]", each number by the format `spec`; "–" if the value is NaN."""
+        if math.isnan(self.value):
+            return "–"
+        return f"{self.value:{spec}} {self.format_interval(spec)}".rstrip()
+
+    def format_interval(self, spec: str = ".1%") -> str:
+        """Return "[low, high]", or "" without an interval."""
+        return "" if math.isnan(self.low) else f"[{self.low:{spec}}, {self.high:{spec}}]"
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -166,6 +166,17 @@ def _fraction_elapsed(tokens: ResponseTokens) -> Floats:
     return np.arange(len(tokens)) / max(len(tokens) - 1, 1)
 
 
+def top_k_overlap(tokens: ResponseTokens, top_k: int | None = None) -> Floats:
+    """Return the fraction of the student's `top_k` most probable tokens that are among the teacher's, [T].
+
+    top_k: all stored tokens by default.
+    """
+    student_TK = tokens.column("student_top_ids")[:, :top_k]
+    teacher_TK = tokens.column("teacher_top_ids")[:, :top_k]
+    shared_TK = (student_TK[:, :, None] == teacher_TK[:, None, :]).any(-1)
+    return shared_TK.sum(-1) / max(student_TK.shape[-1], 1)
+
+
 # ── By drift of the prefix from the teacher ──────────────────────────────────────────────────────────────────────────
 
 
@@ -277,10 +288,7 @@ class Prune(Weight):
         return {"rollout.top_k": self.top_k, "score.top_k": self.top_k}
 
     def __call__(self, tokens: ResponseTokens) -> Floats:
-        student_TK = tokens.column("student_top_ids")[:, : self.top_k]
-        teacher_TK = tokens.column("teacher_top_ids")[:, : self.top_k]
-        shared_TK = (student_TK[:, :, None] == teacher_TK[:, None, :]).any(-1)
-        drifted_T = shared_TK.sum(-1) / self.top_k < self.tau
+        drifted_T = top_k_overlap(tokens, self.top_k) < self.tau
         return np.clip(1 - self.drop * np.cumsum(drifted_T), 0.0, 1.0) + self.base
 
 
