@@ -59,7 +59,7 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         stack.enter_context(_exclusive_training(run))
         report = stack.enter_context(report_steps(run))
         engines = stack.enter_context(open_engine_pool(run.recipe, device))
-        track = stack.enter_context(tracking.trackers(run.recipe, run.path))
+        track = stack.enter_context(tracking.open_trackers(run.recipe, run.path))
         if fill:
             produce_inputs: ProduceInputs = partial(_make_inputs, run, engines, clock)
         else:

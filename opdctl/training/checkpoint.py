@@ -1,8 +1,8 @@
-"""The state of training, saved and restored whole: what is trained, in float32, and the optimizer's moments.
+"""Checkpoints of the trainer: the trained parameters in float32, and AdamW's moments. Exact to the bit.
 
-torch's distributed checkpoint on its safetensors storage: each rank writes its own shards, and any other number of
-ranks reads them back. There is no pickle: the shards' places lie in the files' own headers. What else training needs
-is no state: the learning rate and every random draw follow from the recipe's seed and the step.
+They use torch's distributed checkpoint with safetensors storage: each rank writes its own shards, and any number of
+ranks can read them. There is no pickle. Nothing else is state: the learning rate and every random number follow from
+the recipe's seed and the step.
 """
 
 import contextlib
@@ -19,54 +19,56 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.optim import AdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS, "step")
+TENSOR_GROUPS = ("weight", *MOMENTS, "step")
 
 
-def save(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
-    """Write the state into `folder`. Called by every rank. Tied weights are one parameter and are stored once."""
-    with warnings.catch_warnings(action="ignore"), _plain_errors():  # that there is one process only: so it may be
-        state = _state(model, optimizer)
-        # A file is put together in memory before it is written: so one for each kind of tensor.
-        files = {name: 1 + KINDS.index(name.partition("/")[0]) for name in state}
-        writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+def save(directory: Path, model: nn.Module, optimizer: AdamW) -> None:
+    """Write the state to `directory`. Called by all ranks. Tied weights are one parameter and are stored once."""
+    state = _state_dict(model, optimizer)
+    # The writer assembles a file in memory, so there is one file for each group of tensors.
+    file_numbers = {name: 1 + TENSOR_GROUPS.index(name.partition("/")[0]) for name in state}
+    writer = HuggingFaceStorageWriter(str(directory), file_numbers, save_distributed=True)
+    with _plain_errors():
         state_dict_saver.save(state, storage_writer=writer)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
-    """Read the state in `folder` back, bit for bit, whatever the number of ranks that wrote it. Called by every rank.
+def restore(directory: Path, model: nn.Module, optimizer: AdamW) -> None:
+    """Read the state from `directory`, written by any number of ranks. Called by all ranks.
 
-    Raises ValueError unless the files hold exactly the model's tensors, in their shapes.
+    Raises:
+        ValueError: the names or shapes of the tensors differ from the model's.
     """
-    state = _state(model, optimizer)
-    reader = HuggingFaceStorageReader(str(folder))
+    state = _state_dict(model, optimizer)
+    reader = HuggingFaceStorageReader(str(directory))
     entries: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     stored = {name: tuple(entry.size) for name, entry in entries.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if differing := {name for name, _ in stored.items() ^ wanted.items()}:
-        raise ValueError(f"{folder}: not the state of this model: {', '.join(sorted(differing)[:5])}")
-    with warnings.catch_warnings(action="ignore"), _plain_errors():  # that there is one process only: so it may be
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if differing := {name for name, _ in stored.items() ^ expected.items()}:
+        raise ValueError(f"{directory}: not a checkpoint of this model: {', '.join(sorted(differing)[:5])}")
+    with _plain_errors():
         state_dict_loader.load(state, storage_reader=reader)
 
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise what a rank raised: torch wraps it in something that is no Exception."""
+    """Raise the exception of a rank itself: torch wraps it in a BaseException. Hide torch's single-process warnings."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except CheckpointException as wrapped:
         raise next(iter(wrapped.failures.values()))[0] from None
 
 
-def _state(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    """Return every tensor of the state by name; the moments are made where there was no update yet."""
+def _state_dict(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """Return every tensor of the state by name. Moments that do not exist before the first update are created."""
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        own = optimizer.state[parameter]
-        if not own:
-            own["step"] = torch.zeros((), device=parameter.device)
-            own.update({key: torch.zeros_like(parameter) for key in MOMENTS})
+        moments = optimizer.state[parameter]
+        if not moments:
+            moments["step"] = torch.zeros((), device=parameter.device)
+            moments.update({key: torch.zeros_like(parameter) for key in MOMENTS})
         state[f"weight/{name}"] = parameter.detach()
-        state |= {f"{key}/{name}": own[key] for key in ("step", *MOMENTS)}
+        state |= {f"{key}/{name}": moments[key] for key in ("step", *MOMENTS)}
     return state

@@ -1,4 +1,7 @@
-"""TODO."""
+"""The metrics of a training step: sums over chunks, statistics of the responses, peak memory.
+
+Shapes: N response tokens of a micro-batch, C tokens of a chunk. docs/metrics.md defines each metric.
+"""
 
 import resource
 from collections.abc import Mapping, Sequence
@@ -17,7 +20,10 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 @dataclass
 class MetricSums:
-    """What chunk after chunk adds up to: the metrics' sums, and the student's log-probs of the sampled tokens."""
+    """Accumulator over the chunks of a micro-batch.
+
+    sums: of each metric over the tokens. logps: the student's log-probs of the sampled tokens, one tensor per chunk.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     logps: list[Tensor] = field(default_factory=list)
@@ -29,31 +35,34 @@ class MetricSums:
 
 
 def response_stats(scored: Sequence[ScoredResponse]) -> dict[str, float]:
-    """Return what a step's responses are like, all ranks' together; A by the stored log-probs, in nats."""
+    """Return statistics of all responses of a step. The quantiles of |A|, in nats, are of the stored log-probs."""
     responses = [sample.response for sample in scored]
     lengths = [len(response.response_ids) for response in responses]
-    gaps = [np.abs(sample.teacher.logprobs - sample.response.logprobs) for sample in scored]
-    found = {
+    stats = {
         "responses": len(responses),
         "tokens": sum(lengths),
         "response_length": sum(lengths) / max(len(responses), 1),
         "truncated_fraction": sum(r.finish_reason == "length" for r in responses) / max(len(responses), 1),
     }
-    if found["tokens"]:
-        quantiles = np.quantile(np.concatenate(gaps), QUANTILES)
-        found |= {f"abs_advantage_p{q * 100:.0f}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}
-    return found
+    if sum(lengths):
+        abs_advantages = [np.abs(sample.teacher.logprobs - sample.response.logprobs) for sample in scored]
+        quantiles = np.quantile(np.concatenate(abs_advantages), QUANTILES)
+        stats |= {f"abs_advantage_p{q * 100:.0f}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}
+    return stats
 
 
 def peak_memory_gib(device: str) -> float:
-    """Return the most memory that this process has held so far, in GiB: the GPU's, or its resident set on a CPU."""
+    """Return the peak memory of this process in GiB: GPU memory, or on a CPU the resident set."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def mismatch_metrics(difference_C: Tensor) -> dict[str, Tensor]:
-    """Return what tells trainer and rollout engine apart, from log p_trainer - log p_engine of the sampled tokens: the
-    ratio, 1 in the mean, and KL(engine || trainer) by the k3 estimator."""
-    difference_C = difference_C.clamp(max=MAX_LOG_RATIO)
-    return {"mismatch_ratio": difference_C.exp(), "mismatch_kl": difference_C.expm1() - difference_C}
+def mismatch_metrics(log_ratio_C: Tensor) -> dict[str, Tensor]:
+    """Return metrics of the mismatch between trainer and rollout engine, [C] each.
+
+    log_ratio_C: log p_trainer - log p_engine of the sampled tokens. The ratio is 1 on average without a mismatch. The
+    KL is KL(engine || trainer) by the k3 estimator, http://joschu.net/blog/kl-approx.html.
+    """
+    log_ratio_C = log_ratio_C.clamp(max=MAX_LOG_RATIO)
+    return {"mismatch_ratio": log_ratio_C.exp(), "mismatch_kl": log_ratio_C.expm1() - log_ratio_C}

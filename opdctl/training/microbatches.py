@@ -1,6 +1,6 @@
-"""A step's scored responses as micro-batches: what each token weighs, and how much its loss counts in the step's.
+"""Micro-batches: a step's scored responses with token weights and loss scales, split by a token budget.
 
-Knows no model. Shapes: N response tokens of a micro-batch, K ids of a top-k support.
+Shapes: N response tokens of a micro-batch, K ids of a top-k support.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from opdctl.runs.scored_responses import target_logprobs, to_weight_inputs
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole responses of one teacher, padded, with what is stored of each of their N tokens.
+    """Complete responses to prompts of one teacher, padded, with the stored values of their tokens.
 
-    loss_scale_N: what a token's loss is multiplied by, its weight included. support_ids_NK, teacher_logp_NK: the ids of
-    a top-k objective and the teacher's log-probs of them.
+    Log-probs are in nats. loss_scale_N: the factor of a token's loss in the step's loss: weight / denominator.
+    support_ids_NK, teacher_logp_NK: the ids of a top-k objective and the teacher's log-probs of them.
     """
 
     samples: list[ScoredResponse]
@@ -38,82 +38,83 @@ class MicroBatch:
     support_ids_NK: Tensor | None
     teacher_logp_NK: Tensor | None
     old_logp_N: Tensor | None = None
-    """The student's log-probs before the step's first update, once they are known."""
-    counts: bool = True
-    """False where it only keeps a rank in step with the others."""
+    """The student's log-probs before the step's first update; None until they are computed."""
+    is_filler: bool = False
+    """Whether it only keeps the collective calls of the ranks aligned. Its loss scales are 0."""
 
 
 def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
-    """Return a micro-batch as two, of half the responses each; one of a single response as it is."""
+    """Return two micro-batches with half of the responses each. A single response is returned unsplit."""
     half = len(batch.samples) // 2
-    tokens = sum(batch.padded.lengths[:half])
+    num_tokens = sum(batch.padded.lengths[:half])
 
-    def part(samples: list[ScoredResponse], rows: slice) -> MicroBatch:
+    def select(samples: list[ScoredResponse], rows: slice) -> MicroBatch:
         columns: dict[str, Any] = {k: value[rows] for k, value in vars(batch).items() if isinstance(value, Tensor)}
-        return replace(batch, samples=samples, padded=_padded(samples, batch.loss_scale_N.device), **columns)
+        return replace(batch, samples=samples, padded=_pad(samples, batch.loss_scale_N.device), **columns)
 
-    cuts = ((batch.samples[:half], slice(tokens)), (batch.samples[half:], slice(tokens, None)))
-    return [part(*cut) for cut in cuts] if half else [batch]
+    if not half:
+        return [batch]
+    first, second = batch.samples[:half], batch.samples[half:]
+    return [select(first, slice(num_tokens)), select(second, slice(num_tokens, None))]
 
 
-def _padded(samples: list[ScoredResponse], device: torch.device | str) -> PaddedBatch:
+def _pad(samples: list[ScoredResponse], device: torch.device | str) -> PaddedBatch:
     return pad_batch([(sample.response.prompt_ids, sample.response.response_ids) for sample in samples], device)
 
 
-def micro_batches_of_rank(batches: Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
-    """Return the micro-batches of one of `world` ranks, the same number for each.
+def micro_batches_of_rank(batches: Sequence[MicroBatch], rank: int, world_size: int) -> list[MicroBatch]:
+    """Return the micro-batches of one rank; every rank gets the same number.
 
-    Sharded layers are gathered by all ranks together, so one that has none left goes through the smallest again, with
-    losses of zero.
+    All ranks gather sharded layers together, so a rank with fewer micro-batches repeats the smallest one as a filler.
     """
     smallest = min(batches, key=lambda batch: batch.padded.input_ids_BT.numel())
-    idle = replace(smallest, loss_scale_N=torch.zeros_like(smallest.loss_scale_N), counts=False)
-    return [batches[i] if i < len(batches) else idle for i in range(rank, -(-len(batches) // world) * world, world)]
+    filler = replace(smallest, loss_scale_N=torch.zeros_like(smallest.loss_scale_N), is_filler=True)
+    padded_length = -(-len(batches) // world_size) * world_size
+    return [batches[i] if i < len(batches) else filler for i in range(rank, padded_length, world_size)]
 
 
-def micro_batches(
+def make_micro_batches(
     recipe: Recipe, step: int, scored: Sequence[ScoredResponse], weight: Weight, objective: Objective, device: str
 ) -> list[MicroBatch]:
-    """Weigh a step's tokens and cut its responses into micro-batches, each of one teacher, by the token budget."""
-    # Weights need whole responses and, some of them, the whole step: they are taken before anything is batched.
+    """Weight a step's tokens and split its responses into micro-batches of one teacher each, by the token budget."""
+    # Some weights depend on all responses of the step, so they are computed before the split.
     weights = weigh(weight, [to_weight_inputs(sample, step, recipe.train.extrapolation) for sample in scored])
     lengths = [len(sample.response.response_ids) for sample in scored]
-    divisors = _loss_denominators(lengths, recipe.train.aggregate)
+    denominators = _loss_denominators(lengths, recipe.train.aggregate)
     batches = []
     for teacher in recipe.teacher_models():
-        own = [i for i, sample in enumerate(scored) if sample.response.teacher == teacher]
-        sizes = [len(scored[i].response.prompt_ids) + lengths[i] for i in own]
-        for cut in by_token_budget(sizes, recipe.train.tokens_per_micro_batch):
-            rows = [own[i] for i in cut]
-            shares = [weights[i] / divisors[i] for i in rows]
-            samples = [scored[i] for i in rows]
-            batches.append(_micro_batch(recipe, samples, [weights[i] for i in rows], shares, objective, device))
+        rows = [i for i, sample in enumerate(scored) if sample.response.teacher == teacher]
+        sizes = [len(scored[i].response.prompt_ids) + lengths[i] for i in rows]
+        for indices in by_token_budget(sizes, recipe.train.tokens_per_micro_batch):
+            batch_rows = [rows[i] for i in indices]
+            loss_scales = [weights[i] / denominators[i] for i in batch_rows]
+            samples, batch_weights = [scored[i] for i in batch_rows], [weights[i] for i in batch_rows]
+            batches.append(_micro_batch(recipe, samples, batch_weights, loss_scales, objective, device))
     return batches
 
 
 def _loss_denominators(lengths: list[int], aggregate: str) -> list[int]:
-    """Return what each response's losses are divided by.
+    """Return for each response the denominator of its tokens' losses.
 
-    The step's loss is (sum over all tokens) / (their number). Dividing each token's by that one number gives its
-    gradient whatever the micro-batches; a mean of their means would not. By responses, it is each response's mean, so
-    its own length, over the number of responses.
+    `token`: the number of tokens of the step, so the gradient does not depend on the micro-batches; a mean of their
+    means would. `response`: the response's length times the number of responses.
     """
     if aggregate == "token":
         return [max(sum(lengths), 1)] * len(lengths)
-    responses = sum(length > 0 for length in lengths)
-    return [max(length, 1) * max(responses, 1) for length in lengths]
+    num_responses = sum(length > 0 for length in lengths)
+    return [max(length, 1) * max(num_responses, 1) for length in lengths]
 
 
 def _micro_batch(
     recipe: Recipe,
     samples: list[ScoredResponse],
     weights: list[Floats],
-    shares: list[Floats],
+    loss_scales: list[Floats],
     objective: Objective,
     device: str,
 ) -> MicroBatch:
     def column(values: Sequence[npt.NDArray[np.generic] | None], dtype: type = np.float32) -> Tensor:
-        stored = [value for value in values if value is not None]  # `needs` has seen to it that none is missing
+        stored = [value for value in values if value is not None]  # recipe validation ensures that all are stored
         return torch.from_numpy(np.concatenate(stored).astype(dtype)).to(device)
 
     responses, teachers = [sample.response for sample in samples], [sample.teacher for sample in samples]
@@ -124,15 +125,15 @@ def _micro_batch(
     elif objective.support == "student":
         ids_NK = column([response.top_ids for response in responses], np.int64)
         logp_NK = column([teacher.student_top_logprobs for teacher in teachers])
-    top_k = getattr(objective, "top_k", None)  # more may be stored than this objective asks for
+    top_k = getattr(objective, "top_k", None)  # the stored columns may be wider
     return MicroBatch(
         samples=samples,
-        padded=_padded(samples, device),
+        padded=_pad(samples, device),
         rollout_logp_N=column([response.logprobs for response in responses]),
         teacher_logp_N=column([teacher.logprobs for teacher in teachers]),
         target_logp_N=column([target_logprobs(sample, recipe.train.extrapolation) for sample in samples]),
         weight_N=column(weights),
-        loss_scale_N=column(shares),
+        loss_scale_N=column(loss_scales),
         support_ids_NK=None if ids_NK is None else ids_NK[:, :top_k],
         teacher_logp_NK=None if logp_NK is None else logp_NK[:, :top_k],
     )

@@ -1,4 +1,4 @@
-"""TODO."""
+"""AdamW and the learning-rate schedule."""
 
 import math
 
@@ -8,23 +8,23 @@ from opdctl.recipe.schema import Train
 
 
 def learning_rate(settings: Train, step: int) -> float:
-    """Return the learning rate of a step, counted from 0: a linear rise, then the schedule's fall, if any.
+    """Return the learning rate of a step, counted from 0: a linear warm-up, then a constant rate or a decay to 0.
 
-    A function of the step alone, so going on after a kill needs no state.
+    It depends on the step alone, so a resumed run needs no scheduler state.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.lr_scheduler_type == "constant":
         return settings.learning_rate
-    assert settings.decay_steps is not None  # the recipe is refused without
-    left = max(0.0, 1 - (step - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps))
-    return settings.learning_rate * (
-        left if settings.lr_scheduler_type == "linear" else (1 - math.cos(math.pi * left)) / 2
-    )
+    assert settings.decay_steps is not None  # recipe validation requires it
+    remaining = max(0.0, 1 - (step - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps))
+    if settings.lr_scheduler_type == "linear":
+        return settings.learning_rate * remaining
+    return settings.learning_rate * ((1 - math.cos(math.pi * remaining)) / 2)
 
 
 def make_adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
-    """Return AdamW whose weight decay spares vectors: norms and biases are no weights to be shrunk."""
+    """Return AdamW for the trainable parameters. Weight decay applies to matrices only, not to norms and biases."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     return torch.optim.AdamW(

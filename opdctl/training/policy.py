@@ -1,6 +1,6 @@
-"""The student as it is trained: float32 master weights or LoRA adapters, sharded by FSDP2, exported as a plain model.
+"""The student in training: float32 master weights or LoRA adapters, sharded by FSDP2, exported as a plain model.
 
-Every function here is called by all ranks.
+All ranks call every function of this module.
 """
 
 from pathlib import Path
@@ -23,28 +23,31 @@ from opdctl.recipe.schema import Lora, Recipe
 if TYPE_CHECKING:
     import peft
 
-ADAPTER = "default"  # peft's own name for the only one
+ADAPTER = "default"  # the name that peft gives to a single adapter
 
 
 def load_policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedModel:
-    """Load the student for training: what is trained is in float32, and requires a gradient.
+    """Load the student for training; trainable parameters are float32.
 
-    An update of 1e-5 is lost in bfloat16, so masters are float32 whatever the export's type; the frozen weights under
-    an adapter are never updated and stay as they are. Raises OpdctlError where the model has no such LoRA targets.
+    bfloat16 rounds an update of 1e-5 away, so master weights are float32 whatever the dtype of the export. The frozen
+    weights under an adapter keep their dtype.
+
+    Raises:
+        OpdctlError: the model does not support the recipe's LoRA settings.
     """
     sharded = distributed.world_size() > 1 or recipe.train.cpu_offload
     model = load_model(student, device="cpu" if sharded else device, dtype=None if recipe.lora.rank else "float32")
     if recipe.lora.rank:
-        torch.manual_seed(recipe.seed)  # an adapter begins at random, and on every rank alike
-        _inject(model, recipe.lora)
+        torch.manual_seed(recipe.seed)  # adapters have a random initialization, the same on every rank
+        _inject_adapters(model, recipe.lora)
     if recipe.train.gradient_checkpointing:
-        _recompute_activations(model)
+        _enable_gradient_checkpointing(model)
     if sharded:
         _shard(model, recipe, device)
     return model
 
 
-def _inject(model: PreTrainedModel, settings: Lora) -> None:
+def _inject_adapters(model: PreTrainedModel, settings: Lora) -> None:
     """Put LoRA adapters into the model and freeze the rest."""
     import peft
 
@@ -61,26 +64,32 @@ def _inject(model: PreTrainedModel, settings: Lora) -> None:
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     if tied and {head.rpartition(".")[2], "embed_tokens"} & {*settings.target_modules, *settings.modules_to_save}:
         raise OpdctlError(
-            "lora: this model's output matrix is its embedding, so neither can have an adapter or a copy of its own",
-            hint="take them out of lora.target_modules and lora.modules_to_save",
+            "unsupported_setting",
+            "lora.target_modules, lora.modules_to_save: the output matrix of this model is its embedding",
+            hint=f"remove {head.rpartition('.')[2]} and embed_tokens from both",
         )
     try:
         peft.inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
-        raise OpdctlError(f"lora: {' '.join(str(error).split())}", hint="see lora.target_modules") from error
+        reason = " ".join(str(error).split())
+        hint = "give the names of linear layers of this model, or all-linear"
+        raise OpdctlError("unsupported_setting", f"lora.target_modules: {reason}", hint=hint) from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
-    if not (off := check_head(model)) <= LOGPROB_TOLERANCE[model.dtype]:
-        raise OpdctlError(f"lora: with these settings the log-probs are {off:.2g} nats from the model's own")
+    if not (difference := check_head(model)) <= LOGPROB_TOLERANCE[model.dtype]:
+        why = f"lora: with these settings the log-probs differ from the model's by {difference:.2g} nats"
+        raise OpdctlError("unsupported_setting", why, hint="remove the output matrix from lora.target_modules")
 
 
-def _recompute_activations(model: PreTrainedModel) -> None:
-    """Turn gradient checkpointing on, and dropout not: transformers recomputes only layers in training mode, and a
-    policy with dropout is another policy than the one that drew the responses."""
+def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Enable gradient checkpointing without dropout, since the policy that sampled the responses had none.
+
+    transformers checkpoints only layers in training mode, so the layers are set to it and their submodules are not.
+    """
     model.gradient_checkpointing_enable()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -88,61 +97,61 @@ def _recompute_activations(model: PreTrainedModel) -> None:
 
 
 def _shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:
-    """Shard every block, the rest of the body, and the head: it is gathered by `output_head`, never by a forward."""
+    """Shard every block, the remaining body, and the head, which `output_head` gathers instead of a forward pass."""
     tied = model.config.get_text_config().tie_word_embeddings
-    low = torch.bfloat16 if recipe.student.dtype == "bfloat16" else None
+    param_dtype = torch.bfloat16 if recipe.student.dtype == "bfloat16" else None
     settings: dict[str, Any] = {
         "mesh": distributed.mesh(device),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda")
         if recipe.train.cpu_offload
         else OffloadPolicy(),
     }
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    parts = [fully_shard(module, **settings) for module in [*blocks, model.base_model]]
+    sharded = [fully_shard(module, **settings) for module in [*blocks, model.base_model]]
     head = model.get_output_embeddings()
     if tied:
         head.weight = model.get_input_embeddings().weight
     else:
-        parts.append(fully_shard(head, **settings))
-    for part in parts:
-        part.set_gradient_divide_factor(1.0)  # each rank's loss is its share of the whole, so gradients add up
+        sharded.append(fully_shard(head, **settings))
+    for module in sharded:
+        module.set_gradient_divide_factor(1.0)  # sum, not mean: loss scales refer to all tokens of the step
         if device == "cpu":
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
 
 
-def export(model: PreTrainedModel, student: ModelDir, dtype: str, folder: Path) -> None:
-    """Write a plain model directory: weights in the recipe's type, adapters merged and beside them, the rest as the
-    student came. Only rank 0 writes."""
-    state = merged(model, getattr(torch, dtype))
+def export(model: PreTrainedModel, student: ModelDir, dtype: str, directory: Path) -> None:
+    """Write a plain model directory: merged weights in `dtype`, adapters also in `adapter/`, tokenizer and settings of
+    the initial student. Only rank 0 writes."""
+    state = merged_state_dict(model, getattr(torch, dtype))
     trained = {
         name: distributed.full_tensor(value).cpu() for name, value in model.named_parameters() if value.requires_grad
     }
     if not distributed.is_main():
         return
     model.config.dtype = getattr(torch, dtype)
-    model.generation_config = GenerationConfig()  # the student's own is copied as it is, valid or not
-    model.save_pretrained(folder, state_dict=state)
-    student.copy_settings(folder)
+    model.generation_config = GenerationConfig()  # copy_settings copies the student's file unchanged, valid or not
+    model.save_pretrained(directory, state_dict=state)
+    student.copy_settings(directory)
     if config := getattr(model, "peft_config", {}).get(ADAPTER):
-        _save_adapter(trained, config, student, folder / "adapter")
+        _save_adapter(trained, config, student, directory / "adapter")
 
 
-def _save_adapter(trained: dict[str, Tensor], config: "peft.PeftConfig", student: ModelDir, folder: Path) -> None:
-    """Write the adapter alone, in peft's own format, to be put on the model that training began with."""
+def _save_adapter(trained: dict[str, Tensor], config: "peft.PeftConfig", student: ModelDir, directory: Path) -> None:
+    """Write the adapter in peft's format. It applies to the initial student."""
     config.base_model_name_or_path = str(student.path)
-    config.save_pretrained(str(folder))
+    config.save_pretrained(str(directory))
     plain = {name.replace(f".{ADAPTER}.", ".").replace(".modules_to_save.", "."): t for name, t in trained.items()}
     save_file(
         {f"base_model.model.{name}": tensor.contiguous() for name, tensor in plain.items()},
-        folder / "adapter_model.safetensors",
+        directory / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
 
 
-def merged(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the weights under the names and in the shapes of the plain model, on the CPU; on rank 0 alone."""
-    # A cast copy of a tied matrix is no longer tied and would be written a second time.
+def merged_state_dict(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the weights with the names and shapes of the plain model, on the CPU. Empty except on rank 0."""
+    # A cast copy of a tied matrix is no longer tied and would be written twice.
     tied, state = model.all_tied_weights_keys, {}
     for name, value in model.state_dict().items():
         plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")

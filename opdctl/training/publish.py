@@ -1,4 +1,4 @@
-"""Students to the model hub, when a command asks for it by name."""
+"""What accompanies a student when it is published: the model card, and the upload to the model hub."""
 
 import importlib.metadata
 import re
@@ -6,98 +6,108 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.recipe.schema import Model, Recipe
-
-
-def check_repo_id(repo: str) -> None:
-    """Raise OpdctlError unless `repo` can name a model on the hub, OWNER/NAME, and there is a token to write with."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise OpdctlError(f"--push {repo}: {str(error).splitlines()[0]}", hint="give OWNER/NAME") from error
-    if "/" not in repo:
-        raise OpdctlError(f"--push {repo}: whose repository?", hint="give OWNER/NAME")
-    if get_token() is None:
-        hint = "`hf auth login`, or put a token that may write into HF_TOKEN"
-        raise OpdctlError(f"--push {repo}: there is no token for the hub", hint=hint, code=ExitCode.UNAVAILABLE)
-
-
-def push_to_hub(folder: Path, repo: str, message: str) -> str:
-    """Upload a model directory with its card, and return the commit's address. A repository that is not there is made,
-    private. Raises OpdctlError (code 5) where the hub is out of reach or refuses; the directory is not touched."""
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo, private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
-    except Exception as error:  # the hub's client raises its own, httpx' and OS errors
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OpdctlError(
-            f"--push {repo}: the hub did not take it: {reason}",
-            hint=f"the student is whole, {folder}; the same command tries again, so does `hf upload {repo} {folder}`",
-            code=ExitCode.UNAVAILABLE,
-        ) from error
-
 
 CARD_FILE = "README.md"
 CARD_METRICS = {
     "loss": "loss",
-    "k1": "reverse KL to the teacher, nats a token (k1)",
-    "abs_advantage": "mean |A|, nats a token",
-    "entropy": "entropy, nats a token",
+    "k1": "reverse KL to the teacher, nats per token (k1)",
+    "abs_advantage": "mean |A|, nats per token",
+    "entropy": "entropy, nats per token",
     "response_length": "response length, tokens",
-    "truncated_fraction": "share of truncated responses",
+    "truncated_fraction": "fraction of truncated responses",
 }
+"""The metrics of the last update that the card shows, with their labels."""
 
 
-def write_model_card(folder: Path, recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> None:
-    """Write the card of the student that has seen `step` updates; the metrics are those of the last."""
+def write_model_card(directory: Path, recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> None:
+    """Write the card of the student after `step` steps; `metrics` are those of the last step.
+
+    The card depends on the arguments and the version of opdctl only, so it is reproducible byte for byte.
+    """
     from huggingface_hub import ModelCardData
 
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.student.model)
-    head = ModelCardData(
-        base_model=recipe.student.model if hub else None,
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.student.model)
+    front_matter = ModelCardData(
+        base_model=recipe.student.model if is_hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["on-policy-distillation", "opdctl"],
     )
-    (folder / CARD_FILE).write_text(f"---\n{head.to_yaml()}\n---\n{_body(recipe, step, metrics)}", encoding="utf-8")
+    text = f"---\n{front_matter.to_yaml()}\n---\n{_card_body(recipe, step, metrics)}"
+    (directory / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _body(recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> str:
-    teachers = ", ".join(_named(model) for model in recipe.teacher_models().values())
+def _card_body(recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> str:
     weight = recipe.weight.name + (f" × {recipe.weight.times.name}" if recipe.weight.times else "")
-    rows = {
-        "student before": _named(recipe.student),
-        "teacher": teachers,
+    training = {
+        "initial student": _model_name(recipe.student),
+        "teacher": ", ".join(_model_name(model) for model in recipe.teacher_models().values()),
         "prompts": f"`{recipe.prompts.source}`",
         "method": f"objective `{recipe.objective.name}`, token weight `{weight}`",
         "trained": f"LoRA, rank {recipe.lora.rank}" if recipe.lora.rank else "all weights",
         "updates": f"{step * recipe.train.updates_per_step:,}",
         "responses": f"{step * recipe.responses_per_step():,}",
     }
-    results = {text: f"{metrics[name]:.4g}" for name, text in CARD_METRICS.items() if name in metrics}
-    version = importlib.metadata.version("opdctl")
+    results = {label: f"{metrics[name]:.4g}" for name, label in CARD_METRICS.items() if name in metrics}
     return (
         f"# {recipe.name}, step {step}\n\n"
-        f"Distilled on-policy by opdctl {version}: on the student's own responses, scored token by token.\n\n"
-        f"{_table(rows)}\n\n"
-        "On the responses that the last update learned from, drawn by the student before it:\n\n"
+        f"Distilled on-policy by opdctl {importlib.metadata.version('opdctl')}: the student sampled responses, and the "
+        "teacher scored every token.\n\n"
+        f"{_table(training)}\n\n"
+        "The responses of the last step, sampled by the student before it:\n\n"
         f"{_table(results)}\n\n"
-        "Accuracies lie in the run directory, `eval/`.\n\n"
+        "Accuracies are in the run directory, `eval/`.\n\n"
         f"## Recipe\n\n```toml\n{recipe.to_toml()}```\n"
     )
 
 
-def _named(model: Model) -> str:
+def _model_name(model: Model) -> str:
     return f"`{model.model}`" + (f" at {model.revision}" if model.revision else "")
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def check_repo_id(repo: str) -> None:
+    """Check that `repo` is a valid hub id, OWNER/NAME, and that there is a hub token.
+
+    Raises:
+        OpdctlError: it is not, or there is none.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    hint = "give OWNER/NAME"
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise OpdctlError("invalid_usage", f"--push {repo}: {summarize_exception(error)}", hint=hint) from error
+    if "/" not in repo:
+        raise OpdctlError("invalid_usage", f"--push {repo}: the owner of the repository is missing", hint=hint)
+    if get_token() is None:
+        hint = "run `hf auth login`, or set HF_TOKEN to a token with write access"
+        raise OpdctlError("missing_token", f"--push {repo}: no token for the hub", hint=hint)
+
+
+def push_to_hub(directory: Path, repo: str, message: str) -> str:
+    """Upload a model directory and return the URL of the commit. A missing repository is created as a private one.
+
+    Raises:
+        OpdctlError: the hub is unavailable or rejects the upload. The directory is unchanged.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message).commit_url)
+    except Exception as error:  # the client raises its own errors, httpx's and the system's
+        raise OpdctlError(
+            "failed_upload",
+            f"--push {repo}: {' '.join(str(error).split()) or type(error).__name__}",
+            hint=f"run the same command again, or `hf upload {repo} {directory}`; the student is intact",
+        ) from error

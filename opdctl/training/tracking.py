@@ -1,6 +1,6 @@
-"""Metrics to TensorBoard, trackio or Weights & Biases, for those who look there. metrics.jsonl is written anyhow.
+"""Metrics to TensorBoard, trackio or Weights & Biases, in addition to metrics.jsonl.
 
-A tracker must never stop a run: whatever it raises is said once, and it is left out from then on.
+A tracker must never stop a run: it is disabled at its first exception.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opdctl import console, distributed
+from opdctl.errors import summarize_exception
 from opdctl.recipe.schema import Recipe
 
 Metrics = Mapping[str, float]
@@ -17,13 +18,13 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Tracker:
-    """One of them: what takes a step's metrics, and what ends it."""
+    """An open experiment tracker. log: receives the metrics of a step, and the step."""
 
     log: Callable[[Metrics, int], object]
     close: Callable[[], object]
 
 
-def _tensorboard(recipe: Recipe, path: Path) -> Tracker:
+def _open_tensorboard(recipe: Recipe, path: Path) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     writer: Any = SummaryWriter(str(path / "tensorboard"))
@@ -32,52 +33,51 @@ def _tensorboard(recipe: Recipe, path: Path) -> Tracker:
     )
 
 
-def _trackio(recipe: Recipe, path: Path) -> Tracker:
+def _open_trackio(recipe: Recipe, path: Path) -> Tracker:
     import trackio
 
     run = trackio.init(project=recipe.tracking.project, name=path.name, resume="allow", config=recipe.flat())
     return Tracker(lambda metrics, step: run.log(dict(metrics), step=step), run.finish)
 
 
-def _wandb(recipe: Recipe, path: Path) -> Tracker:
+def _open_wandb(recipe: Recipe, path: Path) -> Tracker:
     import wandb
 
-    own = {"id": path.name, "name": path.name, "dir": str(path), "resume": "allow"}
-    run = wandb.init(project=recipe.tracking.project, config=recipe.flat(), **own)
+    identity = {"id": path.name, "name": path.name, "dir": str(path), "resume": "allow"}
+    run = wandb.init(project=recipe.tracking.project, config=recipe.flat(), **identity)
     return Tracker(lambda metrics, step: run.log(dict(metrics), step=step), run.finish)
 
 
-KINDS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
+TRACKER_FACTORIES = {"tensorboard": _open_tensorboard, "trackio": _open_trackio, "wandb": _open_wandb}
 
 
 @contextlib.contextmanager
-def trackers(recipe: Recipe, path: Path) -> Iterator[Callable[[Metrics], None]]:
-    """Yield what hands a step's metrics on to the recipe's trackers, on rank 0 alone. It raises nothing."""
-    opened: dict[str, Tracker] = {}
+def open_trackers(recipe: Recipe, path: Path) -> Iterator[Callable[[Metrics], None]]:
+    """Yield a function that logs a step's metrics to the recipe's trackers, on rank 0 only. It never raises."""
+    trackers: dict[str, Tracker] = {}
     for kind in recipe.tracking.report_to if distributed.is_main() else ():
-        with _spared(kind, opened):
-            opened[kind] = KINDS[kind](recipe, path)
+        with _disable_on_error(kind, trackers):
+            trackers[kind] = TRACKER_FACTORIES[kind](recipe, path)
 
-    def hand_on(metrics: Metrics) -> None:
+    def log_metrics(metrics: Metrics) -> None:
         values = {name: value for name, value in metrics.items() if name != "step"}
-        for name, tracker in list(opened.items()):
-            with _spared(name, opened):
+        for name, tracker in list(trackers.items()):
+            with _disable_on_error(name, trackers):
                 tracker.log(values, int(metrics["step"]))
 
     try:
-        yield hand_on
+        yield log_metrics
     finally:
-        for name, tracker in list(opened.items()):
-            with _spared(name, opened):
+        for name, tracker in list(trackers.items()):
+            with _disable_on_error(name, trackers):
                 tracker.close()
 
 
 @contextlib.contextmanager
-def _spared(name: str, opened: dict[str, Tracker]) -> Iterator[None]:
-    """Leave a tracker that fails out from then on."""
+def _disable_on_error(name: str, trackers: dict[str, Tracker]) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # its network, its disk, its server: not this run's
-        opened.pop(name, None)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        console.warn(f"{name}: {reason}; the run goes on without it, metrics.jsonl has all metrics")
+    except Exception as error:  # tracker failures must not fail the run
+        trackers.pop(name, None)
+        reason = f"{type(error).__name__}: {summarize_exception(error)}"[:300]
+        console.warn(f"{name} is disabled after an error: {reason}; metrics.jsonl has all metrics")

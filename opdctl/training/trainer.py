@@ -1,4 +1,4 @@
-"""train, one step of it: responses and teacher scores in, the next student out.
+"""One training step: scored responses in, the next student out.
 
 Shapes: N response tokens of a micro-batch, C tokens of a chunk, K ids of a top-k support, V vocabulary, D hidden size.
 """
@@ -37,19 +37,20 @@ from opdctl.training.metrics import (
     peak_memory_gib,
     response_stats,
 )
-from opdctl.training.microbatches import MicroBatch, micro_batches, micro_batches_of_rank, split_in_half
+from opdctl.training.microbatches import MicroBatch, make_micro_batches, micro_batches_of_rank, split_in_half
 from opdctl.training.optimizer import learning_rate, make_adamw
 
-MAX_OOM_SPLITS = 6  # times that micro-batches are halved at most where memory does not suffice
+MAX_OOM_SPLITS = 6  # how often micro-batches are halved after an out-of-memory error
 LAST_UPDATE_METRICS = ("loss", "ratio", "clip_fraction", "dual_clip_fraction")
+"""Metrics of a step's last update. The others describe the policy before the first one."""
 
 
 class Trainer:
-    """The student in training; goes from step to step and keeps model and optimizer between them."""
+    """The student in training; keeps model and optimizer from step to step. All ranks call every public method."""
 
     def __init__(self, run: Run, device: str):
         self._run, self._device, self._settings = run, device, run.recipe.train
-        self._budget = self._settings.tokens_per_micro_batch
+        self._token_budget = self._settings.tokens_per_micro_batch
         self._weight, self._objective = build_token_weight(run.recipe), build_objective(run.recipe)
         self._teacher_heads: dict[str, Head] = {}
         self._model = policy.load_policy(run.student, run.recipe, device)
@@ -65,7 +66,7 @@ class Trainer:
         if saved < done:
             console.info(f"no checkpoint for step {done}; replaying updates from step {saved}")
             for step in range(saved, done):
-                self._update(step, self.micro_batches(step, list(read_scored(run, step))))
+                self._update(step, self.make_micro_batches(step, list(read_scored(run, step))))
             self._check_replay(done)
         missing = done > run.start_step and not run.student_path(done).is_dir()
         if distributed.broadcast_object(missing):
@@ -74,7 +75,7 @@ class Trainer:
     def _check_replay(self, done: int) -> None:
         """Warn if the replayed student is not bit-identical to the recorded one."""
         directory = self._run.path / ".replayed"
-        replayed = _write_sharded_directory(directory, lambda folder: self._export(folder, done))
+        replayed = _write_sharded_directory(directory, lambda directory: self._export(directory, done))
         files.remove_directory(directory)
         recorded = self._run.student_digests(done)
         names = replayed.keys() - {publish.CARD_FILE}
@@ -93,12 +94,12 @@ class Trainer:
         recorded = run.student_digests(step)
         metrics = run.update(step - 1)["metrics"] if step > run.start_step else {}
 
-        def fill(folder: Path) -> None:
-            self._export(folder, step, metrics)
+        def fill(directory: Path) -> None:
+            self._export(directory, step, metrics)
             # The card lists settings that may have changed since. `opdctl run repair` has moved the original.
             card = set_aside_path(run, run.student_path(step)) / publish.CARD_FILE
             if distributed.is_main() and directories.matches_digest(card, recorded[publish.CARD_FILE]):
-                files.copy_file(card, folder)
+                files.copy_file(card, directory)
 
         console.info(f"writing the missing student of step {step} from its checkpoint")
         written = _write_sharded_directory(run.student_path(step), fill)
@@ -107,71 +108,86 @@ class Trainer:
             raise files.corrupt_artifact(run.student_path(step), why, "start again in another --output")
 
     def train_step(self, step: int, stage_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
-        """Update the student on the responses of `step`, write what comes of it, and return the step's metrics.
+        """Update the student on the responses of `step`, write the next student, and return the step's metrics.
 
-        stage_seconds: what the stages before took, as far as they were made now. Called by all ranks. Raises
-        OpdctlError (code 3) when an artifact is damaged, or the loss or the gradient is not finite.
+        stage_seconds: the time of each earlier stage of this step that was made completely just now.
+
+        Raises:
+            OpdctlError: an artifact is corrupt; the loss or the gradient is not finite; memory is insufficient.
         """
         start = time.monotonic()
         scored = list(read_scored(self._run, step))
-        batches = self.micro_batches(step, scored)
-        lag = step - self._run.policy_version(step)
-        metrics = {"step": step, "staleness": lag} | self._update(step, batches) | response_stats(scored)
-        metrics["invalid_responses"] = self._run.recipe.responses_per_step() - len(scored)
+        batches = self.make_micro_batches(step, scored)
+        update_metrics = self._update(step, batches)
         seconds = dict(stage_seconds) | {"update": time.monotonic() - start}
-        for stage, each in seconds.items():
-            metrics |= {f"{stage}_seconds": each, f"{stage}_tokens_per_second": metrics["tokens"] / each}
-        metrics["peak_memory_gib"] = peak_memory_gib(self._device)
-        self._publish(step, metrics)
+        metrics = self._step_metrics(step, scored, update_metrics, seconds)
+        self._write(step, metrics)
         return metrics
 
-    def micro_batches(self, step: int, scored: list[ScoredResponse]) -> list[MicroBatch]:
-        """Weigh a step's tokens, cut them into micro-batches, and return this rank's."""
+    def make_micro_batches(self, step: int, scored: list[ScoredResponse]) -> list[MicroBatch]:
+        """Weight a step's tokens, split the responses into micro-batches, and return those of this rank."""
         check_ids([sample.response for sample in scored], self._run.student)
-        settings = self._settings.model_copy(update={"tokens_per_micro_batch": self._budget})
+        settings = self._settings.model_copy(update={"tokens_per_micro_batch": self._token_budget})
         recipe = self._run.recipe.model_copy(update={"train": settings})
-        batches = micro_batches(recipe, step, scored, self._weight, self._objective, self._device)
+        batches = make_micro_batches(recipe, step, scored, self._weight, self._objective, self._device)
         return micro_batches_of_rank(batches, distributed.rank(), distributed.world_size())
 
+    def _step_metrics(
+        self, step: int, scored: list[ScoredResponse], update_metrics: dict[str, Any], seconds: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Return the metrics of the update together with those of the responses, the times and the memory."""
+        run = self._run
+        metrics = {"step": step, "staleness": step - run.policy_version(step)} | update_metrics | response_stats(scored)
+        metrics["invalid_responses"] = run.recipe.responses_per_step() - len(scored)
+        for stage, duration in seconds.items():
+            metrics |= {f"{stage}_seconds": duration, f"{stage}_tokens_per_second": metrics["tokens"] / duration}
+        metrics["peak_memory_gib"] = peak_memory_gib(self._device)
+        return metrics
+
     def _update(self, step: int, batches: list[MicroBatch]) -> dict[str, Any]:
-        """Make the step's optimizer steps. The old policy is the one before the first, by the trainer's own numbers."""
-        torch.manual_seed(
-            sample_seed(self._run.recipe.seed, f"update {step} {distributed.rank()}")
-        )  # for adapters' dropout
+        """Make the step's optimizer updates and return their metrics.
+
+        The old policy of the ratio is the one before the first update, by the trainer's own log-probs.
+        """
+        seed = sample_seed(self._run.recipe.seed, f"update {step} {distributed.rank()}")
+        torch.manual_seed(seed)  # for LoRA dropout
         metrics: dict[str, Any] = {}
         for _ in range(self._settings.updates_per_step):
             rate = self._set_learning_rate(step)
-            batches, sums = self._gradient(batches)
+            batches, sums = self._accumulate_gradients(batches)
             norm = self._optimizer_step()
             sums = distributed.all_reduce_sum(sums)
-            count = max(sums.pop("tokens"), 1)
-            means = {key: value / (1 if key == "loss" else count) for key, value in sums.items()}
-            # k1 and the like describe the policy that drew the responses; what OF_THE_UPDATE names, the last update.
+            num_tokens = max(sums.pop("tokens"), 1)
+            means = {key: value / (1 if key == "loss" else num_tokens) for key, value in sums.items()}
             metrics = (metrics or means) | {key: means[key] for key in LAST_UPDATE_METRICS if key in means}
             metrics |= {"grad_norm": norm, "learning_rate": rate}
-        if (square := metrics.pop(ROLLOUT_CORRECTION_SQUARED, None)) is not None:
-            # Of how many tokens of equal weight the truncated importance weights are worth, as a share of all.
-            metrics["effective_sample_size"] = metrics["rollout_correction"] ** 2 / max(square, 1e-30)
+        if (mean_square := metrics.pop(ROLLOUT_CORRECTION_SQUARED, None)) is not None:
+            # Kish's effective sample size of the truncated importance weights, as a fraction of all tokens.
+            metrics["effective_sample_size"] = metrics["rollout_correction"] ** 2 / max(mean_square, 1e-30)
         return metrics
 
-    def _gradient(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
-        """Add up the gradient of the micro-batches, of smaller ones where memory does not suffice: it stays the same.
+    def _accumulate_gradients(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
+        """Accumulate the gradient of the micro-batches; after an out-of-memory error, of smaller ones.
 
-        Returns them with the old policy's log-probs, and the sums of the metrics. Raises OpdctlError (code 5).
+        The gradient does not depend on their size. Return the micro-batches with the old policy's log-probs, and the
+        sums of the metrics.
+
+        Raises:
+            OpdctlError: memory does not suffice for micro-batches of one response.
         """
         for _ in range(MAX_OOM_SPLITS + 1):
             try:
                 return self._backward_all(batches)
             except (RuntimeError, MemoryError) as error:
-                # Other ranks wait within a layer that is gathered, and cannot be told.
+                # Other ranks wait in the collectives of a sharded layer and cannot be notified.
                 if distributed.world_size() > 1 or not is_out_of_memory(error):
                     raise
             self._optimizer.zero_grad()
             if all(len(batch.samples) == 1 for batch in batches):
                 break
             batches = [half for batch in batches for half in split_in_half(batch)]
-            self._budget = max(batch.padded.input_ids_BT.numel() for batch in batches)
-            console.warn(f"out of memory: going on with half as large micro-batches, of {self._budget} tokens at most")
+            self._token_budget = max(batch.padded.input_ids_BT.numel() for batch in batches)
+            console.warn(f"out of memory: retrying with micro-batches of at most {self._token_budget} tokens")
         raise OpdctlError(
             "out_of_memory",
             f"in an update, with micro-batches of {max(len(b.samples) for b in batches)} responses",
@@ -179,75 +195,78 @@ class Trainer:
         )
 
     def _backward_all(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
-        done, sums = [], dict[str, float]()
+        with_old_logp, sums = [], dict[str, float]()
         for batch in batches:
-            old_logp_N, found = self._backward(batch)
-            done.append(replace(batch, old_logp_N=old_logp_N))
-            sums = {key: sums.get(key, 0.0) + value * batch.counts for key, value in found.items()}
-        return done, sums
+            old_logp_N, batch_sums = self._backward(batch)
+            with_old_logp.append(replace(batch, old_logp_N=old_logp_N))
+            sums = {key: sums.get(key, 0.0) + value * (not batch.is_filler) for key, value in batch_sums.items()}
+        return with_old_logp, sums
 
     def _optimizer_step(self) -> float:
-        """Update the parameters and return the gradient's norm. Raises OpdctlError when that is not finite."""
+        """Clip the gradient, update the parameters, and return the gradient norm before clipping.
+
+        Raises:
+            OpdctlError: the norm is not finite.
+        """
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         norm = float(distributed.full_tensor(torch.nn.utils.clip_grad_norm_(trained, self._settings.max_grad_norm)))
         if not math.isfinite(norm):
-            raise _not_finite(self._run, f"the gradient's norm is {norm}", [])
+            raise _non_finite_error(self._run, f"the gradient norm is {norm}", [])
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
     def _backward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
-        """Add a micro-batch's gradient. Return the old policy's log-probs, the loss, and the sums of the metrics."""
-        padded, old_logp_N, tally, run = batch.padded, batch.old_logp_N, MetricSums(), self._run
+        """Add a micro-batch's gradient. Return the old policy's log-probs, [N], and the sums of loss and metrics.
+
+        Raises:
+            OpdctlError: the loss is not finite.
+        """
+        padded, sums, run = batch.padded, MetricSums(), self._run
         with torch.autocast(self._device, torch.bfloat16, enabled=run.recipe.student.dtype == "bfloat16"):
             hidden_ND, ids_N = response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
         teacher_hidden_ND = self._teacher_states(batch)
 
-        def use(chunk: Chunk) -> Tensor:
-            old_logp_C = chunk.selected_logp_CK[:, 0].detach() if old_logp_N is None else old_logp_N[chunk.rows]
+        def chunk_loss(chunk: Chunk) -> Tensor:
+            logp_C = chunk.selected_logp_CK[:, 0].detach()
+            old_logp_C = logp_C if batch.old_logp_N is None else batch.old_logp_N[chunk.rows]
             loss_C, metrics = self._objective(self._token_batch(batch, chunk, old_logp_C, teacher_hidden_ND))
-            # What describes tokens whatever the objective; A by the trainer's numbers, on the sampled token.
-            advantage_C = batch.teacher_logp_N[chunk.rows] - old_logp_C
-            common = {"k1": -advantage_C, "abs_advantage": advantage_C.abs(), "weight": batch.weight_N[chunk.rows]}
-            mismatch = mismatch_metrics(old_logp_C - batch.rollout_logp_N[chunk.rows])
-            if "rollout_correction" in metrics:
-                mismatch[ROLLOUT_CORRECTION_SQUARED] = metrics["rollout_correction"].square()
-            tally.add({**metrics, **common, **mismatch, "entropy": chunk.entropy_C()})
-            tally.logps.append(chunk.selected_logp_CK[:, 0].detach())
+            sums.add({**metrics, **_token_metrics(batch, chunk, old_logp_C, metrics)})
+            sums.logps.append(logp_C)
             return (loss_C * batch.loss_scale_N[chunk.rows]).sum()
 
         support = [] if batch.support_ids_NK is None else [batch.support_ids_NK]
         head = output_head(self._model, run.student.vocab_size)
-        loss = map_vocab_chunks(head, hidden_ND, torch.cat([ids_N[:, None], *support], dim=-1), use)
+        loss = map_vocab_chunks(head, hidden_ND, torch.cat([ids_N[:, None], *support], dim=-1), chunk_loss)
         if not torch.isfinite(loss):
-            names = [sample.response.sample_id for sample in batch.samples]
-            raise _not_finite(run, f"the loss is {loss.item()}", names)
+            sample_ids = [sample.response.sample_id for sample in batch.samples]
+            raise _non_finite_error(run, f"the loss is {loss.item()}", sample_ids)
         loss.backward()
-        sums = {name: float(value) for name, value in tally.sums.items()}
-        sums |= {"loss": loss.item(), "tokens": len(batch.loss_scale_N)}
-        return torch.cat(tally.logps) if old_logp_N is None else old_logp_N, sums
+        totals = {name: float(value) for name, value in sums.sums.items()}
+        totals |= {"loss": loss.item(), "tokens": len(batch.loss_scale_N)}
+        return torch.cat(sums.logps) if batch.old_logp_N is None else batch.old_logp_N, totals
 
     def _token_batch(
         self, batch: MicroBatch, chunk: Chunk, old_logp_C: Tensor, teacher_hidden_ND: Tensor | None
     ) -> TokenBatch:
-        """Return the chunk's tokens as the objective wants them, with every log-prob of its support."""
-        rows, student, teacher = chunk.rows, None, None
+        """Return the chunk's tokens as the input of the objective, with all log-probs of its support."""
+        rows, student_logp, teacher_logp = chunk.rows, None, None
         if teacher_hidden_ND is not None:
             head = self._teacher_head(batch.samples[0].response.teacher)
-            student, teacher = chunk.logp_CV, head.logits(teacher_hidden_ND[rows]).log_softmax(-1)
+            student_logp, teacher_logp = chunk.logp_CV, head.logits(teacher_hidden_ND[rows]).log_softmax(-1)
         elif batch.teacher_logp_NK is not None:
-            student, teacher = chunk.selected_logp_CK[:, 1:], batch.teacher_logp_NK[rows]
+            student_logp, teacher_logp = chunk.selected_logp_CK[:, 1:], batch.teacher_logp_NK[rows]
         return TokenBatch(
             chunk.selected_logp_CK[:, 0],
             old_logp_C,
             batch.rollout_logp_N[rows],
             batch.target_logp_N[rows],
-            student,
-            teacher,
+            student_logp,
+            teacher_logp,
         )
 
     def _teacher_states(self, batch: MicroBatch) -> Tensor | None:
-        """Read the teacher's hidden states of a micro-batch, [N, D], where the objective is of the whole vocabulary."""
+        """Return the teacher's hidden states, [N, D], if the objective needs the full vocabulary."""
         if self._objective.support != "full":
             return None
         readers = [sample.teacher.hidden_states for sample in batch.samples]
@@ -264,16 +283,22 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def _publish(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write trainer state and student, then update.json, which makes them count."""
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write the checkpoint and the student, then update.json, which completes the step.
+
+        Raises:
+            OpdctlError: another process has completed the step.
+        """
         run, done, trainer = self._run, step + 1, {}
         if distributed.is_main() and run.update_path(step).exists():  # this process was suspended and lost its lease
             raise OpdctlError("lease_held", f"{run.path}: another process has already written step {done}")
         if done % self._settings.save_every_steps == 0 or done == self._settings.steps:
             trainer = _write_sharded_directory(
-                run.trainer_path(done), lambda folder: checkpoint.save(folder, self._model, self._optimizer)
+                run.trainer_path(done), lambda directory: checkpoint.save(directory, self._model, self._optimizer)
             )
-        student = _write_sharded_directory(run.student_path(done), lambda folder: self._export(folder, done, metrics))
+        student = _write_sharded_directory(
+            run.student_path(done), lambda directory: self._export(directory, done, metrics)
+        )
         if distributed.is_main():
             fingerprint = update_fingerprint(run, step)
             record = {
@@ -289,11 +314,11 @@ class Trainer:
             files.append_line(run.metrics_path, metrics)
         distributed.barrier()
 
-    def _export(self, folder: Path, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+    def _export(self, directory: Path, step: int, metrics: Mapping[str, Any] | None = None) -> None:
         recipe = self._run.recipe
-        policy.export(self._model, self._run.student, recipe.student.dtype, folder)
+        policy.export(self._model, self._run.student, recipe.student.dtype, directory)
         if distributed.is_main():
-            publish.write_model_card(folder, recipe, step, metrics or {})
+            publish.write_model_card(directory, recipe, step, metrics or {})
 
 
 def latest_checkpoint(run: Run, done: int) -> int:
@@ -303,10 +328,10 @@ def latest_checkpoint(run: Run, done: int) -> int:
         OpdctlError: there is none in a fork, which cannot replay the steps before its start.
     """
     for step in range(done, run.start_step - (run.start_step > 0), -1):
-        digests, folder = run.trainer_digests(step), run.trainer_path(step)
-        if digests and folder.is_dir():
+        digests, directory = run.trainer_digests(step), run.trainer_path(step)
+        if digests and directory.is_dir():
             try:
-                directories.check_directory(folder, digests)
+                directories.check_directory(directory, digests)
             except OpdctlError as error:
                 console.warn(f"{error.message}; using the checkpoint before it")
             else:
@@ -317,16 +342,31 @@ def latest_checkpoint(run: Run, done: int) -> int:
     return 0
 
 
-def _write_sharded_directory(final: Path, fill: Callable[[Path], None]) -> dict[str, str]:
-    """Let every rank write its share into a directory that rank 0 publishes; return its files' digests, there."""
+def _token_metrics(
+    batch: MicroBatch, chunk: Chunk, old_logp_C: Tensor, metrics: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the metrics of a chunk's tokens that every objective has, [C] each.
 
-    def together(folder: Path | None) -> None:
-        fill(cast(Path, distributed.broadcast_object(folder)))
+    The advantage is by the trainer's log-probs of the sampled tokens.
+    """
+    advantage_C = batch.teacher_logp_N[chunk.rows] - old_logp_C
+    token_metrics = {"k1": -advantage_C, "abs_advantage": advantage_C.abs(), "weight": batch.weight_N[chunk.rows]}
+    token_metrics |= mismatch_metrics(old_logp_C - batch.rollout_logp_N[chunk.rows])
+    if "rollout_correction" in metrics:
+        token_metrics[ROLLOUT_CORRECTION_SQUARED] = metrics["rollout_correction"].square()
+    return token_metrics | {"entropy": chunk.entropy_C()}
+
+
+def _write_sharded_directory(path: Path, write: Callable[[Path], None]) -> dict[str, str]:
+    """Let every rank write its files to one directory and publish it at `path`. Rank 0 returns the files' digests."""
+
+    def write_together(directory: Path | None) -> None:
+        write(cast(Path, distributed.broadcast_object(directory)))
         distributed.barrier()
 
     if distributed.is_main():
-        return directories.write_directory_with_digests(final, together)
-    together(None)
+        return directories.write_directory_with_digests(path, write_together)
+    write_together(None)
     return {}
 
 
@@ -334,10 +374,10 @@ def update_fingerprint(run: Run, step: int) -> Fingerprint:
     return Fingerprint(fingerprint_settings(run.recipe, "update"), run.update_input_digests(step))
 
 
-def _not_finite(run: Run, what: str, samples: list[str]) -> OpdctlError:
-    responses = f" in responses {', '.join(samples[:5])}" if samples else ""
+def _non_finite_error(run: Run, what: str, sample_ids: list[str]) -> OpdctlError:
+    responses = f" in responses {', '.join(sample_ids[:5])}" if sample_ids else ""
     return OpdctlError(
         "non_finite_value",
         f"{what}{responses}; this step was not written",
-        hint=f"the latest good student is {run.student_path(run.current_step())}; try a lower train.learning_rate",
+        hint=f"lower train.learning_rate; the last good student is {run.student_path(run.current_step())}",
     )

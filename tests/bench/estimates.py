@@ -97,7 +97,7 @@ def work_of(run: Run, work: str) -> Callable[[], object]:
             for sample in samples:
                 object.__setattr__(sample.teacher, "hidden_states", lambda: hidden_TD)
         trainer = Trainer(run, "cpu")
-        return lambda: trainer._update(0, trainer.micro_batches(0, samples))
+        return lambda: trainer._update(0, trainer.make_micro_batches(0, samples))
     engine = TransformersEngine(run.student, "cpu")
     prompts = [sample.response.prompt_ids for sample in samples]
     if work == "rollout":

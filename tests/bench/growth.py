@@ -67,9 +67,9 @@ def measure(batch: int, length: int, args: argparse.Namespace) -> dict[str, floa
         trainer = Trainer(open_run(recipe, Path(folder) / "run"), "cpu")
         samples = [scored(index, length, args.vocab) for index in range(batch)]
         before = _peak()
-        trainer._update(0, trainer.micro_batches(0, samples[:1]))
+        trainer._update(0, trainer.make_micro_batches(0, samples[:1]))
         start = time.perf_counter()
-        trainer._update(0, trainer.micro_batches(0, samples))
+        trainer._update(0, trainer.make_micro_batches(0, samples))
     return {"seconds": time.perf_counter() - start, "before": before, "peak": _peak()}
 
 

@@ -53,7 +53,7 @@ def with_recipe(run: Run, *overrides: str) -> Run:
 def gradient(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss and the gradient of a step, before clipping."""
     trainer = Trainer(run, "cpu")
-    batches = trainer.micro_batches(0, list(read_scored(run, 0)))
+    batches = trainer.make_micro_batches(0, list(read_scored(run, 0)))
     loss = sum(trainer._backward(batch)[1]["loss"] for batch in batches)
     return loss, {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
 
@@ -179,7 +179,7 @@ def test_extrapolation_changes_target_and_weight(stored):
         np.testing.assert_allclose(to_weight_inputs(sample, 0, 1.25).advantage_T, 1.25 * (t - r) - (s - r), atol=1e-5)
         np.testing.assert_array_equal(to_weight_inputs(sample, 0, 1.0).advantage_T, t - s)
     run = with_recipe(stored, "train.extrapolation=1.25")
-    batches = Trainer(run, "cpu").micro_batches(0, list(read_scored(run, 0)))
+    batches = Trainer(run, "cpu").make_micro_batches(0, list(read_scored(run, 0)))
     weights, targets = (
         {s.response.sample_id: v for b in batches for s, v in zip(b.samples, b.padded.split(column(b)), strict=True)}
         for column in (lambda b: b.weight_N, lambda b: b.target_logp_N)
@@ -230,7 +230,7 @@ def test_step_weights_are_computed_before_batching(stored):
     """tip keeps half of the tokens of the step, not half of each micro-batch."""
     step = [to_weight_inputs(sample, 0, 1.0) for sample in read_scored(stored, 0)]
     run = with_recipe(stored, "weight.name=tip", "train.tokens_per_micro_batch=200")
-    batches = Trainer(run, "cpu").micro_batches(0, list(read_scored(run, 0)))
+    batches = Trainer(run, "cpu").make_micro_batches(0, list(read_scored(run, 0)))
     assert len(batches) > 3
     kept = torch.cat([batch.weight_N for batch in batches])
     assert sum(float(weight.sum()) for weight in weigh(WEIGHTS.build("tip", {}), step)) == float(kept.sum())
