@@ -34,14 +34,18 @@ def link_or_copy(paths: Iterable[Path], old: Path, new: Path) -> int:
     """
     expanded = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
     files = [file for file in expanded if file.is_file() and not file.name.startswith(".")]
+    count = 0
     for file in files:
         target = new / file.relative_to(old)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(file, target)
+        except FileNotFoundError:
+            continue  # removed in the meantime by a worker: of no use any more
         except OSError:  # another file system, or one without hard links
             shutil.copyfile(file, target)
-    return len(files)
+        count += 1
+    return count
 
 
 def directory_digests(path: Path) -> dict[str, str]:
@@ -52,7 +56,7 @@ def directory_digests(path: Path) -> dict[str, str]:
 
 
 def check_directory(
-    path: Path, digests: Mapping[str, str], hint: str = "restore it, or start again in another --output"
+    path: Path, digests: Mapping[str, str], hint: str = "restore it from a copy, or start again in another --output"
 ) -> None:
     """Check that a directory holds exactly the files in `digests`.
 

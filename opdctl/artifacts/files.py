@@ -267,7 +267,7 @@ def check_no_symlinks(*paths: Path) -> None:
 
 def corrupt_artifact(path: Path, why: str, hint: str | None = None) -> OpdctlError:
     """Return the error for an artifact that differs from what was written."""
-    hint = hint or f"remove {path} and run the command that made it again"
+    hint = hint or f"remove {path} and run the command that writes it"
     return OpdctlError("corrupt_artifact", f"{path}: {why}", hint=hint)
 
 

@@ -3,7 +3,7 @@
 A part is written under a temporary name, flushed, and renamed. Just before the rename a receipt with its rows, tokens,
 bytes and SHA-256 is written beside it. When every part exists, the receipts are gathered into manifest.json, which
 marks the stage as finished. So a kill at any moment loses at most the part in work: a part with a matching receipt is
-reused, any other is made again. A part that somebody removed from a finished stage is made again, too.
+reused, any other is regenerated, and so is a part that was removed from a finished stage.
 
 A stage belongs to a fingerprint: the settings that affect it and the digests of its inputs. It resumes with the same
 fingerprint and refuses any other. Workers share a stage by leases on its parts.
@@ -11,6 +11,7 @@ fingerprint and refuses any other. Workers share a stage by leases on its parts.
 
 import contextlib
 import itertools
+import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,7 @@ from opdctl.errors import OpdctlError
 
 STAGE_MARKERS = ("in_progress.json", "manifest.json")
 """Files of which one exists as soon as a stage was started."""
+PART_NAME = re.compile(r"part-(\d{5})-of-(\d{5})(\.\w+)(\.receipt\.json)?")
 Item = TypeVar("Item")
 Changes = list[tuple[str, Any, Any]]
 """(key, old value, new value) of each setting that differs."""
@@ -69,7 +71,7 @@ class FingerprintMismatchError(OpdctlError):
         super().__init__(
             "settings_mismatch",
             "\n".join([f"{path} was made with different settings", *lines]),
-            hint=f"restore the previous values, use another --output, or remove {path} to make it again",
+            hint=f"restore the previous values, use another --output, or remove {path} to regenerate it",
         )
 
 
@@ -105,7 +107,7 @@ class StageDir:
     def _read(self, path: Path, form: Any) -> Any:
         """Return a JSON file, or None if there is none. Another worker may remove it at any moment."""
         try:
-            hint = f"remove {path} and run `{self.rerun_command}`: the parts that it lists are made again"
+            hint = f"remove {path} and run `{self.rerun_command}`: the parts that it lists are regenerated"
             return read_json(path, form, hint) if path.exists() else None
         except OpdctlError:
             if path.exists():
@@ -119,7 +121,7 @@ class StageDir:
         if header["fingerprint"] == self.fingerprint.digest:
             manifest = self.manifest()
             if manifest and [part["name"] for part in manifest["parts"]] != self.names:
-                raise corrupt_artifact(self.manifest_path, "lists other parts", f"remove {self.path} to make it again")
+                raise corrupt_artifact(self.manifest_path, "lists other parts", f"remove {self.path} to regenerate it")
             return
         changes = changed_settings(header["settings"], self.fingerprint.settings)
         inputs = [name for name, _, _ in changed_settings(header["inputs"], self.fingerprint.inputs)]
@@ -323,21 +325,33 @@ def recorded_stage(path: Path, rerun_command: str) -> StageDir | None:
     Raises:
         OpdctlError: the record is corrupt.
     """
-    markers = [path / name for name in reversed(STAGE_MARKERS)]
-    marker = next((each for each in markers if each.exists()), None)
-    if marker is None:
+    header = _recorded_header(path, f"remove {path} and run `{rerun_command}`")
+    if header is None:
         return None
-    form = Manifest if marker == markers[0] else StageHeader
-    header = read_json(marker, form, f"remove {path} and run `{rerun_command}`")
-    names = [part["name"] for part in header.get("parts", ())] or [each.name for each in path.glob("part-?????-of-*")]
+    recorded = [part["name"] for part in header.get("parts", ())]
+    names = recorded or [each.name for each in sorted(path.glob("part-*"))]
     if not names:
         return None
-    name = Path(names[0].removesuffix(".receipt.json"))
+    name = PART_NAME.fullmatch(names[0])
+    if name is None:
+        raise corrupt_artifact(path, f"has a part named {names[0]}", f"remove {path} and run `{rerun_command}`")
     return StageDir(
         path,
         stage=header["artifact"],
-        num_parts=int(name.stem.rpartition("-")[2]),
-        suffix=name.suffix,
+        num_parts=len(recorded) or int(name[2]),
+        suffix=name[3],
         fingerprint=Fingerprint(header["settings"], header["inputs"]),
         rerun_command=rerun_command,
     )
+
+
+def _recorded_header(path: Path, hint: str) -> Any:
+    """Return the manifest of a stage, or its header, or None. A worker may finish the stage in the meantime."""
+    for name, form in ((STAGE_MARKERS[1], Manifest), (STAGE_MARKERS[0], StageHeader), (STAGE_MARKERS[1], Manifest)):
+        try:
+            if (path / name).exists():
+                return read_json(path / name, form, hint)
+        except OpdctlError:
+            if (path / name).exists():
+                raise
+    return None

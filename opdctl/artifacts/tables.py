@@ -3,7 +3,7 @@ annotations."""
 
 import json
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import cache, partial
 from pathlib import Path
@@ -118,7 +118,7 @@ def read_rows(path: Path, record: type[Row]) -> list[Row]:
     """Return the rows of one Parquet file. A column that the file lacks has its default.
 
     Raises:
-        OpdctlError: the file is corrupt or has other columns.
+        OpdctlError: the file is corrupt, lacks a required column, or has an unknown one.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -129,23 +129,39 @@ def read_rows(path: Path, record: type[Row]) -> list[Row]:
         for each in columns:
             if each.is_per_token:
                 values[each.name] = _reshape_top_k(values[each.name], [len(ids) for ids in values["response_ids"]])
+    except _UnknownColumnsError as error:
+        raise _unsupported_columns(path, error) from error
     except (OSError, pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise corrupt_artifact(path, str(error)) from error
     return [record(**{name: column[i] for name, column in values.items()}) for i in range(table.num_rows)]
 
 
 def _stored_columns(stored: pa.Schema, record: type) -> list[Column]:
-    """Return the record's columns that a file has. Raises ValueError for a column of another type or name."""
+    """Return the record's columns that a file has. Raises ValueError for a missing column or one of another type."""
     columns = {each.name: each for each in columns_of(record)}
     missing = [each.name for each in columns.values() if each.default is MISSING and each.name not in stored.names]
-    if missing or not {*stored.names} <= columns.keys() or len({*stored.names}) != len(stored.names):
+    if missing or len({*stored.names}) != len(stored.names):
         raise ValueError(f"has columns {stored.names}, expected {[*columns]}")
+    _check_known(stored.names, columns)
     for field in stored:
         if field.type != ARROW_TYPES[columns[field.name].kind]:
             raise ValueError(
                 f"column {field.name} has type {field.type}, expected {ARROW_TYPES[columns[field.name].kind]}"
             )
     return [columns[name] for name in stored.names]
+
+
+class _UnknownColumnsError(Exception):
+    """A file has columns that this opdctl does not know."""
+
+
+def _check_known(names: Iterable[str], known: Container[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise _UnknownColumnsError(f"unknown columns {', '.join(unknown)}")
+
+
+def _unsupported_columns(path: Path, error: _UnknownColumnsError) -> OpdctlError:
+    return OpdctlError("unsupported_version", f"{path}: {error}", hint="use the opdctl that wrote it")
 
 
 def _read_column(column: Column, values: pa.ChunkedArray) -> list[Any]:
@@ -194,13 +210,15 @@ def read_scores(path: Path, rollout_sha256: str) -> dict[str, TokenScores]:
             lengths = _check_tensors(file)
             names, offsets = set(file.keys()), file.get_tensor(OFFSETS)
             columns = {name: file.get_tensor(name) for name in names - {OFFSETS, HIDDEN_STATES}}
+    except _UnknownColumnsError as error:
+        raise _unsupported_columns(path, error) from error
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise corrupt_artifact(path, str(error)) from error
     if metadata["rollout"] != rollout_sha256:
         raise OpdctlError(
             "checksum_mismatch",
             f"{path}: scores a different rollout part",
-            hint=f"remove {path} and run the command that made it again",
+            hint=f"remove {path} and run `opdctl score-teacher` again",
         )
     ids = metadata["sample_ids"]
     fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and "logprobs" in columns and lengths == {offsets[-1]}
@@ -221,7 +239,8 @@ def _slice_scores(
 
 
 def _check_tensors(file: safe_open) -> set[int]:
-    """Return the numbers of tokens of the columns. Raises ValueError for a tensor of another name, type or rank."""
+    """Return the numbers of tokens of the columns. Raises ValueError for a tensor of another type or rank."""
+    _check_known(file.keys(), tensor_specs())
     lengths = set()
     for name in file.keys():  # noqa: SIM118 - not a dictionary
         tensor = file.get_slice(name)

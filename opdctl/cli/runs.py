@@ -1,7 +1,7 @@
 """`opdctl run …`: fork, repair and show a run, and continue its prefixes."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +10,9 @@ from opdctl.cli.analyze import load_run_for_analysis
 from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, Verbose, Weights
 from opdctl.cli.session import command_session, print_json, read_recipe_options, set_up_device
 from opdctl.errors import ExitCode
+
+if TYPE_CHECKING:
+    from opdctl.runs.repair import CorruptArtifact
 
 run_app = typer.Typer(help="Manage a run: fork, repair, show, continuations.", no_args_is_help=True)
 
@@ -37,13 +40,13 @@ def fork(
         from opdctl.runs.run import Run
 
         resolved = resolve_auto_engines(read_recipe_options(recipe, set_, run_dir), run_dir)
-        plan = plan_fork(Run.load(run_dir), resolved)
+        plan = plan_fork(Run.load(run_dir), new_run_dir, resolved)
         for line in plan.lines():
             console.info(line)
         if dry_run:
             console.info("nothing was written")
         else:
-            console.info(f"wrote {new_run_dir}: {create_fork(plan, new_run_dir)} files reused from {run_dir}")
+            console.info(f"wrote {new_run_dir}: {create_fork(plan)} files reused from {run_dir}")
             console.info(f"next: {Run.load(new_run_dir).next_command()}")
         if json_:
             changes = [{"key": key, "old": old, "new": new} for key, old, new in plan.changes]
@@ -58,7 +61,7 @@ def repair(
     json_: Json = False,
     verbose: Verbose = None,
 ) -> None:
-    """Set corrupt files aside, so that the ordinary commands make them again. Every file is read.
+    """Move corrupt files to RUN_DIR/corrupt, so that the ordinary commands regenerate them. Every file is read.
 
     \b
     opdctl run repair runs/quickstart
@@ -71,20 +74,28 @@ def repair(
         run = Run.load(run_dir)
         artifacts = find_corrupt_artifacts(run)
         for each in artifacts:
-            pruned = "" if each.command else "; its policy was pruned, so it cannot be made again"
-            console.warn(f"{each.why}{pruned}")
+            console.warn(f"{each.why}{_repair_note(each)}")
         moved = [] if dry_run else set_aside(run, artifacts)
-        commands = list(dict.fromkeys(each.command for each in artifacts if each.command))
         if not artifacts:
             console.info("no corrupt files")
-        console.info("nothing was written" if dry_run else f"{len(moved)} moved to {run.path / 'corrupt'}")
+        elif not dry_run:
+            console.info(f"{len(moved)} of {len(artifacts)} moved to {run.path / 'corrupt'}")
+        if dry_run:
+            console.info("nothing was written")
+        commands = list(dict.fromkeys(each.command for each in artifacts if each.command))
         for command in commands or [run.next_command()]:
             console.info(f"next: {command}")
         if json_:
             corrupt = [{"path": str(each.path), "why": each.why, "command": each.command} for each in artifacts]
             print_json({"run_dir": str(run_dir), "corrupt": corrupt, "moved": [str(path) for path in moved]})
-        if any(each.command is None for each in artifacts):
+        if any(each.is_required for each in artifacts):
             raise typer.Exit(ExitCode.BAD_DATA)
+
+
+def _repair_note(artifact: "CorruptArtifact") -> str:
+    if artifact.command:
+        return ""
+    return "; it cannot be regenerated" + (" and is left in place" if artifact.is_required else "")
 
 
 @run_app.command()

@@ -21,9 +21,10 @@ from opdctl.runs.run import Run, read_run_record
 
 @dataclass(frozen=True)
 class ForkPlan:
-    """A fork of `run` at `step`: the changed settings, and the files and directories that the fork reuses."""
+    """A fork of `run` at `step` in the directory `path`: the changed settings, and the reused files and directories."""
 
     run: Run
+    path: Path
     recipe: Recipe
     step: int
     changes: Changes
@@ -38,13 +39,15 @@ class ForkPlan:
         ]
 
 
-def plan_fork(run: Run, recipe: Recipe) -> ForkPlan:
-    """Return the fork of `run` from its current step on with another recipe.
+def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
+    """Return the fork of `run` from its current step on with another recipe, in the directory `path`.
 
     Raises:
-        OpdctlError: nothing changes that affects artifacts; a setting changes that is fixed for a run; or the current
-            step has no trainer state to start from.
+        OpdctlError: `path` exists; nothing changes that affects artifacts; a setting changes that is fixed for a run;
+            or the current step has no trainer state to start from.
     """
+    if path.exists():
+        raise OpdctlError("unusable_output", f"{path} exists", hint="give the path of a directory that does not exist")
     step, changes = run.current_step(), artifact_changes(run.recipe, recipe)
     if not changes:
         raise OpdctlError("invalid_usage", f"{run.path}: no change affects artifacts", hint="give --set or --recipe")
@@ -58,36 +61,37 @@ def plan_fork(run: Run, recipe: Recipe) -> ForkPlan:
         raise OpdctlError(
             "missing_checkpoint",
             f"{run.trainer_path(step)}: not saved (train.save_every_steps = {run.recipe.train.save_every_steps})",
-            hint=f"make one step more: `{run.command_line('train')} --set train.steps={step + 1}`: the last is saved",
+            hint=f"train one more step, which is saved: `{run.command_line('train')} --set train.steps={step + 1}`",
         )
-    return ForkPlan(run, recipe, step, changes, _reusable_paths(run, step, changes))
+    return ForkPlan(run, path, recipe, step, changes, _reusable_paths(run, step, changes))
 
 
 def _reusable_paths(run: Run, step: int, changes: Changes) -> list[Path]:
-    """Return the prompts, the state of the step, and the artifacts of unfinished steps that the changes do not
-    affect."""
+    """Return the prompts, the state of the step, and the artifacts of unfinished steps that the changes do not affect.
+
+    A rollout by a policy version before the step is not reused: the fork does not have that student.
+    """
     stages = unaffected_stages(key for key, _, _ in changes)
     names = [*(["rollout"] if "rollout" in stages else []), *(run.scorers() if "score" in stages else [])]
-    unfinished = [run.step_path(later) / name for later in range(step, run.recipe.train.steps) for name in names]
+    steps = [later for later in range(step, run.recipe.train.steps) if run.policy_version(later) >= step]
+    unfinished = [run.step_path(later) / name for later in steps for name in names]
     state = [run.student_path(step), run.trainer_path(step)] if step else []
     evaluated = (step_name(step), *run.scorers(), "benchmark.json")
     evaluations = [path for path in sorted(run.path.glob("eval/*/*")) if path.name in evaluated]
     return [path for path in (run.path / "prompts.parquet", *state, *unfinished, *evaluations) if path.exists()]
 
 
-def create_fork(plan: ForkPlan, new: Path) -> int:
-    """Create the fork in the directory `new` atomically and return the number of files that it reuses.
+def create_fork(plan: ForkPlan) -> int:
+    """Create the fork atomically and return the number of files that it reuses.
 
     Raises:
-        OpdctlError: `new` exists, or the state to start from is corrupt.
+        OpdctlError: the state to start from is corrupt.
     """
     run, step = plan.run, plan.step
-    if new.exists():
-        raise OpdctlError("unusable_output", f"{new} exists", hint="give the path of a directory that does not exist")
     start: Mapping[str, object] = {}
     if step:
         run.student_at(step)
-        directories.check_directory(run.trainer_path(step), run.trainer_digests(step))
+        directories.check_directory(run.trainer_path(step), run.trainer_digests(step), run.student_hint(step))
         digests = {"student": run.student_digests(step), "trainer": run.trainer_digests(step)}
         start = {"forked_from": {"run_dir": str(run.path), "step": step, **digests}}
     reused = 0
@@ -98,5 +102,5 @@ def create_fork(plan: ForkPlan, new: Path) -> int:
         files.write_text(directory / "recipe.toml", plan.recipe.to_toml())
         files.write_json(directory / "run.json", {**read_run_record(run.path), **start})
 
-    directories.write_directory(new, fill)
+    directories.write_directory(plan.path, fill)
     return reused

@@ -21,17 +21,22 @@ def parse_step(name: str) -> int | None:
 
 def list_steps(directory: Path) -> dict[int, Path]:
     """Return the step directories in `directory` by step, in order. Names that are not a step's are ignored."""
-    found = {parse_step(path.name): path for path in directory.glob(f"{STEP_PREFIX}*")}
-    return {step: found[step] for step in sorted(step for step in found if step is not None)}
+    paths = {parse_step(path.name): path for path in directory.glob(f"{STEP_PREFIX}*")}
+    return {step: paths[step] for step in sorted(step for step in paths if step is not None)}
 
 
 def run_path(recipe: Recipe, output: Path | None) -> Path:
+    """Return the run directory: `output`, or the default of the recipe."""
     return output or Path("runs") / recipe.name
 
 
 def newest_run() -> Path:
-    """Return the run under runs/ that was worked on last."""
+    """Return the run under runs/ that was changed last.
+
+    Raises:
+        OpdctlError: there is none.
+    """
     runs = [record.parent for record in Path("runs").glob("*/run.json")]
     if not runs:
-        raise OpdctlError("there is no run under runs/", hint="give --recipe FILE or --output RUN_DIR")
+        raise OpdctlError("missing_run", "there is no run under runs/", hint="give --recipe FILE or --output RUN_DIR")
     return max(runs, key=lambda run: run.stat().st_mtime)

@@ -1,4 +1,4 @@
-"""Set corrupt artifacts of a run aside, so that the ordinary commands make them again."""
+"""Set corrupt artifacts of a run aside, so that the ordinary commands regenerate them."""
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opdctl.artifacts import directories, files
-from opdctl.artifacts.stage_dir import StageDir, recorded_stage
+from opdctl.artifacts.manifests import Manifest, PartRecord, StageHeader
+from opdctl.artifacts.stage_dir import STAGE_MARKERS, recorded_stage
 from opdctl.errors import OpdctlError
 from opdctl.runs.layout import list_steps
 from opdctl.runs.run import Run
@@ -14,17 +15,21 @@ from opdctl.runs.run import Run
 
 @dataclass(frozen=True)
 class CorruptArtifact:
-    """A corrupt part or directory. command: makes it again; None if that is impossible, as its policy was pruned."""
+    """A corrupt part, record of a stage, student or trainer state.
+
+    command: regenerates it, None if no command can. is_required: the run cannot continue without it, so it stays.
+    """
 
     path: Path
     why: str
     command: str | None
+    is_required: bool = False
 
 
 def find_corrupt_artifacts(run: Run) -> list[CorruptArtifact]:
-    """Return the corrupt parts of all stages, and the newest student and the trainer states if they are corrupt.
+    """Return the corrupt parts and records of all stages, and the corrupt students and trainer states.
 
-    Every file is read. A part that is missing is not listed: the ordinary command makes it.
+    Every file is read. What is missing is not listed: the ordinary command regenerates it.
     """
     artifacts: list[CorruptArtifact] = []
     for step in list_steps(run.path):
@@ -33,10 +38,9 @@ def find_corrupt_artifacts(run: Run) -> list[CorruptArtifact]:
     for step, directory in list_steps(run.path / "continuations").items():
         command = f"opdctl run continuations {shlex.quote(str(run.path))} --step {step}"
         for path in _directories(directory.glob("*")):
-            artifacts += _find_in_stage(recorded_stage(path, command), command)
+            artifacts += _find_in_stage(path, command)
     for path in _directories(run.path.glob("eval/*/*")):
-        command = f"{run.command_line('eval')} --bench {path.parent.name}"
-        artifacts += _find_in_stage(recorded_stage(path, command), command)
+        artifacts += _find_in_stage(path, f"{run.command_line('eval')} --bench {path.parent.name}")
     return artifacts
 
 
@@ -45,46 +49,69 @@ def _directories(paths: Iterable[Path]) -> list[Path]:
 
 
 def _find_in_step(run: Run, step: int) -> Iterator[CorruptArtifact]:
-    command = run.command_line("rollout", step)
     can_sample = run.policy_version(step) in run.kept_steps()
-    yield from _find_in_stage(recorded_stage(run.step_path(step) / "rollout", command), command if can_sample else None)
+    yield from _find_in_stage(
+        run.step_path(step) / "rollout", run.command_line("rollout", step) if can_sample else None
+    )
     for name in run.scorers():
         command = f"{run.command_line('score-teacher', step)} --only {name}"
-        yield from _find_in_stage(recorded_stage(run.step_path(step) / name, command), command)
+        yield from _find_in_stage(run.step_path(step) / name, command)
 
 
-def _find_in_stage(stage: StageDir | None, command: str | None) -> Iterator[CorruptArtifact]:
+def _find_in_stage(path: Path, command: str | None) -> Iterator[CorruptArtifact]:
+    """Yield the corrupt records of a stage or, if there are none, its corrupt parts."""
+    records = list(_find_records(path, command))
+    yield from records
+    stage = None if records else recorded_stage(path, command or "opdctl rollout")
     if stage is None:
         return
     for index, why in stage.corrupted_parts().items():
-        path = stage.path / stage.names[index]
-        if path.exists() or path.is_symlink():
-            yield CorruptArtifact(path, why, command)
+        part = path / stage.names[index]
+        if part.exists() or part.is_symlink():
+            yield CorruptArtifact(part, why, command, is_required=command is None)
+
+
+def _find_records(path: Path, command: str | None) -> Iterator[CorruptArtifact]:
+    """Yield the corrupt JSON files of a stage. Without them its parts count as missing."""
+    forms: dict[Path, type] = dict(zip((path / name for name in STAGE_MARKERS), (StageHeader, Manifest), strict=True))
+    for file in [*forms, *sorted(path.glob("part-*.receipt.json"))]:
+        try:
+            if file.exists():
+                files.read_json(file, forms.get(file, PartRecord))
+        except OpdctlError as error:
+            if error.kind == "unsupported_version":
+                raise
+            if file.exists():  # otherwise a worker has finished the stage in the meantime
+                yield CorruptArtifact(file, error.message, command, is_required=command is None)
 
 
 def _find_states(run: Run) -> Iterator[CorruptArtifact]:
-    """Yield the corrupt trainer states, and the newest student if it is corrupt. Older students are not read again."""
-    current = run.current_step()
-    for step in list_steps(run.path / "trainer"):
-        if run.start_step < step <= current:
-            yield from _find_in_directory(run, run.trainer_path(step), run.trainer_digests(step))
-    if current > run.start_step:
-        yield from _find_in_directory(run, run.student_path(current), run.student_digests(current))
+    """Yield the corrupt students and trainer states. The newest student is written again from its trainer state."""
+    start, current, train = run.start_step, run.current_step(), run.command_line("train")
+    for step in range(max(start, 1), current + 1):
+        is_newest, is_start = step == current, step == start
+        trainer, student = run.trainer_path(step), run.student_path(step)
+        command = None if is_start else train
+        yield from _find_in_directory(trainer, run.trainer_digests(step), command, is_newest and is_start)
+        command = train if is_newest and not is_start else None
+        yield from _find_in_directory(student, run.student_digests(step), command, is_newest and is_start)
 
 
-def _find_in_directory(run: Run, path: Path, digests: Mapping[str, str]) -> Iterator[CorruptArtifact]:
+def _find_in_directory(
+    path: Path, digests: Mapping[str, str], command: str | None, is_required: bool
+) -> Iterator[CorruptArtifact]:
     if path.is_dir():
         try:
             directories.check_directory(path, digests)
         except OpdctlError as error:
-            yield CorruptArtifact(path, error.message, run.command_line("train"))
+            yield CorruptArtifact(path, error.message, command, is_required)
 
 
 def set_aside(run: Run, artifacts: list[CorruptArtifact]) -> list[Path]:
-    """Move the artifacts that can be made again to the directory `corrupt` of the run, and return their new paths."""
+    """Move the artifacts that the run can continue without to its directory `corrupt`, and return their new paths."""
     moved = []
     for artifact in artifacts:
-        if artifact.command is not None:
+        if not artifact.is_required:
             target = set_aside_path(run, artifact.path)
             files.make_directory(target.parent)
             files.discard(target)

@@ -151,8 +151,13 @@ class Run:
         return self.is_sampled(step) and all(stage.is_finished() for stage in self.score_stages(step).values())
 
     def next_command(self) -> str:
-        """Return the command for the next stage of the current step, or the analysis if training is complete."""
+        """Return the command for the next stage of the current step, or the analysis if training is complete.
+
+        Training writes a missing newest student from its checkpoint.
+        """
         step = self.current_step()
+        if self.is_newest_student_missing():
+            return self.command_line("train")
         if step >= self.recipe.train.steps:
             return f"opdctl analyze-position {shlex.quote(str(self.path))}"
         if not self.rollout_stage(step).is_finished():
@@ -178,6 +183,17 @@ class Run:
         """Return the digest of policy version `step`."""
         return self.digests["student"] if step == 0 else digest_of(self.student_digests(step))
 
+    def is_newest_student_missing(self) -> bool:
+        """Whether the directory of the current step's student was removed."""
+        step = self.current_step()
+        return step > 0 and not self.student_path(step).is_dir()
+
+    def student_hint(self, step: int) -> str:
+        """Return what to do if the student of `step` is corrupt."""
+        if self.forked_from and step == self.start_step == self.current_step():
+            return f"fork {self.forked_from['run_dir']} again"
+        return f"run `opdctl run repair {shlex.quote(str(self.path))}`"
+
     def student_at(self, step: int) -> ModelDir:
         """Return policy version `step`, checked file by file.
 
@@ -199,8 +215,9 @@ class Run:
                 f"{path}: pruned (train.keep_every_steps = {self.recipe.train.keep_every_steps})",
                 hint=f"use one of the steps {', '.join(map(str, self.kept_steps()))}",
             )
-        hint = f"run `opdctl run repair {shlex.quote(str(self.path))}`" if step == current else f"remove {path}"
-        directories.check_directory(path, self.student_digests(step), hint)
+        if not path.is_dir() and step > self.start_step:
+            raise files.corrupt_artifact(path, "is missing", f"run `{self.command_line('train')}`")
+        directories.check_directory(path, self.student_digests(step), self.student_hint(step))
         return self.student.with_path(path)
 
     def kept_steps(self) -> list[int]:
@@ -372,8 +389,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe recorded in the run directory `path`, with `overrides`.
 
     Raises:
-        OpdctlError: there is no recipe in `path`, or it is invalid.
+        OpdctlError: there is no recipe in `path`, it is invalid, or the run has a version that is not read.
     """
+    if (path / "run.json").exists():
+        read_run_record(path)  # its version, before the recipe of that version is read
     if not (path / "recipe.toml").exists():
         runs = [file.parent.name for file in path.parent.glob("*/recipe.toml")]
         raise OpdctlError(

@@ -55,7 +55,7 @@ def make_missing_parts(
         if parts is None:
             return 0
         for path in stage.finished_but_missing():
-            console.warn(f"{path}: a finished part is missing; it is made again")
+            console.warn(f"{path}: a finished part is missing; regenerating it")
         logprob_metadata, make_part = prepare()
         stage.start(logprob_metadata)
         with console.progress(title, num_items) as on_progress:

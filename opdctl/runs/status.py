@@ -46,7 +46,7 @@ class RunStatus:
 
     def next_command(self) -> str:
         """Return the command to run next: the repair of what is corrupt, or the next stage."""
-        if self.is_corrupt:
+        if self.is_corrupt and not self.run.is_newest_student_missing():
             return f"opdctl run repair {shlex.quote(str(self.run.path))}"
         return self.run.next_command()
 
@@ -77,14 +77,26 @@ def collect_status(run: Run, *, verify: bool = False) -> RunStatus:
     """
     if verify:
         _ = run.prompts
-    stages = []
+    stages = check_start(run, verify=verify)
     for step in itertools.takewhile(run.is_started, range(run.start_step, run.recipe.train.steps)):
         stages += [check_stage(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
         stages.append(check_update(run, step, verify=verify))
-    hint = f"remove it and run `{run.command_line('eval')}`: it is made again from the graded responses"
+    hint = f"remove it and run `{run.command_line('eval')}`, which summarizes the graded responses again"
     summaries = [files.read_json(path, SummaryRecord, hint) for path in sorted(run.path.glob("eval/*/*/summary.json"))]
     continuations = check_continuations(run, verify=verify)
     return RunStatus(run, stages, continuations, check_evaluations(run, verify=verify), summaries, read_heartbeats(run))
+
+
+def check_start(run: Run, *, verify: bool) -> list[StageStatus]:
+    """Return the state of the student and the trainer state that a fork starts from; nothing if the run is no fork."""
+    step = run.start_step
+    if not run.forked_from or not step:
+        return []
+    try:
+        _check_state(run, step, verify=verify)
+    except OpdctlError as error:
+        return [StageStatus(step, "start", "corrupt", f"{error.message} ({error.hint})")]
+    return [StageStatus(step, "start", "done", f"forked from {run.forked_from['run_dir']}")]
 
 
 def check_stage(run: Run, step: int, name: str, *, verify: bool) -> StageStatus:
@@ -159,22 +171,20 @@ def check_update(run: Run, step: int, *, verify: bool) -> StageStatus:
 
 
 def _check_update_files(run: Run, step: int, *, verify: bool) -> None:
-    record, is_newest = run.update(step), step + 1 == run.current_step()
-    student, trainer = run.student_path(step + 1), run.trainer_path(step + 1)
-    again = f"run `{run.command_line('train')}`"
-    if is_newest and not student.is_dir():
-        raise files.corrupt_artifact(student, "the newest student is missing", again)
-    if not verify:
-        return
-    student_hint = f"run `opdctl run repair {shlex.quote(str(run.path))}`" if is_newest else f"remove {student}"
-    for path, digests, hint in (
-        (student, record["student"], student_hint),
-        (trainer, record["trainer"], f"remove {trainer}: training resumes from the state before it"),
-    ):
-        if path.is_dir():
-            directories.check_directory(path, digests, hint)
-    if not _same_artifacts(record["inputs"], run.update_input_digests(step)):
+    record = run.update(step)
+    _check_state(run, step + 1, verify=verify)
+    if verify and not _same_artifacts(record["inputs"], run.update_input_digests(step)):
         raise files.corrupt_artifact(run.step_path(step), "the update was made from other responses or scores")
+
+
+def _check_state(run: Run, step: int, *, verify: bool) -> None:
+    """Check that the newest student exists and, if `verify`, the student and the trainer state after `step` updates."""
+    student, trainer = run.student_path(step), run.trainer_path(step)
+    if step == run.current_step() and not student.is_dir():
+        raise files.corrupt_artifact(student, "the newest student is missing", f"run `{run.command_line('train')}`")
+    for path, digests in ((student, run.student_digests(step)), (trainer, run.trainer_digests(step))):
+        if verify and path.is_dir():
+            directories.check_directory(path, digests, run.student_hint(step))
 
 
 def _same_artifacts(recorded: Mapping[str, str], present: Mapping[str, str]) -> bool:
