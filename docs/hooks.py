@@ -1,12 +1,12 @@
-"""The pages of the site that are made from the code when the site is built, so that they cannot go stale.
+"""Pages of the site that are generated from the code at every build, so that they are never outdated.
 
     index.md                  the README
-    commands/NAME.md          every command, as its help has it
-    reference/recipe.md       every key of a recipe: type, default, meaning, what it shapes
+    commands/NAME.md          every command, with the text of its help
+    reference/recipe.md       every key of a recipe: type, default, meaning, affected stages
     reference/artifacts.md    every record and column
-    source/FILE.md            files outside of docs/ that a page links to
+    source/FILE.md            files outside docs/ that a page links to
 
-Links lead to these pages where they leave docs/, so that the pages also read well on a code host.
+A link to a file outside docs/ leads to its generated page. The same link works on a code host.
 """
 
 import functools
@@ -16,6 +16,7 @@ import os
 import re
 import typing
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +27,7 @@ from mkdocs.structure.pages import Page
 from pydantic.fields import FieldInfo
 
 from opdctl.artifacts import records
+from opdctl.artifacts.tables import arrow_schema, tensor_specs
 from opdctl.cli.main import app
 from opdctl.recipe import dependencies, load, schema
 from opdctl.registry import OBJECTIVES, WEIGHTS, Registry
@@ -41,18 +43,18 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """List the commands in the navigation."""
     for entry in config.nav or []:
         if "Commands" in entry:
-            entry["Commands"] = [{name: f"commands/{name}.md"} for name in _commands()]
+            entry["Commands"] = [{name: command_uri(name)} for name in list_commands()]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     readme = (ROOT / "README.md").read_text()
-    pages = {"index.md": _moved(readme, ROOT, "index.md")}
-    pages |= {f"commands/{name}.md": command_page(name, command) for name, command in _commands().items()}
+    pages = {"index.md": _relocate_links(readme, ROOT, "index.md")}
+    pages |= {command_uri(name): command_page(name, command) for name, command in list_commands().items()}
     pages |= {"reference/recipe.md": recipe_page(), "reference/artifacts.md": artifacts_page()}
     texts = [(ROOT, readme)] + [(path.parent, path.read_text()) for path in sorted(DOCS.rglob("*.md"))]
-    for path in sorted({path for folder, text in texts for path in _outside(folder, text)}):
+    for path in sorted({path for folder, text in texts for path in _linked_files(folder, text)}):
         pages[_uri(path)] = source_page(path)
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
@@ -60,36 +62,36 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the links of a written page that leave docs/ to the generated pages."""
+    """Point the links of a written page to files outside docs/ at the generated pages."""
     uri = page.file.src_uri
-    return markdown if page.file.generated_by else _moved(markdown, (DOCS / uri).parent, uri)
+    return markdown if page.file.generated_by else _relocate_links(markdown, (DOCS / uri).parent, uri)
 
 
 # ── Links ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _outside(folder: Path, markdown: str) -> Iterator[Path]:
-    """Yield the files outside of docs/ that `markdown`, written in `folder`, links to."""
+def _linked_files(folder: Path, markdown: str) -> Iterator[Path]:
+    """Yield the files outside docs/ that `markdown`, a text in `folder`, links to."""
     paths = ((folder / target).resolve() for _, target in LINK.findall(markdown))
     yield from (path for path in paths if path.is_file() and not path.is_relative_to(DOCS))
 
 
 def _uri(path: Path) -> str:
-    """Return where the site has a file of the repository."""
+    """Return the address of a file of the repository within the site."""
     inside = path.is_relative_to(DOCS)
     return path.relative_to(DOCS).as_posix() if inside else f"source/{path.relative_to(ROOT).as_posix()}.md"
 
 
-def _moved(markdown: str, folder: Path, uri: str) -> str:
-    """Return `markdown`, written in `folder`, with its links as the page `uri` of the site needs them."""
+def _relocate_links(markdown: str, folder: Path, uri: str) -> str:
+    """Return `markdown`, a text in `folder`, with its links relative to the page `uri` of the site."""
 
-    def moved(match: re.Match[str]) -> str:
+    def relocate(match: re.Match[str]) -> str:
         path = (folder / match[2]).resolve()
         if not path.is_relative_to(ROOT) or not path.is_file():
             return match[0]
         return match[1] + os.path.relpath(_uri(path), PurePosixPath(uri).parent)
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(relocate, markdown)
 
 
 def source_page(path: Path) -> str:
@@ -100,33 +102,65 @@ def source_page(path: Path) -> str:
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _commands() -> dict[str, Any]:
-    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+def list_commands() -> dict[str, Any]:
+    """Return every command by its name; those of a group as `run fork`."""
+    return dict(_walk(typer.main.get_command(app), ""))
+
+
+def _walk(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _walk(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+def command_uri(name: str) -> str:
+    return f"commands/{name.replace(' ', '-')}.md"
 
 
 def command_page(name: str, command: Any) -> str:
-    arguments = [each for each in command.params if each.param_type_name == "argument"]
-    options = [each for each in command.params if each.param_type_name == "option"]
-    usage = " ".join(["opdctl", name, "[OPTIONS]", *(_optional(each) for each in arguments)])
-    rows = [(f"`{each.metavar}`", each.help) for each in arguments]
-    rows += [(", ".join(f"`{option}`" for option in each.opts) + _value(each), each.help) for each in options]
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
+    options = [param for param in command.params if param.param_type_name == "option"]
+    usage = " ".join(["opdctl", name, "[OPTIONS]", *(_usage(argument) for argument in arguments)])
+    rows = [(f"`{_metavar(argument)}`", argument.help or "") for argument in arguments]
+    rows += [
+        (", ".join(map(_code, [*option.opts, *option.secondary_opts])) + _value(option), option.help)
+        for option in options
+    ]
     return (
         f"# opdctl {name}\n\n{_help(command.help)}\n\n```text\n{usage}\n```\n\n{_table(('option', 'meaning'), rows)}\n"
     )
 
 
-def _optional(argument: Any) -> str:
-    return argument.metavar if argument.required else f"[{argument.metavar}]"
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _usage(argument: Any) -> str:
+    return _metavar(argument) if argument.required else f"[{_metavar(argument)}]"
+
+
+def _metavar(parameter: Any) -> str:
+    """Return how a parameter is written: its metavar, its choices, or its name."""
+    annotation = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        choices = [str(member.value) for member in annotation]
+    else:
+        choices = [str(value) for value in typing.get_args(annotation)] if _is_literal(annotation) else []
+    return parameter.metavar or "/".join(choices) or parameter.name.strip("_").upper()
+
+
+def _is_literal(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.Literal
 
 
 def _value(option: Any) -> str:
-    if option.is_flag or option.count:
-        return ""
-    return f" `{option.metavar or option.name.strip('_').upper()}`"
+    return "" if option.is_flag or option.count else f" `{_metavar(option)}`"
 
 
 def _help(text: str) -> str:
-    """Return a command's help as Markdown: a paragraph marked not to be wrapped is a block of examples."""
+    """Return a command's help as Markdown. A paragraph that typer does not wrap is a block of examples."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
     return "\n\n".join(f"```console\n{p[1:].strip()}\n```" if p.startswith("\b") else p for p in paragraphs)
 
@@ -135,12 +169,12 @@ def _help(text: str) -> str:
 
 
 def recipe_page() -> str:
-    """Return the reference of the recipe: its sections in the order of the schema."""
+    """Return the reference of the recipe, with the sections in the order of the schema."""
     sections: dict[type[schema.Section], list[str]] = {}
     for section, header in _headers(schema.Recipe):
         sections.setdefault(section, []).append(header)
-    own = {name: field for name, field in schema.Recipe.model_fields.items() if not _section(field)}
-    parts = [_section_part("Top level", "", "", own)]
+    top_level = {name: field for name, field in schema.Recipe.model_fields.items() if not _section(field)}
+    parts = [_section_part("Top level", "", "", top_level)]
     for section, headers in sections.items():
         title, key = ", ".join(f"`{header}`" for header in headers), headers[0].strip("[]") + "."
         parts.append(_section_part(title, section.__dict__.get("__doc__") or "", key, section.model_fields))
@@ -150,7 +184,7 @@ def recipe_page() -> str:
 
 
 def _headers(outer: type[schema.Section], prefix: str = "") -> Iterator[tuple[type[schema.Section], str]]:
-    """Yield the sections within a section, and those within them, each with its header in TOML."""
+    """Yield all sections within a section, each with its header in TOML."""
     for name, field in outer.model_fields.items():
         if section := _section(field):
             path = f"{prefix}{name}.NAME" if typing.get_origin(field.annotation) is dict else f"{prefix}{name}"
@@ -160,24 +194,24 @@ def _headers(outer: type[schema.Section], prefix: str = "") -> Iterator[tuple[ty
 
 RECIPE_HEAD = """# Recipe reference
 
-A recipe is one TOML file. Every key is listed with its default, which is the recommended setting. *Shapes* names the
-stages whose artifacts depend on the key: once such an artifact is there, the run directory refuses another value. A key
-that shapes nothing may change at any time. `[teacher]`, `[teachers.NAME]` and `[reference]` shape scores, not rollouts.
+A recipe is a TOML file. Every key is listed with its default, which is the recommended setting. *Affects* lists the
+stages whose artifacts depend on the key: a run that has such an artifact rejects another value. A key that affects
+nothing may change at any time. `[teacher]`, `[teachers.NAME]` and `[reference]` affect scores, not rollouts.
 
 """
 
 
 def _section_part(title: str, about: str, prefix: str, fields: dict[str, FieldInfo]) -> str:
     rows = [
-        (f"`{name}`", _kind(field), _default(field), field.description or "", ", ".join(_shaped(f"{prefix}{name}")))
+        (f"`{name}`", _kind(field), _default(field), field.description or "", ", ".join(_affected(f"{prefix}{name}")))
         for name, field in fields.items()
     ]
-    table = _table(("key", "type", "default", "meaning", "shapes"), rows)
+    table = _table(("key", "type", "default", "meaning", "affects"), rows)
     return "\n\n".join(filter(None, [f"## {title}", about, table]))
 
 
 def _components(registry: Registry[Any]) -> str:
-    """Return what there is of a kind, as `train --list-weights` prints it."""
+    """Return the components of a kind, as `opdctl list` prints them."""
     rows = [
         (f"`{entry.name}`", entry.summary, ", ".join(f"`{k} = {json.dumps(v)}`" for k, v in entry.parameters.items()))
         for entry in registry.entries()
@@ -186,13 +220,13 @@ def _components(registry: Registry[Any]) -> str:
 
 
 def _section(field: FieldInfo) -> type[schema.Section] | None:
-    """Return the section that a field is, or is a table of."""
+    """Return the section type of a field, or of the values of a table; None for other fields."""
     kinds = typing.get_args(field.annotation) or (field.annotation,)
-    found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, schema.Section)]
-    return found[0] if found else None
+    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, schema.Section)]
+    return sections[0] if sections else None
 
 
-def _shaped(key: str) -> list[str]:
+def _affected(key: str) -> list[str]:
     """Return the stages that have `key` in the fingerprint of their artifacts."""
     if key.startswith(("weight.", "objective.")):
         return ["update"]
@@ -202,7 +236,7 @@ def _shaped(key: str) -> list[str]:
 
 @functools.cache
 def _example() -> schema.Recipe:
-    """Return a recipe whose tables are not empty, so that each has a key."""
+    """Return a recipe with one key in each table."""
     tables = ["prompts.min_values.a=1.0", "prompts.template_arguments.a=1"]
     return load.load_recipe([ROOT / "recipes" / "quickstart.toml"], tables)
 
@@ -210,7 +244,7 @@ def _example() -> schema.Recipe:
 def _kind(field: FieldInfo) -> str:
     """Return a field's type and bounds in words."""
     kinds = [kind for kind in typing.get_args(field.annotation) if kind is not type(None)]
-    if typing.get_origin(field.annotation) is typing.Literal:
+    if _is_literal(field.annotation):
         return " or ".join(f"`{value}`" for value in kinds)
     if typing.get_origin(field.annotation) in (list, dict):
         return {list: "list", dict: "table"}[typing.get_origin(field.annotation)]
@@ -239,26 +273,30 @@ def _default(field: FieldInfo) -> str:
 def artifacts_page() -> str:
     """Return the reference of the artifacts: their records with columns and Arrow types."""
     tables = [
-        ("prompts.parquet", records.Prompt, records.PROMPTS),
-        ("step-*/rollout/part-*.parquet", records.Response, records.RESPONSES),
-        ("eval/**/part-*.parquet", records.GradedResponse, records.GRADED),
+        ("prompts.parquet", records.Prompt),
+        ("step-*/rollout/part-*.parquet", records.Response),
+        ("eval/**/part-*.parquet", records.GradedResponse),
     ]
     layout = inspect.cleandoc(records.__doc__ or "").partition("\n\n")[2]
     parts = ["# Artifacts\n", _text(layout)]
-    for name, record, arrow_schema in tables:
-        rows = [(f"`{field.name}`", f"`{field.type}`") for field in arrow_schema]
-        parts += [f"\n## {name}\n", _text(inspect.getdoc(record) or ""), "", _table(("column", "Arrow type"), rows)]
-    rows = [("`offsets`", "int64")]
-    rows += [
-        (f"`{name}`", "int32" if name == "top_ids" else "float32") for name in records.TokenScores.__dataclass_fields__
-    ]
+    for name, record in tables:
+        rows = [
+            (f"`{field.name}`", f"`{field.type}`", "yes" if field.nullable else "") for field in arrow_schema(record)
+        ]
+        table = _table(("column", "Arrow type", "nullable"), rows)
+        parts += [f"\n## {name}\n", _text(inspect.getdoc(record) or ""), "", table]
+    rows = [(f"`{name}`", f"`{dtype}`", str(rank)) for name, (dtype, rank) in tensor_specs().items()]
     parts += ["\n## step-*/teacher/part-*.safetensors\n", _text(inspect.getdoc(records.TokenScores) or "")]
-    parts += ["", "The responses of a part stand behind one another; `offsets` says where each begins.", ""]
-    return "\n".join([*parts, _table(("tensor", "type"), rows)]) + "\n"
+    parts += [
+        "",
+        "The responses of a part are concatenated; `offsets` holds the start of each, and the end of the last.",
+        "",
+    ]
+    return "\n".join([*parts, _table(("tensor", "type", "dimensions"), rows)]) + "\n"
 
 
 def _text(docstring: str) -> str:
-    """Return a docstring as Markdown, whose brackets are no links."""
+    """Return a docstring as Markdown, with brackets escaped."""
     return docstring.replace("[", "\\[")
 
 
