@@ -24,7 +24,7 @@ from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import stats
-from opdctl.evaluation.benchmarks import Benchmark, find
+from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
 from opdctl.evaluation.evaluate import graded_response
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
@@ -126,7 +126,7 @@ def _recipe_for_engines(recipe: Recipe) -> Recipe:
 
 def _benchmark(run: Run) -> Benchmark:
     """Return the recipe's first benchmark, whose grader grades the answers to the prompts."""
-    benchmark = find(run.recipe.eval.bench[0], run.recipe.eval)
+    benchmark = find_benchmark(run.recipe.eval.bench[0], run.recipe.eval)
     if benchmark.grader.runs_code:
         raise OpdctlError(
             "unsupported_setting",

@@ -23,7 +23,7 @@ def compare(
         ),
     ],
     bench: Annotated[
-        str | None, typer.Option("--bench", metavar="A,B,…", help="Benchmarks. Default: all that both have.")
+        str | None, typer.Option("--bench", metavar="A,B,…", help="Benchmarks. Default: all that they share.")
     ] = None,
     target: Annotated[
         float | None,
@@ -52,15 +52,17 @@ def compare(
         if len(paths) > 2 and not are_runs:
             names = ", ".join(str(path) for path in paths if not (path / "recipe.toml").exists())
             raise OpdctlError("missing_run", names, hint="give runs, or two evaluations")
-        found: dict[str, Any] = {"evaluations": [], "curves": [], "files": []}
+        if not are_runs and (target is not None or output is not None):
+            option = "--target" if target is not None else "--output"
+            raise OpdctlError("invalid_usage", f"{option} applies to learning curves only", hint="give runs")
+        benches = None if bench is None else bench.split(",")
+        comparison: dict[str, Any] = {"evaluations": [], "curves": [], "files": []}
         if len(paths) == 2:
-            found["evaluations"] = _compare_evaluations(
-                paths[0], paths[1], bench.split(",") if bench is not None else None
-            )
+            comparison["evaluations"] = _compare_evaluations(paths[0], paths[1], benches)
         if are_runs:
-            found |= _compare_curves(paths, target, output)
+            comparison |= _compare_curves(paths, target, benches, output)
         if json_:
-            print_json(found)
+            print_json(comparison)
 
 
 def _compare_evaluations(one: Path, other: Path, benches: list[str] | None) -> list[dict[str, Any]]:
@@ -72,11 +74,13 @@ def _compare_evaluations(one: Path, other: Path, benches: list[str] | None) -> l
     return comparisons
 
 
-def _compare_curves(paths: list[Path], target: float | None, output: Path | None) -> dict[str, Any]:
+def _compare_curves(
+    paths: list[Path], target: float | None, benches: list[str] | None, output: Path | None
+) -> dict[str, Any]:
     from opdctl.analysis.report import write_comparison
     from opdctl.evaluation.learning_curves import compare_curves
 
-    comparisons = compare_curves(paths, target)
+    comparisons = compare_curves(paths, target, benches)
     for each in comparisons:
         console.info(comparison_line(each))
         console.print_table(f"{each['bench']}, {each['problems']} problems", *comparison_rows(each))

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdctl import console
-from opdctl.evaluation.results import Evaluation
-from opdctl.evaluation.results import failures as incorrect_responses
+from opdctl.evaluation.results import Evaluation, incorrect_responses
+from opdctl.evaluation.stats import Estimate
 
-SHOWN_TAIL_CHARS = 600  # characters shown of a failure
+SHOWN_TAIL_CHARS = 600  # of an incorrect response
+SHOWN_ANSWER_CHARS = 200
+SHOWN_NAMES = 5  # of the problems that a warning lists
 
 
-def print_evaluation_comparison(found: Sequence[Mapping[str, Any]]) -> None:
+def print_evaluation_comparison(comparisons: Sequence[Mapping[str, Any]]) -> None:
     """Print the comparison of two evaluations on each benchmark, and warn of differences in their protocols."""
     rows = [
         [
@@ -18,26 +20,26 @@ def print_evaluation_comparison(found: Sequence[Mapping[str, Any]]) -> None:
             f"{each['a']['avg']:.1%}",
             f"{each['b']['avg']:.1%}",
             f"{100 * each['difference']:+.1f}",
-            f"[{100 * each['ci'][0]:+.1f}, {100 * each['ci'][1]:+.1f}]",
+            Estimate(100 * each["difference"], *(100 * bound for bound in each["ci"])).format_interval("+.1f"),
             f"{each['p_value']:.3g}",
             f"{each['better']} / {each['worse']}",
         ]
-        for each in found
+        for each in comparisons
     ]
-    console.info(f"A  {found[0]['a']['path']}\nB  {found[0]['b']['path']}")
+    console.info(f"A  {comparisons[0]['a']['path']}\nB  {comparisons[0]['b']['path']}")
     header = ("benchmark", "A", "B", "B − A, points", "95% CI, paired", "p", "better / worse")
     console.print_table("paired comparison by problem", header, rows)
-    for each in found:
-        if each["other_protocol"]:
-            console.warn(f"{each['bench']}: the protocols differ in {', '.join(each['other_protocol'])}")
+    for each in comparisons:
+        if each["protocol_differences"]:
+            console.warn(f"{each['bench']}: the protocols differ in {', '.join(each['protocol_differences'])}")
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print the accuracies of an evaluation with their intervals."""
     rows = [_accuracy_row(f"Avg@{summary['samples']}", summary["avg"], summary["ci"], summary["ci_same_problems"])]
     for name, key in (("pass", "pass_at"), ("maj", "maj_at")):
-        found = summary[key].items()
-        rows += [_accuracy_row(f"{name}@{k}", each["mean"], each["ci"], None) for k, each in found if k != "1"]
+        by_k = summary[key].items()
+        rows += [_accuracy_row(f"{name}@{k}", each["mean"], each["ci"], None) for k, each in by_k if k != "1"]
     title = f"{summary['bench']}, {summary['model']}: {summary['problems']} problems, {summary['samples']} samples each"
     console.print_table(title, ("", "", "95% CI, resampled problems", "95% CI, same problems"), rows)
     verdicts = ", ".join(f"{count} {name}" for name, count in summary["verdicts"].items())
@@ -49,33 +51,32 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     _print_warnings(summary)
 
 
-def _accuracy_row(name: str, value: float, ci: Sequence[float] | None, these: Sequence[float] | None) -> list[str]:
-    intervals = (f"[{low_high[0]:.1%}, {low_high[1]:.1%}]" if low_high else "–" for low_high in (ci, these))
+def _accuracy_row(name: str, value: float, ci: Sequence[float], ci_same_problems: Sequence[float] | None) -> list[str]:
+    intervals = (Estimate(value, *bounds).format_interval() if bounds else "–" for bounds in (ci, ci_same_problems))
     return [name, f"{value:.1%}", *intervals]
 
 
 def _print_warnings(summary: Mapping[str, Any]) -> None:
-    about, name = summary["benchmark"], summary["bench"]
+    benchmark, name = summary["benchmark"], summary["bench"]
     if failures := summary["grader_failures"]:
-        shown = ", ".join(f"{each['sample_id']} ({each['verdict']})" for each in failures[:3])
+        shown = ", ".join(f"{each['sample_id']} ({each['verdict']})" for each in failures[:SHOWN_NAMES])
         console.warn(f"{name}: {len(failures)} answers crashed the grader or timed out and count as incorrect: {shown}")
-    if golds := about["unparsable_golds"]:
+    if golds := benchmark["unparsable_golds"]:
+        shown = ", ".join(golds[:SHOWN_NAMES])
+        console.warn(f"{name}: {len(golds)} gold answers could not be parsed; only an exact match counts: {shown}")
+    overlap = benchmark["contamination"]
+    if overlap and overlap["contaminated"]:
+        shown = ", ".join([*overlap["fractions"]][:SHOWN_NAMES])
         console.warn(
-            f"{name}: {len(golds)} gold answers could not be parsed; only an exact match counts: {', '.join(golds[:5])}"
-        )
-    found = about["contamination"]
-    if found and found["seen"]:
-        console.warn(
-            f"{name}: the training prompts contain {found['seen']} of its {found['problems']} problems (at least half "
-            f"of their {found['ngram']}-grams): {', '.join(list(found['shares'])[:5])}"
+            f"{name}: the training prompts contain {overlap['contaminated']} of its {overlap['problems']} problems (at "
+            f"least half of their {overlap['ngram']}-grams): {shown}"
         )
 
 
 def print_failures(evaluation: Evaluation, count: int) -> None:
     """Print incorrect responses: the gold answer, the extracted answer, and the end of the response."""
     for row in incorrect_responses(evaluation, count):
-        answer = "no answer" if row.extracted is None else f"answer {row.extracted[:200]!r}"
-        console.info(
-            f"{row.sample_id}: {answer}, gold {row.gold[:200]!r}, verdict {row.verdict}, {row.finish_reason}", "bold"
-        )
+        answer = "no answer" if row.extracted is None else f"answer {row.extracted[:SHOWN_ANSWER_CHARS]!r}"
+        gold = row.gold[:SHOWN_ANSWER_CHARS]
+        console.info(f"{row.sample_id}: {answer}, gold {gold!r}, verdict {row.verdict}, {row.finish_reason}", "bold")
         console.info(("… " if len(row.text) > SHOWN_TAIL_CHARS else "") + row.text[-SHOWN_TAIL_CHARS:])

@@ -145,7 +145,8 @@ def _evaluate(
             continue
         summaries.append(result.summary)
         print_summary(result.summary)
-        print_failures(load_evaluation(result.path), failures)
+        if failures:
+            print_failures(load_evaluation(result.path), failures)
         console.info(f"wrote {result.path}" if result.parts_made else f"nothing to do: {result.path} is finished")
     console.info(f"next: {_next_command(run, summaries)}")
     if as_json:

@@ -11,6 +11,7 @@ import typer
 from opdctl import console
 from opdctl.cli.options import Json, Output, Overrides, Recipes, Verbose
 from opdctl.cli.session import command_session, print_json, read_recipe_options
+from opdctl.errors import OpdctlError
 
 
 class Kind(StrEnum):
@@ -64,7 +65,7 @@ def _list_benchmarks() -> list[dict[str, Any]]:
 
     benchmarks = [BENCHMARKS.get(name)() for name in BENCHMARKS.names()]
     rows = [
-        {"bench": each.name, "data": each.source.where, "grader": each.grader.name, "samples": each.samples}
+        {"bench": each.name, "data": each.source.location, "grader": each.grader.name, "samples": each.samples}
         for each in benchmarks
     ]
     _print("benchmarks", rows)
@@ -102,7 +103,11 @@ def _list_runs() -> list[dict[str, Any]]:
 
     rows = []
     for path in sorted(record.parent for record in Path("runs").glob("*/run.json")):
-        run = Run.load(path)
+        try:
+            run = Run.load(path)
+        except OpdctlError as error:  # one unreadable run does not hide the others
+            console.warn(error.message)
+            continue
         rows.append(
             {
                 "run": str(path),

@@ -1,8 +1,8 @@
-"""Code that a model wrote: HumanEval+ and MBPP+, graded by the package evalplus in a sandbox.
+"""HumanEval+ and MBPP+: model-generated code, graded by the package evalplus in a sandbox.
 
-Each response is run in a process tree of its own: namespaces without a network and without other processes in sight, as
-the user nobody where opdctl runs as root, with an empty environment and limits on time, memory, files and processes.
-Where the system does not allow that, nothing is run.
+Each response runs in a separate process tree: in namespaces without a network and without a view of other processes, as
+the user nobody if opdctl runs as root, with an empty environment and limits on time, memory, files and processes. If
+the system does not support that, no code is run.
 """
 
 import contextlib
@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opdctl.data.prompts import Problem
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import OpdctlError
 from opdctl.evaluation import code_sandbox
 from opdctl.evaluation.graders import Grade, Votes
 
-TIMEOUT_SECONDS = 90  # for one response, all its tests together; EvalPlus itself ends after 60
-NOBODY = 65534
-COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
+CODE_TIMEOUT_SECONDS = 90  # of one response with all its tests; EvalPlus itself stops after 60
+NOBODY_ID = 65534
+TASK_KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 Dataset = Literal["humaneval", "mbpp"]
 RELEASES: dict[Dataset, tuple[str, str]] = {"humaneval": ("HumanEvalPlus", "v0.1.10"), "mbpp": ("MbppPlus", "v0.2.0")}
+"""Name and version of each data set at EvalPlus."""
 SELF_TEST_TASK: dict[str, Any] = {
     "dataset": "humaneval",
     "task_id": "echo",
@@ -45,61 +46,59 @@ SELF_TEST_TASK: dict[str, Any] = {
 # ── Problems ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def problems(dataset: Dataset, data: Path | None) -> Iterator[Problem]:
-    """Yield EvalPlus' tasks, from its `.jsonl` or `.jsonl.gz` file `data`, or from where the package keeps them.
+def load_tasks(dataset: Dataset, data: Path | None) -> Iterator[Problem]:
+    """Yield the tasks of the `.jsonl` or `.jsonl.gz` file `data`, by default of the copy that evalplus downloads.
 
-    A problem's answer is the task itself, as JSON: solution, inputs and tolerance.
+    The gold answer of a problem is the task as JSON, with its solution, inputs and tolerance.
 
-    Raises OpdctlError: 3 for a file that holds no such tasks, 5 without the package or its data.
+    Raises:
+        OpdctlError: the file has no such tasks, the package is missing, or the download fails.
     """
-    path = data or _fetched(dataset)
+    path = data or _download_tasks(dataset)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _problem(dataset, json.loads(line), f"{path}:{number}")
     except (OSError, EOFError, ValueError) as error:
-        raise OpdctlError(f"{path}: cannot be read as JSON Lines: {error}", code=ExitCode.BAD_DATA) from error
+        raise OpdctlError("invalid_data", f"{path}: not readable as JSON Lines: {error}") from error
 
 
-def _problem(dataset: Dataset, task: Any, where: str) -> Problem:
-    missing = [name for name in COLUMNS if name not in task] if isinstance(task, dict) else COLUMNS
+def _problem(dataset: Dataset, task: Any, location: str) -> Problem:
+    missing = [key for key in TASK_KEYS if key not in task] if isinstance(task, dict) else TASK_KEYS
     if missing:
         raise OpdctlError(
-            f"{where}: is no task of EvalPlus: it has no {', '.join(missing)}",
-            hint=f"wanted is {RELEASES[dataset][0]}.jsonl as EvalPlus publishes it",
-            code=ExitCode.BAD_DATA,
+            "invalid_data",
+            f"{location}: not a task of EvalPlus: no {', '.join(missing)}",
+            hint=f"give the file {RELEASES[dataset][0]}.jsonl that EvalPlus publishes",
         )
-    gold = json.dumps({"dataset": dataset} | {name: task[name] for name in COLUMNS})
+    gold = json.dumps({"dataset": dataset} | {key: task[key] for key in TASK_KEYS})
     return Problem(task["task_id"], f"```python\n{task['prompt'].strip()}\n```", gold)
 
 
-def _fetched(dataset: Dataset) -> Path:
-    """Return EvalPlus' own copy of a data set, which it fetches once."""
-    _need_evalplus()
+def _download_tasks(dataset: Dataset) -> Path:
+    """Return EvalPlus' cached copy of a data set; the first call downloads it."""
+    _check_evalplus()
     from evalplus.data.utils import get_dataset_metadata, make_cache
 
     name, version = RELEASES[dataset]
-    address, path = get_dataset_metadata(name, version, mini=False)
+    url, path = get_dataset_metadata(name, version, mini=False)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            make_cache(address, path)
+            make_cache(url, path)
     except OSError as error:
         raise OpdctlError(
-            f"--bench {dataset}_plus: EvalPlus could not fetch its {name} {version}: {error}",
-            hint=f"give it by --data {name}.jsonl; or run it once where there is a network",
-            code=ExitCode.UNAVAILABLE,
+            "failed_download",
+            f"--bench {dataset}_plus: {name} {version}, by evalplus: {error}",
+            hint=f"give a local copy by --data {name}.jsonl; or run it once with a network",
         ) from error
     return Path(path)
 
 
-def _need_evalplus() -> None:
+def _check_evalplus() -> None:
     if importlib.util.find_spec("evalplus") is None:
-        raise OpdctlError(
-            "the benchmarks of code need the package evalplus",
-            hint="pip install 'opdctl[code]'",
-            code=ExitCode.UNAVAILABLE,
-        )
+        detail = "HumanEval+ and MBPP+ require the package evalplus"
+        raise OpdctlError("missing_sandbox", detail, hint="run `pip install 'opdctl[code]'`")
 
 
 # ── Grades ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -113,8 +112,12 @@ class Code:
     runs_code: bool = True
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grade (task, response) pairs. Raises OpdctlError (code 5) where code cannot be confined."""
-        _need_confinement()
+        """Grade (task, response) pairs.
+
+        Raises:
+            OpdctlError: the sandbox is not available.
+        """
+        _check_sandbox()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             try:
                 return list(pool.map(_grade, *zip(*pairs, strict=True))) if pairs else []
@@ -123,75 +126,74 @@ class Code:
                 raise
 
     def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
-        """Programs are not voted on."""
+        """Return no votes: there is no majority among programs."""
         return [[None] * len(grades) for _, grades in problems]
 
-    def readable(self, golds: Sequence[str]) -> list[bool]:
-        """Return of each task whether its own solution passes its tests."""
+    def are_parsable(self, golds: Sequence[str]) -> list[bool]:
+        """Return for each task whether its canonical solution passes its tests."""
         solutions = [
             (gold, task["prompt"] + task["canonical_solution"]) for gold in golds if (task := json.loads(gold))
         ]
         return [grade.correct for grade in self.grade(solutions)]
 
 
-code = Code()
+CODE_GRADER = Code()
 
 
 def _grade(gold: str, response: str) -> Grade:
     task = json.loads(gold)
-    said = response.rpartition("</think>")[2]
-    if f"def {task['entry_point']}" not in said:
+    answer = response.rpartition("</think>")[2]
+    if f"def {task['entry_point']}" not in answer:
         return Grade(None, False, "no_answer")
     try:
-        ended = _confined({"task": task, "response": said})
+        process = _run_sandbox({"task": task, "response": answer})
     except subprocess.TimeoutExpired:
-        return Grade(said, False, "timeout")
+        return Grade(answer, False, "timeout")
     try:
-        found = json.loads(ended.stdout)
+        result = json.loads(process.stdout)
     except ValueError:
-        return Grade(said, False, "crash")
-    verdict = "timeout" if found["status"] == "timeout" else "ok"
-    return Grade(found["code"], found["status"] == "pass", verdict)
+        return Grade(answer, False, "crash")
+    verdict = "timeout" if result["status"] == "timeout" else "ok"
+    return Grade(result["code"], result["status"] == "pass", verdict)
 
 
-def _confined(asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """Run sandbox.py, confined, on `asked`. Raises TimeoutExpired."""
-    root = os.geteuid() == 0
+def _run_sandbox(request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Run code_sandbox.py in the sandbox. Raises subprocess.TimeoutExpired."""
+    is_root = os.geteuid() == 0
     command = ["unshare", "--net", "--ipc", "--pid", "--fork", "--kill-child"]
-    command += [] if root else ["--user"]
-    command += ["setpriv", "--no-new-privs", "--pdeathsig=KILL"]  # a change of user clears that of --kill-child
-    command += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if root else []
-    with tempfile.TemporaryDirectory(prefix="opdctl-sandbox-") as folder:
-        if root:
-            os.chown(folder, NOBODY, NOBODY)
+    command += [] if is_root else ["--user"]
+    command += ["setpriv", "--no-new-privs", "--pdeathsig=KILL"]  # changing the user resets that of --kill-child
+    command += [f"--reuid={NOBODY_ID}", f"--regid={NOBODY_ID}", "--clear-groups"] if is_root else []
+    with tempfile.TemporaryDirectory(prefix="opdctl-sandbox-") as directory:
+        if is_root:
+            os.chown(directory, NOBODY_ID, NOBODY_ID)
         return subprocess.run(
-            # -P: beside sandbox.py lie modules whose names are the standard library's, too
+            # -P: a module beside code_sandbox.py must not hide one of the standard library
             [*command, sys.executable, "-P", str(Path(code_sandbox.__file__))],
-            input=json.dumps(asked),
+            input=json.dumps(request),
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS,
-            cwd=folder,
-            env={"PATH": os.defpath, "TMPDIR": folder, "HOME": folder, "OMP_NUM_THREADS": "1"},
+            timeout=CODE_TIMEOUT_SECONDS,
+            cwd=directory,
+            env={"PATH": os.defpath, "TMPDIR": directory, "HOME": directory, "OMP_NUM_THREADS": "1"},
         )
 
 
 @cache
-def _need_confinement() -> None:
-    """Raise OpdctlError unless a program can be run, confined, with the right verdict."""
-    _need_evalplus()
+def _check_sandbox() -> None:
+    """Raise OpdctlError unless a correct program passes in the sandbox."""
+    _check_evalplus()
+    solution = SELF_TEST_TASK["prompt"] + SELF_TEST_TASK["canonical_solution"]
     try:
-        ended = _confined(
-            {"task": SELF_TEST_TASK, "response": SELF_TEST_TASK["prompt"] + SELF_TEST_TASK["canonical_solution"]}
-        )
-        passed = ended.returncode == 0 and json.loads(ended.stdout)["status"] == "pass"
-        why = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
+        process = _run_sandbox({"task": SELF_TEST_TASK, "response": solution})
+        passed = process.returncode == 0 and json.loads(process.stdout)["status"] == "pass"
+        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
     except (OSError, subprocess.TimeoutExpired) as error:
-        passed, why = False, [str(error)]
+        passed, reason = False, str(error)
     if not passed:
         raise OpdctlError(
-            f"a model's code cannot be confined here, so none is run: {why[0]}",
-            hint="needed are Linux with user namespaces, the commands unshare and setpriv of util-linux, and as root a "
+            "missing_sandbox",
+            f"model-generated code cannot be isolated on this system, so none is run: {reason}",
+            hint="use Linux with user namespaces and the commands unshare and setpriv of util-linux; as root, use a "
             "Python that the user nobody can read",
-            code=ExitCode.UNAVAILABLE,
         )

@@ -1,9 +1,8 @@
-"""What runs a model's code: a program of its own, started by execution.py in namespaces without a network. It knows
-nothing of opdctl.
+"""The program that grades model-generated code. code_execution.py starts it in namespaces without a network.
 
-Reads one JSON object from stdin: a `task` as EvalPlus gives it, and a `response`. Writes one to stdout: the code that
-was read from the response, and EvalPlus' verdict on it. EvalPlus runs the code in a process of its own, which is
-confined when it is forked and has no way to this program's output.
+It imports nothing of opdctl. It reads one JSON object from stdin: a `task` of EvalPlus and a `response`. It writes one
+to stdout: the `code` of the response and EvalPlus' `status`. EvalPlus runs the code in a child process. The child is
+confined when it is forked and cannot write to this program's output.
 """
 
 import contextlib
@@ -15,34 +14,35 @@ import stat
 import sys
 from typing import Any
 
-MEMORY = 4 * 2**30  # bytes of address space
-FILE = 2**20  # bytes of any file
-OPEN_FILES = 64
-FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+CODE_MEMORY_BYTES = 4 * 2**30  # address space
+MAX_FILE_BYTES = 2**20
+MAX_OPEN_FILES = 64
+CODE_BLOCK_PATTERN = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
-def main() -> None:
-    asked = json.load(sys.stdin)
-    results = os.dup(sys.stdout.fileno())
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for standard in range(3):
-        os.dup2(nothing, standard)
-    os.register_at_fork(after_in_child=lambda: _confine(results))
-    os.write(results, json.dumps(judge(asked["task"], asked["response"])).encode())
+def serve_request() -> None:
+    """Grade the request on stdin and write the result to stdout."""
+    request = json.load(sys.stdin)
+    result_fd = os.dup(sys.stdout.fileno())
+    null_fd = os.open(os.devnull, os.O_RDWR)
+    for standard_fd in range(3):
+        os.dup2(null_fd, standard_fd)
+    os.register_at_fork(after_in_child=lambda: _confine(result_fd))
+    os.write(result_fd, json.dumps(check_response(request["task"], request["response"])).encode())
 
 
-def _confine(results: int) -> None:
-    """Bound what the process may use, for good. RLIMIT_NPROC 0: it can make no process and no thread."""
-    os.close(results)
-    for descriptor in map(int, os.listdir("/proc/self/fd")):
-        # The memory in which EvalPlus' verdict will stand is a file, too; a pipe tells of the process' end.
+def _confine(result_fd: int) -> None:
+    """Limit the resources of this process irrevocably. RLIMIT_NPROC 0 forbids further processes and threads."""
+    os.close(result_fd)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        # EvalPlus' shared memory for the result is a file, too. A pipe signals the end of the process.
         with contextlib.suppress(OSError):
-            if descriptor > 2 and not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-                os.close(descriptor)
+            if fd > 2 and not stat.S_ISFIFO(os.fstat(fd).st_mode):
+                os.close(fd)
     limits = {
-        resource.RLIMIT_AS: MEMORY,
-        resource.RLIMIT_FSIZE: FILE,
-        resource.RLIMIT_NOFILE: OPEN_FILES,
+        resource.RLIMIT_AS: CODE_MEMORY_BYTES,
+        resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
+        resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_CORE: 0,
     }
@@ -50,10 +50,10 @@ def _confine(results: int) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def judge(task: dict[str, Any], response: str) -> dict[str, str]:
+def check_response(task: dict[str, Any], response: str) -> dict[str, str]:
     """Return the code in a response, and EvalPlus' status: pass, fail or timeout.
 
-    What is right is what the task's own solution returns, on EvalPlus' inputs beside the original ones.
+    The expected outputs are those of the task's canonical solution, on the original inputs and those of EvalPlus.
     """
     from evalplus.data.mbpp import mbpp_deserialize_inputs
     from evalplus.eval import untrusted_check
@@ -65,15 +65,19 @@ def judge(task: dict[str, Any], response: str) -> dict[str, str]:
     inputs = [*task["base_input"], *task["plus_input"]]
     if dataset == "mbpp":
         inputs = mbpp_deserialize_inputs(task["task_id"], inputs)
-    blocks = FENCED.findall(response)
+    blocks = CODE_BLOCK_PATTERN.findall(response)
     code = sanitize(blocks[-1] if blocks else response, entry_point)
-    any_value = dataset == "mbpp" and entry_point in MBPP_OUTPUT_NOT_NONE_TASKS
+    accepts_any_value = dataset == "mbpp" and entry_point in MBPP_OUTPUT_NOT_NONE_TASKS
     expected, seconds = trusted_exec(
-        task["prompt"] + task["canonical_solution"], inputs, entry_point, record_time=True, output_not_none=any_value
+        task["prompt"] + task["canonical_solution"],
+        inputs,
+        entry_point,
+        record_time=True,
+        output_not_none=accepts_any_value,
     )
     status, _ = untrusted_check(dataset, code, inputs, entry_point, expected, task["atol"], seconds, fast_check=True)
     return {"code": code, "status": status}
 
 
 if __name__ == "__main__":
-    main()
+    serve_request()

@@ -19,7 +19,7 @@ from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import contamination, stats
-from opdctl.evaluation.benchmarks import Benchmark, find
+from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
 from opdctl.evaluation.graders import Grade
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
@@ -90,7 +90,7 @@ def stored_summary(run: Run, bench: str, target: str) -> dict[str, Any] | None:
     """Return the summary of a finished evaluation under the recipe's protocol, or None."""
     path = run.evaluation_path(bench, target) / "summary.json"
     summary: dict[str, Any] | None = files.read_json(path) if path.exists() else None
-    protocol = _protocol(run.recipe, find(bench, run.recipe.eval)) if summary else None
+    protocol = _protocol(run.recipe, find_benchmark(bench, run.recipe.eval)) if summary else None
     return summary if summary and summary["protocol"] == protocol else None
 
 
@@ -98,11 +98,11 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
     """Return the settings that decide which problems are asked, and how they are answered and graded."""
     settings = recipe.eval
     return {
-        "samples": benchmark.samples_under(settings),
+        "samples": benchmark.samples_per_problem(settings),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_tokens": settings.max_tokens,
-        "suffix": benchmark.suffix_under(settings),
+        "suffix": benchmark.prompt_suffix(settings),
         "template_arguments": settings.template_arguments,
         "limit": settings.limit,
         "grader": benchmark.grader.name,
@@ -150,7 +150,7 @@ def run_eval(
         OpdctlError: code execution is disabled; the benchmark's data are invalid or unavailable; the evaluation was
             started with different settings.
     """
-    benchmark = find(bench, run.recipe.eval)
+    benchmark = find_benchmark(bench, run.recipe.eval)
     _check_code_execution(benchmark, run.recipe.eval)
     problems = benchmark.problems(run.recipe.eval.limit, data)
     stage = _stage(run, benchmark, problems, target)
@@ -187,7 +187,7 @@ def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], target: 
         num_parts=min(run.recipe.eval.num_parts, len(problems)),
         suffix=".parquet",
         fingerprint=Fingerprint(
-            fingerprint_settings(run.recipe, "eval") | {"eval.samples": benchmark.samples_under(run.recipe.eval)},
+            fingerprint_settings(run.recipe, "eval") | {"eval.samples": benchmark.samples_per_problem(run.recipe.eval)},
             {"model": target.digest, "problems": _problems_digest(problems)},
         ),
         rerun_command=f"{run.command_line('eval')} --bench {benchmark.name} {target.options}",
@@ -210,9 +210,9 @@ def _describe_benchmark(
     if path.exists() and (stored := files.read_json(path))["key"] == key:
         description: dict[str, Any] = stored["description"]
         return description
-    parsable = benchmark.grader.readable([problem.answer or "" for problem in problems])
+    parsable = benchmark.grader.are_parsable([problem.answer or "" for problem in problems])
     description = {
-        "source": str(data or benchmark.source.where),
+        "source": str(data or benchmark.source.location),
         "digest": key["digest"],
         "unparsable_golds": [problem.id for problem, ok in zip(problems, parsable, strict=True) if not ok],
         "contamination": _find_contamination(run, problems),
@@ -226,7 +226,7 @@ def _find_contamination(run: Run, problems: Sequence[Problem]) -> dict[str, Any]
     if run.prompts_digest is None:
         return None
     prompts = run.student.tokenizer.batch_decode([p.prompt_ids for p in run.prompts], skip_special_tokens=True)
-    return contamination.report({problem.id: problem.text for problem in problems}, prompts)
+    return contamination.measure_contamination({problem.id: problem.text for problem in problems}, prompts)
 
 
 def _answer_problems(
@@ -239,7 +239,7 @@ def _answer_problems(
     *,
     wait: bool,
 ) -> int:
-    settings, samples = run.recipe.eval, benchmark.samples_under(run.recipe.eval)
+    settings, samples = run.recipe.eval, benchmark.samples_per_problem(run.recipe.eval)
 
     def prepare() -> tuple[Mapping[str, Any], MakePart]:
         engine = engines.get(target.role, run.recipe.rollout.engine, target.model)
@@ -262,7 +262,7 @@ def _answer_problems(
 
 def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:
     settings = run.recipe.eval
-    text = problem.text + benchmark.suffix_under(settings)
+    text = problem.text + benchmark.prompt_suffix(settings)
     return np.asarray(apply_chat_template(problem.id, text, model.tokenizer, settings.template_arguments), np.int32)
 
 

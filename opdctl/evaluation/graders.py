@@ -1,7 +1,7 @@
-"""Grades: is this response's answer the gold answer? Mathematics is judged by math-verify in worker processes.
+"""Graders: whether a response's answer is the gold answer. math-verify compares mathematics in worker processes.
 
-math-verify can hang or die on an answer. Each worker can be killed alone, so such an answer costs its own grade only:
-it is wrong, and the verdict says why.
+math-verify can hang or crash on an answer. Each worker can be killed alone, so such an answer affects no other grade.
+It counts as incorrect, and its verdict is the reason.
 """
 
 import atexit
@@ -18,16 +18,18 @@ from pebble import ProcessExpired, ProcessPool
 
 from opdctl.evaluation import math_answers
 
-TIMEOUT_SECONDS = 15  # for one pair; whole, as pebble wants them
-WORKERS = 8
-BRACE = re.compile(r"\\boxed\s*\{|\\\\|\\[{}]|[{}]")
-GRADABLE_VERDICTS = ("ok", "unparsable")  # verdicts after which an answer may be compared with others
+MATH_TIMEOUT_SECONDS = 15  # of one pair; pebble requires an integer
+MAX_WORKERS = 8
+MAX_TASKS_PER_WORKER = 1000
+BOX_OR_BRACE_PATTERN = re.compile(r"\\boxed\s*\{|\\\\|\\[{}]|[{}]")
+GRADABLE_VERDICTS = ("ok", "unparsable")
+"""Verdicts of answers that can be compared with other answers."""
 Votes = list[list[str | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """verdict: ok (it could be judged), no_answer, unparsable, timeout or crash."""
+    """The grade of one response. verdict: ok (the answer was compared), no_answer, unparsable, timeout or crash."""
 
     extracted: str | None
     correct: bool
@@ -35,7 +37,7 @@ class Grade:
 
 
 class Grader(Protocol):
-    """Reads answers and judges them. `runs_code`: the answers are programs, which it runs."""
+    """Extracts answers and compares them with the gold answers. runs_code: the answers are programs that it runs."""
 
     @property
     def name(self) -> str: ...
@@ -48,155 +50,163 @@ class Grader(Protocol):
         ...
 
     def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
-        """Return what each sample of each problem, a gold answer and its samples' grades, votes for.
+        """Return the vote of each sample, for problems given as (gold answer, grades of the samples).
 
-        A vote is a text: the gold answer where the sample is right, else the same for all wrong answers that are equal;
-        None without an answer.
+        The vote of a correct sample is the gold answer. Equal incorrect answers have the same vote. The vote is None
+        without an answer.
         """
         ...
 
-    def readable(self, golds: Sequence[str]) -> list[bool]:
-        """Return of each gold answer whether one in another spelling can be compared with it."""
+    def are_parsable(self, golds: Sequence[str]) -> list[bool]:
+        """Return for each gold answer whether it can be compared with an answer in a different notation."""
         ...
 
 
 @dataclass(frozen=True)
 class Text:
-    """Compares what `extract` finds with the gold answer, letter by letter."""
+    """Compares the extracted text with the gold answer, character by character."""
 
     extract: Callable[[str], str | None]
     name: str = "text"
     runs_code: bool = False
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        found = [(gold, self.extract(response)) for gold, response in pairs]
-        return [Grade(answer, answer == gold, "ok" if answer is not None else "no_answer") for gold, answer in found]
+        answers = [(gold, self.extract(response)) for gold, response in pairs]
+        return [Grade(answer, answer == gold, "ok" if answer is not None else "no_answer") for gold, answer in answers]
 
     def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
         return [[grade.extracted for grade in grades] for _, grades in problems]
 
-    def readable(self, golds: Sequence[str]) -> list[bool]:
+    def are_parsable(self, golds: Sequence[str]) -> list[bool]:
         return [True] * len(golds)
 
 
 @dataclass(frozen=True)
 class Mathematics:
-    """Compares the last \\boxed of a response with the gold answer by what they mean."""
+    """Compares the last \\boxed of a response with the gold answer by its mathematical value."""
 
     name: str = "mathematics"
     runs_code: bool = False
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        found = [last_boxed(response) for _, response in pairs]
-        asked = [(gold, answer) for (gold, _), answer in zip(pairs, found, strict=True) if answer is not None]
-        judged = iter(_judge(asked))
-        return [Grade(None, False, "no_answer") if answer is None else Grade(answer, *next(judged)) for answer in found]
+        answers = [last_boxed(response) for _, response in pairs]
+        answered = [(gold, answer) for (gold, _), answer in zip(pairs, answers, strict=True) if answer is not None]
+        compared = iter(_compare_pairs(answered))
+        return [
+            Grade(None, False, "no_answer") if answer is None else Grade(answer, *next(compared)) for answer in answers
+        ]
 
     def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
-        """One answer a round is compared with all classes found so far, for all problems at once."""
-        ballots = [_AnswerClusters(gold, grades) for gold, grades in problems]
-        while any(ballot.open for ballot in ballots):
-            asked = [ballot.questions() for ballot in ballots]
-            judged = iter(_judge([pair for pairs in asked for pair in pairs]))
-            for ballot, pairs in zip(ballots, asked, strict=True):
-                ballot.settle([next(judged)[0] for _ in pairs])
-        return [ballot.votes for ballot in ballots]
+        """Each round compares one answer per problem with the known clusters, for all problems at once."""
+        clusters = [_AnswerClusters(gold, grades) for gold, grades in problems]
+        while any(each.pending for each in clusters):
+            pairs_by_problem = [each.next_pairs() for each in clusters]
+            compared = iter(_compare_pairs([pair for pairs in pairs_by_problem for pair in pairs]))
+            for each, pairs in zip(clusters, pairs_by_problem, strict=True):
+                each.assign([next(compared)[0] for _ in pairs])
+        return [each.votes for each in clusters]
 
-    def readable(self, golds: Sequence[str]) -> list[bool]:
-        return [
-            found is True
-            for found in _in_workers(math_answers.is_parsable, [(math_answers.normalize(gold),) for gold in golds])
-        ]
+    def are_parsable(self, golds: Sequence[str]) -> list[bool]:
+        arguments = [(math_answers.normalize(gold),) for gold in golds]
+        return [result is True for result in _run_in_workers(math_answers.is_parsable, arguments)]
 
 
 class _AnswerClusters:
-    """One problem's vote while its classes of equal wrong answers are being found."""
+    """The votes of one problem, while its equal incorrect answers are clustered. pending: distinct unassigned texts."""
 
     def __init__(self, gold: str, grades: Sequence[Grade]):
         self.votes = [gold if grade.correct else grade.extracted for grade in grades]
-        wrong = {g.extracted: g.verdict for g in grades if not g.correct and g.extracted is not None}
-        self.open = [answer for answer, verdict in wrong.items() if verdict in GRADABLE_VERDICTS]  # texts, each once
-        self._classes: list[str] = []
+        incorrect = {g.extracted: g.verdict for g in grades if not g.correct and g.extracted is not None}
+        self.pending = [answer for answer, verdict in incorrect.items() if verdict in GRADABLE_VERDICTS]
+        self._representatives: list[str] = []
 
-    def questions(self) -> list[tuple[str, str]]:
-        return [(known, self.open[0]) for known in self._classes] if self.open else []
+    def next_pairs(self) -> list[tuple[str, str]]:
+        """Return the first pending answer paired with the representative of each cluster."""
+        return [(known, self.pending[0]) for known in self._representatives] if self.pending else []
 
-    def settle(self, same: Sequence[bool]) -> None:
-        if self.open:
-            answer = self.open.pop(0)
-            known = next((one for one, equal in zip(self._classes, same, strict=True) if equal), None)
-            if known is None:
-                self._classes.append(answer)
-            else:
-                self.votes = [known if vote == answer else vote for vote in self.votes]
+    def assign(self, are_equal: Sequence[bool]) -> None:
+        """Assign the first pending answer to the first cluster that it equals, or to a new one."""
+        if not self.pending:
+            return
+        answer = self.pending.pop(0)
+        matches = (known for known, equal in zip(self._representatives, are_equal, strict=True) if equal)
+        representative = next(matches, None)
+        if representative is None:
+            self._representatives.append(answer)
+        else:
+            self.votes = [representative if vote == answer else vote for vote in self.votes]
 
 
 def last_boxed(response: str) -> str | None:
-    """Return what the last whole \\boxed{…} after any </think> holds, or None. One pass, whatever is left open."""
+    """Return the content of the last complete \\boxed{…} after any </think>, or None.
+
+    One pass over the text, so unclosed braces do not make it slow.
+    """
     text = response.rpartition("</think>")[2]
-    opened: list[int | None] = []  # where a box's content begins; None for any other brace
+    opened: list[int | None] = []  # start of a box's content; None for any other brace
     last: tuple[int, int] | None = None
-    for brace in BRACE.finditer(text):
-        if brace[0] == "}":
+    for match in BOX_OR_BRACE_PATTERN.finditer(text):
+        if match[0] == "}":
             start = opened.pop() if opened else None
             if start is not None and (last is None or start > last[0]):
-                last = (start, brace.start())
-        elif brace[0] not in ("\\{", "\\}", "\\\\"):  # escaped ones are text
-            opened.append(brace.end() if brace[0].startswith("\\") else None)
-    # White space, dollar signs and a trailing period surround an answer without being one.
+                last = (start, match.start())
+        elif match[0] not in ("\\{", "\\}", "\\\\"):  # escaped ones are text
+            opened.append(match.end() if match[0].startswith("\\") else None)
+    # White space, dollar signs and a trailing period around an answer do not belong to it.
     return text[slice(*last)].strip(" \t\n$").rstrip(" \t\n$.\\") if last else None
 
 
-mathematics = Mathematics()
-text = Text(last_boxed)
+MATH_GRADER = Mathematics()
+BOXED_TEXT_GRADER = Text(last_boxed)
 
 
 # ── Worker processes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _judge(pairs: Sequence[tuple[str, str]]) -> list[tuple[bool, str]]:
-    """Return (whether they say the same, verdict) of (gold, answer) pairs. Equal pairs are judged once."""
-    found: dict[tuple[str, str], tuple[bool, str]] = {}
-    hard: dict[tuple[str, str], tuple[str, str]] = {}
+def _compare_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[bool, str]]:
+    """Return (are equal, verdict) of (gold, answer) pairs. Identical pairs are compared once."""
+    results: dict[tuple[str, str], tuple[bool, str]] = {}
+    difficult: dict[tuple[str, str], tuple[str, str]] = {}  # pair -> normalized pair
     for gold, answer in dict.fromkeys(pairs):
-        if not answer or len(answer) > math_answers.LONGEST:
-            found[gold, answer] = (False, "unparsable")
+        if not answer or len(answer) > math_answers.MAX_ANSWER_CHARS:
+            results[gold, answer] = (False, "unparsable")
             continue
-        tidied = math_answers.normalize(gold), math_answers.normalize(answer)
-        seen = math_answers.quick_compare(*tidied)
-        if seen is None:
-            hard[gold, answer] = tidied
+        normalized = math_answers.normalize(gold), math_answers.normalize(answer)
+        are_equal = math_answers.quick_compare(*normalized)
+        if are_equal is None:
+            difficult[gold, answer] = normalized
         else:
-            found[gold, answer] = (seen, "ok")
-    for pair, result in zip(hard, _in_workers(math_answers.is_equivalent, list(hard.values())), strict=True):
-        found[pair] = (result, "ok") if isinstance(result, bool) else (False, result)
-    return [found[pair] for pair in pairs]
+            results[gold, answer] = (are_equal, "ok")
+    computed = _run_in_workers(math_answers.is_equivalent, list(difficult.values()))
+    for pair, result in zip(difficult, computed, strict=True):
+        results[pair] = (result, "ok") if isinstance(result, bool) else (False, result)
+    return [results[pair] for pair in pairs]
 
 
-def _in_workers(function: Callable[..., bool], arguments: Iterable[tuple[str, ...]]) -> list[Any]:
-    """Return function(*each) for each of `arguments`, or the verdict on what came of it instead."""
-    futures = [_pool(os.getpid()).schedule(function, args=list(each), timeout=TIMEOUT_SECONDS) for each in arguments]
-    return [_result(future) for future in futures]
+def _run_in_workers(function: Callable[..., bool], arguments: Iterable[tuple[str, ...]]) -> list[bool | str]:
+    """Return the function's result for each tuple of arguments, or the verdict on its failure."""
+    pool = _pool(os.getpid())
+    futures = [pool.schedule(function, args=list(values), timeout=MATH_TIMEOUT_SECONDS) for values in arguments]
+    return [_result_or_verdict(future) for future in futures]
 
 
-def _result(future: Any) -> bool | str:
+def _result_or_verdict(future: Any) -> bool | str:
     try:
         return bool(future.result())
     except FutureTimeoutError:
         return "timeout"
     except (ProcessExpired, MemoryError, RecursionError):
         return "crash"
-    except math_answers.UnreadableError:
+    except math_answers.UnparsableError:
         return "unparsable"
 
 
 @cache
 def _pool(owner: int) -> ProcessPool:
-    """Return the workers of the process `owner`, which stay for the next answers: each takes a second to begin."""
-    workers = min(len(os.sched_getaffinity(owner)), WORKERS)
+    """Return the workers of the process `owner`. They are kept, since each takes a second to start."""
     pool = ProcessPool(
-        max_workers=workers,
-        max_tasks=1000,
+        max_workers=min(len(os.sched_getaffinity(owner)), MAX_WORKERS),
+        max_tasks=MAX_TASKS_PER_WORKER,
         initializer=math_answers.init_worker,
         context=multiprocessing.get_context("spawn"),
     )

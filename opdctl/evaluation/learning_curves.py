@@ -1,4 +1,4 @@
-"""Accuracy by step, of one run or of several beside one another: their seeds as bands, and steps to reach a target."""
+"""Accuracy by step of one run, or of several with seeds as intervals and the steps to reach a target accuracy."""
 
 import math
 from collections import defaultdict
@@ -12,7 +12,7 @@ from scipy import stats
 
 from opdctl import console
 from opdctl.errors import OpdctlError
-from opdctl.evaluation.results import PROTOCOL_KEYS, Evaluation, check_same_problems, load_evaluation
+from opdctl.evaluation.results import Evaluation, check_same_problems, load_evaluation
 from opdctl.evaluation.stats import CONFIDENCE_LEVEL
 from opdctl.recipe.dependencies import is_mutable
 from opdctl.recipe.schema import Recipe
@@ -22,7 +22,7 @@ from opdctl.runs.run import read_recipe
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's evaluations on one benchmark, by step."""
+    """The evaluations of one run's students on one benchmark, by step."""
 
     path: Path
     recipe: Recipe
@@ -32,150 +32,195 @@ class Curve:
         return float(self.evaluations[step].summary["avg"])
 
     def best(self) -> float:
+        """Return the highest accuracy."""
         return max(map(self.accuracy, self.evaluations))
 
     def steps_to(self, target: float) -> int | None:
-        """Return the first step that was evaluated at `target` or above, None where there is none."""
+        """Return the first evaluated step with an accuracy of at least `target`, or None."""
         return next((step for step in sorted(self.evaluations) if self.accuracy(step) >= target), None)
 
 
-def curves(path: Path) -> dict[str, Curve]:
-    """Return the students' evaluations of a run by benchmark. Raises OpdctlError when `path` is no run directory."""
-    recipe, found = read_recipe(path), {}
+def load_curves(path: Path) -> dict[str, Curve]:
+    """Return the curves of the run in `path` by benchmark.
+
+    A curve contains the evaluations under the protocol of the newest one; a warning names the others.
+
+    Raises:
+        OpdctlError: `path` is not a run.
+    """
+    recipe, curves = read_recipe(path), {}
     for bench in sorted({summary.parent.parent.name for summary in path.glob("eval/*/step-*/summary.json")}):
-        folders = list_steps(path / "eval" / bench)
-        own = {step: load_evaluation(folder) for step, folder in folders.items() if (folder / "summary.json").exists()}
-        found[bench] = Curve(
-            path, recipe, {step: each for step, each in own.items() if _same_protocol(each, own[max(own)])}
-        )
-        if left_out := sorted(own.keys() - found[bench].evaluations.keys()):
-            shown = ", ".join(map(str, left_out))
-            console.warn(f"{path}: {bench}: left out, since evaluated in another way than the newest: steps {shown}")
-    return found
+        directories = list_steps(path / "eval" / bench)
+        evaluations = {
+            step: load_evaluation(directory)
+            for step, directory in directories.items()
+            if (directory / "summary.json").exists()
+        }
+        if not evaluations:
+            continue
+        newest = evaluations[max(evaluations)]
+        kept = {step: each for step, each in evaluations.items() if _has_same_protocol(each, newest)}
+        curves[bench] = Curve(path, recipe, kept)
+        if skipped := sorted(evaluations.keys() - kept.keys()):
+            steps = ", ".join(map(str, skipped))
+            console.warn(f"{path}: {bench}: skipped, since their protocol is not that of the newest: steps {steps}")
+    return curves
 
 
-def _same_protocol(one: Evaluation, other: Evaluation) -> bool:
-    """Whether two evaluations' accuracies may be shown beside one another: same problems, asked in the same way."""
-    return one.same_problems_as(other) and one.summary["protocol"] == other.summary["protocol"]
+def _has_same_protocol(one: Evaluation, other: Evaluation) -> bool:
+    """Whether the accuracies are comparable: the problems and the complete protocol are the same."""
+    return one.has_same_problems(other) and bool(one.summary["protocol"] == other.summary["protocol"])
 
 
 def accuracy_curve(path: Path) -> dict[str, Any] | None:
-    """Return a run's accuracy by step on its first benchmark, with what its teachers reach, or None without any."""
-    found = curves(path)
-    own = [Path(name).stem for name in read_recipe(path).eval.bench]
-    bench = next((name for name in (*own, *found) if name in found), None)
+    """Return a run's accuracy by step on its first benchmark, with the accuracies of its teachers; None without one."""
+    curves = load_curves(path)
+    in_recipe = [Path(name).stem for name in read_recipe(path).eval.bench]
+    bench = next((name for name in (*in_recipe, *curves) if name in curves), None)
     if bench is None:
         return None
-    newest = found[bench].evaluations[max(found[bench].evaluations)]
+    curve = curves[bench]
+    newest = curve.evaluations[max(curve.evaluations)]
     teachers = [
         load_evaluation(summary.parent) for summary in sorted((path / "eval" / bench).glob("teacher*/summary.json"))
     ]
-    reached = {each.summary["model"]: each.summary["avg"] for each in teachers if _same_protocol(each, newest)}
-    return {"bench": bench, "curve": _points([found[bench]]), "teachers": reached}
+    accuracies = {each.summary["model"]: each.summary["avg"] for each in teachers if _has_same_protocol(each, newest)}
+    return {"bench": bench, "curve": _mean_curve([curve]), "teachers": accuracies}
 
 
-def compare_curves(paths: Sequence[Path], target: float | None = None) -> list[dict[str, Any]]:
-    """Compare runs by their accuracy by step, on every benchmark that all were evaluated on.
+def compare_curves(
+    paths: Sequence[Path], target: float | None = None, benches: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Compare runs by their accuracy by step, on every benchmark that all have, or on `benches`.
 
-    Runs whose recipes differ in nothing but seed and name, and in what may change at any time, are seeds of one
-    setting. target: an accuracy; by default the highest that every setting reaches. Raises OpdctlError: 2 for less than
-    two runs, or no benchmark that all have; 4 where they were asked other problems.
+    Runs whose recipes differ only in seed, name and mutable keys are the seeds of one setting. target: an accuracy; by
+    default the highest that every setting reaches.
+
+    Raises:
+        OpdctlError: there are less than two runs, no shared benchmark, seeds without a shared step, or the problems
+            differ.
     """
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
-        raise OpdctlError("--compare: needs two different runs at least", hint="give --compare RUN_A RUN_B …")
-    of_runs = [curves(path) for path in paths]
-    shared = [bench for bench in of_runs[0] if all(bench in own for own in of_runs)]
+        raise OpdctlError("invalid_usage", "compare: fewer than two distinct runs", hint="give each run once")
+    curves_by_run = [load_curves(path) for path in paths]
+    shared = [
+        bench
+        for bench in curves_by_run[0]
+        if all(bench in curves for curves in curves_by_run) and (benches is None or bench in benches)
+    ]
     if not shared:
-        said = "; ".join(f"{path}: {', '.join(own) or 'none'}" for path, own in zip(paths, of_runs, strict=True))
+        evaluated = zip(paths, curves_by_run, strict=True)
+        described = "; ".join(f"{path} is evaluated on {', '.join(curves) or 'nothing'}" for path, curves in evaluated)
         raise OpdctlError(
-            f"--compare: there is no benchmark that all runs were evaluated on: {said}",
-            hint="evaluate them by `opdctl eval`, or while they train by eval.every_steps",
+            "missing_evaluation",
+            f"no shared benchmark: {described}",
+            hint="run `opdctl eval` on the same benchmarks, or set eval.every_steps before training",
         )
-    return [_compared(bench, [own[bench] for own in of_runs], target) for bench in shared]
+    return [_compare_on_benchmark(bench, [curves[bench] for curves in curves_by_run], target) for bench in shared]
 
 
-def _compared(bench: str, runs: Sequence[Curve], target: float | None) -> dict[str, Any]:
-    _check_asked_alike(bench, runs)
+def _compare_on_benchmark(bench: str, curves: Sequence[Curve], target: float | None) -> dict[str, Any]:
+    _check_comparable(bench, curves)
     settings: dict[str, list[Curve]] = defaultdict(list)
-    for run, label in zip(runs, _labels(runs), strict=True):
-        settings[label].append(run)
-    points = {label: _points(own) for label, own in settings.items()}
-    wanted = min(max(point["accuracy"] for point in curve) for curve in points.values()) if target is None else target
-    first = next(iter(runs[0].evaluations.values())).summary
+    for curve, label in zip(curves, _setting_labels(curves), strict=True):
+        settings[label].append(curve)
+    points = {label: _mean_curve(seeds) for label, seeds in settings.items()}
+    if disjoint := [str(seed.path) for label, seeds in settings.items() if not points[label] for seed in seeds]:
+        hint = "evaluate them at the same steps, by `opdctl eval --step`"
+        raise OpdctlError("missing_evaluation", f"{bench}: no shared step: {', '.join(disjoint)}", hint=hint)
+    if target is None:
+        target = min(max(point["accuracy"] for point in curve) for curve in points.values())
+    summary = next(iter(curves[0].evaluations.values())).summary
     return {
         "bench": bench,
-        "problems": first["problems"],
-        "samples": first["samples"],
-        "target": wanted,
+        "problems": summary["problems"],
+        "samples": summary["samples"],
+        "target": target,
         "settings": [
             {
                 "label": label,
-                "runs": [{"path": str(run.path), "seed": run.recipe.seed, **_reached(run, wanted)} for run in own],
+                "runs": [_describe_seed(seed, target) for seed in seeds],
                 "curve": points[label],
-                **_steps_to(own, wanted),
+                **_mean_steps_to(seeds, target),
             }
-            for label, own in settings.items()
+            for label, seeds in settings.items()
         ],
     }
 
 
-def _reached(run: Curve, target: float) -> dict[str, Any]:
-    return {"best": run.best(), "steps_to_target": run.steps_to(target)}
+def _describe_seed(curve: Curve, target: float) -> dict[str, Any]:
+    return {
+        "path": str(curve.path),
+        "seed": curve.recipe.seed,
+        "best": curve.best(),
+        "steps_to_target": curve.steps_to(target),
+    }
 
 
-def _steps_to(runs: Sequence[Curve], target: float) -> dict[str, Any]:
-    """Return the mean number of steps to the target over the seeds that reach it, and how many do."""
-    steps = [step for run in runs if (step := run.steps_to(target)) is not None]
-    return {"steps_to_target": float(np.mean(steps)) if steps else None, "reached": len(steps), "seeds": len(runs)}
+def _mean_steps_to(seeds: Sequence[Curve], target: float) -> dict[str, Any]:
+    """Return the mean number of steps to the target over the seeds that reach it, and the number of these seeds."""
+    steps = [step for seed in seeds if (step := seed.steps_to(target)) is not None]
+    return {"steps_to_target": float(np.mean(steps)) if steps else None, "reached": len(steps), "seeds": len(seeds)}
 
 
-def _points(seeds: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Return a setting's accuracy at each step that all its seeds were evaluated at, with a 95 % interval: over the
-    seeds by Student's t, or of a single seed, over its problems."""
-    found = []
+def _mean_curve(seeds: Sequence[Curve]) -> list[dict[str, Any]]:
+    """Return a setting's mean accuracy at each step that all its seeds have, with a 95 % interval.
+
+    The interval is Student's t over the seeds. That of a single seed is the interval over its problems.
+    """
+    points = []
     for step in sorted(set.intersection(*(set(seed.evaluations) for seed in seeds))):
-        values = [seed.accuracy(step) for seed in seeds]
-        mean, n = float(np.mean(values)), len(values)
+        accuracies = [seed.accuracy(step) for seed in seeds]
+        mean, n = float(np.mean(accuracies)), len(accuracies)
         if n == 1:
             low, high = seeds[0].evaluations[step].summary["ci"]
         else:
-            half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, n - 1) * np.std(values, ddof=1)) / math.sqrt(n)
-            low, high = max(mean - half, 0.0), min(mean + half, 1.0)
-        found.append({"step": step, "accuracy": mean, "low": low, "high": high, "seeds": n})
-    return found
+            t = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, n - 1))
+            half_width = t * float(np.std(accuracies, ddof=1)) / math.sqrt(n)
+            low, high = max(mean - half_width, 0.0), min(mean + half_width, 1.0)
+        points.append({"step": step, "accuracy": mean, "low": low, "high": high, "seeds": n})
+    return points
 
 
-def _check_asked_alike(bench: str, runs: Sequence[Curve]) -> None:
-    """Raise OpdctlError (code 4) unless all were asked the same problems; warn where they were asked in another way."""
-    found = [each for run in runs for each in run.evaluations.values()]
-    for each in found:
-        check_same_problems(found[0], each)
-        protocols = found[0].summary["protocol"], each.summary["protocol"]
-        if other := [key for key in PROTOCOL_KEYS if protocols[0][key] != protocols[1][key]]:
-            console.warn(f"{bench}: {each.path}: not the same protocol as {runs[0].path}: {', '.join(other)} differ")
+def _check_comparable(bench: str, curves: Sequence[Curve]) -> None:
+    """Check that all evaluations are on the same problems; warn if their protocols differ.
+
+    Raises:
+        OpdctlError: the problems differ.
+    """
+    evaluations = [evaluation for curve in curves for evaluation in curve.evaluations.values()]
+    first = evaluations[0]
+    for evaluation in evaluations:
+        check_same_problems(first, evaluation)
+        if keys := first.protocol_differences(evaluation):
+            console.warn(f"{bench}: the protocols of {first.path} and {evaluation.path} differ in {', '.join(keys)}")
 
 
-def _labels(runs: Sequence[Curve]) -> list[str]:
-    """Return what to call each run's setting: the values of the keys in which the recipes differ, or else the run."""
-    flat = [{k: v for k, v in run.recipe.flat().items() if k != "seed" and not is_mutable(k)} for run in runs]
-    keys = [key for key in dict.fromkeys(key for own in flat for key in own) if _differ(flat, key)]
+def _setting_labels(curves: Sequence[Curve]) -> list[str]:
+    """Return the label of each run's setting: the values of the keys in which the recipes differ, or the run's name."""
+    recipes = [
+        {key: value for key, value in curve.recipe.flat().items() if key != "seed" and not is_mutable(key)}
+        for curve in curves
+    ]
+    keys = [key for key in dict.fromkeys(key for recipe in recipes for key in recipe) if _differs(recipes, key)]
     if not keys:
-        return [runs[0].recipe.name] * len(runs)
+        return [curves[0].recipe.name] * len(curves)
     return [
-        " ".join(_format_value(key, own[key]) for key in keys if _is_distinguishing(flat, own, key)) or "without"
-        for own in flat
+        " ".join(_format_value(key, recipe[key]) for key in keys if _is_distinguishing(recipes, recipe, key))
+        or "without"
+        for recipe in recipes
     ]
 
 
-def _differ(flat: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return len({repr(own.get(key)) for own in flat}) > 1
+def _differs(recipes: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return len({repr(recipe.get(key)) for recipe in recipes}) > 1
 
 
-def _is_distinguishing(flat: Sequence[Mapping[str, Any]], own: Mapping[str, Any], key: str) -> bool:
-    """Whether a key tells a setting from others: a component's parameter does not where its name does already."""
+def _is_distinguishing(recipes: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], key: str) -> bool:
+    """Whether a key belongs in the label: a component's parameter only if it differs within that component."""
     name = f"{key.rpartition('.')[0]}.name"
-    alike = [other for other in flat if other.get(name) == own.get(name)] if key != name else flat
-    return own.get(key) is not None and _differ(alike, key)
+    same_component = [each for each in recipes if each.get(name) == recipe.get(name)] if key != name else recipes
+    return recipe.get(key) is not None and _differs(same_component, key)
 
 
 def _format_value(key: str, value: Any) -> str:

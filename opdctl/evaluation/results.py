@@ -1,4 +1,4 @@
-"""Finished evaluations, read back: their tables, the failures in them, two of them compared problem by problem."""
+"""Finished evaluations, read from disk: their responses, the incorrect ones, and the comparison of two by problem."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,9 @@ import numpy as np
 from opdctl.artifacts import files
 from opdctl.artifacts.records import GradedResponse
 from opdctl.artifacts.stage_dir import recorded_stage
-from opdctl.errors import ExitCode, OpdctlError
+from opdctl.errors import OpdctlError
 from opdctl.evaluation import stats
+from opdctl.runs.layout import list_steps
 
 PROTOCOL_KEYS = (
     "samples",
@@ -25,111 +26,136 @@ PROTOCOL_KEYS = (
     "engine",
     "dtype",
 )
+"""Keys of the protocol that must be equal for two accuracies to be comparable."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One finished evaluation: its folder and what its summary says."""
+    """One finished evaluation: its directory and its summary."""
 
     path: Path
     summary: Mapping[str, Any]
 
     def rows(self) -> list[GradedResponse]:
-        """Return the graded responses. Raises OpdctlError if a part is corrupt."""
-        stage = recorded_stage(self.path, "opdctl eval")
-        return stage.read_all(GradedResponse) if stage else []
+        """Return the graded responses.
 
-    def shares(self) -> dict[str, float]:
-        """Return the share of right samples of each problem, by id."""
+        Raises:
+            OpdctlError: a part is missing or corrupt.
+        """
+        stage = recorded_stage(self.path, "opdctl eval")
+        if stage is None:
+            hint = f"remove {self.path} and run `opdctl eval`"
+            raise files.corrupt_artifact(self.path, "has a summary.json but no responses", hint)
+        return stage.read_all(GradedResponse)
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the fraction of correct samples of each problem, by id."""
         correct: dict[str, list[bool]] = defaultdict(list)
         for row in self.rows():
             correct[row.problem_id].append(row.correct)
         return {name: float(np.mean(samples)) for name, samples in correct.items()}
 
-    def same_problems_as(self, other: "Evaluation") -> bool:
-        """Whether both were asked the same problems."""
-        digests = [each.summary["benchmark"]["digest"] for each in (self, other)]
-        return digests[0] == digests[1]
+    def has_same_problems(self, other: "Evaluation") -> bool:
+        """Whether both evaluations are on the same problems, with the same gold answers."""
+        return bool(self.summary["benchmark"]["digest"] == other.summary["benchmark"]["digest"])
+
+    def protocol_differences(self, other: "Evaluation") -> list[str]:
+        """Return the protocol keys whose values differ."""
+        protocols = self.summary["protocol"], other.summary["protocol"]
+        return [key for key in PROTOCOL_KEYS if protocols[0][key] != protocols[1][key]]
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """Open an evaluation's folder. Raises OpdctlError when it holds no finished one."""
+    """Load the evaluation in the directory `path`.
+
+    Raises:
+        OpdctlError: there is no finished evaluation.
+    """
     if not (path / "summary.json").exists():
         raise OpdctlError(
-            f"{path}: no finished evaluation: it has no summary.json",
-            hint="give a run directory, or a folder such as runs/NAME/eval/BENCH/step-00064",
+            "missing_evaluation",
+            f"{path} has no summary.json",
+            hint="give a run, or a finished evaluation such as runs/NAME/eval/BENCH/step-00064",
         )
     return Evaluation(path, files.read_json(path / "summary.json"))
 
 
 def latest_by_benchmark(path: Path) -> dict[str, Evaluation]:
-    """Return the evaluations that `path` stands for, by benchmark: its own, or of a run directory the newest student's.
+    """Return evaluations by benchmark: the one in `path`, or those of the newest evaluated student of the run `path`.
 
-    Raises OpdctlError when there is none.
+    Raises:
+        OpdctlError: there is no finished evaluation.
     """
     if (path / "summary.json").exists() or not (path / "eval").is_dir():
-        found = load_evaluation(path)
-        return {found.summary["bench"]: found}
-    newest = {
-        folder.name: max(steps)
-        for folder in sorted((path / "eval").iterdir())
-        if (steps := [step.parent for step in folder.glob("step-*/summary.json")])
-    }
-    if not newest:
-        raise OpdctlError(f"{path}: no student of this run was evaluated", hint=f"run `opdctl eval --run {path}`")
-    return {bench: load_evaluation(step) for bench, step in newest.items()}
+        evaluation = load_evaluation(path)
+        return {evaluation.summary["bench"]: evaluation}
+    latest = {}
+    for directory in sorted((path / "eval").iterdir()):
+        finished = [step for step in list_steps(directory).values() if (step / "summary.json").exists()]
+        if finished:
+            latest[directory.name] = load_evaluation(finished[-1])
+    if not latest:
+        detail = f"{path}: no student of this run is evaluated"
+        raise OpdctlError("missing_evaluation", detail, hint=f"run `opdctl eval --run {path}`")
+    return latest
 
 
 def compare_evaluations(one: Path, other: Path, benches: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Compare two evaluations, or two runs' newest ones, on every benchmark that both have: `other` minus `one`.
+    """Compare `other` with `one` on every benchmark that both have. Of a run, the newest evaluated student counts.
 
-    Raises OpdctlError: 2 where they share no benchmark, 4 where one benchmark's problems are not the same.
+    Raises:
+        OpdctlError: there is no shared benchmark, one of `benches` is not shared, or the problems differ.
     """
-    left, right = latest_by_benchmark(one), latest_by_benchmark(other)
-    shared = [bench for bench in left if bench in right and (benches is None or bench in benches)]
+    latest, latest_other = latest_by_benchmark(one), latest_by_benchmark(other)
+    shared = [bench for bench in latest if bench in latest_other and (benches is None or bench in benches)]
     if not shared or {*(benches or ())} - {*shared}:
         raise OpdctlError(
-            f"--compare: {one} was evaluated on {', '.join(left)}, {other} on {', '.join(right)}",
+            "missing_evaluation",
+            f"{one} is evaluated on {', '.join(latest)}; {other} on {', '.join(latest_other)}",
             hint="evaluate both on the same benchmarks",
         )
-    return [_compared(left[bench], right[bench]) for bench in shared]
+    return [_compare_pair(latest[bench], latest_other[bench]) for bench in shared]
 
 
 def check_same_problems(a: Evaluation, b: Evaluation) -> None:
-    """Raise OpdctlError (code 4) unless both were asked the same problems."""
-    if not a.same_problems_as(b):
+    """Check that both evaluations are on the same problems.
+
+    Raises:
+        OpdctlError: the problems differ.
+    """
+    if not a.has_same_problems(b):
         raise OpdctlError(
-            f"--compare: {a.path} and {b.path} were asked other problems",
-            hint="evaluate one of them again: same --data, same eval.limit",
-            code=ExitCode.RECIPE_MISMATCH,
+            "different_problems",
+            f"{a.path} and {b.path}",
+            hint="evaluate one of them again with the same --data and eval.limit",
         )
 
 
-def _compared(a: Evaluation, b: Evaluation) -> dict[str, Any]:
+def _compare_pair(a: Evaluation, b: Evaluation) -> dict[str, Any]:
     check_same_problems(a, b)
-    one, other = a.shares(), b.shares()
-    found = stats.compare([one[name] for name in one], [other[name] for name in one])
-    protocols = a.summary["protocol"], b.summary["protocol"]
+    accuracies_a, accuracies_b = a.accuracies(), b.accuracies()
+    pairs = [(accuracies_a[name], accuracies_b[name]) for name in accuracies_a]
+    comparison = stats.compare_paired([in_a for in_a, _ in pairs], [in_b for _, in_b in pairs])
     return {
         "bench": a.summary["bench"],
         "a": {"path": str(a.path), "avg": a.summary["avg"], "ci": a.summary["ci"]},
         "b": {"path": str(b.path), "avg": b.summary["avg"], "ci": b.summary["ci"]},
-        "problems": len(one),
-        "better": sum(other[name] > one[name] for name in one),
-        "worse": sum(other[name] < one[name] for name in one),
-        "difference": found.difference,
-        "ci": list(found.ci),
-        "p_value": found.p_value,
-        "other_protocol": [key for key in PROTOCOL_KEYS if protocols[0][key] != protocols[1][key]],
+        "problems": len(pairs),
+        "better": sum(in_b > in_a for in_a, in_b in pairs),
+        "worse": sum(in_b < in_a for in_a, in_b in pairs),
+        "difference": comparison.difference,
+        "ci": list(comparison.ci),
+        "p_value": comparison.p_value,
+        "protocol_differences": a.protocol_differences(b),
     }
 
 
-def failures(evaluation: Evaluation, count: int) -> list[GradedResponse]:
-    """Return wrong responses, the first one of every problem before any second one."""
-    seen: dict[str, int] = defaultdict(int)
+def incorrect_responses(evaluation: Evaluation, limit: int) -> list[GradedResponse]:
+    """Return up to `limit` incorrect responses: the first of each problem before the second of any."""
+    num_incorrect: dict[str, int] = defaultdict(int)
     ranked = []
     for order, row in enumerate(evaluation.rows()):
         if not row.correct:
-            ranked.append((seen[row.problem_id], order, row))
-            seen[row.problem_id] += 1
-    return [row for _, _, row in sorted(ranked, key=lambda each: each[:2])[:count]]
+            ranked.append((num_incorrect[row.problem_id], order, row))
+            num_incorrect[row.problem_id] += 1
+    return [row for _, _, row in sorted(ranked, key=lambda entry: entry[:2])[:limit]]

@@ -11,6 +11,7 @@ from typing import Any
 
 from opdctl import console, distributed
 from opdctl.evaluation import evaluate
+from opdctl.evaluation.stats import Estimate
 from opdctl.runs.layout import list_steps, step_name
 from opdctl.runs.run import Run
 
@@ -63,9 +64,8 @@ def format_line(metrics: dict[str, Any], steps: int) -> str:
 
 def accuracy_line(summary: dict[str, Any]) -> str:
     """Return an evaluation's accuracy with its interval as one line."""
-    low, high = summary["ci"]
     return (
-        f"{summary['bench']}, {summary['model']}: {summary['avg']:.1%} [{low:.1%}, {high:.1%}]"
+        f"{summary['bench']}, {summary['model']}: {Estimate(summary['avg'], *summary['ci']).format()}"
         f"  ({summary['problems']} problems, Avg@{summary['samples']})"
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.commands import ROOT, invoke
 
-from opdctl.evaluation.benchmarks import find
+from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Weight
 from opdctl.recipe.components import build_objective, build_token_weight
@@ -95,7 +95,7 @@ def test_command_of_a_recipe_resolves(path: Path, checkout: Path) -> None:
     recipe = load_recipe(files_of(path))
     assert isinstance(build_token_weight(recipe), Weight)
     assert isinstance(build_objective(recipe), Objective)
-    assert [find(name, recipe.eval).name for name in recipe.eval.bench] == recipe.eval.bench
+    assert [find_benchmark(name, recipe.eval).name for name in recipe.eval.bench] == recipe.eval.bench
     assert {entry.name for entry in checkout.iterdir()} == {"recipes", "data"}  # nothing was written
 
 
@@ -152,8 +152,10 @@ def test_cross_scale_has_the_settings_of_the_paper() -> None:
     assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.warmup_steps) == (1e-5, 0.01, 0)
     assert (recipe.prompts.max_tokens, recipe.rollout.max_tokens, recipe.eval.max_tokens) == (2048, 16384, 16384)
     assert (recipe.eval.every_steps, recipe.train.keep_every_steps) == (10, 50)
-    assert {find(name, recipe.eval).samples_under(recipe.eval) for name in recipe.eval.bench} == {32}
-    assert {find(name, recipe.eval).samples_under(recipe.eval) for name in recipe_of("code").eval.bench} == {4}
+    assert {find_benchmark(name, recipe.eval).samples_per_problem(recipe.eval) for name in recipe.eval.bench} == {32}
+    assert {
+        find_benchmark(name, recipe.eval).samples_per_problem(recipe.eval) for name in recipe_of("code").eval.bench
+    } == {4}
     for name in ("cross_scale", "code", "two_teachers"):  # three epochs of complete steps
         recipe = recipe_of(name)
         assert recipe.prompts.limit is not None
