@@ -7,7 +7,7 @@ directory for each model, then a summary.
 
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,10 +64,10 @@ class ContinuationsResult:
 
 
 def make_continuations(run: Run, device: str, step: int) -> ContinuationsResult:
-    """Make the continuations of a step with engines of their own.
+    """Open the engines and make the continuations of a step.
 
     Raises:
-        OpdctlError: as `run_continuations` does.
+        OpdctlError: see `run_continuations`.
     """
     with open_engine_pool(_recipe_for_engines(run.recipe), device) as engines:
         summary, made = run_continuations(run, step, engines)
@@ -81,8 +81,7 @@ def run_continuations(run: Run, step: int, engines: EnginePool) -> tuple[dict[st
 
     Raises:
         OpdctlError: the step's rollout is unfinished; its student was pruned; the benchmark runs code; the prompts have
-        no
-            answers; the continuations were started with different settings.
+            no answers; the continuations were started with different settings.
     """
     benchmark, responses = _benchmark(run), _responses(run, step)
     stages = {name: _stage(run, step, name, benchmark, responses) for name in _models(run, responses)}
@@ -106,12 +105,16 @@ def run_continuations(run: Run, step: int, engines: EnginePool) -> tuple[dict[st
 
 
 def describe_plan(run: Run, step: int) -> str:
-    """Return the number of continuations of a step. Raises OpdctlError as `run_continuations` does."""
+    """Return the number of continuations of a step, in a sentence.
+
+    Raises:
+        OpdctlError: see `run_continuations`.
+    """
     _benchmark(run)
     responses, samples = _responses(run, step), run.recipe.continuations.samples
     models = _models(run, responses)
     count = sum(len(_continued_by(responses, name)) for name in models) * len(PREFIX_PERCENTS) * samples
-    return f"continuations of step {step} by {', '.join(models)}: {count} of prefixes of {len(responses)} responses"
+    return f"continuations of step {step} by {', '.join(models)}: {count}, of prefixes of {len(responses)} responses"
 
 
 def continuations_path(run: Run, step: int) -> Path:
@@ -239,47 +242,46 @@ def _prefix(response: Response, percent: int) -> Ids:
 
 
 def _on_track(run: Run, benchmark: Benchmark, responses: Sequence[Response]) -> dict[tuple[str, int], bool]:
-    """Return of each prefix, by sample id and length, whether it is right so far; nothing if the task cannot tell."""
+    """Return whether each prefix is right so far, by sample id and percent; {} if the benchmark cannot check it."""
     if benchmark.on_track is None:
         return {}
     decode = partial(run.student.tokenizer.batch_decode, skip_special_tokens=True)
     prompts = decode([response.prompt_ids for response in responses])
-    found = {}
+    on_track = {}
     for percent in PREFIX_PERCENTS:
         prefixes = decode([_prefix(response, percent) for response in responses])
         for response, prompt, prefix in zip(responses, prompts, prefixes, strict=True):
-            found[response.sample_id, percent] = benchmark.on_track(prompt, prefix)
-    return found
+            on_track[response.sample_id, percent] = benchmark.on_track(prompt, prefix)
+    return on_track
 
 
 def summarize_continuations(
     rows: dict[str, list[GradedResponse]], on_track: dict[tuple[str, int], bool]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the accuracy of each model by the length of the prefix, with 95 % intervals over problems; and the same of
-    prefixes that are right so far and of those that have gone wrong, where the task can tell."""
-    whole: dict[tuple[str, int], list[GradedResponse]] = defaultdict(list)
-    split: dict[tuple[str, int, str], list[GradedResponse]] = defaultdict(list)
-    for model, row in _each(rows):
+    """Return the accuracies by model and prefix length, with 95% intervals over problems.
+
+    accuracy: from any prefix. by_prefix: separately from prefixes that are right so far and from those that have gone
+    wrong, as far as `on_track` contains them.
+    """
+    by_length: dict[tuple[str, int], list[GradedResponse]] = defaultdict(list)
+    by_prefix: dict[tuple[str, int, str], list[GradedResponse]] = defaultdict(list)
+    for model, row in ((model, row) for model, rows_of_model in rows.items() for row in rows_of_model):
         sample_id, percent, _ = row.sample_id.rsplit("/", 2)
-        whole[model, int(percent)].append(row)
-        if (right := on_track.get((sample_id, int(percent)))) is not None:
-            split[model, int(percent), "right so far" if right else "gone wrong"].append(row)
+        by_length[model, int(percent)].append(row)
+        if (is_right := on_track.get((sample_id, int(percent)))) is not None:
+            by_prefix[model, int(percent), "right so far" if is_right else "gone wrong"].append(row)
     return {
-        "accuracy": [{"model": model, "percent": p, **_accuracy(own)} for (model, p), own in whole.items()],
+        "accuracy": [{"model": model, "percent": p, **_accuracy(group)} for (model, p), group in by_length.items()],
         "by_prefix": [
-            {"model": model, "percent": p, "prefix": prefix, **_accuracy(own)}
-            for (model, p, prefix), own in split.items()
+            {"model": model, "percent": p, "prefix": prefix, **_accuracy(group)}
+            for (model, p, prefix), group in by_prefix.items()
         ],
     }
-
-
-def _each(rows: dict[str, list[GradedResponse]]) -> Iterator[tuple[str, GradedResponse]]:
-    return ((model, row) for model, own in rows.items() for row in own)
 
 
 def _accuracy(rows: Sequence[GradedResponse]) -> dict[str, Any]:
     by_problem: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         by_problem[row.problem_id].append(row.correct)
-    found = stats.problem_bootstrap([float(np.mean(own)) for own in by_problem.values()])
-    return {"problems": len(by_problem), "accuracy": found.value, "low": found.low, "high": found.high}
+    accuracy = stats.problem_bootstrap([float(np.mean(correct)) for correct in by_problem.values()])
+    return {"problems": len(by_problem), "accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}

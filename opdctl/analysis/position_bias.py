@@ -1,38 +1,43 @@
-"""The verdict of analyze-position: is the signal biased by position, how much, where it changes, what that suggests.
+"""The test of position bias: whether the signal depends on the position in the response, and where it changes.
 
-The signal of a token is |A|. Without a bias the first 30 % of each response hold 30 % of it in expectation, however
-much signal one response has beside another, however long it is, and however its tokens are correlated: so it is the
-null that is tested, response by response.
+The signal of a token is |A|. Without a bias, the first 30% of each response contain 30% of its signal in expectation,
+whatever its length, its total signal and the correlation of its tokens. That is the null hypothesis. The unit of the
+test is the response.
 
-Shapes: G groups of responses, each a single response in a run of few; Q = 100 hundredths of the response, B resamples.
+Shapes: G groups of responses (single responses in a small run), Q = 100 hundredths of a response, J resamples, U cuts.
 """
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
-from opdctl.analysis.position_sums import PERCENT, SignalShares
+from opdctl.analysis.position_sums import PERCENT, SignalProfile
 from opdctl.evaluation.stats import CONFIDENCE_LEVEL, Estimate
 from opdctl.losses.token_weights import Floats
 
 PREFIX_PERCENT = 30
-"""The hundredths of the response that are its beginning."""
+"""The first percent of a response that are its prefix."""
 BIAS_CONFIDENCE_LEVEL = 0.99
-"""A bias or a drift is claimed where an interval of this level excludes that there is none."""
-MIN_RESPONSES = 20  # responses with a signal: fewer bear no verdict
-RESAMPLES = 2000
-ROUNDING = 1e-9  # of the signal: a uniform one leaves errors of rounding, which no test must take for a bias
-MIN_SEGMENT_PERCENT = 5  # hundredths at either end where no change is looked for
+"""The confidence level of the tests of a bias and of a change point."""
+MIN_RESPONSES = 20
+"""The least number of responses that are tested."""
+GROUP_RESAMPLES = 2000
+"""Bootstrap samples of the groups, and random signs of the test of a change point."""
+ROUNDING_ERROR = 1e-9  # relative to the signal: smaller differences are rounding errors of a uniform signal
+MIN_SEGMENT_PERCENT = 5  # percent of the response before and after a change point, at least
 
 
 @dataclass(frozen=True)
 class ChangePoint:
-    """Where the signal changes, as a share of the response, and its mean in nats a token before and after."""
+    """The position at which the mean signal changes, as a fraction of the response.
 
-    at: Estimate
+    before, after: the mean signal in nats per token.
+    """
+
+    position: Estimate
     before: float
     after: float
     p_value: float
@@ -40,186 +45,131 @@ class ChangePoint:
 
 @dataclass(frozen=True)
 class PositionBias:
-    """bias: "early", "late", "none found", or "unknown" with the `reason`. share: of the signal in the first 30 %.
+    """The result of the test of position bias.
 
-    drift: where the signal changes, None where it is as good as flat; the fraction that the data suggest for a prefix
-    weight is its place. gamma and multiplier: of the weights `iw_opd` and `prefix_boost` that bring the first 30 % of
-    the weighted signal to 30 %; an infinite gamma says that none does.
+    direction: "unknown" with the `reason`. prefix_fraction: the fraction of the signal in the first 30% of a response.
+    change_point: None if the signal has none.
     """
 
-    bias: str
+    direction: Literal["early", "late", "none found", "unknown"]
     reason: str
-    share: Estimate | None = None
+    prefix_fraction: Estimate | None = None
     p_value: float | None = None
-    drift: ChangePoint | None = None
-    gamma: Estimate | None = None
-    multiplier: Estimate | None = None
+    change_point: ChangePoint | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the verdict as JSON values, with the `fraction` that it suggests; an infinite number is None."""
-        return _finite(asdict(self) | {"fraction": asdict(self.drift.at) if self.drift else None})
+        """Return the result as JSON values."""
+        return asdict(self)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def assess_bias(shares: SignalShares) -> PositionBias:
-    """Return the verdict on the responses behind `shares`."""
-    used_G = shares.responses_G > 0
-    signal_GQ, unspent_GQ = shares.signals["signal"][used_G], shares.signals["unspent"][used_G]
-    responses, tokens_G = int(shares.responses_G.sum()), shares.tokens_G[used_G]
+def assess_bias(profile: SignalProfile) -> PositionBias:
+    """Test whether a signal depends on the position in the response."""
+    nonempty_G = profile.responses_G > 0
+    signal_GQ, tokens_G = profile.signals["signal"][nonempty_G], profile.tokens_G[nonempty_G]
+    responses = int(profile.responses_G.sum())
     if not signal_GQ.sum() > 0:
-        return PositionBias("unknown", "teacher and student agree on every token: there is no signal")
+        return PositionBias("unknown", "teacher and student agree on every token, so there is no signal")
+    fraction = prefix_fraction(signal_GQ)
     if responses < MIN_RESPONSES:
-        return PositionBias(
-            "unknown", f"{responses} responses are too few: {MIN_RESPONSES} are needed", share(signal_GQ)
-        )
+        return PositionBias("unknown", f"{responses} responses are too few, {MIN_RESPONSES} are required", fraction)
     if tokens_G.sum() <= responses:
-        return PositionBias("unknown", "the responses have one token each: they have no positions")
-    found, p_value = share(signal_GQ), _p_of_share(signal_GQ)
-    bias = (
-        "none found"
-        if p_value > 1 - BIAS_CONFIDENCE_LEVEL
-        else "late"
-        if found.value < PREFIX_PERCENT / 100
-        else "early"
-    )
-    drift = find_change_point(signal_GQ, tokens_G)
-    gamma, multiplier = (None, None) if bias == "none found" else balancing_hyperparameters(signal_GQ, unspent_GQ)
-    return PositionBias(bias, "", found, p_value, drift, gamma, multiplier)
+        return PositionBias("unknown", "every response has a single token")
+    p_value = _prefix_fraction_p_value(signal_GQ)
+    change_point = find_change_point(signal_GQ, tokens_G)
+    if p_value > 1 - BIAS_CONFIDENCE_LEVEL:
+        return PositionBias("none found", "", fraction, p_value, change_point)
+    is_late = fraction.value < PREFIX_PERCENT / 100
+    return PositionBias("late" if is_late else "early", "", fraction, p_value, change_point)
 
 
-# ── The share of the beginning ───────────────────────────────────────────────────────────────────────────────────────
+# ── Signal in the prefix ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def share(signal_GQ: Floats, percent: int = PREFIX_PERCENT, level: float = CONFIDENCE_LEVEL) -> Estimate:
-    """Return the share of the signal in the first hundredths, with the interval that the test of each share gives.
+def prefix_fraction(signal_GQ: Floats, percent: int = PREFIX_PERCENT, level: float = CONFIDENCE_LEVEL) -> Estimate:
+    """Return the fraction of the signal in the first `percent` percent of the responses, with its interval.
 
-    s is in it where the sum of h - s S over the groups, h being the signal of their beginning and S all of it, is less
-    than t of its own root mean square from 0 (Fieller 1954). Where one group holds most of the signal, that is [0, 1].
+    The interval inverts the test of each fraction f (Fieller 1954). With h the signal of a group's prefix and S all its
+    signal, f is in the interval if the sum of h - f S over the groups is less than t times its root mean square from 0.
+    The interval is [0, 1] if one group has most of the signal.
     """
-    head_G, all_G = signal_GQ[:, :percent].sum(1), signal_GQ.sum(1)
-    head, whole = head_G.sum(), all_G.sum()
-    if not whole:
+    prefix_G, total_G = signal_GQ[:, :percent].sum(1), signal_GQ.sum(1)
+    prefix, total = prefix_G.sum(), total_G.sum()
+    if not total:
         return Estimate(math.nan, math.nan, math.nan)
-    t2 = float(stats.t.ppf((1 + level) / 2, max(len(all_G) - 1, 1))) ** 2
-    a = whole**2 - t2 * (all_G @ all_G)
-    b = head * whole - t2 * (head_G @ all_G)
-    c = head**2 - t2 * (head_G @ head_G)
+    t2 = float(stats.t.ppf((1 + level) / 2, max(len(total_G) - 1, 1))) ** 2
+    a = total**2 - t2 * (total_G @ total_G)
+    b = prefix * total - t2 * (prefix_G @ total_G)
+    c = prefix**2 - t2 * (prefix_G @ prefix_G)
     if a <= 0:
-        return Estimate(head / whole, 0.0, 1.0)
+        return Estimate(prefix / total, 0.0, 1.0)
     root = math.sqrt(max(b**2 - a * c, 0.0))
-    return Estimate(head / whole, max((b - root) / a, 0.0), min((b + root) / a, 1.0))
+    return Estimate(prefix / total, max((b - root) / a, 0.0), min((b + root) / a, 1.0))
 
 
-def _p_of_share(signal_GQ: Floats) -> float:
-    """Return the two-sided p-value of the null that the first 30 % hold 30 % of the signal."""
+def _prefix_fraction_p_value(signal_GQ: Floats) -> float:
+    """Return the two-sided p-value of the null hypothesis that the first 30% contain 30% of the signal."""
     excess_G = signal_GQ[:, :PREFIX_PERCENT].sum(1) - PREFIX_PERCENT / 100 * signal_GQ.sum(1)
-    if np.abs(excess_G).max() <= ROUNDING * signal_GQ.sum(1).max():
+    if np.abs(excess_G).max() <= ROUNDING_ERROR * signal_GQ.sum(1).max():
         return 1.0
     return float(2 * stats.t.sf(abs(excess_G.sum()) / math.sqrt(excess_G @ excess_G), len(excess_G) - 1))
 
 
-# ── Where the signal changes ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Change point ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_change_point(signal_GQ: Floats, tokens_G: Floats) -> ChangePoint | None:
-    """Return where the signal changes from one mean to another, or None where it is as good as flat.
+    """Return the position at which the signal changes from one mean to another, or None without a significant change.
 
-    The place is that of least squares for two means (Bai 1994): the greatest |spent - expected| / sqrt(u (1 - u)) over
-    the cuts u, with the interval of the percentiles over resampled groups. It is a change where this is beyond the 99 %
-    quantile of what it comes to when the groups' signs are drawn by lot (Wu 1986).
+    The position is the least-squares estimate for two means (Bai 1994): the cut u with the greatest
+    |cumulative signal - u| / sqrt(u (1 - u)). Its interval is that of the percentiles over resampled groups. The
+    change is significant if this maximum exceeds its 99% quantile under random signs of the groups (wild bootstrap,
+    Wu 1986).
     """
-    cuts_Q = np.arange(MIN_SEGMENT_PERCENT, PERCENT - MIN_SEGMENT_PERCENT + 1)
-    u_Q, all_G = cuts_Q / PERCENT, signal_GQ.sum(1)
-    gap_GQ = np.cumsum(signal_GQ, 1)[:, cuts_Q - 1] - u_Q * all_G[:, None]
-    gap_GQ /= np.sqrt(u_Q * (1 - u_Q))
-    p_value = _p_of_gaps(gap_GQ, float(all_G.max()))
+    cut_U = np.arange(MIN_SEGMENT_PERCENT, PERCENT - MIN_SEGMENT_PERCENT + 1)
+    u_U, total_G = cut_U / PERCENT, signal_GQ.sum(1)
+    gap_GU = np.cumsum(signal_GQ, 1)[:, cut_U - 1] - u_U * total_G[:, None]
+    gap_GU /= np.sqrt(u_U * (1 - u_U))
+    p_value = _max_gap_p_value(gap_GU, float(total_G.max()))
     if p_value > 1 - BIAS_CONFIDENCE_LEVEL:
         return None
-    place_B = u_Q[np.abs(resampled(gap_GQ)).argmax(1)]
-    low, high = np.quantile(place_B, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
-    cut = int(cuts_Q[np.abs(gap_GQ.sum(0)).argmax()])
-    at, tokens, spent = cut / PERCENT, float(tokens_G.sum()), float(signal_GQ[:, :cut].sum())
-    before, after = spent / (at * tokens), (float(all_G.sum()) - spent) / ((1 - at) * tokens)
-    return ChangePoint(Estimate(at, float(low), float(high)), before, after, p_value)
+    position_J = u_U[np.abs(resample_groups(gap_GU)).argmax(1)]
+    low, high = np.quantile(position_J, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    cut = int(cut_U[np.abs(gap_GU.sum(0)).argmax()])
+    position, tokens, signal_before = cut / PERCENT, float(tokens_G.sum()), float(signal_GQ[:, :cut].sum())
+    before = signal_before / (position * tokens)
+    after = (float(total_G.sum()) - signal_before) / ((1 - position) * tokens)
+    return ChangePoint(Estimate(position, float(low), float(high)), before, after, p_value)
 
 
-def _p_of_gaps(gap_GQ: Floats, scale: float) -> float:
-    if np.abs(gap_GQ).max() <= ROUNDING * scale:
+def _max_gap_p_value(gap_GU: Floats, scale: float) -> float:
+    if np.abs(gap_GU).max() <= ROUNDING_ERROR * scale:
         return 1.0
-    sign_BG = np.random.default_rng(0).choice([-1.0, 1.0], (RESAMPLES, len(gap_GQ)))
-    null_B = np.abs(sign_BG @ gap_GQ).max(1)
-    return float((1 + (null_B >= np.abs(gap_GQ.sum(0)).max()).sum()) / (1 + RESAMPLES))
+    sign_JG = np.random.default_rng(0).choice([-1.0, 1.0], (GROUP_RESAMPLES, len(gap_GU)))
+    null_J = np.abs(sign_JG @ gap_GU).max(1)
+    return float((1 + (null_J >= np.abs(gap_GU.sum(0)).max()).sum()) / (1 + GROUP_RESAMPLES))
 
 
-def resampled(sums_GX: Floats) -> Floats:
-    """Return the sums over RESAMPLES bootstrap samples of the groups, [B, X]."""
+def resample_groups(sums_GX: Floats) -> Floats:
+    """Return the totals of bootstrap samples of the groups, [J, X]."""
     groups = len(sums_GX)
-    count_BG = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), RESAMPLES)
-    return count_BG.astype(np.float64) @ sums_GX
-
-
-# ── What it suggests ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def balancing_hyperparameters(signal_GQ: Floats, unspent_GQ: Floats) -> tuple[Estimate, Estimate]:
-    """Return the gamma of `iw_opd`, and the multiplier of `prefix_boost` at fraction 0.3, that bring the share of the
-    weighted signal in the first 30 % to 30 %.
-
-    iw_opd makes |A| into |A| + gamma (1 - F) |A|, so with the sums h, S of the first and h', S' of the second
-    gamma = (0.3 S - h) / (h' - 0.3 S'). The beginning that has its share already needs none: 0 and 1. Intervals are
-    percentiles over resampled groups; infinity where no gamma is enough.
-    """
-    sums_GX = np.stack(
-        [
-            signal_GQ[:, :PREFIX_PERCENT].sum(1),
-            signal_GQ.sum(1),
-            unspent_GQ[:, :PREFIX_PERCENT].sum(1),
-            unspent_GQ.sum(1),
-        ],
-        axis=1,
-    )
-    whole_X, drawn_BX = sums_GX.sum(0)[None], resampled(sums_GX)
-    return _estimate(_gamma(whole_X)[0], _gamma(drawn_BX)), _estimate(_multiplier(whole_X)[0], _multiplier(drawn_BX))
-
-
-def _gamma(sums_BX: Floats) -> Floats:
-    head_B, whole_B, unspent_head_B, unspent_B = sums_BX.T
-    lacks_B, gains_B = PREFIX_PERCENT / 100 * whole_B - head_B, unspent_head_B - PREFIX_PERCENT / 100 * unspent_B
-    found_B = np.divide(lacks_B, gains_B, out=np.full_like(lacks_B, np.inf), where=gains_B > 0)
-    return np.where(lacks_B <= 0, 0.0, found_B)
-
-
-def _multiplier(sums_BX: Floats) -> Floats:
-    head_B, whole_B = sums_BX[:, 0], sums_BX[:, 1]
-    wanted_B, has_B = PREFIX_PERCENT * (whole_B - head_B), (100 - PREFIX_PERCENT) * head_B
-    found_B = np.divide(wanted_B, has_B, out=np.full_like(head_B, np.inf), where=has_B > 0)
-    return np.maximum(found_B, 1.0)
-
-
-def _estimate(value: float, drawn_B: Floats) -> Estimate:
-    low, high = np.quantile(
-        drawn_B, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2], method="nearest"
-    )  # some may be infinite
-    return Estimate(float(value), float(low), float(high))
+    count_JG = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), GROUP_RESAMPLES)
+    return count_JG.astype(np.float64) @ sums_GX
 
 
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def effective_sample(tokens_G: Floats, moments_G2: Floats) -> Estimate:
-    """Return the effective sample size (Kish 1965) of a weight as a share of the tokens: (Σ w)² / (N Σ w²).
+def effective_sample_size(tokens_G: Floats, moments_G2: Floats) -> Estimate:
+    """Return the effective sample size of a weight (Kish 1965) as a fraction of the N tokens: (Σ w)² / (N Σ w²).
 
-    The interval is that of the percentiles over resampled groups.
+    Its interval is that of the percentiles over resampled groups.
     """
     sums_GX = np.column_stack([tokens_G, moments_G2])
 
-    def ratio(sums_BX: Floats) -> Floats:
-        below_B = sums_BX[:, 0] * sums_BX[:, 2]
-        return np.divide(sums_BX[:, 1] ** 2, below_B, out=np.zeros(len(sums_BX)), where=below_B > 0)
+    def ratio(sums_JX: Floats) -> Floats:
+        denominator_J = sums_JX[:, 0] * sums_JX[:, 2]
+        return np.divide(sums_JX[:, 1] ** 2, denominator_J, out=np.zeros(len(sums_JX)), where=denominator_J > 0)
 
-    return _estimate(ratio(sums_GX.sum(0)[None])[0], ratio(resampled(sums_GX)))
+    quantiles = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
+    low, high = np.quantile(ratio(resample_groups(sums_GX)), quantiles, method="nearest")
+    return Estimate(float(ratio(sums_GX.sum(0)[None])[0]), float(low), float(high))

@@ -1,6 +1,6 @@
-"""What analyze-position writes: report.html, one file that needs no network, and figures and tables beside it.
+"""The output of analyze-position: report.html, one file without network access, and figures and tables beside it.
 
-Whatever stems from a model, a prompt or a recipe reaches the page through the template's escaping alone.
+Text from a model, a prompt or a recipe reaches the page through the escaping of the template only.
 """
 
 import base64
@@ -15,172 +15,187 @@ import numpy as np
 
 from opdctl.analysis import captions, figures
 from opdctl.analysis.position_bias import PREFIX_PERCENT, PositionBias
-from opdctl.analysis.results import Analysis, Table, columns, rows
+from opdctl.analysis.results import Analysis, TableColumns, table_rows, to_columns
 from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
 from opdctl.artifacts import files, tables
 from opdctl.evaluation.stats import Estimate
 
-SHOWN = 2000  # tokens of a response in the report
-TITLES = {
+MAX_REPORT_TOKENS = 2000  # tokens of a response in the report
+IMAGE_KINDS = ("png", "svg")
+FIGURE_TITLES = {
     "position": "Discrepancy, reverse KL and token weight by position",
-    "spent": "How the signal is spread over a response",
+    "cumulative_signal": "Distribution of the signal over a response",
     "steps": "By training step",
-    "heat": "By training step and position",
+    "heatmap": "By training step and position",
     "prefix_logp": "Log-prob of the student’s prefixes under student and teacher",
-    "entropy": "How sure student and teacher are",
+    "entropy": "Entropies and top-k overlap of student and teacher",
     "weights": "Token weights by position",
     "prefix_ratio": "The ideal prefix ratio for several exponents",
     "one_response": "One response, token by token",
-    "continuations": "Going on from the student’s prefixes",
+    "continuations": "Accuracy from the student’s prefixes",
     "accuracy": "Accuracy by step",
 }
 
 
 def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     """Write report.html, summary.json, figures and tables under `folder` and return their paths and the summary."""
-    drawn = figures.draw(analysis)
-    for old in ("figures", "tables"):
-        files.remove_directory(folder / old)
-    images = {name: figures.as_bytes(figure, "svg") for name, figure in drawn.items()}
-    paths = []
-    for name, figure in drawn.items():
-        for kind, data in (("png", figures.as_bytes(figure, "png")), ("svg", images[name])):
-            paths.append(folder / "figures" / f"{name}.{kind}")
-            files.write_bytes(paths[-1], data)
-    table_files = [
+    images = {
+        name: {kind: figures.figure_bytes(figure, kind) for kind in IMAGE_KINDS}
+        for name, figure in figures.draw_figures(analysis).items()
+    }
+    for name in ("figures", "tables"):
+        files.remove_directory(folder / name)
+    figure_paths = _write_images(folder / "figures", images)
+    table_paths = [
         path
         for name, table in analysis.tables().items()
         for path in tables.write_table(folder / "tables" / name, table)
     ]
     files.write_json(folder / "summary.json", analysis.summary())
-    files.write_text(folder / "report.html", page(analysis, images))
+    files.write_text(
+        folder / "report.html", render_page(analysis, {name: kinds["svg"] for name, kinds in images.items()})
+    )
     return {
         "report": str(folder / "report.html"),
-        "figures": [str(path) for path in paths],
-        "tables": [str(path) for path in table_files],
+        "figures": [str(path) for path in figure_paths],
+        "tables": [str(path) for path in table_paths],
         "summary": analysis.summary(),
     }
 
 
-def page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
-    """Return the report as HTML, the figures of `images` (SVG) within it."""
+def write_comparison(folder: Path, comparisons: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write the figure and the table of compared runs for each benchmark and return their paths."""
+    paths = []
+    for comparison in comparisons:
+        figure = figures.comparison_figure(comparison)
+        images = {kind: figures.figure_bytes(figure, kind) for kind in IMAGE_KINDS}
+        paths += _write_images(folder, {comparison["bench"]: images})
+        points = [{"setting": s["label"], **point} for s in comparison["settings"] for point in s["curve"]]
+        paths += tables.write_table(folder / comparison["bench"], to_columns(points))
+    return paths
+
+
+def _write_images(folder: Path, images: Mapping[str, Mapping[str, bytes]]) -> list[Path]:
+    """Write images, by name and kind, and return their paths."""
+    contents = {folder / f"{name}.{kind}": data for name, kinds in images.items() for kind, data in kinds.items()}
+    for path, data in contents.items():
+        files.write_bytes(path, data)
+    return list(contents)
+
+
+def render_page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
+    """Return the report as HTML with the figures embedded. images: SVG by figure name."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(
         resources.files("opdctl.analysis").joinpath("report.html").read_text(encoding="utf-8")
     )
-    said = captions.figure_captions(analysis)
+    caption = captions.figure_captions(analysis)
     return template.render(
         analysis=analysis,
-        about=captions.about(analysis),
-        verdict=_verdict(analysis.verdict),
-        rules=captions.RULES,
+        overview=captions.overview(analysis),
+        bias=_bias_section(analysis.bias),
+        method_notes=captions.METHOD_NOTES,
         figures=[
-            {"name": name, "title": TITLES[name], "sentence": said[name], "image": base64.b64encode(image).decode()}
+            {
+                "name": name,
+                "title": FIGURE_TITLES[name],
+                "caption": caption[name],
+                "image": base64.b64encode(image).decode(),
+            }
             for name, image in images.items()
         ],
-        tables=[_shown(*each) for each in _tables(analysis)],
-        samples=_samples(analysis.samples),
-        scales={by: shade_range(analysis.samples, by) for by in SHADES},
+        tables=_table_sections(analysis),
+        samples=_sample_sections(analysis.samples),
+        shade_ranges={by: shade_range(analysis.samples, by) for by in SHADES},
     )
 
 
-def write_comparison(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Write the figure and the tables of compared runs, a benchmark each, and return their paths."""
-    paths = []
-    for each in found:
-        figure = figures.comparison(each)
-        for kind in ("png", "svg"):
-            paths.append(folder / f"{each['bench']}.{kind}")
-            files.write_bytes(paths[-1], figures.as_bytes(figure, kind))
-        points = [{"setting": s["label"], **point} for s in each["settings"] for point in s["curve"]]
-        paths += tables.write_table(folder / each["bench"], columns(points))
-    return paths
+# ── Sections of the page ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── Parts of the page ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _verdict(verdict: PositionBias) -> dict[str, Any]:
+def _bias_section(bias: PositionBias) -> dict[str, Any]:
     tiles = []
-    if verdict.share is not None:
-        tiles.append(_tile(f"share of the first {PREFIX_PERCENT} %", verdict.share, ".1%"))
-    if verdict.drift is not None:
-        tiles.append(_tile("change, and fraction", verdict.drift.at, ".0%"))
-    if verdict.gamma is not None and verdict.multiplier is not None:
-        tiles += [
-            _tile("gamma of iw_opd", verdict.gamma, ".2f"),
-            _tile("multiplier of prefix_boost", verdict.multiplier, ".2f"),
-        ]
-    css = {"none found": "none"}.get(verdict.bias, verdict.bias)
-    return {"css": css, "headline": captions.headline(verdict), "more": captions.suggestions(verdict), "tiles": tiles}
+    if bias.prefix_fraction is not None:
+        tiles.append(_tile(f"signal in the first {PREFIX_PERCENT}%", bias.prefix_fraction, ".1%"))
+    if bias.change_point is not None:
+        tiles.append(_tile("change point", bias.change_point.position, ".0%"))
+    return {
+        "css_class": bias.direction.removesuffix(" found"),
+        "result": captions.bias_sentence(bias),
+        "change_point": captions.change_point_sentence(bias),
+        "tiles": tiles,
+    }
 
 
-def _tile(what: str, found: Estimate, form: str) -> dict[str, str]:
-    value = f"{found.value:{form}}" if math.isfinite(found.value) else "none is enough"
-    low, high = (f"{bound:{form}}" if math.isfinite(bound) else "∞" for bound in (found.low, found.high))
-    return {"what": what, "value": value, "interval": "" if low == "∞" else f"95 %: {low} to {high}"}
+def _tile(label: str, estimate: Estimate, spec: str) -> dict[str, str]:
+    return {"label": label, "value": f"{estimate.value:{spec}}", "interval": f"95%: {estimate.format_interval(spec)}"}
 
 
-def _tables(analysis: Analysis) -> list[tuple[str, Table, bool]]:
-    found = [
-        ("Token weights: mean, effective sample size, share of the first 30 % of the weighted signal", "weights", True)
+def _table_sections(analysis: Analysis) -> list[dict[str, Any]]:
+    titles = {
+        "weights": "Token weights: mean, effective sample size, weighted signal in the first 30%",
+        "relative": "By twentieths of the response",
+        "steps": "By training step",
+        "continuations": "Continuations",
+    }
+    all_tables = analysis.tables()
+    return [
+        _table_section(title, all_tables[name], is_open=name == "weights")
+        for name, title in titles.items()
+        if name in all_tables
     ]
-    found += [("By twentieths of the response", "relative", False), ("By training step", "steps", False)]
-    found += [("Continuations", "continuations", False)] if analysis.continuations else []
-    found_tables = analysis.tables()
-    return [(title, found_tables[name], shown) for title, name, shown in found]
 
 
-def _shown(title: str, table: Table, shown: bool) -> dict[str, Any]:
+def _table_section(title: str, table: TableColumns, *, is_open: bool) -> dict[str, Any]:
     """Return a table with each value and its interval in one cell."""
     names = [name for name in table if not name.endswith(("_low", "_high"))]
-    body = [[_cell(row, name) for name in names] for row in rows(table)]
-    return {"title": title, "header": [name.replace("_", " ") for name in names], "rows": body, "open": shown}
+    cells = [[_format_cell(row, name) for name in names] for row in table_rows(table)]
+    return {"title": title, "header": [name.replace("_", " ") for name in names], "rows": cells, "open": is_open}
 
 
-def _cell(row: Mapping[str, Any], name: str) -> str:
+def _format_cell(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
     if not isinstance(value, float):
         return "–" if value is None else str(value)
-    if math.isnan(value):
-        return "–"
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return f"{value:.4g}" + ("" if low is None or math.isnan(low) else f" [{low:.4g}, {high:.4g}]")
+    return Estimate(value, row.get(f"{name}_low", math.nan), row.get(f"{name}_high", math.nan)).format(".4g")
 
 
-def weight_lines(analysis: Analysis) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Return the weights' table for the terminal: the header, and a row a weight."""
-    shown = _shown("", analysis.weight_table(), True)
-    return tuple(shown["header"]), shown["rows"]
+def format_weight_table(analysis: Analysis) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return the table of the weights for the terminal: the header and a row for each weight."""
+    section = _table_section("", analysis.weight_table(), is_open=True)
+    return tuple(section["header"]), section["rows"]
 
 
-def _samples(shown: Sequence[Sample]) -> list[dict[str, Any]]:
-    scales = {by: shade_range(shown, by) for by in SHADES}
-    return [_tokens(sample, {by: sample.shade(by, own) for by, own in scales.items()}) for sample in shown]
+def _sample_sections(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    ranges = {by: shade_range(samples, by) for by in SHADES}
+    return [
+        _sample_section(sample, {by: sample.shade(by, value_range) for by, value_range in ranges.items()})
+        for sample in samples
+    ]
 
 
-def _tokens(sample: Sample, shades: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    texts = [printable(piece) for piece in sample.pieces[:SHOWN]]
+def _sample_section(sample: Sample, shades: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    texts = [printable(piece) for piece in sample.pieces[:MAX_REPORT_TOKENS]]
     return {
         "title": sample.title(),
         "prompt": printable(sample.prompt),
         "tokens": [
             {
                 "text": text,
-                "a": f"{shades['signal'][t]:.2f}",
-                "w": f"{shades['weight'][t]:.2f}",
-                "note": _note(sample, t),
+                "signal_shade": f"{shades['signal'][t]:.2f}",
+                "weight_shade": f"{shades['weight'][t]:.2f}",
+                "tooltip": _tooltip(sample, t),
             }
             for t, text in enumerate(texts)
         ],
-        "cut": len(sample.pieces) - len(texts),
+        "omitted": len(sample.pieces) - len(texts),
     }
 
 
-def _note(sample: Sample, t: int) -> str:
-    numbers = sample.tokens
+def _tooltip(sample: Sample, t: int) -> str:
+    tokens = sample.tokens
     lines = [
-        f"token {t + 1}: A = {numbers.advantage_T[t]:+.3f} nats",
-        f"log p student {numbers.student_logp_T[t]:.3f}, teacher {numbers.teacher_logp_T[t]:.3f}",
+        f"token {t + 1}: A = {tokens.advantage_T[t]:+.3f} nats",
+        f"log p student {tokens.student_logp_T[t]:.3f}, teacher {tokens.teacher_logp_T[t]:.3f}",
     ]
     return "\n".join([*lines, *(f"{name} {weight_T[t]:.3f}" for name, weight_T in sample.weights.items())])

@@ -1,4 +1,4 @@
-"""What analyze-position has found of a run, and the tables that say it. Draws nothing, reads nothing."""
+"""The results of analyze-position and their tables. Reads and writes no files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,208 +6,221 @@ from typing import Any
 
 import numpy as np
 
-from opdctl.analysis.position_bias import PositionBias, effective_sample, share
+from opdctl.analysis.position_bias import PositionBias, effective_sample_size, prefix_fraction
 from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, PositionStats
 from opdctl.analysis.samples import Sample
 from opdctl.evaluation.stats import Estimate
 from opdctl.losses.token_weights import Floats
 
-Table = dict[str, list[Any]]
-"""Columns by name, all of one length."""
+TableColumns = dict[str, list[Any]]
+"""A table: columns of equal length by name."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training and its numbers."""
+    """A range of training steps and its numbers."""
 
     name: str
     numbers: PositionStats
 
-    def share(self) -> Estimate:
-        """Return the share of the signal in the first 30 % of the responses."""
-        return share(signal(self.numbers))
+    def prefix_fraction(self) -> Estimate:
+        """Return the fraction of the signal in the first 30% of the responses."""
+        return prefix_fraction(signal_by_percent(self.numbers))
 
-    def spent(self) -> list[Estimate]:
-        """Return the share of the signal that the first 0, 1 … 100 % of the responses hold."""
-        signal_GQ = signal(self.numbers)
-        return [Estimate(0.0, 0.0, 0.0), *(share(signal_GQ, percent + 1) for percent in range(PERCENT))]
+    def cumulative_signal(self) -> list[Estimate]:
+        """Return the fraction of the signal in the first 0%, 1%, …, 100% of the responses."""
+        signal_GQ = signal_by_percent(self.numbers)
+        return [Estimate(0.0, 0.0, 0.0), *(prefix_fraction(signal_GQ, percent + 1) for percent in range(PERCENT))]
 
 
-def signal(numbers: PositionStats, name: str = "signal") -> Floats:
-    """Return a signal by hundredths of the response, of the groups that hold responses, [G, PERCENT]."""
-    return numbers.shares.signals[name][numbers.shares.responses_G > 0]
+def signal_by_percent(numbers: PositionStats, name: str = "signal") -> Floats:
+    """Return a signal by hundredths of the response, of the groups that have responses, [G, PERCENT]."""
+    return numbers.profile.signals[name][numbers.profile.responses_G > 0]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of training: the means over its tokens, the share of its signal in the first 30 %, and its mean |A| by
-    the relative position, [BINS]."""
+class StepResult:
+    """One training step.
+
+    means: of each quantity over the tokens. prefix_fraction: of the signal, in the first 30% of the responses.
+    signal_P: mean |A| by relative position, [BINS].
+    """
 
     step: int
     responses: int
     tokens: int
     means: Mapping[str, Estimate]
-    share: Estimate
+    prefix_fraction: Estimate
     signal_P: Floats
 
 
-def step_of(number: int, numbers: PositionStats) -> Step:
-    """Return what is kept of a step: a run has many, and their sums by position would not fit."""
+def summarize_step(step: int, numbers: PositionStats) -> StepResult:
+    """Return the result of a step without its sums by position: those of many steps would not fit in memory."""
     signal_P = numbers.relative.mean("abs_advantage") if numbers.tokens else np.zeros(0)
-    return Step(
-        number,
+    return StepResult(
+        step,
         numbers.responses,
         numbers.tokens,
-        means(numbers.whole),
-        share(signal(numbers)),
+        overall_means(numbers.overall),
+        prefix_fraction(signal_by_percent(numbers)),
         np.pad(signal_P, (0, BINS - len(signal_P)), constant_values=np.nan),
     )
 
 
-def means(whole: BinnedSums) -> dict[str, Estimate]:
-    """Return the mean of each quantity over all tokens, NaN where there are none."""
-    if not len(whole.tokens_P):
-        return {name: Estimate(np.nan, np.nan, np.nan) for name in whole.values}
-    found = {name: (whole.mean(name)[0], whole.half_width(name)[0]) for name in whole.values}
-    return {name: Estimate(float(mean), float(mean - half), float(mean + half)) for name, (mean, half) in found.items()}
+def overall_means(overall: BinnedSums) -> dict[str, Estimate]:
+    """Return the mean of each quantity over all tokens, NaN if there are none."""
+    if not len(overall.tokens_P):
+        return {name: Estimate(np.nan, np.nan, np.nan) for name in overall.values}
+    means = {name: (overall.mean(name)[0], overall.half_width(name)[0]) for name in overall.values}
+    return {name: Estimate(float(mean), float(mean - half), float(mean + half)) for name, (mean, half) in means.items()}
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that was found. phases: the first and the last quarter of the steps, or the only step. weights: the names of
-    the token weights, the recipe's own first. left_out: steps that are not wholly scored. continuations:
-    the summary of each step that was gone on from. accuracy: by step, where it was measured."""
+    """The result of analyze-position.
+
+    weights: the names of the token weights, the recipe's first. all_steps: the numbers of all steps. phases: those of
+    the first and the last quarter of the steps, or of the only step. skipped: steps with incomplete scores.
+    continuations: the summary of each step that has them. accuracy: by step, if students were evaluated.
+    """
 
     run: str
     recipe: str
     weights: Sequence[str]
-    whole: Phase
+    all_steps: Phase
     phases: Sequence[Phase]
-    steps: Sequence[Step]
-    left_out: Sequence[int]
-    verdict: PositionBias
+    steps: Sequence[StepResult]
+    skipped: Sequence[int]
+    bias: PositionBias
     samples: Sequence[Sample]
     continuations: Sequence[Mapping[str, Any]]
     accuracy: Mapping[str, Any] | None
 
     def summary(self) -> dict[str, Any]:
-        """Return the numbers that fit a screen, as JSON values."""
+        """Return the main numbers as JSON values."""
         return {
             "run": self.run,
             "steps": [step.step for step in self.steps],
-            "left_out": list(self.left_out),
-            "verdict": self.verdict.as_dict(),
+            "skipped": list(self.skipped),
+            "bias": self.bias.as_dict(),
             "phases": [_phase_summary(phase, self.weights[0]) for phase in self.phases],
-            "weights": rows(self.weight_table()),
+            "weights": table_rows(self.weight_table()),
             "continuations": list(self.continuations),
         }
 
-    def tables(self) -> dict[str, Table]:
+    def tables(self) -> dict[str, TableColumns]:
         """Return every table by its name."""
-        found = {
-            "position": stacked([self._by_bin(phase, "position") for phase in self.phases]),
-            "relative": stacked([self._by_bin(phase, "relative") for phase in self.phases]),
-            "spent": stacked([_spent(phase) for phase in (self.whole, *self.phases)]),
-            "steps": stacked([_step_row(step) for step in self.steps]),
-            "steps_relative": stacked([_signal_by_bin(step) for step in self.steps]),
+        tables = {
+            "position": concat_tables([_bin_table(phase, "position") for phase in self.phases]),
+            "relative": concat_tables([_bin_table(phase, "relative") for phase in self.phases]),
+            "cumulative_signal": concat_tables(
+                [_cumulative_signal_table(phase) for phase in (self.all_steps, *self.phases)]
+            ),
+            "steps": concat_tables([_step_row(step) for step in self.steps]),
+            "steps_relative": concat_tables([_signal_by_bin(step) for step in self.steps]),
             "weights": self.weight_table(),
         }
         if self.continuations:
-            found["continuations"] = columns([row for each in self.continuations for row in continuation_rows(each)])
-        return found
+            tables["continuations"] = to_columns(
+                [row for summary in self.continuations for row in continuation_rows(summary)]
+            )
+        return tables
 
-    def weight_table(self) -> Table:
-        """Return mean, effective sample size and share of the weighted signal in the first 30 % of each weight."""
-        numbers, shares = self.whole.numbers, self.whole.numbers.shares
-        used_G = shares.responses_G > 0
-        found = means(numbers.whole)
-        parts = []
+    def weight_table(self) -> TableColumns:
+        """Return the mean, the effective sample size and the prefix fraction of the weighted signal of each weight."""
+        numbers, profile = self.all_steps.numbers, self.all_steps.numbers.profile
+        nonempty_G = profile.responses_G > 0
+        means = overall_means(numbers.overall)
+        tables = []
         for name in self.weights:
-            sample = effective_sample(shares.tokens_G[used_G], shares.moments[name][used_G])
-            first = share(signal(numbers, name))
-            row: Table = {"weight": [name], "mean": [found[name].value]}
-            row |= _interval("effective_sample", [sample])
-            parts.append(row | _interval("share_of_first_30_percent", [first]))
-        return stacked(parts)
-
-    def _by_bin(self, phase: Phase, kind: str) -> Table:
-        sums: BinnedSums = getattr(phase.numbers, kind)
-        size = len(sums.tokens_P)
-        where: Table = {"position": list(range(1, size + 1))}
-        if kind == "relative":
-            where = {"from_percent": [p * PERCENT // BINS for p in range(size)]}
-            where["to_percent"] = [percent + PERCENT // BINS for percent in where["from_percent"]]
-        table: Table = {"phase": [phase.name] * size, **where}
-        table["tokens"] = sums.tokens_P.astype(int).tolist()
-        table["responses"] = sums.responses_P.astype(int).tolist()
-        for name in sums.values:
-            mean_P, half_P = sums.mean(name), sums.half_width(name)
-            table |= {
-                name: mean_P.tolist(),
-                f"{name}_low": (mean_P - half_P).tolist(),
-                f"{name}_high": (mean_P + half_P).tolist(),
-            }
-        return table
+            sample_size = effective_sample_size(profile.tokens_G[nonempty_G], profile.moments[name][nonempty_G])
+            row: TableColumns = {"weight": [name], "mean": [means[name].value]}
+            row |= _estimate_columns("effective_sample_size", [sample_size])
+            row |= _estimate_columns("prefix_fraction", [prefix_fraction(signal_by_percent(numbers, name))])
+            tables.append(row)
+        return concat_tables(tables)
 
 
-def continuation_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the accuracies of one step's continuations: of all prefixes, of those right so far, and of those gone
-    wrong."""
-    every = [{"step": found["step"], "prefix": "any", **row} for row in found["accuracy"]]
-    return every + [{"step": found["step"], **row} for row in found["by_prefix"]]
+def continuation_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the accuracies of one step's continuations: of any prefix, and of prefixes that are right or wrong."""
+    rows = [{"step": summary["step"], "prefix": "any", **row} for row in summary["accuracy"]]
+    return rows + [{"step": summary["step"], **row} for row in summary["by_prefix"]]
 
 
-def _spent(phase: Phase) -> Table:
-    spent = phase.spent()
-    return {"phase": [phase.name] * len(spent), "percent": list(range(len(spent))), **_interval("spent", spent)}
+def _bin_table(phase: Phase, kind: str) -> TableColumns:
+    """Return the means by position or by relative position."""
+    sums: BinnedSums = getattr(phase.numbers, kind)
+    size = len(sums.tokens_P)
+    bins: TableColumns = {"position": list(range(1, size + 1))}
+    if kind == "relative":
+        bins = {"from_percent": [p * PERCENT // BINS for p in range(size)]}
+        bins["to_percent"] = [percent + PERCENT // BINS for percent in bins["from_percent"]]
+    table: TableColumns = {"phase": [phase.name] * size, **bins}
+    table["tokens"] = sums.tokens_P.astype(int).tolist()
+    table["responses"] = sums.responses_P.astype(int).tolist()
+    for name in sums.values:
+        mean_P, half_P = sums.mean(name), sums.half_width(name)
+        table |= {
+            name: mean_P.tolist(),
+            f"{name}_low": (mean_P - half_P).tolist(),
+            f"{name}_high": (mean_P + half_P).tolist(),
+        }
+    return table
 
 
-def _step_row(step: Step) -> Table:
-    row: Table = {"step": [step.step], "responses": [step.responses], "tokens": [step.tokens]}
+def _cumulative_signal_table(phase: Phase) -> TableColumns:
+    estimates = phase.cumulative_signal()
+    table: TableColumns = {"phase": [phase.name] * len(estimates), "percent": list(range(len(estimates)))}
+    return table | _estimate_columns("cumulative_signal", estimates)
+
+
+def _step_row(step: StepResult) -> TableColumns:
+    row: TableColumns = {"step": [step.step], "responses": [step.responses], "tokens": [step.tokens]}
     for name, mean in step.means.items():
-        row |= _interval(name, [mean])
-    return row | _interval("share_of_first_30_percent", [step.share])
+        row |= _estimate_columns(name, [mean])
+    return row | _estimate_columns("prefix_fraction", [step.prefix_fraction])
 
 
-def _signal_by_bin(step: Step) -> Table:
+def _signal_by_bin(step: StepResult) -> TableColumns:
     starts = [number * PERCENT // BINS for number in range(BINS)]
     return {"step": [step.step] * BINS, "from_percent": starts, "abs_advantage": step.signal_P.tolist()}
 
 
-def _interval(name: str, found: Sequence[Estimate]) -> Table:
+def _estimate_columns(name: str, estimates: Sequence[Estimate]) -> TableColumns:
     return {
-        name: [each.value for each in found],
-        f"{name}_low": [each.low for each in found],
-        f"{name}_high": [each.high for each in found],
+        name: [estimate.value for estimate in estimates],
+        f"{name}_low": [estimate.low for estimate in estimates],
+        f"{name}_high": [estimate.high for estimate in estimates],
     }
 
 
-def _phase_summary(phase: Phase, own: str) -> dict[str, Any]:
-    """Return the means of a phase; `weight` is that of the recipe's own weight."""
-    first = {name: _value(value) for name, value in asdict(phase.share()).items()}
-    found = {name: _value(mean.value) for name, mean in means(phase.numbers.whole).items()}
+def _phase_summary(phase: Phase, recipe_weight: str) -> dict[str, Any]:
+    """Return the means of a phase; `weight` is the mean of the recipe's weight."""
+    means = {name: _finite_or_none(mean.value) for name, mean in overall_means(phase.numbers.overall).items()}
     return {
         "phase": phase.name,
         "responses": phase.numbers.responses,
         "tokens": phase.numbers.tokens,
-        **found,
-        "weight": found[own],
-        "share_of_first_30_percent": first,
+        **means,
+        "weight": means[recipe_weight],
+        "prefix_fraction": {name: _finite_or_none(value) for name, value in asdict(phase.prefix_fraction()).items()},
     }
 
 
-def _value(number: float) -> float | None:
+def _finite_or_none(number: float) -> float | None:
     return number if np.isfinite(number) else None
 
 
-def stacked(tables: Sequence[Table]) -> Table:
-    """Put tables of the same columns below one another."""
+def concat_tables(tables: Sequence[TableColumns]) -> TableColumns:
+    """Concatenate the rows of tables with equal columns."""
     return {name: [cell for table in tables for cell in table[name]] for name in tables[0]} if tables else {}
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> Table:
+def to_columns(rows: Sequence[Mapping[str, Any]]) -> TableColumns:
+    """Return rows of equal keys as a table."""
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
-def rows(table: Table) -> list[dict[str, Any]]:
+def table_rows(table: TableColumns) -> list[dict[str, Any]]:
+    """Return the rows of a table."""
     return [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]

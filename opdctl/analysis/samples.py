@@ -1,4 +1,4 @@
-"""Single responses, token by token: their text, their numbers, and how they look in a terminal. No model, no torch."""
+"""Single responses, token by token: their text, their numbers and their shades. No model, no torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ from opdctl.losses.token_weights import Floats, ResponseTokens, Weight, weigh
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored, to_weight_inputs
 
-CHUNK_TOKENS = 2**20  # tokens in work at once, unless a weight ranks the whole step
+CHUNK_TOKENS = 2**20
+"""Tokens in memory at once, unless a weight needs the full step."""
 SHADES = {"signal": (194, 65, 12), "weight": (29, 78, 216)}
-"""What a token may be shaded by, and in which colour."""
+"""The quantities that a token can be shaded by, with their colors (RGB)."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: its prompt's text, the text of each token, its numbers, and the weights of its tokens by name."""
+    """One response: the text of its prompt and of each token, its numbers, and its weights by name, [T] each."""
 
     sample_id: str
     step: int
@@ -37,15 +38,16 @@ class Sample:
         return f"{self.sample_id}, step {self.step}: {len(self.pieces)} tokens, {self.finish_reason}{answer}"
 
     def values(self, by: str) -> Floats:
-        """Return what a token is shaded by: |A|, or its first weight."""
+        """Return the quantity that the tokens are shaded by, [T]: |A|, or the first weight."""
         return np.abs(self.tokens.advantage_T) if by == "signal" else next(iter(self.weights.values()))
 
-    def shade(self, by: str, scale: tuple[float, float]) -> Floats:
-        """Return how strongly each token is shaded, [T]: 0 up to the first value of the scale, 1 from the second on."""
-        low, high = scale
+    def shade(self, by: str, value_range: tuple[float, float]) -> Floats:
+        """Return the shade of each token, [T]: 0 at the lower end of the range and below, 1 at the upper and above."""
+        low, high = value_range
         return np.clip((self.values(by) - low) / (high - low or 1.0), 0, 1)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the response as JSON values."""
         columns = {"advantage": self.tokens.advantage_T, "student_logp": self.tokens.student_logp_T}
         columns |= {"teacher_logp": self.tokens.teacher_logp_T} | dict(self.weights)
         return {
@@ -59,10 +61,12 @@ class Sample:
         }
 
 
-def shade_range(shown: Sequence[Sample], by: str) -> tuple[float, float]:
-    """Return the values between which the tokens of all these responses are shaded: |A| from 0 to its 95th percentile,
-    weights from the least to the greatest."""
-    value_N = np.concatenate([np.zeros(0), *(sample.values(by) for sample in shown)])
+def shade_range(samples: Sequence[Sample], by: str) -> tuple[float, float]:
+    """Return the range of values that the shades of these responses cover.
+
+    |A| from 0 to its 95th percentile, a weight from its minimum to its maximum.
+    """
+    value_N = np.concatenate([np.zeros(0), *(sample.values(by) for sample in samples)])
     if not len(value_N):
         return 0.0, 0.0
     if by == "signal":
@@ -71,48 +75,48 @@ def shade_range(shown: Sequence[Sample], by: str) -> tuple[float, float]:
 
 
 def response_groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Iterator[list[ScoredResponse]]:
-    """Yield a step's responses part by part, or all at once where a weight ranks them against one another."""
+    """Yield a step's responses in groups of about CHUNK_TOKENS, or all at once if a weight needs the full step."""
     if any(weight.needs_full_step for weight in weights.values()):
         yield list(read_scored(run, step))
         return
-    held: list[ScoredResponse] = []
+    group: list[ScoredResponse] = []
     size = 0
     for scored in read_scored(run, step):
-        held.append(scored)
+        group.append(scored)
         size += len(scored.response.response_ids)
         if size >= CHUNK_TOKENS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-def load_samples(run: Run, step: int, wanted: Sequence[str], weights: Mapping[str, Weight]) -> list[Sample]:
-    """Return the responses of the ids that are wanted, in their order."""
-    read, found = token_decoder(run), {}
-    ranked = any(weight.needs_full_step for weight in weights.values())
+def load_samples(run: Run, step: int, sample_ids: Sequence[str], weights: Mapping[str, Weight]) -> list[Sample]:
+    """Return the responses with these ids, in the order of the ids; unknown ids are ignored."""
+    decode, samples = token_decoder(run), {}
+    needs_full_step = any(weight.needs_full_step for weight in weights.values())
     for group in response_groups(run, step, weights):
-        if not ranked:  # then a response's weights do not depend on the others
-            group = [scored for scored in group if scored.response.sample_id in wanted]
+        if not needs_full_step:
+            group = [scored for scored in group if scored.response.sample_id in sample_ids]
         responses = [to_weight_inputs(scored, step, run.recipe.train.extrapolation) for scored in group]
-        weighed = {name: weigh(weight, responses) for name, weight in weights.items()}
-        for place, scored in enumerate(group):
-            if (response := scored.response).sample_id in wanted:
-                found[response.sample_id] = Sample(
+        weights_by_name = {name: weigh(weight, responses) for name, weight in weights.items()}
+        for index, scored in enumerate(group):
+            if (response := scored.response).sample_id in sample_ids:
+                samples[response.sample_id] = Sample(
                     sample_id=response.sample_id,
                     step=step,
-                    prompt="".join(read(response.prompt_ids)),
-                    pieces=read(response.response_ids),
-                    tokens=responses[place],
-                    weights={name: weight_RT[place] for name, weight_RT in weighed.items()},
+                    prompt="".join(decode(response.prompt_ids)),
+                    pieces=decode(response.response_ids),
+                    tokens=responses[index],
+                    weights={name: weight_RT[index] for name, weight_RT in weights_by_name.items()},
                     finish_reason=response.finish_reason,
                     answer=response.answer,
                 )
-    return [found[name] for name in wanted if name in found]
+    return [samples[name] for name in sample_ids if name in samples]
 
 
 def representative_ids(run: Run, step: int) -> list[str]:
-    """Return the ids of two responses of a step: of the median and of the greatest mean |A|."""
+    """Return the ids of the responses of a step with the median and with the greatest mean |A|."""
     means = sorted(
         (
             float(np.abs(to_weight_inputs(scored, step, run.recipe.train.extrapolation).advantage_T).mean()),
@@ -121,36 +125,39 @@ def representative_ids(run: Run, step: int) -> list[str]:
         for scored in read_scored(run, step)
         if len((response := scored.response).response_ids)
     )
-    return list(dict.fromkeys(means[place][1] for place in (len(means) // 2, -1))) if means else []
+    return list(dict.fromkeys(means[index][1] for index in (len(means) // 2, -1))) if means else []
 
 
 def load_sample(run: Run, sample_id: str, steps: Sequence[int], weights: Mapping[str, Weight]) -> Sample:
-    """Return the response `sample_id`. Raises OpdctlError when it is not among those of the `steps`."""
-    named = sample_id.rsplit("/", 2)[1:2]
-    step = int(named[0]) if named and named[0].isdecimal() else None
-    found = load_samples(run, step, [sample_id], weights) if step in steps and step is not None else []
-    if not found:
+    """Return the response `sample_id`.
+
+    Raises:
+        OpdctlError: it is not among the responses of `steps`.
+    """
+    step_part = sample_id.rsplit("/", 2)[1:2]
+    step = int(step_part[0]) if step_part and step_part[0].isdecimal() else None
+    samples = load_samples(run, step, [sample_id], weights) if step in steps and step is not None else []
+    if not samples:
         example = next((name for each in steps for name in representative_ids(run, each)), None)
-        raise OpdctlError(
-            f"--sample {sample_id}: {run.path} has no such response with teacher scores",
-            hint=f"an id reads PROMPT/STEP/NUMBER, such as {example}" if example else "no step has teacher scores yet",
-        )
-    return found[0]
+        hint = f"give PROMPT_ID/STEP/SAMPLE, such as {example}" if example else f"run `{run.next_command()}`"
+        raise OpdctlError("unknown_name", f"{run.path}: no scored response `{sample_id}`", hint=hint)
+    return samples[0]
 
 
 # ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def token_decoder(run: Run) -> Callable[[Sequence[int] | np.ndarray], list[str]]:
-    """Return what turns ids into the text that each adds; without the student's tokenizer, into the ids in brackets.
+    """Return a function that decodes token ids, each to the text that it adds.
 
-    The tokenizer's file is read by itself: loading it with the model's library takes seconds, and torch.
+    It reads the student's tokenizer.json without transformers, whose import takes seconds. If that fails, it returns
+    the ids in brackets.
     """
     path = run.student.path / "tokenizer.json"
     try:
         return _Decoder(path)
     except Exception as error:  # tokenizers raises bare Exception
-        console.warn(f"{path}: tokens are shown by their ids: {error}")
+        console.warn(f"{path}: cannot be read, so tokens are shown as ids: {error}")
         return lambda ids: [f"⟨{token}⟩" for token in ids]
 
 
@@ -163,16 +170,16 @@ class _Decoder:
     def __call__(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         from tokenizers.decoders import DecodeStream
 
-        # A character that several tokens spell comes with the last of them; the others add nothing.
+        # The text of a character that spans several tokens is added by the last of them.
         stream = DecodeStream(skip_special_tokens=False)
         return [stream.step(self._tokenizer, int(token)) or "" for token in ids]
 
 
 def printable(text: str) -> str:
-    """Return a token's text with nothing in it that is not seen: white space as signs, other controls by their code."""
-    signs = {"\n": "↵\n", "\t": "⇥\t", "": "∅"}
-    if text in signs:
-        return signs[text]
+    """Return the text of a token with white space as symbols, and other control characters as escape codes."""
+    symbols = {"\n": "↵\n", "\t": "⇥\t", "": "∅"}
+    if text in symbols:
+        return symbols[text]
     return "".join(
-        signs.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in text
+        symbols.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in text
     )

@@ -61,11 +61,11 @@ def _analyze(run: "Run", weights: list[str] | None, dry_run: bool, as_json: bool
     analysis = analyze.analyze_run(run, weights)
     written = report.write_report(run.path / "analysis", analysis)
     for phase in analysis.phases:
-        console.info(captions.sentence(phase))
-    console.info(captions.headline(analysis.verdict), "bold")
-    for sentence in captions.suggestions(analysis.verdict):
-        console.info(sentence)
-    console.print_table("token weights over all steps", *report.weight_lines(analysis))
+        console.info(captions.phase_sentence(phase))
+    console.info(captions.bias_sentence(analysis.bias), "bold")
+    if change_point := captions.change_point_sentence(analysis.bias):
+        console.info(change_point)
+    console.print_table("token weights over all steps", *report.format_weight_table(analysis))
     figures, tables = len(written["figures"]), len(written["tables"])
     console.info(f"wrote {written['report']}, {figures} figures, {tables} tables")
     console.info(f"next: open {written['report']}")
