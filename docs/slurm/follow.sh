@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A run on allocations that stay: rollout, score-teacher and train each keep their model loaded and follow one another
-# by the run directory, which all of them must see.
+# A run as long-running Slurm jobs: rollout, score-teacher and train keep their models loaded and communicate through
+# the run directory, which all of them must share.
 #
 #   bash docs/slurm/follow.sh RECIPE RUN_DIR
 #
-# A minute before its time limit a job finishes or drops its part and goes back into the queue. Run the same command
-# again after a failure: each stage goes on where it stopped, and what is finished does nothing.
+# A minute before its time limit a job stops and is requeued. After a failure, run the same command again: each stage
+# resumes, and finished stages do nothing.
 set -euo pipefail
 
 if [[ $1 == job ]]; then # on an allocation
   "${@:2}" &
   pid=$!
   trap 'kill -USR1 $pid' USR1
-  while :; do # a signal ends a wait early
+  while :; do # a signal interrupts wait
     wait $pid && code=0 || code=$?
     kill -0 $pid 2>/dev/null || break
   done
@@ -24,7 +24,7 @@ recipe=$1 run=$2
 rollout=${ROLLOUT:---gpus=1 --time=12:00:00}
 score=${SCORE:---gpus=4 --time=12:00:00}
 train=${TRAIN:---gpus=1 --time=12:00:00}
-workers=${WORKERS:-1} # of rollout and of score-teacher each, at most the recipe's rollout.num_parts
+workers=${WORKERS:-1} # of rollout and of score-teacher each; at most rollout.num_parts of them have work
 
 submit() { # submit STAGE OPTIONS
   # shellcheck disable=SC2086 # the options are several words
@@ -32,8 +32,6 @@ submit() { # submit STAGE OPTIONS
     "$0" job opdctl "$1" --follow --recipe "$recipe" --output "$run"
 }
 
-for ((worker = 0; worker < workers; worker++)); do # not an array, whose tasks have fixed parts
-  submit rollout "$rollout"
-  submit score-teacher "$score"
-done
+submit rollout "$rollout --array=0-$((workers - 1))"
+submit score-teacher "$score --array=0-$((workers - 1))"
 submit train "$train"
