@@ -43,11 +43,11 @@ def artifact_changes(old: Recipe, new: Recipe) -> Changes:
 
 
 def describe_reusable_artifacts(run: Run, changes: Iterable[tuple[str, Any, Any]]) -> list[str]:
-    """Return a line with the number of artifacts that remain valid after the changes, if there are any."""
-    stages = unaffected_stages(key for key, _, _ in changes)
-    counts = {STEP_ARTIFACTS[stage]: run.count_finished_steps(stage) for stage in stages}
+    """Return a line with the numbers of rollouts and scores that a fork with the changes reuses, if there are any."""
+    stages = [stage for stage in unaffected_stages(key for key, _, _ in changes) if stage != "update"]
+    counts = {STEP_ARTIFACTS[stage]: run.count_ready_steps(stage) for stage in stages}
     reusable = " and ".join(f"{name} of {count} steps" for name, count in counts.items() if count)
-    return [f"{reusable} can be reused"] if reusable else []
+    return [f"a fork reuses {reusable}, from step {run.current_step()} on"] if reusable else []
 
 
 def _resolution_hints(run: Run, changes: Changes) -> list[str]:

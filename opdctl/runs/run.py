@@ -125,10 +125,11 @@ class Run:
         """Return the steps that have an update."""
         return range(self.start_step, self.current_step())
 
-    def count_finished_steps(self, stage: str) -> int:
-        """Return the number of steps whose `rollout`, or whose `score` by every scorer, is finished."""
-        names = ["rollout"] if stage == "rollout" else self.scorers()
-        steps = list_steps(self.path).values()
+    def count_ready_steps(self, stage: str) -> int:
+        """Return the number of steps without an update whose `rollout`, or whose `score` by every scorer, is
+        finished."""
+        names, current = ["rollout"] if stage == "rollout" else self.scorers(), self.current_step()
+        steps = [path for step, path in list_steps(self.path).items() if step >= current]
         return sum(all((path / name / "manifest.json").exists() for name in names) for path in steps)
 
     def update(self, step: int) -> UpdateRecord:

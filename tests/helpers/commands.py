@@ -32,7 +32,7 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a command came to: its exit code, stdout and stderr."""
+    """The result of a command: its exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -64,10 +64,16 @@ def sets(*overrides: str) -> list[str]:
     return [word for override in (*SMALL, *overrides) for word in ("--set", override)]
 
 
-def artifacts(run: Path) -> dict[str, object]:
-    """Everything a run made that must not depend on how it was made: parts, students, trainer states.
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file by relative path, without hidden files."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
-    Of trainer states every tensor to the bit: safetensors writes several metadata entries in an order that changes.
+
+def artifacts(run: Path) -> dict[str, object]:
+    """Return what must be identical however a run was interrupted: its parts, students and trainer states.
+
+    Trainer states are compared tensor by tensor: safetensors writes metadata entries in an order that varies.
     """
     kept = ("part-", "student/", "trainer/")
     files = {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if p.is_file()}

@@ -44,10 +44,10 @@ def contents(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("key", "old", "new", "said"),
     [
-        ("weight.gamma", 0.5, 0.7, "weight.gamma 0.5 → 0.7 shapes updates, not rollouts or scores"),
-        ("score.top_k", 0, 4, "score.top_k 0 → 4 shapes scores, not rollouts"),
-        ("rollout.max_tokens", 9, 8, "rollout.max_tokens 9 → 8 shapes rollouts and continuations"),
-        ("seed", 0, 1, "seed 0 → 1 shapes prompts, rollouts, updates, eval and continuations"),
+        ("weight.gamma", 0.5, 0.7, "weight.gamma 0.5 → 0.7 affects updates; rollouts and scores can be reused"),
+        ("score.top_k", 0, 4, "score.top_k 0 → 4 affects scores; rollouts can be reused"),
+        ("rollout.max_tokens", 9, 8, "rollout.max_tokens 9 → 8 affects rollouts and continuations"),
+        ("seed", 0, 1, "seed 0 → 1 affects prompts, rollouts, updates, eval and continuations"),
     ],
 )
 def test_a_change_is_told_by_what_it_shapes(key, old, new, said):
@@ -58,7 +58,7 @@ def test_another_recipe_is_refused_with_what_stays_valid_and_the_ways_on(run):
     result = invoke("train", "--recipe", QUICKSTART, *sets("train.steps=3", "weight.gamma=0.7"), "--output", run)
     assert result.code == ExitCode.RECIPE_MISMATCH
     said = " ".join(result.err.split())
-    assert "weight.gamma 0.5 → 0.7 shapes updates, not rollouts or scores" in said
+    assert "weight.gamma 0.5 → 0.7 affects updates; rollouts and scores can be reused" in said
     assert "3 steps of rollouts and 3 steps of scores stay valid" in said
     assert f"`opdctl train --output {run}` goes on under the recorded recipe" in said
     assert f"`opdctl change {run} --set weight.gamma=0.7` goes on from step 2 under the new one" in said

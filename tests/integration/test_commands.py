@@ -340,7 +340,7 @@ def test_another_recipe_on_a_run_is_refused_with_what_changed_and_the_ways_on(fi
     for dry in ([], ["--dry-run"]):
         result = invoke("train", "--output", finished["run"], "--set", "weight.gamma=0.75", *dry)
         check_refusal(
-            result, 4, "weight.gamma 0.5 → 0.75 shapes updates, not rollouts or scores", "hint:", "another --output"
+            result, 4, "weight.gamma 0.5 → 0.75 affects updates; rollouts and scores can be reused", "hint:", "another --output"
         )
     assert {path: path.read_bytes() for path in finished["run"].rglob("*") if path.is_file()} == before
 

@@ -1,0 +1,98 @@
+import os
+
+import pytest
+
+from opdctl.artifacts import directories
+from opdctl.errors import ExitCode, OpdctlError
+
+
+def write(path, text="1"):
+    return directories.write_directory_with_digests(path, lambda folder: (folder / "a").write_text(text) and None)
+
+
+def test_directory_is_written_completely_or_not_at_all(tmp_path):
+    digests = write(tmp_path / "m")
+    directories.check_directory(tmp_path / "m", digests)
+
+    def fail(folder):
+        (folder / "a").write_text("2")
+        raise RuntimeError("torn")
+
+    with pytest.raises(RuntimeError, match="torn"):
+        directories.write_directory_with_digests(tmp_path / "m", fail)
+    directories.check_directory(tmp_path / "m", digests)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    digests = write(tmp_path / "m", "3")
+    directories.check_directory(tmp_path / "m", digests)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda folder: (folder / "b").write_text("more"), "b"),
+        (lambda folder: (folder / "a").write_text("2"), "a"),
+        (lambda folder: (folder / "a").unlink(), "a"),
+        (lambda folder: (folder / "a").rename(folder / "c"), "a"),
+        (lambda folder: (folder / "link").symlink_to(folder / "a"), "link"),
+    ],
+)
+def test_changed_directory_is_corrupt(tmp_path, change, name):
+    digests = write(tmp_path / "m")
+    change(tmp_path / "m")
+    with pytest.raises(OpdctlError) as caught:
+        directories.check_directory(tmp_path / "m", digests, "do this")
+    assert (caught.value.kind, caught.value.code) == ("corrupt_artifact", ExitCode.BAD_DATA)
+    assert str(tmp_path / "m" / name) in caught.value.message
+
+
+def test_hidden_files_do_not_count(tmp_path):
+    digests = write(tmp_path / "m")
+    (tmp_path / "m" / ".DS_Store").write_text("of a file manager")
+    directories.check_directory(tmp_path / "m", digests)
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_link_or_copy_takes_files_and_directories_without_hidden_files(tmp_path, monkeypatch, can_link):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for name in ("a/b/one", "a/two", "a/.hidden", "three", "four"):
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        (old / name).write_text(name)
+    if not can_link:
+
+        def fail(*paths):
+            raise OSError(18, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "link", fail)
+    assert directories.link_or_copy([old / "a", old / "three"], old, new) == 3
+    files = {str(path.relative_to(new)): path for path in new.rglob("*") if path.is_file()}
+    assert {name: path.read_text() for name, path in files.items()} == {
+        name: name for name in ("a/b/one", "a/two", "three")
+    }
+    assert all(os.path.samefile(path, old / name) == can_link for name, path in files.items())
+
+
+def test_link_or_copy_skips_a_file_that_a_worker_removes_meanwhile(tmp_path, monkeypatch):
+    old, new, link = tmp_path / "old", tmp_path / "new", os.link
+    (old / "a").mkdir(parents=True)
+    for name in ("kept", "removed"):
+        (old / "a" / name).write_text(name)
+
+    def remove_first(source, target):
+        if source.name == "removed":
+            source.unlink()
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", remove_first)
+    assert directories.link_or_copy([old / "a"], old, new) == 1
+    assert [path.name for path in new.rglob("*") if path.is_file()] == ["kept"]
+
+
+def test_matches_digest(tmp_path):
+    digests = write(tmp_path / "m")
+    path = tmp_path / "m" / "a"
+    assert directories.matches_digest(path, digests["a"])
+    assert not directories.matches_digest(path, "0" * 64)
+    assert not directories.matches_digest(path.with_name("b"), digests["a"])
+    path.rename(path.with_name("b"))
+    path.symlink_to(path.with_name("b"))
+    assert not directories.matches_digest(path, digests["a"])
