@@ -1,33 +1,48 @@
-"""What a model and the stages' work with it take: parameters, bytes, FLOPs, seconds. Imports no torch.
+"""Cost model: parameters, memory, FLOPs and time of each stage. Imports no torch.
 
-The formulas are stated, and held against measurements, in docs/scaling.md. Lengths are upper bounds: every prompt and
-response at its limit. Memory is in bytes on one GPU, by what takes it; seconds are those of a stage's whole allocation
-for one step.
+docs/scaling.md states the formulas and compares them with measurements on a CPU; nothing was measured on GPUs. Lengths
+are upper bounds: every prompt and response has its maximum length. Memory is in bytes per GPU, itemized by purpose.
+Seconds are those of one step on all GPUs of the stage.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 from opdctl.models import CHUNK_LOGITS
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.components import build_objective
 from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Sampling
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # float32, and AdamW's two moments, a parameter
-STATE_BYTES = 4 + MOMENT_BYTES  # the float32 weight and the two moments, as they are saved
-LIVE_CHUNKS = 2  # alive at once
-STORED_BYTES = 2 * 8 + 5 * 4  # of a response token in a micro-batch: its row and position, and five float32 columns
-DRAW_COPIES = 3  # float32 copies of the next token's logits while it is drawn
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # per parameter: float32, and AdamW's two moments
+STATE_BYTES = 4 + MOMENT_BYTES  # per parameter of a checkpoint: the float32 weight and the two moments
+LIVE_CHUNKS = 2  # chunks of logits that exist at the same time
+COLUMN_BYTES = 2 * 8 + 5 * 4  # per response token of a micro-batch: row, position, and five float32 columns
+SAMPLING_COPIES = 3  # float32 copies of the next token's logits during sampling
+
+Value = TypeVar("Value")
+
+
+# ── Unknown values ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def if_known(function: Callable[..., Value], *values: Any) -> Value | None:
+    """Return function(*values), or None (unknown) if a value is None."""
+    return None if any(value is None for value in values) else function(*values)
+
+
+def sum_known(values: Iterable[float | None]) -> float | None:
+    """Return the sum, or None (unknown) if a value is None."""
+    return if_known(lambda *known: sum(known), *values)
 
 
 # ── A model ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shape_of(model: ModelDir) -> ModelShape | None:
-    """Read a model's shape from its config, or return None where the config does not name it."""
+def read_shape(model: ModelDir) -> ModelShape | None:
+    """Return the shape of a model by its config; None if the config lacks a size."""
     from transformers import AutoConfig
 
     try:
@@ -69,7 +84,7 @@ def _feed_forward_parameters(shape: ModelShape, experts: int) -> int:
 
 
 def block_parameters(shape: ModelShape) -> int:
-    """Return the parameters of one layer, its norms included."""
+    """Return the number of parameters of one layer, norms included."""
     norms = 2 * shape.hidden_size + 2 * shape.head_dim
     return _attention_parameters(shape) + _feed_forward_parameters(shape, shape.num_experts) + norms
 
@@ -79,20 +94,20 @@ def head_parameters(shape: ModelShape) -> int:
 
 
 def parameters(shape: ModelShape) -> int:
-    """Return all parameters of a decoder with gated feed-forward layers and norms of queries and keys."""
+    """Return the number of parameters of a decoder with gated feed-forward layers and query and key norms."""
     matrices = 1 if shape.tie_word_embeddings else 2
     return shape.num_hidden_layers * block_parameters(shape) + matrices * head_parameters(shape) + shape.hidden_size
 
 
 def active_parameters(shape: ModelShape) -> int:
-    """Return the parameters of the layers' matrices that one token is multiplied by."""
+    """Return the number of parameters of the layers' matrices that process one token."""
     return shape.num_hidden_layers * (
         _attention_parameters(shape) + _feed_forward_parameters(shape, shape.num_experts_per_tok)
     )
 
 
 def adapter_parameters(shape: ModelShape, rank: int) -> int:
-    """Return the parameters of LoRA adapters on every linear layer but the output matrix."""
+    """Return the number of parameters of LoRA adapters on every linear layer except the output matrix."""
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     attention = 2 * (shape.hidden_size + queries) + 2 * (shape.hidden_size + keys)
     return (
@@ -102,30 +117,30 @@ def adapter_parameters(shape: ModelShape, rank: int) -> int:
     )
 
 
-def cache_bytes(shape: ModelShape, width: int, share: int = 1) -> int:
-    """Return the key-value cache of one token on one of `share` GPUs, which hold at least a head each."""
-    return 2 * shape.num_hidden_layers * ceil(shape.num_key_value_heads / share) * shape.head_dim * width
+def cache_bytes(shape: ModelShape, dtype_bytes: int, num_gpus: int = 1) -> int:
+    """Return the bytes of one token's key-value cache on each of `num_gpus` GPUs, which hold at least one head each."""
+    return 2 * shape.num_hidden_layers * ceil(shape.num_key_value_heads / num_gpus) * shape.head_dim * dtype_bytes
 
 
 def forward_flops(shape: ModelShape, tokens: float, context: float) -> float:
-    """Return the FLOPs of `tokens` tokens through the layers; each attends to `context` tokens in the mean."""
+    """Return the FLOPs of `tokens` tokens in the layers; each attends to `context` tokens on average."""
     attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * context
     return tokens * (2 * active_parameters(shape) + attention)
 
 
-def activation_bytes(shape: ModelShape, low: bool) -> int:
-    """Return what one layer keeps of one token for the backward pass, in float32 or under autocast to bfloat16.
+def activation_bytes(shape: ModelShape, bfloat16: bool) -> int:
+    """Return the bytes that one layer saves per token for the backward pass, in float32 or autocast to bfloat16.
 
-    Counted from what Qwen3's layer saves: norms keep their input and its normalised form in float32, products their
+    They are those of a Qwen3 layer: norms save their input and its normalized form in float32, matrix products their
     input, attention its queries, keys, values and output, the gated feed-forward four arrays of its inner size.
     """
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     experts = 4 * 4 * shape.intermediate_size * shape.num_experts_per_tok
-    if shape.num_experts > 1:  # of each its input and output too; autocast leaves experts in float32
+    if shape.num_experts > 1:  # also the input and output of each expert; autocast leaves experts in float32
         experts += 4 * 2 * shape.hidden_size * shape.num_experts_per_tok
-    elif low:
+    elif bfloat16:
         experts //= 2
-    if low:
+    if bfloat16:
         return 26 * shape.hidden_size + 10 * (queries + keys) + experts
     return 4 * (6 * shape.hidden_size + 4 * (queries + keys)) + experts
 
@@ -135,30 +150,30 @@ def activation_bytes(shape: ModelShape, low: bool) -> int:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage takes: the bytes on each GPU by what takes them, and the seconds of a step on all its GPUs.
+    """The cost of one step of a stage.
 
-    `at_once` is how many responses an engine draws together. `seconds` is None where the work does not fit.
+    memory: bytes on each GPU, by purpose. seconds: on all GPUs of the stage; None if the work does not fit into memory.
+    concurrent_responses: how many responses an engine samples together.
     """
 
     gpus: int
     memory: Mapping[str, int]
     seconds: float | None
-    at_once: int | None = None
+    concurrent_responses: int | None = None
 
     @property
     def bytes(self) -> int:
         return sum(self.memory.values())
 
-    def total(self, times: int) -> float | None:
-        """Return the seconds of going through it so many times."""
-        return None if self.seconds is None else self.seconds * times
+    def total_seconds(self, repetitions: int) -> float | None:
+        return if_known(lambda seconds: seconds * repetitions, self.seconds)
 
-    def gpu_hours(self, times: int) -> float | None:
-        return None if self.seconds is None else self.seconds * times * self.gpus / 3600
+    def gpu_hours(self, repetitions: int) -> float | None:
+        return if_known(lambda seconds: seconds * repetitions * self.gpus / 3600, self.seconds)
 
 
 def _seconds(hardware: Hardware, dtype: str, flops: float, head_flops: float, gpus: int) -> float:
-    """Return the time of matrix products: the layers' in `dtype`, the output matrix' in float32."""
+    """Return the seconds of matrix products: of the layers in `dtype`, of the output matrix in float32."""
     peak = hardware.tflops_float32 if dtype == "float32" else hardware.tflops
     return (flops / peak + head_flops / hardware.tflops_float32) / (1e12 * hardware.utilisation * gpus)
 
@@ -168,7 +183,7 @@ def _gpus_per_engine(recipe: Recipe, engine: str) -> int:
 
 
 def _batch_tokens(recipe: Recipe, budget: int) -> int:
-    """Return the tokens of a full batch: a longer response goes alone, and there are no more than a step's."""
+    """Return the tokens of a full batch. A longer response is a batch by itself; a step bounds the batch."""
     longest = recipe.prompts.max_tokens + recipe.rollout.max_tokens
     return min(max(budget, longest), recipe.responses_per_step() * longest)
 
@@ -177,57 +192,68 @@ def _chunk_bytes(shape: ModelShape, tokens: int) -> int:
     return LIVE_CHUNKS * 4 * min(CHUNK_LOGITS, tokens * shape.vocab_size)
 
 
-def _engine_memory(shape: ModelShape, dtype: str, share: int) -> dict[str, int]:
-    """Return what an engine's weights take on each of `share` GPUs; the output matrix lies there in float32 too."""
-    memory = {"weights": parameters(shape) * BYTES[dtype] // share}
+def _engine_memory(shape: ModelShape, dtype: str, num_gpus: int) -> dict[str, int]:
+    """Return the memory of an engine's weights on each of `num_gpus` GPUs, with a float32 output matrix."""
+    memory = {"weights": parameters(shape) * DTYPE_BYTES[dtype] // num_gpus}
     if dtype != "float32":
-        memory["output matrix"] = 4 * head_parameters(shape) // share
+        memory["output matrix"] = 4 * head_parameters(shape) // num_gpus
     return memory
 
 
 def generation_cost(
     recipe: Recipe, shape: ModelShape, dtype: str, sampling: Sampling, responses: int, parts: int, batch_size: int
 ) -> StageCost:
-    """Size up drawing so many responses. vLLM draws as many at once as its share of the memory holds caches for."""
+    """Return the cost of sampling `responses` responses.
+
+    vLLM samples as many responses together as fit into its part of the memory with caches of maximum length.
+    """
     hardware, engine = recipe.hardware, recipe.rollout.engine
-    share = _gpus_per_engine(recipe, engine)
-    copies = max(1, hardware.rollout_gpus // share)
+    num_gpus = _gpus_per_engine(recipe, engine)
+    num_engines = max(1, hardware.rollout_gpus // num_gpus)
     prompt, response = recipe.prompts.max_tokens, sampling.max_tokens
-    memory = _engine_memory(shape, dtype, share)
-    of_one = cache_bytes(shape, BYTES[dtype], share) // recipe.vllm.pipeline_parallel_size * (prompt + response)
-    of_one_logits = 4 * DRAW_COPIES * shape.vocab_size
-    at_once = min(batch_size, ceil(responses / parts))
+    memory = _engine_memory(shape, dtype, num_gpus)
+    cache_per_token = cache_bytes(shape, DTYPE_BYTES[dtype], num_gpus) // recipe.vllm.pipeline_parallel_size
+    cache_per_response = cache_per_token * (prompt + response)
+    logits_per_response = 4 * SAMPLING_COPIES * shape.vocab_size
+    concurrent = min(batch_size, ceil(responses / parts))
     if engine == "transformers":
-        of_one += of_one // shape.num_hidden_layers  # a layer's cache is there twice as it grows
+        cache_per_response += cache_per_response // shape.num_hidden_layers  # a layer's cache is copied as it grows
     else:
-        room = recipe.vllm.gpu_memory_utilization * hardware.memory_gib * 2**30 - sum(memory.values())
-        at_once = min(at_once, recipe.vllm.max_num_seqs, int(room // (of_one + of_one_logits)))
-    memory |= {"cache": max(at_once, 1) * of_one, "logits": max(at_once, 1) * of_one_logits}
-    if at_once < 1:
+        free = recipe.vllm.gpu_memory_utilization * hardware.memory_gib * 2**30 - sum(memory.values())
+        fitting = int(free // (cache_per_response + logits_per_response))
+        concurrent = min(concurrent, recipe.vllm.max_num_seqs, fitting)
+    memory["cache"] = max(concurrent, 1) * cache_per_response
+    memory["logits"] = max(concurrent, 1) * logits_per_response
+    if concurrent < 1:
         return StageCost(hardware.rollout_gpus, memory, None, 0)
     prefill = _seconds(hardware, dtype, forward_flops(shape, responses * prompt, prompt / 2), 0, hardware.rollout_gpus)
-    tokens_each = max(1.0, responses / (copies * at_once)) * response
-    seconds = prefill + tokens_each * _token_seconds(hardware, shape, dtype, at_once, prompt + response / 2, share)
-    return StageCost(hardware.rollout_gpus, memory, seconds, at_once)
+    decoding_steps = max(1.0, responses / (num_engines * concurrent)) * response
+    context = prompt + response / 2
+    seconds = prefill + decoding_steps * _decoding_seconds(hardware, shape, dtype, concurrent, context, num_gpus)
+    return StageCost(hardware.rollout_gpus, memory, seconds, concurrent)
 
 
-def _token_seconds(
-    hardware: Hardware, shape: ModelShape, dtype: str, at_once: int, context: float, share: int
+def _decoding_seconds(
+    hardware: Hardware, shape: ModelShape, dtype: str, concurrent: int, context: float, num_gpus: int
 ) -> float:
-    """Return the time of one more token each: the longer of reading weights and caches, and of the products."""
-    width = BYTES[dtype]
-    touched = 1 - (1 - shape.num_experts_per_tok / shape.num_experts) ** at_once if shape.num_experts > 1 else 1.0
+    """Return the seconds of one decoding step, one token for each of the `concurrent` responses.
+
+    It is the longer of two times: reading weights and caches, and the matrix products.
+    """
+    dtype_bytes = DTYPE_BYTES[dtype]
+    inactive = 1 - shape.num_experts_per_tok / shape.num_experts
+    used_experts = 1 - inactive**concurrent if shape.num_experts > 1 else 1.0  # as a fraction of all experts
     experts = shape.num_hidden_layers * _feed_forward_parameters(shape, shape.num_experts)
-    layers = shape.num_hidden_layers * _attention_parameters(shape) + touched * experts
-    read = width * layers + 4 * head_parameters(shape) + at_once * context * cache_bytes(shape, width)
-    products = _seconds(
-        hardware, dtype, forward_flops(shape, at_once, context), 2 * at_once * head_parameters(shape), share
-    )
-    return max(read / (1e9 * hardware.bandwidth_gbs * hardware.utilisation * share), products)
+    layers = shape.num_hidden_layers * _attention_parameters(shape) + used_experts * experts
+    caches = concurrent * context * cache_bytes(shape, dtype_bytes)
+    bytes_read = dtype_bytes * layers + 4 * head_parameters(shape) + caches
+    reading = bytes_read / (1e9 * hardware.bandwidth_gbs * hardware.utilisation * num_gpus)
+    flops, head_flops = forward_flops(shape, concurrent, context), 2 * concurrent * head_parameters(shape)
+    return max(reading, _seconds(hardware, dtype, flops, head_flops, num_gpus))
 
 
 def rollout_cost(recipe: Recipe, shape: ModelShape) -> StageCost:
-    """Size up drawing a step's responses."""
+    """Return the cost of sampling a step's responses."""
     settings = recipe.rollout
     responses = recipe.responses_per_step()
     return generation_cost(
@@ -235,77 +261,79 @@ def rollout_cost(recipe: Recipe, shape: ModelShape) -> StageCost:
     )
 
 
-def score_cost(recipe: Recipe, shape: ModelShape, dtype: str, of_all: float = 1) -> StageCost:
-    """Size up scoring a share of a step's responses with one model, on an allocation of its own."""
+def score_cost(recipe: Recipe, shape: ModelShape, dtype: str, fraction: float = 1) -> StageCost:
+    """Return the cost of scoring a fraction of a step's responses with one model on its own GPUs."""
     hardware, engine = recipe.hardware, recipe.score.engine
-    share = _gpus_per_engine(recipe, engine)
+    num_gpus = _gpus_per_engine(recipe, engine)
     prompt, response = recipe.prompts.max_tokens, recipe.rollout.max_tokens
-    memory, width = _engine_memory(shape, dtype, share), BYTES[dtype]
+    memory, dtype_bytes = _engine_memory(shape, dtype, num_gpus), DTYPE_BYTES[dtype]
     batch = _batch_tokens(recipe, recipe.score.tokens_per_batch)
     if engine == "transformers":
-        inner = 3 * shape.intermediate_size * shape.num_experts_per_tok
-        memory["activations"] = batch * (width * (4 * shape.hidden_size + inner) + 4 * shape.hidden_size)
+        feed_forward = 3 * shape.intermediate_size * shape.num_experts_per_tok
+        per_token = dtype_bytes * (4 * shape.hidden_size + feed_forward) + 4 * shape.hidden_size
+        memory["activations"] = batch * per_token
         memory["logits"] = _chunk_bytes(shape, batch)
     else:
-        memory["cache"] = batch * cache_bytes(shape, width, share) // recipe.vllm.pipeline_parallel_size
+        memory["cache"] = batch * cache_bytes(shape, dtype_bytes, num_gpus) // recipe.vllm.pipeline_parallel_size
         memory["logits"] = 2 * 4 * recipe.vllm.max_num_batched_tokens * shape.vocab_size
-    responses = of_all * recipe.responses_per_step()
+    responses = fraction * recipe.responses_per_step()
     flops = forward_flops(shape, responses * (prompt + response), (prompt + response) / 2)
     head = 2 * head_parameters(shape) * responses * response
     return StageCost(hardware.score_gpus, memory, _seconds(hardware, dtype, flops, head, hardware.score_gpus))
 
 
 def update_cost(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -> StageCost:
-    """Size up a step's updates. `teacher`: of an objective on the whole vocabulary, whose output matrix is here too."""
+    """Return the cost of a step's updates. teacher: its output matrix is loaded for full-vocabulary objectives."""
     hardware, settings, lora = recipe.hardware, recipe.train, recipe.lora.rank > 0
     prompt, response = recipe.prompts.max_tokens, recipe.rollout.max_tokens
     tokens, responses = prompt + response, recipe.responses_per_step()
     body, head = forward_flops(shape, responses * tokens, tokens / 2), 2 * head_parameters(shape) * responses * response
-    # Forward once, backward twice as much, once of it for the weights' gradient; recomputing is a forward more.
+    # The backward pass costs two forward passes, one of them for the gradient of the weights. Recomputing costs one.
     passes = 3 - lora + settings.gradient_checkpointing
     flops, head_flops = passes * body, (3 - lora) * head
-    once = _seconds(hardware, recipe.student.dtype, flops, head_flops, hardware.train_gpus)
+    update = _seconds(hardware, recipe.student.dtype, flops, head_flops, hardware.train_gpus)
     memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape)
-    # Ids, places and stored log-probs of all the step's tokens: every process makes all micro-batches.
-    memory["step's tokens"] = responses * (8 * tokens + STORED_BYTES * response)
+    # Every process makes all micro-batches: ids, positions and stored log-probs of all the step's tokens.
+    memory["step's tokens"] = responses * (8 * tokens + COLUMN_BYTES * response)
     if teacher is not None and build_objective(recipe).support == "full":
         memory["teacher's output matrix"] = 4 * head_parameters(teacher)
-        memory["logits"] *= 3  # the teacher's too, and the gradient by the whole distribution
+        memory["logits"] *= 3  # also the teacher's, and the gradient with respect to all logits
         memory["activations"] += 4 * teacher.hidden_size * _batch_tokens(recipe, settings.tokens_per_micro_batch)
-    return StageCost(hardware.train_gpus, memory, settings.updates_per_step * once)
+    return StageCost(hardware.train_gpus, memory, settings.updates_per_step * update)
 
 
 def _trained_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Return what weights, gradients and optimizer take on one GPU, with what FSDP2 gathers of them for a while."""
-    gpus, lora, own = recipe.hardware.train_gpus, recipe.lora.rank, BYTES[recipe.student.dtype]
-    sharded = gpus > 1 or recipe.train.cpu_offload
-    low = recipe.student.dtype == "bfloat16"
-    all_parameters, head, block = parameters(shape), head_parameters(shape), block_parameters(shape)
-    trained = adapter_parameters(shape, lora) if lora else all_parameters
-    held = own * all_parameters + 4 * trained if lora else 4 * all_parameters
+    """Return the memory of weights, gradients and optimizer on one GPU, with what FSDP2 gathers temporarily."""
+    gpus, lora, dtype_bytes = recipe.hardware.train_gpus, recipe.lora.rank, DTYPE_BYTES[recipe.student.dtype]
+    is_sharded = gpus > 1 or recipe.train.cpu_offload
+    is_bfloat16 = recipe.student.dtype == "bfloat16"
+    num_parameters, head, block = parameters(shape), head_parameters(shape), block_parameters(shape)
+    trained = adapter_parameters(shape, lora) if lora else num_parameters
+    weights = dtype_bytes * num_parameters + 4 * trained if lora else 4 * num_parameters
     memory = {
-        "weights": held // gpus,
+        "weights": weights // gpus,
         "gradients": GRADIENT_BYTES * trained // gpus,
         "moments": MOMENT_BYTES * trained // gpus,
     }
     if recipe.train.cpu_offload:
         memory = dict.fromkeys(memory, 0)
-    if sharded:
-        # Two blocks and the embedding whole, and one block's gradient before it is summed over the GPUs.
-        memory["gathered"] = (2 if low else 4) * (2 * block + head) + (0 if lora else 4 * block)
-    elif low and not lora:
+    if is_sharded:
+        # Two blocks and the embedding unsharded, and one block's gradient before its reduction.
+        memory["gathered"] = (2 if is_bfloat16 else 4) * (2 * block + head) + (0 if lora else 4 * block)
+    elif is_bfloat16 and not lora:
         memory["bfloat16 copy"] = 2 * shape.num_hidden_layers * block
-    # The output matrix is whole, in float32, wherever it is sharded or lower; its gradient wherever it is trained.
-    memory["output matrix"] = 4 * head * ((sharded or bool(lora and own < 4)) + (not lora))
+    # A float32 copy of the output matrix if it is sharded or stored in a smaller dtype; its gradient if it is trained.
+    memory["output matrix"] = 4 * head * ((is_sharded or bool(lora and dtype_bytes < 4)) + (not lora))
     return memory
 
 
 def _micro_batch_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Return what a full micro-batch takes; with checkpointing, the layers' inputs and one layer's activations."""
+    """Return the memory of a full micro-batch; with checkpointing, layer inputs and one layer's activations."""
     tokens = _batch_tokens(recipe, recipe.train.tokens_per_micro_batch)
-    of_a_layer = activation_bytes(shape, recipe.student.dtype == "bfloat16")
-    layers = shape.num_hidden_layers * of_a_layer
+    per_layer = activation_bytes(shape, recipe.student.dtype == "bfloat16")
+    per_token = shape.num_hidden_layers * per_layer
     if recipe.train.gradient_checkpointing:
-        layers = shape.num_hidden_layers * 4 * shape.hidden_size + of_a_layer
-    ends = 4 * 4 * shape.hidden_size  # the last norm's two, and of the response tokens the states and their gradient
-    return {"activations": tokens * (layers + ends), "logits": _chunk_bytes(shape, tokens)}
+        per_token = shape.num_hidden_layers * 4 * shape.hidden_size + per_layer
+    # The last norm saves two arrays; response tokens have hidden states and their gradient.
+    per_token += 4 * 4 * shape.hidden_size
+    return {"activations": tokens * per_token, "logits": _chunk_bytes(shape, tokens)}

@@ -1,11 +1,12 @@
-"""`--dry-run`: what a run will take, before anything is loaded, fetched or written.
+"""The plan of a run or an evaluation (`--dry-run`): its size, before anything is loaded, downloaded or written.
 
-Tokens, bytes and hours are upper bounds: every prompt and response at its limit. Memory and hours are counted by
-opdctl/sizes.py, for the hardware that the recipe names.
+All sizes are upper bounds: every prompt and response has its maximum length. Memory and GPU-hours come from the cost
+model in pipeline/costs.py, for the hardware that the recipe names: they are estimates, not measured on GPUs.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+import operator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from opdctl import console
 from opdctl.artifacts import files
 from opdctl.data.prompts import load_local_problems
 from opdctl.environment import resolve_device
-from opdctl.evaluation.benchmarks import find
+from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.models.directory import ModelDir, check_same_tokenizer, find_local
 from opdctl.pipeline import costs
-from opdctl.pipeline.costs import BYTES, STATE_BYTES, StageCost
+from opdctl.pipeline.costs import DTYPE_BYTES, STATE_BYTES, StageCost, if_known, sum_known
 from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Rollout, Score, is_kept, model_key
 from opdctl.runs.compatibility import check_same_recipe
 from opdctl.runs.layout import run_path
@@ -26,14 +27,14 @@ from opdctl.runs.run import REFERENCE, Run
 
 ID_BYTES = LOGPROB_BYTES = HIDDEN_BYTES = 4
 
+ModelShapes = Mapping[str, ModelShape | None]
+"""The shape of each model by name; None if it is unknown."""
+
 
 @dataclass(frozen=True)
-class Plan:
-    """The size of a run. Bytes are bytes; None means unknown here, since the model or data set is not at hand."""
+class PromptPlan:
+    """Prompts, responses and tokens. None is unknown: the data set is not on this machine."""
 
-    run_dir: str
-    device: str
-    steps: int
     prompts: int | None
     prompts_per_step: int
     responses_per_step: int
@@ -41,41 +42,83 @@ class Plan:
     parts_per_step: int
     prompt_tokens_per_step: int
     response_tokens_per_step: int
+
+
+@dataclass(frozen=True)
+class ArtifactPlan:
+    """Bytes on disk, and the models. None is unknown: neither the model nor its shape is available.
+
+    parameters, model_bytes: of the student and of each scorer; bytes are in the model's dtype.
+    """
+
     rollout_bytes_per_step: int
     score_bytes_per_step: int | None
     artifact_bytes: int | None
     parameters: dict[str, int | None]
-    """Of the student and of each model that scores."""
     model_bytes: dict[str, int | None]
-    """Of each model's weights, in its own type."""
     students_kept: int
     disk_bytes: int | None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The estimated cost of each stage on the recipe's hardware, and how often the stage runs. None is unknown."""
+
     hardware: Hardware
     stages: dict[str, StageCost | None]
-    """What each stage takes, on the GPUs that the recipe gives it."""
-    times: dict[str, int]
-    """How often each stage is gone through in the whole run."""
+    repetitions: dict[str, int]
 
     def gpu_hours(self) -> float | None:
-        """Return the GPU-hours of the whole run."""
-        return _sum(stage.gpu_hours(self.times[name]) if stage else None for name, stage in self.stages.items())
+        """Return the GPU-hours of the run."""
+        return sum_known(self.of_stage(name, StageCost.gpu_hours) for name in self.stages)
 
     def seconds(self) -> float | None:
-        """Return the time of the whole run where each stage waits for the one before."""
-        return _sum(stage.total(self.times[name]) if stage else None for name, stage in self.stages.items())
+        """Return the duration of the run if its stages run one after another."""
+        return sum_known(self.of_stage(name, StageCost.total_seconds) for name in self.stages)
+
+    def of_stage(self, name: str, total: Callable[[StageCost, int], float | None]) -> float | None:
+        """Return a total over all repetitions of a stage."""
+        return if_known(lambda cost: total(cost, self.repetitions[name]), self.stages[name])
 
     def as_dict(self) -> dict[str, Any]:
-        found = {**asdict(self), "hardware": self.hardware.model_dump()}
-        for name, stage in self.stages.items():
-            if stage:
-                found["stages"][name] |= {"bytes": stage.bytes, "gpu_hours": stage.gpu_hours(self.times[name])}
-        return found | {"gpu_hours": self.gpu_hours(), "seconds": self.seconds()}
+        """Return the plan as JSON values."""
+        stages = {
+            name: cost and {**asdict(cost), "bytes": cost.bytes, "gpu_hours": cost.gpu_hours(self.repetitions[name])}
+            for name, cost in self.stages.items()
+        }
+        totals = {"gpu_hours": self.gpu_hours(), "seconds": self.seconds()}
+        return {
+            "hardware": self.hardware.model_dump(),
+            "stages": stages,
+            "repetitions": self.repetitions,
+            **totals,
+            "estimated": True,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run."""
+
+    run_dir: str
+    device: str
+    steps: int
+    prompts: PromptPlan
+    artifacts: ArtifactPlan
+    stages: StagePlan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values, in one flat object."""
+        place = {"run_dir": self.run_dir, "device": self.device, "steps": self.steps}
+        return place | asdict(self.prompts) | asdict(self.artifacts) | self.stages.as_dict()
 
 
 def make_plan(recipe: Recipe, output: Path | None) -> Plan:
-    """Size up a recipe. Embedded and local models and prompts are checked; nothing is fetched.
+    """Plan a run. Local models and prompts are read and checked; nothing is downloaded or written.
 
-    Raises OpdctlError as a run would for a missing local model, tokenizers that differ, or bad local prompts.
+    Raises:
+        OpdctlError: as in a run: a local model or file is missing, tokenizers differ, prompts are invalid, or the run
+            directory was made with a different recipe.
     """
     path = run_path(recipe, output)
     recipe = resolve_auto_engines(recipe, path)
@@ -83,91 +126,43 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
         check_same_recipe(recipe, path)
     else:
         check_output_dir(recipe, path)
-    models = recipe.models()
-    dirs = _models_here(recipe)
-    shapes = {name: _shape(dirs.get(name), model.shape) for name, model in models.items()}
-    parameters = {name: _parameters(dirs.get(name), shapes[name]) for name in models}
-    prompts = _count_prompts(recipe, dirs.get("student"))
-    responses, steps = recipe.responses_per_step(), recipe.train.steps
-    prompt_tokens = responses * recipe.prompts.max_tokens
-    response_tokens = responses * recipe.rollout.max_tokens
-    rollout, scores = _step_bytes(recipe, shapes)
-    artifacts = _times(_plus(rollout, scores), steps)
-    newest = min(recipe.train.keep_latest, steps)
-    kept = newest + sum(is_kept(recipe, step) for step in range(1, steps - newest + 1))
-    # Of adapters there is a state too; it is small.
-    state = 0 if recipe.lora.rank else newest * STATE_BYTES
-    disk = _times(parameters["student"], kept * BYTES[recipe.student.dtype] + state)
-    stages, times = _stages(recipe, shapes)
+    models = _find_local_models(recipe)
+    shapes = {
+        name: if_known(costs.read_shape, models.get(name)) or model.shape for name, model in recipe.models().items()
+    }
     return Plan(
         run_dir=str(path),
         device=resolve_device(recipe.pipeline.device),
-        steps=steps,
-        prompts=prompts,
-        prompts_per_step=recipe.rollout.prompts_per_step,
-        responses_per_step=responses,
-        epochs=steps * recipe.rollout.prompts_per_step / prompts if prompts else None,
-        parts_per_step=recipe.rollout.num_parts,
-        prompt_tokens_per_step=prompt_tokens,
-        response_tokens_per_step=response_tokens,
-        rollout_bytes_per_step=rollout,
-        score_bytes_per_step=scores,
-        artifact_bytes=artifacts,
-        parameters=parameters,
-        model_bytes={name: _times(parameters[name], BYTES[model.dtype]) for name, model in models.items()},
-        students_kept=kept,
-        disk_bytes=_plus(artifacts, disk),
-        hardware=recipe.hardware,
-        stages=stages,
-        times=times,
+        steps=recipe.train.steps,
+        prompts=_plan_prompts(recipe, models.get("student")),
+        artifacts=_plan_artifacts(recipe, models, shapes),
+        stages=_plan_stages(recipe, shapes),
     )
 
 
-def check_space(run: Run, stages: Collection[str]) -> None:
-    """Raise OpdctlError (code 5) unless there is room for what a step's `stages` surely write: `rollout`, `score`,
-    `update`. Warns where they may write more than there is room for."""
-    surely, rollout = update_bytes(run) if "update" in stages else 0, "rollout" in stages
-    files.require_space(run.path, surely, "the next student, with the state to go on from,")
-    responses, scores = _step_bytes(run.recipe, {name: costs.shape_of(model) for name, model in run.models.items()})
-    most = surely + responses * rollout + (scores or 0) * ("score" in stages)
-    if most > (free := files.free_space(run.path)):
-        console.warn(f"{run.path}: the step may take {files.format_bytes(most)}, {files.format_bytes(free)} are free")
+def _find_local_models(recipe: Recipe) -> dict[str, ModelDir]:
+    """Return the models that need no hub, after checking their tokenizers against the student's."""
+    paths = {name: find_local(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
+    models = {name: ModelDir(path, "float32") for name, path in paths.items() if path}
+    if "student" in models:
+        for name in models.keys() & recipe.scorers():
+            check_same_tokenizer(models["student"], models[name], name)
+        check_top_k(recipe, models["student"])
+    return models
 
 
-def update_bytes(run: Run) -> int:
-    """Return the bytes of a student, and of the trainer state with it; an adapter's, which is small, left out."""
-    state = 0 if run.recipe.lora.rank or run.recipe.train.save_every_steps > 1 else STATE_BYTES
-    return run.student.parameters() * (BYTES[run.recipe.student.dtype] + state)
-
-
-def _step_bytes(recipe: Recipe, shapes: Mapping[str, ModelShape | None]) -> tuple[int, int | None]:
-    """Return the most bytes that a step's rollout and scores can take; None if a hidden size is not known here."""
-    responses = recipe.responses_per_step()
-    tokens = responses * recipe.rollout.max_tokens
-    rollout = ID_BYTES * (responses * recipe.prompts.max_tokens + tokens) + _stored_bytes(recipe.rollout) * tokens
-    return rollout, _times(_score_bytes(recipe, shapes), tokens)
-
-
-def _models_here(recipe: Recipe) -> dict[str, ModelDir]:
-    """Return the models that need no hub, checked against one another."""
-    folders = {name: find_local(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
-    dirs = {name: ModelDir(folder, "float32") for name, folder in folders.items() if folder}
-    for name in dirs.keys() & recipe.scorers() if "student" in dirs else ():
-        check_same_tokenizer(dirs["student"], dirs[name], name)
-    if "student" in dirs:
-        check_top_k(recipe, dirs["student"])
-    return dirs
-
-
-def _shape(here: ModelDir | None, told: ModelShape | None) -> ModelShape | None:
-    return (costs.shape_of(here) if here else None) or told
-
-
-def _parameters(here: ModelDir | None, shape: ModelShape | None) -> int | None:
-    """Return how many a model has: those stored where it is here, else those that its shape makes."""
-    if here:
-        return here.parameters()
-    return costs.parameters(shape) if shape else None
+def _plan_prompts(recipe: Recipe, student: ModelDir | None) -> PromptPlan:
+    prompts, responses = _count_prompts(recipe, student), recipe.responses_per_step()
+    sampled = recipe.train.steps * recipe.rollout.prompts_per_step
+    return PromptPlan(
+        prompts=prompts,
+        prompts_per_step=recipe.rollout.prompts_per_step,
+        responses_per_step=responses,
+        epochs=sampled / prompts if prompts else None,
+        parts_per_step=recipe.rollout.num_parts,
+        prompt_tokens_per_step=responses * recipe.prompts.max_tokens,
+        response_tokens_per_step=responses * recipe.rollout.max_tokens,
+    )
 
 
 def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
@@ -177,91 +172,152 @@ def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
     return recipe.prompts.limit if problems is None else len(problems)
 
 
-def _stages(
-    recipe: Recipe, shapes: Mapping[str, ModelShape | None]
-) -> tuple[dict[str, StageCost | None], dict[str, int]]:
-    """Return what each stage takes, None where a model's shape is not known, and how often it is gone through."""
-    steps, every, models = recipe.train.steps, recipe.eval.every_steps, recipe.models()
-    teachers = list(recipe.teacher_models())
-    work: dict[str, tuple[str, Callable[[ModelShape], StageCost | None]]] = {
-        "rollout": ("student", partial(costs.rollout_cost, recipe)),
-        **{f"score {name}": (name, partial(_score_stage, recipe, name)) for name in recipe.scorers()},
-        "update": ("student", lambda shape: costs.update_cost(recipe, shape, shapes[teachers[0]])),
+def _plan_artifacts(recipe: Recipe, models: Mapping[str, ModelDir], shapes: ModelShapes) -> ArtifactPlan:
+    parameters = {
+        # Those stored in a local model; otherwise those of its shape.
+        name: models[name].parameters() if name in models else if_known(costs.parameters, shape)
+        for name, shape in shapes.items()
     }
-    times = dict.fromkeys(work, steps)
-    if every:
-        evaluated = ["student", *teachers]
-        work |= {f"eval {name}": (name, partial(_evaluation_stage, recipe, models[name].dtype)) for name in evaluated}
-        times |= {f"eval {name}": 1 for name in teachers}
-        times["eval student"] = 1 + len(range(every, steps, every)) + 1  # before, in between, and after
-    stages = {name: count(shape) if (shape := shapes[model]) else None for name, (model, count) in work.items()}
-    return stages, times
+    rollout, scores = _step_bytes(recipe, shapes)
+    artifacts = if_known(lambda count: (rollout + count) * recipe.train.steps, scores)
+    latest = min(recipe.train.keep_latest, recipe.train.steps)
+    kept = latest + sum(is_kept(recipe, step) for step in range(1, recipe.train.steps - latest + 1))
+    # Checkpoints of adapters are small and are not counted.
+    checkpoint_bytes = 0 if recipe.lora.rank else latest * STATE_BYTES
+    student_bytes = kept * DTYPE_BYTES[recipe.student.dtype] + checkpoint_bytes
+    states = if_known(operator.mul, parameters["student"], student_bytes)
+    return ArtifactPlan(
+        rollout_bytes_per_step=rollout,
+        score_bytes_per_step=scores,
+        artifact_bytes=artifacts,
+        parameters=parameters,
+        model_bytes={
+            name: if_known(operator.mul, parameters[name], DTYPE_BYTES[model.dtype])
+            for name, model in recipe.models().items()
+        },
+        students_kept=kept,
+        disk_bytes=if_known(operator.add, artifacts, states),
+    )
 
 
-def _score_stage(recipe: Recipe, name: str, shape: ModelShape) -> StageCost:
-    """Return what one scorer takes. Teachers are taken to have the same number of prompts each."""
-    share = 1 if name == REFERENCE else 1 / len(recipe.teacher_models())
-    return costs.score_cost(recipe, shape, recipe.models()[name].dtype, share)
+def check_space(run: Run, stages: Collection[str]) -> None:
+    """Check that a step's `stages` (`rollout`, `score`, `update`) have the disk space that they need for certain.
+
+    Warn if they may need more than is free.
+
+    Raises:
+        OpdctlError: the disk is full.
+    """
+    required_bytes = update_bytes(run) if "update" in stages else 0
+    files.require_space(run.path, required_bytes, "the next student with its checkpoint")
+    rollout, scores = _step_bytes(run.recipe, {name: costs.read_shape(model) for name, model in run.models.items()})
+    worst_case_bytes = required_bytes + rollout * ("rollout" in stages) + (scores or 0) * ("score" in stages)
+    if worst_case_bytes > (free := files.free_space(run.path)):
+        needed = files.format_bytes(worst_case_bytes)
+        console.warn(f"{run.path}: the step may need {needed}; {files.format_bytes(free)} are free")
 
 
-def _evaluation_stage(recipe: Recipe, dtype: str, shape: ModelShape) -> StageCost | None:
-    """Return what one evaluation on all benchmarks takes: memory of the largest, seconds of all."""
-    found = []
-    for bench in _benches(recipe, None):
-        if bench["problems"] is None:
-            return None
-        parts = min(recipe.eval.num_parts, bench["problems"])
-        settings = (recipe.eval, bench["responses"], parts, recipe.eval.batch_size)
-        found.append(costs.generation_cost(recipe, shape, dtype, *settings))
-    largest = max(found, key=lambda stage: stage.bytes)
-    return StageCost(largest.gpus, largest.memory, _sum(stage.seconds for stage in found), largest.at_once)
+def update_bytes(run: Run) -> int:
+    """Return the bytes of a student and of the checkpoint with it. A checkpoint of adapters is small: not counted."""
+    has_checkpoint = not run.recipe.lora.rank and run.recipe.train.save_every_steps == 1
+    return run.student.parameters() * (DTYPE_BYTES[run.recipe.student.dtype] + STATE_BYTES * has_checkpoint)
 
 
-def _stored_bytes(settings: Rollout | Score) -> int:
-    """Return the bytes stored of a token: its log-prob, and where asked for the entropy and the most probable ids."""
+def _step_bytes(recipe: Recipe, shapes: ModelShapes) -> tuple[int, int | None]:
+    """Return the maximum bytes of a step's rollout and of its scores; None if a hidden size is unknown."""
+    responses = recipe.responses_per_step()
+    tokens = responses * recipe.rollout.max_tokens
+    ids = ID_BYTES * (responses * recipe.prompts.max_tokens + tokens)
+    rollout = ids + _bytes_per_token(recipe.rollout) * tokens
+    return rollout, if_known(operator.mul, _score_bytes_per_token(recipe, shapes), tokens)
+
+
+def _bytes_per_token(settings: Rollout | Score) -> int:
+    """Return the bytes of a token's log-prob, and of its entropy and its top-k if they are stored."""
     return LOGPROB_BYTES * (1 + settings.entropy) + (ID_BYTES + LOGPROB_BYTES) * settings.top_k
 
 
-def _score_bytes(recipe: Recipe, shapes: Mapping[str, ModelShape | None]) -> int | None:
-    """Return the bytes that all scores of one token take; None if a hidden size is not known here."""
-    settings, teachers = recipe.score, recipe.teacher_models()
-    stored = _stored_bytes(settings) + LOGPROB_BYTES * recipe.rollout.top_k * settings.student_top_k
-    reference = LOGPROB_BYTES * (recipe.reference is not None)
+def _score_bytes_per_token(recipe: Recipe, shapes: ModelShapes) -> int | None:
+    settings = recipe.score
+    student_top_k = recipe.rollout.top_k * settings.student_top_k
+    reference = recipe.reference is not None
+    scores = _bytes_per_token(settings) + LOGPROB_BYTES * (student_top_k + reference)
     if not settings.hidden_states:
-        return stored + reference
-    known = [shape.hidden_size for name in teachers if (shape := shapes[name])]
-    return stored + reference + HIDDEN_BYTES * max(known) if len(known) == len(teachers) else None
+        return scores
+    hidden_sizes = [if_known(lambda shape: shape.hidden_size, shapes[name]) for name in recipe.teacher_models()]
+    return if_known(lambda *sizes: scores + HIDDEN_BYTES * max(sizes), *hidden_sizes)
 
 
-def plan_evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> dict[str, Any]:
-    """Size up an evaluation, benchmark by benchmark; None where the number of problems is only known to the hub."""
-    benches = _benches(recipe, data)
-    return {"run_dir": str(run_path(recipe, output)), "benches": benches}
+def _plan_stages(recipe: Recipe, shapes: ModelShapes) -> StagePlan:
+    steps, every, teachers = recipe.train.steps, recipe.eval.every_steps, list(recipe.teacher_models())
+    stages: dict[str, StageCost | None] = {"rollout": if_known(partial(costs.rollout_cost, recipe), shapes["student"])}
+    for name in recipe.scorers():
+        stages[f"score {name}"] = if_known(partial(_score_cost, recipe, name), shapes[name])
+    stages["update"] = if_known(lambda shape: costs.update_cost(recipe, shape, shapes[teachers[0]]), shapes["student"])
+    repetitions = dict.fromkeys(stages, steps)
+    if every:
+        for name in ("student", *teachers):
+            stages[f"eval {name}"] = if_known(partial(_evaluation_cost, recipe, name), shapes[name])
+            repetitions[f"eval {name}"] = 1
+        repetitions["eval student"] = 1 + len(range(every, steps, every)) + 1  # before, during and after training
+    return StagePlan(recipe.hardware, stages, repetitions)
 
 
-def _benches(recipe: Recipe, data: Path | None) -> list[dict[str, Any]]:
-    benches = []
-    for name in recipe.eval.bench:
-        benchmark = find(name, recipe.eval)
-        here = data is not None or benchmark.source.local
-        known = [count for count in (recipe.eval.limit, benchmark.size) if count]
-        problems = len(benchmark.problems(recipe.eval.limit, data)) if here else min(known, default=None)
-        responses = _times(problems, benchmark.samples_under(recipe.eval))
-        tokens = _times(responses, recipe.eval.max_tokens)
-        benches.append({"bench": name, "problems": problems, "responses": responses, "max_response_tokens": tokens})
-    return benches
+def _score_cost(recipe: Recipe, name: str, shape: ModelShape) -> StageCost:
+    """Return the cost of one scorer. Several teachers are assumed to score the same number of responses."""
+    fraction = 1 if name == REFERENCE else 1 / len(recipe.teacher_models())
+    return costs.score_cost(recipe, shape, recipe.models()[name].dtype, fraction)
 
 
-def _times(count: int | None, size: int) -> int | None:
-    return None if count is None else count * size
+def _evaluation_cost(recipe: Recipe, name: str, shape: ModelShape) -> StageCost | None:
+    """Return the cost of one evaluation on all benchmarks: the largest memory, the sum of the seconds."""
+    settings, dtype, stages = recipe.eval, recipe.models()[name].dtype, []
+    for benchmark in _plan_benchmarks(recipe, None):
+        if benchmark.problems is None or benchmark.responses is None:
+            return None
+        parts = min(settings.num_parts, benchmark.problems)
+        stages.append(
+            costs.generation_cost(recipe, shape, dtype, settings, benchmark.responses, parts, settings.batch_size)
+        )
+    largest = max(stages, key=lambda stage: stage.bytes)
+    return replace(largest, seconds=sum_known(stage.seconds for stage in stages))
 
 
-def _plus(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one + other
+@dataclass(frozen=True)
+class BenchmarkPlan:
+    """The size of an evaluation on a benchmark. None is unknown: the benchmark is on the hub, without a fixed size."""
+
+    bench: str
+    problems: int | None
+    responses: int | None
+    max_response_tokens: int | None
 
 
-def _sum(values: Iterable[float | None]) -> float | None:
-    known, all_of_them = 0.0, True
-    for value in values:
-        known, all_of_them = known + (value or 0), all_of_them and value is not None
-    return known if all_of_them else None
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """The plan of an evaluation."""
+
+    run_dir: str
+    benches: list[BenchmarkPlan]
+
+
+def plan_evaluation(recipe: Recipe, output: Path | None, data: Path | None) -> EvaluationPlan:
+    """Plan an evaluation on the recipe's benchmarks. data: local copies of them; nothing is downloaded.
+
+    Raises:
+        OpdctlError: a local benchmark is missing or invalid.
+    """
+    return EvaluationPlan(str(run_path(recipe, output)), _plan_benchmarks(recipe, data))
+
+
+def _plan_benchmarks(recipe: Recipe, data: Path | None) -> list[BenchmarkPlan]:
+    settings, plans = recipe.eval, []
+    for name in settings.bench:
+        benchmark = find_benchmark(name, settings)
+        if data is not None or benchmark.source.is_local:
+            problems: int | None = len(benchmark.problems(settings.limit, data))
+        else:
+            problems = min((count for count in (settings.limit, benchmark.size) if count), default=None)
+        responses = if_known(operator.mul, problems, benchmark.samples_per_problem(settings))
+        plans.append(BenchmarkPlan(name, problems, responses, if_known(operator.mul, responses, settings.max_tokens)))
+    return plans

@@ -163,7 +163,7 @@ def files(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     recipe = recipe_of(models, args, {"rollout.prompts_per_step": 64, "rollout.num_parts": 4})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        estimated = make_plan(recipe, path)
+        estimated = make_plan(recipe, path).artifacts
         run = open_run(recipe, path)
         with open_engine_pool(recipe, "cpu") as engines:
             rollout.run_rollout(run, 0, engines)
