@@ -194,6 +194,6 @@ def _check_sandbox() -> None:
         raise OpdctlError(
             "missing_sandbox",
             f"model-generated code cannot be isolated on this system, so none is run: {reason}",
-            hint="use Linux with user namespaces and the commands unshare and setpriv of util-linux; as root, use a "
-            "Python that the user nobody can read",
+            hint="use Linux with user namespaces and the commands unshare and setpriv of util-linux; install Python where "
+            "the user nobody can read it if opdctl runs as root",
         )
