@@ -258,7 +258,7 @@ def test_served_student_samples_and_is_evaluated_but_cannot_be_trained(proxy, tm
     graded = read_rows(run.path / "eval/sort12/step-00000/part-00000-of-00001.parquet", GradedResponse)
     assert len(graded) == 8
     assert np.mean([row.correct for row in graded]) > 0.5
-    assert run.rollout_stage(0).manifest().logprob_metadata["engine"] == "server"
+    assert run.rollout_stage(0).manifest()["logprob_metadata"]["engine"] == "server"
     for sample in read_scored(run, 0):  # scored by the transformers engine with the same model
         np.testing.assert_allclose(sample.response.logprobs, sample.teacher.logprobs, rtol=0, atol=1e-3)
 
