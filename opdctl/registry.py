@@ -66,12 +66,14 @@ class Registry(Generic[T]):
         return self._factories[name]
 
     def entries(self) -> list[ComponentInfo]:
-        """Return the descriptions of all components, in order of registration. Each must be a dataclass."""
+        """Return the descriptions of all components, in order of registration. A factory function has no parameters."""
         return [
             ComponentInfo(
                 name,
                 " ".join((inspect.getdoc(factory) or "").partition("\n\n")[0].split()),
-                {field.name: field.default for field in dataclasses.fields(factory)},  # type: ignore[arg-type]
+                {field.name: field.default for field in dataclasses.fields(factory)}
+                if dataclasses.is_dataclass(factory)
+                else {},
                 self._sources[name],
             )
             for name, factory in ((name, self.get(name)) for name in self.names())

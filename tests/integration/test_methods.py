@@ -393,7 +393,7 @@ def test_teacher_continues_prefixes_after_its_own_prompt(own_prompts, tmp_path, 
 
     monkeypatch.setattr(TransformersEngine, "generate", record_lengths)
     settings = ["--set", "continuations.responses=4"]
-    result = invoke("analyze-position", tmp_path / "run", "--continuations", *settings)
+    result = invoke("run", "continuations", tmp_path / "run", *settings)
     assert set(map(frozenset, lengths.values())) == {frozenset({13}), frozenset({26})}, result.err
 
 
@@ -475,7 +475,7 @@ def test_plugin_with_a_weight_and_an_objective(tmp_path):
     assert len(record["inputs"]["plugin mine"]) == 64
     again = run_opdctl(tmp_path, "analyze-position", "run")
     assert again.returncode == 0, again.stderr
-    listed = run_opdctl(tmp_path, "train", "--list-weights", "--output", "run", "--json")
+    listed = run_opdctl(tmp_path, "list", "weights", "--output", "run", "--json")
     assert "last_token" in [entry["name"] for entry in json.loads(listed.stdout)["weights"]]
     misspelled = sets(*chosen, "weight.name=last_tokn")
     typo = run_opdctl(tmp_path, "train", "--recipe", QUICKSTART, *misspelled, "--output", "b")
@@ -485,9 +485,9 @@ def test_plugin_with_a_weight_and_an_objective(tmp_path):
 
 def test_weights_of_a_plugin_are_listed(tmp_path):
     (tmp_path / "mine.py").write_text(PLUGIN)
-    listed = run_opdctl(tmp_path, "train", "--list-weights", *sets("plugins=['mine']"), "--json")
+    listed = run_opdctl(tmp_path, "list", "weights", *sets("plugins=['mine']"), "--json")
     assert "last_token" in [entry["name"] for entry in json.loads(listed.stdout)["weights"]]
-    typo = run_opdctl(tmp_path, "train", "--list-weights", *sets("plugins=['mime']"))
+    typo = run_opdctl(tmp_path, "list", "weights", *sets("plugins=['mime']"))
     assert typo.returncode == ExitCode.USAGE
     assert "plugins: `mime`" in typo.stderr
 
@@ -508,11 +508,11 @@ def test_missing_or_failing_plugin(tmp_path, text, reason):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("flag", "registry"), [("--list-weights", WEIGHTS), ("--list-objectives", OBJECTIVES)])
-def test_components_are_listed_with_parameters_and_source(flag, registry):
-    result = invoke("train", flag, "--json")
+@pytest.mark.parametrize(("kind", "registry"), [("weights", WEIGHTS), ("objectives", OBJECTIVES)])
+def test_components_are_listed_with_parameters_and_source(kind, registry):
+    result = invoke("list", kind, "--json")
     assert result.code == 0, result.err
-    (entries,) = (value for key, value in result.json().items() if key != "schema_version")
+    entries = result.json()[kind]
     assert [entry["name"] for entry in entries] == registry.names()
     for entry in entries:
         assert entry["summary"]

@@ -40,6 +40,15 @@ def test_entries(shapes: Registry[Circle]) -> None:
     assert shapes.entries() == [ComponentInfo("circle", "A circle.", {"radius": 1.0, "filled": False}, "Euclid")]
 
 
+def test_entry_of_a_factory_function_has_no_parameters(shapes: Registry[Circle]) -> None:
+    @shapes.register("unit_circle")
+    def unit_circle() -> Circle:
+        """The unit circle."""
+        return Circle()
+
+    assert shapes.entries()[1] == ComponentInfo("unit_circle", "The unit circle.", {}, "")
+
+
 def test_names_are_unique(shapes: Registry[Circle]) -> None:
     with pytest.raises(ValueError, match="'circle'"):
         shapes.register("circle")(Circle)
