@@ -1,4 +1,4 @@
-"""The tasks of HumanEval+ and MBPP+, read from EvalPlus' files. acceptance/test_code_sandbox.py grades real programs."""
+"""The tasks of HumanEval+ and MBPP+ in files of EvalPlus. acceptance/test_code_sandbox.py grades real programs."""
 
 import gzip
 import json

@@ -1,0 +1,118 @@
+"""Graders: the extracted answer, verdicts, votes, and answers that hang or crash a worker."""
+
+import pytest
+
+from opdctl.data.toy import sort12
+from opdctl.evaluation import graders
+from opdctl.evaluation.graders import MATH_GRADER, Grade, Text, last_boxed
+
+
+def boxed(answer: str) -> str:
+    return f"so \\boxed{{{answer}}}"
+
+
+# ── Extracted answers ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{7}", "7"),
+        (r"first \boxed{1}, then \boxed{2} and no more", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{a} then \boxed{b", "a"),
+        (r"\boxed{b", None),
+        (r"\boxed{}", ""),
+        ("no box", None),
+        ("", None),
+        (r"<think>\boxed{1}</think> so \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> so 2", None),
+        (r"<think>a</think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"<think>never ends \boxed{1}", "1"),
+        (r"\boxed{ 5 }", "5"),
+        (r"\boxed{5.}", "5"),
+        (r"\boxed{5\ }", "5"),
+        (r"\boxed{$5$}", "5"),
+        (r"\boxed{5.$}", "5"),
+        (r"\boxed{$5$.}", "5"),
+        (r"\boxed{0.5}", "0.5"),
+        ("\\boxed{x\n+ 1}", "x\n+ 1"),
+    ],
+)
+def test_last_complete_box_after_the_thinking_is_the_answer(response: str, answer: str | None) -> None:
+    assert last_boxed(response) == answer
+
+
+# ── Grades ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_missing_and_unparsable_answers_are_incorrect() -> None:
+    grades = MATH_GRADER.grade([("7", "seven"), ("7", boxed("")), ("7", boxed("7")), (r"\pi", boxed(r"\frac{"))])
+    assert grades[:3] == [Grade(None, False, "no_answer"), Grade("", False, "unparsable"), Grade("7", True, "ok")]
+    assert grades[3] == Grade(None, False, "no_answer")  # its box is never closed
+    assert MATH_GRADER.grade([(r"\pi", boxed(r"\frac{1}"))]) == [Grade(r"\frac{1}", False, "unparsable")]
+
+
+def test_no_responses_have_no_grades() -> None:
+    assert MATH_GRADER.grade([]) == []
+
+
+def test_text_grader_compares_characters() -> None:
+    grader = Text(sort12.extract)
+    assert grader.grade([("ab", "a:b;b:;>ab"), ("ab", "b>a>ba"), ("ab", "ab")]) == [
+        Grade("ab", True, "ok"),
+        Grade("ba", False, "ok"),
+        Grade(None, False, "no_answer"),
+    ]
+
+
+# ── Answers that hang or crash a worker ──────────────────────────────────────────────────────────────────────────────
+
+HANGING = ["9^{9^{9^{9^9}}}", "((9!)!)!", "1000000000!", r"\binom{10^9}{5\cdot 10^8}"]
+HOSTILE = [
+    boxed("{" * 300 + "1" + "}" * 300),
+    boxed(r"\frac{1}{" * 300 + "2" + "}" * 300),
+    boxed("(" * 300 + "1" + ")" * 300),
+    boxed("9" * 1900),
+    boxed("," * 1500),
+    boxed(r"\begin{pmatrix}" + "&".join("123456789" * 90) + r"\end{pmatrix}"),
+    boxed("\x00\x07\x1b[2J\u202e8"),
+    boxed("\ud800"),
+    boxed("__import__('os').system('exit')"),
+    boxed(r"\frac{1}{0}"),
+    boxed("1" * 3_000_000),
+    r"\boxed{" + "{" * 100_000,
+    r"\boxed{8" + "}" * 100_000,
+    r"\boxed{" * 300_000,
+    "x" * 5_000_000,
+]
+
+
+def test_hostile_answers_affect_no_other_grade(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graders, "MATH_TIMEOUT_SECONDS", 3)
+    good = (r"\frac{1}{2}", boxed(r"\frac{3}{6}"))
+    bad = [("7", boxed(answer)) for answer in HANGING] + [("7", response) for response in HOSTILE]
+    grades = MATH_GRADER.grade([each for pair in bad for each in (pair, good)])
+    assert [grade.correct for grade in grades] == [False, True] * len(bad)
+    assert [grade.extracted for grade in grades[: 2 * len(HANGING) : 2]] == HANGING
+    assert {grade.verdict for grade in grades[: 2 * len(HANGING) : 2]} <= {"timeout", "crash", "unparsable"}
+    assert "timeout" in {grade.verdict for grade in grades}
+
+
+# ── Votes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def votes(gold: str, *answers: str) -> list[str | None]:
+    (found,) = MATH_GRADER.votes([(gold, MATH_GRADER.grade([(gold, boxed(answer)) for answer in answers]))])
+    return found
+
+
+def test_equal_incorrect_answers_have_one_vote() -> None:
+    found = votes(r"\frac12", "0.5", "1/3", r"\frac{2}{6}", r"\frac12", "7", "7.0", r"\frac{1}")
+    assert found == [r"\frac12", "1/3", "1/3", r"\frac12", "7", "7", r"\frac{1}"]
+
+
+def test_no_vote_without_an_answer_and_problems_are_separate() -> None:
+    grades = MATH_GRADER.grade([("1", "none"), ("1", boxed("2"))])
+    assert MATH_GRADER.votes([("1", grades), ("2", MATH_GRADER.grade([("2", boxed("2.0"))]))]) == [[None, "2"], ["2"]]
