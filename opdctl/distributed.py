@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-Value = TypeVar("Value")
+_T = TypeVar("_T")
 CUDA_BACKEND = "cpu:gloo,cuda:nccl"
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=1)
 """Long, since the others wait while one rank evaluates for hours. torchrun detects a rank that has exited."""
@@ -82,7 +82,7 @@ def mesh(device: str) -> "DeviceMesh":
     return init_device_mesh(device, (world_size(),))
 
 
-def broadcast_object(value: Value) -> Value:
+def broadcast_object(value: _T) -> _T:
     """Return the value of rank 0 on every rank."""
     if world_size() == 1:
         return value
@@ -109,7 +109,7 @@ def all_reduce_sum(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(sorted(values), sums.tolist()[1:], strict=True))
 
 
-def main_process_first(function: Callable[[], Value]) -> Value:
+def main_process_first(function: Callable[[], _T]) -> _T:
     """Call the function on rank 0, then on the other ranks, which reuse its files. An error is reported once."""
     if not is_main():
         barrier()
