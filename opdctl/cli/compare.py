@@ -49,12 +49,10 @@ def compare(
         if len(paths) < 2:
             raise OpdctlError("invalid_usage", f"compare {paths[0]}: two paths are required", hint="give another one")
         are_runs = all((path / "recipe.toml").exists() for path in paths)
-        if len(paths) > 2 and not are_runs:
+        if not are_runs and (len(paths) > 2 or target is not None or output is not None):
             names = ", ".join(str(path) for path in paths if not (path / "recipe.toml").exists())
-            raise OpdctlError("missing_run", names, hint="give runs, or two evaluations")
-        if not are_runs and (target is not None or output is not None):
-            option = "--target" if target is not None else "--output"
-            raise OpdctlError("invalid_usage", f"{option} applies to learning curves only", hint="give runs")
+            hint = "give runs, or two evaluations without --target and --output"
+            raise OpdctlError("missing_run", names, hint=hint)
         benches = None if bench is None else bench.split(",")
         comparison: dict[str, Any] = {"evaluations": [], "curves": [], "files": []}
         if len(paths) == 2:

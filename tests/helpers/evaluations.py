@@ -1,0 +1,65 @@
+"""Planted evaluations: graded responses and summaries that a test chose, in the files of the real stage."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from helpers.commands import small_recipe
+
+from opdctl.artifacts import files, tables
+from opdctl.artifacts.records import GradedResponse
+from opdctl.artifacts.stage_dir import Fingerprint, StageDir
+from opdctl.evaluation.results import PROTOCOL_KEYS
+from opdctl.runs.open import open_run
+
+PROTOCOL = dict.fromkeys(PROTOCOL_KEYS, 1)
+
+
+def plant_evaluation(
+    directory: Path, correct: dict[str, list[bool]], bench: str = "mine", text: str = "text", **summary: Any
+) -> Path:
+    """Write a finished evaluation with these grades in one part. summary: keys that differ from the default."""
+    rows = [
+        GradedResponse(
+            sample_id=f"{bench}/{name}/{n}",
+            problem_id=name,
+            response_ids=np.arange(2, dtype=np.int32),
+            text=text,
+            finish_reason="stop",
+            gold="1",
+            extracted="1" if is_correct else "2",
+            correct=is_correct,
+            verdict="ok",
+            vote="1" if is_correct else "2",
+        )
+        for name, samples in correct.items()
+        for n, is_correct in enumerate(samples)
+    ]
+    form = {"stage": "eval", "num_parts": 1, "suffix": ".parquet", "rerun_command": "opdctl eval"}
+    stage = StageDir(directory, **form, fingerprint=Fingerprint({}))
+    stage.start({})
+    stage.write(0, partial(tables.write_rows, rows=rows, record=GradedResponse), rows=len(rows), tokens=2 * len(rows))
+    stage.finalize()
+    avg = float(np.mean([np.mean(samples) for samples in correct.values()]))
+    default = {"bench": bench, "avg": avg, "ci": [0.0, 1.0], "protocol": PROTOCOL, "benchmark": {"digest": "d"}}
+    files.write_json(directory / "summary.json", default | summary)
+    return directory
+
+
+def plant_curve(path: Path, accuracies: dict[int, float], *overrides: str, digest: str = "d") -> Path:
+    """Write a run whose students have these accuracies by step. There are summaries without responses."""
+    open_run(small_recipe(*overrides), path)
+    for step, accuracy in accuracies.items():
+        directory = path / "eval" / "sort12" / f"step-{step:05d}"
+        directory.mkdir(parents=True)
+        summary = {"bench": "sort12", "problems": 100, "samples": 1, "avg": accuracy, "protocol": PROTOCOL}
+        summary |= {"ci": [accuracy - 0.1, accuracy + 0.1], "benchmark": {"digest": digest}}
+        files.write_json(directory / "summary.json", summary)
+    return path
+
+
+def change_protocol(directory: Path, **settings: Any) -> None:
+    """Change the protocol in the summary of a planted evaluation."""
+    path = directory / "summary.json"
+    files.write_json(path, files.read_json(path) | {"protocol": PROTOCOL | settings})
