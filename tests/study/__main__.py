@@ -1,64 +1,70 @@
-"""The study: which token weights and losses help on the embedded tasks, and when a response's beginning matters most.
+"""A study on the toy tasks: which token weights and objectives help, and when the start of a response matters most.
 
-    python tests/study                     docs/study.md with its figures, in less than an hour on two idle cores
-    python tests/study --out OUT --quick   the same path in minutes, with numbers that mean nothing
+    python tests/study                     write docs/study.md and its figures: less than an hour on two idle cores
+    python tests/study --quick --out OUT   run the same code in about a minute; the numbers mean nothing
 
-What is measured is kept in a file, so a study that was killed goes on, and the page can be written again at once.
+Measurements are stored, so an interrupted study resumes, and the page can be regenerated without measuring again.
 """
 
 import argparse
 import os
 import time
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import measure
-import noise
 import page
-import prefixes
-import students
-from arms import FULL, QUICK, Scale, Training
-from ledger import Ledger
-from results import Results, best_rates
+from arms import FULL, QUICK, Scale, Student, Training
+from noise import measure_noise
+from prefixes import measure_prefixes
+from results import Results, select_learning_rates
+from store import MeasurementStore
+from students import degradations, degraded_student, train_degraded
+from training import measure_training
 
 
-def study(scale: Scale, work: Path, workers: int) -> Results:
-    """Measure what is not measured yet, and return all of it."""
-    ledger = Ledger(work / "measured.jsonl")
+def run_study(scale: Scale, work: Path, pool: Executor) -> Results:
+    """Make the missing measurements and return all of them."""
+    store = MeasurementStore(work / "measured.jsonl")
 
-    def train(wanted: Iterable[Training], title: str) -> None:
-        ledger.make([(each.key, measure.train, (each, scale)) for each in wanted], workers, title)
+    def train(trainings: list[Training], title: str) -> None:
+        jobs = [(training.key, measure_training, (training, scale)) for training in trainings]
+        store.run_missing(jobs, pool, title)
 
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        making = partial(students.make, scale=scale, folder=work / "students")
-        made = list(pool.map(making, students.makings()[: scale.makings]))
+    degraded = degraded_students(scale, work / "students", pool)
     train(scale.selection(), "learning rates")
-    rates = best_rates(ledger.rows, scale)
-    train(scale.comparison(rates), "comparison")
-    train(scale.conditions(made), "conditions")
-    for name, work_on in (("prefixes", prefixes.measure), ("noise", noise.measure)):
-        jobs = [(f"{name}/{student.name}", work_on, (student, scale)) for student in scale.students]
-        ledger.make(jobs, workers, name)
-    return Results(ledger.rows, scale, rates, made)
+    learning_rates = select_learning_rates(store.rows, scale)
+    train(scale.comparison(learning_rates), "comparison")
+    train(scale.conditions(degraded), "conditions")
+    for name, measure in (("prefixes", measure_prefixes), ("noise", measure_noise)):
+        store.run_missing([(f"{name}/{s.name}", measure, (s, scale)) for s in scale.students], pool, name)
+    return Results(store.rows, scale, learning_rates, degraded)
+
+
+def degraded_students(scale: Scale, folder: Path, pool: Executor) -> list[Student]:
+    """Train the degraded students that are missing in `folder`, and return all of them."""
+    pairs = [(each, degraded_student(each, folder)) for each in degradations() if scale.includes(each.name)]
+    missing = [(each, Path(student.model)) for each, student in pairs if not Path(student.model).exists()]
+    for future in [pool.submit(train_degraded, degradation, scale, path) for degradation, path in missing]:
+        future.result()
+    return [student for _, student in pairs]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of study.md and its figures")
-    parser.add_argument("--work", type=Path, default=Path("build/study"), help="folder of what was measured")
-    parser.add_argument("--workers", type=int, default=2, help="processes, each of one thread")
-    parser.add_argument("--quick", action="store_true", help="try the path; the numbers mean nothing")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="directory of study.md and its figures")
+    parser.add_argument("--work", type=Path, default=Path("build/study"), help="directory of the measurements")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes, with one thread each")
+    parser.add_argument("--quick", action="store_true", help="run a small version; the numbers mean nothing")
     args = parser.parse_args()
     start = time.monotonic()
-    results = study(QUICK if args.quick else FULL, args.work, args.workers)
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        results = run_study(QUICK if args.quick else FULL, args.work, pool)
     print(f"{time.monotonic() - start:.0f} s")
-    page.write(args.out, results, results.seconds() / args.workers)
+    page.write(args.out, results, results.total_seconds() / args.workers)
 
 
 if __name__ == "__main__":

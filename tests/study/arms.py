@@ -1,16 +1,17 @@
-"""What the study compares: the arms, the students and the single trainings."""
+"""The design of the study: arms, students, scales, and the training runs of each comparison."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-FIRST = 0.3
-"""The share of a response that the paper calls its prefix."""
-FIXED_RATE = 1e-4
+PREFIX_FRACTION = 0.3
+"""Fraction of the tokens of a response that the paper calls its prefix."""
+FIXED_LEARNING_RATE = 1e-4
+"""Learning rate of the degraded students and of the noise-floor runs."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to weigh tokens, or another loss. `settings` are what it changes in the recipe."""
+    """A token weight or an objective. `settings` are its overrides of the recipe."""
 
     name: str
     settings: tuple[str, ...]
@@ -18,7 +19,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Student:
-    """One student with its teacher; `model` is an embedded one's name or a folder."""
+    """A student and its teacher: names of toy models, or model directories."""
 
     name: str
     task: str
@@ -28,49 +29,50 @@ class Student:
 
 @dataclass(frozen=True)
 class Training:
-    """One training. Two with the same seed see the same prompts in the same order, and begin with the same answers.
+    """One training run. Runs with the same seed have the same prompts in the same order, and the same first responses.
 
-    rate: the learning rate. is_evaluated: whether its last student also answers test problems.
+    is_evaluated: whether the final student is also evaluated on test problems.
     """
 
     student: Student
     arm: Arm
-    rate: float
+    learning_rate: float
     seed: int
     is_evaluated: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.student.name}/{self.arm.name}/{self.rate:g}/{self.seed}"
+        return f"{self.student.name}/{self.arm.name}/{self.learning_rate:g}/{self.seed}"
 
 
-def weight(name: str, **parameters: float) -> Arm:
+def weight_arm(name: str, **parameters: float) -> Arm:
     label = " ".join([name, *(f"{key} {value:g}" for key, value in parameters.items())])
     return Arm(label, (f"weight.name={name}", *(f"weight.{key}={value}" for key, value in parameters.items())))
 
 
-def objective(label: str, *settings: str) -> Arm:
+def objective_arm(label: str, *settings: str) -> Arm:
+    """Return an arm with uniform weights and another objective."""
     return Arm(label, ("weight.name=uniform", *settings))
 
 
-UNIFORM = weight("uniform")
-IW_OPD = weight("iw_opd", gamma=0.5)
-PREFIX = weight("prefix_only", fraction=FIRST)
-SUFFIX = weight("suffix_only", fraction=FIRST)
+UNIFORM = weight_arm("uniform")
+IW_OPD = weight_arm("iw_opd", gamma=0.5)
+PREFIX = weight_arm("prefix_only", fraction=PREFIX_FRACTION)
+SUFFIX = weight_arm("suffix_only", fraction=PREFIX_FRACTION)
 ARMS = (
     UNIFORM,
-    weight("iw_opd", gamma=0.25),
+    weight_arm("iw_opd", gamma=0.25),
     IW_OPD,
-    weight("iw_opd", gamma=1.0),
-    weight("linear_decay", gamma=0.5),
-    *(weight("prefix_ratio", alpha=alpha) for alpha in (0.03, 0.1, 0.3)),
+    weight_arm("iw_opd", gamma=1.0),
+    weight_arm("linear_decay", gamma=0.5),
+    *(weight_arm("prefix_ratio", alpha=alpha) for alpha in (0.03, 0.1, 0.3)),
     PREFIX,
     SUFFIX,
-    objective("reverse_kl, whole vocabulary", "objective.name=reverse_kl", "objective.support=full"),
-    objective("reverse_kl, top 4", "objective.name=reverse_kl", "objective.top_k=4"),
-    weight("tip", rho=0.5),
-    weight("position_sigmoid"),
-    objective("control (placebo)", "objective.name=constant_penalty"),
+    objective_arm("reverse_kl, whole vocabulary", "objective.name=reverse_kl", "objective.support=full"),
+    objective_arm("reverse_kl, top 4", "objective.name=reverse_kl", "objective.top_k=4"),
+    weight_arm("tip", rho=0.5),
+    weight_arm("position_sigmoid"),
+    objective_arm("control (placebo)", "objective.name=constant_penalty"),
 )
 STUDENTS = (
     Student("student", "sort12", "toy:student", "toy:teacher"),
@@ -81,50 +83,60 @@ STUDENTS = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """The size of the study.
 
-    Learning rates are chosen by trainings with `selection_seeds`, on all students together, and none is used again.
+    responses: per student, for continuations and the noise floor. degrade_steps: training steps of a degraded student.
+    degraded: names of the degraded students; all if None. selection_seeds: seeds of the runs that select the learning
+    rates; no other run uses them.
     """
 
     steps: int = 20
     prompts_per_step: int = 32
     responses: int = 96
-    lesson_steps: int = 80
-    makings: int | None = None
+    max_tokens: int = 128
+    test_problems: int = 128
+    degrade_steps: int = 80
+    degraded: tuple[str, ...] | None = None
     students: tuple[Student, ...] = STUDENTS
     arms: tuple[Arm, ...] = ARMS
-    rates: tuple[float, ...] = (5e-5, 1.5e-4, 4e-4)
+    learning_rates: tuple[float, ...] = (5e-5, 1.5e-4, 4e-4)
     selection_seeds: tuple[int, ...] = (100,)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     condition_seeds: tuple[int, ...] = (0, 1, 2)
 
+    def includes(self, degraded: str) -> bool:
+        return self.degraded is None or degraded in self.degraded
+
     def selection(self) -> list[Training]:
+        """Return the training runs that select the learning rate of each arm."""
         return [
-            Training(student, arm, rate, seed)
+            Training(student, arm, learning_rate, seed)
             for student in self.students
             for arm in self.arms
-            for rate in self.rates
+            for learning_rate in self.learning_rates
             for seed in self.selection_seeds
         ]
 
-    def comparison(self, rates: Mapping[str, float]) -> list[Training]:
-        """Return the trainings of the main comparison, given each arm's learning rate."""
+    def comparison(self, learning_rates: Mapping[str, float]) -> list[Training]:
+        """Return the training runs of the main comparison, given the learning rate of each arm."""
         return [
-            Training(student, arm, rates[arm.name], seed, is_evaluated=True)
+            Training(student, arm, learning_rates[arm.name], seed, is_evaluated=True)
             for student in self.students
             for arm in self.arms
             for seed in self.seeds
         ]
 
-    def cases(self, made: Sequence[Student]) -> list[tuple[Student, float]]:
-        """Return each condition's student and learning rate: other students, and the first one at every rate."""
-        return [(student, FIXED_RATE) for student in made] + [(self.students[0], rate) for rate in self.rates]
+    def condition_cases(self, degraded: Sequence[Student]) -> list[tuple[Student, float]]:
+        """Return the student and learning rate of each condition: the degraded students at one learning rate, and the
+        first student at all of them."""
+        first = self.students[0]
+        return [*((student, FIXED_LEARNING_RATE) for student in degraded), *((first, r) for r in self.learning_rates)]
 
-    def conditions(self, made: Sequence[Student]) -> list[Training]:
-        """Return the trainings of the conditions on prefix, suffix and all tokens."""
+    def conditions(self, degraded: Sequence[Student]) -> list[Training]:
+        """Return the training runs on prefixes, suffixes and all tokens in each condition."""
         return [
-            Training(student, arm, rate, seed)
-            for student, rate in self.cases(made)
+            Training(student, arm, learning_rate, seed)
+            for student, learning_rate in self.condition_cases(degraded)
             for arm in (UNIFORM, PREFIX, SUFFIX)
             for seed in self.condition_seeds
         ]
@@ -132,14 +144,17 @@ class Scale:
 
 FULL = Scale()
 QUICK = Scale(
-    steps=4,
-    prompts_per_step=6,
-    responses=6,
-    lesson_steps=2,
-    makings=2,
-    students=STUDENTS[:2],
+    steps=3,
+    prompts_per_step=8,
+    responses=8,
+    max_tokens=48,
+    test_problems=8,
+    degrade_steps=20,
+    degraded=("perm4",),
+    students=(Student("perm-student", "perm4", "toy:perm-student", "toy:perm-teacher"),),
     arms=(UNIFORM, IW_OPD, PREFIX, SUFFIX),
-    rates=(2e-4, 4e-4),
+    learning_rates=(2e-4, 4e-4),
     seeds=(0, 1),
     condition_seeds=(0, 1),
 )
+"""Runs all code in a minute; the numbers mean nothing. One short task, since a response takes most of the time."""

@@ -1,8 +1,8 @@
-"""The noise floor of the weights: the discrepancy that is there without any difference, and what it does to w_t.
+"""The noise floor of the token weights: |A| without any difference between models, and its effect on w_t.
 
-A model scored by itself differs from itself by rounding alone, in float32 and in bfloat16. That is set beside its
-difference from the teacher, before a training and after it; and the IW-OPD weights under a bfloat16 teacher beside
-those under a float32 one, token by token, on the same responses.
+A model that scores its own responses has advantages of rounding errors only, in float32 and in bfloat16. These are
+compared with the advantages under the teacher, before and after training. The IW-OPD weights under a bfloat16 teacher
+are compared with those under a float32 teacher, token by token, on the same responses.
 """
 
 from dataclasses import dataclass, replace
@@ -10,90 +10,93 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from arms import FIXED_RATE, UNIFORM, Scale, Student
-from measure import command, options, right
+from arms import FIXED_LEARNING_RATE, UNIFORM, Scale, Student
+from commands import recipe_options, run_command
+from training import are_correct
 
 from opdctl.registry import WEIGHTS
-from opdctl.runs.run import load_run
+from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored, to_weight_inputs
 
 
 @dataclass(frozen=True)
-class Floor:
-    """Before a training, or after it. All in nats, but the weights.
+class NoiseFloor:
+    """The noise floor of one student. Advantages are in nats.
 
-    drift: mean |A| a token, by who scores. weight_error: root mean square change of w_t by a bfloat16 teacher.
-    spent_right, spent_wrong: median sum |A| of a right and of a wrong response, under the float32 teacher;
-    weight_right, weight_wrong: median of their mean w_t; None where there is no such response.
+    mean_abs_advantage: mean |A| per token, by scorer. weight_rms_change: root mean square of the change of w_t under a
+    bfloat16 teacher. Under the float32 teacher, medians over correct and over incorrect responses, None if there are
+    none: abs_sum_*, of sum |A|; mean_weight_*, of the mean w_t.
     """
 
-    drift: dict[str, float]
-    weight_error: float
-    spent_right: float | None
-    spent_wrong: float | None
-    weight_right: float | None
-    weight_wrong: float | None
+    mean_abs_advantage: dict[str, float]
+    weight_rms_change: float
+    abs_sum_correct: float | None
+    abs_sum_incorrect: float | None
+    mean_weight_correct: float | None
+    mean_weight_incorrect: float | None
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseResult:
+    """The noise floor of a student before and after training with uniform weights."""
+
     key: str
-    before: Floor
-    after: Floor
+    before: NoiseFloor
+    after: NoiseFloor
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """Responses under one scorer: |A| and w_t of each, and whether it is right."""
+class ScoredBatch:
+    """The responses of one step under one scorer: |A| and w_t of each, [T], and whether it is correct."""
 
-    drift: list[np.ndarray]
-    weight: list[np.ndarray]
-    is_right: np.ndarray
+    abs_advantages: list[np.ndarray]
+    weights: list[np.ndarray]
+    is_correct: np.ndarray
 
 
-def scoring(student: Student, scale: Scale, scorer: str, dtype: str) -> Scoring:
-    sizes = (f"rollout.prompts_per_step={scale.responses}", f"teacher.model={scorer}", f"teacher.dtype={dtype}")
+def measure_noise(student: Student, scale: Scale) -> NoiseResult:
+    """Measure the noise floor before and after training with uniform weights."""
     with TemporaryDirectory() as folder:
-        command("rollout", *options(student, scale, *sizes), "--output", folder)
-        command("score-teacher", "--output", folder)
-        run = load_run(Path(folder))
-        rows = list(read_scored(run, 0))
-        found = [to_weight_inputs(row, 0, 1.0) for row in rows]
-        weigh = WEIGHTS.get("iw_opd")()
-        return Scoring(
-            [np.abs(each.advantage_T) for each in found],
-            [weigh(each) for each in found],
-            np.array(right(run, student, rows)),
-        )
+        setting = f"train.learning_rate={FIXED_LEARNING_RATE}"
+        run_command("train", *recipe_options(student, scale, setting, *UNIFORM.settings), "--output", folder)
+        trained = replace(student, model=str(Run.load(Path(folder)).student_path(scale.steps)))
+        return NoiseResult(f"noise/{student.name}", noise_floor(student, scale), noise_floor(trained, scale))
 
 
-def floor(student: Student, scale: Scale) -> Floor:
-    scorers = {
-        f"{who}, {dtype}": scoring(student, scale, model, dtype)
-        for who, model in (("itself", student.model), ("teacher", student.teacher))
+def noise_floor(student: Student, scale: Scale) -> NoiseFloor:
+    batches = {
+        f"{name}, {dtype}": score_responses(student, scale, model, dtype)
+        for name, model in (("itself", student.model), ("teacher", student.teacher))
         for dtype in ("float32", "bfloat16")
     }
-    taught, rounded = scorers["teacher, float32"], scorers["teacher, bfloat16"]
-    error = np.concatenate([a - b for a, b in zip(rounded.weight, taught.weight, strict=True)])
-    spent = np.array([drift.sum() for drift in taught.drift])
-    weight = np.array([w.mean() for w in taught.weight])
-    is_right = taught.is_right
-    return Floor(
-        {name: float(np.concatenate(each.drift).mean()) for name, each in scorers.items()},
-        float(np.sqrt((error**2).mean())),
-        *(median(of[which]) for of in (spent, weight) for which in (is_right, ~is_right)),
+    exact, rounded = batches["teacher, float32"], batches["teacher, bfloat16"]
+    change = np.concatenate([a_T - b_T for a_T, b_T in zip(rounded.weights, exact.weights, strict=True)])
+    abs_sums = np.array([a_T.sum() for a_T in exact.abs_advantages])
+    mean_weights = np.array([w_T.mean() for w_T in exact.weights])
+    is_correct = exact.is_correct
+    return NoiseFloor(
+        {name: float(np.concatenate(batch.abs_advantages).mean()) for name, batch in batches.items()},
+        float(np.sqrt((change**2).mean())),
+        *(median(values[mask]) for values in (abs_sums, mean_weights) for mask in (is_correct, ~is_correct)),
     )
+
+
+def score_responses(student: Student, scale: Scale, scorer: str, dtype: str) -> ScoredBatch:
+    """Sample the responses of one step and score them with the model `scorer`."""
+    overrides = (f"rollout.prompts_per_step={scale.responses}", f"teacher.model={scorer}", f"teacher.dtype={dtype}")
+    with TemporaryDirectory() as folder:
+        run_command("rollout", *recipe_options(student, scale, *overrides), "--output", folder)
+        run_command("score-teacher", "--output", folder)
+        run = Run.load(Path(folder))
+        rows = list(read_scored(run, 0))
+        tokens = [to_weight_inputs(row, 0, 1.0) for row in rows]
+        weight = WEIGHTS.get("iw_opd")()
+        return ScoredBatch(
+            [np.abs(response.advantage_T) for response in tokens],
+            [weight(response) for response in tokens],
+            np.array(are_correct(run, student, rows)),
+        )
 
 
 def median(values: np.ndarray) -> float | None:
     return float(np.median(values)) if len(values) else None
-
-
-def measure(student: Student, scale: Scale) -> Noise:
-    """Return the floor before and after a training by uniform weights."""
-    with TemporaryDirectory() as folder:
-        rate = f"train.learning_rate={FIXED_RATE}"
-        command("train", *options(student, scale, rate, *UNIFORM.settings), "--output", folder)
-        trained = str(load_run(Path(folder)).student_path(scale.steps))
-        after = replace(student, model=trained)
-        return Noise(f"noise/{student.name}", floor(student, scale), floor(after, scale))

@@ -1,88 +1,111 @@
-"""The study's page: docs/study.md. Every number and every verdict in it is made from the measurements."""
+"""Writes docs/study.md. All numbers, and all statements that depend on them, are generated from the measurements."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import plots
-from arms import FIXED_RATE, IW_OPD, PREFIX, SUFFIX, UNIFORM, Arm, Student
-from results import Interval, Kept, Results, area, final, holm
+from arms import FIXED_LEARNING_RATE, IW_OPD, PREFIX, SUFFIX, UNIFORM, Arm, Student
+from plots import WINDOW, draw_figures
+from results import ConditionResult, Interval, Results, area, final, holm
 from scipy.stats import spearmanr
 
-SURE = 0.05
-KIND = ("right so far", "gone wrong")
+SIGNIFICANCE_LEVEL = 0.05
+PREFIX_KINDS = {"right so far": "correct prefixes", "gone wrong": "incorrect prefixes"}
+"""The kinds of prefix in the summary of continuations, and their column titles."""
 
 
 def write(out: Path, results: Results, seconds: float) -> None:
-    """Write study.md into the folder `out`, and its figures into its folder images."""
+    """Write study.md into `out`, and its figures into `out`/images. seconds: wall time of the measurements."""
     (out / "images").mkdir(parents=True, exist_ok=True)
-    for name, data in plots.draw(results).items():
-        (out / "images" / f"{name}.png").write_bytes(data)
-    parts = (head(results, seconds), claims(results), comparison(results), prefixes(results), noise(results))
-    (out / "study.md").write_text("\n\n".join([*parts, conditions(results), LIMITS]) + "\n")
+    for name, png in draw_figures(results).items():
+        (out / "images" / f"{name}.png").write_bytes(png)
+    (out / "study.md").write_text(format_page(results, seconds))
 
 
-# ── Words for numbers ────────────────────────────────────────────────────────────────────────────────────────────────
+def format_page(results: Results, seconds: float) -> str:
+    sections = (
+        setup_section(results, seconds),
+        claims_section(results),
+        comparison_section(results),
+        prefixes_section(results),
+        noise_section(results),
+        conditions_section(results),
+        LIMITATIONS,
+    )
+    return "\n\n".join(sections) + "\n"
 
 
-def signed(found: Interval) -> str:
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+# ── Numbers as text ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shown(p: float) -> str:
+def format_interval(interval: Interval) -> str:
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def format_percent(interval: Interval) -> str:
+    return f"{interval.mean:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def format_p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def format_optional(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def format_list(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def format_names(names: Iterable[str]) -> str:
+    return "; ".join(names) or "none"
+
+
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
-def verdict(found: Interval, p: float, wanted: int) -> str:
-    """Return whether a difference has the sign that a claim wants, by its corrected p-value."""
-    if p >= SURE:
-        return "open"
-    return "supported here" if found.mean * wanted > 0 else "contradicted here"
+# ── Sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def setup_section(results: Results, seconds: float) -> str:
+    scale, rates = results.scale, results.learning_rates
+    at = {r: format_names(a.name for a in scale.arms if rates[a.name] == r) for r in scale.learning_rates}
+    return f"""# A study on the toy tasks
 
-
-def head(results: Results, seconds: float) -> str:
-    scale = results.scale
-    return f"""# A study on the embedded tasks
-
-Which token weights and losses help, and when the beginning of a response matters most. This page is made by
+This study measures which token weights and objectives help, and when the start of a response matters most. This page is
+the output of
 
 ```console
 python tests/study
 ```
 
-from {len(results.rows)} measurements, each by opdctl's own commands. On two CPU cores, two processes of one thread each, they
-took {seconds / 60:.0f} minutes. What is measured is kept in build/study, so a study that was killed goes on.
+It summarizes {len(results.rows)} measurements by opdctl's own commands, which took {seconds / 60:.0f} minutes on two CPU cores with two processes of one
+thread each. The measurements are stored in build/study; an interrupted study resumes.
 
-[The embedded tasks](embedded-task.md) are sorting and swapping letters in writing. `student` and `student-spread` sort and
-have 110,528 parameters, their teacher 365,664; `perm-student` swaps and is as large as its teacher. A training has
-{scale.steps} steps of {scale.prompts_per_step} prompts, the quickstart's settings otherwise; seeds {", ".join(map(str, scale.seeds))}.
+[The toy tasks](embedded-task.md) are sorting and swapping letters in writing. `student` and `student-spread` sort. They
+have 110,528 parameters, and their teacher has 365,664. `perm-student` swaps and is as large as its teacher. A training run
+has {scale.steps} steps of {scale.prompts_per_step} prompts and otherwise the settings of the quickstart. Seeds: {format_list(scale.seeds)}.
 
-- **Accuracy by step** is that of the responses which a step draws: to problems that this training has not seen. The area
-  under it is its mean over the steps. The final accuracy is that of the last student on 128 test problems.
-- **Paired**: arms of one seed see the same prompts in the same order and begin with the same responses. Differences are
-  taken seed by seed; intervals are Student's t at 95 % over seeds, over all students with the spread within each pooled.
-- **Corrected**: p-values against uniform weights are corrected for the {len(scale.arms) - 1} arms (Holm).
-- **Learning rates** are chosen for each arm among {", ".join(f"{rate:g}" for rate in scale.rates)}, by the area over all
-  students with seed {", ".join(map(str, scale.selection_seeds))}, which is used for nothing else. At the lowest rate:
-  {named(arm for arm in scale.arms if results.rates[arm.name] == min(scale.rates))}; at the highest:
-  {named(arm for arm in scale.arms if results.rates[arm.name] == max(scale.rates))}. Beyond these ends nothing was tried."""
-
-
-def named(arms: Iterable[Arm]) -> str:
-    return "; ".join(arm.name for arm in arms) or "none"
+- **Accuracy by step** is the accuracy of the sampled responses of a step. Their problems are new in that run. The area under
+  the curve is the mean over steps. The final accuracy is that of the last student on {scale.test_problems} test problems.
+- **Pairing**: all arms with the same seed have the same prompts in the same order, and the same first responses.
+  Differences are paired by seed. Intervals are Student's t at 95 % over seeds; over all students, the variance within each
+  student is pooled.
+- **Correction**: p-values against uniform weights are corrected for {len(scale.arms) - 1} arms (Holm).
+- **Learning rates** are selected for each arm from {format_list(f"{rate:g}" for rate in scale.learning_rates)} by the area over all students. The
+  selection uses seed {format_list(scale.selection_seeds)}; nothing else does. Arms at the lowest learning rate:
+  {at[min(scale.learning_rates)]}. Arms at the highest:
+  {at[max(scale.learning_rates)]}. Values outside this range were not tested."""
 
 
 def paper_claims(arms: dict[str, Arm]) -> list[tuple[str, Arm, Arm, int]]:
-    """Return each claim of the paper as two arms and the sign that it wants of the second less the first; those whose
-    arms are there."""
-    wanted = (
+    """Return each claim of the paper as two arms and the sign of the second minus the first that supports it.
+
+    Claims whose arms are not in the study are omitted.
+    """
+    claims = (
         ("IW-OPD learns faster than OPD", UNIFORM, IW_OPD, 1),
         ("IW-OPD learns faster than a linear decay", arms.get("linear_decay gamma 0.5"), IW_OPD, 1),
         (
@@ -100,109 +123,120 @@ def paper_claims(arms: dict[str, Arm]) -> list[tuple[str, Arm, Arm, int]]:
         ),
         ("the first 30 % alone learn as fast as all tokens", UNIFORM, PREFIX, 1),
     )
-    return [(claim, one, other, sign) for claim, one, other, sign in wanted if one and other]
+    return [(claim, baseline, arm, sign) for claim, baseline, arm, sign in claims if baseline and arm]
 
 
-def claims(results: Results) -> str:
-    known = paper_claims({arm.name: arm for arm in results.scale.arms})
-    found = [results.difference(one, other, measure) for _, one, other, _ in known for measure in (area, final)]
-    ps = holm([each.p for each in found])
+def assess_claim(difference: Interval, p: float, expected_sign: int) -> str:
+    """Return whether a difference supports a claim, by its corrected p-value."""
+    if p >= SIGNIFICANCE_LEVEL:
+        return "open"
+    return "supported here" if difference.mean * expected_sign > 0 else "contradicted here"
+
+
+def claims_section(results: Results) -> str:
+    claims = paper_claims({arm.name: arm for arm in results.scale.arms})
+    differences = [results.difference(baseline, arm, m) for _, baseline, arm, _ in claims for m in (area, final)]
+    corrected = holm([difference.p for difference in differences])
     rows = []
-    for i, (claim, *_, sign) in enumerate(known):
-        cells = [(signed(found[j]), verdict(found[j], ps[j], sign)) for j in (2 * i, 2 * i + 1)]
+    for i, (claim, *_, sign) in enumerate(claims):
+        cells = [
+            (format_interval(differences[j]), assess_claim(differences[j], corrected[j], sign))
+            for j in (2 * i, 2 * i + 1)
+        ]
         rows.append((claim, *cells[0], *cells[1]))
-    columns = ("claim of the paper", "area", "", "final", "")
-    iw = ", ".join(
-        f"{student.name} {signed(results.difference(UNIFORM, IW_OPD, area, [student]))}"
+    by_student = format_list(
+        f"{student.name} {format_interval(results.difference(UNIFORM, IW_OPD, area, [student]))}"
         for student in results.scale.students
     )
-    return f"""## What supports the paper, and what does not
+    return f"""## Which claims of the paper hold here
 
-Each claim is a comparison over all students. Intervals are plain; the words go by p-values corrected for all comparisons
-of this table (Holm). What they do not decide is open, whichever way its mean lies.
+Each claim is a comparison over all students. The intervals are not corrected. The assessments use p-values corrected for all
+comparisons of this table (Holm). A claim that they do not decide is open, whatever the sign of the mean.
 
-{table(columns, rows)}
+{format_table(("claim of the paper", "area", "", "final", ""), rows)}
 
-IW-OPD (gamma 0.5) less uniform by student, area: {iw}. The paper's gain grows with the difference in size between teacher
-and student; three students of two sizes, weak in different ways, cannot tell size from kind."""
+Area of IW-OPD (gamma 0.5) minus uniform, by student: {by_student}. In the paper, the gain grows with the difference in size
+between teacher and student. Here, size cannot be separated from the kind of weakness: three students have two sizes and
+different weaknesses."""
 
 
-def comparison(results: Results) -> str:
+def comparison_section(results: Results) -> str:
     by_area, by_final = results.against_uniform(area), results.against_uniform(final)
     rows = [
         (
             name,
-            f"{results.rates[name]:g}",
-            signed(by_area[name][0]),
-            shown(by_area[name][1]),
-            signed(by_final[name][0]),
-            shown(by_final[name][1]),
+            f"{results.learning_rates[name]:g}",
+            format_interval(by_area[name][0]),
+            format_p(by_area[name][1]),
+            format_interval(by_final[name][0]),
+            format_p(by_final[name][1]),
         )
         for name in by_area
     ]
-    sure = {
-        sign: [name for name, (found, p) in by_area.items() if p < SURE and found.mean * sign > 0] for sign in (1, -1)
+    significant = {
+        sign: [n for n, (difference, p) in by_area.items() if p < SIGNIFICANCE_LEVEL and difference.mean * sign > 0]
+        for sign in (1, -1)
     }
-    unsure = [name for name in by_area if name not in sure[1] + sure[-1]]
+    others = [name for name in by_area if name not in significant[1] + significant[-1]]
     return f"""## All arms against uniform weights
 
-By the area under the accuracy curve, corrected: above uniform {"; ".join(sure[1]) or "none"}; below
-{"; ".join(sure[-1]) or "none"}; not told apart {"; ".join(unsure) or "none"}.
+Area under the accuracy curve, by corrected p-value. Above uniform: {format_names(significant[1])}. Below:
+{format_names(significant[-1])}. No significant difference: {format_names(others)}.
 
-{table(("arm less uniform", "learning rate", "area", "p", "final", "p"), rows)}
+{format_table(("arm minus uniform", "learning rate", "area", "p", "final", "p"), rows)}
 
 ![Differences from uniform weights](images/study-differences.png)
 
-*Blue and orange: above and below uniform by the corrected p-value. The lines are the plain 95 % intervals.*
+*Blue and orange: above and below uniform by the corrected p-value. The lines are uncorrected 95 % intervals.*
 
 ![Accuracy by step](images/study-accuracy.png)
 
-*Mean of {plots.WINDOW} steps and of the seeds, ± 2 standard errors. Above, weights that lean on the beginning; below, the rest.*
+*Running mean over {WINDOW} steps, averaged over seeds, ± 2 standard errors. Top: weights that emphasize the start; bottom: all others.*
 
-By student: area, final accuracy, and the updates until the mean of three steps is halfway from the start to all right
-(median over seeds; how many seeds got there).
+By student: area, final accuracy, and the number of updates until the mean of three steps is halfway between the initial
+accuracy and 1 (median over seeds; in parentheses, how many seeds reach it).
 
-{by_student(results)}"""
+{student_table(results)}"""
 
 
-def by_student(results: Results) -> str:
+def student_table(results: Results) -> str:
     students = results.scale.students
     columns = ["arm", *(f"{student.name}: area, final, updates" for student in students)]
-    return table(
-        columns, ([arm.name, *(cell(results, student, arm) for student in students)] for arm in results.scale.arms)
-    )
+    rows = ([arm.name, *(student_cell(results, student, arm) for student in students)] for arm in results.scale.arms)
+    return format_table(columns, rows)
 
 
-def cell(results: Results, student: Student, arm: Arm) -> str:
+def student_cell(results: Results, student: Student, arm: Arm) -> str:
     steps = results.steps_to_target(student, arm)
     reached = sorted(step for step in steps if step is not None)
-    # Seeds that did not get there come last, so the median is known as long as more than half did.
+    # Seeds that do not reach the target rank last, so the median is known if more than half reach it.
     median = str(reached[len(steps) // 2]) if len(reached) > len(steps) // 2 else "–"
     means = [results.values(student, arm, measure).mean() for measure in (area, final)]
     return f"{means[0]:.3f}, {means[1]:.3f}, {median} ({len(reached)} of {len(steps)})"
 
 
-def prefixes(results: Results) -> str:
+def prefixes_section(results: Results) -> str:
     rows = [
-        (student.name, model, *(pooled(results, student, model, kind) for kind in KIND))
+        (student.name, model, *(pooled_accuracy(results, student, model, kind) for kind in PREFIX_KINDS))
         for student in results.scale.students
         for model in ("teacher", "student")
     ]
-    return f"""## What a prefix is worth
+    return f"""## The value of a prefix
 
-Teacher and student go on from 0, 10 … 90 % of {results.scale.responses} first responses of each student, before any training.
-The task knows where an answer went wrong, so prefixes are split into those still right and those gone wrong. Accuracy of the
-whole answers, over all lengths of prefix, and how many there were:
+Teacher and student continue prefixes of 0, 10 … 90 % of {results.scale.responses} responses of each untrained student. The task can check a
+prefix, so the prefixes are split into correct and incorrect ones. The table has the accuracy of the complete responses over
+all prefix lengths, and their number:
 
-{table(("student", "who goes on", *KIND), rows)}
+{format_table(("student", "continued by", *PREFIX_KINDS.values()), rows)}
 
 ![Accuracy from prefixes](images/study-prefixes.png)
 
-The paper's Figure 1b is the solid line of the teacher. On these tasks an answer is judged by its last letters, and a wrong
-step is carried on; so most of its fall is the growing share of prefixes that have gone wrong already."""
+Figure 1b of the paper corresponds to the solid line of the teacher. On these tasks the last letters decide whether a response
+is correct, and an incorrect step propagates. So most of the decline is due to the growing fraction of prefixes that are
+incorrect already."""
 
 
-def pooled(results: Results, student: Student, model: str, kind: str) -> str:
+def pooled_accuracy(results: Results, student: Student, model: str, kind: str) -> str:
     rows = [
         r for r in results.rows[f"prefixes/{student.name}"]["by_prefix"] if (r["model"], r["prefix"]) == (model, kind)
     ]
@@ -210,20 +244,20 @@ def pooled(results: Results, student: Student, model: str, kind: str) -> str:
     return f"{sum(row['accuracy'] * row['problems'] for row in rows) / count:.1%} of {count}" if count else "–"
 
 
-def noise(results: Results) -> str:
+def noise_section(results: Results) -> str:
     rows = []
     for student in results.scale.students:
         for when in ("before", "after"):
-            found = results.rows[f"noise/{student.name}"][when]
-            drift = found["drift"]
+            floor = results.rows[f"noise/{student.name}"][when]
+            mean_abs = floor["mean_abs_advantage"]
             rows.append(
                 (
                     f"{student.name}, {when}",
-                    *(f"{drift[name]:.2g}" for name in ("itself, float32", "itself, bfloat16", "teacher, float32")),
-                    f"{found['weight_error']:.2g}",
+                    *(f"{mean_abs[name]:.2g}" for name in ("itself, float32", "itself, bfloat16", "teacher, float32")),
+                    f"{floor['weight_rms_change']:.2g}",
                     *(
-                        f"{number(found[f'spent_{kind}'])}, {number(found[f'weight_{kind}'])}"
-                        for kind in ("right", "wrong")
+                        f"{format_optional(floor[f'abs_sum_{kind}'])}, {format_optional(floor[f'mean_weight_{kind}'])}"
+                        for kind in ("correct", "incorrect")
                     ),
                 )
             )
@@ -233,43 +267,40 @@ def noise(results: Results) -> str:
         "itself, bfloat16",
         "teacher",
         "change of w_t",
-        "right: sum, mean w_t",
-        "wrong: sum, mean w_t",
+        "correct: sum, mean w_t",
+        "incorrect: sum, mean w_t",
     )
     return f"""## The noise floor of the weights
 
-IW-OPD's weight divides by the sum of |A| over the response, and a small sum is as good as a large one. Mean |A| a token in
-nats: of the student scored by itself, where all of it is rounding, and by its teacher; before and after {results.scale.steps} steps of
-uniform weights at {FIXED_RATE:g}. Change of w_t: root mean square, by scoring with the teacher in bfloat16 in place of float32.
-Then the median sum of |A| over right and over wrong responses, with the median of their mean weights.
+The weight of IW-OPD divides by the sum of |A| over the response, so its scale does not depend on the size of that sum. The
+table shows mean |A| in nats per token: of the student scored by itself, which is rounding error only, and scored by its
+teacher, before and after {results.scale.steps} steps with uniform weights at learning rate {FIXED_LEARNING_RATE:g}. Change of w_t: root mean square of the change of
+the weight if the teacher scores in bfloat16 instead of float32. Last: the medians over correct and over incorrect responses
+of the sum of |A| and of the mean weight.
 
-{table(columns, rows)}
+{format_table(columns, rows)}
 
-A right response has spent little, and is weighted like one that has drifted far: the weight says where in the response the
-discrepancy lies, not how much there is."""
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+A correct response has a small sum of |A|, but its weights are as large as those of an incorrect one: the weight depends on
+where in the response the discrepancy is, not on its amount."""
 
 
-def conditions(results: Results) -> str:
-    found = results.conditions()
-    better = [each for each in found if each.prefix.low > each.suffix.high]
-    worse = [each for each in found if each.prefix.high < each.suffix.low]
-    enough = [each for each in found if each.prefix.low <= 1 <= each.prefix.high]
+def conditions_section(results: Results) -> str:
+    conditions = results.conditions()
+    prefix_better = [each for each in conditions if each.prefix.low > each.suffix.high]
+    suffix_better = [each for each in conditions if each.prefix.high < each.suffix.low]
+    all_retained = [each for each in conditions if each.prefix.low <= 1 <= each.prefix.high]
     rows = [
         (
-            f"{each.name}, rate {each.rate:g}",
+            f"{each.name}, rate {each.learning_rate:g}",
             f"{each.length:.0f}",
             f"{each.onset:.0%}",
-            f"{each.first_share:.0%}",
+            f"{each.prefix_signal:.0%}",
             f"{each.start:.2f}",
-            signed(each.gain),
-            kept(each.prefix),
-            kept(each.suffix),
+            format_interval(each.gain),
+            format_percent(each.prefix),
+            format_percent(each.suffix),
         )
-        for each in found
+        for each in conditions
     ]
     columns = (
         "condition",
@@ -278,48 +309,48 @@ def conditions(results: Results) -> str:
         "signal on first 30 %",
         "start",
         "gain",
-        "kept by prefix 30 %",
+        "retained by prefix 30 %",
         "by suffix 30 %",
     )
-    return f"""## When the beginning matters most
+    return f"""## When the start of a response matters most
 
-Students made for this, from an able small one (110,528 parameters) and from the teacher itself (large), by {results.scale.lesson_steps} steps on
-faulty sorting: a wrong letter (content) or an answer that stops listing what is left (format), early (first 34 % of the answer)
-or late (67 to 83 %); swapping with 4, 8 and 12 swaps; and `{results.scale.students[0].name}` at three learning rates. Each was trained on all
-tokens, on the first and on the last 30 %, seeds {", ".join(map(str, results.scale.condition_seeds))}, at rate {FIXED_RATE:g} unless it says otherwise. The gain is the accuracy of the
-last 5 steps less that of the first; kept is the share of the gain of all tokens (spread over seeds pooled over conditions).
+The conditions use further students, made for this purpose from a small model (110,528 parameters) that solves the task and
+from the teacher itself (large). Each was trained for {results.scale.degrade_steps} steps on faulty answers. For sorting, a fault is an incorrect letter
+(content), or the answer stops writing the remaining letters (format). It begins early (first 34 % of the answer) or late
+(67 to 83 %). For swapping there are 4, 8 and 12 swaps. In addition, `{results.scale.students[0].name}` is trained at three learning rates. Each student
+is trained on all tokens, on the first 30 % and on the last 30 %, with seeds {format_list(results.scale.condition_seeds)}, at learning rate {FIXED_LEARNING_RATE:g} unless stated
+otherwise. The gain is the mean accuracy of the last 5 steps minus that of the first step. Retained is the fraction of the
+gain of all tokens; its variance over seeds is pooled over conditions.
 
-The beginning keeps more than the end, intervals apart, in {len(better)} of {len(found)}: {listed(better)}. The end keeps more in {len(worse)}:
-{listed(worse)}. Prefix less suffix goes with the onset by a rank correlation of {rank(found, "onset")}, with the signal on the
-first 30 % by {rank(found, "first_share")}. All of the gain lies within the prefix's interval in {len(enough)}: {listed(enough)}.
+The prefix retains more than the suffix, with disjoint intervals, in {len(prefix_better)} of {len(conditions)} conditions: {format_conditions(prefix_better)}. The suffix retains more in {len(suffix_better)}:
+{format_conditions(suffix_better)}. The rank correlation of the difference, prefix minus suffix, with the onset is {format_rank_correlation(conditions, "onset")}, and with the
+signal on the first 30 % {format_rank_correlation(conditions, "prefix_signal")}. The interval of the prefix includes the full gain in {len(all_retained)}: {format_conditions(all_retained)}.
 
-{table(columns, rows)}
+{format_table(columns, rows)}
 
-![Gain kept](images/study-conditions.png)"""
-
-
-def rank(found: Sequence[Kept], name: str) -> str:
-    """Return Spearman's correlation of prefix less suffix with what a condition is like."""
-    less = [each.prefix.mean - each.suffix.mean for each in found]
-    result = spearmanr(less, [getattr(each, name) for each in found])
-    return f"{result.statistic:+.2f} (p {shown(float(result.pvalue))}, {len(found)} conditions)"
+![Gain retained](images/study-conditions.png)"""
 
 
-def kept(found: Interval) -> str:
-    return f"{found.mean:.0%} [{found.low:.0%}, {found.high:.0%}]"
+def format_rank_correlation(conditions: Sequence[ConditionResult], name: str) -> str:
+    """Return Spearman's correlation of prefix minus suffix with a property of the conditions."""
+    differences = [each.prefix.mean - each.suffix.mean for each in conditions]
+    result = spearmanr(differences, [getattr(each, name) for each in conditions])
+    return f"{result.statistic:+.2f} (p {format_p(float(result.pvalue))}, {len(conditions)} conditions)"
 
 
-def listed(found: Sequence[Kept]) -> str:
-    return "; ".join(f"{each.name} at {each.rate:g}" for each in found) or "none"
+def format_conditions(conditions: Sequence[ConditionResult]) -> str:
+    return format_names(f"{each.name} at {each.learning_rate:g}" for each in conditions)
 
 
-LIMITS = """## What it does not say
+LIMITATIONS = """## Limitations
 
-- The students are toys that know the task and were made unsure. Much of the gain is sharpening; nothing here is a claim on
-  language models of any size.
-- Twenty steps show the speed of learning, not where it ends.
-- The intervals are over seeds: prompts, samples, order. They do not cover other students of the same kind, or another teacher.
-- A weight of 1 + gamma and less makes gradients larger too. The norm is clipped and Adam divides it out, so most of that is
-  gone, but not all.
-- Learning rates were chosen on a grid of three. At a rate that suits all tokens, training on a part of them can fall apart.
-- The conditions are compared at one rate, and their number of seeds is small."""
+- The students are toy models that know the task and were degraded. Much of the gain is sharpening. Nothing here is a claim
+  about language models of any size.
+- Twenty steps show the speed of learning, not its limit.
+- The intervals are over seeds: prompts, samples and order. They do not cover other students of the same kind, or another
+  teacher.
+- A weight of up to 1 + gamma also makes gradients larger. Clipping of the norm and Adam remove most of this effect, but not
+  all.
+- Learning rates were selected from three values. At a learning rate that suits all tokens, training on a part of them can
+  collapse.
+- The conditions are compared at one learning rate, with few seeds."""

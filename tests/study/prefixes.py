@@ -1,4 +1,4 @@
-"""What the teacher makes of a student's prefixes that are still right, and of those that have gone wrong."""
+"""Continuations of correct and of incorrect prefixes of a student, by teacher and student."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,29 +6,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from arms import Scale, Student
-from measure import command, options
+from commands import recipe_options, run_command
 
-from opdctl.analysis import continuations
-from opdctl.engines.pool import open_engine_pool
-from opdctl.runs.run import load_run
+from opdctl.analysis.continuations import make_continuations
+from opdctl.runs.run import Run
 
 
 @dataclass(frozen=True)
-class Prefixes:
-    """The rows of opdctl's summary of continuations: by model and percent, and by kind of prefix too."""
+class PrefixResult:
+    """The rows of the summary of continuations: by model and percent, and in addition by kind of prefix."""
 
     key: str
     accuracy: list[dict[str, Any]]
     by_prefix: list[dict[str, Any]]
 
 
-def measure(student: Student, scale: Scale) -> Prefixes:
+def measure_prefixes(student: Student, scale: Scale) -> PrefixResult:
+    """Continue prefixes of responses of the untrained student."""
     count = scale.responses
     sizes = (f"rollout.prompts_per_step={count}", f"continuations.responses={count}", "rollout.batch_size=256")
     with TemporaryDirectory() as folder:
-        command("rollout", *options(student, scale, *sizes), "--output", folder)
-        run = load_run(Path(folder))
-        with open_engine_pool(continuations.recipe_for_engines(run.recipe), "cpu") as engines:
-            found, _ = continuations.run_continuations(run, 0, engines)
-    assert found is not None  # there are no other shards
-    return Prefixes(f"prefixes/{student.name}", found["accuracy"], found["by_prefix"])
+        run_command("rollout", *recipe_options(student, scale, *sizes), "--output", folder)
+        summary = make_continuations(Run.load(Path(folder)), "cpu", 0).summary
+    assert summary is not None  # no other worker has a lease
+    return PrefixResult(f"prefixes/{student.name}", summary["accuracy"], summary["by_prefix"])

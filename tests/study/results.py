@@ -1,7 +1,9 @@
-"""What the measurements come to: means and differences over seeds, with intervals. Draws and writes nothing.
+"""The statistics of the measurements: means and differences over seeds, with intervals.
 
-The unit is the training: trainings of one seed share prompts, so arms are compared seed by seed. Accuracies are shares
-in [0, 1]; intervals hold 95 %.
+The unit is the training run. Runs with the same seed have the same prompts, so arms are compared seed by seed.
+Accuracies are fractions in [0, 1]; intervals are 95 % confidence intervals.
+
+Shape: S seeds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +15,9 @@ import numpy as np
 from arms import PREFIX, SUFFIX, UNIFORM, Arm, Scale, Student, Training
 from scipy import stats
 
-LEVEL = 0.95
-LATE = 5
-"""Steps at the end of a training whose responses tell what it came to: 5 x 32 problems."""
+CONFIDENCE_LEVEL = 0.95
+FINAL_STEPS = 5
+"""Number of final steps whose mean accuracy is that of the trained student: 5 x 32 problems."""
 
 Rows = Mapping[str, Mapping[str, Any]]
 Measure = Callable[[Mapping[str, Any]], float]
@@ -23,7 +25,7 @@ Measure = Callable[[Mapping[str, Any]], float]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over trainings with its 95 % interval, and the two-sided p-value of its being 0."""
+    """A mean over training runs with its 95 % interval, and the two-sided p-value of the hypothesis that it is 0."""
 
     mean: float
     low: float
@@ -32,18 +34,22 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One condition: what it is like, and the share of the gain of all tokens that training on some of them keeps."""
+class ConditionResult:
+    """One condition: the student, and how much of the gain training on the prefix or the suffix alone retains.
+
+    gain: of training on all tokens. prefix, suffix: retained fractions of it. length, onset and prefix_signal: as in
+    `TrainingResult`, means over seeds.
+    """
 
     name: str
-    rate: float
+    learning_rate: float
     start: float
     gain: Interval
     prefix: Interval
     suffix: Interval
     length: float
     onset: float
-    first_share: float
+    prefix_signal: float
 
 
 def area(row: Mapping[str, Any]) -> float:
@@ -51,40 +57,42 @@ def area(row: Mapping[str, Any]) -> float:
     return float(np.mean(row["accuracy"]))
 
 
-def late(row: Mapping[str, Any]) -> float:
-    return float(np.mean(row["accuracy"][-LATE:]))
+def accuracy_of_final_steps(row: Mapping[str, Any]) -> float:
+    return float(np.mean(row["accuracy"][-FINAL_STEPS:]))
 
 
 def final(row: Mapping[str, Any]) -> float:
+    """Return the accuracy of the final student on test problems."""
     return float(row["final"])
 
 
-def best_rates(rows: Rows, scale: Scale) -> dict[str, float]:
-    """Return each arm's learning rate: that of the largest area, over students and selection seeds."""
-    score: dict[str, dict[float, list[float]]] = {}
-    for each in scale.selection():
-        score.setdefault(each.arm.name, {}).setdefault(each.rate, []).append(area(rows[each.key]))
-    return {arm: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate]))) for arm, by_rate in score.items()}
+def select_learning_rates(rows: Rows, scale: Scale) -> dict[str, float]:
+    """Return the learning rate of each arm with the largest mean area over students and selection seeds."""
+    areas: dict[str, dict[float, list[float]]] = {}
+    for training in scale.selection():
+        by_rate = areas.setdefault(training.arm.name, {})
+        by_rate.setdefault(training.learning_rate, []).append(area(rows[training.key]))
+    return {arm: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate]))) for arm, by_rate in areas.items()}
 
 
-def mean_over(strata: Sequence[np.ndarray]) -> Interval:
-    """Return the mean of the strata's means, by Student's t with the variances within the strata pooled."""
+def stratified_mean(strata: Sequence[np.ndarray]) -> Interval:
+    """Return the mean of the means of the strata, by Student's t with the pooled variance within the strata."""
     sizes = np.array([len(values) for values in strata])
-    freedom = int((sizes - 1).sum())
-    variance = sum(((values - values.mean()) ** 2).sum() for values in strata) / freedom
-    error = float(np.sqrt(variance * (1 / sizes).sum())) / len(strata)
-    return interval(float(np.mean([values.mean() for values in strata])), error, freedom)
+    degrees_of_freedom = int((sizes - 1).sum())
+    variance = sum(((values - values.mean()) ** 2).sum() for values in strata) / degrees_of_freedom
+    standard_error = float(np.sqrt(variance * (1 / sizes).sum())) / len(strata)
+    return t_interval(float(np.mean([values.mean() for values in strata])), standard_error, degrees_of_freedom)
 
 
-def interval(mean: float, error: float, freedom: int) -> Interval:
-    """Return a mean's interval from its standard error, with so many degrees of freedom."""
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
+def t_interval(mean: float, standard_error: float, degrees_of_freedom: int) -> Interval:
+    """Return the interval of a mean by Student's t."""
+    half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom)) * standard_error
+    p = float(2 * stats.t.sf(abs(mean) / standard_error, degrees_of_freedom)) if standard_error else float(mean == 0)
     return Interval(mean, mean - half, mean + half, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values corrected for their number, step down (Holm 1979)."""
+    """Return the p-values corrected for multiple comparisons (step-down, Holm 1979)."""
     order = np.argsort(p_values)
     stepped = [min(1.0, (len(p_values) - rank) * p_values[i]) for rank, i in enumerate(order)]
     corrected = np.empty(len(p_values))
@@ -94,90 +102,104 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Results:
-    """All that was measured, with the learning rate chosen for each arm and the students made for the conditions."""
+    """All measurements, with the selected learning rate of each arm and the degraded students."""
 
     rows: Rows
     scale: Scale
-    rates: Mapping[str, float]
-    made: Sequence[Student]
+    learning_rates: Mapping[str, float]
+    degraded: Sequence[Student]
+
+    # ── The main comparison ──────────────────────────────────────────────────────────────────────────────────────────
 
     def values(self, student: Student, arm: Arm, measure: Measure) -> np.ndarray:
-        """Return a measure of an arm's trainings in the main comparison, by seed."""
-        trainings = (Training(student, arm, self.rates[arm.name], seed) for seed in self.scale.seeds)
-        return np.array([measure(self.rows[each.key]) for each in trainings])
+        """Return a measure of the runs of an arm, [S]."""
+        return np.array([measure(row) for row in self._rows(student, arm)])
 
-    def difference(self, one: Arm, other: Arm, measure: Measure, students: Sequence[Student] = ()) -> Interval:
-        """Return `other` minus `one`, paired by seed, over all students or some."""
-        return mean_over(
-            [self.values(s, other, measure) - self.values(s, one, measure) for s in students or self.scale.students]
+    def curves(self, student: Student, arm: Arm) -> np.ndarray:
+        """Return the accuracies, [S, steps]."""
+        return np.array([row["accuracy"] for row in self._rows(student, arm)])
+
+    def _rows(self, student: Student, arm: Arm) -> list[Mapping[str, Any]]:
+        learning_rate = self.learning_rates[arm.name]
+        return [self.rows[Training(student, arm, learning_rate, seed).key] for seed in self.scale.seeds]
+
+    def difference(self, baseline: Arm, arm: Arm, measure: Measure, students: Sequence[Student] = ()) -> Interval:
+        """Return `arm` minus `baseline`, paired by seed, over the given students or all."""
+        return stratified_mean(
+            [self.values(s, arm, measure) - self.values(s, baseline, measure) for s in students or self.scale.students]
         )
 
     def against_uniform(self, measure: Measure, student: Student | None = None) -> dict[str, tuple[Interval, float]]:
-        """Return each arm's difference from uniform weights, with its p-value corrected for the number of arms."""
-        others = [arm for arm in self.scale.arms if arm != UNIFORM]
-        found = [self.difference(UNIFORM, arm, measure, [student] if student else ()) for arm in others]
-        corrected = holm([each.p for each in found])
-        return {arm.name: pair for arm, pair in zip(others, zip(found, corrected, strict=True), strict=True)}
-
-    def curve(self, student: Student, arm: Arm) -> np.ndarray:
-        """Return the accuracies [seeds, steps]."""
-        trainings = [Training(student, arm, self.rates[arm.name], seed) for seed in self.scale.seeds]
-        return np.array([self.rows[each.key]["accuracy"] for each in trainings])
+        """Return the difference of each arm from uniform weights, with its p-value corrected for the number of arms."""
+        arms = [arm for arm in self.scale.arms if arm != UNIFORM]
+        differences = [self.difference(UNIFORM, arm, measure, [student] if student else ()) for arm in arms]
+        corrected = holm([difference.p for difference in differences])
+        return {arm.name: pair for arm, pair in zip(arms, zip(differences, corrected, strict=True), strict=True)}
 
     def target(self, student: Student) -> float:
-        """Return the accuracy halfway from the student's start to all right."""
-        return (1 + float(self.curve(student, UNIFORM)[:, 0].mean())) / 2
+        """Return the accuracy halfway between that of the untrained student and 1."""
+        return (1 + float(self.curves(student, UNIFORM)[:, 0].mean())) / 2
 
     def steps_to_target(self, student: Student, arm: Arm) -> list[int | None]:
-        """Return of each seed how many updates it took until the mean of three steps reached the target, or None."""
-        found: list[int | None] = []
-        for accuracy in self.curve(student, arm):
+        """Return, for each seed, the updates until the mean of three steps reaches the target, or None."""
+        steps: list[int | None] = []
+        for accuracy in self.curves(student, arm):
             smooth = np.convolve(accuracy, np.ones(3) / 3, mode="valid")
             reached = np.flatnonzero(smooth >= self.target(student))
-            found.append(int(reached[0]) + 1 if len(reached) else None)
-        return found
+            steps.append(int(reached[0]) + 1 if len(reached) else None)
+        return steps
 
-    def conditions(self) -> list[Kept]:
-        """Return what training on the first or the last 30 % keeps of the gain, in each condition.
+    # ── The conditions ───────────────────────────────────────────────────────────────────────────────────────────────
 
-        The gain is the accuracy of the last steps less that of the first. Ratios have the error of the delta method;
-        their spread over seeds is pooled over the conditions.
+    def conditions(self) -> list[ConditionResult]:
+        """Return the fraction of the gain that training on the first or the last 30 % retains, in each condition.
+
+        The gain is the accuracy of the final steps minus that of the first step. The errors of the ratios follow the
+        delta method; their variance over seeds is pooled over the conditions.
         """
-        cases = self.scale.cases(self.made)
-        seeds = self.scale.condition_seeds
-        spread = [
+        cases = self.scale.condition_cases(self.degraded)
+        num_seeds = len(self.scale.condition_seeds)
+        residuals = [
             residual
-            for student, rate in cases
+            for student, learning_rate in cases
             for arm in (PREFIX, SUFFIX)
-            for residual in self._kept(student, rate, arm)[1]
+            for residual in self._retained(student, learning_rate, arm)[1]
         ]
-        freedom = 2 * len(cases) * (len(seeds) - 1)
-        error = float(np.sqrt(np.square(spread).sum() / freedom / len(seeds)))
-        return [self._condition(student, rate, error, freedom) for student, rate in cases]
+        degrees_of_freedom = 2 * len(cases) * (num_seeds - 1)
+        standard_error = float(np.sqrt(np.square(residuals).sum() / degrees_of_freedom / num_seeds))
+        return [self._condition(*case, standard_error, degrees_of_freedom) for case in cases]
 
-    def _condition(self, student: Student, rate: float, error: float, freedom: int) -> Kept:
-        rows = [self.rows[Training(student, UNIFORM, rate, seed).key] for seed in self.scale.condition_seeds]
-        prefix, suffix = (interval(self._kept(student, rate, arm)[0], error, freedom) for arm in (PREFIX, SUFFIX))
-        return Kept(
+    def _condition(
+        self, student: Student, learning_rate: float, standard_error: float, degrees_of_freedom: int
+    ) -> ConditionResult:
+        rows = self._condition_rows(student, learning_rate, UNIFORM)
+        prefix, suffix = (
+            t_interval(self._retained(student, learning_rate, arm)[0], standard_error, degrees_of_freedom)
+            for arm in (PREFIX, SUFFIX)
+        )
+        return ConditionResult(
             student.name,
-            rate,
+            learning_rate,
             float(np.mean([row["accuracy"][0] for row in rows])),
-            mean_over([self._gains(student, rate, UNIFORM)]),
+            stratified_mean([self._gains_S(student, learning_rate, UNIFORM)]),
             prefix,
             suffix,
-            *(float(np.nanmean([row[name] for row in rows])) for name in ("length", "onset", "first_share")),
+            *(float(np.nanmean([row[name] for row in rows])) for name in ("length", "onset", "prefix_signal")),
         )
 
-    def _gains(self, student: Student, rate: float, arm: Arm) -> np.ndarray:
-        rows = [self.rows[Training(student, arm, rate, seed).key] for seed in self.scale.condition_seeds]
-        return np.array([late(row) - row["accuracy"][0] for row in rows])
+    def _condition_rows(self, student: Student, learning_rate: float, arm: Arm) -> list[Mapping[str, Any]]:
+        return [self.rows[Training(student, arm, learning_rate, seed).key] for seed in self.scale.condition_seeds]
 
-    def _kept(self, student: Student, rate: float, arm: Arm) -> tuple[float, np.ndarray]:
-        """Return the ratio of the mean gains, and each seed's residual."""
-        whole, some = self._gains(student, rate, UNIFORM), self._gains(student, rate, arm)
-        ratio = float(some.mean() / whole.mean())
-        return ratio, (some - ratio * whole) / whole.mean()
+    def _gains_S(self, student: Student, learning_rate: float, arm: Arm) -> np.ndarray:
+        rows = self._condition_rows(student, learning_rate, arm)
+        return np.array([accuracy_of_final_steps(row) - row["accuracy"][0] for row in rows])
 
-    def seconds(self) -> float:
-        """Return the seconds that all jobs took, one beside another."""
+    def _retained(self, student: Student, learning_rate: float, arm: Arm) -> tuple[float, np.ndarray]:
+        """Return the ratio of the mean gains of `arm` and of all tokens, and the residual of each seed, [S]."""
+        all_S, arm_S = (self._gains_S(student, learning_rate, each) for each in (UNIFORM, arm))
+        ratio = float(arm_S.mean() / all_S.mean())
+        return ratio, (arm_S - ratio * all_S) / all_S.mean()
+
+    def total_seconds(self) -> float:
+        """Return the sum of the seconds of all measurements."""
         return sum(row["seconds"] for row in self.rows.values())

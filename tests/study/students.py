@@ -1,7 +1,8 @@
-"""The students of the conditions: able models, made weak by a short training on faulty answers of one kind.
+"""The degraded students of the conditions: models that solve the task, then trained briefly on one kind of faulty
+answers.
 
-What differs between them: where in the answer faults begin (onset), whether a fault is a wrong letter or an answer that
-leaves out what it should list (kind), how large the student is, and how long its answers are.
+They differ in where in the answer the faults begin (onset), in the kind of fault (an incorrect letter, or remaining
+letters that are not written), in model size, and in the length of the answers.
 """
 
 import random
@@ -23,10 +24,10 @@ EARLY, LATE = range(3), range(7, 10)
 
 @dataclass(frozen=True)
 class Faults:
-    """Faulty answers to sort12 whose faults begin in some passes, in each with probability `rate`.
+    """Faulty answers to sort12. A fault begins in each of `passes` with probability `rate`.
 
-    A wrong letter is taken and the answer goes on from there faithfully; or, if `terse`, the answer lists no more what
-    is left, and takes a wrong letter two times in five.
+    The fault is a random letter, from which the answer continues correctly; or, if `terse`, the answer stops writing
+    the remaining letters and then picks a random one in two of five passes.
     """
 
     passes: range
@@ -34,30 +35,30 @@ class Faults:
     terse: bool
 
     def __call__(self, word: str, rng: random.Random) -> str:
-        left, picked, passes, terse = list(word), [], [], False
+        remaining, picked, passes, is_terse = list(word), [], [], False
         for number in range(len(word)):
-            strikes = number in self.passes and rng.random() < self.rate
-            terse = terse or (self.terse and strikes)
-            wrong = (terse and rng.random() < 0.4) if self.terse else strikes
-            letter = rng.choice(left) if wrong else min(left)
-            left.remove(letter)
+            is_fault = number in self.passes and rng.random() < self.rate
+            is_terse = is_terse or (self.terse and is_fault)
+            is_random = (is_terse and rng.random() < 0.4) if self.terse else is_fault
+            letter = rng.choice(remaining) if is_random else min(remaining)
+            remaining.remove(letter)
             picked.append(letter)
-            passes.append(f"{letter}:{'' if terse else ''.join(left)};")
+            passes.append(f"{letter}:{'' if is_terse else ''.join(remaining)};")
         return f"{''.join(passes)}>{''.join(picked)}"
 
 
 @dataclass(frozen=True)
-class Making:
-    """How one student is made: `able` names the embedded model that it begins as, healed first if that one is weak."""
+class Degradation:
+    """How to make one degraded student. `base` is the toy model to start from; student-spread is restored first."""
 
     name: str
     task: str
-    able: str
+    base: str
     teacher: str
     faults: Trace
 
 
-def makings() -> list[Making]:
+def degradations() -> list[Degradation]:
     kinds = {
         "early content": Faults(EARLY, 0.30, terse=False),
         "early format": Faults(EARLY, 0.28, terse=True),
@@ -66,33 +67,38 @@ def makings() -> list[Making]:
     }
     sizes = {"small": ("toy:student-spread", kinds), "large": ("toy:teacher", [*kinds][:2])}
     sorting = [
-        Making(f"{kind}, {size}", "sort12", able, "toy:teacher", kinds[kind])
-        for size, (able, some) in sizes.items()
-        for kind in some
+        Degradation(f"{kind}, {size}", "sort12", base, "toy:teacher", kinds[kind])
+        for size, (base, names) in sizes.items()
+        for kind in names
     ]
     rates = {"perm4": 0.25, "perm8": 0.13, "perm": 0.09}
     swapping = [
-        Making(task, task, "toy:perm-teacher", "toy:perm-teacher", partial(wrong_swaps, rate=rate))
+        Degradation(task, task, "toy:perm-teacher", "toy:perm-teacher", partial(wrong_swaps, rate=rate))
         for task, rate in rates.items()
     ]
     return sorting + swapping
 
 
-def make(making: Making, scale: Scale, folder: Path) -> Student:
-    """Make a student under `folder`, unless it is there, and return it."""
-    path = folder / making.name.replace(", ", "-").replace(" ", "-")
-    if not (path / "config.json").exists():
-        able = ModelDir(find_or_download(Model(model=making.able), "model"), "float32")
-        model, tokenizer = Qwen3ForCausalLM.from_pretrained(able.path), able.tokenizer
-        if making.able == "toy:student-spread":
-            heal(model, tokenizer, scale)
-        lesson = TrainingStage((TASKS[making.task],), scale.lesson_steps, lr=5e-4, batch=32, trace=making.faults)
-        fit(model, tokenizer, lesson, seed=3)
-        tokenizer.save_pretrained(path)
-        model.save_pretrained(path)
-    return Student(making.name, making.task, str(path), making.teacher)
+def degraded_student(degradation: Degradation, folder: Path) -> Student:
+    """Return the student of a degradation, whose model directory is in `folder`."""
+    path = folder / degradation.name.replace(", ", "-").replace(" ", "-")
+    return Student(degradation.name, degradation.task, str(path), degradation.teacher)
 
 
-def heal(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, scale: Scale) -> None:
-    """Teach a weak student right answers again."""
-    fit(model, tokenizer, TrainingStage((sort12,), 2 * scale.lesson_steps, lr=1e-3, batch=32), seed=4)
+def train_degraded(degradation: Degradation, scale: Scale, path: Path) -> None:
+    """Train a degraded student and write its model directory."""
+    base = ModelDir(find_or_download(Model(model=degradation.base), "model"), "float32")
+    model, tokenizer = Qwen3ForCausalLM.from_pretrained(base.path), base.tokenizer
+    if degradation.base == "toy:student-spread":
+        restore(model, tokenizer, scale)
+    stage = TrainingStage((TASKS[degradation.task],), scale.degrade_steps, lr=5e-4, batch=32, trace=degradation.faults)
+    fit(model, tokenizer, stage, seed=3)
+    unfinished = path.with_name(f".{path.name}")
+    tokenizer.save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
+    unfinished.rename(path)  # an interrupted run leaves no incomplete model directory
+
+
+def restore(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, scale: Scale) -> None:
+    """Train a weak student on correct answers again."""
+    fit(model, tokenizer, TrainingStage((sort12,), 2 * scale.degrade_steps, lr=1e-3, batch=32), seed=4)
