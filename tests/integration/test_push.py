@@ -1,4 +1,4 @@
-"""`train --push`: against a small stand-in of the hub's HTTP API on this machine, and against no hub at all."""
+"""`train --push` to a local stand-in of the hub's HTTP API, and without a hub."""
 
 import base64
 import json
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, Result, contents
 
 from opdctl.errors import ExitCode
 
 
 class Hub(ThreadingHTTPServer):
-    """Takes repositories and commits from whoever shows the token."""
+    """A hub that accepts repositories and commits with the token `right`."""
 
     daemon_threads = True
 
@@ -59,27 +59,18 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST
 
     def _chunks(self) -> bytes:
-        found = b""
+        body = b""
         while self.headers.get("Transfer-Encoding") == "chunked" and (size := int(self.rfile.readline(), 16)):
-            found += self.rfile.read(size)
+            body += self.rfile.read(size)
             self.rfile.readline()
-        return found
+        return body
 
     def log_message(self, *arguments: Any) -> None:
         pass
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one step."""
-    path = tmp_path_factory.mktemp("push") / "run"
-    done = invoke("train", "--recipe", QUICKSTART, *sets("train.steps=1"), "--output", path)
-    assert done.code == 0, done.err
-    return path
-
-
 def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own: the hub's library reads its environment once, when it is imported."""
+    """Run Python in a separate process: the hub's library reads its environment when it is imported."""
     clean = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
     settings = {"HF_HOME": "/nowhere", "HF_HUB_DISABLE_XET": "1", **environment}
     return subprocess.run([sys.executable, *words], env=clean | settings, capture_output=True, text=True, check=False)
@@ -89,54 +80,56 @@ def train(run: Path, repo: str, **environment: str) -> subprocess.CompletedProce
     return python("-m", "opdctl", "train", "--output", str(run), "--push", repo, "--json", **environment)
 
 
-def test_the_student_arrives_whole_with_its_card_in_a_private_repository(run):
+def test_student_is_pushed_with_its_card_to_a_private_repository(finished_run):
     hub = Hub()
-    done = train(run, "me/student", HF_ENDPOINT=hub.address, HF_TOKEN="right")
+    done = train(finished_run, "me/student", HF_ENDPOINT=hub.address, HF_TOKEN="right")
     assert done.returncode == 0, done.stderr
     (created,) = hub.created
     assert (created["organization"], created["name"], created["visibility"]) == ("me", "student", "private")
-    student = run / "student" / "step-00001"
+    student = finished_run / "student" / "step-00002"
     assert hub.files == {file.name: file.read_bytes() for file in student.iterdir()}
-    assert "Distilled on-policy by opdctl" in hub.files["README.md"].decode()
+    assert hub.files["README.md"].decode().startswith("---\n")
     assert f"pushed {hub.address}/me/student/commit/abc" in done.stderr
-    assert json.loads(done.stdout)["steps"] == 1
+    assert json.loads(done.stdout)["steps"] == 2
 
 
-def test_a_push_that_fails_costs_nothing_but_the_push(run):
-    before = {file: file.read_bytes() for file in (run / "student").rglob("*") if file.is_file()}
-    done = train(run, "me/student", HF_HUB_OFFLINE="1", HF_TOKEN="right")
+def test_failed_push_leaves_the_student_and_the_result(finished_run):
+    before = contents(finished_run / "student")
+    done = train(finished_run, "me/student", HF_HUB_OFFLINE="1", HF_TOKEN="right")
     assert done.returncode == ExitCode.UNAVAILABLE, done.stderr
-    assert "error: --push me/student: the hub did not take it: Cannot reach" in done.stderr
-    assert f"hint: the student is whole, {run}/student/step-00001; the same command tries again" in done.stderr
-    assert json.loads(done.stdout)["steps"] == 1
-    assert {file: file.read_bytes() for file in (run / "student").rglob("*") if file.is_file()} == before
+    assert "error: Failed upload: --push me/student: Cannot reach" in done.stderr
+    assert f"`hf upload me/student {finished_run}/student/step-00002`" in done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+    assert contents(finished_run / "student") == before
 
 
-def test_a_hub_that_refuses_or_is_not_there_is_one_clear_error(tmp_path):
+def test_rejecting_or_unreachable_hub_is_one_error():
     hub = Hub()
-    code = "from pathlib import Path; from opdctl.training import publish; publish.push_to_hub(Path('.'), 'me/student', 'step 1')"
-    refused = python("-c", code, HF_ENDPOINT=hub.address, HF_TOKEN="wrong")
+    code = (
+        "from pathlib import Path; from opdctl.training import publish;"
+        "publish.push_to_hub(Path('.'), 'me/student', 'step 1')"
+    )
+    rejected = python("-c", code, HF_ENDPOINT=hub.address, HF_TOKEN="wrong")
     hub.shutdown()
     hub.server_close()
-    absent = python("-c", code, HF_ENDPOINT=hub.address, HF_TOKEN="right")
-    for done, reason in ((refused, "401"), (absent, "Connection refused")):
+    unreachable = python("-c", code, HF_ENDPOINT=hub.address, HF_TOKEN="right")
+    for done, reason in ((rejected, "401"), (unreachable, "Connection refused")):
         last = done.stderr.splitlines()[-1]
-        assert last.startswith("opdctl.errors.OpdctlError: --push me/student: the hub did not take it: ")
+        assert last.startswith("opdctl.errors.OpdctlError: Failed upload: --push me/student: ")
         assert reason in last
 
 
 @pytest.mark.parametrize(
-    ("repo", "code", "text"),
+    ("repo", "code", "kind"),
     [
-        ("student", ExitCode.USAGE, "whose repository?"),
-        ("me/stu dent", ExitCode.USAGE, "--push me/stu dent: "),
-        ("me/student", ExitCode.UNAVAILABLE, "there is no token for the hub"),
+        ("student", ExitCode.USAGE, "invalid_usage"),
+        ("me/stu dent", ExitCode.USAGE, "invalid_usage"),
+        ("me/student", ExitCode.UNAVAILABLE, "missing_token"),
     ],
 )
-def test_what_cannot_succeed_is_said_before_training(tmp_path, repo, code, text):
-    fresh = tmp_path / "fresh"
-    words = ("train", "--recipe", str(QUICKSTART), "--output", str(fresh), "--push", repo)
-    done = python("-m", "opdctl", *words)
-    assert done.returncode == code
-    assert text in done.stderr
-    assert not fresh.exists()
+def test_impossible_push_is_refused_before_training(tmp_path, repo, code, kind):
+    output = tmp_path / "run"
+    done = python("-m", "opdctl", "train", "--recipe", str(QUICKSTART), "--output", str(output), "--push", repo)
+    assert (done.returncode, Result(done.returncode, done.stdout, done.stderr).kind) == (code, kind)
+    assert f"--push {repo}: " in done.stderr
+    assert not output.exists()

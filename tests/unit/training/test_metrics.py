@@ -1,0 +1,32 @@
+"""The metrics of a step."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers.commands import ROOT
+
+from opdctl.runs.run import Run
+from opdctl.runs.scored_responses import read_scored
+
+
+def recorded_metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_docs_explain_every_metric(finished_run):
+    docs = (ROOT / "docs/metrics.md").read_text()
+    metrics = recorded_metrics(finished_run)[-1]
+    assert len(metrics) > 25
+    for name in metrics:
+        assert f"`{name}`" in docs, name
+
+
+def test_advantage_quantiles_are_those_of_the_stored_log_probs(finished_run):
+    metrics = recorded_metrics(finished_run)[0]
+    samples = list(read_scored(Run.load(finished_run), 0))
+    abs_advantages = np.concatenate([np.abs(s.teacher.logprobs - s.response.logprobs) for s in samples])
+    for percent in (50, 90, 99):
+        expected = np.percentile(abs_advantages, percent)
+        assert metrics[f"abs_advantage_p{percent}"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["abs_advantage"] == pytest.approx(abs_advantages.mean(), rel=1e-4)
