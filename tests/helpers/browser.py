@@ -1,4 +1,4 @@
-"""A report, opened in headless Chromium: what the browser says of it."""
+"""A page in headless Chromium: what the browser reports about it."""
 
 import shutil
 from collections.abc import Callable
@@ -13,34 +13,40 @@ WIDTH = 1280
 
 
 @dataclass
-class Opened:
-    """What was seen: console messages and page errors, addresses asked for, each figure's size as drawn, the width."""
+class OpenedPage:
+    """Console messages and page errors, requested URLs, natural and shown width of each figure, width of the page."""
 
-    complaints: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     figures: dict[str, tuple[int, int]] = field(default_factory=dict)
     width: int = 0
     screenshot: bytes = b""
 
+    @property
+    def external_requests(self) -> list[str]:
+        """The requested URLs without embedded data."""
+        return [url for url in self.requests if not url.startswith("data:")]
 
-def look(path: Path, then: Callable[[Any], None] = lambda page: None) -> Opened:
-    """Open the file at a width of 1,280 pixels, and hand the page to `then`. Skips the test without a browser."""
+
+def open_page(path: Path, interact: Callable[[Any], None] = lambda page: None) -> OpenedPage:
+    """Open the file at a width of 1,280 pixels and pass the page to `interact`. Skips the test without a browser."""
     if CHROMIUM is None:
         pytest.skip("needs chromium on the PATH")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `dev`")
-    seen = Opened()
+    opened = OpenedPage()
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
         page.set_default_timeout(120_000)
-        page.on("console", lambda message: seen.complaints.append(message.text))
-        page.on("pageerror", lambda error: seen.complaints.append(str(error)))
-        page.on("request", lambda request: seen.requests.append(request.url))
+        page.on("console", lambda message: opened.messages.append(message.text))
+        page.on("pageerror", lambda error: opened.messages.append(str(error)))
+        page.on("request", lambda request: opened.requests.append(request.url))
         page.goto(path.resolve().as_uri())
-        size = "els => Object.fromEntries(els.map(el => [el.closest('figure').id, [el.naturalWidth, el.width]]))"
-        seen.figures = {name: (own[0], own[1]) for name, own in page.eval_on_selector_all("figure img", size).items()}
-        seen.width = page.evaluate("document.documentElement.scrollWidth")
-        seen.screenshot = page.screenshot(full_page=True)
-        then(page)
+        sizes = "els => Object.fromEntries(els.map(el => [el.closest('figure').id, [el.naturalWidth, el.width]]))"
+        figures = page.eval_on_selector_all("figure img", sizes)
+        opened.figures = {name: (size[0], size[1]) for name, size in figures.items()}
+        opened.width = page.evaluate("document.documentElement.scrollWidth")
+        opened.screenshot = page.screenshot(full_page=True)
+        interact(page)
         browser.close()
-    return seen
+    return opened

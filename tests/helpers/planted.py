@@ -1,4 +1,4 @@
-"""Runs whose artifacts are planted: advantages that a test chose, behind the real stages' files."""
+"""Runs with planted artifacts: advantages chosen by a test, in the files of the real stages."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -8,12 +8,13 @@ import numpy as np
 from helpers.commands import small_recipe
 
 from opdctl.artifacts.files import write_json
-from opdctl.artifacts.records import SCHEMA_VERSION, Response, TokenScores
+from opdctl.artifacts.records import Response, TokenScores
 from opdctl.artifacts.tables import write_rows, write_scores
+from opdctl.artifacts.versions import versioned
 from opdctl.runs.open import open_run
 from opdctl.runs.run import Run
 
-SKY = 3  # an ordinary token
+TOKEN_ID = 3  # an ordinary token
 
 
 def planted_run(path: Path, *overrides: str) -> Run:
@@ -28,18 +29,20 @@ def plant(
     student: Mapping[str, np.ndarray] | None = None,
     teacher: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a step's artifacts whose advantages are those given. student, teacher: further columns of every response,
-    which then have all one length."""
-    if step:  # the student of the step, as far as paths know
-        nothing = {name: {} for name in ("settings", "inputs", "trainer", "student", "metrics")}
-        write_json(run.update_path(step - 1), nothing | {"schema_version": SCHEMA_VERSION, "step": step - 1})
+    """Write a step's artifacts with these advantages.
+
+    student, teacher: further columns of every response; the responses then have equal lengths.
+    """
+    if step:  # the update that makes the student of the step
+        empty = {name: {} for name in ("settings", "inputs", "trainer", "student", "metrics")}
+        write_json(run.update_path(step - 1), versioned("update") | {"step": step - 1} | empty)
     names = [f"planted/{step:05d}/{i}" for i in range(len(advantages))]
     rows = [
         Response(
             sample_id=name,
             prompt_id=name,
             prompt_ids=np.array([2], np.int32),
-            response_ids=np.full(len(advantage), SKY, np.int32),
+            response_ids=np.full(len(advantage), TOKEN_ID, np.int32),
             logprobs=np.full(len(advantage), student_logp, np.float32),
             finish_reason="stop",
             policy_version=step,
@@ -55,19 +58,20 @@ def plant(
 
 
 def plant_rows(run: Run, step: int, rows: Sequence[Response], scores: Sequence[TokenScores]) -> None:
-    """Write a step's rollout and teacher scores, cut into the run's parts."""
+    """Write a step's rollout and teacher scores, divided into the run's parts."""
     rollout = run.rollout_stage(step)
     rollout.start({})
     for index in range(len(rollout.names)):
-        own = rollout.items_of_part(list(rows), index)
-        save = partial(write_rows, rows=own, kind=Response)
-        rollout.write(index, save, rows=len(own), tokens=sum(len(row.response_ids) for row in own))
+        part = rollout.items_of_part(list(rows), index)
+        save = partial(write_rows, rows=part, record=Response)
+        rollout.write(index, save, rows=len(part), tokens=sum(len(row.response_ids) for row in part))
     rollout.finalize()
     teacher = run.score_stage(step, "teacher")
     teacher.start({})
     for index in range(len(teacher.names)):
-        own, found = teacher.items_of_part(list(rows), index), teacher.items_of_part(list(scores), index)
-        ids, logprob_metadata = [row.sample_id for row in own], {"rollout": rollout.sha256(index)}
-        save = partial(write_scores, ids=ids, scores=found, logprob_metadata=logprob_metadata)
-        teacher.write(index, save, rows=len(own), tokens=sum(len(each.logprobs) for each in found))
+        ids = [row.sample_id for row in teacher.items_of_part(list(rows), index)]
+        part_scores = teacher.items_of_part(list(scores), index)
+        metadata = {"rollout": rollout.sha256(index)}
+        save = partial(write_scores, ids=ids, scores=part_scores, logprob_metadata=metadata)
+        teacher.write(index, save, rows=len(ids), tokens=sum(len(each.logprobs) for each in part_scores))
     teacher.finalize()

@@ -1,11 +1,11 @@
-"""The sums by position: parity with plain loops, and intervals that hold although tokens are correlated."""
+"""Sums by position: equal to plain loops, and intervals with the right coverage although tokens are correlated."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl.analysis.position_sums import BINS, GROUPS, PERCENT, Batch, PositionStats, chunks
+from opdctl.analysis.position_sums import BINS, GROUPS, PERCENT, Batch, PositionStats, split_by_tokens
 from opdctl.losses.token_weights import IwOpd, ResponseTokens
 
 LENGTHS = st.lists(st.integers(0, 45), max_size=12)
@@ -21,20 +21,20 @@ def random_batch(lengths: list[int], first: int = 0) -> Batch:
     return Batch([response(rng.normal(size=n)) for n in lengths], first)
 
 
-def weighed(batch: Batch) -> dict[str, list[np.ndarray]]:
+def iw_opd_weights(batch: Batch) -> dict[str, list[np.ndarray]]:
     return {"iw_opd": [IwOpd()(tokens) for tokens in batch.responses]}
 
 
 def bins_of(kind: str, length: int) -> np.ndarray:
     return {
-        "whole": np.zeros(length, int),
+        "overall": np.zeros(length, int),
         "position": np.arange(length),
         "relative": np.arange(length) * BINS // max(length, 1),
     }[kind]
 
 
 def ratio_interval(batch: Batch, kind: str, number: int) -> tuple[float, float]:
-    """Mean and standard error of |A| in one bin, as the textbook has it: from each response's sum and count there."""
+    """Mean and standard error of |A| in one bin, by the textbook: from the sum and the count of each response."""
     sums, counts = [], []
     for tokens in batch.responses:
         inside = bins_of(kind, len(tokens)) == number
@@ -47,10 +47,10 @@ def ratio_interval(batch: Batch, kind: str, number: int) -> tuple[float, float]:
 
 
 @given(LENGTHS)
-def test_means_and_intervals_are_those_of_plain_loops(lengths):
+def test_means_and_intervals_equal_plain_loops(lengths):
     batch = random_batch(lengths)
-    numbers = PositionStats.of(batch, weighed(batch))
-    for kind in ("whole", "relative", "position"):
+    numbers = PositionStats.of(batch, iw_opd_weights(batch))
+    for kind in ("overall", "relative", "position"):
         sums = getattr(numbers, kind)
         assert sums.tokens_P.sum() == sum(lengths)
         for number in np.flatnonzero(sums.tokens_P):
@@ -63,72 +63,77 @@ def test_means_and_intervals_are_those_of_plain_loops(lengths):
 
 
 @given(LENGTHS, LENGTHS)
-def test_two_batches_merged_are_one(first, second):
+def test_merged_batches_equal_one_batch(first, second):
     lengths = [*first, *second]
     whole = random_batch(lengths)
     parts = Batch(whole.responses[: len(first)]), Batch(whole.responses[len(first) :], len(first))
     merged = PositionStats()
     for part in parts:
-        merged.merge(PositionStats.of(part, weighed(part)))
-    once = PositionStats.of(whole, weighed(whole))
+        merged.merge(PositionStats.of(part, iw_opd_weights(part)))
+    once = PositionStats.of(whole, iw_opd_weights(whole))
     assert (merged.responses, merged.tokens) == (once.responses, once.tokens)
-    for kind in ("whole", "relative", "position"):
+    for kind in ("overall", "relative", "position"):
         for name, sums in getattr(once, kind).values.items():
             np.testing.assert_allclose(getattr(merged, kind).values[name], sums, rtol=1e-9, atol=1e-9)
-    for name, sums in once.shares.signals.items():
-        np.testing.assert_allclose(merged.shares.signals[name], sums, atol=1e-9)
-    np.testing.assert_allclose(merged.shares.moments["iw_opd"], once.shares.moments["iw_opd"])
+    for name, sums in once.profile.signals.items():
+        np.testing.assert_allclose(merged.profile.signals[name], sums, atol=1e-9)
+    np.testing.assert_allclose(merged.profile.moments["iw_opd"], once.profile.moments["iw_opd"])
 
 
 @given(LENGTHS, st.integers(0, 3 * GROUPS))
-def test_shares_keep_the_sum_and_the_groups(lengths, first):
+def test_profile_keeps_sums_and_groups(lengths, first):
     batch = random_batch(lengths, first)
-    shares = PositionStats.of(batch, weighed(batch)).shares
+    profile = PositionStats.of(batch, iw_opd_weights(batch)).profile
     totals = [np.abs(tokens.advantage_T).sum() for tokens in batch.responses]
-    assert shares.responses_G.sum() == len(lengths)
+    assert profile.responses_G.sum() == len(lengths)
     for number, total in enumerate(totals):
-        assert shares.signals["signal"][(first + number) % GROUPS].sum() == pytest.approx(total)
-        assert shares.tokens_G[(first + number) % GROUPS] == lengths[number]
+        assert profile.signals["signal"][(first + number) % GROUPS].sum() == pytest.approx(total)
+        assert profile.tokens_G[(first + number) % GROUPS] == lengths[number]
 
 
 @given(st.integers(1, 300))
-def test_a_flat_response_of_any_length_is_flat(length):
+def test_uniform_response_has_a_uniform_profile(length):
     batch = Batch([response(np.ones(length))])
     np.testing.assert_allclose(batch.by_percent(np.ones(length)), length / PERCENT, rtol=1e-9)
 
 
-def test_a_token_that_is_cut_counts_in_parts():
-    # three tokens of 1, 2 and 3: the first 30 % hold 0.9 of the first one
+def test_token_is_divided_among_bins():
+    # three tokens with values 1, 2 and 3: the first 30% contain 0.9 of the first
     batch = Batch([response(np.array([1.0, 2.0, 3.0]))])
     percent = batch.by_percent(np.array([1.0, 2.0, 3.0]))[0]
     assert percent[:30].sum() == pytest.approx(0.9)
     assert percent[:50].sum() == pytest.approx(1 + 0.5 * 2)
 
 
-def test_unspent_is_what_iw_opd_multiplies_by_gamma():
+def test_profile_of_a_weight_is_that_of_the_weighted_signal():
     batch = random_batch([7, 0, 12])
-    shares = PositionStats.of(batch, weighed(batch)).shares
-    own = shares.signals["signal"] + 0.5 * shares.signals["unspent"]
-    np.testing.assert_allclose(shares.signals["iw_opd"], own, atol=1e-9)
+    profile = PositionStats.of(batch, iw_opd_weights(batch)).profile
+    weighted = []
+    for tokens in batch.responses:
+        signal_T = np.abs(tokens.advantage_T)
+        remaining_T = 1 - (np.cumsum(signal_T) - signal_T) / max(signal_T.sum(), 1e-9)
+        weighted.append((1 + 0.5 * remaining_T) * signal_T)
+    expected = batch.by_percent(np.concatenate(weighted))
+    np.testing.assert_allclose(profile.signals["iw_opd"][: len(expected)], expected, atol=1e-9)
 
 
-def test_the_interval_of_a_mean_holds_it_although_a_response_s_tokens_are_alike():
-    rng, held, by_token = np.random.default_rng(0), 0, 0
+def test_interval_of_a_mean_covers_it_if_tokens_are_correlated():
+    rng, covered, covered_by_token = np.random.default_rng(0), 0, 0
     for _ in range(300):
         levels = rng.exponential(size=40)
         batch = Batch([response(np.full(50, level)) for level in levels])
-        sums = PositionStats.of(batch, {}).whole
+        sums = PositionStats.of(batch, {}).overall
         mean, half = sums.mean("abs_advantage")[0], sums.half_width("abs_advantage")[0]
-        held += abs(mean - 1) <= half
-        by_token += abs(mean - 1) <= 1.96 * levels.std() / np.sqrt(40 * 50)
-    assert held / 300 > 0.9
-    assert by_token / 300 < 0.4  # what an interval over tokens would hold
+        covered += abs(mean - 1) <= half
+        covered_by_token += abs(mean - 1) <= 1.96 * levels.std() / np.sqrt(40 * 50)
+    assert covered / 300 > 0.9
+    assert covered_by_token / 300 < 0.4  # an interval with tokens as its unit
 
 
 @given(LENGTHS, st.integers(1, 60))
-def test_chunks_are_whole_responses_in_order_of_little_more_than_the_budget(lengths, budget):
+def test_split_keeps_responses_complete_and_in_order(lengths, budget):
     batch = random_batch(lengths)
-    parts = list(chunks(batch.responses, budget))
+    parts = list(split_by_tokens(batch.responses, budget))
     assert [tokens for part in parts for tokens in batch.responses[part]] == list(batch.responses)
     for part in parts:
         assert sum(lengths[part][1:]) < budget

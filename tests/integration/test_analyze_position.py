@@ -1,0 +1,149 @@
+"""analyze-position and run show as commands, on planted artifacts."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.commands import invoke
+from helpers.planted import plant, planted_run
+from helpers.reports import make_complete_report
+
+from opdctl.analysis import report
+from opdctl.runs.run import Run
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return planted_run(tmp_path / "run")
+
+
+# ── analyze-position ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_run_without_scores_is_rejected_with_the_next_command(run):
+    result = invoke("analyze-position", run.path)
+    assert (result.code, result.kind) == (1, "missing_input")
+    assert "opdctl rollout" in result.err
+
+
+def test_weights_that_cannot_be_shown_are_rejected(run):
+    plant(run, 0, [np.array([-1.0])])
+    result = invoke("analyze-position", run.path, "--weights", "linear_decai")
+    assert (result.code, result.kind, "did you mean `linear_decay`?" in result.err) == (2, "unknown_name", True)
+    result = invoke("analyze-position", run.path, "--weights", "fire")
+    assert (result.code, result.kind, "score.entropy = true" in result.err) == (4, "settings_mismatch", True)
+
+
+UNTESTABLE = {
+    "one response": [np.array([-1.0, -2.0, 0.5])],
+    "one token": [np.array([-1.0])],
+    "all of length 1": [np.array([-1.0])] * 30,
+    "an empty one among others": [np.zeros(0), np.array([-1.0])],
+    "all empty": [np.zeros(0)] * 3,
+    "no signal": [np.zeros(5)] * 30,
+}
+
+
+@pytest.mark.parametrize("advantages", UNTESTABLE.values(), ids=UNTESTABLE)
+def test_unusual_runs_give_a_report_without_a_test_of_bias(run, advantages):
+    plant(run, 0, advantages)
+    result = invoke("analyze-position", run.path, "--json")
+    assert result.code == 0, result.err
+    summary = result.json()["summary"]
+    assert summary["bias"]["direction"] == "unknown"
+    assert summary["phases"][0]["responses"] == len(advantages)
+    assert summary["bias"]["reason"] in " ".join(result.err.split())
+    page = re.sub(r"base64,[^\"]*", "", Path(result.json()["report"]).read_text())
+    assert summary["bias"]["reason"] in page
+    assert not re.search(r"\bnan\b|\binf\b", page + result.err)
+
+
+def test_skipped_steps_are_named(run):
+    plant(run, 0, [np.full(4, -1.0)] * 3)
+    plant(run, 1, [np.full(4, -9.0)] * 3)
+    run.score_stage(1, "teacher").manifest_path.unlink()
+    result = invoke("analyze-position", run.path, "--json")
+    assert result.code == 0
+    assert re.search(r"incomplete scores are skipped: 1\b", result.err)
+    assert result.json()["summary"]["steps"] == [0]
+    assert result.json()["summary"]["skipped"] == [1]
+    assert result.json()["summary"]["phases"][0]["abs_advantage"] == 1.0
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_corrupt_part_is_named_with_the_command_that_repairs_it(run, damage):
+    plant(run, 0, [np.full(4, -1.0)] * 3)
+    part = run.score_stage(0, "teacher").path / run.score_stage(0, "teacher").names[0]
+    if damage == "missing":
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    result = invoke("analyze-position", run.path)
+    assert (result.code, result.kind) == (3, {"missing": "corrupt_artifact", "changed": "checksum_mismatch"}[damage])
+    error = " ".join(result.err.split())
+    assert str(part) in error
+    assert f"opdctl score-teacher --output {run.path} --step 0 --only teacher" in error
+    assert ("opdctl run repair" in error) == (damage == "changed")
+    assert not (run.path / "analysis").exists()
+
+
+def test_dry_run_writes_nothing(run):
+    plant(run, 0, [np.array([-1.0])])
+    result = invoke("analyze-position", run.path, "--dry-run", "--json")
+    assert result.json()["steps"] == [0]
+    assert not (run.path / "analysis").exists()
+
+
+def test_terminal_shows_the_numbers_of_the_summary(run):
+    rng = np.random.default_rng(0)
+    plant(run, 0, [-rng.exponential(np.where(np.arange(100) < 30, 1.0, 3.0)) for _ in range(100)])
+    result = invoke("analyze-position", run.path, "--json")
+    bias, terminal = result.json()["summary"]["bias"], " ".join(result.err.split())
+    assert bias["direction"] == "late"
+    assert f"{bias['prefix_fraction']['value']:.1%}" in terminal
+    assert f"{bias['change_point']['position']['value']:.0%}" in terminal
+    assert bias["change_point"]["position"]["value"] == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def complete_report(tmp_path_factory) -> str:
+    return make_complete_report(tmp_path_factory.mktemp("report") / "run").read_text()
+
+
+def test_each_figure_has_a_caption_with_a_number(complete_report):
+    captions = re.findall(r"<figcaption><strong>(.*?)</strong> (.*?)</figcaption>", complete_report, re.DOTALL)
+    assert [title for title, _ in captions] == list(report.FIGURE_TITLES.values())
+    for _, caption in captions:
+        assert re.search(r"\d", caption)
+        assert "nan" not in caption
+
+
+def test_report_refers_to_no_other_file(complete_report):
+    assert "default-src 'none'" in complete_report
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", complete_report)
+    assert "<script" not in complete_report
+
+
+# ── run show ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("shade", ["signal", "weight"])
+def test_one_response_is_shown_with_its_numbers(run, shade):
+    plant(run, 0, [np.array([-1.0, -2.0]), np.array([-0.5])])
+    result = invoke("run", "show", run.path, "planted/00000/0", "--shade", shade, "--json")
+    assert result.code == 0
+    sample = result.json()
+    assert sample["advantage"] == [-1.0, -2.0]
+    assert sample["iw_opd gamma=1.0"] == pytest.approx([2.0, 1 + 2 / 3])
+    assert len(sample["tokens"]) == 2
+    assert "-2.000" in result.err
+
+
+@pytest.mark.parametrize("name", ["planted/00000/7", "planted/00003/0", "nonsense", "a/b/c"])
+def test_unknown_response_is_rejected_with_an_example(run, name):
+    plant(run, 0, [np.array([-1.0])])
+    result = invoke("run", "show", run.path, name)
+    assert (result.code, result.kind) == (2, "unknown_name")
+    assert name in result.err
+    assert "such as planted/00000/0" in result.err

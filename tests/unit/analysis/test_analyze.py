@@ -1,0 +1,167 @@
+"""analyze_run on planted artifacts: the planted numbers come back."""
+
+import numpy as np
+import pytest
+from helpers.planted import plant, planted_run
+
+from opdctl.analysis import analyze
+from opdctl.errors import OpdctlError
+from opdctl.registry import WEIGHTS
+from opdctl.runs.run import Run
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return planted_run(tmp_path / "run")
+
+
+# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_planted_numbers_come_back(run):
+    # two responses of ten tokens: |A| = 2 on the first three tokens, 0.5 on the others, A negative
+    advantage = np.array([-2.0] * 3 + [-0.5] * 7)
+    plant(run, 0, [advantage, advantage])
+    analysis = analyze.analyze_run(run)
+    (phase,) = analysis.summary()["phases"]
+    assert (phase["responses"], phase["tokens"]) == (2, 20)
+    assert phase["abs_advantage"] == phase["k1"] == pytest.approx(0.95)  # (6 + 3.5) / 10
+    assert phase["k3"] == pytest.approx((3 * (np.exp(-2) + 1) + 7 * (np.exp(-0.5) - 0.5)) / 10)
+    assert phase["prefix_fraction"]["value"] == pytest.approx(6 / 9.5)
+    position = analysis.phases[0].numbers.position
+    # gamma 1: w = 2 - F, and F is 6 / 9.5 before the fourth token
+    assert position.mean("iw_opd gamma=1.0")[[0, 3]].tolist() == pytest.approx([2.0, 2 - 6 / 9.5])
+    # log-probs of prefixes: -1 per token under the student, A more under the teacher
+    assert position.mean("student_prefix_logp").tolist() == pytest.approx(list(range(-1, -11, -1)))
+    assert position.mean("teacher_prefix_logp")[[2, 9]].tolist() == pytest.approx([-3 - 6, -10 - 9.5])
+    # prefix_ratio: exp(0.1 · Σ of A before), mean 1
+    ratio = np.exp(0.1 * (np.cumsum(advantage) - advantage))
+    np.testing.assert_allclose(position.mean("prefix_ratio alpha=0.1"), ratio / ratio.mean(), rtol=1e-6)
+
+
+def test_entropies_and_overlap_are_analyzed_if_stored(tmp_path):
+    run = planted_run(
+        tmp_path / "run", "rollout.entropy=true", "score.entropy=true", "rollout.top_k=2", "score.top_k=2"
+    )
+    top = np.zeros((2, 2), np.float32)
+    student = {"entropies": np.array([0.5, 1.5], np.float32), "top_ids": np.array([[3, 4], [3, 4]], np.int32)}
+    teacher = {"entropies": np.array([0.1, 0.3], np.float32), "top_ids": np.array([[4, 3], [5, 4]], np.int32)}
+    both = ({**student, "top_logprobs": top}, {**teacher, "top_logprobs": top})
+    plant(run, 0, [np.array([-1.0, -1.0])] * 2, student=both[0], teacher=both[1])
+    (phase,) = analyze.analyze_run(run).phases
+    mean = phase.numbers.position.mean
+    assert mean("student_entropy").tolist() == [0.5, 1.5]
+    assert mean("teacher_entropy").tolist() == pytest.approx([0.1, 0.3])
+    assert mean("top_k_overlap").tolist() == [1.0, 0.5]
+
+
+def test_relative_positions_are_fractions_of_the_length(run):
+    # responses of 2 and of 20 tokens: the first half of each has all the signal
+    plant(run, 0, [np.array([1.0, 0.0]), np.array([1.0] * 10 + [0.0] * 10)])
+    (phase,) = analyze.analyze_run(run).phases
+    assert phase.cumulative_signal()[50].value == pytest.approx(1.0)
+    assert phase.cumulative_signal()[25].value == pytest.approx(0.5)
+    assert phase.numbers.relative.mean("abs_advantage")[10:].tolist() == [0.0] * 10
+
+
+def test_first_and_last_steps_are_separate_phases(run):
+    for step in range(8):
+        plant(run, step, [np.full(10, -1.0 if step < 4 else -0.25)])
+    analysis = analyze.analyze_run(run)
+    first, last = analysis.summary()["phases"]
+    assert (first["phase"], last["phase"]) == ("steps 0–1", "steps 6–7")
+    assert (first["abs_advantage"], last["abs_advantage"]) == (1.0, 0.25)
+    assert [step.means["k1"].value for step in analysis.steps] == [1.0] * 4 + [0.25] * 4
+
+
+def test_numbers_do_not_depend_on_parts_and_batches(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    advantages = [rng.normal(size=n) for n in rng.integers(0, 30, 40)]
+    tables = []
+    for parts, budget in ((1, 10**6), (4, 50)):
+        run = planted_run(tmp_path / f"run-{parts}", f"rollout.num_parts={parts}", "rollout.prompts_per_step=16")
+        monkeypatch.setattr("opdctl.analysis.samples.CHUNK_TOKENS", budget)
+        monkeypatch.setattr(analyze, "CHUNK_TOKENS", budget)
+        plant(run, 0, advantages)
+        tables.append(analyze.analyze_run(run).tables())
+    for name in ("position", "relative", "cumulative_signal", "weights"):
+        for column, values in tables[0][name].items():
+            if isinstance(values[0], float):
+                np.testing.assert_allclose(values, tables[1][name][column], rtol=1e-9, atol=1e-12, err_msg=column)
+            else:
+                assert values == tables[1][name][column]
+
+
+# ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_recipe_weight_comes_first_and_others_can_be_chosen(run):
+    plant(run, 0, [np.array([-1.0, -2.0])] * 3)
+    assert list(analyze.chosen_weights(run)) == [
+        "iw_opd gamma=1.0",
+        "iw_opd",
+        "linear_decay",
+        *(f"prefix_ratio alpha={alpha}" for alpha in (0.02, 0.1, 0.5)),
+    ]
+    assert list(analyze.chosen_weights(run, ["suffix_only"])) == ["iw_opd gamma=1.0", "suffix_only"]
+    every = analyze.chosen_weights(run, ["all"])
+    assert {"uniform", "teacher_confidence", "prefix_curriculum"} < set(every)
+    assert not {"tip", "fire", "prune"} & set(every)  # they need columns that this run has not stored
+    table = analyze.analyze_run(run, ["prefix_only", "uniform"]).weight_table()
+    # the first of two tokens: half of the tokens have weight 1, so the effective sample size is a half
+    assert table["weight"] == ["iw_opd gamma=1.0", "prefix_only", "uniform"]
+    assert table["effective_sample_size"][1:] == pytest.approx([0.5, 1.0])
+    assert table["mean"][1:] == pytest.approx([0.5, 1.0])
+    # spread over half a response each, 0.6 of the first token's 1 nat is in the first 30%
+    assert table["prefix_fraction"][1:] == pytest.approx([0.6, 0.6 / 3])
+
+
+def test_weight_that_needs_the_full_step_gets_all_its_parts(tmp_path):
+    run = planted_run(tmp_path / "run", "rollout.num_parts=2", "weight.name=tip", "weight.top_k=0", "weight.rho=0.25")
+    entropies = {"entropies": np.zeros(2, np.float32)}
+    plant(run, 0, [np.array([-4.0, -3.0])] + [np.array([-0.5, -0.5])] * 3, student=entropies)
+    overall = analyze.analyze_run(run).all_steps.numbers.overall
+    assert overall.mean("tip rho=0.25 top_k=0").tolist() == [0.25]  # two of eight tokens, both in the first part
+
+
+def test_weight_named_like_a_quantity_does_not_replace_it(run, monkeypatch):
+    monkeypatch.setitem(WEIGHTS._factories, "signal", WEIGHTS.get("suffix_only"))
+    monkeypatch.setitem(WEIGHTS._sources, "signal", "")
+    plant(run, 0, [np.array([-3.0, -1.0])] * 30)
+    analysis = analyze.analyze_run(run, ["signal"])
+    assert analysis.weights == ["iw_opd gamma=1.0", "signal (weight)"]
+    assert analysis.bias.prefix_fraction.value == pytest.approx(0.6 * 3 / 4)
+
+
+def test_unknown_weight_is_rejected_with_the_nearest_name(run):
+    with pytest.raises(OpdctlError) as error:
+        analyze.chosen_weights(run, ["linear_decai"])
+    assert error.value.kind == "unknown_name"
+    assert "did you mean `linear_decay`?" in error.value.message
+
+
+def test_weight_without_its_columns_is_rejected_with_their_settings(run):
+    with pytest.raises(OpdctlError) as error:
+        analyze.chosen_weights(run, ["fire"])
+    assert error.value.kind == "settings_mismatch"
+    assert "`score.entropy = true`" in error.value.message
+
+
+# ── Incomplete runs ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_steps_with_incomplete_scores_are_skipped(run):
+    plant(run, 0, [np.full(4, -1.0)] * 3)
+    plant(run, 1, [np.full(4, -9.0)] * 3)
+    run.score_stage(1, "teacher").manifest_path.unlink()
+    assert analyze.scored_steps(run) == ([0], [1])
+    summary = analyze.analyze_run(run).summary()
+    assert (summary["steps"], summary["skipped"]) == ([0], [1])
+    assert summary["phases"][0]["abs_advantage"] == 1.0
+
+
+def test_run_without_scores_is_rejected(run):
+    with pytest.raises(OpdctlError) as error:
+        analyze.analyze_run(run)
+    assert error.value.kind == "missing_input"
+    assert run.next_command() in error.value.hint

@@ -1,0 +1,66 @@
+"""The sentences of the report contain the numbers that they are written from."""
+
+import numpy as np
+import pytest
+
+from opdctl.analysis import captions
+from opdctl.analysis.position_bias import ChangePoint, PositionBias
+from opdctl.analysis.position_sums import Batch, PositionStats
+from opdctl.analysis.results import Phase
+from opdctl.evaluation.stats import Estimate
+from opdctl.losses.token_weights import ResponseTokens
+
+FRACTION = Estimate(0.1589, 0.1439, 0.1739)
+
+
+def test_bias_sentence():
+    late = PositionBias("late", "", FRACTION, 2e-26, None)
+    assert captions.bias_sentence(late) == (
+        "The signal has a late position bias: the first 30% of a response contain 15.9% [14.4%, 17.4%] of the signal "
+        "(30% expected without a bias, p < 0.001)."
+    )
+    none = PositionBias("none found", "", FRACTION, 0.25, None)
+    assert captions.bias_sentence(none).startswith("No position bias found: ")
+    assert captions.bias_sentence(none).endswith("p = 0.250).")
+    assert captions.bias_sentence(PositionBias("unknown", "no signal")) == "Position bias not tested: no signal."
+
+
+def test_change_point_sentence():
+    change = ChangePoint(Estimate(0.89, 0.88, 0.9), 0.144, 0.463, 0.001)
+    text = captions.change_point_sentence(PositionBias("late", "", FRACTION, 0.0, change))
+    for number in ("89% [88%, 90%]", "0.144", "0.463", "prefix weight: 89%"):
+        assert number in text
+    assert captions.change_point_sentence(PositionBias("none found", "", FRACTION, 0.5)) == "No change point found."
+    assert captions.change_point_sentence(PositionBias("unknown", "no signal")) == ""
+
+
+@pytest.mark.parametrize(
+    ("advantage", "text"),
+    [
+        (np.zeros(0), "steps 0–1: 1 responses without tokens."),
+        (
+            np.array([-2.0] * 3 + [-0.5] * 7),
+            "steps 0–1: 1 responses, 10 tokens; mean |A| 0.9500 nats per token, reverse KL 0.9500; "
+            "the first 30% of the tokens contain 63.2% of the signal.",
+        ),
+        (
+            np.zeros(2),
+            "steps 0–1: 1 responses, 2 tokens; mean |A| 0.0000 nats per token, reverse KL 0.0000; no signal.",
+        ),
+    ],
+)
+def test_phase_sentence(advantage, text):
+    tokens = ResponseTokens(np.zeros(len(advantage)), advantage, advantage)
+    assert captions.phase_sentence(Phase("steps 0–1", PositionStats.of(Batch([tokens]), {}))) == text
+
+
+def test_continuations_sentence():
+    rows = [
+        {"model": model, "percent": percent, "accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05}
+        for model, accuracies in {"student": (0.1, 0.2, 0.3), "teacher": (0.9, 0.5, 0.15)}.items()
+        for percent, accuracy in zip((0, 50, 90), accuracies, strict=True)
+    ]
+    text = captions.continuations_sentence({"problems": 64, "student": "step-00000", "accuracy": rows})
+    assert "64 problems" in text
+    assert "student 10.0% [5.0%, 15.0%] after 0%, 30.0% [25.0%, 35.0%] after 90%" in text
+    assert "teacher 90.0% [85.0%, 95.0%] after 0%, 15.0% [10.0%, 20.0%] after 90%" in text

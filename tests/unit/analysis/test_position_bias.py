@@ -1,0 +1,119 @@
+"""The test of position bias on planted data: false positives, power, and the coverage of the intervals."""
+
+import numpy as np
+import pytest
+
+from opdctl.analysis.position_bias import (
+    BIAS_CONFIDENCE_LEVEL,
+    PositionBias,
+    assess_bias,
+    effective_sample_size,
+    find_change_point,
+)
+from opdctl.analysis.position_sums import Batch, PositionStats, SignalProfile
+from opdctl.losses.token_weights import ResponseTokens
+
+
+def profile_of(signals: list[np.ndarray]) -> SignalProfile:
+    """Return the profile of responses with these |A|."""
+    responses = [ResponseTokens(np.zeros(len(a)), -a, -a) for a in signals]
+    return PositionStats.of(Batch(responses), {}).profile
+
+
+def assess(signals: list[np.ndarray]) -> PositionBias:
+    return assess_bias(profile_of(signals))
+
+
+def lengths(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(5, 150, count)
+
+
+def even(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    return [rng.exponential(size=n) for n in lengths(rng, count)]
+
+
+def spiky(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """One token in ten has a signal, and a few of those have most of it."""
+    return [rng.lognormal(0, 2, n) * (rng.random(n) < 0.1) for n in lengths(rng, count)]
+
+
+def levels(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """The mean signal varies among responses and rises with their length."""
+    return [rng.exponential(size=n) * rng.lognormal(0, 1.5) * n for n in lengths(rng, count)]
+
+
+def correlated(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """Bursts of some twenty tokens."""
+    bursts = [np.convolve(rng.exponential(size=n + 19), np.ones(20), "valid") for n in lengths(rng, count)]
+    return [np.maximum(burst - 20, 0) for burst in bursts]
+
+
+@pytest.mark.parametrize("count", [20, 60, 700])
+@pytest.mark.parametrize("kind", [even, spiky, levels, correlated])
+def test_at_most_one_false_positive_in_twenty(kind, count):
+    rng, runs = np.random.default_rng(count), 300 if count < 700 else 60
+    results = [assess(kind(rng, count)) for _ in range(runs)]
+    assert sum(each.direction != "none found" for each in results) / runs <= 0.05
+    assert sum(each.change_point is not None for each in results) / runs <= 0.05
+
+
+@pytest.mark.parametrize(("late", "direction"), [(0.7, "early"), (1.5, "late")])
+def test_planted_bias_is_found(late, direction):
+    """|A| has mean 1 before 60% of the response and mean `late` after it."""
+    rng, true = np.random.default_rng(0), 0.3 / (0.6 + 0.4 * late)
+    results = []
+    for _ in range(60):
+        profiles = [np.where(np.arange(n) < 0.6 * n, 1.0, late) for n in rng.integers(2, 9, 150) * 20]
+        results.append(assess([rng.exponential(profile) for profile in profiles]))
+    assert all(each.direction == direction for each in results)
+    assert sum(each.prefix_fraction.low <= true <= each.prefix_fraction.high for each in results) >= 54
+    changes = [each.change_point for each in results]
+    assert sum(change.position.low <= 0.6 <= change.position.high for change in changes) >= 54
+    assert np.mean([change.position.value for change in changes]) == pytest.approx(0.6, abs=0.02)
+    assert np.mean([change.before for change in changes]) == pytest.approx(1.0, rel=0.02)
+    assert np.mean([change.after for change in changes]) == pytest.approx(late, rel=0.03)
+
+
+def test_interval_of_the_prefix_fraction_covers_it_if_the_signal_is_heavy_tailed():
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(300):
+        signals = [signal * np.where(np.arange(len(signal)) < 0.3 * len(signal), 1, 2) for signal in spiky(rng, 60)]
+        tokens = np.array([len(signal) for signal in signals])
+        prefix = np.ceil(0.3 * tokens)  # tokens with the lower signal; the last one may be divided
+        true = (0.3 * tokens).sum() / (prefix + 2 * (tokens - prefix)).sum()
+        fraction = assess(signals).prefix_fraction
+        covered += fraction.low <= true <= fraction.high
+    assert covered / 300 >= 0.92
+
+
+def test_interval_is_unbounded_if_one_response_has_most_of_the_signal():
+    signals = [np.ones(10)] * 19 + [np.array([1e6] + [0.0] * 9)]
+    bias = assess(signals)
+    assert (bias.direction, bias.prefix_fraction.low, bias.prefix_fraction.high) == ("none found", 0.0, 1.0)
+
+
+def test_uniform_signal_has_no_change_point():
+    uniform = profile_of([np.ones(50)] * 30)
+    nonempty = uniform.responses_G > 0
+    assert find_change_point(uniform.signals["signal"][nonempty], uniform.tokens_G[nonempty]) is None
+    assert assess_bias(uniform).direction == "none found"
+    assert assess_bias(uniform).p_value == 1.0
+    assert BIAS_CONFIDENCE_LEVEL > 0.95
+
+
+@pytest.mark.parametrize(
+    ("signals", "reason"),
+    [([np.zeros(5)] * 30, "no signal"), ([np.ones(5)] * 19, "19 responses"), ([np.ones(1)] * 30, "single token")],
+)
+def test_bias_is_unknown(signals, reason):
+    bias = assess(signals)
+    assert bias.direction == "unknown"
+    assert reason in bias.reason
+
+
+def test_effective_sample_size_by_hand():
+    # weights 1, 1, 1, 3 in two groups: (Σ w)² / (N Σ w²) = 36 / (4 · 12)
+    size = effective_sample_size(np.array([2.0, 2.0]), np.array([[2.0, 2.0], [4.0, 10.0]]))
+    assert size.value == pytest.approx(0.75)
+    assert size.low == pytest.approx(0.75)  # one of each group; twice the second group gives 0.8
+    assert size.high == pytest.approx(1.0)  # the first group twice

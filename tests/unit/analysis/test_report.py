@@ -1,0 +1,100 @@
+"""report.html from planted artifacts: escaping, long responses, numbers with their intervals."""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from helpers.planted import plant, planted_run
+
+from opdctl.analysis import analyze, captions, report, samples
+from opdctl.artifacts import files
+
+HOSTILE_TEXT = "</span><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\x1b[31m\u202e"
+
+
+def render(run) -> str:
+    """Return the page without drawing its figures."""
+    analysis = analyze.analyze_run(run)
+    return report.render_page(analysis, dict.fromkeys(captions.figure_captions(analysis), b"<svg/>"))
+
+
+def test_hostile_names_and_tokens_are_escaped(tmp_path, monkeypatch):
+    run = planted_run(tmp_path / "<script>alert(1)<")
+    plant(run, 0, [np.array([-1.0, -2.0])] * 3)
+    monkeypatch.setattr(samples, "token_decoder", lambda run: lambda ids: [HOSTILE_TEXT for _ in ids])
+    page = render(run)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert not {"\x1b", "\u202e"} & set(page)
+
+
+def test_long_response_is_shortened(tmp_path):
+    run = planted_run(tmp_path / "run")
+    plant(run, 0, [np.full(report.MAX_REPORT_TOKENS + 5, -1.0)] * 2)
+    page = render(run)
+    assert "… 5 more tokens" in page
+    assert page.count("data-n=") == report.MAX_REPORT_TOKENS  # of one response: median and greatest signal
+
+
+def test_tables_and_figures_are_written_in_both_formats(tmp_path):
+    run = planted_run(tmp_path / "run")
+    for step in range(2):
+        plant(run, step, [np.array([-1.0, -3.0]), np.array([-3.0])])
+    folder = run.path / "analysis"
+    written = report.write_report(folder, analyze.analyze_run(run))
+    assert {path.stem for path in (folder / "figures").glob("*.png")} == {
+        *("position", "cumulative_signal", "steps", "heatmap", "prefix_logp", "weights", "prefix_ratio"),
+        "one_response",
+    }
+    assert {str(path) for path in (folder / "figures").iterdir()} == set(written["figures"])
+    for path in map(Path, written["figures"]):
+        assert path.read_bytes().startswith({".png": b"\x89PNG\r", ".svg": b"<?xml"}[path.suffix])
+    for name in ("position", "relative", "cumulative_signal", "steps", "steps_relative", "weights"):
+        with (folder / "tables" / f"{name}.csv").open(newline="") as file:
+            rows = list(csv.reader(file))
+        table = pq.read_table(folder / "tables" / f"{name}.parquet")
+        assert rows[0] == table.column_names
+        assert len(rows) == table.num_rows + 1
+    rows = pq.read_table(folder / "tables" / "position.parquet").to_pylist()
+    assert [row["tokens"] for row in rows] == [2, 1, 2, 1]
+    assert rows[0]["abs_advantage"] == 2.0
+    assert rows[1]["abs_advantage_low"] is None  # a single response has no interval
+    assert files.read_json(folder / "summary.json") == written["summary"]
+
+
+def test_second_report_is_identical_and_replaces_the_first(tmp_path):
+    run = planted_run(tmp_path / "run")
+    plant(run, 0, [np.linspace(-1, 0, 10)] * 3)
+
+    def contents() -> dict[str, bytes]:
+        report.write_report(run.path / "analysis", analyze.analyze_run(run))
+        return {path.name: path.read_bytes() for path in (run.path / "analysis").rglob("*") if path.is_file()}
+
+    first = contents()
+    (run.path / "analysis" / "figures" / "old.png").write_bytes(b"")
+    assert contents() == first
+
+
+@pytest.mark.parametrize(
+    ("row", "cell"),
+    [
+        ({"x": 0.123456}, "0.1235"),
+        ({"x": 0.5, "x_low": 0.25, "x_high": 1.0}, "0.5 [0.25, 1]"),
+        ({"x": 0.5, "x_low": float("nan"), "x_high": float("nan")}, "0.5"),
+        ({"x": float("nan"), "x_low": 0.0, "x_high": 1.0}, "–"),
+        ({"x": None}, "–"),
+        ({"x": 3}, "3"),
+    ],
+)
+def test_cell_has_a_value_and_its_interval(row, cell):
+    assert report._format_cell(row, "x") == cell
+
+
+def test_report_uses_no_words_of_earlier_versions(tmp_path):
+    run = planted_run(tmp_path / "run")
+    plant(run, 0, [np.linspace(-1, 0, 10)] * 30)
+    text = re.sub(r"<style>.*?</style>|base64,[^\"]*|<pre>.*?</pre>", "", render(run), flags=re.DOTALL)
+    assert not re.search(r"\b(verdict|spent|unspent|drift|share|in the mean|whole)\b|\d %", text)

@@ -1,0 +1,61 @@
+"""Single responses: their text, their shades, and responses that do not exist."""
+
+import numpy as np
+import pytest
+from helpers.planted import plant, planted_run
+
+from opdctl.analysis import analyze, samples
+from opdctl.analysis.samples import Sample
+from opdctl.errors import OpdctlError
+from opdctl.losses.token_weights import ResponseTokens
+from opdctl.runs.run import Run
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return planted_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a b", "a b"), ("\n", "↵\n"), ("\x1b[31m", r"\x1b[31m"), ("\u202e", r"\u202e"), ("", "∅"), ("é🎉", "é🎉")],
+)
+def test_invisible_characters_are_shown(text, shown):
+    assert samples.printable(text) == shown
+
+
+def test_tokens_are_decoded_one_by_one(run):
+    ids = run.student.tokenizer("abc?x")["input_ids"]
+    assert samples.token_decoder(run)(ids) == list("abc?x")
+
+
+def test_ids_are_shown_without_a_tokenizer(run, tmp_path):
+    plant(run, 0, [np.array([-1.0, -2.0])] * 3)
+    (tmp_path / "empty").mkdir()
+    models = {**run.models, "student": type(run.student)(tmp_path / "empty", "float32")}
+    run = type(run)(run.recipe, run.path, models, run.digests)
+    assert analyze.analyze_run(run).samples[0].pieces == ["⟨3⟩", "⟨3⟩"]
+
+
+def test_shades_cover_the_range_of_all_samples():
+    a_T = np.linspace(-1, 0, 101)
+    sample = Sample("s", 0, "", ["x"] * 101, ResponseTokens(a_T, a_T, a_T), {"w": 1 - a_T}, "stop", None)
+    assert samples.shade_range([sample], "signal") == (0.0, pytest.approx(0.95))
+    assert samples.shade_range([sample], "weight") == (1.0, 2.0)
+    assert samples.shade_range([], "signal") == (0.0, 0.0)
+    np.testing.assert_allclose(sample.shade("signal", (0.0, 0.5))[[0, 75, 100]], [1.0, 0.5, 0.0])
+
+
+def test_representative_samples_have_the_median_and_the_greatest_signal(run):
+    plant(run, 0, [np.array([-3.0]), np.array([-1.0]), np.zeros(0), np.array([-2.0])])
+    assert samples.representative_ids(run, 0) == ["planted/00000/3", "planted/00000/0"]
+
+
+@pytest.mark.parametrize("name", ["planted/00000/7", "planted/00003/0", "nonsense", "a/b/c"])
+def test_unknown_sample_is_rejected_with_an_example(run, name):
+    plant(run, 0, [np.array([-1.0])])
+    with pytest.raises(OpdctlError) as error:
+        samples.load_sample(run, name, [0], analyze.chosen_weights(run))
+    assert error.value.kind == "unknown_name"
+    assert f"`{name}`" in error.value.message
+    assert "planted/00000/0" in error.value.hint
