@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers.commands import small_recipe
+from helpers.commands import Result, invoke, small_recipe
 
 from opdctl.artifacts import files, tables
 from opdctl.artifacts.records import GradedResponse
@@ -63,3 +63,21 @@ def change_protocol(directory: Path, **settings: Any) -> None:
     """Change the protocol in the summary of a planted evaluation."""
     path = directory / "summary.json"
     files.write_json(path, files.read_json(path) | {"protocol": PROTOCOL | settings})
+
+
+# ── A toy model, evaluated ────────────────────────────────────────────────────────────────────────────────
+
+TRANSFORMERS = ("rollout.engine=transformers", "student.dtype=float32", "eval.max_tokens=160")
+SHORT_EVAL = (*TRANSFORMERS, "eval.limit=6", "eval.samples=4", "eval.num_parts=3")
+
+
+def evaluate_toy(*args: object, settings: tuple[str, ...] = SHORT_EVAL) -> Result:
+    """Run `opdctl eval` on a toy model without a run: 6 problems, 4 samples each, in 3 parts."""
+    options = [word for setting in settings for word in ("--set", setting)]
+    return invoke("eval", "--model", "toy:student-spread", "--bench", "sort12", *options, *args)
+
+
+def evaluation_path(output: Path) -> Path:
+    """Return the directory of the only evaluation on sort12 in `output`."""
+    (path,) = (path for path in (output / "eval" / "sort12").iterdir() if path.is_dir())
+    return path
