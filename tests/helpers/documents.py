@@ -1,0 +1,23 @@
+"""The pages of the documentation, the code blocks in them, and the sections of a recipe that they describe."""
+
+import re
+import typing
+from pathlib import Path
+
+from helpers.commands import ROOT
+
+from opdctl.recipe.schema import Recipe, Section
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    """Return the content of the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def recipe_sections(section: type[Section] = Recipe) -> set[type[Section]]:
+    """Return a section of the recipe and all sections within it."""
+    kinds = [kind for f in section.model_fields.values() for kind in (f.annotation, *typing.get_args(f.annotation))]
+    inner = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)}
+    return {section}.union(*map(recipe_sections, inner))
