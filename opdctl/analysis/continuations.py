@@ -1,7 +1,7 @@
 """Continuations: teacher and student continue the student's own prefixes, and the complete answers are graded.
 
 The teacher's accuracy falls with the length of the prefix as far as the student's errors mislead it (arXiv 2606.22600,
-Figure 1b). Reads the prefixes of 0, 10 … 90 % of stored responses, writes Parquet parts of graded responses in one
+Figure 1b). Reads the prefixes of 0, 10 … 90% of stored responses, writes Parquet parts of graded responses in one
 directory for each model, then a summary.
 """
 
