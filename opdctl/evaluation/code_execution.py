@@ -193,7 +193,7 @@ def _check_sandbox() -> None:
     if not passed:
         raise OpdctlError(
             "missing_sandbox",
-            f"model-generated code cannot be isolated on this system, so none is run: {reason}",
-            hint="use Linux with user namespaces and the commands unshare and setpriv of util-linux; install Python where "
-            "the user nobody can read it if opdctl runs as root",
+            f"this system cannot isolate model-generated code: {reason}",
+            hint="use Linux with user namespaces and the commands unshare and setpriv of util-linux; as root, install "
+            "Python in a place that the user nobody can read",
         )
