@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from opdctl.artifacts import files
 from opdctl.cli.main import app
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import Recipe
@@ -68,6 +69,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file by relative path, without hidden files."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def rewrite_json(path: Path, **changes: object) -> None:
+    """Write other values into a JSON artifact, with a digest that fits them; `...` removes a key."""
+    value = {key: each for key, each in {**json.loads(path.read_text()), **changes}.items() if each is not ...}
+    value.pop("digest", None)
+    files.write_json(path, value)
 
 
 def artifacts(run: Path) -> dict[str, object]:

@@ -1,256 +1,276 @@
-"""A begun run under another recipe: what is said, what stays, in place and in a branch."""
+"""A started run with another recipe: what the refusal suggests, and what a fork makes of it."""
 
-import itertools
-import os
+import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from helpers.commands import QUICKSTART, invoke, sets
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers.commands import artifacts, contents, invoke
 
-from opdctl.artifacts import files
-from opdctl.artifacts.stage_dir import changed_settings
 from opdctl.errors import ExitCode
-from opdctl.recipe.dependencies import as_overrides, describe_changes
 from opdctl.recipe.load import load_recipe
-from opdctl.runs.run import load_run
+from opdctl.runs.run import Run
 
 GAMMA = ("--set", "weight.gamma=0.7")
 
 
 @pytest.fixture(scope="module")
-def two_steps(tmp_path_factory) -> Path:
-    """A run of three steps, of which two are done, and of the third the responses and their scores."""
-    path = tmp_path_factory.mktemp("two-steps") / "run"
-    assert invoke("train", "--recipe", QUICKSTART, *sets(), "--output", path).code == 0
+def two_steps(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, of which two are done, with the responses and the scores of the third."""
+    path = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("two-steps") / "run"))
     for stage in ("rollout", "score-teacher"):
-        result = invoke(stage, "--output", path, "--set", "train.steps=3")
+        result = invoke(stage, "--output", path, "--set", "train.steps=3", "--set", "eval.every_steps=0")
         assert result.code == 0, result.err
     return path
 
 
 @pytest.fixture
-def run(two_steps, tmp_path) -> Path:
+def run(two_steps: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(two_steps, tmp_path / "run"))
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+def train(path: Path, *options: str) -> Path:
+    result = invoke("train", "--output", path, *options)
+    assert result.code == 0, result.err
+    return path
+
+
+def fork(run: Path, new: Path, *overrides: str) -> Path:
+    result = invoke("run", "fork", run, new, *(word for each in overrides for word in ("--set", each)))
+    assert result.code == 0, result.err
+    return new
+
+
+def train_by_hand(run: Path, path: Path, *overrides: str) -> Path:
+    """Train on from a copy of a run whose recipe is replaced by hand: the reference of a fork."""
+    shutil.copytree(run, path)
+    recipe = load_recipe([path / "recipe.toml"], overrides)
+    (path / "recipe.toml").write_text(recipe.to_toml())
+    return train(path)
+
+
+def weights(run: Path, step: int) -> bytes:
+    return (run / f"student/step-{step:05d}/model.safetensors").read_bytes()
+
+
+# ── The refusal ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("command", ["train", "rollout", "score-teacher"])
+def test_other_recipe_is_refused_with_what_a_fork_reuses(run: Path, command: str) -> None:
+    before = contents(run)
+    result = invoke(command, "--output", run, *GAMMA)
+    assert (result.code, result.kind, result.out) == (ExitCode.RECIPE_MISMATCH, "recipe_mismatch", "")
+    assert "weight.gamma 0.5 → 0.7 affects updates" in result.err
+    assert "rollouts of 1 steps and scores of 1 steps" in result.err
+    assert f"`opdctl run fork {run} NEW_RUN_DIR --set weight.gamma=0.7`" in result.err
+    assert contents(run) == before
+
+
+def test_the_suggested_commands_work(run: Path, tmp_path: Path) -> None:
+    refused = invoke("train", "--output", run, *GAMMA)
+    commands = [line.split("`")[1].split() for line in refused.err.splitlines() if "`opdctl" in line]
+    assert [command[1] for command in commands] == ["train", "run"]
+    for command in commands:
+        words = [str(tmp_path / "fork") if word == "NEW_RUN_DIR" else word for word in command[1:]]
+        result = invoke(*words)
+        assert result.code == 0, result.err
+    assert Run.load(tmp_path / "fork").recipe.weight.gamma == 0.7
+    assert Run.load(run).current_step() == 3
+
+
+# ── The fork ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("key", "old", "new", "said"),
+    ("override", "sampled", "scored"),
     [
-        ("weight.gamma", 0.5, 0.7, "weight.gamma 0.5 → 0.7 affects updates; rollouts and scores can be reused"),
-        ("score.top_k", 0, 4, "score.top_k 0 → 4 affects scores; rollouts can be reused"),
-        ("rollout.max_tokens", 9, 8, "rollout.max_tokens 9 → 8 affects rollouts and continuations"),
-        ("seed", 0, 1, "seed 0 → 1 affects prompts, rollouts, updates, eval and continuations"),
+        ("weight.gamma=0.7", 0, 0),
+        ("train.learning_rate=0.002", 0, 0),
+        ("score.entropy=true", 0, 2),
+        ("rollout.max_tokens=30", 2, 2),
+        ("rollout.num_parts=4", 4, 4),
     ],
 )
-def test_a_change_is_told_by_what_it_shapes(key, old, new, said):
-    assert describe_changes([(key, old, new)]) == said
+def test_student_of_a_fork_is_that_of_a_recipe_written_by_hand(
+    run: Path, tmp_path: Path, override: str, sampled: int, scored: int
+) -> None:
+    before = contents(run)
+    path = fork(run, tmp_path / "fork", override)
+    for command, parts in (("rollout", sampled), ("score-teacher", scored)):
+        result = invoke(command, "--output", path, "--json")
+        assert result.json()["parts_made"] == parts, result.err
+    train(path)
+    by_hand = tmp_path / "by-hand"
+    shutil.copytree(run, by_hand)
+    for name in [*(["rollout"] if sampled else []), *(["teacher"] if scored else [])]:
+        shutil.rmtree(by_hand / "step-00002" / name)
+    for step in ("step-00000", "step-00001"):  # with another recipe their stages would be refused
+        for name in ("rollout", "teacher"):
+            shutil.rmtree(by_hand / step / name)
+    recipe = load_recipe([by_hand / "recipe.toml"], [override])
+    (by_hand / "recipe.toml").write_text(recipe.to_toml())
+    train(by_hand)
+    assert weights(path, 3) == weights(by_hand, 3)
+    assert contents(run) == before
+    assert (weights(path, 3) == weights(train(run), 3)) == (override == "score.entropy=true")  # which the loss ignores
 
 
-def test_another_recipe_is_refused_with_what_stays_valid_and_the_ways_on(run):
-    result = invoke("train", "--recipe", QUICKSTART, *sets("train.steps=3", "weight.gamma=0.7"), "--output", run)
-    assert result.code == ExitCode.RECIPE_MISMATCH
-    said = " ".join(result.err.split())
-    assert "weight.gamma 0.5 → 0.7 affects updates; rollouts and scores can be reused" in said
-    assert "3 steps of rollouts and 3 steps of scores stay valid" in said
-    assert f"`opdctl train --output {run}` goes on under the recorded recipe" in said
-    assert f"`opdctl change {run} --set weight.gamma=0.7` goes on from step 2 under the new one" in said
-    assert "--branch NEW_RUN_DIR` does so in a run directory of its own" in said
-    assert f"removing {run}, starts over" in said
+def test_run_is_unchanged_and_continues_with_its_recipe(run: Path, tmp_path: Path) -> None:
+    before, path = contents(run), tmp_path / "fork"
+    result = invoke("run", "fork", run, path, *GAMMA, "--json")
+    assert result.code == 0, result.err
+    assert contents(run) == before
+    report = result.json()
+    assert (report["run_dir"], report["step"]) == (str(path), 2)
+    assert report["changes"] == [{"key": "weight.gamma", "old": 0.5, "new": 0.7}]
+    assert all((path / name).exists() for name in report["reused"])
+    train(path)
+    assert contents(run) == before
+    train(run)
+    gammas = [Run.load(each).update(2)["settings"]["weight.gamma"] for each in (path, run)]
+    assert gammas == [0.7, 0.5]
+    for each in (path, run):
+        assert invoke("status", each, "--verify").code == 0
+    assert weights(path, 2) == weights(run, 2)
+    assert weights(path, 3) != weights(run, 3)
 
 
-def test_the_commands_that_the_refusal_names_run(run, tmp_path):
-    refused = invoke("train", "--output", run, *GAMMA)
-    commands = [line.split("`")[1].split() for line in refused.err.splitlines() if "`opdctl change" in line]
-    in_place, branched = (command[1:] for command in commands)
-    branched[-1] = str(tmp_path / "branch")
-    for command in (branched, in_place):
-        result = invoke(*command)
+def test_every_command_works_on_a_fork(run: Path, tmp_path: Path) -> None:
+    path = fork(run, tmp_path / "fork", "weight.gamma=0.7", "eval.every_steps=1")
+    status = invoke("status", path, "--json").json()
+    assert (status["start_step"], status["steps_done"], status["steps"]) == (2, 2, 3)
+    assert status["forked_from"] == {"run_dir": str(run), "step": 2}
+    assert status["next"] == f"opdctl train --output {path}"
+    train(path)
+    assert [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()] == [2]
+    shown = invoke("status", path, "--verify", "--json")
+    assert shown.code == 0, shown.err
+    assert "forked from" in shown.err
+    assert {each["model"] for each in shown.json()["summaries"]} == {"step-00002", "step-00003", "teacher"}
+    for command in (["eval", "--run", path, "--step", 2], ["eval", "--run", path], ["analyze-position", path]):
+        result = invoke(*command, "--json")
         assert result.code == 0, result.err
+    for command in ("rollout", "score-teacher", "train"):
+        result = invoke(command, "--output", path)
+        assert (result.code, "nothing to do" in result.err) == (0, True), result.err
+    sample = Run.load(path).samples(2)[0][0]
+    assert invoke("run", "show", path, sample).code == 0
+    compared = invoke("compare", run, path, "--json")
+    assert compared.code == 0, compared.err
+    assert invoke("run", "repair", path).code == 0
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_step_outside_a_fork_is_refused(run: Path, tmp_path: Path, step: int) -> None:
+    path = fork(run, tmp_path / "fork", "weight.gamma=0.7")
+    for command in ("rollout", "score-teacher", *(["eval"] if step else [])):  # student 0 is the model before training
+        result = invoke(command, "--output", path, "--step", step)
+        assert result.code == ExitCode.USAGE, result.err
+        assert result.kind in ("invalid_usage", "missing_checkpoint")
+
+
+def test_fork_of_a_fork(run: Path, tmp_path: Path) -> None:
+    one = train(fork(run, tmp_path / "one", "weight.gamma=0.7"))
+    train(one, "--set", "train.steps=4")
+    two = train(fork(one, tmp_path / "two", "weight.gamma=0.9", "train.steps=5"))
+    fork_of_one = Run.load(two)
+    assert (fork_of_one.start_step, fork_of_one.current_step()) == (4, 5)
+    assert fork_of_one.forked_from is not None
+    assert fork_of_one.forked_from["run_dir"] == str(one)
+    assert weights(two, 4) == weights(one, 4)
+    three = train(fork(fork(run, tmp_path / "untrained", "weight.gamma=0.7"), tmp_path / "three", "weight.gamma=0.5"))
+    assert weights(three, 3) == weights(train(run), 3)  # back to the first recipe
+    for path in (one, two, three):
+        assert invoke("status", path, "--verify").code == 0
+
+
+def test_fork_at_step_0_is_a_run_of_the_new_recipe(finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    for name in ("student", "trainer", "eval", "step-00001", "step-00000/update.json", "metrics.jsonl"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path = fork(run, tmp_path / "fork", "weight.gamma=0.7")
+    result = invoke("rollout", "--output", path, "--json")
+    assert result.json()["parts_made"] == 0
+    train(path)
+    train_by_hand(run, tmp_path / "by-hand", "weight.gamma=0.7")
+    assert artifacts(path) == artifacts(tmp_path / "by-hand")
+    assert invoke("status", path, "--verify").code == 0
+
+
+def test_fork_of_a_run_that_samples_ahead(finished_run: Path, tmp_path: Path) -> None:
+    """The responses of step 2 are of policy version 1, which the fork at step 2 does not have."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    shutil.rmtree(run / "student/step-00002")
+    shutil.rmtree(run / "trainer/step-00002")
+    (run / "step-00001/update.json").unlink()
+    ahead = ("--set", "pipeline.max_staleness=1", "--set", "train.steps=3", "--set", "eval.every_steps=0")
+    for command in ("rollout", "score-teacher"):
+        assert invoke(command, "--output", run, "--step", 2, *ahead).code == 0
+    train(run, "--no-fill", "--set", "train.steps=2")
+    assert Run.load(run).policy_version(2) == 1
+    path = fork(run, tmp_path / "fork", "weight.gamma=0.7", "train.steps=3")
+    assert not (path / "step-00002").exists()
+    train(path)
+    assert Run.load(path).policy_version(2) == 2
+    assert invoke("status", path, "--verify").code == 0
+
+
+def test_fork_writes_a_lost_student_again(run: Path, tmp_path: Path) -> None:
+    path = train(fork(run, tmp_path / "fork", "weight.gamma=0.7"))
+    before = contents(path / "student/step-00003")
+    shutil.rmtree(path / "student/step-00003")
+    assert invoke("status", path, "--json").json()["next"] == f"opdctl train --output {path}"
+    train(path)
+    assert contents(path / "student/step-00003") == before
+
+
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("override", ["seed=1", "lora.rank=2", "teacher.dtype=bfloat16", "prompts.limit=16"])
-def test_what_a_run_is_begun_with_for_good_is_not_changed(run, override):
+def test_immutable_settings_are_refused(run: Path, tmp_path: Path, override: str) -> None:
     refused = invoke("train", "--output", run, "--set", override)
-    assert refused.code == ExitCode.RECIPE_MISMATCH
-    assert "opdctl change" not in refused.err
-    result = invoke("change", run, "--set", override)
-    assert result.code == ExitCode.USAGE
-    assert "a run is begun with these for good" in result.err
+    assert (refused.code, refused.kind) == (ExitCode.RECIPE_MISMATCH, "recipe_mismatch")
+    assert "run fork" not in refused.err
+    result = invoke("run", "fork", run, tmp_path / "fork", "--set", override)
+    assert (result.code, result.kind) == (ExitCode.USAGE, "immutable_setting")
+    assert not (tmp_path / "fork").exists()
 
 
-def test_a_changed_run_goes_on_and_all_that_was_made_before_still_verifies(run):
-    before = contents(run)
-    assert invoke("change", run, *GAMMA).code == 0
-    after = contents(run)
-    assert after.pop("recipe-before-00002.toml") == before["recipe.toml"]
-    assert {name for name in before if after[name] != before[name]} == {"recipe.toml"}
-    status = invoke("status", run, "--verify", "--json")
-    assert status.code == 0, status.err
-    assert status.json()["changes"] == [{"step": 2, "settings": ["weight.gamma 0.5 → 0.7"]}]
-    result = invoke("train", "--output", run)
-    assert result.code == 0, result.err
-    assert invoke("status", run, "--verify").code == 0
-    updates = [load_run(run).update(step)["settings"]["weight.gamma"] for step in range(3)]
-    assert updates == [0.5, 0.5, 0.7]
-
-
-def test_the_update_after_a_change_is_that_of_the_new_recipe(run, two_steps):
-    """By another way: the same state and scores under a recipe that was written by hand."""
-    assert invoke("change", run, *GAMMA).code == 0
-    assert invoke("train", "--output", run).code == 0
-    by_hand = run.parent / "by-hand"
-    shutil.copytree(two_steps, by_hand)
-    recipe = load_recipe([by_hand / "recipe.toml"], [GAMMA[1]])
-    (by_hand / "recipe.toml").write_text(recipe.to_toml())
-    assert invoke("train", "--output", by_hand).code == 0
-    student = "student/step-00003/model.safetensors"
-    assert (run / student).read_bytes() == (by_hand / student).read_bytes()
-    assert (run / "step-00002/rollout/manifest.json").read_bytes() == (
-        two_steps / "step-00002/rollout/manifest.json"
-    ).read_bytes()
+def test_fork_requires_the_trainer_state_and_names_the_command_that_writes_one(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "trainer")
+    result = invoke("run", "fork", run, tmp_path / "fork", *GAMMA)
+    assert (result.code, result.kind) == (ExitCode.USAGE, "missing_checkpoint")
+    command = next(line for line in result.err.splitlines() if line.startswith("hint")).split("`")[1].split()
+    assert invoke(*command[1:]).code == 0
+    fork(run, tmp_path / "fork", "weight.gamma=0.7")
+    assert Run.load(tmp_path / "fork").start_step == 3
 
 
 @pytest.mark.parametrize(
-    ("override", "dropped"), [("rollout.num_parts=4", ["rollout", "teacher"]), ("score.entropy=true", ["teacher"])]
+    ("arguments", "kind"),
+    [
+        (["run", "fork", "--set", "train.steps=9"], "invalid_usage"),
+        (["run", "fork"], "invalid_usage"),
+        (["run", "."], "unusable_output"),
+        (["run", "fork", "--set", "weight.gama=1"], "invalid_recipe"),
+        (["nowhere", "fork", *GAMMA], "missing_run"),
+    ],
+    ids=str,
 )
-def test_only_what_a_change_shapes_of_the_step_in_work_is_dropped(run, override, dropped):
-    dry = invoke("change", run, "--set", override, "--dry-run", "--json")
-    assert dry.json()["dropped"] == [str(run / "step-00002" / name) for name in dropped]
-    before = contents(run)
-    assert invoke("change", run, "--set", override).code == 0
-    gone = before.keys() - contents(run).keys()
-    assert {Path(name).parent for name in gone} == {Path("step-00002") / name for name in dropped}
-    assert invoke("train", "--output", run).code == 0
-    assert invoke("status", run, "--verify").code == 0
-
-
-def test_a_branch_shares_the_files_and_leaves_the_run_as_it_is(run, tmp_path):
-    before, new = contents(run), tmp_path / "branch"
-    result = invoke("change", run, *GAMMA, "--branch", new)
-    assert result.code == 0, result.err
-    assert contents(run) == before
-    part = "step-00000/rollout/part-00000-of-00002.parquet"
-    assert os.path.samefile(run / part, new / part)
-    for path, gamma in ((new, 0.7), (run, 0.5)):
-        assert invoke("train", "--output", path).code == 0
-        assert invoke("status", path, "--verify").code == 0
-        assert load_run(path).update(2)["settings"]["weight.gamma"] == gamma
-        assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
-    assert files.read_json(new / "run.json")["forked_from"] == str(run)
-
-
-def test_two_changes_and_a_step_that_is_made_again_under_its_own_recipe(run):
-    assert invoke("change", run, "--set", "rollout.num_parts=4", "--set", "train.keep_latest=9").code == 0
-    assert invoke("train", "--output", run).code == 0
-    assert invoke("change", run, "--set", "train.steps=4", "--set", "rollout.max_tokens=80").code == 0
-    assert invoke("train", "--output", run).code == 0
-    opened = load_run(run)
-    assert [len(opened.rollout(step).names) for step in range(4)] == [2, 2, 4, 4]
-    assert [opened.at(step).recipe.rollout.max_tokens for step in range(4)] == [160, 160, 160, 80]
-    path = opened.rollout(2).verify(3)
-    whole = path.read_bytes()
-    path.unlink()
-    assert invoke("rollout", "--step", 2, "--repair", "--output", run).code == 0
-    assert path.read_bytes() == whole
-    assert invoke("status", run, "--verify").code == 0
-
-
-def test_a_change_wants_the_state_that_training_goes_on_from(tmp_path):
-    run = tmp_path / "run"
-    overrides = sets("train.steps=5", "train.save_every_steps=2")
-    assert invoke("train", "--recipe", QUICKSTART, *sets("train.steps=1"), "--output", run).code == 0
-    shutil.rmtree(run / "trainer/step-00001")
-    result = invoke("change", run, *overrides, *GAMMA)
-    assert result.code == ExitCode.RECIPE_MISMATCH
-    assert "was not saved" in result.err
-    assert "--set train.steps=2`" in result.err
-
-
-def test_nothing_to_change_is_said(run):
-    result = invoke("change", run, "--set", "train.steps=9")
-    assert result.code == ExitCode.USAGE
-    assert "nothing to record" in result.err
-
-
-def test_a_branch_into_what_is_there_is_refused(run):
-    result = invoke("change", run, *GAMMA, "--branch", run.parent)
-    assert result.code == ExitCode.USAGE
-    assert "is there already" in result.err
-    assert run.exists()
-
-
-settings = st.fixed_dictionaries(
-    {},
-    optional={
-        "weight.name": st.sampled_from(["uniform", "iw_opd", "prefix_ratio"]),
-        "train.learning_rate": st.floats(1e-6, 1e-2),
-        "train.betas": st.lists(st.floats(0, 0.99), min_size=2, max_size=2),
-        "rollout.max_tokens": st.integers(1, 999),
-        "score.entropy": st.booleans(),
-        "objective.name": st.sampled_from(["policy_gradient", "power", "sampled_kl"]),
-        "plugins": st.just([]),
-    },
-)
-
-
-@given(settings)
-def test_the_overrides_that_are_named_make_the_recipe_that_was_asked_for(given_settings):
-    begun = load_recipe([QUICKSTART])
-    asked = load_recipe([QUICKSTART], [f"{key}={_toml(value)}" for key, value in given_settings.items()])
-    overrides = as_overrides(changed_settings(begun.flat(), asked.flat()))
-    assert overrides is not None
-    assert load_recipe([QUICKSTART], overrides) == asked
-
-
-def _toml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-CHANGES = ("replace", "rename", "unlink", "rmdir", "link")
-
-
-def killed_at(moment: int, command: tuple[str, ...]) -> bool:
-    """Run a command in a forked process that is killed just before its change of a folder of that number; whether it
-    came to that."""
-    child = os.fork()
-    if child == 0:
-        count = itertools.count()
-
-        def counted(call):
-            def change(*arguments, **options):
-                if next(count) == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*arguments, **options)
-
-            return change
-
-        for name in CHANGES:
-            setattr(os, name, counted(getattr(os, name)))
-        os._exit(invoke(*command).code)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.parametrize(("branch", "folder", "stride"), [((), "run", 1), (("--branch", "branch"), "branch", 9)])
-def test_killed_before_any_of_its_changes_and_called_again_it_ends_the_same(
-    run, two_steps, tmp_path, branch, folder, stride, monkeypatch
-):
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_fork_that_makes_no_sense_is_refused(run: Path, tmp_path, monkeypatch, arguments, kind, dry) -> None:
     monkeypatch.chdir(tmp_path)
-    command, ends, killed = ("change", "run", "--set", "rollout.max_tokens=80", *branch), [], True
-    while killed:
-        for path in (run, tmp_path / "branch"):
-            shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(two_steps, run)
-        killed = killed_at(stride * len(ends), command)
-        again = invoke(*command)
-        assert again.code == 0 or "nothing to record" in again.err or "is there already" in again.err
-        ends.append({name: data for name, data in contents(tmp_path / folder).items() if "/." not in f"/{name}"})
-    assert len(ends) > 5
-    assert all(end == ends[-1] for end in ends)
+    result = invoke("run", "fork", *arguments, *(GAMMA if arguments == ["run", "."] else ()), *dry)
+    assert (result.code, result.kind, result.out) == (ExitCode.USAGE, kind, "")
+    assert not (tmp_path / "fork").exists()
+
+
+def test_dry_run_writes_nothing(run: Path, tmp_path: Path) -> None:
+    result = invoke("run", "fork", run, tmp_path / "fork", *GAMMA, "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert "nothing was written" in result.err
+    assert set(result.json()["reused"]) >= {"step-00002/rollout", "step-00002/teacher", "trainer/step-00002"}
+    assert not (tmp_path / "fork").exists()

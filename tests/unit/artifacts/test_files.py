@@ -50,9 +50,14 @@ def test_atomic_write_replaces_files_and_directories(tmp_path):
 def test_failed_write_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), files.atomic_write(path) as temporary:
-        temporary.write_text("new")
-        raise error
+
+    def write():
+        with files.atomic_write(path) as temporary:
+            temporary.write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 

@@ -1,0 +1,193 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opdctl.artifacts import files
+from opdctl.artifacts.versions import VERSIONS
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.recipe.schema import Model
+from opdctl.runs import open as opening
+from opdctl.runs.open import check_output_dir, find_model, open_run, resolve_auto_engines, standalone_eval_run
+
+
+def error_of(call) -> OpdctlError:
+    with pytest.raises(OpdctlError) as caught:
+        call()
+    return caught.value
+
+
+def names(path: Path) -> list[str]:
+    return sorted(each.name for each in path.iterdir())
+
+
+# ── Creation ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_new_run_records_models_prompts_and_libraries(small, tmp_path):
+    run = open_run(small(), tmp_path / "run")
+    assert names(run.path) == ["prompts.parquet", "recipe.toml", "run.json"]
+    record = files.read_json(run.path / "run.json")
+    assert (record["artifact"], record["version"]) == ("run", VERSIONS["run"])
+    assert set(record["models"]) == {"student", "teacher"}
+    assert record["models"]["student"]["digest"] == run.digests["student"] == run.student.digest()
+    assert (record["prompts"]["rows"], record["prompts"]["dropped"], record["prompts"]["source_sha256"]) == (
+        32,
+        0,
+        None,
+    )
+    assert len(run.prompts) == 32
+    assert set(record["libraries"]) >= {"opdctl", "torch", "transformers"}
+
+
+def test_two_workers_that_create_a_run_write_the_same_files(small, tmp_path):
+    created = {}
+    for name in ("one", "two"):
+        open_run(small(), tmp_path / name)
+        created[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    assert created["one"] == created["two"]
+
+
+def test_creation_resumes_after_a_kill(small, tmp_path):
+    open_run(small(), tmp_path / "run")
+    record = (tmp_path / "run/run.json").read_bytes()
+    for name in ("run.json", "prompts.parquet"):
+        (tmp_path / "run" / name).unlink()
+        open_run(small(), tmp_path / "run")
+    assert (tmp_path / "run/run.json").read_bytes() == record
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl"])
+def test_other_files_are_not_written_beside(small, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    error = error_of(lambda: check_output_dir(small(), tmp_path))
+    assert (error.kind, error.code) == ("unusable_output", ExitCode.USAGE)
+    assert str(tmp_path) in error.message
+    assert names(tmp_path) == [name]
+
+
+def test_recipe_of_another_run_is_not_overwritten(small, tmp_path):
+    (tmp_path / "recipe.toml").write_text(small("seed=1").to_toml())
+    assert error_of(lambda: check_output_dir(small(), tmp_path)).kind == "unusable_output"
+    check_output_dir(small("seed=1"), tmp_path)
+
+
+def test_file_as_output_is_refused(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert str(tmp_path / "file") in error_of(lambda path=path: check_output_dir(small(), path)).message
+
+
+def test_too_few_prompts_are_refused(small, tmp_path):
+    source = tmp_path / "mine.jsonl"
+    source.write_text(json.dumps({"prompt": "ab?"}))
+    error = error_of(lambda: open_run(small(f"prompts.source={source}"), tmp_path / "run"))
+    assert (error.kind, error.code) == ("invalid_data", ExitCode.BAD_DATA)
+    assert not (tmp_path / "run").exists()
+
+
+def test_top_k_beyond_the_vocabulary_is_refused(small, tmp_path):
+    error = error_of(lambda: open_run(small("rollout.top_k=56"), tmp_path / "run"))
+    assert error.kind == "unsupported_setting"
+    assert "rollout.top_k = 56" in error.message
+
+
+# ── Resumption ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_mutable_settings_are_recorded_unless_told_otherwise(small, tmp_path):
+    open_run(small(), tmp_path / "run")
+    for record, steps in ((False, 2), (True, 9)):
+        run = open_run(small("train.steps=9"), tmp_path / "run", record=record)
+        assert run.recipe.train.steps == 9
+        assert f"steps = {steps}" in (tmp_path / "run/recipe.toml").read_text()
+
+
+def test_other_recipe_is_refused_and_nothing_is_written(small, tmp_path):
+    open_run(small(), tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    error = error_of(lambda: open_run(small("weight.gamma=0.7"), tmp_path / "run"))
+    assert error.kind == "recipe_mismatch"
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.fixture
+def own_model(small, tmp_path):
+    """A run whose student is a private copy of the toy student: the copy and the recipe."""
+    model = Path(shutil.copytree(find_or_download(Model(model="toy:student"), "student.model"), tmp_path / "model"))
+    recipe = small(f"student.model={model}")
+    open_run(recipe, tmp_path / "run")
+    return model, recipe
+
+
+def test_changed_model_is_refused_only_if_it_is_needed(own_model, tmp_path):
+    model, recipe = own_model
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"more": 1}))
+    error = error_of(lambda: open_run(recipe, tmp_path / "run"))
+    assert (error.kind, error.code) == ("model_mismatch", ExitCode.RECIPE_MISMATCH)
+    assert str(model) in error.message
+    open_run(recipe, tmp_path / "run", needs=["teacher"])
+
+
+def test_unchanged_model_is_not_hashed_again(own_model, tmp_path, monkeypatch):
+    model, recipe = own_model
+
+    def fail(self):
+        raise AssertionError("hashed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelDir, "digest", fail)
+        open_run(recipe, tmp_path / "run")
+    (model / "config.json").touch()
+    open_run(recipe, tmp_path / "run")  # another modification time, the same content
+
+
+def test_removed_model_is_refused(own_model, tmp_path):
+    model, recipe = own_model
+    shutil.rmtree(model)
+    assert error_of(lambda: open_run(recipe, tmp_path / "run")).kind == "model_mismatch"
+
+
+def test_prompts_of_a_run_are_kept_when_their_file_changes_or_goes(small, tmp_path):
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("ab?", "ba?", "ca?")))
+    recipe = small(f"prompts.source={source}", "prompts.limit=3", "rollout.prompts_per_step=2", "rollout.num_parts=1")
+    open_run(recipe, tmp_path / "run")
+    source.write_text(json.dumps({"prompt": "other"}))
+    error = error_of(lambda: open_run(recipe, tmp_path / "run"))
+    assert (error.kind, error.code) == ("source_mismatch", ExitCode.RECIPE_MISMATCH)
+    assert str(source) in error.message
+    source.unlink()
+    assert len(open_run(recipe, tmp_path / "run").prompts) == 3
+
+
+# ── Models and engines ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("installed", "engine"), [(True, "vllm"), (False, "transformers")])
+def test_auto_engine_is_what_is_installed_and_then_what_the_run_recorded(
+    small, finished_run, tmp_path, monkeypatch, installed, engine
+):
+    monkeypatch.setattr(opening, "has_vllm", lambda: installed)
+    recipe = small("rollout.engine=auto", "score.engine=auto")
+    resolved = resolve_auto_engines(recipe, tmp_path / "run")
+    assert (resolved.rollout.engine, resolved.score.engine) == (engine, engine)
+    assert resolve_auto_engines(recipe, finished_run).rollout.engine == "transformers"
+
+
+def test_standalone_evaluation_has_no_models_of_a_run(small, tmp_path):
+    run = standalone_eval_run(small(), tmp_path)
+    assert (run.path, run.models, run.digests, run.prompts_digest) == (tmp_path, {}, {}, None)
+
+
+def test_remote_code_is_warned_of(capsys):
+    assert find_model(Model(model="toy:student", trust_remote_code=True), "--model").trust_remote_code
+    assert "trust_remote_code" in capsys.readouterr().err
+
+
+def test_student_that_is_its_own_teacher_is_warned_of(small, tmp_path, capsys):
+    open_run(small("teacher.model=toy:student"), tmp_path / "run")
+    assert "identical" in capsys.readouterr().err
