@@ -42,11 +42,20 @@ class RunStatus:
 
     @property
     def is_corrupt(self) -> bool:
-        return any(each.state == "corrupt" for each in (*self.stages, *self.continuations, *self.evaluations))
+        return bool(self._corrupt())
+
+    def _corrupt(self) -> list[StageStatus]:
+        return [each for each in (*self.stages, *self.continuations, *self.evaluations) if each.state == "corrupt"]
+
+    def _is_repairable(self, status: StageStatus) -> bool:
+        """Whether `run repair` can help: the rollout of a pruned student cannot be sampled again."""
+        if status.stage != "rollout" or status.step is None:
+            return True
+        return self.run.policy_version(status.step) in self.run.kept_steps()
 
     def next_command(self) -> str:
-        """Return the command to run next: the repair of what is corrupt, or the next stage."""
-        if self.is_corrupt and not self.run.is_newest_student_missing():
+        """Return the command to run next: the repair of what is corrupt and can be regenerated, or the next stage."""
+        if any(map(self._is_repairable, self._corrupt())) and not self.run.is_newest_student_missing():
             return f"opdctl run repair {shlex.quote(str(self.run.path))}"
         return self.run.next_command()
 

@@ -1,0 +1,126 @@
+"""Training with torchrun: several processes train the student of one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.commands import QUICKSTART, invoke, sets
+from helpers.training import SHORT, max_difference, train, weights
+
+# Three micro-batches or more: the ranks get several each, and one of them a filler.
+SETTINGS = (*SHORT, "train.steps=3", "train.tokens_per_micro_batch=160")
+LORA = ("lora.rank=4", "lora.alpha=8.0")
+
+
+def torchrun(output: Path, *overrides: str, processes: int = 2, check: bool = True) -> subprocess.CompletedProcess:
+    """Train with several processes, as a user would."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words = ["-m", "opdctl", "train", "--recipe", QUICKSTART, *sets(*overrides), "--output", output, "--json"]
+    done = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """Three steps by one process."""
+    path = tmp_path_factory.mktemp("one") / "run"
+    result = train(path, *SETTINGS)
+    assert result.code == 0, result.err
+    return path
+
+
+@pytest.fixture(scope="module")
+def fourth_step(one_process, tmp_path_factory) -> Path:
+    """The run of one process, with a fourth step."""
+    path = Path(shutil.copytree(one_process, tmp_path_factory.mktemp("fourth") / "run"))
+    assert train(path, *SETTINGS, "train.steps=4").code == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The same three steps by two processes, with their output."""
+    path = tmp_path_factory.mktemp("two") / "run"
+    return path, torchrun(path, *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def two_processes(launched) -> Path:
+    return launched[0]
+
+
+def test_two_processes_train_the_student_of_one(one_process, two_processes):
+    """After three steps no parameter differs by 1e-5: only the order of float32 sums differs."""
+    for step in (1, 2, 3):
+        assert max_difference(weights(one_process, step), weights(two_processes, step)) < 1e-5
+    assert max_difference(weights(one_process, 1), weights(one_process, 3)) > 1e-4
+
+
+def test_two_processes_report_the_metrics_of_one(one_process, two_processes):
+    expected, metrics = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one_process, two_processes)
+    )
+    assert len(expected) == len(metrics) == 3
+    for expected_step, step in zip(expected, metrics, strict=True):
+        assert expected_step.keys() == step.keys()
+        for name in step:
+            if not name.endswith(("_seconds", "_per_second", "_gib")):
+                assert step[name] == pytest.approx(expected_step[name], rel=1e-3, abs=1e-5), name
+
+
+def test_both_processes_save_shards_and_one_prints(launched):
+    path, done = launched
+    assert len(done.stdout.splitlines()) == 1
+    for step in (1, 2, 3):
+        assert done.stderr.count(f"step {step}/3") == 1
+    shards = [file.name[:11] for file in (path / "trainer/step-00003").iterdir()]
+    assert set(shards) == {"shard-00001", "shard-00002"}
+    assert invoke("status", path, "--verify").code == 0
+
+
+def test_one_process_resumes_a_run_of_two(two_processes, fourth_step, tmp_path):
+    run = Path(shutil.copytree(two_processes, tmp_path / "run"))
+    result = train(run, *SETTINGS, "train.steps=4")
+    assert result.code == 0, result.err
+    assert max_difference(weights(fourth_step, 4), weights(run, 4)) < 1e-5
+    assert all(path.name.startswith("shard-00001") for path in (run / "trainer/step-00004").iterdir())
+
+
+def test_two_processes_resume_a_run_of_one(one_process, fourth_step, tmp_path):
+    run = Path(shutil.copytree(one_process, tmp_path / "run"))
+    torchrun(run, *SETTINGS, "train.steps=4")
+    assert max_difference(weights(fourth_step, 4), weights(run, 4)) < 1e-5
+
+
+def test_failure_of_one_process_ends_both_and_is_reported_once(two_processes, tmp_path):
+    run = Path(shutil.copytree(two_processes, tmp_path / "run"))
+    student = run / "student/step-00003/model.safetensors"
+    student.write_bytes(student.read_bytes()[:-1])
+    done = torchrun(run, *SETTINGS, "train.steps=4", check=False)
+    assert done.returncode != 0
+    assert "student/step-00003" in done.stderr
+    assert done.stderr.count("Traceback (most recent call last)") == 1  # torchrun's own
+    assert not (run / "step-00003/update.json").exists()
+
+
+def test_error_before_training_is_reported_once(tmp_path):
+    done = torchrun(tmp_path / "run", "student.model=toy:nobody", check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("toy:nobody") == 1
+
+
+def test_cpu_offload_trains_the_same_student(one_process, tmp_path):
+    """With torchrun, since it creates a process group."""
+    torchrun(tmp_path / "run", *SETTINGS, "train.cpu_offload=true", processes=1)
+    assert max_difference(weights(one_process, 3), weights(tmp_path / "run", 3)) < 1e-5
+
+
+def test_two_processes_train_the_adapter_of_one(tmp_path):
+    assert train(tmp_path / "one", *SETTINGS, *LORA).code == 0
+    torchrun(tmp_path / "two", *SETTINGS, *LORA)
+    assert max_difference(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3)) < 1e-5
