@@ -1,11 +1,12 @@
-"""One training step of TRL's IWOPDTrainer against one of opdctl's: seconds and peak memory, on the same models, prompts
-and lengths, each in a process of its own. TRL comes from an environment of its own:
+"""One training step of TRL's IWOPDTrainer compared with one of opdctl: seconds and peak memory.
+
+Both have the same models, prompts and lengths, and run in separate processes. TRL needs a separate environment:
 
     python -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 trl==1.16.0
     python tests/bench/against_trl.py --trl /tmp/trl/bin/python
-    python tests/bench/against_trl.py --trl /tmp/trl/bin/python --embedded
+    python tests/bench/against_trl.py --trl /tmp/trl/bin/python --toy
 
-The first step of each is a warm-up and does not count. Of TRL's step, what is not generation is scoring and update.
+The first step is a warm-up and is not counted. The part of a TRL step that is not generation is score and update.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,20 +24,20 @@ from statistics import median
 from typing import Any
 
 SHAPES = {"student": (256, 4, 4, 768), "teacher": (384, 6, 6, 1152)}  # hidden, layers, heads, intermediate
-EMBEDDED = Path(__file__).parents[2] / "opdctl/tasks/models"
-PROMPT = 32
+TOY_MODELS = Path(__file__).parents[2] / "opdctl/data/toy/models"
+PROMPT_WORDS = 32
 
 
 def make_models(folder: Path, vocab: int) -> None:
-    """Write a random Qwen3 student and teacher with a vocabulary of real size, and a tokenizer of as many words."""
+    """Write a random Qwen3 student and teacher, with one word per token in their tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, vocab)}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
     for seed, (name, (hidden, layers, heads, inner)) in enumerate(SHAPES.items()):
         torch.manual_seed(seed)
@@ -57,21 +59,21 @@ def make_models(folder: Path, vocab: int) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def make_prompts(path: Path, count: int, embedded: bool) -> None:
+def make_prompts(path: Path, count: int, toy: bool) -> None:
     import numpy as np
 
     from opdctl.data.toy import sort12
 
     rng = np.random.default_rng(0)
-    if embedded:
+    if toy:
         texts = [problem.prompt for problem in itertools.islice(sort12.problems("train", 0), count)]
     else:
-        texts = [" ".join(f"t{i}" for i in rng.integers(3, 1000, PROMPT)) for _ in range(count)]
+        texts = [" ".join(f"t{i}" for i in rng.integers(3, 1000, PROMPT_WORDS)) for _ in range(count)]
     path.write_text("".join(json.dumps({"id": str(i), "prompt": text}) + "\n" for i, text in enumerate(texts)))
 
 
 def run_trl(args: argparse.Namespace) -> dict[str, Any]:
-    """Train some steps with TRL; return the seconds of each step and of its generation."""
+    """Train with TRL and return the seconds of each step and of its generation."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
     from datasets import Dataset
@@ -83,31 +85,30 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     generations: list[float] = []
 
     class Timed(IWOPDTrainer):  # type: ignore[misc]
-        def _fill_buffer(self, *given: Any, **named: Any) -> Any:
+        def _fill_buffer(self, *positional: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            made = super()._fill_buffer(*given, **named)
+            result = super()._fill_buffer(*positional, **named)
             generations.append(time.perf_counter() - start)
-            return made
+            return result
 
-        def training_step(self, *given: Any, **named: Any) -> Any:
+        def training_step(self, *positional: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            loss = super().training_step(*given, **named)
+            loss = super().training_step(*positional, **named)
             steps.append(time.perf_counter() - start)
             return loss
 
     prompts = [json.loads(line)["prompt"] for line in (args.models / "prompts.jsonl").read_text().splitlines()]
-    answer = {"role": "assistant", "content": prompts[0].split()[0]}  # asked for, and not used on-policy
+    answer = {"role": "assistant", "content": prompts[0].split()[0]}  # required, but unused on-policy
     rows = [{"messages": [{"role": "user", "content": prompt}, answer]} for prompt in prompts]
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(args.models / name, dtype=torch.float32) for name in SHAPES
     )
-    longest = args.prompt_tokens
     settings = IWOPDConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=args.batch,
         max_steps=args.steps,
-        max_prompt_length=longest,
-        max_length=longest + args.completion,
+        max_prompt_length=args.prompt_tokens,
+        max_length=args.prompt_tokens + args.completion,
         max_completion_length=args.completion,
         learning_rate=1e-5,
         lr_scheduler_type="constant",
@@ -134,7 +135,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
-    """Train some steps with opdctl, its artifacts written as always; return the seconds of each step and its stages."""
+    """Train with opdctl, which writes its artifacts as usual; return the seconds of each step and of its stages."""
     import torch
 
     from opdctl.engines.pool import open_engine_pool
@@ -171,66 +172,74 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(run, "cpu")
     with open_engine_pool(recipe, "cpu") as engines:
         for step in range(args.steps):
-            work = {
+            stages = {
                 "generation": lambda step=step: rollout.run_rollout(run, step, engines),
                 "score": lambda step=step: score.run_scoring(run, step, engines),
                 "update": lambda step=step: trainer.train_step(step),
             }
-            for name, stage in work.items():
+            for name, run_stage in stages.items():
                 start = time.perf_counter()
-                stage()
+                run_stage()
                 seconds[name].append(time.perf_counter() - start)
     rest = [a + b for a, b in zip(seconds["score"], seconds["update"], strict=True)]
     return seconds | {"rest": rest, "step": [a + b for a, b in zip(seconds["generation"], rest, strict=True)]}
 
 
-def measure(python: str, system: str, words: list[str]) -> dict[str, Any]:
+def measure(python: str, system: str, options: list[str]) -> dict[str, Any]:
     print(f"{system} …", file=sys.stderr)
-    done = subprocess.run([python, __file__, "--system", system, *words], stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    command = [python, __file__, "--system", system, *options]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    measurement: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return measurement
 
 
-def compare(args: argparse.Namespace, words: list[str]) -> None:
-    make_prompts(args.models / "prompts.jsonl", args.batch * args.steps, args.embedded)
-    found = {"TRL": measure(args.trl, "trl", words), "opdctl": measure(sys.executable, "opdctl", words)}
+def compare(args: argparse.Namespace, options: list[str]) -> None:
+    make_prompts(args.models / "prompts.jsonl", args.batch * args.steps, args.toy)
+    results = {"TRL": measure(args.trl, "trl", options), "opdctl": measure(sys.executable, "opdctl", options)}
     print(f"batch {args.batch} x {args.completion} tokens, {args.threads} threads; medians of {args.steps - 1} steps\n")
     print("| | TRL | opdctl | TRL / opdctl |\n|---|---|---|---|")
     for name in ("generation", "rest", "step"):
-        theirs, ours = (median(found[system][name][1:]) for system in ("TRL", "opdctl"))
-        label = {"rest": "score and update", "step": "the whole step"}.get(name, name)
-        print(f"| {label} | {theirs:.2f} s | {ours:.2f} s | {theirs / ours:.2f} |")
-    theirs, ours = (found[system]["peak_gib"] for system in ("TRL", "opdctl"))
-    print(f"| peak memory | {theirs:.2f} GiB | {ours:.2f} GiB | {theirs / ours:.2f} |")
+        trl, opdctl = (median(result[name][1:]) for result in results.values())
+        label = {"rest": "score and update", "step": "complete step"}.get(name, name)
+        print(f"| {label} | {trl:.2f} s | {opdctl:.2f} s | {trl / opdctl:.2f} |")
+    trl, opdctl = (result["peak_gib"] for result in results.values())
+    print(f"| peak memory | {trl:.2f} GiB | {opdctl:.2f} GiB | {trl / opdctl:.2f} |")
+
+
+def has_trl(python: str) -> bool:
+    command = [python, "-c", "import trl.experimental.iw_opd"]
+    return shutil.which(python) is not None and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl", help="the python of an environment with TRL")
-    parser.add_argument("--embedded", action="store_true", help="the embedded models and task")
+    parser.add_argument("--trl", help="the Python of an environment with TRL")
+    parser.add_argument("--toy", action="store_true", help="use the toy models and prompts")
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--completion", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt-tokens", type=int, default=PROMPT + 2)
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_WORDS + 2)
     parser.add_argument("--models", type=Path)
     parser.add_argument("--system", choices=["trl", "opdctl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.system:
-        found = {"trl": run_trl, "opdctl": run_opdctl}[args.system](args)
-        print(json.dumps(found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        seconds = {"trl": run_trl, "opdctl": run_opdctl}[args.system](args)
+        print(json.dumps(seconds | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
         return
+    if args.trl is None or not has_trl(args.trl):
+        parser.error("--trl must be the Python of an environment with TRL")
     with tempfile.TemporaryDirectory() as folder:
         args.models = args.models or Path(folder)
-        if args.embedded:
+        if args.toy:
             for name in SHAPES:
-                (args.models / name).symlink_to(EMBEDDED / name)
+                (args.models / name).symlink_to(TOY_MODELS / name)
         elif not (args.models / "student").is_dir():
             make_models(args.models, args.vocab)
         names = ("batch", "completion", "steps", "threads", "prompt_tokens", "models")
-        words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-        compare(args, words)
+        options = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+        compare(args, options)
 
 
 if __name__ == "__main__":

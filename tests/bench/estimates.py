@@ -1,16 +1,15 @@
-"""What `--dry-run` estimates against what is measured: `python tests/bench/estimates.py`.
+"""The estimates of `--dry-run` compared with measurements: `python tests/bench/estimates.py`.
 
-A random Qwen3 goes through the real trainer and the real engines on the CPU, each work in a process of its own, with
-responses at their limit, so that bounds and figures can be the same. Memory: the process's peak resident set above
-what it held before the model was loaded, arrays of a MiB and more given back as they are freed. Products: FLOPs of all
-matrix products, counted by torch while they run, and estimated without attention, which torch does not count on a CPU.
-Time: CPU seconds, beside those of one large product of as many FLOPs in the same process; their ratio is the
-utilisation that was reached. Of drawing, whose bound is the reading of weights, no product is large.
+A random Qwen3 runs in the real trainer and engines on the CPU, each task in a separate process. All responses have the
+maximum length, so upper bounds and measurements can agree. Memory: the peak resident memory of the process minus that
+before the model was loaded; freed arrays of a MiB and more are returned to the system. FLOPs: of all matrix products,
+counted by torch at run time; the estimate excludes attention, which torch does not count on a CPU. Time: CPU seconds,
+compared with those of one large product of the same FLOPs in the same process; their ratio is the utilization. The
+products of a rollout are small: reading the weights limits its speed.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import tempfile
 import time
@@ -22,7 +21,8 @@ from typing import Any
 import numpy as np
 import qwen3
 import torch
-from growth import scored
+from growth import random_response
+from processes import run_in_new_process
 from torch.utils.flop_counter import FlopCounterMode
 
 from opdctl.engines.base import Request, ScoreRequest
@@ -36,103 +36,108 @@ from opdctl.runs.open import open_run
 from opdctl.runs.run import Run
 from opdctl.training.trainer import Trainer
 
-PROMPT = 16
-IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, **named: 2 * a[0] * a[1] * b[1]}  # not in torch's own list
+PROMPT_TOKENS = 16
+IN_PLACE_FLOPS = {torch.ops.aten.addmm_: lambda _, a, b, **named: 2 * a[0] * a[1] * b[1]}  # torch does not count it
 SHAPE = ModelShape(
-    layers=6, hidden=256, heads=4, kv_heads=2, head_size=64, feed_forward=768, vocabulary=16_384, tied=True
+    num_hidden_layers=6,
+    hidden_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=768,
+    vocab_size=16_384,
+    tie_word_embeddings=True,
 )
-WORKS: dict[str, tuple[str, dict[str, Any]]] = {
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "update": ("update", {}),
     "update, activations recomputed": ("update", {"train.gradient_checkpointing": True}),
     "update, bfloat16": ("update", {"student.dtype": "bfloat16"}),
     "update, LoRA": ("update", {"lora.rank": 16}),
-    "update, whole vocabulary": ("update", {"objective.name": "reverse_kl", "objective.support": "full"}),
+    "update, full vocabulary": ("update", {"objective.name": "reverse_kl", "objective.support": "full"}),
     "score": ("score", {}),
     "rollout": ("rollout", {"rollout.prompts_per_step": 64}),
 }
+"""The stage and the further recipe settings of each task."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Bytes, FLOPs of products, and CPU seconds of the work and of one product of as many FLOPs."""
+class Measurement:
+    """Bytes, FLOPs of matrix products, and CPU seconds of a task. product_seconds: of one product of the same FLOPs."""
 
     bytes: int
     flops: int
     seconds: float
-    bare_seconds: float
+    product_seconds: float
 
 
-def recipe_of(models: Path, args: argparse.Namespace, settings: dict[str, Any]) -> Recipe:
-    given = {
+def make_recipe(models: Path, args: argparse.Namespace, settings: dict[str, Any]) -> Recipe:
+    common = {
         "name": "estimates",
         "student.model": str(models / "model"),
         "student.dtype": "float32",
         "teacher.model": str(models / "model"),
         "teacher.dtype": "float32",
         "prompts.source": str(models / "prompts.jsonl"),
-        "prompts.max_tokens": PROMPT,
+        "prompts.max_tokens": PROMPT_TOKENS,
         "rollout.engine": "transformers",
         "rollout.prompts_per_step": args.batch,
-        "rollout.max_tokens": args.length - PROMPT,
+        "rollout.max_tokens": args.length - PROMPT_TOKENS,
         "rollout.num_parts": 1,
         "score.engine": "transformers",
         "score.tokens_per_batch": args.batch * args.length,
         "train.steps": 1,
         "train.tokens_per_micro_batch": args.batch * args.length,
     }
-    return load_recipe([], [f"{key}={json.dumps(value)}" for key, value in (given | settings).items()])
+    return load_recipe([], [f"{key}={json.dumps(value)}" for key, value in (common | settings).items()])
 
 
-def work_of(run: Run, work: str) -> Callable[[], object]:
-    """Load what a work needs, and return it as a function."""
+def prepare(run: Run, stage: str) -> Callable[[], object]:
+    """Load the models of a stage, and return a function that runs the stage in memory."""
     recipe = run.recipe
-    samples = [
-        scored(index, recipe.rollout.max_tokens, SHAPE.vocabulary) for index in range(recipe.responses_per_step())
-    ]
-    if work == "update":
+    max_tokens = recipe.rollout.max_tokens
+    samples = [random_response(index, max_tokens, SHAPE.vocab_size) for index in range(recipe.responses_per_step())]
+    if stage == "update":
         if recipe.score.hidden_states:
-            hidden_TD = (
-                np.random.default_rng(0).normal(size=(recipe.rollout.max_tokens, SHAPE.hidden)).astype(np.float32)
-            )
+            hidden_TD = np.random.default_rng(0).normal(size=(max_tokens, SHAPE.hidden_size)).astype(np.float32)
             for sample in samples:
                 object.__setattr__(sample.teacher, "hidden_states", lambda: hidden_TD)
         trainer = Trainer(run, "cpu")
         return lambda: trainer._update(0, trainer.make_micro_batches(0, samples))
     engine = TransformersEngine(run.student, "cpu")
     prompts = [sample.response.prompt_ids for sample in samples]
-    if work == "rollout":
+    if stage == "rollout":
         requests = [Request(prompt, index) for index, prompt in enumerate(prompts)]
         return lambda: engine.generate(requests, recipe.rollout, len(requests), lambda n: None)
-    answered = [ScoreRequest(sample.response.prompt_ids, sample.response.response_ids) for sample in samples]
+    score_requests = [ScoreRequest(sample.response.prompt_ids, sample.response.response_ids) for sample in samples]
     settings = Score(tokens_per_batch=recipe.score.tokens_per_batch)
-    return lambda: engine.score(answered, settings, lambda n: None)
+    return lambda: engine.score(score_requests, settings, lambda n: None)
 
 
-def measure(work: str, recipe: Recipe) -> Measured:
+def measure(stage: str, recipe: Recipe) -> Measurement:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(recipe, Path(folder) / "run")
-        before = _resident("VmRSS")
-        do = work_of(run, work)
-        do()  # from the second update on there are gradients and moments
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins again: loading is not the work
+        before = memory_bytes("VmRSS")
+        run_once = prepare(run, stage)
+        run_once()  # gradients and moments exist from the second update on
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, so that it excludes loading
         start = time.process_time()
-        do()
+        run_once()
         seconds = time.process_time() - start
-        peak = _resident("VmHWM") - before
-        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counted:
-            do()
-    flops = counted.get_total_flops()
-    return Measured(peak, flops, seconds, _bare(flops, recipe.student.dtype))
+        peak = memory_bytes("VmHWM") - before
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS) as counter:
+            run_once()
+    flops = counter.get_total_flops()
+    return Measurement(peak, flops, seconds, product_seconds(flops, recipe.student.dtype))
 
 
-def _resident(what: str) -> int:
+def memory_bytes(field: str) -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[what].split()[0]) * 1024
+    return int(lines[field].split()[0]) * 1024
 
 
-def _bare(flops: int, dtype: str) -> float:
-    """Return the CPU seconds of large products of so many FLOPs."""
+def product_seconds(flops: int, dtype: str) -> float:
+    """Return the CPU seconds of large matrix products with this number of FLOPs."""
     matrix = torch.randn(2048, 2048, dtype=getattr(torch, dtype))
     matrix @ matrix
     start = time.process_time()
@@ -141,89 +146,72 @@ def _bare(flops: int, dtype: str) -> float:
     return (time.process_time() - start) * flops / (4 * 2 * 2048**3)
 
 
-def estimate(work: str, recipe: Recipe) -> tuple[int, float]:
-    """Return the bytes that `--dry-run` counts, and the FLOPs of products without attention."""
-    stage = {
+def estimate(stage: str, recipe: Recipe) -> tuple[int, float]:
+    """Return the bytes that `--dry-run` estimates, and the FLOPs of matrix products without attention."""
+    cost = {
         "update": lambda: costs.update_cost(recipe, SHAPE, SHAPE),
         "score": lambda: costs.score_cost(recipe, SHAPE, recipe.student.dtype),
         "rollout": lambda: costs.rollout_cost(recipe, SHAPE),
-    }[work]()
-    response = recipe.responses_per_step() * recipe.rollout.max_tokens
-    body = costs.forward_flops(SHAPE, recipe.responses_per_step() * PROMPT + response, 0)
-    head = 2 * costs.head_parameters(SHAPE) * response
-    if work != "update":
-        return stage.bytes, body + head
-    lora = recipe.lora.rank > 0
-    whole = head if recipe.objective.params.get("support") == "full" else 0  # the teacher's output matrix
-    return stage.bytes, (3 - lora + recipe.train.gradient_checkpointing) * body + (3 - lora) * head + whole
+    }[stage]()
+    response_tokens = recipe.responses_per_step() * recipe.rollout.max_tokens
+    body = costs.forward_flops(SHAPE, recipe.responses_per_step() * PROMPT_TOKENS + response_tokens, 0)
+    head = 2 * costs.head_parameters(SHAPE) * response_tokens
+    if stage != "update":
+        return cost.bytes, body + head
+    is_lora = recipe.lora.rank > 0
+    teacher_head = head if recipe.objective.params.get("support") == "full" else 0
+    passes = 3 - is_lora + recipe.train.gradient_checkpointing
+    return cost.bytes, passes * body + (3 - is_lora) * head + teacher_head
 
 
-def files(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
-    """Make one whole step, and return the bytes of its files, measured and estimated."""
-    recipe = recipe_of(models, args, {"rollout.prompts_per_step": 64, "rollout.num_parts": 4})
+def file_sizes(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """Run one complete step, and return the measured and estimated bytes of its files."""
+    recipe = make_recipe(models, args, {"rollout.prompts_per_step": 64, "rollout.num_parts": 4})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        estimated = make_plan(recipe, path).artifacts
+        plan = make_plan(recipe, path).artifacts
         run = open_run(recipe, path)
         with open_engine_pool(recipe, "cpu") as engines:
             rollout.run_rollout(run, 0, engines)
             score.run_scoring(run, 0, engines)
         Trainer(run, "cpu").train_step(0)
-        measured = {
-            name: sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file())
-            for name in ("step-00000/rollout", "step-00000/teacher", "student", "trainer")
-        }
-    weights = estimated.parameters["student"]
-    assert weights is not None
-    assert estimated.score_bytes_per_step is not None
-    counted = (
-        estimated.rollout_bytes_per_step,
-        estimated.score_bytes_per_step,
-        4 * weights,
-        costs.STATE_BYTES * weights,
-    )
-    return {name: (size, one) for (name, size), one in zip(measured.items(), counted, strict=True)}
-
-
-def _worker(work: str, recipe: Recipe, results: Any) -> None:
-    results.put(measure(work, recipe))
-
-
-def in_a_process(work: str, recipe: Recipe) -> Measured:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_worker, args=(work, recipe, results))
-    process.start()
-    found: Measured = results.get()
-    process.join()
-    return found
+        names = ("step-00000/rollout", "step-00000/teacher", "student", "trainer")
+        measured = [sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file()) for name in names]
+    parameters = plan.parameters["student"]
+    assert parameters is not None
+    assert plan.score_bytes_per_step is not None
+    checkpoint_bytes = costs.STATE_BYTES * parameters
+    estimated = (plan.rollout_bytes_per_step, plan.score_bytes_per_step, 4 * parameters, checkpoint_bytes)
+    return dict(zip(names, zip(measured, estimated, strict=True), strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="responses of an update and of a score batch")
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt and its response")
-    parser.add_argument("--works", nargs="*", default=list(WORKS), help=", ".join(WORKS))
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), help=", ".join(TASKS))
     args = parser.parse_args()
-    # So that what is freed is given back: else the heap's gaps are measured, which no GPU's allocator has so.
+    # Freed arrays return to the system. Otherwise heap fragmentation is measured, which GPU allocators do not have.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
-    print(f"{args.batch} responses, {args.length} tokens each with their prompt; measured / estimated\n")
-    print(
-        "| work | MiB measured | estimated | ratio | TFLOP counted | estimated | ratio | utilisation |\n|" + "---|" * 8
-    )
+    print(f"{args.batch} responses, {args.length} tokens each with their prompt; ratio is measured / estimated\n")
+    columns = "| task | MiB measured | estimated | ratio | TFLOP counted | estimated | ratio | utilization |"
+    print(columns + "\n|" + "---|" * 8)
     with tempfile.TemporaryDirectory() as folder:
-        qwen3.save(SHAPE, Path(folder) / "model")
+        qwen3.save_model(SHAPE, Path(folder) / "model")
         (Path(folder) / "prompts.jsonl").write_text('{"prompt": "w5"}\n' * 64)
-        for name in args.works:
-            work, settings = WORKS[name]
-            recipe = recipe_of(Path(folder), args, settings)
-            (size, flops), found = estimate(work, recipe), in_a_process(work, recipe)
-            cells = [f"{found.bytes / 2**20:,.0f}", f"{size / 2**20:,.0f}", f"{found.bytes / size:.2f}"]
-            cells += [f"{found.flops / 1e12:.3f}", f"{flops / 1e12:.3f}", f"{found.flops / flops:.2f}"]
-            print(f"| {name} | {' | '.join(cells)} | {found.bare_seconds / found.seconds:.0%} |", flush=True)
+        for name in args.tasks:
+            stage, settings = TASKS[name]
+            recipe = make_recipe(Path(folder), args, settings)
+            estimated_bytes, estimated_flops = estimate(stage, recipe)
+            measured = run_in_new_process(measure, stage, recipe)
+            cells = [f"{measured.bytes / 2**20:,.0f}", f"{estimated_bytes / 2**20:,.0f}"]
+            cells += [f"{measured.bytes / estimated_bytes:.2f}"]
+            cells += [f"{measured.flops / 1e12:.3f}", f"{estimated_flops / 1e12:.3f}"]
+            cells += [f"{measured.flops / estimated_flops:.2f}", f"{measured.product_seconds / measured.seconds:.0%}"]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
         print("\n| files of a step | KiB measured | estimated | ratio |\n|---|---|---|---|")
-        for name, (size, counted) in files(Path(folder), args).items():
-            print(f"| {name} | {size / 1024:,.0f} | {counted / 1024:,.0f} | {size / counted:.2f} |")
+        for name, (size, estimated) in file_sizes(Path(folder), args).items():
+            print(f"| {name} | {size / 1024:,.0f} | {estimated / 1024:,.0f} | {size / estimated:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Qwen3 of random weights in any shape, for what measures or counts."""
+"""Random Qwen3 models of any shape."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from transformers import Qwen3MoeForCausalLM as Qwen3Moe
 from opdctl.recipe.schema import ModelShape
 
 
-def model(shape: ModelShape) -> PreTrainedModel:
-    """Return a dense model, or a mixture of experts where the shape has several."""
-    same = {
+def build_model(shape: ModelShape) -> PreTrainedModel:
+    """Return a dense model, or a mixture of experts if the shape has several experts."""
+    common = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_hidden_layers,
@@ -24,15 +24,15 @@ def model(shape: ModelShape) -> PreTrainedModel:
         "eos_token_id": 0,
     }
     if shape.num_experts == 1:
-        return Qwen3ForCausalLM(Qwen3Config(**same))
+        return Qwen3ForCausalLM(Qwen3Config(**common))
     experts = {"num_experts": shape.num_experts, "num_experts_per_tok": shape.num_experts_per_tok}
-    return Qwen3Moe(Qwen3MoeConfig(**same, **experts, moe_intermediate_size=shape.intermediate_size))
+    return Qwen3Moe(Qwen3MoeConfig(**common, **experts, moe_intermediate_size=shape.intermediate_size))
 
 
-def save(shape: ModelShape, folder: Path) -> Path:
-    """Write such a model, and a tokenizer of as many ids."""
+def save_model(shape: ModelShape, folder: Path) -> Path:
+    """Write the model directory of a random model, with one word per token in its tokenizer, and return it."""
     torch.manual_seed(0)
-    model(shape).save_pretrained(folder)
+    build_model(shape).save_pretrained(folder)
     words = {f"w{index}": index for index in range(shape.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0").save_pretrained(folder)
