@@ -105,9 +105,9 @@ def token_quantities(batch: Batch) -> Iterator[tuple[str, Floats]]:
     yield "k3", np.expm1(np.minimum(log_ratio_N, MAX_LOG_RATIO_K3)) - log_ratio_N
     yield "student_prefix_logp", batch.running_sums(student_N)
     yield "teacher_prefix_logp", batch.running_sums(teacher_N)
-    for name in ("student_entropy", "teacher_entropy"):
-        if all(name in tokens.columns for tokens in batch.responses):
-            yield name, concatenate([tokens.columns[name] for tokens in batch.responses])
+    for name, column in (("student_entropy", "student_entropies"), ("teacher_entropy", "teacher_entropies")):
+        if all(column in tokens.columns for tokens in batch.responses):
+            yield name, concatenate([tokens.columns[column] for tokens in batch.responses])
     if all({"student_top_ids", "teacher_top_ids"} <= tokens.columns.keys() for tokens in batch.responses):
         yield "top_k_overlap", concatenate([top_k_overlap(tokens) for tokens in batch.responses])
 

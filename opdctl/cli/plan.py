@@ -83,7 +83,7 @@ def _cost_rows(plan: StagePlan) -> list[tuple[str, str]]:
         (
             "hardware",
             f"{gpu.memory_gib:g} GiB, {gpu.tflops:g} TFLOP/s ({gpu.tflops_float32:g} in float32) and "
-            f"{gpu.bandwidth_gbs:g} GB/s per GPU, at {gpu.utilisation:.0%} utilization",
+            f"{gpu.bandwidth_gbs:g} GB/s per GPU, at {gpu.utilization:.0%} utilization",
         ),
         *(row for name, cost in plan.stages.items() for row in _stage_rows(plan, name, cost)),
         (

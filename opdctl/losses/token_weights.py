@@ -24,14 +24,15 @@ MIN_TAIL_PROB = 1e-6
 Floats = npt.NDArray[np.float64]
 Settings = Mapping[str, int | bool]
 COLUMN_SETTINGS = {
-    "student_entropy": "rollout.entropy",
+    "student_entropies": "rollout.entropy",
     "student_top_ids": "rollout.top_k",
-    "student_top_logp": "rollout.top_k",
-    "teacher_entropy": "score.entropy",
+    "student_top_logprobs": "rollout.top_k",
+    "teacher_entropies": "score.entropy",
     "teacher_top_ids": "score.top_k",
-    "teacher_logp_of_student_top": "score.student_top_k",
+    "teacher_student_top_logprobs": "score.student_top_k",
 }
-"""The optional columns, each with the recipe setting that stores it."""
+"""The optional columns, each with the recipe setting that stores it. A name is "student_" and a field of Response, or
+"teacher_" and a field of TokenScores (artifacts/records.py)."""
 
 
 @dataclass(frozen=True)
@@ -430,7 +431,7 @@ class Tip(Weight):
         return {"rollout.entropy": True, **top}
 
     def weigh_step(self, responses: Sequence[ResponseTokens]) -> list[Floats]:
-        entropies = (tokens.column("student_entropy") for tokens in responses)
+        entropies = (tokens.column("student_entropies") for tokens in responses)
         entropy_N = _min_max_scale(np.concatenate([np.zeros(0), *entropies]))
         divergence_N = _min_max_scale(np.concatenate([np.zeros(0), *map(self._divergence, responses)]))
         score_N = 1 - (1 - entropy_N) * (1 - divergence_N)  # h + d - h d, and exactly 1 if h or d is 1
@@ -441,8 +442,8 @@ class Tip(Weight):
     def _divergence(self, tokens: ResponseTokens) -> Floats:
         if not self.top_k:
             return np.abs(tokens.advantage_T)
-        student_TK = _append_tail(tokens.column("student_top_logp")[:, : self.top_k])
-        teacher_TK = _append_tail(tokens.column("teacher_logp_of_student_top")[:, : self.top_k])
+        student_TK = _append_tail(tokens.column("student_top_logprobs")[:, : self.top_k])
+        teacher_TK = _append_tail(tokens.column("teacher_student_top_logprobs")[:, : self.top_k])
         return np.maximum((np.exp(student_TK) * (student_TK - teacher_TK)).sum(-1), 0.0)
 
 
@@ -472,11 +473,11 @@ class Fire(Weight):
         keep_R = self._likely_responses(responses)
         teacher_max, student_max = (
             max((tokens.column(column).max(initial=0.0) for tokens in responses), default=0.0) or 1.0
-            for column in ("teacher_entropy", "student_entropy")
+            for column in ("teacher_entropies", "student_entropies")
         )
         weights = [
-            (1 + self.alpha * (1 - tokens.column("teacher_entropy") / teacher_max))
-            * (1 + self.beta * tokens.column("student_entropy") / student_max)
+            (1 + self.alpha * (1 - tokens.column("teacher_entropies") / teacher_max))
+            * (1 + self.beta * tokens.column("student_entropies") / student_max)
             * keep
             for tokens, keep in zip(responses, keep_R, strict=True)
         ]

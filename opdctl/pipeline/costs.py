@@ -175,7 +175,7 @@ class StageCost:
 def _seconds(hardware: Hardware, dtype: str, flops: float, head_flops: float, gpus: int) -> float:
     """Return the seconds of matrix products: of the layers in `dtype`, of the output matrix in float32."""
     peak = hardware.tflops_float32 if dtype == "float32" else hardware.tflops
-    return (flops / peak + head_flops / hardware.tflops_float32) / (1e12 * hardware.utilisation * gpus)
+    return (flops / peak + head_flops / hardware.tflops_float32) / (1e12 * hardware.utilization * gpus)
 
 
 def _gpus_per_engine(recipe: Recipe, engine: str) -> int:
@@ -247,7 +247,7 @@ def _decoding_seconds(
     layers = shape.num_hidden_layers * _attention_parameters(shape) + used_experts * experts
     caches = concurrent * context * cache_bytes(shape, dtype_bytes)
     bytes_read = dtype_bytes * layers + 4 * head_parameters(shape) + caches
-    reading = bytes_read / (1e9 * hardware.bandwidth_gbs * hardware.utilisation * num_gpus)
+    reading = bytes_read / (1e9 * hardware.bandwidth_gbs * hardware.utilization * num_gpus)
     flops, head_flops = forward_flops(shape, concurrent, context), 2 * concurrent * head_parameters(shape)
     return max(reading, _seconds(hardware, dtype, flops, head_flops, num_gpus))
 

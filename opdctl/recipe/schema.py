@@ -377,7 +377,7 @@ class Hardware(Section):
     """Peak of float32 matrix products, in TFLOP/s. Logits are computed in float32."""
     bandwidth_gbs: float = Field(default=3350.0, gt=0)
     """Peak memory bandwidth of one GPU, in GB/s."""
-    utilisation: float = Field(default=0.4, gt=0, le=1)
+    utilization: float = Field(default=0.4, gt=0, le=1)
     """Fraction of these peaks that is reached."""
 
 

@@ -1,14 +1,16 @@
 """Responses joined with their scores, by id, part by part. Imports no torch, so the analysis needs no model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from opdctl import console
 from opdctl.artifacts.records import Logprobs, Response, ScoredResponse, TokenScores
 from opdctl.artifacts.tables import read_rows, read_scores
 from opdctl.errors import OpdctlError
-from opdctl.losses.token_weights import ResponseTokens
+from opdctl.losses.token_weights import COLUMN_SETTINGS, ResponseTokens
 from opdctl.models.directory import ModelDir
 from opdctl.runs.run import REFERENCE, Run
 
@@ -121,23 +123,19 @@ def target_logprobs(scored: ScoredResponse, extrapolation: float) -> Logprobs:
 def to_weight_inputs(scored: ScoredResponse, step: int, extrapolation: float) -> ResponseTokens:
     """Return a response's tokens as the input of token weights, float64."""
     response, teacher = scored.response, scored.teacher
-    columns = {
-        "student_entropy": response.entropies,
-        "student_top_ids": response.top_ids,
-        "student_top_logp": response.top_logprobs,
-        "teacher_entropy": teacher.entropies,
-        "teacher_top_ids": teacher.top_ids,
-        "teacher_logp_of_student_top": teacher.student_top_logprobs,
-    }
+    columns = {name: value for name in COLUMN_SETTINGS if (value := _stored_column(scored, name)) is not None}
     student_logp_T = response.logprobs.astype(np.float64)
     return ResponseTokens(
         student_logp_T,
         teacher.logprobs.astype(np.float64),
         target_logprobs(scored, extrapolation).astype(np.float64) - student_logp_T,
         step,
-        {
-            name: value.astype(np.float64) if value.dtype == np.float32 else value
-            for name, value in columns.items()
-            if value is not None
-        },
+        {name: value.astype(np.float64) if value.dtype == np.float32 else value for name, value in columns.items()},
     )
+
+
+def _stored_column(scored: ScoredResponse, name: str) -> npt.NDArray[Any] | None:
+    """Return an optional column by its name for token weights: "student_" or "teacher_" and the field of the record."""
+    owner, _, field = name.partition("_")
+    column: npt.NDArray[Any] | None = getattr({"student": scored.response, "teacher": scored.teacher}[owner], field)
+    return column

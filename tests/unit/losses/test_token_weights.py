@@ -54,9 +54,9 @@ def response_of(stored, step, length, sizes, pairs, pick):
 
     ids_TK = np.tile(np.arange(K), (length, 1))
     advantage_T, teacher_T = some(sizes) * some([-1, 1]), -some(sizes)
-    columns = {"student_entropy": some(sizes), "teacher_entropy": some(sizes), "student_top_ids": ids_TK}
+    columns = {"student_entropies": some(sizes), "teacher_entropies": some(sizes), "student_top_ids": ids_TK}
     columns["teacher_top_ids"] = ids_TK[:, ::-1] + some(range(1 - K, K))[:, None].astype(int)
-    for name in ("student_top_logp", "teacher_logp_of_student_top"):
+    for name in ("student_top_logprobs", "teacher_student_top_logprobs"):
         a_T, b_T = np.array(pick(pairs, k=length)).reshape(-1, 2).T
         columns[name] = -(a_T[:, None] + b_T[:, None] * ids_TK)
     return tokens(
@@ -161,7 +161,7 @@ def test_curriculum_grows_over_its_steps(schedule, kept):
 
 # Entropies 0, 1, 2, 4 are 0, 1/4, 1/2, 1 of their range; |A| = 4, 0, 1, 2 are 1, 0, 1/4, 1/2.
 # h + d - h d = 1, 1/4, 1/2 + 1/4 - 1/8 = 5/8, 1 + 1/2 - 1/2 = 1; of four tokens, 0.25 are one and 0.51 are three
-TIP = [tokens([-4, 0], student_entropy=[0.0, 1.0]), tokens([1, 2], student_entropy=[2.0, 4.0])]
+TIP = [tokens([-4, 0], student_entropies=[0.0, 1.0]), tokens([1, 2], student_entropies=[2.0, 4.0])]
 
 
 @pytest.mark.parametrize(
@@ -177,28 +177,28 @@ def test_tip_on_the_sampled_token_by_hand(rho, expected):
 def test_tip_on_the_top_k_by_hand(entropy, expected):
     student = [[-LN2, -9], [-LN2, -9], [LN3 - 2 * LN2, -9], [-LN2, -9]]  # the second column is beyond top_k
     teacher = [[-2 * LN2, -9], [-LN2, -9], [-2 * LN2, -9], [-LN2, -9]]
-    columns = {"student_top_logp": student, "teacher_logp_of_student_top": teacher}
-    response = tokens([0, 9, 0, 0], student_entropy=[0, entropy, 0, 1], **columns)
+    columns = {"student_top_logprobs": student, "teacher_student_top_logprobs": teacher}
+    response = tokens([0, 9, 0, 0], student_entropies=[0, entropy, 0, 1], **columns)
     assert weights_of("tip", [response], rho=0.75, top_k=1) == [expected]
 
 
 def test_tip_keeps_ties():
     # h = 0, 1, 1/4 and d = 0, 4/10, 1: h + d - h d = 0, 1, 1
-    response = tokens([0, 4, 10], student_entropy=[0.0, 4.0, 1.0])
+    response = tokens([0, 4, 10], student_entropies=[0.0, 4.0, 1.0])
     assert weights_of("tip", [response], rho=0.1, top_k=0) == [[0, 1, 1]]
 
 
 def test_tip_ranks_subnormal_numbers():
-    response = tokens([0, 0, 0], student_entropy=[0.0, 5e-324, 0.0])
+    response = tokens([0, 0, 0], student_entropies=[0.0, 5e-324, 0.0])
     assert weights_of("tip", [response], rho=0.3, top_k=0) == [[0, 1, 0]]
 
 
 # Mean log p_teacher is -1, -2, -3: the 50th percentile is -2. H_T / 8 = 0, 1/4, 1/2, 1; H_S / 4 = 1/4, 1/2, 1, 0.
 FIRE = [
-    tokens([0, 0], [-0.5, -1.5], teacher_entropy=[0.0, 2.0], student_entropy=[1.0, 2.0]),
-    tokens([0], [-2], teacher_entropy=[4.0], student_entropy=[4.0]),
-    tokens([], [], teacher_entropy=[], student_entropy=[]),
-    tokens([0], [-3], teacher_entropy=[8.0], student_entropy=[0.0]),
+    tokens([0, 0], [-0.5, -1.5], teacher_entropies=[0.0, 2.0], student_entropies=[1.0, 2.0]),
+    tokens([0], [-2], teacher_entropies=[4.0], student_entropies=[4.0]),
+    tokens([], [], teacher_entropies=[], student_entropies=[]),
+    tokens([0], [-3], teacher_entropies=[8.0], student_entropies=[0.0]),
 ]
 
 
@@ -212,7 +212,7 @@ def test_fire_by_hand():
 def test_fire_keeps_the_response_at_the_percentile():
     # -8 … -1, then -0.1: the 28th percentile of 26 is the value after 0.28 · 25 = 7 others, although 0.28 * 25 > 7.
     means = [*range(-8, 0), *[-0.1] * 18]
-    step = [tokens([0], [mean], teacher_entropy=[0.0], student_entropy=[0.0]) for mean in means]
+    step = [tokens([0], [mean], teacher_entropies=[0.0], student_entropies=[0.0]) for mean in means]
     assert_close(weights_of("fire", step, percentile=28), [[0]] * 7 + [[1]] * 19)
 
 
@@ -299,7 +299,7 @@ def test_weight_matches_its_formula(name, formula, steps, params, data):
 
 
 def kl_to_teacher(t, k, top_k):
-    logps = [t.columns[name][k, :top_k].tolist() for name in ("student_top_logp", "teacher_logp_of_student_top")]
+    logps = [t.columns[name][k, :top_k].tolist() for name in ("student_top_logprobs", "teacher_student_top_logprobs")]
     student, teacher = ([*each, math.log(max(1 - math.fsum(map(math.exp, each)), 1e-6))] for each in logps)
     return max(0.0, math.fsum(math.exp(s) * (s - other) for s, other in zip(student, teacher, strict=True)))
 
@@ -312,7 +312,7 @@ def of_range(values):
 @given(STEPS, SHARE, st.integers(0, K))
 def test_tip_matches_its_formula(step, rho, top_k):
     step = step(COLUMN_SETTINGS.values())
-    entropy = of_range([h for t in step for h in t.columns["student_entropy"].tolist()])
+    entropy = of_range([h for t in step for h in t.columns["student_entropies"].tolist()])
     apart = [kl_to_teacher(t, k, top_k) if top_k else abs(t.advantage_T[k]) for t in step for k in range(len(t))]
     scores = [h + d - h * d for h, d in zip(entropy, of_range(apart), strict=True)]
     count = first(rho, len(scores))
@@ -332,7 +332,7 @@ def test_fire_matches_its_formula(step, alpha, beta, percentile):
     below, part = divmod(Fraction(percentile, 100) * (len(ranked) - 1), 1)
     least = ranked[below] + float(part) * (ranked[below + (part > 0)] - ranked[below]) if ranked else 0
     kept = [i for i, mean in means.items() if mean >= least]
-    entropies = [[t.columns[name].tolist() for t in step] for name in ("teacher_entropy", "student_entropy")]
+    entropies = [[t.columns[name].tolist() for t in step] for name in ("teacher_entropies", "student_entropies")]
     top_t, top_s = (max((h for each in entropy for h in each), default=0) or 1 for entropy in entropies)
     expected = [
         [(1 + alpha * (1 - t / top_t)) * (1 + beta * s / top_s) * (i in kept) for t, s in zip(*each, strict=True)]
@@ -372,7 +372,9 @@ def test_weights_do_not_depend_on_order_or_other_responses(name, params, step, d
 
 @pytest.mark.parametrize(("name", "params"), [("tip", {"top_k": 0}), ("fire", {"percentile": 0})])
 def test_tip_and_fire_depend_on_all_responses_of_the_step(name, params):
-    one, other, third = (tokens(x, student_entropy=x, teacher_entropy=x) for x in ([1.0, 2.0], [7.0, 9.0], [0.0, 0.5]))
+    one, other, third = (
+        tokens(x, student_entropies=x, teacher_entropies=x) for x in ([1.0, 2.0], [7.0, 9.0], [0.0, 0.5])
+    )
     together = weights_of(name, [one, other], **params)
     assert weights_of(name, [one, third], **params)[0] != together[0]
     assert weights_of(name, [one], **params) + weights_of(name, [other], **params) != together
@@ -523,7 +525,7 @@ def test_every_weight_has_a_summary_and_a_source(entry):
 
 
 def test_plugin_errors(monkeypatch):
-    with pytest.raises(OpdctlError, match="did you mean `student_entropy`") as caught:
+    with pytest.raises(OpdctlError, match="did you mean `student_entropies`") as caught:
         tokens([0.0]).column("student_entrop")
     assert caught.value.kind == "unknown_name"
     monkeypatch.setattr(Uniform, "weigh_step", lambda self, responses: [])

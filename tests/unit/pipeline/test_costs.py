@@ -145,7 +145,7 @@ def test_memory_of_the_papers_update_by_hand():
 
 
 def test_update_time_is_that_of_the_matrix_products():
-    recipe = paper("train.gradient_checkpointing=false", "hardware.utilisation=1.0")
+    recipe = paper("train.gradient_checkpointing=false", "hardware.utilization=1.0")
     shape = student()
     tokens, responses = 1024 * 18_432, 1024 * 16_384
     layers = 3 * tokens * (2 * costs.active_parameters(shape) + 4 * 36 * 4096 * 9216)
