@@ -235,12 +235,12 @@ class _ChecksumError(Exception):
 @lru_cache(maxsize=4096)
 def _read_json_once(path: Path, form: Any, identity: tuple[int, int, int]) -> Any:
     """Read and check a file once for each (inode, modification time, size): a replaced file has another one."""
-    value = manifests.parse(path.read_bytes())
+    value = manifests.parse_json(path.read_bytes())
     digest = value.pop("digest", None)
     _check_version(path, value)
     if digest != digest_of(value):
         raise _ChecksumError
-    return manifests.check(value, form)
+    return manifests.check_form(value, form)
 
 
 def _check_version(path: Path, value: Mapping[str, Any]) -> None:

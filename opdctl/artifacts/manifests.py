@@ -134,7 +134,7 @@ class SummaryRecord(TypedDict):
 _adapter = cache(TypeAdapter)
 
 
-def check(value: Any, kind: Any) -> Any:
+def check_form(value: Any, kind: Any) -> Any:
     """Return `value` if it has the form `kind`. Raises ValueError with the first key that has not, and why."""
     try:
         _adapter(kind).validate_python(value, strict=True)
@@ -145,7 +145,7 @@ def check(value: Any, kind: Any) -> Any:
     return value
 
 
-def parse(data: bytes) -> dict[str, Any]:
+def parse_json(data: bytes) -> dict[str, Any]:
     """Return the JSON object in `data`. Raises ValueError if there is none."""
     try:
         value = json.loads(data)

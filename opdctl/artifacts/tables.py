@@ -206,7 +206,7 @@ def read_scores(path: Path, rollout_sha256: str) -> dict[str, TokenScores]:
     """
     try:
         with safe_open(path, "np") as file:
-            metadata = manifests.check(json.loads((file.metadata() or {})["opdctl"]), ScoresRecord)
+            metadata = manifests.check_form(json.loads((file.metadata() or {})["opdctl"]), ScoresRecord)
             lengths = _check_tensors(file)
             names, offsets = set(file.keys()), file.get_tensor(OFFSETS)
             columns = {name: file.get_tensor(name) for name in names - {OFFSETS, HIDDEN_STATES}}

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from opdctl.artifacts.records import Completion, Ids, TokenScores
 from opdctl.models.directory import ModelDir
-from opdctl.recipe.schema import Model, Recipe, Sampling, Score
+from opdctl.recipe.schema import Model, Recipe, RolloutColumns, Sampling, Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,7 @@ class Engine(Protocol):
         batch_size: int,
         on_progress: Callable[[int], None],
         *,
-        entropy: bool = False,
-        top_k: int = 0,
+        columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
     ) -> list[Completion]:
         """Complete every request, in order. `on_progress(n)` is called when n more requests are finished."""
         ...

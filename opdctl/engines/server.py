@@ -22,7 +22,7 @@ from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.engines.http import Client, MalformedResponseError, Parse, Parsed
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_local
-from opdctl.recipe.schema import Sampling, Score, model_key
+from opdctl.recipe.schema import RolloutColumns, Sampling, Score, model_key
 
 VLLM_NEG_INF = -9999.0  # vLLM's JSON encoding of minus infinity
 NEUTRAL_SAMPLING_PARAMS = {
@@ -78,23 +78,22 @@ class ServerEngine:
         batch_size: int,
         on_progress: Callable[[int], None],
         *,
-        entropy: bool = False,
-        top_k: int = 0,
+        columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
     ) -> list[Completion]:
         hint = 'set rollout.engine = "transformers"'
-        if entropy:
+        if columns.entropy:
             raise OpdctlError("unsupported_setting", "rollout.entropy: a server returns no entropies", hint=hint)
-        if top_k and not _is_unmodified(sampling):
+        if columns.top_k and not _is_unmodified(sampling):
             why = "at a temperature or top-p other than 1 the server's most probable tokens may be raw or processed"
             raise OpdctlError("unsupported_setting", f"rollout.top_k: {why}", hint=hint)
         self._check_length(max((len(request.prompt_ids) for request in requests), default=0), sampling.max_tokens)
         eos_ids = list(self._model.eos_ids)
-        parse = partial(_parse_completion, sampling=sampling, eos_ids=eos_ids, top_k=top_k)
+        parse = partial(_parse_completion, sampling=sampling, eos_ids=eos_ids, top_k=columns.top_k)
 
         def bodies() -> Iterator[tuple[dict[str, Any], Parse[Completion]]]:
             for request in requests:
                 body = self._body(request.prompt_ids, sampling)
-                body |= {"seed": request.seed, "logprobs": top_k, "stop_token_ids": eos_ids}
+                body |= {"seed": request.seed, "logprobs": columns.top_k, "stop_token_ids": eos_ids}
                 yield body, self._response_parser(body, parse)
 
         return self._client.post_all(f"{self._url}/completions", bodies(), on_progress)

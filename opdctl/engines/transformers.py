@@ -22,7 +22,7 @@ from opdctl.models.batching import by_token_budget, pad_batch
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
 from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
-from opdctl.recipe.schema import Sampling, Score
+from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 
 BLOCK = 512  # ids per block of the two-level cumulative sum
 COMPACT_BELOW = 0.75  # unfinished fraction that triggers dropping finished rows; each time copies the cache
@@ -99,13 +99,12 @@ class TransformersEngine:
         batch_size: int,
         on_progress: Callable[[int], None],
         *,
-        entropy: bool = False,
-        top_k: int = 0,
+        columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
     ) -> list[Completion]:
         completions: list[Completion] = []
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            buffer = _SampleBuffer(len(batch), sampling.max_tokens, self._device, entropy, top_k)
+            buffer = _SampleBuffer(len(batch), sampling.max_tokens, self._device, columns)
             self._generate_batch(batch, sampling, buffer, on_progress)
             completions += buffer.completions()
         return completions
@@ -156,17 +155,17 @@ def _split_by_response(columns: dict[str, Tensor], lengths: list[int]) -> list[T
 class _SampleBuffer:
     """The sampled tokens of a batch of responses, with what is stored beside them."""
 
-    def __init__(self, count: int, max_tokens: int, device: str, entropy: bool, top_k: int):
+    def __init__(self, count: int, max_tokens: int, device: str, columns: RolloutColumns):
         self._columns = {
             "response_ids": torch.zeros(count, max_tokens, dtype=torch.int32, device=device),
             "logprobs": torch.zeros(count, max_tokens, device=device),
         }
-        if entropy:
+        if columns.entropy:
             self._columns["entropies"] = torch.zeros(count, max_tokens, device=device)
-        if top_k:
-            self._columns["top_ids"] = torch.zeros(count, max_tokens, top_k, dtype=torch.int32, device=device)
-            self._columns["top_logprobs"] = torch.zeros(count, max_tokens, top_k, device=device)
-        self._top_k = top_k
+        if columns.top_k:
+            self._columns["top_ids"] = torch.zeros(count, max_tokens, columns.top_k, dtype=torch.int32, device=device)
+            self._columns["top_logprobs"] = torch.zeros(count, max_tokens, columns.top_k, device=device)
+        self._top_k = columns.top_k
         self._length_B = torch.full((count,), max_tokens, device=device)
         self.stopped_B = torch.zeros(count, dtype=torch.bool, device=device)
 

@@ -39,7 +39,7 @@ from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.models.batching import by_token_budget
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import check_missing_keys
-from opdctl.recipe.schema import Recipe, Sampling, Score
+from opdctl.recipe.schema import Recipe, RolloutColumns, Sampling, Score
 
 ENVIRONMENT_DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: a killed run leaves no engine process
@@ -152,12 +152,11 @@ class VllmEngine:
         batch_size: int,
         on_progress: Callable[[int], None],
         *,
-        entropy: bool = False,
-        top_k: int = 0,
+        columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
     ) -> list[Completion]:
-        if entropy:
+        if columns.entropy:
             raise _unsupported("rollout", "the entropy of the sampled distribution")
-        if top_k and (sampling.temperature, sampling.top_p) != (1, 1):
+        if columns.top_k and (sampling.temperature, sampling.top_p) != (1, 1):
             raise _unsupported("rollout", "the most probable ids before temperature and top-p")
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         self._check_length(longest + sampling.max_tokens, f"a prompt of {longest} + {sampling.max_tokens} tokens")
@@ -170,12 +169,12 @@ class VllmEngine:
                     "top_p": sampling.top_p,
                     "max_tokens": sampling.max_tokens,
                     "stop_token_ids": self._eos,
-                    "logprobs": top_k,
+                    "logprobs": columns.top_k,
                 }
                 yield request.prompt_ids, params
 
         outputs = self._run(prompts(), batch_size, on_progress)
-        completions = [_completion(output.outputs[0], top_k) for output in outputs]
+        completions = [_completion(output.outputs[0], columns.top_k) for output in outputs]
         self._check_not_nan(completions)
         return completions
 

@@ -30,9 +30,7 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
         def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
             part = stage.items_of_part(samples, index)
             requests = [Request(prompt.prompt_ids, sample_seed(run.recipe.seed, name)) for name, prompt in part]
-            completions = engine.generate(
-                requests, settings, settings.batch_size, on_progress, entropy=settings.entropy, top_k=settings.top_k
-            )
+            completions = engine.generate(requests, settings, settings.batch_size, on_progress, columns=settings)
             if index == 0:
                 pairs = zip(requests, completions, strict=True)
                 scored = [ScoreRequest(request.prompt_ids, done.response_ids) for request, done in pairs]

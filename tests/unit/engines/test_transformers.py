@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.transformers import TransformersEngine, sample
-from opdctl.recipe.schema import Sampling, Score
+from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_entropy_and_top_k_are_those_of_the_entire_distribution(engine):
     """Entropy and most probable ids, sampled or scored, compared with a plain forward pass per response."""
     wanted = requests(6, cut=5)
     sampling, everything = Sampling(max_tokens=60), {"entropy": True, "top_k": 5}
-    completions = engine.generate(wanted, sampling, 256, lambda n: None, **everything)
+    completions = engine.generate(wanted, sampling, 256, lambda n: None, columns=RolloutColumns(**everything))
     answered = [ScoreRequest(r.prompt_ids, c.response_ids, c.top_ids) for r, c in zip(wanted, completions, strict=True)]
     settings = Score(tokens_per_batch=400, student_top_k=True, hidden_states=True, **everything)
     scores = engine.score(answered, settings, lambda n: None)
