@@ -1,14 +1,11 @@
-"""Damaged artifacts: whatever is wrong with a file, it is refused by name, with the reason, and without much memory.
+"""Corrupt artifacts: every file is refused by name, with the reason, and without much memory.
 
-First damage as disks and people do it, which digests find; then files whose digests are right, made by somebody who
-means ill, or by a program with a fault: there the form is what decides.
+First the damage of disks and people, which digests find; then forged files with valid digests, which only the check of
+their form finds.
 """
 
-import contextlib
-import dataclasses
 import json
 import random
-import re
 import shutil
 import struct
 import tracemalloc
@@ -20,56 +17,55 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.commands import QUICKSTART, invoke, sets
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from helpers.commands import invoke, rewrite_json
 from safetensors.numpy import load_file, save_file
 
-from opdctl.artifacts import directories, files, manifests, stage_dir, tables
-from opdctl.artifacts.manifests import Manifest, PartRecord, RunRecord, UpdateRecord
-from opdctl.artifacts.records import RESPONSES, SCHEMA_VERSION, Response
+from opdctl.artifacts import directories, files, stage_dir, tables
+from opdctl.artifacts.records import Response
+from opdctl.artifacts.versions import VERSIONS
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.runs.run import load_run
-from opdctl.runs.scored_responses import check_ids, join, read_scored
+from opdctl.evaluation.results import load_evaluation
+from opdctl.runs.run import Run
+from opdctl.runs.scored_responses import read_scored
 
-SLACK = 2**20  # bytes that the reader itself may take, however small the file
+SLACK = 2**20  # bytes that the reader may take for a small file
 POOLS: list[pa.MemoryPool] = []
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two steps. Tests leave it as it was."""
-    path = tmp_path_factory.mktemp("run") / "run"
-    settings = sets("rollout.prompts_per_step=6", "rollout.max_tokens=24", "train.keep_latest=9", "rollout.num_parts=3")
-    result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", path)
-    assert result.code == 0, result.err
-    return path
+def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps. Every test restores what it changes."""
+    return Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("damage") / "run"))
 
 
 def read_everything(path: Path) -> None:
     """Read what the commands read of a run, each thing once."""
-    run = load_run(path)
+    run = Run.load(path)
     assert run.prompts
     for step in range(2):
         for stage in (run.rollout_stage(step), *run.score_stages(step).values()):
-            assert len(stage.names) == 3
-        assert len(list(read_scored(run, step))) == 6
+            assert len(stage.names) == 2
+        assert len(list(read_scored(run, step))) == 8
         assert run.student_at(step + 1)
         directories.check_directory(run.trainer_path(step + 1), run.update(step)["trainer"])
+    for summary in path.glob("eval/*/*/summary.json"):
+        assert len(load_evaluation(summary.parent).rows()) == 4
+    for description in path.glob("eval/*/benchmark.json"):
+        assert files.read_json(description)
 
 
 def refusal(read: Callable[[], object], size: int, *codes: ExitCode) -> OpdctlError:
-    """Return the error that reading gives, which must not take memory beyond twice the file's `size`."""
-    (error, taken), limit = attempt(read), 2 * size + SLACK
-    if taken > limit:  # once more: now and then a library loads something
-        error, taken = attempt(read)
-    assert taken < limit, taken
+    """Return the error of reading, which must not take more memory than twice the file's `size`."""
+    (error, bytes_used), limit = attempt(read), 2 * size + SLACK
+    if bytes_used > limit:  # again: sometimes a library loads a module
+        error, bytes_used = attempt(read)
+    assert bytes_used < limit, bytes_used
     assert error.code in (codes or (ExitCode.BAD_DATA,)), error.message
     return error
 
 
 def attempt(read: Callable[[], object]) -> tuple[OpdctlError, int]:
-    """Return the error that reading gives, and the bytes that it took at most."""
+    """Return the error of reading, and the peak of the bytes that it took."""
     before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
     POOLS.append(pool)  # a buffer must not outlive its pool
     pa.set_memory_pool(pool)
@@ -77,14 +73,14 @@ def attempt(read: Callable[[], object]) -> tuple[OpdctlError, int]:
     try:
         with pytest.raises(OpdctlError) as caught:
             read()
-        taken = tracemalloc.get_traced_memory()[1] + max(pool.max_memory(), 0)
+        bytes_used = tracemalloc.get_traced_memory()[1] + max(pool.max_memory(), 0)
     finally:
         tracemalloc.stop()
         pa.set_memory_pool(before)
-    return caught.value, taken
+    return caught.value, bytes_used
 
 
-# ── As disks and people do it ────────────────────────────────────────────────────────────────────────────────────────
+# ── Damage of disks and people ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def cut(data: bytes, chance: random.Random) -> bytes:
@@ -107,11 +103,12 @@ def lengthen(data: bytes, chance: random.Random) -> bytes:
 
 
 def run_files(run: Path) -> list[Path]:
-    found = [path for path in sorted(run.rglob("*")) if path.is_file() and path.suffix != ".lock"]
-    return [path for path in found if path.name not in ("recipe.toml", "metrics.jsonl")]  # the user's, and a copy
+    """Return the files that have a recorded digest. recipe.toml is the user's, and metrics.jsonl a copy."""
+    paths = [path for path in sorted(run.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+    return [path for path in paths if path.name not in ("recipe.toml", "metrics.jsonl")]
 
 
-def test_every_file_in_every_way_is_refused_with_its_name(run: Path) -> None:
+def test_every_damaged_file_is_refused_with_its_name(run: Path) -> None:
     chance, count, read = random.Random(0), 0, lambda: read_everything(run)
     read()
     for path in run_files(run):
@@ -127,24 +124,11 @@ def test_every_file_in_every_way_is_refused_with_its_name(run: Path) -> None:
             count += 1
         path.write_bytes(whole)
     read()
-    assert count > 200
+    assert count > 150
 
 
-def test_a_finished_part_that_is_gone_is_made_again_and_that_is_said(run: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
-    for command, folder in (("rollout", "rollout"), ("score-teacher", "teacher")):
-        path = sorted((copy / "step-00001" / folder).glob("part-*"))[1]
-        whole = path.read_bytes()
-        path.unlink()
-        result = invoke(command, "--output", copy, "--step", "1")
-        assert result.code == 0, result.err
-        assert f"{path}: was finished, and is gone: it is made again" in result.err
-        assert path.read_bytes() == whole
-
-
-def test_prompts_and_summaries_are_verified_too(run: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
-    assert invoke("eval", "--output", copy, "--set", "eval.limit=2", "--set", "eval.max_tokens=4").code == 0
+def test_prompts_and_summaries_are_verified(finished_copy: Path) -> None:
+    copy = finished_copy
     for path in (*copy.rglob("summary.json"), copy / "prompts.parquet"):
         whole = path.read_bytes()
         path.write_bytes(flip(whole, random.Random(3)))
@@ -155,7 +139,7 @@ def test_prompts_and_summaries_are_verified_too(run: Path, tmp_path: Path) -> No
     assert invoke("status", copy, "--verify").code == 0
 
 
-def test_parts_that_are_swapped_are_refused(run: Path) -> None:
+def test_swapped_parts_are_refused(run: Path) -> None:
     for folder, other in (("rollout", "rollout"), ("teacher", "teacher"), ("rollout", "teacher")):
         one, two = (
             sorted((run / "step-00000" / folder).glob("part-*"))[0],
@@ -170,31 +154,26 @@ def test_parts_that_are_swapped_are_refused(run: Path) -> None:
         two.write_bytes(second)
 
 
-def test_a_symbolic_link_is_not_followed(run: Path, tmp_path: Path) -> None:
+def test_symbolic_link_is_not_followed(run: Path, tmp_path: Path) -> None:
     step = run / "step-00000"
-    names = ("rollout", "rollout/manifest.json", "teacher/part-00001-of-00003.safetensors", "update.json")
+    names = ("rollout", "rollout/manifest.json", "teacher/part-00001-of-00002.safetensors", "update.json")
     for path in (run / "run.json", step, *(step / name for name in names), run / "student/step-00001/config.json"):
         elsewhere = tmp_path / "elsewhere"
         path.rename(elsewhere)
         path.symlink_to(elsewhere)
         error = refusal(lambda: read_everything(run), 2**20)
-        assert f"{path}: damaged: a symbolic link" in error.message
+        assert error.kind == "corrupt_artifact"
+        assert str(path) in error.message
         path.unlink()
         elsewhere.rename(path)
     read_everything(run)
 
 
-# ── With digests that are right ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def forged(path: Path, **changes: Any) -> None:
-    """Write a JSON file with other values, and the digest of those."""
-    value = {**json.loads(path.read_text()), **changes}
-    files.write_json(path, {key: each for key, each in value.items() if key != "digest" and each is not ...})
+# ── Forged files with valid digests ──────────────────────────────────────────────────────────────────────────────────
 
 
 def part(**changes: Any) -> dict[str, Any]:
-    whole = {"name": "part-00000-of-00003.parquet", "rows": 2, "tokens": 9, "bytes": 9, "sha256": "0" * 64}
+    whole = {"name": "part-00000-of-00002.parquet", "rows": 2, "tokens": 9, "bytes": 9, "sha256": "0" * 64}
     return {key: value for key, value in {**whole, **changes}.items() if value is not ...}
 
 
@@ -210,17 +189,17 @@ MANIFESTS: list[dict[str, Any]] = [
     *({"settings": value} for value in (None, [], "x", ...)),
     *({"inputs": value} for value in (None, [], {"policy": 1}, ...)),
     *({"fingerprint": value} for value in (None, 1, "x", ...)),
-    *({"schema_version": value} for value in (1, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, "3", None, ...)),
-    *({key: ...} for key in ("stage", "logprob_metadata")),
+    *({"version": value} for value in (1, VERSIONS["rollout"] - 1, VERSIONS["rollout"] + 1, "3", None, ...)),
+    *({key: ...} for key in ("artifact", "logprob_metadata")),
 ]
 
 
 @pytest.mark.parametrize("changes", MANIFESTS, ids=str)
-def test_a_forged_manifest_is_refused_with_the_key(run: Path, changes: dict[str, Any]) -> None:
+def test_forged_manifest_is_refused_with_the_key(run: Path, changes: dict[str, Any]) -> None:
     path = run / "step-00001/rollout/manifest.json"
     whole = path.read_bytes()
     try:
-        forged(path, **changes)
+        rewrite_json(path, **changes)
         error = refusal(lambda: read_everything(run), path.stat().st_size)
         assert str(path) in error.message
         assert next(iter(changes)).replace("_", " ") in error.message.replace("_", " ")
@@ -229,15 +208,16 @@ def test_a_forged_manifest_is_refused_with_the_key(run: Path, changes: dict[str,
 
 
 @pytest.mark.parametrize(
-    "parts", [[], [part()], [part(name="part-00000-of-00004.parquet")] * 3, [part(), part(), part()]], ids=len
+    "parts", [[], [part()], [part(name="part-00000-of-00004.parquet")] * 2, [part(), part(), part()]], ids=len
 )
-def test_a_manifest_of_other_parts_is_refused(run: Path, parts: list[dict[str, Any]]) -> None:
+def test_manifest_of_other_parts_is_refused(run: Path, parts: list[dict[str, Any]]) -> None:
     path = run / "step-00001/rollout/manifest.json"
     whole = path.read_bytes()
     try:
-        forged(path, parts=parts)
+        rewrite_json(path, parts=parts)
         error = refusal(lambda: read_everything(run), path.stat().st_size)
-        assert f"{path}: damaged: lists other parts" in error.message
+        assert error.kind == "corrupt_artifact"
+        assert str(path) in error.message
     finally:
         path.write_bytes(whole)
 
@@ -250,24 +230,24 @@ def test_a_manifest_of_other_parts_is_refused(run: Path, parts: list[dict[str, A
         ("run.json", {"models": None}),
         ("run.json", {"prompts": {"rows": 1, "dropped": 0, "sha256": "x", "source_sha256": None}}),
         ("run.json", {"prompts": ...}),
-        ("run.json", {"schema_version": 1}),
+        ("run.json", {"version": 1}),
         ("step-00000/update.json", {"student": {"../model.safetensors": "0" * 64}}),
         ("step-00000/update.json", {"student": {"/etc/passwd": "0" * 64}}),
         ("step-00000/update.json", {"student": {"config.json": "0" * 64}}),
         ("step-00000/update.json", {"trainer": []}),
         ("step-00000/update.json", {"metrics": {"loss": "0.1"}}),
-        ("step-00000/update.json", {"schema_version": 99}),
+        ("step-00000/update.json", {"version": 99}),
     ],
     ids=str,
 )
 def test_other_forged_files_are_refused(run: Path, name: str, changes: dict[str, Any]) -> None:
     whole = (run / name).read_bytes()
     try:
-        forged(run / name, **changes)
+        rewrite_json(run / name, **changes)
         codes = (
             ExitCode.BAD_DATA,
             ExitCode.RECIPE_MISMATCH,
-        )  # another student in update.json is not the one that drew the next step
+        )  # with another student in update.json the next step was sampled by a different policy
         assert refusal(lambda: read_everything(run), len(whole), *codes).hint
     finally:
         (run / name).write_bytes(whole)
@@ -276,7 +256,7 @@ def test_other_forged_files_are_refused(run: Path, name: str, changes: dict[str,
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b"null", b"{", b'{"a": 1}', b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"\0" * 9]
 )
-def test_what_is_no_json_object_of_ours_is_refused(run: Path, text: bytes) -> None:
+def test_other_json_files_are_refused(run: Path, text: bytes) -> None:
     for name in ("run.json", "step-00000/update.json", "step-00000/teacher/manifest.json"):
         whole = (run / name).read_bytes()
         (run / name).write_bytes(text)
@@ -296,7 +276,7 @@ def logprob_metadata(path: Path) -> dict[str, Any]:
 
 
 Tensors = dict[str, np.ndarray]
-ROGUE_TENSORS: dict[str, Callable[[Tensors], Tensors | None]] = {
+FORGED_TENSORS: dict[str, Callable[[Tensors], Tensors | None]] = {
     "nan": lambda t: t["logprobs"].__setitem__(3, np.nan),
     "minus infinity": lambda t: t["logprobs"].__setitem__(0, -np.inf),
     "infinity": lambda t: t["logprobs"].__setitem__(-1, np.inf),
@@ -316,7 +296,7 @@ ROGUE_TENSORS: dict[str, Callable[[Tensors], Tensors | None]] = {
     "hidden states of one dimension": lambda t: {**t, "hidden_states": t["logprobs"]},
     "an empty hidden size of 2^40": lambda t: {**t, "top_logprobs": np.zeros((0, 2**40), np.float32)},
     "huge offsets": lambda t: t["offsets"].__setitem__(-1, 2**62),
-    "offsets that wrap": lambda t: t["offsets"].__setitem__(slice(None), [0, 2**63 - 1, -(2**63)][: len(t["offsets"])]),
+    "offsets that wrap": lambda t: t["offsets"].__setitem__(slice(1, 3), [2**63 - 1, -(2**63)]),
     "negative offsets": lambda t: t["offsets"].__setitem__(1, -5),
     "falling offsets": lambda t: t["offsets"].__setitem__(1, t["offsets"][-1] + 1),
     "offsets from one": lambda t: t["offsets"].__setitem__(0, 1),
@@ -327,7 +307,7 @@ ROGUE_TENSORS: dict[str, Callable[[Tensors], Tensors | None]] = {
     "an offset too many": lambda t: {**t, "offsets": np.append(t["offsets"], t["offsets"][-1])},
     "offsets of two dimensions": lambda t: {**t, "offsets": t["offsets"][:, None]},
 }
-ROGUE_MEANINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+FORGED_METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
     "duplicate ids": lambda m: {**m, "sample_ids": [m["sample_ids"][0]] * len(m["sample_ids"])},
     "another id": lambda m: {**m, "sample_ids": ["stranger", *m["sample_ids"][1:]]},
     "an id less": lambda m: {**m, "sample_ids": m["sample_ids"][1:]},
@@ -341,35 +321,35 @@ ROGUE_MEANINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def resealed(stage: stage_dir.StageDir, data: bytes) -> None:
-    """Put `data` into the place of the first part, with the manifest saying so."""
+def replace_first_part(stage: stage_dir.StageDir, data: bytes) -> None:
+    """Replace the first part by `data`, and its entry in the manifest."""
     path = stage.path / stage.names[0]
     path.write_bytes(data)
     manifest = json.loads(stage.manifest_path.read_text())
     manifest["parts"][0] |= {"bytes": len(data), "sha256": files.sha256_file(path)}
-    forged(stage.manifest_path, parts=manifest["parts"])
+    rewrite_json(stage.manifest_path, parts=manifest["parts"])
 
 
 @pytest.fixture
 def teacher(run: Path) -> Iterator[stage_dir.StageDir]:
-    stage = load_run(run).score_stage(0, "teacher")
+    stage = Run.load(run).score_stage(0, "teacher")
     saved = {path: path.read_bytes() for path in stage.path.iterdir()}
     yield stage
     for path, data in saved.items():
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", [*ROGUE_TENSORS, *ROGUE_MEANINGS])
+@pytest.mark.parametrize("name", [*FORGED_TENSORS, *FORGED_METADATA])
 def test_scores_of_another_form_are_refused(run: Path, teacher: stage_dir.StageDir, tmp_path: Path, name: str) -> None:
-    path, rogue = scores(run), tmp_path / "rogue"
-    tensors, said = load_file(path), logprob_metadata(path)
-    if name in ROGUE_TENSORS:
-        tensors = ROGUE_TENSORS[name](tensors) or tensors
+    path, forged = scores(run), tmp_path / "forged"
+    tensors, metadata = load_file(path), logprob_metadata(path)
+    if name in FORGED_TENSORS:
+        tensors = FORGED_TENSORS[name](tensors) or tensors
     else:
-        said = ROGUE_MEANINGS[name](said)
-    save_file(tensors, rogue, metadata={"opdctl": json.dumps(said)})
-    resealed(teacher, rogue.read_bytes())
-    error = refusal(lambda: read_everything(run), rogue.stat().st_size)
+        metadata = FORGED_METADATA[name](metadata)
+    save_file(tensors, forged, metadata={"opdctl": json.dumps(metadata)})
+    replace_first_part(teacher, forged.read_bytes())
+    error = refusal(lambda: read_everything(run), forged.stat().st_size)
     assert "sort12-" in error.message or str(path) in error.message, error.message
 
 
@@ -399,12 +379,12 @@ META = {"opdctl": "{}"}
         header({"__metadata__": {"opdctl": "no json"}}, 0),
         header({"__metadata__": {}}, 0),
         header({}, 0),
-        b"PK\x03\x04" + bytes(64),  # what torch.save begins with: a pickle in a zip
+        b"PK\x03\x04" + bytes(64),  # the start of a file by torch.save: a pickle in a zip
         b"\x80\x04\x95" + bytes(64),
     ],
 )
-def test_what_is_no_safetensors_of_ours_is_refused(run: Path, teacher: stage_dir.StageDir, data: bytes) -> None:
-    resealed(teacher, data)
+def test_other_safetensors_files_are_refused(run: Path, teacher: stage_dir.StageDir, data: bytes) -> None:
+    replace_first_part(teacher, data)
     error = refusal(lambda: read_everything(run), len(data))
     assert str(scores(run)) in error.message
 
@@ -414,9 +394,10 @@ def responses(run: Path) -> list[Response]:
 
 
 def rows_table(rows: list[Response], **columns: Any) -> pa.Table:
-    """Return the rows as a table, with other columns in the place of those given; `...` leaves one out."""
-    plain = {name: [getattr(row, name) for row in rows] for name in RESPONSES.names}
-    arrays = {name: pa.array(plain[name], RESPONSES.field(name).type) for name in RESPONSES.names} | columns
+    """Return the rows as a table with some columns replaced; `...` removes one."""
+    schema = tables.arrow_schema(Response)
+    plain = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    arrays = {name: pa.array(plain[name], schema.field(name).type) for name in schema.names} | columns
     return pa.table({name: array for name, array in arrays.items() if array is not ...})
 
 
@@ -424,7 +405,7 @@ def lists(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values, pa.list_(kind))
 
 
-ROGUE_ROWS: dict[str, Callable[[list[Response]], pa.Table]] = {
+FORGED_ROWS: dict[str, Callable[[list[Response]], pa.Table]] = {
     "a column less": lambda rows: rows_table(rows, answer=...),
     "a column more": lambda rows: rows_table(rows, more=pa.array([1] * len(rows))),
     "ids of 64 bits": lambda rows: rows_table(rows, response_ids=lists([[2]] * len(rows), pa.int64())),
@@ -442,46 +423,31 @@ ROGUE_ROWS: dict[str, Callable[[list[Response]], pa.Table]] = {
 }
 
 
-@pytest.mark.parametrize("name", ROGUE_ROWS)
+@pytest.mark.parametrize("name", FORGED_ROWS)
 def test_rows_of_another_form_are_refused(run: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "part.parquet"
-    pq.write_table(ROGUE_ROWS[name](responses(run)), path, write_page_checksum=True)
+    pq.write_table(FORGED_ROWS[name](responses(run)), path, write_page_checksum=True)
     assert str(path) in refusal(lambda: tables.read_rows(path, Response), path.stat().st_size).message
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
-def test_responses_with_a_log_prob_that_is_no_number_or_twice_one_id_do_not_join(run: Path, value: float) -> None:
-    rows = responses(run)
-    found = tables.read_scores(scores(run), load_run(run).rollout_stage(0).sha256(0))
-    logprobs = rows[0].logprobs.copy()
-    logprobs[2] = value
-    spoilt = [dataclasses.replace(rows[0], logprobs=logprobs), *rows[1:]]
-    assert f"{rows[0].sample_id}: the student's logprobs at position 2 is {value}" in (
-        refusal(lambda: join(spoilt, {"teacher": found}), 0).message
-    )
-    assert "occurs twice" in refusal(lambda: join([*rows, rows[0]], {"teacher": found}), 0).message
-    for ids in ([2, -1], [2, 30000]):
-        strange = dataclasses.replace(rows[0], response_ids=np.array(ids, np.int32))
-        error = refusal(lambda row=strange: check_ids([row], load_run(run).student), 0)
-        assert f"{rows[0].sample_id}: a response id beyond" in error.message
-
-
 @pytest.mark.parametrize("damage", [cut, flip, blank, lengthen])
-def test_parquet_that_is_damaged_before_its_digest_is_taken_is_refused_or_read_right(
+def test_parquet_damaged_before_its_digest_is_taken_is_refused_or_read_correctly(
     run: Path, tmp_path: Path, damage: Callable[[bytes, random.Random], bytes]
 ) -> None:
-    chance, path, rows, refused = random.Random(1), tmp_path / "part.parquet", responses(run), list[str]()
+    chance, path, rows, refused = random.Random(1), tmp_path / "part.parquet", responses(run), list[OpdctlError]()
     whole = sorted((run / "step-00000/rollout").glob("part-*"))[0].read_bytes()
     for _ in range(25):
         path.write_bytes(damage(whole, chance))
         try:
             found = tables.read_rows(path, Response)
         except OpdctlError as error:
-            refused.append(f"{error.code} {error.message}")
+            refused.append(error)
         else:
             assert [row.response_ids.tolist() for row in found] == [row.response_ids.tolist() for row in rows]
             assert [row.logprobs.tolist() for row in found] == [row.logprobs.tolist() for row in rows]
-    assert all(message.startswith(f"{ExitCode.BAD_DATA} {path}: damaged") for message in refused)
+    kinds = {error.kind for error in refused}
+    assert kinds <= {"corrupt_artifact", "unsupported_version"}  # a flipped bit may be in the name of a column
+    assert all(str(path) in error.message for error in refused)
     assert len(refused) > 5
 
 
@@ -499,7 +465,9 @@ def test_parquet_that_is_damaged_before_its_digest_is_taken_is_refused_or_read_r
         ),
     ],
 )
-def test_every_command_says_so_without_a_traceback(run: Path, tmp_path: Path, command: str, name: str) -> None:
+def test_every_command_reports_a_corrupt_file_without_a_traceback(
+    run: Path, tmp_path: Path, command: str, name: str
+) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     (copy / name).write_bytes((copy / name).read_bytes()[:-40])
     place = [copy] if command in ("status", "analyze-position") else ["--output", copy]
@@ -507,69 +475,4 @@ def test_every_command_says_so_without_a_traceback(run: Path, tmp_path: Path, co
     assert result.code == ExitCode.BAD_DATA, result.err
     assert str(copy / name) in result.err
     assert "Traceback" not in result.err
-    assert "internal error" not in result.err
-
-
-# ── Any JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["../x", "0" * 64]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["name", "rows", "parts", "sha256", "models", "student", "a"]), inner, max_size=4
-        )
-    ),
-    max_leaves=12,
-)
-
-
-@given(
-    value=st.dictionaries(st.text(max_size=6), JSON),
-    kind=st.sampled_from([PartRecord, Manifest, RunRecord, UpdateRecord]),
-)
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_json_is_read_as_it_was_written_or_refused_with_its_file(tmp_path: Path, value: dict, kind: type) -> None:
-    path = tmp_path / "any.json"
-    value.pop("schema_version", None)
-    value.pop("digest", None)
-    path.unlink(missing_ok=True)
-    try:
-        files.write_json(path, value)
-    except UnicodeEncodeError:  # a lone surrogate, which nothing here writes
-        return
-    assert repr(files.read_json(path)) == repr(value)
-    with pytest.raises(OpdctlError, match=re.escape(str(path))) as caught:
-        files.read_json(path, kind)
-    assert caught.value.code == ExitCode.BAD_DATA
-
-
-@given(data=st.data())
-@settings(max_examples=150)
-def test_a_manifest_with_any_value_at_any_place_is_the_same_kind_or_refused(data: st.DataObject) -> None:
-    manifest: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "stage": "rollout",
-        "fingerprint": "0" * 64,
-        "settings": {"seed": 0},
-        "inputs": {"prompts": "x"},
-        "logprob_metadata": {},
-        "parts": [part()],
-    }
-    home = data.draw(st.sampled_from([manifest, manifest["parts"][0]]))
-    key, value = data.draw(st.sampled_from(sorted(home))), data.draw(JSON)
-    home[key] = value
-    try:
-        found = manifests.check(manifest, Manifest)
-    except ValueError:
-        return
-    for each in found["parts"]:
-        assert (Path("/run") / each["name"]).resolve().parent == Path("/run")
-        assert 0 <= each["rows"] < 2**63
-        assert re.fullmatch("[0-9a-f]{64}", each["sha256"])
-
-
-@given(st.binary(max_size=64))
-def test_any_bytes_are_a_json_object_or_refused(data: bytes) -> None:
-    with contextlib.suppress(ValueError):
-        assert isinstance(manifests.parse(data), dict)
+    assert result.kind != "internal_error"
