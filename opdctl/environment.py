@@ -32,6 +32,6 @@ def resolve_device(name: str) -> str:
 
     if name == "cuda" and not torch.cuda.is_available():
         raise OpdctlError(
-            "missing_gpu", "pipeline.device is `cuda`, but torch finds no GPU", hint='set pipeline.device = "auto"'
+            "missing_device", "pipeline.device is `cuda`, but torch finds no GPU", hint='set pipeline.device = "auto"'
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -28,9 +28,9 @@ ErrorKind = Literal[
     "logprob_mismatch",
     "malformed_response",
     "missing_checkpoint",
+    "missing_device",
     "missing_evaluation",
     "missing_file",
-    "missing_gpu",
     "missing_input",
     "missing_model",
     "missing_package",
@@ -38,7 +38,7 @@ ErrorKind = Literal[
     "missing_sandbox",
     "missing_token",
     "model_mismatch",
-    "non_finite_value",
+    "nonfinite_value",
     "out_of_memory",
     "recipe_mismatch",
     "rejected_request",
@@ -93,7 +93,7 @@ EXIT_CODES: dict[str, ExitCode] = dict.fromkeys(get_args(ErrorKind), ExitCode.US
     "missing_sandbox": ExitCode.UNAVAILABLE,
     "missing_token": ExitCode.UNAVAILABLE,
     "model_mismatch": ExitCode.RECIPE_MISMATCH,
-    "non_finite_value": ExitCode.BAD_DATA,
+    "nonfinite_value": ExitCode.BAD_DATA,
     "out_of_memory": ExitCode.UNAVAILABLE,
     "recipe_mismatch": ExitCode.RECIPE_MISMATCH,
     "settings_mismatch": ExitCode.RECIPE_MISMATCH,
@@ -116,21 +116,17 @@ class OpdctlError(Exception):
         # hint: check prompts.source
     """
 
-    def __init__(
-        self, kind: str, detail: str | None = None, *, hint: str | None = None, code: ExitCode = ExitCode.USAGE
-    ):
-        # TRANSITION: a single argument is a message without a kind.
+    def __init__(self, kind: ErrorKind, detail: str, *, hint: str | None = None):
         self.kind, self.detail, self.hint = kind, detail, hint
-        self._code = code
         super().__init__(self.message)
 
     @property
     def message(self) -> str:
-        return self.kind if self.detail is None else f"{self.kind.replace('_', ' ').capitalize()}: {self.detail}"
+        return f"{self.kind.replace('_', ' ').capitalize()}: {self.detail}"
 
     @property
     def code(self) -> ExitCode:
-        return self._code if self.detail is None else EXIT_CODES[self.kind]
+        return EXIT_CODES[self.kind]
 
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)

@@ -204,7 +204,7 @@ class VllmEngine:
     def _check_not_nan(self, results: Iterable[Completion | TokenScores]) -> None:
         # From NaN logits vLLM makes a normal-looking response: token 0 repeated.
         if any(np.isnan(result.logprobs).any() for result in results):
-            raise OpdctlError("non_finite_value", f"{self._path}: the model produced NaN logits in vLLM")
+            raise OpdctlError("nonfinite_value", f"{self._path}: the model produced NaN logits in vLLM")
 
     def _check_length(self, tokens: int, text: str) -> None:
         if tokens > self._max_tokens:

@@ -158,7 +158,7 @@ def check_top_k(recipe: Recipe, student: ModelDir) -> None:
             raise OpdctlError(
                 "unsupported_setting",
                 f"{key} = {top_k}: the vocabulary has {student.vocab_size} tokens",
-                hint='lower it, or use an objective on the whole vocabulary with support = "full"',
+                hint='lower it, or use an objective on the full vocabulary with support = "full"',
             )
 
 

@@ -100,7 +100,7 @@ def _check_columns(response: Response, name: str, record: Response | TokenScores
         if not np.isfinite(values).all():
             position = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(-1)))
             raise OpdctlError(
-                "non_finite_value",
+                "nonfinite_value",
                 f"{response.sample_id}: {column} of the {name} at position {position}: {values[position]}",
                 hint="the model gives a token probability 0, or computes NaN in its dtype; train.max_invalid_responses "
                 "allows a few",

@@ -377,7 +377,7 @@ def update_fingerprint(run: Run, step: int) -> Fingerprint:
 def _non_finite_error(run: Run, what: str, sample_ids: list[str]) -> OpdctlError:
     responses = f" in responses {', '.join(sample_ids[:5])}" if sample_ids else ""
     return OpdctlError(
-        "non_finite_value",
+        "nonfinite_value",
         f"{what}{responses}; this step was not written",
         hint=f"lower train.learning_rate; the last good student is {run.student_path(run.current_step())}",
     )

@@ -20,9 +20,38 @@ PACKAGE = Path(__file__).parents[2] / "opdctl"
 TABLE = Path(__file__).with_name("messages.txt")
 IMPERATIVES = {
     *("add", "check", "choose", "close", "convert", "correct", "create", "delete", "distil", "download", "evaluate"),
-    *("fix", "fork", "free", "give", "install", "keep", "log", "lower", "make", "move", "name", "pass", "pip", "put"),
-    *("raise", "reduce", "relax", "remove", "rename", "replace", "rerun", "restart", "restore", "run", "serve", "set"),
-    *("start", "store", "stop", "switch", "update", "upgrade", "use", "wait", "write"),
+    *(
+        "fix",
+        "fork",
+        "free",
+        "give",
+        "install",
+        "keep",
+        "log",
+        "lower",
+        "make",
+        "move",
+        "name",
+        "pass",
+        "provide",
+        "put",
+    ),
+    *(
+        "raise",
+        "reduce",
+        "relax",
+        "remove",
+        "rename",
+        "replace",
+        "rerun",
+        "restart",
+        "restore",
+        "return",
+        "run",
+        "serve",
+        "set",
+    ),
+    *("start", "store", "stop", "switch", "train", "update", "upgrade", "use", "wait", "write"),
 }
 CONDITIONS = ("to ", "if ", "for ", "a ", "an ", "the ", "its ", "each ", "only ", "{", "`", "known", "--dry-run")
 """Other beginnings of a hint: a purpose or a fact that decides what to do."""
