@@ -1,6 +1,5 @@
 """The recipes that come with opdctl, found by name: `quickstart`, `pairs/…`, `weights/…`, `variants/…`."""
 
-import tomllib
 from pathlib import Path
 
 from opdctl.errors import OpdctlError, did_you_mean
@@ -36,10 +35,8 @@ def find_recipe(name: str) -> Path:
 
 
 def describe_recipe(name: str) -> tuple[str, str]:
-    """Return the first comment line of a recipe, and "complete" or "overlay": what it is laid over is another
-    recipe."""
+    """Return the first comment line of a recipe, and "complete" or "overlay": the recipes in subdirectories override
+    settings of another recipe."""
     text = (LIBRARY / f"{name}.toml").read_text(encoding="utf-8")
-    keys = tomllib.loads(text)
-    is_complete = {"name", "student", "prompts"} <= keys.keys() and "steps" in keys.get("train", {})
     comment = next((line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")), "")
-    return comment, "complete" if is_complete else "overlay"
+    return comment, "overlay" if "/" in name else "complete"

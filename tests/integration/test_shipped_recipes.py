@@ -15,6 +15,7 @@ from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Weight
 from opdctl.recipe.components import build_objective, build_token_weight
+from opdctl.recipe.library import find_recipe
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import Recipe
 
@@ -66,7 +67,7 @@ def words_of(path: Path) -> list[str]:
 
 def files_of(path: Path) -> list[Path]:
     words = words_of(path)
-    return [ROOT / word for before, word in pairwise(words) if before == "--recipe"]
+    return [find_recipe(word) for before, word in pairwise(words) if before == "--recipe"]
 
 
 def recipe_of(name: str) -> Recipe:
