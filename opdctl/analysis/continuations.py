@@ -1,6 +1,6 @@
 """Continuations: teacher and student continue the student's own prefixes, and the complete answers are graded.
 
-The teacher's accuracy falls with the length of the prefix as far as the student's errors mislead it (arXiv 2606.22600,
+The teacher's accuracy falls with the length of the prefix if the student's errors mislead it (arXiv 2606.22600,
 Figure 1b). Reads the prefixes of 0, 10 … 90% of stored responses, writes Parquet parts of graded responses in one
 directory for each model, then a summary.
 """
@@ -261,7 +261,7 @@ def summarize_continuations(
     """Return the accuracies by model and prefix length, with 95% intervals over problems.
 
     accuracy: from any prefix. by_prefix: separately from prefixes that are right so far and from those that have gone
-    wrong, as far as `on_track` contains them.
+    wrong, if `on_track` contains them.
     """
     by_length: dict[tuple[str, int], list[GradedResponse]] = defaultdict(list)
     by_prefix: dict[tuple[str, int, str], list[GradedResponse]] = defaultdict(list)

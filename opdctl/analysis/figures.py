@@ -178,7 +178,7 @@ def heatmap_figure(analysis: Analysis) -> Figure:
     """Mean |A| by step and relative position, relative to the mean of the step."""
     figure, (axis,) = _panels(1, 3.4)
     signal_PS = np.stack([step.signal_P for step in analysis.steps], axis=1)
-    # Without the division, the first steps would take up the whole color scale.
+    # Without the division, the first steps would take up the complete color scale.
     scaled_PS = signal_PS / np.maximum(np.nanmean(signal_PS, axis=0, keepdims=True), 1e-12)
     numbers = [step.step for step in analysis.steps]
     extent = (numbers[0] - 0.5, numbers[-1] + 0.5, 0, 100)

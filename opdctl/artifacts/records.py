@@ -90,7 +90,7 @@ class TokenScores:
 
     entropies are those of the scorer's whole distribution. top_ids and top_logprobs are the scorer's own most probable
     tokens; student_top_logprobs are its log-probs of the student's. The hidden states and the output matrix together
-    give the whole distribution.
+    give the complete distribution.
     """
 
     logprobs: Logprobs

@@ -176,7 +176,7 @@ def _read_column(column: Column, values: pa.ChunkedArray) -> list[Any]:
 
 
 def _reshape_top_k(flat: list[np.ndarray | None], lengths: list[int]) -> list[np.ndarray | None]:
-    """Reshape the flat values of each response to [T, K], with one K for the whole file."""
+    """Reshape the flat values of each response to [T, K], with one K for all responses of a file."""
     width = max((len(cell) // n for cell, n in zip(flat, lengths, strict=True) if cell is not None and n), default=0)
     return [None if cell is None else cell.reshape(n, width) for cell, n in zip(flat, lengths, strict=True)]
 

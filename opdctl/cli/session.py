@@ -116,7 +116,7 @@ def open_run_and_device(recipe: "Recipe", output: Path | None, *needs: str, reco
 
 
 def set_up_device(recipe: "Recipe") -> str:
-    """Set torch's threads as the recipe says, and return the device."""
+    """Set the number of torch's threads by the recipe, and return the device."""
     import torch
 
     from opdctl.environment import resolve_device

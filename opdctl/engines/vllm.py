@@ -7,7 +7,7 @@ Workarounds for vLLM behavior that opdctl cannot use:
 - Its log-probs are by default those before temperature and top-p: processed ones are requested.
 - It shortens responses that exceed its maximum length: the length is checked, and too long is an error.
 - It multiplies by the output matrix in 16 bits: float32 is requested.
-- Its weight reload omits a packed copy of a tied output matrix: the copy is made again.
+- Its weight reload omits a packed copy of a tied output matrix: the copy is rebuilt.
 
 vLLM returns no hidden states, and the entire distribution only for small vocabularies. Settings that require more are
 rejected.

@@ -48,8 +48,8 @@ ProduceInputs = Callable[[int], dict[str, float] | None]
 def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = False) -> Clock:
     """Train until the recipe's last step and return the time of each stage. Called by all ranks.
 
-    fill: make the rollouts and scores that a step lacks, and evaluate the student as the recipe says. Otherwise only
-    updates are made, on the artifacts of other jobs. follow: wait for these artifacts.
+    fill: make the rollouts and scores that a step lacks, and evaluate the student at the steps of eval.every_steps.
+    Otherwise only updates are made, on the artifacts of other jobs. follow: wait for these artifacts.
 
     Raises:
         OpdctlError: training collapsed by the recipe's bounds; another process trains this run; a stage failed.
