@@ -55,7 +55,7 @@ def test_columns_must_be_finite(responses, scores, column, position, value):
     values[position] = value
     broken = TokenScores(**{"logprobs": scores[first].logprobs, column: values})
     error = join_error(responses, {"teacher": scores | {first: broken}})
-    assert error.kind == "non_finite_value"
+    assert error.kind == "nonfinite_value"
     assert f"{first}: {column} of the teacher at position {position % len(values)}: {value}" in error.message
 
 

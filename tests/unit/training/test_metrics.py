@@ -1,13 +1,16 @@
 """The metrics of a step."""
 
 import json
+import math
 
 import numpy as np
 import pytest
+import torch
 from helpers.commands import ROOT
 
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
+from opdctl.training.metrics import mismatch_metrics
 
 
 def recorded_metrics(run):
@@ -30,3 +33,10 @@ def test_advantage_quantiles_are_those_of_the_stored_log_probs(finished_run):
         expected = np.percentile(abs_advantages, percent)
         assert metrics[f"abs_advantage_p{percent}"] == pytest.approx(expected, rel=1e-6)
     assert metrics["abs_advantage"] == pytest.approx(abs_advantages.mean(), rel=1e-4)
+
+
+def test_mismatch_by_hand():
+    # The trainer is twice, equally and half as sure: ratios 2, 1, 1/2; k3: 2 - 1 - log 2, 0, 1/2 - 1 + log 2.
+    metrics = mismatch_metrics(torch.tensor([math.log(2), 0.0, -math.log(2)]))
+    assert metrics["mismatch_ratio"].tolist() == pytest.approx([2, 1, 0.5])
+    assert metrics["mismatch_kl"].tolist() == pytest.approx([1 - math.log(2), 0, math.log(2) - 0.5], abs=1e-6)
