@@ -102,5 +102,6 @@ def create_fork(plan: ForkPlan) -> int:
         files.write_text(directory / "recipe.toml", plan.recipe.to_toml())
         files.write_json(directory / "run.json", {**read_run_record(run.path), **start})
 
+    files.remove_temporary_files(plan.path.parent)  # of forks that were killed
     directories.write_directory(plan.path, fill)
     return reused

@@ -1,16 +1,16 @@
-"""The fault harness: the quickstart under faults, against the same undisturbed.
+"""The fault harness: the quickstart under faults, compared with an undisturbed run.
 
-    python tests/faults.py                       # 100 kills
-    python tests/faults.py --kills 1000 --seed 1
-    python tests/faults.py --calls               # a fault at every write, rename and flush, one after another
+    python tests/helpers/faults.py                       # 100 kills
+    python tests/helpers/faults.py --kills 1000 --seed 1
+    python tests/helpers/faults.py --calls               # a fault at every write, rename and flush, one at a time
 
-Kills: step after step, three workers each draw, score and update. At random moments one of them, whichever, is killed
-with SIGKILL and another is started in its place. At the end the student, every part and every trainer state must be
-those of an undisturbed chain to the bit, every response must be there exactly once, and nothing else may be left.
+Kills: in every step, three workers sample, score and update. At random moments a random one is killed with SIGKILL and
+another one is started. At the end the student, every part and every trainer state must be bit-identical to those of an
+undisturbed run, every response must exist exactly once, and no other file may remain.
 
-Calls: a small run is trained on a disk that fails at the n-th call of the store that writes, renames or flushes, for
-every n: once by a power cut that loses what was not flushed, once by an error of the system. What is then read must be
-right, and the same command must end as if nothing had been.
+Calls: a small run is trained on a disk that fails at the n-th call of opdctl.artifacts that writes, renames or flushes,
+for every n: once by a power cut that loses what was not flushed, once by a system error. What is read afterwards must
+be correct, and the same command must end as without the fault.
 """
 
 import argparse
@@ -38,29 +38,29 @@ from opdctl.artifacts.records import Response
 from opdctl.artifacts.tables import read_rows
 from opdctl.errors import ExitCode
 from opdctl.runs import status
-from opdctl.runs.run import Run, load_run
+from opdctl.runs.run import Run
 
 # ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 WORKERS = 3
 STAGES = ("rollout", "score-teacher", "train --no-fill")
-FINE = {"rollout": (0,), "score-teacher": (0,), "train --no-fill": (0, 1, 5)}  # one trains; the others find it at work
-FIRST_SPAN = 1.0  # seconds that a stage is thought to take before any has been seen
+EXPECTED_CODES = {"rollout": (0,), "score-teacher": (0,), "train --no-fill": (0, 1, 5)}  # only one worker trains
+FIRST_SPAN_SECONDS = 1.0  # assumed duration of a stage before the first one
 
 
 @dataclass
 class Chain:
-    """A run made by forked workers, `kills` of which are to be killed; without any there is one worker a stage."""
+    """A run made by forked workers, of which `kills` are killed; with 0 kills there is one worker for each stage."""
 
     path: Path
     settings: tuple[str, ...]
     kills: int
-    chance: random.Random
+    rng: random.Random
     killed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
-    _spans: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, FIRST_SPAN))
+    _spans: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, FIRST_SPAN_SECONDS))
 
-    def go(self, steps: int) -> int:
-        """Make steps until there are `steps` and all kills are dealt out; return how many there are."""
+    def run(self, steps: int) -> int:
+        """Make steps until there are `steps` and all kills have happened; return the number of steps."""
         done = 0
         while done < steps or sum(self.killed.values()) < self.kills:
             for stage in STAGES:
@@ -74,49 +74,49 @@ class Chain:
     def _is_done(self, stage: str, step: int) -> bool:
         if not (self.path / "run.json").exists():
             return False
-        run = load_run(self.path)
+        run = Run.load(self.path)
         if stage == "train --no-fill":
             return run.update_path(step).exists()
         return run.rollout_stage(step).is_finished() if stage == "rollout" else run.is_scored(step)
 
     def _attempt(self, stage: str, step: int, kills: int) -> int:
-        """Let workers do a stage, kill some of them, and return how many."""
-        start, dealt = time.monotonic(), 0
+        """Let workers make a stage, kill some of them, and return the number of kills."""
+        start, killed = time.monotonic(), 0
         workers = [self._worker(stage) for _ in range(WORKERS if self.kills else 1)]
         while workers:
-            if dealt < kills and not self._is_done(stage, step):
-                delay = self.chance.uniform(0, self._spans[stage])
+            if killed < kills and not self._is_done(stage, step):
+                delay = self.rng.uniform(0, self._spans[stage])
                 time.sleep(delay)
             workers = [pid for pid in workers if not self._has_ended(pid, stage)]
-            if workers and dealt < kills:
-                victim = self.chance.choice(workers)
+            if workers and killed < kills:
+                victim = self.rng.choice(workers)
                 os.kill(victim, signal.SIGKILL)
                 os.waitpid(victim, 0)
                 workers.remove(victim)
                 workers.append(self._worker(stage))
-                dealt += 1
+                killed += 1
                 self.killed[stage] += 1
                 print(f"kill {sum(self.killed.values())}: step {step}, {stage}", file=sys.stderr)
             time.sleep(0.01)
-        if not dealt:
+        if not killed:
             self._spans[stage] = time.monotonic() - start
-        return dealt
+        return killed
 
     def _worker(self, stage: str) -> int:
-        """Run a stage's command in a forked process: the libraries are loaded already."""
+        """Run a stage's command in a forked process, which has the libraries loaded."""
         if child := os.fork():
             return child
         options = [word for setting in self.settings for word in ("--set", setting)]
         begin = [] if (self.path / "run.json").exists() else ["--recipe", QUICKSTART, *options]
         result = invoke(*stage.split(), "--output", self.path, *begin)
-        if result.code not in FINE[stage]:
+        if result.code not in EXPECTED_CODES[stage]:
             print(result.err, file=sys.stderr)
         os._exit(result.code)
 
     def _has_ended(self, pid: int, stage: str) -> bool:
         ended, status = os.waitpid(pid, os.WNOHANG)
         code = os.waitstatus_to_exitcode(status)
-        if ended and code not in FINE[stage]:
+        if ended and code not in EXPECTED_CODES[stage]:
             raise AssertionError(f"{stage}: a worker ended with {code}")
         return bool(ended)
 
@@ -126,12 +126,12 @@ def made(run: Path) -> dict[str, object]:
 
 
 def run_files(run: Path) -> list[str]:
-    """All names but those of claims: one whose owner died last of all stays, and does no harm."""
+    """Return all names but those of leases: that of the last killed owner may remain, and does no harm."""
     return sorted(name for name in names(run) if not name.endswith(".lock"))
 
 
-def check_every_response_is_there_once(run: Run, steps: int) -> int:
-    """Return how many there are."""
+def check_every_response_exists_once(run: Run, steps: int) -> int:
+    """Return the number of responses."""
     count = 0
     for step in range(steps):
         stage = run.rollout_stage(step)
@@ -142,29 +142,29 @@ def check_every_response_is_there_once(run: Run, steps: int) -> int:
 
 
 def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, ...] = ()) -> str:
-    """Compare a chain under `kills` with an undisturbed one of as many steps, and return what there is to say of it."""
+    """Compare a chain under `kills` with an undisturbed one of as many steps, and return a summary as text."""
     importlib.import_module("transformers.models.qwen3.modeling_qwen3")
-    leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = 5.0, 0.2  # three that want to train see soon that one is at it
+    leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = 5.0, 0.2  # workers soon see that another one trains
     settings = ("rollout.num_parts=6", "eval.every_steps=0", "pipeline.threads=1", *settings)
     disturbed = Chain(folder / "disturbed", settings, kills, random.Random(seed))
-    done = disturbed.go(steps)
-    Chain(folder / "undisturbed", settings, 0, random.Random(seed)).go(done)
-    found, wanted = (made(folder / name) for name in ("disturbed", "undisturbed"))
+    done = disturbed.run(steps)
+    Chain(folder / "undisturbed", settings, 0, random.Random(seed)).run(done)
+    found, expected = (made(folder / name) for name in ("disturbed", "undisturbed"))
     assert {*run_files(folder / "disturbed")} ^ {*run_files(folder / "undisturbed")} == set()
-    assert [name for name, data in found.items() if data != wanted[name]] == []
-    responses = check_every_response_is_there_once(load_run(folder / "disturbed"), done)
+    assert [name for name, data in found.items() if data != expected[name]] == []
+    responses = check_every_response_exists_once(Run.load(folder / "disturbed"), done)
     assert invoke("status", folder / "disturbed", "--verify").code == 0
-    dealt = ", ".join(f"{number} of {stage}" for stage, number in disturbed.killed.items())
+    by_stage = ", ".join(f"{number} of {stage}" for stage, number in disturbed.killed.items())
     return (
-        f"{sum(disturbed.killed.values())} kills ({dealt}) in {done} steps: {len(found)} files equal to the bit, the "
-        f"student among them; {responses} responses, each once"
+        f"{sum(disturbed.killed.values())} kills ({by_stage}) in {done} steps: {len(found)} bit-identical files, "
+        f"including the student; {responses} responses, each once"
     )
 
 
 # ── Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TINY = ("rollout.prompts_per_step=4", "rollout.max_tokens=4", "rollout.num_parts=1", "train.steps=1")
-CALLS = {  # where the artifacts find what writes, renames and flushes
+CALLS = {  # the functions that write, rename and flush, with the module or class that opdctl.artifacts takes them from
     "write_text": Path,
     "write_bytes": Path,
     "write_table": tables.pq,
@@ -179,10 +179,10 @@ ARTIFACT_FILES = {module.__file__ for module in (directories, files, stage_dir, 
 
 
 class Disk:
-    """A disk on which the `at`-th write, rename or fsync that store.py asks for meets its fault.
+    """A disk on which the `at`-th write, rename or fsync of opdctl.artifacts fails.
 
-    It knows what a power cut would leave: of files that were not flushed the half, of renames in folders that were not
-    flushed none, if `undo`.
+    After a power cut, half of each file that was not flushed remains and, if `undo`, no rename in a directory that was
+    not flushed.
     """
 
     def __init__(self, run: Path, at: int | None, fault: Callable[["Disk", str, tuple[Any, ...]], None]):
@@ -196,14 +196,14 @@ class Disk:
 
     def _wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
-            theirs = sys._getframe(1).f_code.co_filename not in ARTIFACT_FILES
-            if theirs or (name == "open" and arguments[1] == "rb"):
+            is_other_caller = sys._getframe(1).f_code.co_filename not in ARTIFACT_FILES
+            if is_other_caller or (name == "open" and arguments[1] == "rb"):
                 return call(*arguments, **options)
             if self.count == self.at:
                 self.at = None
                 self._fault(self, name, arguments)
             self.count += 1
-            found = None if name == "fsync" else call(*arguments, **options)  # a real one takes long and tells nothing
+            result = None if name == "fsync" else call(*arguments, **options)  # a real fsync is slow
             if name == "fsync":
                 stat = os.fstat(arguments[0])
                 self._flushed.add((stat.st_ino, stat.st_size))
@@ -211,7 +211,7 @@ class Disk:
                 self._renamed = [pair for pair in self._renamed if pair[1].parent != folder]
             elif name in ("replace", "rename"):
                 self._renamed.append((Path(arguments[0]), Path(arguments[1])))
-            return found
+            return result
 
         return wrapped
 
@@ -231,7 +231,7 @@ def power_cut(disk: Disk, name: str, arguments: tuple[Any, ...]) -> None:
 
 
 def system_error(disk: Disk, name: str, arguments: tuple[Any, ...]) -> None:
-    """The call fails; of what was to be written some is there."""
+    """The call fails after a part of the data was written."""
     if name.startswith("write"):
         path = arguments[0] if name != "write_table" else arguments[1]
         Path.open(path, "wb").write(b"half")
@@ -244,7 +244,7 @@ def train(output: Path) -> Result:
 
 
 def train_until(output: Path, at: int | None, fault: Any) -> tuple[int, int]:
-    """Train in a forked process on a disk with a fault; return the wait status and how many calls there were."""
+    """Train in a forked process on a disk with a fault; return the wait status and the number of calls."""
     counted, child = output.with_suffix(".calls"), os.fork()
     if child == 0:
         with pytest.MonkeyPatch.context() as patch:
@@ -258,23 +258,21 @@ def train_until(output: Path, at: int | None, fault: Any) -> tuple[int, int]:
 
 
 def check_nothing_wrong_is_read(output: Path, whole: Path) -> None:
-    """Whatever a reader takes for finished is what the undisturbed run has."""
+    """Check that everything that counts as finished equals the undisturbed run."""
     if not (output / "run.json").exists():
         return
-    found = status.collect_status(load_run(output), verify=True)
-    assert not [stage for stage in found["stages"] if stage.state == "damaged"]
-    for stage in found["stages"]:
+    found = status.collect_status(Run.load(output), verify=True)
+    assert not found.is_corrupt
+    for stage in found.stages:
         if stage.state == "done" and stage.stage in ("rollout", "teacher"):
             for part in (whole / f"step-{stage.step:05d}/{stage.stage}").glob("part-*"):
                 assert (output / part.relative_to(whole)).read_bytes() == part.read_bytes()
 
 
 def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> str:
-    """Train on a disk that fails at the `start`-th call, at the one `stride` later, and so on, and look at each."""
-    leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = (
-        0.3,
-        0.1,
-    )  # a claim whose file a power cut has spoilt is waited for a whole lease
+    """Train on a disk that fails at the `start`-th call, at the one `stride` later, and so on, and check each run."""
+    # A worker waits one lease time for a lease whose file a power cut has damaged.
+    leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = 0.3, 0.1
     folder.mkdir(exist_ok=True)
     whole = folder / "whole"
     code, total = train_until(whole, None, fault)
@@ -285,9 +283,9 @@ def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> 
         if fault is power_cut:
             assert os.WTERMSIG(code) == signal.SIGKILL
         else:
-            said = output.with_suffix(".calls").read_text()
-            assert os.waitstatus_to_exitcode(code) == ExitCode.UNAVAILABLE, said
-            assert "disk is full" in said or "cannot be written: Input/output error" in said, said
+            text = output.with_suffix(".calls").read_text()
+            assert os.waitstatus_to_exitcode(code) == ExitCode.UNAVAILABLE, text
+            assert "error: Disk full: " in text or "error: Failed write: " in text, text
             assert not list(output.rglob(".tmp-*")), at
         check_nothing_wrong_is_read(output, whole)
         again = train(output)
@@ -295,7 +293,7 @@ def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> 
         assert made(output) == made(whole), at
         assert run_files(output) == run_files(whole), at
         shutil.rmtree(output)
-    return f"{fault.__name__}: at {len(range(start, total, stride))} of {total} calls; each time a rerun ended the same"
+    return f"{fault.__name__}: at {len(range(start, total, stride))} of {total} calls; every rerun ended the same"
 
 
 def main() -> None:
@@ -303,7 +301,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override of the recipe")
     parser.add_argument("--calls", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -77,7 +77,7 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# ── Help ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Help ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_help_names_every_command() -> None:
@@ -113,7 +113,7 @@ def test_wrong_option_is_invalid_usage(args: list[str]) -> None:
     assert "Traceback" not in result.err
 
 
-# ── Invalid recipes and inputs ───────────────────────────────────────────────────────────────────────────────────────
+# ── Invalid recipes and inputs ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_typo_in_a_recipe_is_refused_with_file_key_and_nearest_name(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_hub_prompts_without_a_network_are_unavailable() -> None:
     check_nothing_written()
 
 
-# ── On an existing run ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── On an existing run ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("bench", ["amie24", "sort12,amie24", "sort12,,aime24", ""])

@@ -80,7 +80,7 @@ def attempt(read: Callable[[], object]) -> tuple[OpdctlError, int]:
     return caught.value, bytes_used
 
 
-# ── Damage of disks and people ───────────────────────────────────────────────────────────────────────────────────────
+# ── Damage of disks and people ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cut(data: bytes, chance: random.Random) -> bytes:
@@ -169,7 +169,7 @@ def test_symbolic_link_is_not_followed(run: Path, tmp_path: Path) -> None:
     read_everything(run)
 
 
-# ── Forged files with valid digests ──────────────────────────────────────────────────────────────────────────────────
+# ── Forged files with valid digests ───────────────────────────────────────────────────────────────────────────────────
 
 
 def part(**changes: Any) -> dict[str, Any]:

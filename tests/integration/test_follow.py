@@ -106,7 +106,7 @@ def test_objective_without_rollout_correction_is_refused_with_staleness(objectiv
     assert f"`{objective}`" in result.err
 
 
-# ── Waiting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Waiting ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("stage", "what"), [("score-teacher", "responses"), ("train", "teacher scores")])
