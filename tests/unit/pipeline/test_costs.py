@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from bench import qwen3
+from bench.qwen3 import build_model
 from helpers.commands import ROOT
 from helpers.engines import directory
 from hypothesis import given, settings
@@ -65,7 +65,7 @@ def test_parameters_equal_the_models(layers, hidden, kv_heads, groups, inner, ex
         tie_word_embeddings=tied,
     )
     with torch.device("meta"):
-        model = qwen3.model(shape)
+        model = build_model(shape)
     assert costs.parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -79,7 +79,7 @@ def test_shape_is_read_from_the_config():
 @pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 def test_activations_equal_what_the_layers_save(shape, bfloat16):
-    model = qwen3.model(shape)
+    model = build_model(shape)
     ends = 2 * 4 * shape.hidden_size  # the last norm's
     # What does not depend on the number of tokens, such as autocast's copies of the weights, is no activation.
     per_token = (saved(model, 512, bfloat16) - saved(model, 256, bfloat16)) / 256 - ends
@@ -103,7 +103,7 @@ def saved(model: PreTrainedModel, tokens: int, bfloat16: bool) -> int:
 
 
 def test_flops_equal_torchs_count():
-    model, tokens = qwen3.model(DENSE), 40
+    model, tokens = build_model(DENSE), 40
     with FlopCounterMode(display=False) as counted:
         model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     assert counted.get_total_flops() == costs.forward_flops(DENSE, tokens, 0)  # torch counts no attention on a CPU
@@ -115,7 +115,7 @@ def test_flops_equal_torchs_count():
 
 @pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])
 def test_cache_size_equals_the_models(shape):
-    model, cache = qwen3.model(shape), DynamicCache()
+    model, cache = build_model(shape), DynamicCache()
     model.base_model(input_ids=torch.zeros(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
     held = sum(value.nbytes for layer in cache.layers for value in (layer.keys, layer.values))
     assert held == 2 * 7 * costs.cache_bytes(shape, 4)
@@ -124,7 +124,7 @@ def test_cache_size_equals_the_models(shape):
 
 
 def test_adapter_parameters_equal_pefts():
-    model = qwen3.model(DENSE)
+    model = build_model(DENSE)
     peft.inject_adapter_in_model(peft.LoraConfig(r=5, target_modules="all-linear", task_type="CAUSAL_LM"), model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert costs.adapter_parameters(DENSE, 5) == trained
