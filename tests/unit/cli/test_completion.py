@@ -77,7 +77,8 @@ def test_other_shells_pass_the_complete_word():
 
 def test_completion_imports_no_torch():
     code = (
-        "import sys; from opdctl.cli import completion; completion.complete_benchmarks(''), completion.complete_settings('');"
+        "import sys; from opdctl.cli import completion;"
+        "completion.complete_benchmarks(''), completion.complete_settings('');"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -269,8 +269,8 @@ def test_unsupported_score_settings_are_rejected(engine, name):
     [({}, {"entropy": True}), ({"temperature": 0.5}, {"top_k": 2}), ({"top_p": 0.5}, {"top_k": 2})],
 )
 def test_unsupported_sampling_settings_are_rejected(engine, sampling, options):
-    columns = RolloutColumns(**options)
-    error = rejection(lambda: engine.generate([], Sampling(**sampling), 1, print, columns=columns), "unsupported_setting")
+    settings, columns = Sampling(**sampling), RolloutColumns(**options)
+    error = rejection(lambda: engine.generate([], settings, 1, print, columns=columns), "unsupported_setting")
     assert "rollout.engine" in error.hint
 
 
