@@ -7,6 +7,9 @@ from pathlib import Path
 
 from opdctl.artifacts.files import atomic_write, check_no_symlinks, corrupt_artifact, sha256_file
 
+CARD_FILE = "README.md"
+"""The model card of a student. It has no digest: people may edit it, and it lists settings that may change."""
+
 
 def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
     """Write the directory `final` atomically; `fill` writes the content into the temporary directory that it gets."""
@@ -49,31 +52,25 @@ def link_or_copy(paths: Iterable[Path], old: Path, new: Path) -> int:
 
 
 def directory_digests(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in a directory by relative name. Hidden files, of file managers, do not
-    count."""
+    """Return the SHA-256 of every file in a directory by relative name, without the model card and hidden files."""
     files = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("."))
-    return {str(file.relative_to(path)): sha256_file(file) for file in files}
+    return {str(file.relative_to(path)): sha256_file(file) for file in files if file != path / CARD_FILE}
 
 
 def check_directory(
     path: Path, digests: Mapping[str, str], hint: str = "restore it from a copy, or start again in another --output"
 ) -> None:
-    """Check that a directory holds exactly the files in `digests`.
+    """Check that a directory holds exactly the files in `digests`, whatever its model card.
 
     Raises:
         OpdctlError: a file is missing, changed, or not in `digests`.
     """
     check_no_symlinks(path.parent, path, *path.rglob("*"))
     present = directory_digests(path)
-    for name in sorted({*present, *digests}):
+    for name in sorted({*present, *digests} - {CARD_FILE}):
         if name not in present:
             raise corrupt_artifact(path / name, "is missing", hint)
         if name not in digests:
             raise corrupt_artifact(path / name, "was not written by this run", hint)
         if present[name] != digests[name]:
             raise corrupt_artifact(path / name, "checksum mismatch", hint)
-
-
-def matches_digest(path: Path, sha256: str) -> bool:
-    """Whether a file exists and has this SHA-256."""
-    return path.is_file() and not path.is_symlink() and sha256_file(path) == sha256

@@ -271,11 +271,6 @@ def corrupt_artifact(path: Path, why: str, hint: str | None = None) -> OpdctlErr
     return OpdctlError("corrupt_artifact", f"{path}: {why}", hint=hint)
 
 
-def copy_file(path: Path, directory: Path) -> None:
-    """Copy a file into a directory, over a file of the same name."""
-    shutil.copyfile(path, directory / path.name)
-
-
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line."""
     with translate_write_errors(path), path.open("a", encoding="utf-8") as file:

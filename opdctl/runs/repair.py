@@ -112,14 +112,9 @@ def set_aside(run: Run, artifacts: list[CorruptArtifact]) -> list[Path]:
     moved = []
     for artifact in artifacts:
         if not artifact.is_required:
-            target = set_aside_path(run, artifact.path)
+            target = run.path / "corrupt" / artifact.path.relative_to(run.path)
             files.make_directory(target.parent)
             files.discard(target)
             artifact.path.rename(target)
             moved.append(target)
     return moved
-
-
-def set_aside_path(run: Run, path: Path) -> Path:
-    """Return where a corrupt artifact of a run is moved to."""
-    return run.path / "corrupt" / path.relative_to(run.path)

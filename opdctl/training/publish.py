@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from opdctl.artifacts.directories import CARD_FILE
 from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.recipe.schema import Model, Recipe
 
-CARD_FILE = "README.md"
 CARD_METRICS = {
     "loss": "loss",
     "k1": "reverse KL to the teacher, nats per token (k1)",

@@ -26,7 +26,6 @@ from opdctl.models.loading import load_head
 from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
 from opdctl.recipe.components import build_objective, build_token_weight
 from opdctl.recipe.dependencies import fingerprint_settings
-from opdctl.runs.repair import set_aside_path
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish
@@ -78,8 +77,7 @@ class Trainer:
         replayed = _write_sharded_directory(directory, lambda directory: self._export(directory, done))
         files.remove_directory(directory)
         recorded = self._run.student_digests(done)
-        names = replayed.keys() - {publish.CARD_FILE}
-        if distributed.is_main() and any(replayed[name] != recorded[name] for name in names):
+        if distributed.is_main() and any(recorded.get(name) != digest for name, digest in replayed.items()):
             console.warn(
                 "replayed updates are not bit-identical to the originals; continuing from the replayed weights"
             )
@@ -91,19 +89,12 @@ class Trainer:
             OpdctlError: the student differs from the recorded one.
         """
         run = self._run
-        recorded = run.student_digests(step)
-        metrics = run.update(step - 1)["metrics"] if step > run.start_step else {}
-
-        def fill(directory: Path) -> None:
-            self._export(directory, step, metrics)
-            # The card lists settings that may have changed since. `opdctl run repair` has moved the original.
-            card = set_aside_path(run, run.student_path(step)) / publish.CARD_FILE
-            if distributed.is_main() and directories.matches_digest(card, recorded[publish.CARD_FILE]):
-                files.copy_file(card, directory)
-
+        recorded, metrics = run.student_digests(step), run.update(step - 1)["metrics"]
         console.info(f"writing the missing student of step {step} from its checkpoint")
-        written = _write_sharded_directory(run.student_path(step), fill)
-        if distributed.is_main() and written != recorded:
+        written = _write_sharded_directory(
+            run.student_path(step), lambda directory: self._export(directory, step, metrics)
+        )
+        if distributed.is_main() and any(recorded.get(name) != digest for name, digest in written.items()):
             why = "the student written from the checkpoint differs from the recorded one"
             raise files.corrupt_artifact(run.student_path(step), why, "start again in another --output")
 

@@ -63,7 +63,6 @@ def run_next_commands(err: str) -> list[str]:
         "eval/*/step-00002/part-*",
         "eval/*/step-00002/manifest.json",
         "student/step-00002/model.safetensors",
-        "student/step-00002/README.md",
     ],
 )
 def test_repaired_run_is_bit_identical(run: Path, pattern: str, damage) -> None:
@@ -185,6 +184,24 @@ def test_finished_part_that_was_removed_is_regenerated_without_repair(run: Path,
     assert result.code == 0, result.err
     assert str(path) in result.err
     assert contents(run) == wanted
+
+
+def test_model_card_may_be_edited(run: Path) -> None:
+    card = run / "student/step-00002/README.md"
+    card.write_text("my own words")
+    assert invoke("status", run, "--verify").code == 0
+    more = ("--set", "train.steps=3", "--set", "eval.every_steps=0")
+    assert invoke("train", "--output", run, *more).code == 0
+    assert card.read_text() == "my own words"
+
+
+def test_missing_newest_student_is_written_also_with_other_settings(run: Path) -> None:
+    """Its card lists other settings then."""
+    wanted = (run / "student/step-00002/model.safetensors").read_bytes()
+    shutil.rmtree(run / "student/step-00002")
+    assert invoke("train", "--output", run, "--set", "train.steps=3", "--set", "eval.every_steps=0").code == 0
+    assert (run / "student/step-00002/model.safetensors").read_bytes() == wanted
+    assert invoke("status", run, "--verify").code == 0
 
 
 def test_missing_newest_student_is_written_by_the_next_command_that_status_names(run: Path) -> None:

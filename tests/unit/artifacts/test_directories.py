@@ -45,8 +45,12 @@ def test_changed_directory_is_corrupt(tmp_path, change, name):
     assert str(tmp_path / "m" / name) in caught.value.message
 
 
-def test_hidden_files_do_not_count(tmp_path):
+def test_model_card_and_hidden_files_do_not_count(tmp_path):
     digests = write(tmp_path / "m")
+    (tmp_path / "m" / directories.CARD_FILE).write_text("a card")
+    directories.check_directory(tmp_path / "m", digests)
+    directories.check_directory(tmp_path / "m", {**digests, directories.CARD_FILE: "0" * 64})  # of an older run
+    assert directories.directory_digests(tmp_path / "m") == digests
     (tmp_path / "m" / ".DS_Store").write_text("of a file manager")
     directories.check_directory(tmp_path / "m", digests)
 
@@ -85,14 +89,3 @@ def test_link_or_copy_skips_a_file_that_a_worker_removes_meanwhile(tmp_path, mon
     monkeypatch.setattr(os, "link", remove_first)
     assert directories.link_or_copy([old / "a"], old, new) == 1
     assert [path.name for path in new.rglob("*") if path.is_file()] == ["kept"]
-
-
-def test_matches_digest(tmp_path):
-    digests = write(tmp_path / "m")
-    path = tmp_path / "m" / "a"
-    assert directories.matches_digest(path, digests["a"])
-    assert not directories.matches_digest(path, "0" * 64)
-    assert not directories.matches_digest(path.with_name("b"), digests["a"])
-    path.rename(path.with_name("b"))
-    path.symlink_to(path.with_name("b"))
-    assert not directories.matches_digest(path, digests["a"])

@@ -8,7 +8,7 @@ from helpers.commands import contents, rewrite_json
 from opdctl.artifacts import files
 from opdctl.errors import OpdctlError
 from opdctl.runs.fork import create_fork, plan_fork
-from opdctl.runs.repair import find_corrupt_artifacts, set_aside, set_aside_path
+from opdctl.runs.repair import find_corrupt_artifacts, set_aside
 from opdctl.runs.run import Run, read_recipe
 from opdctl.runs.status import collect_status
 
@@ -108,7 +108,7 @@ def test_second_repair_replaces_what_the_first_set_aside(finished_copy):
     for damaged in (data[:-1], data[:-2]):
         path.write_bytes(damaged)
         set_aside(run, find_corrupt_artifacts(run))
-        assert set_aside_path(run, path).read_bytes() == damaged
+        assert (finished_copy / "corrupt" / path.relative_to(finished_copy)).read_bytes() == damaged
 
 
 @pytest.mark.parametrize("name", ["in_progress.json", "part-00001-of-00002.parquet.receipt.json"])
