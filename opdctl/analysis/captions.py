@@ -10,7 +10,7 @@ from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_RESPONSES, 
 from opdctl.analysis.position_sums import GROUPS
 from opdctl.analysis.results import Analysis, Phase, overall_means, table_rows
 from opdctl.analysis.samples import Sample
-from opdctl.evaluation.stats import Estimate
+from opdctl.evaluation.statistics import Estimate
 
 METHOD_NOTES = (
     f"Fraction of the signal: Σ|A| over the first {PREFIX_PERCENT}% of each response's tokens, divided by Σ|A| over "

@@ -23,7 +23,7 @@ from opdctl.artifacts.versions import versioned
 from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
-from opdctl.evaluation import stats
+from opdctl.evaluation import statistics
 from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
 from opdctl.evaluation.evaluate import graded_response
 from opdctl.models.directory import ModelDir
@@ -283,5 +283,5 @@ def _accuracy(rows: Sequence[GradedResponse]) -> dict[str, Any]:
     by_problem: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         by_problem[row.problem_id].append(row.correct)
-    accuracy = stats.problem_bootstrap([float(np.mean(correct)) for correct in by_problem.values()])
+    accuracy = statistics.problem_bootstrap([float(np.mean(correct)) for correct in by_problem.values()])
     return {"problems": len(by_problem), "accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}

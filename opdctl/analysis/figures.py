@@ -17,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 from opdctl.analysis.position_bias import PREFIX_PERCENT
 from opdctl.analysis.position_sums import BINS
 from opdctl.analysis.results import Analysis, Phase, continuation_rows
-from opdctl.evaluation.stats import Estimate
+from opdctl.evaluation.statistics import Estimate
 
 ORANGE, BLUE, GREY, BLACK = "#c2410c", "#1d4ed8", "#64748b", "#0f172a"
 COLORS = (ORANGE, BLUE, "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f")

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from opdctl.analysis.position_sums import PERCENT, SignalProfile
-from opdctl.evaluation.stats import CONFIDENCE_LEVEL, Estimate
+from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
 from opdctl.losses.token_weights import Floats
 
 PREFIX_PERCENT = 30

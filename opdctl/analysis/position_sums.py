@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from opdctl.evaluation.stats import CONFIDENCE_LEVEL
+from opdctl.evaluation.statistics import CONFIDENCE_LEVEL
 from opdctl.losses.token_weights import Floats, ResponseTokens, top_k_overlap
 
 Ints = npt.NDArray[np.int64]

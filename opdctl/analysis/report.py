@@ -18,7 +18,7 @@ from opdctl.analysis.position_bias import PREFIX_PERCENT, PositionBias
 from opdctl.analysis.results import Analysis, TableColumns, table_rows, to_columns
 from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
 from opdctl.artifacts import files, tables
-from opdctl.evaluation.stats import Estimate
+from opdctl.evaluation.statistics import Estimate
 
 MAX_REPORT_TOKENS = 2000  # tokens of a response in the report
 IMAGE_KINDS = ("png", "svg")

@@ -9,7 +9,7 @@ import numpy as np
 from opdctl.analysis.position_bias import PositionBias, effective_sample_size, prefix_fraction
 from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, PositionStats
 from opdctl.analysis.samples import Sample
-from opdctl.evaluation.stats import Estimate
+from opdctl.evaluation.statistics import Estimate
 from opdctl.losses.token_weights import Floats
 
 TableColumns = dict[str, list[Any]]

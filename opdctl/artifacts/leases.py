@@ -18,7 +18,7 @@ import filelock
 from opdctl.errors import OpdctlError
 
 LEASE_SECONDS = 60.0  # without a heartbeat, after which a lease is stale
-HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 5.0  # of leases and of long-running stages
 EMPTY_LOCK_TIMEOUT_SECONDS = 10.0  # after which a lock file without an owner record is stale
 MAX_BACKOFF_SECONDS = 1.0
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from opdctl import console
 from opdctl.evaluation.results import Evaluation, incorrect_responses
-from opdctl.evaluation.stats import Estimate
+from opdctl.evaluation.statistics import Estimate
 
 SHOWN_TAIL_CHARS = 600  # of an incorrect response
 SHOWN_ANSWER_CHARS = 200

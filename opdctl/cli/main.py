@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from opdctl.cli.analyze import analyze_position
+from opdctl.cli.analyze_position import analyze_position
 from opdctl.cli.compare import compare
-from opdctl.cli.evaluate import evaluate
-from opdctl.cli.listing import list_
-from opdctl.cli.runs import run_app
+from opdctl.cli.eval import evaluate
+from opdctl.cli.list import list_
+from opdctl.cli.run import run_app
 from opdctl.cli.stages import rollout, score_teacher
 from opdctl.cli.status import status
 from opdctl.cli.train import train

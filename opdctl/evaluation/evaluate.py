@@ -18,7 +18,7 @@ from opdctl.data.prompts import Problem, apply_chat_template
 from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
-from opdctl.evaluation import contamination, stats
+from opdctl.evaluation import contamination, statistics
 from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
 from opdctl.evaluation.graders import Grade
 from opdctl.models.directory import ModelDir
@@ -314,12 +314,12 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
     correct = [[row.correct for row in samples] for samples in by_problem.values()]
     votes = [[row.vote for row in samples] for samples in by_problem.values()]
     samples_per_problem = min(map(len, correct))
-    k_values = stats.k_values(samples_per_problem)
-    avg = stats.problem_bootstrap([float(np.mean(samples)) for samples in correct])
-    same_problems = stats.sampling_interval(correct)
-    pass_at = {k: [stats.pass_at_k(samples, k) for samples in correct] for k in k_values}
+    k_values = statistics.k_values(samples_per_problem)
+    avg = statistics.problem_bootstrap([float(np.mean(samples)) for samples in correct])
+    same_problems = statistics.sampling_interval(correct)
+    pass_at = {k: [statistics.pass_at_k(samples, k) for samples in correct] for k in k_values}
     maj_at = {
-        k: [stats.maj_at_k(vote, samples, k) for vote, samples in zip(votes, correct, strict=True)]
+        k: [statistics.maj_at_k(vote, samples, k) for vote, samples in zip(votes, correct, strict=True)]
         for k in (k_values if any(vote for samples in votes for vote in samples) else ())
     }
     lengths = [len(row.response_ids) for row in rows]
@@ -348,5 +348,5 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
 
 
 def _estimates(by_k: dict[int, list[float]]) -> dict[str, dict[str, Any]]:
-    estimates = {k: stats.problem_bootstrap(values) for k, values in by_k.items()}
+    estimates = {k: statistics.problem_bootstrap(values) for k, values in by_k.items()}
     return {str(k): {"mean": each.value, "ci": [each.low, each.high]} for k, each in estimates.items()}

@@ -13,7 +13,7 @@ from scipy import stats
 from opdctl import console
 from opdctl.errors import OpdctlError
 from opdctl.evaluation.results import Evaluation, check_same_problems, load_evaluation
-from opdctl.evaluation.stats import CONFIDENCE_LEVEL
+from opdctl.evaluation.statistics import CONFIDENCE_LEVEL
 from opdctl.recipe.dependencies import is_mutable
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.layout import list_steps

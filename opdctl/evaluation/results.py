@@ -12,7 +12,7 @@ from opdctl.artifacts import files
 from opdctl.artifacts.records import GradedResponse
 from opdctl.artifacts.stage_dir import recorded_stage
 from opdctl.errors import OpdctlError
-from opdctl.evaluation import stats
+from opdctl.evaluation import statistics
 from opdctl.runs.layout import list_steps
 
 PROTOCOL_KEYS = (
@@ -135,7 +135,7 @@ def _compare_pair(a: Evaluation, b: Evaluation) -> dict[str, Any]:
     check_same_problems(a, b)
     accuracies_a, accuracies_b = a.accuracies(), b.accuracies()
     pairs = [(accuracies_a[name], accuracies_b[name]) for name in accuracies_a]
-    comparison = stats.compare_paired([in_a for in_a, _ in pairs], [in_b for _, in_b in pairs])
+    comparison = statistics.compare_paired([in_a for in_a, _ in pairs], [in_b for _, in_b in pairs])
     return {
         "bench": a.summary["bench"],
         "a": {"path": str(a.path), "avg": a.summary["avg"], "ci": a.summary["ci"]},

@@ -13,9 +13,9 @@ from opdctl.errors import OpdctlError
 from opdctl.evaluation import evaluate
 from opdctl.pipeline.plan import check_space
 from opdctl.pipeline.progress import accuracy_line, report_steps
+from opdctl.pipeline.pruning import prune_students
 from opdctl.pipeline.rollout import run_rollout
 from opdctl.pipeline.score import run_scoring
-from opdctl.recipe.schema import is_kept
 from opdctl.runs.heartbeats import StageHeartbeat, send_heartbeats
 from opdctl.runs.run import Run
 from opdctl.training import tracking
@@ -182,15 +182,3 @@ def _evaluate(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
                     summary, _ = evaluate.run_eval(run, bench, target, engines, wait=True)
                 assert summary is not None  # waited for
                 console.info(accuracy_line(summary), style="bold")
-
-
-def prune_students(run: Run) -> None:
-    """Remove students and trainer states that the recipe does not keep."""
-    settings, current = run.recipe.train, run.current_step()
-    saved = [step for step in range(1, current + 1) if run.trainer_path(step).is_dir()]
-    for step in saved[: -settings.keep_latest]:
-        files.remove_directory(run.trainer_path(step))
-    sampling = run.recipe.pipeline.max_staleness + 1  # the newest students, which may still sample
-    for step in range(1, current - max(settings.keep_latest, sampling) + 1):
-        if not is_kept(run.recipe, step):
-            files.remove_directory(run.student_path(step))

@@ -19,7 +19,8 @@ from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.models.directory import ModelDir, check_same_tokenizer, find_local
 from opdctl.pipeline import costs
 from opdctl.pipeline.costs import DTYPE_BYTES, STATE_BYTES, StageCost, if_known, sum_known
-from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Rollout, Score, is_kept, model_key
+from opdctl.pipeline.pruning import is_kept
+from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Rollout, Score, model_key
 from opdctl.runs.compatibility import check_same_recipe
 from opdctl.runs.layout import run_path
 from opdctl.runs.open import check_output_dir, check_top_k, prepare_prompts, resolve_auto_engines

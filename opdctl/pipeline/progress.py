@@ -11,7 +11,7 @@ from typing import Any
 
 from opdctl import console, distributed
 from opdctl.evaluation import evaluate
-from opdctl.evaluation.stats import Estimate
+from opdctl.evaluation.statistics import Estimate
 from opdctl.runs.layout import list_steps, step_name
 from opdctl.runs.run import Run
 

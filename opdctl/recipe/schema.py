@@ -462,11 +462,6 @@ def is_data_file(name: str) -> bool:
     return name.endswith(TABLE_SUFFIXES)
 
 
-def is_kept(recipe: Recipe, step: int) -> bool:
-    """Whether the student of `step` is kept after newer ones are written."""
-    return any(every and step % every == 0 for every in (recipe.train.keep_every_steps, recipe.eval.every_steps))
-
-
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():

@@ -1,11 +1,12 @@
-"""The coverage of the intervals of an evaluation, by simulation. unit/evaluation/test_stats.py tests them by hand."""
+"""The coverage of the intervals of an evaluation, by simulation. unit/evaluation/test_statistics.py tests them by
+hand."""
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from opdctl.evaluation import stats
-from opdctl.evaluation.stats import compare_paired, problem_bootstrap, sampling_interval
+from opdctl.evaluation import statistics
+from opdctl.evaluation.statistics import compare_paired, problem_bootstrap, sampling_interval
 
 SIMULATIONS = 2000
 COVERAGE = (0.935, 0.965)  # 95 % ± 1.5 %
@@ -63,7 +64,7 @@ def test_interval_of_pooled_samples_does_not_cover() -> None:
 def test_comparison_of_equal_models_covers_0_and_rejects_5_percent(
     problems: int, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stats, "PERMUTATIONS", 199)
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 199)
     rng = np.random.default_rng(17)
     covered = rejected = 0
     for _ in range(SIMULATIONS):

@@ -308,7 +308,7 @@ def test_nan_is_an_error(padded, models, tmp_path):
     for call in (lambda: generate(padded, requests(2)), lambda: logprobs(padded, answered)):
         with pytest.raises(OpdctlError, match=str(broken.path)) as error:
             call()
-        assert error.value.kind == "non_finite_value"
+        assert error.value.kind == "nonfinite_value"
     padded.load_weights(models[0])
     assert np.isfinite(logprobs(padded, answered)).all()
 

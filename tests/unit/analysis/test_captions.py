@@ -7,7 +7,7 @@ from opdctl.analysis import captions
 from opdctl.analysis.position_bias import ChangePoint, PositionBias
 from opdctl.analysis.position_sums import Batch, PositionStats
 from opdctl.analysis.results import Phase
-from opdctl.evaluation.stats import Estimate
+from opdctl.evaluation.statistics import Estimate
 from opdctl.losses.token_weights import ResponseTokens
 
 FRACTION = Estimate(0.1589, 0.1439, 0.1739)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from opdctl import console
-from opdctl.cli.analyze import load_run_for_analysis
+from opdctl.cli.analyze_position import load_run_for_analysis
 from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, Verbose, Weights
 from opdctl.cli.session import command_session, print_json, read_recipe_options, set_up_device
 from opdctl.errors import ExitCode

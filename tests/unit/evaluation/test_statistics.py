@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl.evaluation import stats
-from opdctl.evaluation.stats import (
+from opdctl.evaluation import statistics
+from opdctl.evaluation.statistics import (
     Estimate,
     compare_paired,
     k_values,
@@ -159,7 +159,7 @@ def test_paired_comparison_by_hand() -> None:
 def test_equal_evaluations_and_a_single_problem_have_p_1() -> None:
     same = compare_paired([0.5, 0.0, 1.0], [0.5, 0.0, 1.0])
     assert (same.difference, same.ci, same.p_value) == (0, (0, 0), 1)
-    assert compare_paired([0.0], [1.0]) == stats.Comparison(1.0, (-1.0, 1.0), 1.0)
+    assert compare_paired([0.0], [1.0]) == statistics.Comparison(1.0, (-1.0, 1.0), 1.0)
 
 
 def test_swapping_the_evaluations_changes_the_sign() -> None:
