@@ -117,8 +117,8 @@ def _step_captions(analysis: Analysis) -> dict[str, str]:
             f"{last.prefix_fraction.format()} of the signal."
         ),
         "heatmap": (
-            f"Mean |A| is greatest {_greatest_signal_bin(first.signal_P)} at step {first.step}, and "
-            f"{_greatest_signal_bin(last.signal_P)} at step {last.step}."
+            f"Mean |A| is greatest {_greatest_signal_bin(first.signal_L)} at step {first.step}, and "
+            f"{_greatest_signal_bin(last.signal_L)} at step {last.step}."
         ),
     }
 
@@ -131,7 +131,7 @@ def _half_signal_caption(phase: Phase) -> str:
 
 def _prefix_logp_caption(phase: Phase) -> str:
     sums = phase.numbers.position
-    positions = np.flatnonzero(sums.responses_P >= max(2, phase.numbers.responses // 10))
+    positions = np.flatnonzero(sums.responses_L >= max(2, phase.numbers.responses // 10))
     if not len(positions):
         return f"{phase.name}: too few responses."
     last = positions[-1]
@@ -167,11 +167,11 @@ def _response_caption(sample: Sample) -> str:
     )
 
 
-def _greatest_signal_bin(signal_P: np.ndarray) -> str:
-    if not np.isfinite(signal_P).any():
+def _greatest_signal_bin(signal_L: np.ndarray) -> str:
+    if not np.isfinite(signal_L).any():
         return "nowhere"
-    width = 100 // len(signal_P)
-    start = int(np.nanargmax(signal_P)) * width
+    width = 100 // len(signal_L)
+    start = int(np.nanargmax(signal_L)) * width
     return f"between {start}% and {start + width}% of the response"
 
 

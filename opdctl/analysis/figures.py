@@ -86,7 +86,7 @@ def _plot_estimates(axis: Axes, x: Any, estimates: Sequence[Estimate], color: st
 
 def _plot_by_position(axis: Axes, phase: Phase, name: str, color: str, label: str | None, **line: Any) -> None:
     sums = phase.numbers.position
-    positions = np.flatnonzero(sums.responses_P >= max(2, phase.numbers.responses // 10))  # else too noisy
+    positions = np.flatnonzero(sums.responses_L >= max(2, phase.numbers.responses // 10))  # else too noisy
     mean, half = sums.mean(name)[positions], sums.half_width(name)[positions]
     _plot_band(axis, positions + 1, mean, mean - half, mean + half, color, label, **line)
 
@@ -154,8 +154,8 @@ def cumulative_signal_figure(analysis: Analysis) -> Figure:
     for phase, color in [(analysis.all_steps, BLACK), *phases]:
         _plot_estimates(cumulative, percent, phase.cumulative_signal(), color, phase.name)
         sums = phase.numbers.relative
-        if len(sums.tokens_P):
-            middle = (np.arange(len(sums.tokens_P)) + 0.5) * 100 / BINS
+        if len(sums.tokens_L):
+            middle = (np.arange(len(sums.tokens_L)) + 0.5) * 100 / BINS
             mean, half = sums.mean("abs_advantage"), sums.half_width("abs_advantage")
             _plot_band(level, middle, mean, mean - half, mean + half, color, phase.name)
     cumulative.axvline(PREFIX_PERCENT, color=GREY, lw=0.8, ls=":")
@@ -177,13 +177,13 @@ def cumulative_signal_figure(analysis: Analysis) -> Figure:
 def heatmap_figure(analysis: Analysis) -> Figure:
     """Mean |A| by step and relative position, relative to the mean of the step."""
     figure, (axis,) = _panels(1, 3.4)
-    signal_PS = np.stack([step.signal_P for step in analysis.steps], axis=1)
+    signal_LI = np.stack([step.signal_L for step in analysis.steps], axis=1)
     # Without the division, the first steps would take up the complete color scale.
-    scaled_PS = signal_PS / np.maximum(np.nanmean(signal_PS, axis=0, keepdims=True), 1e-12)
+    scaled_LI = signal_LI / np.maximum(np.nanmean(signal_LI, axis=0, keepdims=True), 1e-12)
     numbers = [step.step for step in analysis.steps]
     extent = (numbers[0] - 0.5, numbers[-1] + 0.5, 0, 100)
-    vmax = max(2.0, float(np.nanquantile(scaled_PS, 0.98))) if np.isfinite(scaled_PS).any() else 2.0
-    image = axis.imshow(scaled_PS, origin="lower", aspect="auto", extent=extent, cmap="magma_r", vmin=0, vmax=vmax)
+    vmax = max(2.0, float(np.nanquantile(scaled_LI, 0.98))) if np.isfinite(scaled_LI).any() else 2.0
+    image = axis.imshow(scaled_LI, origin="lower", aspect="auto", extent=extent, cmap="magma_r", vmin=0, vmax=vmax)
     figure.colorbar(image, ax=axis, label="|A| / mean |A| of the step")
     axis.set(title="Signal by step and position", xlabel="training step", ylabel="position in the response")
     axis.yaxis.set_major_formatter(PercentFormatter())

@@ -4,7 +4,7 @@ The signal of a token is |A|. Without a bias, the first 30% of each response con
 whatever its length, its total signal and the correlation of its tokens. That is the null hypothesis. The unit of the
 test is the response.
 
-Shapes: G groups of responses (single responses in a small run), Q = 100 hundredths of a response, J resamples, U cuts.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math

@@ -3,8 +3,7 @@
 A token's quantities are summed by its position, by its relative position, and over all tokens. The tokens of a response
 are correlated, so the unit of each interval is the response, not the token.
 
-Shapes: R responses, N tokens of many responses, T tokens of one response, S segments, P position bins, G groups of
-responses, Q hundredths of a response. A segment is the tokens of one response in one bin.
+Shape suffixes: see Notation in CONTRIBUTING.md. A segment is the tokens of one response in one bin.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,16 +115,16 @@ def token_quantities(batch: Batch) -> Iterator[tuple[str, Floats]]:
 class Segments:
     """The tokens of a batch by bin: a segment is the adjacent tokens of one response in one bin."""
 
-    start_S: Ints
-    bin_S: Ints
-    count_S: Ints
+    start_M: Ints
+    bin_M: Ints
+    count_M: Ints
 
     @classmethod
     def of(cls, bin_N: Ints, batch: Batch) -> "Segments":
         is_start_N = np.diff(bin_N, prepend=-1) != 0
         is_start_N[batch.start_R[batch.length_R > 0]] = True
-        start_S = np.flatnonzero(is_start_N)
-        return cls(start_S, bin_N[start_S], np.diff(start_S, append=len(bin_N)))
+        start_M = np.flatnonzero(is_start_N)
+        return cls(start_M, bin_N[start_M], np.diff(start_M, append=len(bin_N)))
 
 
 def _segments(batch: Batch) -> dict[str, Segments]:
@@ -143,45 +142,45 @@ class BinnedSums:
     variance is that of a ratio estimator (Cochran 1977, 6.3): Σ (s - mean c)² / (Σ c)² · r / (r - 1) for r responses.
     """
 
-    tokens_P: Floats = field(default_factory=lambda: np.zeros(0))
-    responses_P: Floats = field(default_factory=lambda: np.zeros(0))
-    square_count_P: Floats = field(default_factory=lambda: np.zeros(0))
+    tokens_L: Floats = field(default_factory=lambda: np.zeros(0))
+    responses_L: Floats = field(default_factory=lambda: np.zeros(0))
+    square_count_L: Floats = field(default_factory=lambda: np.zeros(0))
     values: dict[str, Floats] = field(default_factory=dict)
     """By quantity, the sums over responses of s, s² and s c: [3, P]."""
 
     def count(self, segments: Segments) -> None:
-        size = int(segments.bin_S.max(initial=-1)) + 1
-        counts_S = (segments.count_S, np.ones_like(segments.count_S), segments.count_S**2)
-        self.tokens_P, self.responses_P, self.square_count_P = (
-            np.bincount(segments.bin_S, count_S, minlength=size).astype(np.float64) for count_S in counts_S
+        size = int(segments.bin_M.max(initial=-1)) + 1
+        counts_M = (segments.count_M, np.ones_like(segments.count_M), segments.count_M**2)
+        self.tokens_L, self.responses_L, self.square_count_L = (
+            np.bincount(segments.bin_M, count_M, minlength=size).astype(np.float64) for count_M in counts_M
         )
 
     def add(self, name: str, value_N: Floats, segments: Segments) -> None:
         """Add a quantity of the tokens that were counted."""
-        sum_S = np.add.reduceat(value_N, segments.start_S) if len(segments.start_S) else np.zeros(0)
-        terms = (sum_S, sum_S**2, sum_S * segments.count_S)
-        size = len(self.tokens_P)
-        self.values[name] = np.stack([np.bincount(segments.bin_S, term_S, minlength=size) for term_S in terms])
+        sum_M = np.add.reduceat(value_N, segments.start_M) if len(segments.start_M) else np.zeros(0)
+        terms = (sum_M, sum_M**2, sum_M * segments.count_M)
+        size = len(self.tokens_L)
+        self.values[name] = np.stack([np.bincount(segments.bin_M, term_M, minlength=size) for term_M in terms])
 
     def merge(self, other: "BinnedSums") -> None:
-        for name in ("tokens_P", "responses_P", "square_count_P"):
+        for name in ("tokens_L", "responses_L", "square_count_L"):
             setattr(self, name, _add_padded(getattr(self, name), getattr(other, name)))
         for name, sums in other.values.items():
             self.values[name] = _add_padded(self.values.get(name, np.zeros((3, 0))), sums)
 
     def mean(self, name: str) -> Floats:
-        """Return the mean of a quantity in each bin, [P]; NaN in an empty bin."""
+        """Return the mean of a quantity in each bin, [L]; NaN in an empty bin."""
         with np.errstate(invalid="ignore"):
-            return self.values[name][0] / self.tokens_P
+            return self.values[name][0] / self.tokens_L
 
     def half_width(self, name: str) -> Floats:
-        """Return half the width of the 95% interval of each mean, by Student's t, [P]; NaN below two responses."""
-        mean_P, n_P = self.mean(name), self.responses_P
-        _, square_P, product_P = self.values[name]
+        """Return half the width of the 95% interval of each mean, by Student's t, [L]; NaN below two responses."""
+        mean_L, n_L = self.mean(name), self.responses_L
+        _, square_L, product_L = self.values[name]
         with np.errstate(divide="ignore", invalid="ignore"):
-            residual_P = np.maximum(square_P - 2 * mean_P * product_P + mean_P**2 * self.square_count_P, 0)
-            error_P = np.sqrt(residual_P * n_P / (n_P - 1)) / self.tokens_P
-            return np.where(n_P > 1, stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, np.maximum(n_P - 1, 1)) * error_P, np.nan)
+            residual_L = np.maximum(square_L - 2 * mean_L * product_L + mean_L**2 * self.square_count_L, 0)
+            error_L = np.sqrt(residual_L * n_L / (n_L - 1)) / self.tokens_L
+            return np.where(n_L > 1, stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, np.maximum(n_L - 1, 1)) * error_L, np.nan)
 
 
 def _add_padded(a: Floats, b: Floats) -> Floats:
@@ -267,7 +266,7 @@ class PositionStats:
 
     @property
     def tokens(self) -> int:
-        return int(self.overall.tokens_P.sum())
+        return int(self.overall.tokens_L.sum())
 
 
 def split_by_tokens(responses: Sequence[ResponseTokens], budget: int) -> Iterator[slice]:

@@ -43,7 +43,7 @@ class StepResult:
     """One training step.
 
     means: of each quantity over the tokens. prefix_fraction: of the signal, in the first 30% of the responses.
-    signal_P: mean |A| by relative position, [BINS].
+    signal_L: mean |A| by relative position, [BINS].
     """
 
     step: int
@@ -51,25 +51,25 @@ class StepResult:
     tokens: int
     means: Mapping[str, Estimate]
     prefix_fraction: Estimate
-    signal_P: Floats
+    signal_L: Floats
 
 
 def summarize_step(step: int, numbers: PositionStats) -> StepResult:
     """Return the result of a step without its sums by position: those of many steps would not fit in memory."""
-    signal_P = numbers.relative.mean("abs_advantage") if numbers.tokens else np.zeros(0)
+    signal_L = numbers.relative.mean("abs_advantage") if numbers.tokens else np.zeros(0)
     return StepResult(
         step,
         numbers.responses,
         numbers.tokens,
         overall_means(numbers.overall),
         prefix_fraction(signal_by_percent(numbers)),
-        np.pad(signal_P, (0, BINS - len(signal_P)), constant_values=np.nan),
+        np.pad(signal_L, (0, BINS - len(signal_L)), constant_values=np.nan),
     )
 
 
 def overall_means(overall: BinnedSums) -> dict[str, Estimate]:
     """Return the mean of each quantity over all tokens, NaN if there are none."""
-    if not len(overall.tokens_P):
+    if not len(overall.tokens_L):
         return {name: Estimate(np.nan, np.nan, np.nan) for name in overall.values}
     means = {name: (overall.mean(name)[0], overall.half_width(name)[0]) for name in overall.values}
     return {name: Estimate(float(mean), float(mean - half), float(mean + half)) for name, (mean, half) in means.items()}
@@ -150,20 +150,20 @@ def continuation_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _bin_table(phase: Phase, kind: str) -> TableColumns:
     """Return the means by position or by relative position."""
     sums: BinnedSums = getattr(phase.numbers, kind)
-    size = len(sums.tokens_P)
+    size = len(sums.tokens_L)
     bins: TableColumns = {"position": list(range(1, size + 1))}
     if kind == "relative":
         bins = {"from_percent": [p * PERCENT // BINS for p in range(size)]}
         bins["to_percent"] = [percent + PERCENT // BINS for percent in bins["from_percent"]]
     table: TableColumns = {"phase": [phase.name] * size, **bins}
-    table["tokens"] = sums.tokens_P.astype(int).tolist()
-    table["responses"] = sums.responses_P.astype(int).tolist()
+    table["tokens"] = sums.tokens_L.astype(int).tolist()
+    table["responses"] = sums.responses_L.astype(int).tolist()
     for name in sums.values:
-        mean_P, half_P = sums.mean(name), sums.half_width(name)
+        mean_L, half_L = sums.mean(name), sums.half_width(name)
         table |= {
-            name: mean_P.tolist(),
-            f"{name}_low": (mean_P - half_P).tolist(),
-            f"{name}_high": (mean_P + half_P).tolist(),
+            name: mean_L.tolist(),
+            f"{name}_low": (mean_L - half_L).tolist(),
+            f"{name}_high": (mean_L + half_L).tolist(),
         }
     return table
 
@@ -183,7 +183,7 @@ def _step_row(step: StepResult) -> TableColumns:
 
 def _signal_by_bin(step: StepResult) -> TableColumns:
     starts = [number * PERCENT // BINS for number in range(BINS)]
-    return {"step": [step.step] * BINS, "from_percent": starts, "abs_advantage": step.signal_P.tolist()}
+    return {"step": [step.step] * BINS, "from_percent": starts, "abs_advantage": step.signal_L.tolist()}
 
 
 def _estimate_columns(name: str, estimates: Sequence[Estimate]) -> TableColumns:

@@ -12,7 +12,7 @@ again. Log-probs are natural logarithms of the sampled token's probability, in n
 A column is one field here. Its annotation decides its type on disk and whether it may be null; a column that a file
 lacks has its default, so that files of earlier versions can be read.
 
-Shapes: T tokens of one response, K most probable tokens at each, D hidden size.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import hashlib

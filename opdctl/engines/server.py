@@ -5,7 +5,7 @@ log-probs at a temperature other than 1 are raw or processed. The engine verifie
 tokenizer, context length, and the form of every response. The server's distribution covers all rows of the output
 matrix, including the few beyond the tokenizer's ids.
 
-Shapes: T tokens of one response, K most probable tokens.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math

@@ -3,8 +3,7 @@
 Sampling is a separate loop over transformers' cache instead of `generate`, for two reasons. Each response has its own
 random stream, so the same seed gives the same response in any batch. Finished responses leave the batch.
 
-Shapes: B unfinished responses, T positions, V vocabulary, N response tokens of a batch, K most probable tokens,
-D hidden size. In `_inverse_cdf`, N blocks of b = BLOCK ids.
+Shape suffixes: see Notation in CONTRIBUTING.md. In `_inverse_cdf`, N blocks of b = BLOCK ids.
 """
 
 from collections.abc import Callable, Sequence

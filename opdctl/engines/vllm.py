@@ -12,8 +12,7 @@ Workarounds for vLLM behavior that opdctl cannot use:
 vLLM returns no hidden states, and the entire distribution only for small vocabularies. Settings that require more are
 rejected.
 
-Shapes: T tokens of one response, W entries that vLLM returns for each, K most probable tokens, V vocabulary,
-D hidden size.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import contextlib
@@ -396,31 +395,31 @@ def _sampling_params(**settings: Any) -> Any:
 
 
 def _logprob_table(flat: Any, ids_T: Ids, first: int, top_k: int) -> tuple[Ids, Logprobs]:
-    """Return vLLM's ids and log-probs at positions from `first` on, [T, W], with the token itself in column 0."""
+    """Return vLLM's ids and log-probs at positions from `first` on, [T, E], with the token itself in column 0."""
     if not len(ids_T):
         return np.zeros((0, 1 + top_k), np.int32), np.zeros((0, 1 + top_k), np.float32)
     span = slice(flat.start_indices[first], flat.end_indices[first + len(ids_T) - 1])
-    ids_TW = np.array(flat.token_ids[span], np.int32).reshape(len(ids_T), -1)
-    logp_TW = np.array(flat.logprobs[span], np.float32).reshape(ids_TW.shape)
-    if not np.array_equal(ids_TW[:, 0], ids_T):
+    ids_TE = np.array(flat.token_ids[span], np.int32).reshape(len(ids_T), -1)
+    logp_TE = np.array(flat.logprobs[span], np.float32).reshape(ids_TE.shape)
+    if not np.array_equal(ids_TE[:, 0], ids_T):
         raise RuntimeError("vLLM returned log-probs of other tokens")
-    return ids_TW, logp_TW
+    return ids_TE, logp_TE
 
 
-def _select_top_k(ids_TW: Ids, logp_TW: Logprobs, top_k: int) -> tuple[Ids, Logprobs]:
+def _select_top_k(ids_TE: Ids, logp_TE: Logprobs, top_k: int) -> tuple[Ids, Logprobs]:
     """Return the `top_k` most probable ids in descending order with their log-probs, [T, K]."""
     # Column 0 is the token itself; it occurs again in the other columns if it is among the most probable.
-    order_TK = np.argsort(-logp_TW[:, 1:], axis=1, kind="stable")[:, :top_k]
-    return np.take_along_axis(ids_TW[:, 1:], order_TK, 1), np.take_along_axis(logp_TW[:, 1:], order_TK, 1)
+    order_TK = np.argsort(-logp_TE[:, 1:], axis=1, kind="stable")[:, :top_k]
+    return np.take_along_axis(ids_TE[:, 1:], order_TK, 1), np.take_along_axis(logp_TE[:, 1:], order_TK, 1)
 
 
 def _completion(output: Any, top_k: int) -> Completion:
     ids_T = np.array(output.token_ids, np.int32)
-    ids_TW, logp_TW = _logprob_table(output.logprobs, ids_T, 0, top_k)
-    top_ids_TK, top_logp_TK = _select_top_k(ids_TW, logp_TW, top_k) if top_k else (None, None)
+    ids_TE, logp_TE = _logprob_table(output.logprobs, ids_T, 0, top_k)
+    top_ids_TK, top_logp_TK = _select_top_k(ids_TE, logp_TE, top_k) if top_k else (None, None)
     return Completion(
         ids_T,
-        logp_TW[:, 0].copy(),
+        logp_TE[:, 0].copy(),
         "stop" if output.finish_reason == "stop" else "length",
         top_ids=top_ids_TK,
         top_logprobs=top_logp_TK,
@@ -428,13 +427,13 @@ def _completion(output: Any, top_k: int) -> Completion:
 
 
 def _scores(request: ScoreRequest, flat: Any, settings: Score, vocab_size: int) -> TokenScores:
-    ids_TW, logp_TW = _logprob_table(flat, request.response_ids, len(request.prompt_ids), settings.top_k)
-    columns: dict[str, Any] = {"logprobs": logp_TW[:, 0].copy()}
+    ids_TE, logp_TE = _logprob_table(flat, request.response_ids, len(request.prompt_ids), settings.top_k)
+    columns: dict[str, Any] = {"logprobs": logp_TE[:, 0].copy()}
     if settings.top_k:
-        columns["top_ids"], columns["top_logprobs"] = _select_top_k(ids_TW, logp_TW, settings.top_k)
+        columns["top_ids"], columns["top_logprobs"] = _select_top_k(ids_TE, logp_TE, settings.top_k)
     if settings.entropy or settings.student_top_k:
-        logp_TV = np.full((len(ids_TW), max(vocab_size, int(ids_TW.max(initial=0)) + 1)), -np.inf, np.float32)
-        np.put_along_axis(logp_TV, ids_TW, logp_TW, 1)
+        logp_TV = np.full((len(ids_TE), max(vocab_size, int(ids_TE.max(initial=0)) + 1)), -np.inf, np.float32)
+        np.put_along_axis(logp_TV, ids_TE, logp_TE, 1)
         logp_TV = logp_TV[:, :vocab_size]
         if settings.entropy:
             terms_TV = np.exp(logp_TV) * np.maximum(logp_TV, np.finfo(np.float32).min)

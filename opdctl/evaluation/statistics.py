@@ -4,7 +4,7 @@ The samples of one problem are not independent, so the unit is the problem. Ther
 `problem_bootstrap` covers the accuracy on other problems of the same kind: it resamples problems, each with all its
 samples. That of `sampling_interval` covers new samples of the same problems.
 
-Shapes: P problems, S bootstrap resamples.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math
@@ -68,13 +68,13 @@ def problem_bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
     if min(np.count_nonzero(x_P), np.count_nonzero(x_P - 1)) < MIN_DIFFERING_PROBLEMS:
         low, high = stats.beta.interval(CONFIDENCE_LEVEL, x_P.sum() + 0.5, (1 - x_P).sum() + 0.5)
         return Estimate(mean, float(low), float(high))
-    x_SP = x_P[np.random.default_rng(seed).integers(0, len(x_P), (BOOTSTRAP_RESAMPLES, len(x_P)))]
-    mean_S, error_S = x_SP.mean(1), x_SP.std(1, ddof=1) / math.sqrt(len(x_P))
-    is_usable_S = (error_S > 0) & (mean_S > 0) & (mean_S < 1)
-    mean_S, error_S = mean_S[is_usable_S], error_S[is_usable_S]
-    t_S = (_logit(mean_S) - _logit(mean)) * mean_S * (1 - mean_S) / error_S
+    x_JP = x_P[np.random.default_rng(seed).integers(0, len(x_P), (BOOTSTRAP_RESAMPLES, len(x_P)))]
+    mean_J, error_J = x_JP.mean(1), x_JP.std(1, ddof=1) / math.sqrt(len(x_P))
+    is_usable_J = (error_J > 0) & (mean_J > 0) & (mean_J < 1)
+    mean_J, error_J = mean_J[is_usable_J], error_J[is_usable_J]
+    t_J = (_logit(mean_J) - _logit(mean)) * mean_J * (1 - mean_J) / error_J
     error = float(x_P.std(ddof=1)) / math.sqrt(len(x_P)) / (mean * (1 - mean))
-    t_high, t_low = np.quantile(t_S, [(1 + CONFIDENCE_LEVEL) / 2, (1 - CONFIDENCE_LEVEL) / 2])
+    t_high, t_low = np.quantile(t_J, [(1 + CONFIDENCE_LEVEL) / 2, (1 - CONFIDENCE_LEVEL) / 2])
     return Estimate(mean, _sigmoid(_logit(mean) - t_high * error), _sigmoid(_logit(mean) - t_low * error))
 
 

@@ -3,7 +3,7 @@
 An objective is a frozen dataclass that treats every token independently of the others: the gradient must not depend on
 the micro-batches. The trainer multiplies the losses by the token weights, sums them over the step and divides once.
 
-Shapes: N tokens of many responses, K top-k, S tokens of the support: the vocabulary or the top-k.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A weight is a frozen dataclass. `__call__` takes one complete response, never a 
 needs the sum over the response before it can weight the first token. A weight that ranks or scales tokens within the
 step overrides `weigh_step` instead. Training and analysis call `weigh`.
 
-Shapes: T tokens of one response, N tokens of many responses, K top-k, R responses of a step, W tokens of a window.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Batches of sequences: split by a token budget, and padded.
 
-Shapes: B rows of a batch, T positions, N response tokens of the batch.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 from collections.abc import Iterator, Sequence

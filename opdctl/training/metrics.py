@@ -1,6 +1,6 @@
 """The metrics of a training step: sums over chunks, statistics of the responses, peak memory.
 
-Shapes: N response tokens of a micro-batch, C tokens of a chunk. docs/metrics.md defines each metric.
+Shape suffixes: see Notation in CONTRIBUTING.md. docs/metrics.md defines each metric.
 """
 
 import resource

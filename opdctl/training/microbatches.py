@@ -1,6 +1,6 @@
 """Micro-batches: a step's scored responses with token weights and loss scales, split by a token budget.
 
-Shapes: N response tokens of a micro-batch, K ids of a top-k support.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """One training step: scored responses in, the next student out.
 
-Shapes: N response tokens of a micro-batch, C tokens of a chunk, K ids of a top-k support, V vocabulary, D hidden size.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math

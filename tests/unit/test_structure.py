@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,19 @@ def test_a_public_name_is_defined_once():
     definitions.sort()
     grouped = {key: [module for _, module in group] for key, group in itertools.groupby(definitions, lambda d: d[0])}
     assert {key: modules for key, modules in grouped.items() if len(modules) > 1} == {}
+
+
+def test_shape_suffixes_are_in_the_legend():
+    """One letter has one meaning: the table under Notation in CONTRIBUTING.md."""
+    notation = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## Notation")[2].partition("\n## ")[0]
+    legend = {
+        letter for row in notation.splitlines() if row.startswith("|") for letter in re.findall(r"\b[A-Z]\b", row)
+    }
+    unknown = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            identifier = getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "attr", None)
+            suffix = re.search(r"[a-z0-9]_([A-Z]{1,4})$", identifier or "")
+            if suffix and not {*suffix[1]} <= legend:
+                unknown.add(f"{name}: {identifier}")
+    assert unknown <= {"models.logprobs: lora_A"}  # the name in peft

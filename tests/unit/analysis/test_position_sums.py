@@ -52,13 +52,13 @@ def test_means_and_intervals_equal_plain_loops(lengths):
     numbers = PositionStats.of(batch, iw_opd_weights(batch))
     for kind in ("overall", "relative", "position"):
         sums = getattr(numbers, kind)
-        assert sums.tokens_P.sum() == sum(lengths)
-        for number in np.flatnonzero(sums.tokens_P):
+        assert sums.tokens_L.sum() == sum(lengths)
+        for number in np.flatnonzero(sums.tokens_L):
             mean, error = ratio_interval(batch, kind, number)
             assert sums.mean("abs_advantage")[number] == pytest.approx(mean)
             half = sums.half_width("abs_advantage")[number]
             assert np.isnan(half) == np.isnan(error)
-            if half > 0 and sums.responses_P[number] == 2:
+            if half > 0 and sums.responses_L[number] == 2:
                 assert half == pytest.approx(12.706 * error, rel=1e-3)  # Student's t, one degree of freedom
 
 
