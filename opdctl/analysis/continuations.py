@@ -5,7 +5,6 @@ Figure 1b). Reads the prefixes of 0, 10 … 90% of stored responses, writes Parq
 directory for each model, then a summary.
 """
 
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,7 +168,7 @@ def _stage(run: Run, step: int, name: str, benchmark: Benchmark, responses: Sequ
         num_parts=min(run.recipe.rollout.num_parts, len(responses)),
         suffix=".parquet",
         fingerprint=Fingerprint(settings, {"rollout": run.rollout_stage(step).digest, name: digest}),
-        rerun_command=f"opdctl run continuations {shlex.quote(str(run.path))} --step {step}",
+        rerun_command=run.manage_command_line("continuations", step),
     )
 
 

@@ -41,17 +41,19 @@ def train(
     then: opdctl analyze-position runs/quickstart
     """
     with command_session(verbose):
-        from opdctl.cli.plan import show_plan
-        from opdctl.pipeline.loop import run_training
-        from opdctl.pipeline.progress import summarize_training
-        from opdctl.training.publish import check_repo_id
-
         resolved = read_recipe_options(recipe, set_, output)
         if push is not None:
+            from opdctl.training.publish import check_repo_id
+
             check_repo_id(push)
         if dry_run:
+            from opdctl.cli.plan import show_plan
+
             show_plan(resolved, output, json_)
             return
+        from opdctl.pipeline.loop import run_training  # loads torch: a recipe error comes before
+        from opdctl.pipeline.progress import summarize_training
+
         fill = not (no_fill or follow)
         run, device = open_run_and_device(resolved, output, *(resolved.models() if fill else _updated_from(resolved)))
         before = run.current_step()

@@ -102,9 +102,8 @@ def _exclusive_training(run: Run) -> Iterator[None]:
 
 def _needs_trainer_now(run: Run, follow: bool) -> bool:
     """Whether the model is loaded before the first step: to be ready, or to write a newest student that is missing."""
-    current = run.current_step()
-    is_missing = current > run.start_step and not run.student_path(current).is_dir()
-    return bool(distributed.broadcast_object(is_missing)) or (follow and current < run.recipe.train.steps)
+    is_missing = bool(distributed.broadcast_object(run.must_rewrite_student()))
+    return is_missing or (follow and run.current_step() < run.recipe.train.steps)
 
 
 def _make_inputs(run: Run, engines: EnginePool, clock: Clock, step: int) -> dict[str, float] | None:

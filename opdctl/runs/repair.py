@@ -1,7 +1,6 @@
 """Set corrupt artifacts of a run aside, so that the ordinary commands regenerate them."""
 
-import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +31,12 @@ def find_corrupt_artifacts(run: Run) -> list[CorruptArtifact]:
     Every file is read. What is missing is not listed: the ordinary command regenerates it.
     """
     artifacts: list[CorruptArtifact] = []
+    kept_steps = run.kept_steps()
     for step in list_steps(run.path):
-        artifacts += _find_in_step(run, step)
+        artifacts += _find_in_step(run, step, kept_steps)
     artifacts += _find_states(run)
     for step, directory in list_steps(run.path / "continuations").items():
-        command = f"opdctl run continuations {shlex.quote(str(run.path))} --step {step}"
+        command = run.manage_command_line("continuations", step)
         for path in _directories(directory.glob("*")):
             artifacts += _find_in_stage(path, command)
     for path in _directories(run.path.glob("eval/*/*")):
@@ -48,8 +48,8 @@ def _directories(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.is_dir() and not path.name.startswith("."))
 
 
-def _find_in_step(run: Run, step: int) -> Iterator[CorruptArtifact]:
-    can_sample = run.policy_version(step) in run.kept_steps()
+def _find_in_step(run: Run, step: int, kept_steps: Collection[int]) -> Iterator[CorruptArtifact]:
+    can_sample = run.policy_version(step) in kept_steps
     yield from _find_in_stage(
         run.step_path(step) / "rollout", run.command_line("rollout", step) if can_sample else None
     )

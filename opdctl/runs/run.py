@@ -107,6 +107,11 @@ class Run:
         option = f" --step {step}" if step is not None else ""
         return f"opdctl {command} --output {shlex.quote(str(self.path))}{option}"
 
+    def manage_command_line(self, verb: str, step: int | None = None) -> str:
+        """Return the command line of `opdctl run VERB` for this run."""
+        option = f" --step {step}" if step is not None else ""
+        return f"opdctl run {verb} {shlex.quote(str(self.path))}{option}"
+
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -189,11 +194,15 @@ class Run:
         step = self.current_step()
         return step > 0 and not self.student_path(step).is_dir()
 
+    def must_rewrite_student(self) -> bool:
+        """Whether the newest student is missing and was written by this run: training writes it again."""
+        return self.current_step() > self.start_step and self.is_newest_student_missing()
+
     def student_hint(self, step: int) -> str:
         """Return what to do if the student of `step` is corrupt."""
         if self.forked_from and step == self.start_step == self.current_step():
             return f"fork {self.forked_from['run_dir']} again"
-        return f"run `opdctl run repair {shlex.quote(str(self.path))}`"
+        return f"run `{self.manage_command_line('repair')}`"
 
     def student_at(self, step: int) -> ModelDir:
         """Return policy version `step`, checked file by file.
@@ -224,8 +233,8 @@ class Run:
     def kept_steps(self) -> list[int]:
         """Return the steps whose student exists."""
         first = [0] if self.start_step == 0 else []
-        steps = (step for step in list_steps(self.path / "student") if self.start_step <= step <= self.current_step())
-        return [*first, *steps]
+        possible = range(self.start_step, self.current_step() + 1)
+        return [*first, *(step for step in list_steps(self.path / "student") if step in possible)]
 
     # ── Policy versions ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,7 +1,6 @@
 """The state of a run directory: what is finished, missing or corrupt, and the next command. Only reads."""
 
 import itertools
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -56,7 +55,7 @@ class RunStatus:
     def next_command(self) -> str:
         """Return the command to run next: the repair of what is corrupt and can be regenerated, or the next stage."""
         if any(map(self._is_repairable, self._corrupt())) and not self.run.is_newest_student_missing():
-            return f"opdctl run repair {shlex.quote(str(self.run.path))}"
+            return self.run.manage_command_line("repair")
         return self.run.next_command()
 
     def as_dict(self) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def check_continuations(run: Run, *, verify: bool) -> list[StageStatus]:
     of the ones that are still to be made."""
     statuses = []
     for step, directory in list_steps(run.path / "continuations").items():
-        command = f"opdctl run continuations {shlex.quote(str(run.path))} --step {step}"
+        command = run.manage_command_line("continuations", step)
         models = {path.name for path in directory.iterdir() if path.is_dir()}
         if not (directory / "summary.json").exists():
             models |= {"student", *run.recipe.teacher_models()}

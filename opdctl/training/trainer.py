@@ -67,8 +67,7 @@ class Trainer:
             for step in range(saved, done):
                 self._update(step, self.make_micro_batches(step, list(read_scored(run, step))))
             self._check_replay(done)
-        missing = done > run.start_step and not run.student_path(done).is_dir()
-        if distributed.broadcast_object(missing):
+        if distributed.broadcast_object(run.must_rewrite_student()):
             self._rewrite_student(done)
 
     def _check_replay(self, done: int) -> None:

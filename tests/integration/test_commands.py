@@ -104,6 +104,27 @@ def test_help_of_every_command_shows_an_example_and_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        *([command, "--recipe", "quickstart", "--set", "train.stepz=1"] for command in COMMANDS[:4]),
+        ["train", "--recipe", "quickstart", "--push", "no-owner"],
+    ],
+    ids=lambda args: f"{args[0]} {args[3]}",
+)
+def test_invalid_recipe_or_option_imports_no_torch(args: list[str], tmp_path: Path) -> None:
+    script = (
+        "import json, sys\n"
+        "from opdctl.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "print(json.dumps([code, sorted({'torch', 'transformers'} & set(sys.modules))]))\n"
+    )
+    done = python("-c", script, *args, "--output" if args[0] != "eval" else "--run", str(tmp_path / "run"))
+    assert json.loads(done.stdout) == [2, []]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     "args", [["trian"], ["train", "--recpie", "a.toml"], ["train", "--step", "1"], ["status"], ["rollout", "--step=-1"]]
 )
 def test_wrong_option_is_invalid_usage(args: list[str]) -> None:
