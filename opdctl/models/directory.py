@@ -1,25 +1,29 @@
 """Model directories: finding or downloading one, its tokenizer, files, digests and size. Imports no torch."""
 
-import json
-import math
+import contextlib
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdctl.artifacts.files import digest_of, sha256_file
-from opdctl.errors import OpdctlError, did_you_mean, summarize_exception
+from opdctl.errors import ErrorKind, OpdctlError, did_you_mean, is_out_of_memory, summarize_exception
+from opdctl.models.json_files import read_json_object
+from opdctl.models.weights import StoredWeights, digest_weights, read_weights
 from opdctl.recipe.schema import Model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-MODEL_FILE_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+MERGE_HINT = "merge it: peft's merge_and_unload(), then save_pretrained() into an empty directory"
+MAX_DETAIL_CHARS = 600
+SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 
 
 def toy_model_names() -> list[str]:
@@ -51,8 +55,7 @@ def find_local(model: Model, key: str) -> Path | None:
         return Path(str(resources.files("opdctl.data.toy"))) / "models" / name.removeprefix("toy:")
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise OpdctlError("missing_model", f"{key}: {path}: not a model directory: config.json is missing")
+        _check_is_model_directory(path, key)
         return path.resolve()
     if path.exists():
         raise OpdctlError("missing_model", f"{key}: {path}: a file, not a model directory")
@@ -63,11 +66,21 @@ def find_local(model: Model, key: str) -> Path | None:
     return None
 
 
+def _check_is_model_directory(path: Path, key: str) -> None:
+    if (path / "config.json").exists():
+        return
+    if (path / "adapter_config.json").exists():
+        base = read_json_object(path / "adapter_config.json").get("base_model_name_or_path")
+        detail = f"{key}: {path}: an adapter of {base}, not a model directory: config.json is missing"
+        raise OpdctlError("missing_model", detail, hint=MERGE_HINT)
+    raise OpdctlError("missing_model", f"{key}: {path}: not a model directory: config.json is missing")
+
+
 def _download(model: Model, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    without = WEIGHT_PATTERNS if model.server else ()  # a server holds the weights
-    patterns = [pattern for pattern in MODEL_FILE_PATTERNS if pattern not in without]
+    weights = () if model.server else WEIGHT_PATTERNS  # a server holds the weights
+    patterns = [*weights, *SETTINGS_PATTERNS]
     try:
         return Path(snapshot_download(model.model, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own errors, and those of requests, httpx and the OS
@@ -79,13 +92,35 @@ def _download(model: Model, key: str) -> Path:
         ) from error
 
 
+@contextlib.contextmanager
+def translate_loading_errors(path: Path, what: str, kind: ErrorKind = "unsupported_model") -> Iterator[None]:
+    """Turn whatever a library raises while it loads `what` from a model directory into OpdctlError of `kind`."""
+    try:
+        yield
+    except OpdctlError:
+        raise
+    except ImportError as error:
+        detail = f"{path}: {what} needs a package that is not installed: {' '.join(str(error).split())}"
+        raise OpdctlError("missing_package", detail, hint="install the package") from error
+    except Exception as error:  # transformers, tokenizers, peft and quantizers raise exceptions of every class
+        if is_out_of_memory(error):
+            raise
+        detail = f"{path}: {what} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
+        hint = "check that the directory is complete; a newer version of transformers may support it"
+        raise OpdctlError(kind, detail[:MAX_DETAIL_CHARS], hint=hint) from error
+
+
 @dataclass(frozen=True)
 class ModelDir:
-    """A model directory, and the dtype and trust with which it is loaded."""
+    """A model directory, and the dtype and trust with which it is loaded.
+
+    shared_vocab_size: the ids that all models of a run share; None outside a run.
+    """
 
     path: Path
     dtype: str
     trust_remote_code: bool = False
+    shared_vocab_size: int | None = None
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -105,14 +140,17 @@ class ModelDir:
 
     @cached_property
     def vocab_size(self) -> int:
-        """The number of the tokenizer's ids. The output matrix may be padded to more rows, which are masked."""
-        return max(self.tokenizer.get_vocab().values()) + 1
+        """The number of ids that are used: those of the tokenizer that have a row, in every model of the run.
+
+        The matrices may have more rows. They are masked.
+        """
+        return self.shared_vocab_size or min(max(self.tokenizer.get_vocab().values()) + 1, self.num_embeddings)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a response: those of the generation config, otherwise the tokenizer's."""
         path = self.path / "generation_config.json"
-        eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        eos = read_json_object(path).get("eos_token_id") if path.exists() else None
         ids = eos if isinstance(eos, list) else [eos if eos is not None else self.tokenizer.eos_token_id]
         if None in ids:
             detail = f"{self.path}: neither the generation config nor the tokenizer has an end-of-sequence token"
@@ -121,22 +159,52 @@ class ModelDir:
 
     def with_path(self, path: Path) -> "ModelDir":
         """Return the directory of this model after training; it shares the tokenizer, which is not read again."""
-        trained = ModelDir(path, self.dtype, self.trust_remote_code)
+        trained = replace(self, path=path)
         vars(trained).update(tokenizer=self.tokenizer, vocab_size=self.vocab_size)
         return trained
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.path / "config.json").read_text())
+        """The content of config.json."""
+        return read_json_object(self.path / "config.json")
+
+    @cached_property
+    def text_config(self) -> "PreTrainedConfig":
+        """The config of the text model, with transformers' defaults."""
+        from transformers import AutoConfig
+
+        _ = self.config  # the reader's error is clearer
+        with translate_loading_errors(self.path, "config.json"):
+            config = AutoConfig.from_pretrained(self.path, **self.loading_arguments())
+            return config.get_text_config(decoder=True)
+
+    @cached_property
+    def weights(self) -> StoredWeights:
+        """The stored weights, by their headers."""
+        return read_weights(self.path, self.config.get("transformers_weights"))
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """Return the arguments of every `from_pretrained` that reads this directory."""
+        return {"local_files_only": True, "trust_remote_code": self.trust_remote_code}
 
     def files(self) -> list[Path]:
         """Return the files that define the model: weights, configs, tokenizer, template, code."""
-        files = {file for pattern in MODEL_FILE_PATTERNS for file in self.path.glob(pattern)}
-        return sorted(file for file in files if not file.name.startswith("."))
+        files = {file for pattern in SETTINGS_PATTERNS for file in self.path.glob(pattern)}
+        return sorted({file for file in files if not file.name.startswith(".")} | {*self.weights.files})
 
     def digest(self) -> str:
-        """Return the digest of every file of the model."""
-        return digest_of({file.name: sha256_file(file) for file in self.files()})
+        """Return the digest of every file of the model, after checking that all weights are finite.
+
+        Raises:
+            OpdctlError: a weight is NaN or infinite.
+        """
+        weights = self.weights
+        return digest_of(
+            {
+                file.name: digest_weights(weights, file) if file in weights.files else sha256_file(file)
+                for file in self.files()
+            }
+        )
 
     def copy_settings(self, folder: Path) -> None:
         """Copy all files but weights and config.json to `folder`, so that its generation stops identically."""
@@ -145,23 +213,10 @@ class ModelDir:
             if file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
                 shutil.copyfile(file, folder / file.name)
 
+    @property
     def num_embeddings(self) -> int:
-        """Return the rows of the output matrix according to the config, 0 if it does not state them."""
-        return self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size") or 0
-
-    def hidden_size(self) -> int | None:
-        """Return the size of the hidden states according to the config."""
-        return self.config.get("hidden_size") or self.config.get("text_config", {}).get("hidden_size")
-
-    def parameters(self) -> int:
-        """Return the number of stored parameters, from the safetensors headers."""
-        from safetensors import safe_open
-
-        count = 0
-        for file in self.path.glob("*.safetensors"):
-            with safe_open(file, "np") as opened:
-                count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
-        return count
+        """The rows of the embedding and output matrix."""
+        return int(self.text_config.vocab_size)
 
 
 def check_same_tokenizer(student: ModelDir, scorer: ModelDir, name: str) -> None:

@@ -69,11 +69,11 @@ def load_head(model: ModelDir, *, device: str) -> Head:
     parameters = dict(empty.named_parameters(remove_duplicate=False))
     for layer_name, layer_parameter in list(layer.named_parameters()):
         names = {name for name, parameter in parameters.items() if parameter is layer_parameter}  # several if tied
-        for file in model.path.glob("*.safetensors"):
-            with safe_open(file, "pt", device=device) as opened:
-                for name in names & set(opened.keys()):
+        for name, tensor in model.weights.tensors.items():
+            if name in names:
+                with safe_open(tensor.file, "pt", device=device) as opened:
                     value = opened.get_tensor(name).to(getattr(torch, model.dtype))  # rounded as in load_model
-                    setattr(layer, layer_name, torch.nn.Parameter(value, requires_grad=False))
+                setattr(layer, layer_name, torch.nn.Parameter(value, requires_grad=False))
         if getattr(layer, layer_name).is_meta:
             raise OpdctlError("invalid_model", f"{model.path}: no tensor {' or '.join(sorted(names))}")
     return output_head(empty, model.vocab_size)

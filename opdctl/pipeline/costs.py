@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, TypeVar
 
+from opdctl.errors import OpdctlError
 from opdctl.models import CHUNK_LOGITS
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.components import build_objective
@@ -42,14 +43,10 @@ def sum_known(values: Iterable[float | None]) -> float | None:
 
 
 def read_shape(model: ModelDir) -> ModelShape | None:
-    """Return the shape of a model by its config; None if the config lacks a size."""
-    from transformers import AutoConfig
-
+    """Return the shape of a model by its config; None if there is no config here, or it lacks a size."""
     try:
-        config = AutoConfig.from_pretrained(
-            model.path, local_files_only=True, trust_remote_code=model.trust_remote_code
-        ).get_text_config()
-    except (OSError, ValueError, KeyError):
+        config = model.text_config
+    except OpdctlError:
         return None
 
     def first(*names: str) -> Any:
@@ -70,7 +67,7 @@ def read_shape(model: ModelDir) -> ModelShape | None:
         vocab_size=first("vocab_size"),
         num_experts=experts,
         num_experts_per_tok=first("num_experts_per_tok") or 1,
-        tie_word_embeddings=bool(config.tie_word_embeddings),
+        tie_word_embeddings=bool(first("tie_word_embeddings")),
     )
 
 

@@ -176,7 +176,7 @@ def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
 def _plan_artifacts(recipe: Recipe, models: Mapping[str, ModelDir], shapes: ModelShapes) -> ArtifactPlan:
     parameters = {
         # Those stored in a local model; otherwise those of its shape.
-        name: models[name].parameters() if name in models else if_known(costs.parameters, shape)
+        name: models[name].weights.num_parameters if name in models else if_known(costs.parameters, shape)
         for name, shape in shapes.items()
     }
     rollout, scores = _step_bytes(recipe, shapes)
@@ -221,7 +221,7 @@ def check_space(run: Run, stages: Collection[str]) -> None:
 def update_bytes(run: Run) -> int:
     """Return the bytes of a student and of the checkpoint with it. A checkpoint of adapters is small: not counted."""
     has_checkpoint = not run.recipe.lora.rank and run.recipe.train.save_every_steps == 1
-    return run.student.parameters() * (DTYPE_BYTES[run.recipe.student.dtype] + STATE_BYTES * has_checkpoint)
+    return run.student.weights.num_parameters * (DTYPE_BYTES[run.recipe.student.dtype] + STATE_BYTES * has_checkpoint)
 
 
 def _step_bytes(recipe: Recipe, shapes: ModelShapes) -> tuple[int, int | None]:

@@ -211,7 +211,7 @@ def _locate_models(recipe: Recipe) -> dict[str, ModelDir]:
         check_same_tokenizer(student, models[name], name)
     check_top_k(recipe, student)
     for name, model in models.items():
-        if (rows := model.num_embeddings()) > student.vocab_size:
+        if (rows := model.num_embeddings) > student.vocab_size:
             console.info(
                 f"{name}: the output matrix has {rows} rows, the tokenizer {student.vocab_size} tokens; the other rows "
                 "are masked"

@@ -68,7 +68,7 @@ def test_plan_of_a_run_with_a_different_recipe_is_refused(finished_run):
 def test_disk_space_is_checked_before_a_step(finished_run, monkeypatch, capsys):
     run = Run.load(finished_run)
     required = update_bytes(run)
-    assert required == run.student.parameters() * (4 + 12)  # a float32 student, and a checkpoint each step
+    assert required == run.student.weights.num_parameters * (4 + 12)  # a float32 student, and a checkpoint each step
     monkeypatch.setattr(files, "free_space", lambda path: required - 1)
     with pytest.raises(OpdctlError) as error:
         check_space(run, ["update"])

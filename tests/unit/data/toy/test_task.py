@@ -80,7 +80,7 @@ def test_toy_models_are_small_and_share_one_tokenizer():
     assert toy_model_names() == [f"toy:{name}" for name in names]
     assert sum(f.stat().st_size for d in directories for f in d.path.iterdir()) < 6 * 2**20
     assert len({d.tokenizer_digest for d in directories}) == 1
-    sizes = {name: d.parameters() for name, d in zip(toy_model_names(), directories, strict=True)}
+    sizes = {name: d.weights.num_parameters for name, d in zip(toy_model_names(), directories, strict=True)}
     small = {"toy:student", "toy:student-spread"}
     assert sizes == {name: 110_528 if name in small else 365_664 for name in toy_model_names()}
 
