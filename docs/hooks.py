@@ -236,9 +236,10 @@ def _affected(key: str) -> list[str]:
 
 @functools.cache
 def _example() -> schema.Recipe:
-    """Return a recipe with one key in each table."""
+    """Return a recipe with one key in each table, and with the keys that are in no fingerprint by default."""
     tables = ["prompts.min_values.a=1.0", "prompts.template_arguments.a=1"]
-    return load.load_recipe([ROOT / "recipes" / "quickstart.toml"], tables)
+    added = ["rollout.eos_token_ids=[1]", "student.tokenizer=file", "teacher.tokenizer=file"]
+    return load.load_recipe([ROOT / "recipes" / "quickstart.toml"], [*tables, *added])
 
 
 def _kind(field: FieldInfo) -> str:
@@ -275,6 +276,7 @@ def artifacts_page() -> str:
     tables = [
         ("prompts.parquet", records.Prompt),
         ("step-*/rollout/part-*.parquet", records.Response),
+        ("eval/**/prompts-*.parquet", records.EvalPrompt),
         ("eval/**/part-*.parquet", records.GradedResponse),
     ]
     layout = inspect.cleandoc(records.__doc__ or "").partition("\n\n")[2]

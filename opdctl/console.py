@@ -4,6 +4,7 @@ Text from prompts, responses and models is never interpreted as markup or as ter
 """
 
 import contextlib
+import functools
 import json
 import re
 import time
@@ -52,6 +53,18 @@ def debug(message: str) -> None:
 
 def warn(message: str) -> None:
     console.print(Text.assemble(("warning: ", "yellow"), _strip_control_chars(message)))
+
+
+@functools.cache
+def info_once(message: str) -> None:
+    """Print a message the first time that this process has it."""
+    info(message)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Print a warning the first time that this process has it."""
+    warn(message)
 
 
 def error(message: str, hint: str | None) -> None:

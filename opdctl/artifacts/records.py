@@ -4,6 +4,7 @@
     rollout/part-*.parquet       one row a response
     teacher/part-*.safetensors   one entry a response, for the responses of the rollout part of the same number;
     reference/part-*.safetensors the same by the reference model, if the recipe names one
+    eval/**/prompts-*.parquet    one row a problem of an evaluation
     eval/**/part-*.parquet       one row a graded response
 
 Records are joined by id, strictly, never by position. Token ids are stored and passed on; text is never tokenized
@@ -99,6 +100,14 @@ class TokenScores:
     top_logprobs: TopKLogprobs | None = None
     student_top_logprobs: TopKLogprobs | None = None
     hidden_states: HiddenStates | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPrompt:
+    """The prompt of a problem, templated to token ids when the evaluation started."""
+
+    problem_id: str
+    prompt_ids: Ids
 
 
 @dataclass(frozen=True, slots=True)

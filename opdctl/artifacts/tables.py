@@ -21,6 +21,7 @@ from opdctl.artifacts.files import atomic_write, corrupt_artifact, sha256_file
 from opdctl.artifacts.manifests import ScoresRecord
 from opdctl.artifacts.records import (
     PER_TOKEN,
+    EvalPrompt,
     GradedResponse,
     HiddenStates,
     Ids,
@@ -32,7 +33,7 @@ from opdctl.artifacts.records import (
 )
 from opdctl.errors import OpdctlError
 
-Row = TypeVar("Row", Prompt, Response, GradedResponse)
+Row = TypeVar("Row", Prompt, EvalPrompt, Response, GradedResponse)
 COMPRESSION = "zstd"
 ARROW_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
@@ -107,10 +108,10 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> list[Path]:
     return paths
 
 
-def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
-    """Write the run's prompts atomically and return the file's SHA-256."""
+def write_file(path: Path, rows: Sequence[Row], record: type[Row]) -> str:
+    """Write rows atomically as a Parquet file and return its SHA-256."""
     with atomic_write(path) as temporary:
-        write_rows(temporary, prompts, Prompt)
+        write_rows(temporary, rows, record)
     return sha256_file(path)
 
 

@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from opdctl.artifacts.records import Ids, Prompt
+from opdctl.artifacts.records import Prompt
+from opdctl.data.rendering import PromptRenderer
 from opdctl.data.tables import TableRow, load_from_hub, read_table
 from opdctl.data.toy import TASKS
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.schema import TABLE_SUFFIXES, Prompts, is_data_file, teacher_name
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAX_LISTED_PROMPTS = 5  # in an error message
 
@@ -26,7 +22,7 @@ class Problem:
     """A prompt's text before the chat template.
 
     answer: the gold answer, if there is one. teacher: the name of its teacher in a run with several. teacher_text: the
-    teacher's version of the text, if it differs.
+    teacher's version of the text, if it differs. row: its number in the source, from 1.
     """
 
     id: str
@@ -34,13 +30,16 @@ class Problem:
     answer: str | None
     teacher: str | None = None
     teacher_text: str | None = None
+    row: int | None = field(default=None, compare=False)
+
+    def location(self, source: str) -> str:
+        """Return where the prompt is, for errors."""
+        row = f"row {self.row}: " if self.row is not None else ""
+        return f"{source}: {row}prompt `{self.id}`"
 
 
 def tokenize(
-    problems: list[Problem],
-    tokenizer: "PreTrainedTokenizerBase",
-    settings: Prompts,
-    teachers: Sequence[str] = ("teacher",),
+    problems: list[Problem], renderer: PromptRenderer, settings: Prompts, teachers: Sequence[str] = ("teacher",)
 ) -> tuple[list[Prompt], int]:
     """Return the prompts of at most `max_tokens` tokens, in order, and the number of longer ones that were dropped.
 
@@ -53,10 +52,11 @@ def tokenize(
     prompts: list[Prompt] = []
     too_long: list[tuple[str, int]] = []
     for problem in problems:
-        prompt_ids = _token_ids(problem.id, problem.text, tokenizer, settings)
+        location = problem.location(settings.source)
+        prompt_ids = renderer.token_ids(problem.text, location)
         teacher_ids = None
         if problem.teacher_text is not None:
-            teacher_ids = _token_ids(problem.id, problem.teacher_text, tokenizer, settings)
+            teacher_ids = renderer.token_ids(problem.teacher_text, f"{location} for the teacher")
         lengths = [len(ids) for ids in (prompt_ids, teacher_ids) if ids is not None]
         if max(lengths) > settings.max_tokens:
             too_long.append((problem.id, max(lengths)))
@@ -77,10 +77,6 @@ def tokenize(
     return prompts, len(too_long)
 
 
-def _token_ids(name: str, text: str, tokenizer: "PreTrainedTokenizerBase", settings: Prompts) -> Ids:
-    return np.asarray(apply_chat_template(name, text, tokenizer, settings.template_arguments), np.int32)
-
-
 def _teacher_of(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> str:
     if problem.teacher is None:
         return teachers[0]
@@ -93,29 +89,6 @@ def _teacher_of(problem: Problem, settings: Prompts, teachers: Sequence[str]) ->
             hint=f"put a name of [teachers] into column `{settings.teacher_column}`",
         )
     return name
-
-
-def apply_chat_template(
-    name: str, text: str, tokenizer: "PreTrainedTokenizerBase", arguments: dict[str, Any]
-) -> list[int]:
-    """Return the token ids of one user turn with the generation prompt; of plain text without a chat template.
-
-    Raises:
-        OpdctlError: the template or the tokenizer raises an exception.
-    """
-    try:
-        if not tokenizer.chat_template:
-            return list(tokenizer(text)["input_ids"])
-        turn = [{"role": "user", "content": text}]
-        # A template's variables cannot be listed, so a typo among `arguments` is not detected.
-        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments)
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # tokenizers raises bare Exception, a template any exception
-        raise OpdctlError(
-            "invalid_data",
-            f"prompt `{name}`: cannot be tokenized: {error}",
-            hint=f"remove or correct the prompt, whose text starts with {text[:60]!r}",
-        ) from error
 
 
 def load_problems(settings: Prompts) -> list[Problem]:
@@ -209,6 +182,7 @@ def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
         None if answer is None else _check_unicode(str(answer), location),
         _teacher_cell(row, settings, location),
         teacher_text,
+        number,
     )
 
 

@@ -100,7 +100,8 @@ class Columns:
         for number, row in enumerate(rows):
             at = f"{location}: problem {number}"
             name = _cell(row, self.id, at) if set(self.id) & {*row} else number
-            yield Problem(str(name), str(_cell(row, self.problem, at)), parse_gold(_cell(row, self.answer, at)))
+            text, answer = str(_cell(row, self.problem, at)), parse_gold(_cell(row, self.answer, at))
+            yield Problem(str(name), text, answer, row=number + 1)
 
 
 def _cell(row: TableRow, columns: tuple[str, ...], location: str) -> Any:

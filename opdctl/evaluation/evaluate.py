@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from opdctl.artifacts import files
+from opdctl.artifacts import files, leases, tables
 from opdctl.artifacts.files import digest_of
-from opdctl.artifacts.records import Completion, GradedResponse, sample_seed
+from opdctl.artifacts.records import Completion, EvalPrompt, GradedResponse, Ids, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint, StageDir
 from opdctl.artifacts.versions import versioned
-from opdctl.data.prompts import Problem, apply_chat_template
+from opdctl.data.prompts import Problem
+from opdctl.data.rendering import PromptRenderer
 from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
@@ -23,7 +24,7 @@ from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
 from opdctl.evaluation.graders import Grade
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
-from opdctl.recipe.schema import Eval, Model, Recipe
+from opdctl.recipe.schema import AUTO, Eval, Recipe
 from opdctl.runs.layout import step_name
 from opdctl.runs.open import find_model
 from opdctl.runs.run import Run, open_stage_dir
@@ -59,11 +60,13 @@ def scorer_target(run: Run, name: str) -> EvalTarget:
     return EvalTarget(name, run.models[name], run.digests[name], name, f"--model {name}")
 
 
-def external_target(name: str, like: Model) -> EvalTarget:
-    """Return a model that is not part of the run: a directory or a hub id, loaded with the settings of `like`."""
-    if like.model != name:  # revision and remote code of another model do not apply to this one
-        like = like.model_copy(update={"model": name, "revision": None, "trust_remote_code": False})
-    model = find_model(like, "--model")
+def external_target(name: str, recipe: Recipe) -> EvalTarget:
+    """Return a model that is not part of the run: a directory or a hub id, loaded with the student's settings."""
+    settings = recipe.student
+    if settings.model != name:  # what belongs to the student's directory does not apply to this one
+        own = {"revision": None, "trust_remote_code": False, "tokenizer": AUTO}
+        settings = settings.model_copy(update={"model": name, **own})
+    model = find_model(recipe, settings, "--model")
     digest = model.digest()
     label = name if name.startswith("toy:") else Path(name).name
     return EvalTarget(f"{label.replace(':', '-')}-{digest[:8]}", model, digest, "model", f"--model {name}")
@@ -75,7 +78,7 @@ def find_target(run: Run, model: str | None, step: int | None) -> EvalTarget:
         return student_target(run, run.current_step() if step is None else step)
     if model in run.scorers():
         return scorer_target(run, model)
-    return external_target(model, run.recipe.student)
+    return external_target(model, run.recipe)
 
 
 # ── Stored evaluations ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -97,7 +100,9 @@ def stored_summary(run: Run, bench: str, target: str) -> dict[str, Any] | None:
 def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
     """Return the settings that decide which problems are asked, and how they are answered and graded."""
     settings = recipe.eval
+    chosen = {"eos_token_ids": recipe.rollout.eos_token_ids} if recipe.rollout.eos_token_ids else {}
     return {
+        **chosen,  # older summaries lack the key
         "samples": benchmark.samples_per_problem(settings),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -156,7 +161,8 @@ def run_eval(
     stage = _stage(run, benchmark, problems, target)
     for directory in (stage.path, stage.path.parent):
         files.remove_temporary_files(directory)
-    made = _answer_problems(run, benchmark, problems, target, engines, stage, wait=wait)
+    source = str(data or benchmark.source.location)
+    made = _answer_problems(run, benchmark, problems, source, target, engines, stage, wait=wait)
     if not stage.is_finished():
         return None, made
     summary = {
@@ -233,6 +239,7 @@ def _answer_problems(
     run: Run,
     benchmark: Benchmark,
     problems: list[Problem],
+    source: str,
     target: EvalTarget,
     engines: EnginePool,
     stage: StageDir,
@@ -242,15 +249,13 @@ def _answer_problems(
     settings, samples = run.recipe.eval, benchmark.samples_per_problem(run.recipe.eval)
 
     def prepare() -> tuple[Mapping[str, Any], MakePart]:
+        prompts = _render_once(run, benchmark, problems, source, target, stage)
         engine = engines.get(target.role, run.recipe.rollout.engine, target.model)
 
         def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
             part = stage.items_of_part(problems, index)
             asked = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
-            requests = [
-                Request(_prompt_ids(run, benchmark, target.model, p), sample_seed(run.recipe.seed, name))
-                for p, name in asked
-            ]
+            requests = [Request(prompts[p.id], sample_seed(run.recipe.seed, name)) for p, name in asked]
             completions = engine.generate(requests, settings, settings.batch_size, on_progress)
             return rows_part(_grade(benchmark, target.model, asked, completions), GradedResponse)
 
@@ -260,10 +265,29 @@ def _answer_problems(
     return make_missing_parts(stage, title, samples * len(problems), prepare, wait=wait)
 
 
-def _prompt_ids(run: Run, benchmark: Benchmark, model: ModelDir, problem: Problem) -> np.ndarray:
-    settings = run.recipe.eval
-    text = problem.text + benchmark.prompt_suffix(settings)
-    return np.asarray(apply_chat_template(problem.id, text, model.tokenizer, settings.template_arguments), np.int32)
+def _render_once(
+    run: Run, benchmark: Benchmark, problems: Sequence[Problem], source: str, target: EvalTarget, stage: StageDir
+) -> dict[str, Ids]:
+    """Return the prompt of each problem, as the first worker rendered it: a chat template may contain the date.
+
+    The name of the file contains the fingerprint of the evaluation, so prompts of other settings are never read.
+    """
+    path = stage.path / f"prompts-{stage.fingerprint.digest[:16]}.parquet"
+    with leases.hold_lease(stage.path.parent, f"{stage.path.name}-prompts", wait=True):
+        if not path.exists():
+            settings, suffix = run.recipe.eval, benchmark.prompt_suffix(run.recipe.eval)
+            renderer = PromptRenderer(
+                target.model.tokenizer,
+                target.model.vocab_size,
+                settings.template_arguments,
+                "eval.template_arguments",
+            )
+            rows = [EvalPrompt(p.id, renderer.token_ids(p.text + suffix, p.location(source))) for p in problems]
+            tables.write_file(path, rows, EvalPrompt)
+    prompts = {row.problem_id: row.prompt_ids for row in tables.read_rows(path, EvalPrompt)}
+    if [*prompts] != [problem.id for problem in problems]:
+        raise files.corrupt_artifact(path, "has prompts of other problems")
+    return prompts
 
 
 def _grade(

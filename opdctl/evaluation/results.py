@@ -20,13 +20,14 @@ PROTOCOL_KEYS = (
     "temperature",
     "top_p",
     "max_tokens",
+    "eos_token_ids",
     "suffix",
     "template_arguments",
     "grader",
     "engine",
     "dtype",
 )
-"""Keys of the protocol that must be equal for two accuracies to be comparable."""
+"""Keys of the protocol that must be equal for two accuracies to be comparable. A protocol may lack eos_token_ids."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Evaluation:
     def protocol_differences(self, other: "Evaluation") -> list[str]:
         """Return the protocol keys whose values differ."""
         protocols = self.summary["protocol"], other.summary["protocol"]
-        return [key for key in PROTOCOL_KEYS if protocols[0][key] != protocols[1][key]]
+        return [key for key in PROTOCOL_KEYS if protocols[0].get(key) != protocols[1].get(key)]
 
 
 def load_evaluation(path: Path) -> Evaluation:

@@ -10,11 +10,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opdctl import console
 from opdctl.artifacts.files import digest_of, sha256_file
 from opdctl.errors import ErrorKind, OpdctlError, did_you_mean, is_out_of_memory, summarize_exception
+from opdctl.models.end_of_sequence import check_eos_ids, describe_tokens, find_eos_ids
 from opdctl.models.json_files import read_json_object
+from opdctl.models.tokenizers import TokenizerSource, load_tokenizer
 from opdctl.models.weights import StoredWeights, digest_weights, read_weights
-from opdctl.recipe.schema import Model
+from opdctl.recipe.schema import Model, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -112,26 +115,28 @@ def translate_loading_errors(path: Path, what: str, kind: ErrorKind = "unsupport
 
 @dataclass(frozen=True)
 class ModelDir:
-    """A model directory, and the dtype and trust with which it is loaded.
+    """A model directory, and how it is loaded.
 
+    tokenizer_source, eos_token_ids: the keys `tokenizer` of the model and `rollout.eos_token_ids` of the recipe.
     shared_vocab_size: the ids that all models of a run share; None outside a run.
     """
 
     path: Path
     dtype: str
     trust_remote_code: bool = False
+    tokenizer_source: TokenizerSource = "auto"
+    eos_token_ids: tuple[int, ...] = ()
     shared_vocab_size: int | None = None
+
+    @classmethod
+    def from_recipe(cls, path: Path, model: Model, recipe: Recipe) -> "ModelDir":
+        """Return the directory of a model, loaded as its section of the recipe says."""
+        eos_token_ids = tuple(recipe.rollout.eos_token_ids)
+        return cls(path, model.dtype, model.trust_remote_code, model.tokenizer, eos_token_ids)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise OpdctlError("unsupported_model", f"{self.path}: the tokenizer cannot be loaded: {error}") from error
+        return load_tokenizer(self.path, self.tokenizer_source, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -146,21 +151,30 @@ class ModelDir:
         """
         return self.shared_vocab_size or min(max(self.tokenizer.get_vocab().values()) + 1, self.num_embeddings)
 
-    @cached_property
+    @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a response: those of the generation config, otherwise the tokenizer's."""
-        path = self.path / "generation_config.json"
-        eos = read_json_object(path).get("eos_token_id") if path.exists() else None
-        ids = eos if isinstance(eos, list) else [eos if eos is not None else self.tokenizer.eos_token_id]
-        if None in ids:
+        """The ids that end a response.
+
+        Raises:
+            OpdctlError: the directory names none.
+        """
+        if not self.named_eos_ids:
             detail = f"{self.path}: neither the generation config nor the tokenizer has an end-of-sequence token"
-            raise OpdctlError("unsupported_model", detail)
-        return tuple(ids)
+            raise OpdctlError("unsupported_model", detail, hint="set rollout.eos_token_ids")
+        return self.named_eos_ids
+
+    @cached_property
+    def named_eos_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids of the recipe, otherwise those of generation config and tokenizer, which may be
+        none."""
+        if self.eos_token_ids:
+            return check_eos_ids(self.eos_token_ids, self.path, self.vocab_size)
+        return find_eos_ids(self.path, self.tokenizer, self.vocab_size)
 
     def with_path(self, path: Path) -> "ModelDir":
         """Return the directory of this model after training; it shares the tokenizer, which is not read again."""
         trained = replace(self, path=path)
-        vars(trained).update(tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+        vars(trained).update(tokenizer=self.tokenizer, vocab_size=self.vocab_size, named_eos_ids=self.named_eos_ids)
         return trained
 
     @cached_property
@@ -232,3 +246,16 @@ def check_same_tokenizer(student: ModelDir, scorer: ModelDir, name: str) -> None
         "\n".join([f"student and {name}: {len(ids)} token ids differ, the first of them", *lines]),
         hint="use models of one tokenizer family: the teacher scores the student's token ids",
     )
+
+
+def warn_of_other_eos(student: ModelDir, teacher: ModelDir, name: str) -> None:
+    """Warn if a teacher ends its responses with a token that ends no response of the student.
+
+    The student learns to emit this token, and continues after it. Other differences are left to training.
+    """
+    ids = [id_ for id_ in teacher.named_eos_ids if id_ not in student.eos_ids]
+    if ids:
+        console.warn(
+            f"{name} ends at {describe_tokens(ids, teacher.tokenizer)}, where responses of the student continue: "
+            f"rollout.eos_token_ids = {[*student.eos_ids, *ids]} ends them there"
+        )

@@ -16,7 +16,7 @@ from opdctl.artifacts import files
 from opdctl.data.prompts import load_local_problems
 from opdctl.environment import resolve_device
 from opdctl.evaluation.benchmarks import find_benchmark
-from opdctl.models.directory import ModelDir, check_same_tokenizer, find_local
+from opdctl.models.directory import ModelDir, check_same_tokenizer, find_local, warn_of_other_eos
 from opdctl.pipeline import costs
 from opdctl.pipeline.costs import DTYPE_BYTES, STATE_BYTES, StageCost, if_known, sum_known
 from opdctl.pipeline.pruning import is_kept
@@ -144,10 +144,14 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
 def _find_local_models(recipe: Recipe) -> dict[str, ModelDir]:
     """Return the models that need no hub, after checking their tokenizers against the student's."""
     paths = {name: find_local(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
-    models = {name: ModelDir(path, "float32") for name, path in paths.items() if path}
+    models = {name: ModelDir.from_recipe(path, recipe.models()[name], recipe) for name, path in paths.items() if path}
     if "student" in models:
-        for name in models.keys() & recipe.scorers():
-            check_same_tokenizer(models["student"], models[name], name)
+        for name in recipe.scorers():
+            if name in models:
+                check_same_tokenizer(models["student"], models[name], name)
+        for name in recipe.teacher_models():
+            if name in models:
+                warn_of_other_eos(models["student"], models[name], name)
         check_top_k(recipe, models["student"])
     return models
 

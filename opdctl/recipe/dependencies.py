@@ -6,15 +6,18 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from opdctl.recipe.schema import Recipe, model_key
+from opdctl.recipe.schema import AUTO, Recipe, model_key
 
 STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "prompts": ("seed", "prompts.", "student."),
     "rollout": ("seed", "student.", "rollout."),
     "score": ("teacher.", "teachers.", "reference.", "score."),
     "update": ("seed", "plugins", "student.", "weight.", "objective.", "train.", "lora."),
-    "eval": ("seed", "eval.", "student.dtype", "rollout.engine"),
-    "continuations": ("seed", "continuations.", "student.dtype", "rollout.engine", "rollout.max_tokens"),
+    "eval": ("seed", "eval.", "student.dtype", "student.tokenizer", "rollout.engine", "rollout.eos_token_ids"),
+    "continuations": (
+        *("seed", "continuations.", "student.dtype", "student.tokenizer"),
+        *("rollout.engine", "rollout.eos_token_ids", "rollout.max_tokens"),
+    ),
 }
 """Each stage with the settings that its artifacts depend on, as keys or prefixes of keys."""
 STEP_ARTIFACTS = {"rollout": "rollouts", "score": "scores", "update": "updates"}
@@ -40,6 +43,9 @@ MUTABLE_KEYS = (
 Evaluations and continuations have separate fingerprints."""
 MUTABLE_MODEL_KEYS = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(shape|server|served_name)(\.|$)")
 """The same for the keys of any model."""
+ADDED_KEYS = re.compile(r"rollout\.eos_token_ids|(student|teacher|teachers\.[^.]+|reference)\.tokenizer")
+"""Keys that were added to version 5 of the artifacts. A fingerprint contains them only if they are set, so that older
+artifacts keep theirs."""
 IMMUTABLE_KEYS = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
 """Keys that no fork of a run can change: every artifact of the run depends on them. The remaining keys can change in a
 fork."""
@@ -70,7 +76,8 @@ def fingerprint_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage not in ("eval", "continuations"):
         keys = [key for key in keys if not is_mutable(key)]
     flat = recipe.flat()
-    return {key: flat[key] for key in keys if not key.startswith(excluded)}
+    unset = [key for key in keys if ADDED_KEYS.fullmatch(key) and flat[key] in ([], AUTO)]
+    return {key: flat[key] for key in keys if not key.startswith(excluded) and key not in unset}
 
 
 def scorer_fingerprint_settings(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ The docstring below a key is its documentation.
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,6 +62,10 @@ class Model(Section):
     """The dtype of the weights in engines and, for the student, in the exported model directory."""
     trust_remote_code: bool = False
     """Run code from the model repository. Enable it only after you have read that code."""
+    tokenizer: Literal["auto", "file", "class"] = "auto"
+    """How the tokenizer is loaded: from tokenizer.json (`file`), or by the class that transformers selects (`class`).
+    `auto` is the class if both read texts alike, and the file if the class loses text; other differences are an
+    error."""
     shape: ModelShape | None = None
     """The sizes of the model for `--dry-run`, if the model is not available."""
     server: str | None = Field(default=None, pattern=r"^https?://[^\s@?#]+$")
@@ -136,6 +140,9 @@ class Rollout(Sampling, RolloutColumns):
     """Number of files for the responses of a step. A part is the unit of resuming and of distributing work."""
     batch_size: int = Field(default=256, gt=0)
     """Generation batch size in responses; a batch never exceeds one part."""
+    eos_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    """Token ids that end a response, also in evaluations. If empty, they are those of the model's
+    generation_config.json and of its tokenizer."""
 
 
 class Score(Section):

@@ -18,9 +18,10 @@ from opdctl.artifacts import files, tables
 from opdctl.artifacts.records import Prompt
 from opdctl.artifacts.versions import versioned
 from opdctl.data.prompts import Problem, load_problems, tokenize
+from opdctl.data.rendering import PromptRenderer
 from opdctl.environment import has_vllm
 from opdctl.errors import OpdctlError
-from opdctl.models.directory import ModelDir, check_same_tokenizer, find_or_download
+from opdctl.models.directory import ModelDir, check_same_tokenizer, find_or_download, warn_of_other_eos
 from opdctl.recipe.schema import AUTO, Model, Recipe, is_data_file, model_key
 from opdctl.runs.compatibility import check_same_recipe
 from opdctl.runs.layout import run_path
@@ -84,14 +85,14 @@ def resolve_auto_engines(recipe: Recipe, path: Path, sections: Sequence[str] = (
     return recipe.model_copy(update=update)
 
 
-def find_model(model: Model, key: str) -> ModelDir:
+def find_model(recipe: Recipe, model: Model, key: str) -> ModelDir:
     """Return the directory of a model and how to load it. key: the recipe's key or the option, for errors.
 
     Raises:
         OpdctlError: the model is missing, or the hub is unavailable.
     """
     _warn_of_code(model)
-    return ModelDir(find_or_download(model, key), model.dtype, model.trust_remote_code)
+    return ModelDir.from_recipe(find_or_download(model, key), model, recipe)
 
 
 def _relocate_model(run: Run, name: str) -> ModelDir:
@@ -189,7 +190,7 @@ def _create(recipe: Recipe, path: Path) -> None:
         raise OpdctlError("unusable_output", f"{path}: {error.strerror}", hint="use another --output") from None
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     files.write_text(path / "recipe.toml", recipe.to_toml())
-    sha256 = tables.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])
+    sha256 = tables.write_file(path / "prompts.parquet", [prompts[i] for i in order], Prompt)
     source = files.sha256_file(Path(recipe.prompts.source)) if is_data_file(recipe.prompts.source) else None
     record = {
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -203,12 +204,14 @@ def _create(recipe: Recipe, path: Path) -> None:
 def _locate_models(recipe: Recipe) -> dict[str, ModelDir]:
     """Return all models of the recipe, checked against one another."""
     models = {
-        name: ModelDir(find_or_download(model, f"{model_key(name)}.model"), model.dtype, model.trust_remote_code)
+        name: ModelDir.from_recipe(find_or_download(model, f"{model_key(name)}.model"), model, recipe)
         for name, model in recipe.models().items()
     }
     student = models["student"]
     for name in recipe.scorers():
         check_same_tokenizer(student, models[name], name)
+    for name in recipe.teacher_models():
+        warn_of_other_eos(student, models[name], name)
     check_top_k(recipe, student)
     for name, model in models.items():
         if (rows := model.num_embeddings) > student.vocab_size:
@@ -233,7 +236,9 @@ def prepare_prompts(recipe: Recipe, problems: list[Problem], student: ModelDir) 
     Raises:
         OpdctlError: fewer are left than one step needs.
     """
-    prompts, dropped = tokenize(problems, student.tokenizer, recipe.prompts, list(recipe.teacher_models()))
+    arguments = recipe.prompts.template_arguments
+    renderer = PromptRenderer(student.tokenizer, student.vocab_size, arguments, "prompts.template_arguments")
+    prompts, dropped = tokenize(problems, renderer, recipe.prompts, list(recipe.teacher_models()))
     if len(prompts) < recipe.rollout.prompts_per_step:
         raise OpdctlError(
             "invalid_data",

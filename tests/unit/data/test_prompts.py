@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from opdctl.data.prompts import Problem, load_problems, tokenize
+from opdctl.data.rendering import PromptRenderer
 from opdctl.data.toy.task import split_of
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
@@ -20,9 +21,10 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def renderer() -> PromptRenderer:
     """The toy models' tokenizer: `a` is 2, `b` is 3, one id per character, no unknown token."""
-    return ModelDir(find_or_download(Model(model="toy:student"), "student.model"), "float32").tokenizer
+    model = ModelDir(find_or_download(Model(model="toy:student"), "student.model"), "float32")
+    return PromptRenderer(model.tokenizer, model.vocab_size, {}, "prompts.template_arguments")
 
 
 def table(path: Path, rows: Rows) -> Path:
@@ -220,8 +222,8 @@ def test_lone_surrogate_is_rejected_with_its_row(tmp_path: Path, column: str) ->
 # ── Tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_prompt_becomes_token_ids(tokenizer: Any) -> None:
-    prompts, dropped = tokenize([Problem("x", "abba", "z")], tokenizer, Prompts(source="p.jsonl"))
+def test_prompt_becomes_token_ids(renderer: PromptRenderer) -> None:
+    prompts, dropped = tokenize([Problem("x", "abba", "z")], renderer, Prompts(source="p.jsonl"))
     assert dropped == 0
     (prompt,) = prompts
     assert prompt.prompt_ids.tolist() == [2, 3, 3, 2]
@@ -229,38 +231,38 @@ def test_prompt_becomes_token_ids(tokenizer: Any) -> None:
     assert (prompt.prompt_id, prompt.answer) == ("x", "z")
 
 
-def test_too_long_prompt_is_reported_with_its_length(tokenizer: Any) -> None:
+def test_too_long_prompt_is_reported_with_its_length(renderer: PromptRenderer) -> None:
     problems = [Problem("fits", "aaa", None), Problem("long", "aaaa", None), Problem("longer", "aaaaa", None)]
     with pytest.raises(OpdctlError, match="2 prompts") as caught:
-        tokenize(problems, tokenizer, Prompts(source="p.jsonl", max_tokens=3))
+        tokenize(problems, renderer, Prompts(source="p.jsonl", max_tokens=3))
     assert caught.value.kind == "invalid_data"
     assert all(part in caught.value.message for part in ("p.jsonl", "= 3", "`long` with 4", "`longer` with 5"))
     assert "`fits`" not in caught.value.message
     assert 'prompts.on_too_long = "drop"' in (caught.value.hint or "")
 
 
-def test_too_long_prompt_is_dropped_and_counted(tokenizer: Any) -> None:
+def test_too_long_prompt_is_dropped_and_counted(renderer: PromptRenderer) -> None:
     problems = [Problem("fits", "aaa", None), Problem("long", "aaaa", None), Problem("short", "b", None)]
-    prompts, dropped = tokenize(problems, tokenizer, Prompts(source="p.jsonl", max_tokens=3, on_too_long="drop"))
+    prompts, dropped = tokenize(problems, renderer, Prompts(source="p.jsonl", max_tokens=3, on_too_long="drop"))
     assert [prompt.prompt_ids.tolist() for prompt in prompts] == [[2, 2, 2], [3]]
     assert dropped == 1
 
 
-def test_dropping_every_prompt_is_rejected(tokenizer: Any) -> None:
+def test_dropping_every_prompt_is_rejected(renderer: PromptRenderer) -> None:
     with pytest.raises(OpdctlError, match="no prompts left") as caught:
-        tokenize([Problem("x", "aa", None)], tokenizer, Prompts(source="p.jsonl", max_tokens=1, on_too_long="drop"))
+        tokenize([Problem("x", "aa", None)], renderer, Prompts(source="p.jsonl", max_tokens=1, on_too_long="drop"))
     assert caught.value.kind == "invalid_data"
 
 
-def test_prompt_that_cannot_be_tokenized_is_named(tokenizer: Any) -> None:
+def test_prompt_that_cannot_be_tokenized_is_named(renderer: PromptRenderer) -> None:
     with pytest.raises(OpdctlError, match="`capital`") as caught:
-        tokenize([Problem("capital", "ABC", None)], tokenizer, Prompts(source="p.jsonl"))
+        tokenize([Problem("capital", "ABC", None)], renderer, Prompts(source="p.jsonl"))
     assert caught.value.kind == "invalid_data"
 
 
-def test_teacher_text_has_its_own_token_ids(tokenizer: Any) -> None:
+def test_teacher_text_has_its_own_token_ids(renderer: PromptRenderer) -> None:
     problems = [Problem("x", "ab", None, teacher_text="bab"), Problem("y", "a", None)]
-    (first, second), _ = tokenize(problems, tokenizer, Prompts(source="p.jsonl"))
+    (first, second), _ = tokenize(problems, renderer, Prompts(source="p.jsonl"))
     assert first.prompt_ids.tolist() == [2, 3]
     assert first.teacher_prompt_ids is not None
     assert first.teacher_prompt_ids.tolist() == [3, 2, 3]
@@ -270,14 +272,14 @@ def test_teacher_text_has_its_own_token_ids(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "problem", [Problem("x", "", None), Problem("x", "a", None, teacher_text="")], ids=["text", "teacher text"]
 )
-def test_prompt_without_tokens_is_rejected(tokenizer: Any, problem: Problem) -> None:
+def test_prompt_without_tokens_is_rejected(renderer: PromptRenderer, problem: Problem) -> None:
     with pytest.raises(OpdctlError, match="`x`") as caught:
-        tokenize([problem], tokenizer, Prompts(source="p.jsonl"))
+        tokenize([problem], renderer, Prompts(source="p.jsonl"))
     assert caught.value.kind == "invalid_data"
 
 
-def test_length_limit_applies_to_the_teacher_text(tokenizer: Any) -> None:
+def test_length_limit_applies_to_the_teacher_text(renderer: PromptRenderer) -> None:
     problems = [Problem("x", "a", None, teacher_text="aaaa"), Problem("y", "a", None)]
-    prompts, dropped = tokenize(problems, tokenizer, Prompts(source="p.jsonl", max_tokens=3, on_too_long="drop"))
+    prompts, dropped = tokenize(problems, renderer, Prompts(source="p.jsonl", max_tokens=3, on_too_long="drop"))
     assert [prompt.prompt_id for prompt in prompts] == ["y"]
     assert dropped == 1

@@ -1,11 +1,13 @@
 """The summary of an evaluation, by hand. integration/test_evaluation.py runs evaluations."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from opdctl.artifacts.records import GradedResponse
 from opdctl.evaluation.evaluate import MAX_SHOWN_ANSWER_CHARS, external_target, summarize
-from opdctl.recipe.schema import Model
+from opdctl.recipe.schema import Recipe
 
 
 def row(problem: str, n: int, answer: str | None, *, correct: bool = False, verdict: str = "ok") -> GradedResponse:
@@ -54,9 +56,10 @@ def test_answers_without_votes_have_no_majority() -> None:
     assert summarize([row("a", 0, None, verdict="no_answer")])["maj_at"] == {}
 
 
-def test_external_model_has_the_settings_but_not_the_revision_of_the_student() -> None:
-    student = Model(model="toy:student", revision="abc", trust_remote_code=True)
-    target = external_target("toy:teacher", student)
+def test_external_model_has_the_settings_but_not_the_revision_of_the_student(small: Callable[..., Recipe]) -> None:
+    recipe = small("student.revision=abc", "student.trust_remote_code=true", "student.tokenizer=file")
+    target = external_target("toy:teacher", recipe)
+    assert (target.model.trust_remote_code, target.model.tokenizer_source) == (False, "auto")
     assert target.name.startswith("toy-teacher-")
     assert target.name.endswith(target.digest[:8])
     assert (target.options, target.role) == ("--model toy:teacher", "model")

@@ -183,8 +183,8 @@ def test_standalone_evaluation_has_no_models_of_a_run(small, tmp_path):
     assert (run.path, run.models, run.digests, run.prompts_digest) == (tmp_path, {}, {}, None)
 
 
-def test_remote_code_is_warned_of(capsys):
-    assert find_model(Model(model="toy:student", trust_remote_code=True), "--model").trust_remote_code
+def test_remote_code_is_warned_of(small, capsys):
+    assert find_model(small(), Model(model="toy:student", trust_remote_code=True), "--model").trust_remote_code
     assert "trust_remote_code" in capsys.readouterr().err
 
 

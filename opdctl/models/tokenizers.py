@@ -1,0 +1,227 @@
+"""Loading a tokenizer, and checking that it reads text as its tokenizer.json says. Imports no torch.
+
+The file tokenizer.json defines a tokenizer completely. transformers' class of a tokenizer may ignore parts of the file:
+its splitting of spaces and newlines, for example. The training of the model saw the ids of one of the two. Therefore
+both read the same texts. A directory without tokenizer.json has its class only.
+"""
+
+import codecs
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from opdctl import console
+from opdctl.errors import OpdctlError, summarize_exception
+from opdctl.models.json_files import read_json_object
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+TokenizerSource = Literal["auto", "file", "class"]
+JSON_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "*.model.*", "tekken.json", "vocab*", "*.tiktoken", "*.tokenizer")
+"""Files of which a tokenizer has at least one, unless its code is in the directory."""
+TEXTS = (
+    "What is 1 + 2? Please reason step by step, and put your final answer within \\boxed{}.",
+    "  two spaces,\ta tab \n\n two lines\r\n   ",
+    "0123456789 3.14 1,000,000 x1y22z333",
+    "def f(x):\n    if x > 0:\n        return {'a': x[0]}\n\n",
+    "camelCase HTTPServer don't DON'T a/b//c\\d #$%&*~`^_|<>",
+    "Grüße, naïve café — “quotes” … 你好，世界 नमस्ते мир 🙂 e\u0301",
+)
+"""Texts that class and file must read identically: words, spaces, newlines, digits, code, other scripts."""
+MAX_SHOWN_TOKENS = 8
+
+
+def load_tokenizer(path: Path, source: TokenizerSource, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model directory.
+
+    source: `file` is tokenizer.json, `class` is the class that transformers selects. `auto` is the class if it reads
+    like the file, and the file if the class loses text that the file keeps.
+
+    Raises:
+        OpdctlError: the directory has no tokenizer, or an invalid one, or one that needs code that is not trusted; or
+            class and file differ, and neither is chosen.
+    """
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    versions = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return _load_once(path, source, trust_remote_code, versions)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_once(
+    path: Path, source: TokenizerSource, trust_remote_code: bool, versions: tuple[tuple[str, int, int], ...]
+) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer once for each version of the files: it takes seconds, and is needed several times."""
+    if not trust_remote_code and not any(any(path.glob(pattern)) for pattern in VOCABULARY_PATTERNS):
+        hint = "copy the tokenizer's files of the model into the directory, such as tokenizer.json"
+        raise OpdctlError("missing_file", f"{path}: no tokenizer in this directory", hint=hint)
+    if source == "file":
+        return _load_file(path)
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = _load_class(path, trust_remote_code=trust_remote_code)
+    if source == "class" or not (path / "tokenizer.json").exists():
+        return tokenizer
+    differences = list(_find_differences(tokenizer, path))
+    if not differences:
+        return tokenizer
+    readings = differences[0].describe()
+    if all(each.is_loss for each in differences):
+        reason, report = f"{type(tokenizer).__name__} loses text that tokenizer.json keeps", console.warn_once
+    elif isinstance(tokenizer, PreTrainedTokenizerFast) and _names_no_class(path):
+        reason, report = f"{type(tokenizer).__name__} is not the class that it names", console.info_once
+    else:
+        raise OpdctlError(
+            "unsupported_model",
+            f"{path}: {type(tokenizer).__name__} reads text differently from tokenizer.json\n{readings}",
+            hint='set `tokenizer` of this model to "class", if its authors used this class, or to "file"',
+        )
+    tokenizer = _load_file(path)
+    report(f"{path}: the tokenizer is tokenizer.json: {reason}\n{readings}")
+    return tokenizer
+
+
+# ── The class and the file ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _load_class(path: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    _check_code(path, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception, a tokenizer's code any exception
+        raise _loading_error(path, error) from error
+
+
+def _load_file(path: Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of tokenizer.json, with special tokens and chat template of tokenizer_config.json."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not (path / "tokenizer.json").exists():
+        raise OpdctlError("missing_file", f"{path}: no tokenizer.json", hint='set `tokenizer` of this model to "class"')
+    try:
+        # These settings of tokenizer_config.json would change what the file reads.
+        plain = {"fix_mistral_regex": False, "split_special_tokens": False}
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True, **plain)
+    except Exception as error:
+        raise _loading_error(path, error) from error
+    for difference in _find_differences(tokenizer, path):
+        raise OpdctlError(
+            "unsupported_model",
+            f"{path}: settings in tokenizer_config.json change what tokenizer.json reads\n{difference.describe()}",
+            hint='remove them, or set `tokenizer` of this model to "class"',
+        )
+    return tokenizer
+
+
+def _names_no_class(path: Path) -> bool:
+    """Whether tokenizer_config.json names the general class of all tokenizer.json files."""
+    config = path / "tokenizer_config.json"
+    name = read_json_object(config).get("tokenizer_class") if config.exists() else None
+    return name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _check_code(path: Path, *, trust_remote_code: bool) -> None:
+    """Check that a tokenizer needs no code of its directory, or that the code is trusted."""
+    config = path / "tokenizer_config.json"
+    code = read_json_object(config).get("auto_map") if config.exists() else None
+    if code and not trust_remote_code and (not isinstance(code, dict) or "AutoTokenizer" in code):
+        alternative = ', or set `tokenizer` of it to "file"' if (path / "tokenizer.json").exists() else ""
+        raise OpdctlError(
+            "unsupported_model",
+            f"{config}: the tokenizer is code of this directory, which is not trusted",
+            hint=f"set trust_remote_code of this model after reading that code{alternative}",
+        )
+
+
+def _loading_error(path: Path, error: Exception) -> OpdctlError:
+    """Return the error for a tokenizer that a library cannot load: of a corrupt file if there is one."""
+    for file in (path / name for name in JSON_FILES if (path / name).exists()):
+        read_json_object(file)
+        if file.read_bytes().startswith(codecs.BOM_UTF8):
+            hint = "save it as UTF-8 without the mark"
+            return OpdctlError("invalid_model", f"{file}: starts with a byte order mark", hint=hint)
+    return OpdctlError(
+        "unsupported_model",
+        f"{path}: the tokenizer cannot be loaded: {summarize_exception(error)}",
+        hint="update the packages transformers and tokenizers: the model may be newer than they are",
+    )
+
+
+# ── Comparison ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A text that tokenizer and tokenizer.json read differently: as tokens, from the first that differs.
+
+    is_loss: the text is lost by the tokenizer and kept by the file.
+    """
+
+    text: str
+    tokens: str
+    file_tokens: str
+    is_loss: bool
+
+    def describe(self) -> str:
+        """Return both readings, one a line."""
+        return f"  {self.text[:60]!r}\n  class: … {self.tokens}\n  file:  … {self.file_tokens}"
+
+
+def _find_differences(tokenizer: "PreTrainedTokenizerBase", path: Path) -> Iterator[Difference]:
+    """Yield the texts that a tokenizer reads differently from its tokenizer.json."""
+    file = _read_file(path)
+    # The special tokens of the file frame the turns of a chat template. The tokenizer may have further ones.
+    frame = "".join(f"{token.content}user\n1 + 2" for token in file.get_added_tokens_decoder().values())
+
+    def file_encode(text: str) -> list[int]:
+        return list(file.encode(text, add_special_tokens=False).ids)
+
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    file_decode = functools.partial(file.decode, skip_special_tokens=False)
+    for text in (*TEXTS, frame):
+        ids, is_kept = _read(text, encode, decode)
+        file_ids, is_kept_by_file = _read(
+            text, lambda text: file.encode(text, add_special_tokens=False).ids, file_decode
+        )
+        if ids != file_ids:
+            tokens = _show_tokens(ids, file_ids, lambda id_: str(tokenizer.convert_ids_to_tokens(id_)))
+            file_tokens = _show_tokens(file_ids, ids, lambda id_: str(file.id_to_token(id_)))
+            yield Difference(text, tokens, file_tokens, is_kept_by_file and not is_kept)
+
+
+def _read_file(path: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        file = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise _loading_error(path, error) from error
+    file.no_truncation()
+    file.no_padding()
+    return file
+
+
+def _read(
+    text: str, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
+) -> tuple[list[int] | None, bool]:
+    """Return the ids of a text, and whether they give the text back. None: a character of it has no token."""
+    try:
+        ids = encode(text)
+        return ids, decode(ids) == text
+    except Exception:  # tokenizers raises bare Exception
+        return None, False
+
+
+def _show_tokens(ids: list[int] | None, others: list[int] | None, token: Callable[[int], str]) -> str:
+    """Return the first tokens of `ids` from where they differ from `others`."""
+    if ids is None:
+        return "cannot be read"
+    start = next((i for i, pair in enumerate(zip(ids, others or (), strict=False)) if pair[0] != pair[1]), 0)
+    return " ".join(repr(token(id_)) for id_ in ids[start : start + MAX_SHOWN_TOKENS]) or "nothing"
