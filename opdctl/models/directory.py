@@ -130,7 +130,7 @@ class ModelDir:
 
     @classmethod
     def from_recipe(cls, path: Path, model: Model, recipe: Recipe) -> "ModelDir":
-        """Return the directory of a model, loaded as its section of the recipe says."""
+        """Return the directory of a model, loaded with the settings of its section in the recipe."""
         eos_token_ids = tuple(recipe.rollout.eos_token_ids)
         return cls(path, model.dtype, model.trust_remote_code, model.tokenizer, eos_token_ids)
 

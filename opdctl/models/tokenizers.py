@@ -1,4 +1,4 @@
-"""Loading a tokenizer, and checking that it reads text as its tokenizer.json says. Imports no torch.
+"""Loading a tokenizer, and checking that it reads text like its tokenizer.json. Imports no torch.
 
 The file tokenizer.json defines a tokenizer completely. transformers' class of a tokenizer may ignore parts of the file:
 its splitting of spaces and newlines, for example. The training of the model saw the ids of one of the two. Therefore
