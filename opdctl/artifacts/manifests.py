@@ -98,12 +98,16 @@ class StartRecord(TypedDict):
 
 
 class RunRecord(TypedDict):
-    """run.json: what the run was started with. forked_from: the run and the step that a fork starts from."""
+    """run.json: what the run was started with.
+
+    vocab_size: the ids that all models share. forked_from: the run and the step that a fork starts from.
+    """
 
     artifact: str
     version: int
     libraries: dict[str, str]
     models: dict[str, ModelRecord]
+    vocab_size: NotRequired[Count]
     prompts: PromptsRecord
     forked_from: NotRequired[StartRecord]
 

@@ -29,15 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
 from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.models.batching import by_token_budget
 from opdctl.models.directory import ModelDir
-from opdctl.models.loading import check_missing_keys
 from opdctl.recipe.schema import Recipe, RolloutColumns, Sampling, Score
 
 ENVIRONMENT_DEFAULTS = {
@@ -106,7 +103,6 @@ class VllmEngine:
 
     def _start(self, model: ModelDir) -> None:
         self._path, self._eos, self._vocab_size = model.path, list(model.eos_ids), model.vocab_size
-        _check_tensors(model)
         arguments = _engine_arguments(model, self._context)
         with _translate_errors(f"{model.path}: vLLM cannot start", "see the recipe's section [vllm]"):
             self._llm = vllm.LLM(**arguments)
@@ -314,24 +310,6 @@ def _unsupported(section: str, feature: str) -> OpdctlError:
         f"{section}: vLLM does not return {feature}",
         hint=f'set {section}.engine = "transformers"',
     )
-
-
-def _check_tensors(model: ModelDir) -> None:
-    """Raise OpdctlError when a tensor is missing: vLLM would silently use uninitialized memory for it."""
-    if "quantization_config" in model.config:
-        return  # the names of its stored tensors differ from transformers' until it is loaded
-    logging.disable_progress_bar()
-    try:
-        _, info = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            device_map="meta",  # reads only the headers of the files
-            local_files_only=True,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-        )
-    except Exception:  # vLLM may support a model that transformers does not, or report the reason
-        return
-    check_missing_keys(model, info)
 
 
 def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.recipe.schema import AUTO, Eval, Recipe
 from opdctl.runs.layout import step_name
-from opdctl.runs.open import find_model
+from opdctl.runs.models import find_model
 from opdctl.runs.run import Run, open_stage_dir
 from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
 

@@ -129,10 +129,10 @@ class ModelDir:
     shared_vocab_size: int | None = None
 
     @classmethod
-    def from_recipe(cls, path: Path, model: Model, recipe: Recipe) -> "ModelDir":
+    def from_recipe(cls, path: Path, model: Model, recipe: Recipe, shared_vocab_size: int | None = None) -> "ModelDir":
         """Return the directory of a model, loaded with the settings of its section in the recipe."""
         eos_token_ids = tuple(recipe.rollout.eos_token_ids)
-        return cls(path, model.dtype, model.trust_remote_code, model.tokenizer, eos_token_ids)
+        return cls(path, model.dtype, model.trust_remote_code, model.tokenizer, eos_token_ids, shared_vocab_size)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -144,12 +144,17 @@ class ModelDir:
         return digest_of(self.tokenizer.get_vocab())
 
     @cached_property
+    def num_ids(self) -> int:
+        """The number of the tokenizer's ids."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    @cached_property
     def vocab_size(self) -> int:
         """The number of ids that are used: those of the tokenizer that have a row, in every model of the run.
 
         The matrices may have more rows. They are masked.
         """
-        return self.shared_vocab_size or min(max(self.tokenizer.get_vocab().values()) + 1, self.num_embeddings)
+        return self.shared_vocab_size or min(self.num_ids, self.num_embeddings)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -173,9 +178,18 @@ class ModelDir:
 
     def with_path(self, path: Path) -> "ModelDir":
         """Return the directory of this model after training; it shares the tokenizer, which is not read again."""
-        trained = replace(self, path=path)
-        vars(trained).update(tokenizer=self.tokenizer, vocab_size=self.vocab_size, named_eos_ids=self.named_eos_ids)
+        trained = self._replace(path=path)
+        vars(trained).update(named_eos_ids=self.named_eos_ids)
         return trained
+
+    def with_vocab_size(self, shared_vocab_size: int) -> "ModelDir":
+        """Return this directory with the number of ids that all models of a run share."""
+        return self._replace(shared_vocab_size=shared_vocab_size)
+
+    def _replace(self, **changes: Any) -> "ModelDir":
+        changed = replace(self, **changes)
+        vars(changed).update(tokenizer=self.tokenizer)
+        return changed
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -183,14 +197,34 @@ class ModelDir:
         return read_json_object(self.path / "config.json")
 
     @cached_property
-    def text_config(self) -> "PreTrainedConfig":
-        """The config of the text model, with transformers' defaults."""
+    def full_config(self) -> "PreTrainedConfig":
+        """The config as transformers reads it, with its defaults."""
         from transformers import AutoConfig
 
-        _ = self.config  # the reader's error is clearer
-        with translate_loading_errors(self.path, "config.json"):
-            config = AutoConfig.from_pretrained(self.path, **self.loading_arguments())
-            return config.get_text_config(decoder=True)
+        self._check_architecture()
+        with translate_loading_errors(self.path, "config.json", "invalid_model"):
+            return AutoConfig.from_pretrained(self.path, **self.loading_arguments())
+
+    @property
+    def text_config(self) -> "PreTrainedConfig":
+        """The part of `full_config` that describes the text model."""
+        return self.full_config.get_text_config(decoder=True)
+
+    def _check_architecture(self) -> None:
+        from transformers import CONFIG_MAPPING, __version__
+
+        architecture = self.config.get("model_type")
+        if architecture in CONFIG_MAPPING or (self.trust_remote_code and "auto_map" in self.config):
+            return
+        detail = f"{self.path}: model type `{architecture}` is not part of transformers {__version__}"
+        hint = "install a newer version of transformers"
+        if "auto_map" in self.config:
+            hint = f"read the code in {self.path}, then set trust_remote_code = true for this model"
+        raise OpdctlError("unsupported_model", detail, hint=hint)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.config.get("quantization_config") is not None
 
     @cached_property
     def weights(self) -> StoredWeights:

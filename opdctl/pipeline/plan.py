@@ -16,14 +16,15 @@ from opdctl.artifacts import files
 from opdctl.data.prompts import load_local_problems
 from opdctl.environment import resolve_device
 from opdctl.evaluation.benchmarks import find_benchmark
-from opdctl.models.directory import ModelDir, check_same_tokenizer, find_local, warn_of_other_eos
+from opdctl.models.directory import ModelDir
 from opdctl.pipeline import costs
 from opdctl.pipeline.costs import DTYPE_BYTES, STATE_BYTES, StageCost, if_known, sum_known
 from opdctl.pipeline.pruning import is_kept
-from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Rollout, Score, model_key
+from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Rollout, Score
 from opdctl.runs.compatibility import check_same_recipe
 from opdctl.runs.layout import run_path
-from opdctl.runs.open import check_output_dir, check_top_k, prepare_prompts, resolve_auto_engines
+from opdctl.runs.models import check_lengths, prepare_models, print_lines
+from opdctl.runs.open import check_output_dir, prepare_prompts, resolve_auto_engines
 from opdctl.runs.run import REFERENCE, Run
 
 ID_BYTES = LOGPROB_BYTES = HIDDEN_BYTES = 4
@@ -127,37 +128,24 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
         check_same_recipe(recipe, path)
     else:
         check_output_dir(recipe, path)
-    models = _find_local_models(recipe)
+    models, lines = prepare_models(recipe, download=False)
     shapes = {
         name: if_known(costs.read_shape, models.get(name)) or model.shape for name, model in recipe.models().items()
     }
+    prompts = _plan_prompts(recipe, models)
+    print_lines(lines)
     return Plan(
         run_dir=str(path),
         device=resolve_device(recipe.pipeline.device),
         steps=recipe.train.steps,
-        prompts=_plan_prompts(recipe, models.get("student")),
+        prompts=prompts,
         artifacts=_plan_artifacts(recipe, models, shapes),
         stages=_plan_stages(recipe, shapes),
     )
 
 
-def _find_local_models(recipe: Recipe) -> dict[str, ModelDir]:
-    """Return the models that need no hub, after checking their tokenizers against the student's."""
-    paths = {name: find_local(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
-    models = {name: ModelDir.from_recipe(path, recipe.models()[name], recipe) for name, path in paths.items() if path}
-    if "student" in models:
-        for name in recipe.scorers():
-            if name in models:
-                check_same_tokenizer(models["student"], models[name], name)
-        for name in recipe.teacher_models():
-            if name in models:
-                warn_of_other_eos(models["student"], models[name], name)
-        check_top_k(recipe, models["student"])
-    return models
-
-
-def _plan_prompts(recipe: Recipe, student: ModelDir | None) -> PromptPlan:
-    prompts, responses = _count_prompts(recipe, student), recipe.responses_per_step()
+def _plan_prompts(recipe: Recipe, models: Mapping[str, ModelDir]) -> PromptPlan:
+    prompts, responses = _count_prompts(recipe, models), recipe.responses_per_step()
     sampled = recipe.train.steps * recipe.rollout.prompts_per_step
     return PromptPlan(
         prompts=prompts,
@@ -170,10 +158,11 @@ def _plan_prompts(recipe: Recipe, student: ModelDir | None) -> PromptPlan:
     )
 
 
-def _count_prompts(recipe: Recipe, student: ModelDir | None) -> int | None:
+def _count_prompts(recipe: Recipe, models: Mapping[str, ModelDir]) -> int | None:
     problems = load_local_problems(recipe.prompts)
-    if problems is not None and student:
-        prepare_prompts(recipe, problems, student)
+    if problems is not None and "student" in models:
+        prompts, _ = prepare_prompts(recipe, problems, models["student"])
+        check_lengths(recipe, models, prompts)
     return recipe.prompts.limit if problems is None else len(problems)
 
 

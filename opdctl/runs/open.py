@@ -21,10 +21,11 @@ from opdctl.data.prompts import Problem, load_problems, tokenize
 from opdctl.data.rendering import PromptRenderer
 from opdctl.environment import has_vllm
 from opdctl.errors import OpdctlError
-from opdctl.models.directory import ModelDir, check_same_tokenizer, find_or_download, warn_of_other_eos
-from opdctl.recipe.schema import AUTO, Model, Recipe, is_data_file, model_key
+from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.recipe.schema import AUTO, Recipe, is_data_file, model_key
 from opdctl.runs.compatibility import check_same_recipe
 from opdctl.runs.layout import run_path
+from opdctl.runs.models import check_lengths, prepare_models, print_lines, warn_of_code
 from opdctl.runs.run import Run, read_recipe, read_run_record
 
 LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers")
@@ -48,7 +49,7 @@ def open_run(
     """
     path = run_path(recipe, output)
     recipe = resolve_auto_engines(recipe, path)
-    _create_once(recipe, path)
+    is_new = _create_once(recipe, path)
     check_same_recipe(recipe, path)
     if record:
         _check_source(recipe, path)
@@ -59,7 +60,8 @@ def open_run(
     run = replace(run, models={**run.models, **{name: _relocate_model(run, name) for name in needed}})
     for name in needed:
         _check_model(path, name, run.models[name])
-        _warn_of_code(recipe.models()[name])
+        if not is_new:
+            warn_of_code(recipe.models()[name])
     for directory in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
         files.remove_temporary_files(directory)
     return run
@@ -85,27 +87,12 @@ def resolve_auto_engines(recipe: Recipe, path: Path, sections: Sequence[str] = (
     return recipe.model_copy(update=update)
 
 
-def find_model(recipe: Recipe, model: Model, key: str) -> ModelDir:
-    """Return the directory of a model and how to load it. key: the recipe's key or the option, for errors.
-
-    Raises:
-        OpdctlError: the model is missing, or the hub is unavailable.
-    """
-    _warn_of_code(model)
-    return ModelDir.from_recipe(find_or_download(model, key), model, recipe)
-
-
 def _relocate_model(run: Run, name: str) -> ModelDir:
     """Return a model at its recorded path, or where this machine has the model of that name."""
     model, settings = run.models[name], run.recipe.models()[name]
     if model.path.is_dir() or Path(settings.model).is_absolute():
         return model
     return replace(model, path=find_or_download(settings, f"{model_key(name)}.model"))
-
-
-def _warn_of_code(model: Model) -> None:
-    if model.trust_remote_code:
-        console.warn(f"trust_remote_code is on: code in {model.model} will run")
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -152,36 +139,29 @@ def check_output_dir(recipe: Recipe, path: Path) -> None:
         )
 
 
-def check_top_k(recipe: Recipe, student: ModelDir) -> None:
-    """Check that top_k is smaller than the vocabulary. Raises OpdctlError if not."""
-    for key, top_k in (("rollout.top_k", recipe.rollout.top_k), ("score.top_k", recipe.score.top_k)):
-        if top_k >= student.vocab_size:
-            raise OpdctlError(
-                "unsupported_setting",
-                f"{key} = {top_k}: the vocabulary has {student.vocab_size} tokens",
-                hint='lower it, or use an objective on the full vocabulary with support = "full"',
-            )
-
-
 # ── Creation ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _create_once(recipe: Recipe, path: Path) -> None:
-    """Create the run if it does not exist. Workers that do so at the same time write the same complete files."""
+def _create_once(recipe: Recipe, path: Path) -> bool:
+    """Create the run if it does not exist, and return whether it was created. Workers that do so at the same time write
+    the same complete files."""
     if (path / "run.json").exists():
-        return
+        return False
     try:
         check_output_dir(recipe, path)
     except OpdctlError:
         if (path / "run.json").exists():
-            return  # another worker was faster
+            return False  # another worker was faster
         raise
     _create(recipe, path)
+    return True
 
 
 def _create(recipe: Recipe, path: Path) -> None:
-    models = _locate_models(recipe)
+    models, lines = prepare_models(recipe)
     prompts, dropped = _read_prompts(recipe, models["student"])
+    check_lengths(recipe, models, prompts)
+    print_lines(lines)
     records = {name: _model_record(model) for name, model in models.items()}
     _warn_of_identical_models(recipe, records)
     try:
@@ -196,30 +176,10 @@ def _create(recipe: Recipe, path: Path) -> None:
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_revision(),
         "models": records,
+        "vocab_size": models["student"].vocab_size,
         "prompts": {"rows": len(prompts), "dropped": dropped, "sha256": sha256, "source_sha256": source},
     }
     files.write_json(path / "run.json", versioned("run") | record)
-
-
-def _locate_models(recipe: Recipe) -> dict[str, ModelDir]:
-    """Return all models of the recipe, checked against one another."""
-    models = {
-        name: ModelDir.from_recipe(find_or_download(model, f"{model_key(name)}.model"), model, recipe)
-        for name, model in recipe.models().items()
-    }
-    student = models["student"]
-    for name in recipe.scorers():
-        check_same_tokenizer(student, models[name], name)
-    for name in recipe.teacher_models():
-        warn_of_other_eos(student, models[name], name)
-    check_top_k(recipe, student)
-    for name, model in models.items():
-        if (rows := model.num_embeddings) > student.vocab_size:
-            console.info(
-                f"{name}: the output matrix has {rows} rows, the tokenizer {student.vocab_size} tokens; the other rows "
-                "are masked"
-            )
-    return models
 
 
 def _read_prompts(recipe: Recipe, student: ModelDir) -> tuple[list[Prompt], int]:

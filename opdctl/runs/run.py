@@ -67,7 +67,7 @@ class Run:
             hint = "start again in another --output"
             raise files.corrupt_artifact(path / "run.json", f"has no entry for model `{missing[0]}`", hint)
         pinned = {
-            name: ModelDir.from_recipe(Path(models[name]["path"]), model, recipe)
+            name: ModelDir.from_recipe(Path(models[name]["path"]), model, recipe, record.get("vocab_size"))
             for name, model in recipe.models().items()
         }
         return cls(recipe, path, pinned, {name: models[name]["digest"] for name in pinned}, record.get("forked_from"))

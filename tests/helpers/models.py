@@ -1,9 +1,13 @@
 """Small random models of many architectures."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -66,3 +70,16 @@ def save(model: torch.nn.Module, folder: Path, **options: object) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TOY / name, folder)
     return folder
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the stored tensors of a model in one file."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    """Change keys of a model's config.json."""
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))

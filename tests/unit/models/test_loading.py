@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, TIED, TOY, VOCAB_SIZE, make, save
-from safetensors.torch import load_file, save_file
+from helpers.models import ARCHITECTURES, TIED, TOY, VOCAB_SIZE, edit_tensors, make, save
 from transformers import (
     LlamaForCausalLM,
     PhiForCausalLM,
@@ -18,12 +17,6 @@ from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_head, load_model
 from opdctl.models.logprobs import output_head
-
-
-def edit_tensors(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def rejection(folder, dtype="float32", load=load_model):

@@ -10,7 +10,8 @@ from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
 from opdctl.recipe.schema import Model
 from opdctl.runs import open as opening
-from opdctl.runs.open import check_output_dir, find_model, open_run, resolve_auto_engines, standalone_eval_run
+from opdctl.runs.models import find_model
+from opdctl.runs.open import check_output_dir, open_run, resolve_auto_engines, standalone_eval_run
 
 
 def error_of(call) -> OpdctlError:
