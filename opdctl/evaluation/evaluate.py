@@ -26,7 +26,7 @@ from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.recipe.schema import AUTO, Eval, Recipe
 from opdctl.runs.layout import step_name
-from opdctl.runs.models import find_model
+from opdctl.runs.models import check_positions, find_model
 from opdctl.runs.run import Run, open_stage_dir
 from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
 
@@ -250,6 +250,7 @@ def _answer_problems(
 
     def prepare() -> tuple[Mapping[str, Any], MakePart]:
         prompts = _render_once(run, benchmark, problems, source, target, stage)
+        check_positions(target.model, max(map(len, prompts.values())), settings.max_tokens, "eval.max_tokens")
         engine = engines.get(target.role, run.recipe.rollout.engine, target.model)
 
         def make_part(index: int, on_progress: Callable[[int], None]) -> Part:

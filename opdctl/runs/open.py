@@ -161,13 +161,13 @@ def _create(recipe: Recipe, path: Path) -> None:
     models, lines = prepare_models(recipe)
     prompts, dropped = _read_prompts(recipe, models["student"])
     check_lengths(recipe, models, prompts)
-    print_lines(lines)
     records = {name: _model_record(model) for name, model in models.items()}
     _warn_of_identical_models(recipe, records)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, PermissionError) as error:
         raise OpdctlError("unusable_output", f"{path}: {error.strerror}", hint="use another --output") from None
+    print_lines(lines)
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     files.write_text(path / "recipe.toml", recipe.to_toml())
     sha256 = tables.write_file(path / "prompts.parquet", [prompts[i] for i in order], Prompt)
