@@ -32,6 +32,8 @@ def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> Pre
             **model.loading_arguments(),
         )
     check_loaded_tensors(model, loaded, info)
+    if model.is_quantized and not getattr(loaded, "is_quantized", False) and (dtype or model.dtype) == "float32":
+        loaded = loaded.float()  # the quantizer dequantized, and leaves some weights in bfloat16
     loaded = loaded.to(device).eval()
     if loaded.base_model is loaded:
         detail = f"{model.path}: {type(loaded).__name__} has no separable LM head: its base_model is the entire model"

@@ -8,13 +8,16 @@ Seconds are those of one step on all GPUs of the stage.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opdctl.errors import OpdctlError
 from opdctl.models import CHUNK_LOGITS
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.components import build_objective
 from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # per parameter: float32, and AdamW's two moments
@@ -43,14 +46,17 @@ def sum_known(values: Iterable[float | None]) -> float | None:
 
 
 def read_shape(model: ModelDir) -> ModelShape | None:
-    """Return the shape of a model by its config; None if there is no config here, or it lacks a size."""
+    """Return the shape of a model by its config; None if there is no config here, or it lacks a size.
+
+    Of a size that differs between layers, it is the largest.
+    """
     try:
         config = model.text_config
     except OpdctlError:
         return None
 
     def first(*names: str) -> Any:
-        return next((value for name in names if (value := getattr(config, name, None))), None)
+        return next((value for name in names if (value := _largest_of_layers(config, name))), None)
 
     layers, hidden, heads = (first(name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     if not (layers and hidden and heads and first("vocab_size")):
@@ -69,6 +75,14 @@ def read_shape(model: ModelDir) -> ModelShape | None:
         num_experts_per_tok=first("num_experts_per_tok") or 1,
         tie_word_embeddings=bool(first("tie_word_embeddings")),
     )
+
+
+def _largest_of_layers(config: "PreTrainedConfig", name: str) -> Any:
+    """Return a value of a config; the largest one if the config has one for each layer."""
+    if name in (config.per_layer_attributes or ()):
+        return max(getattr(layer, name, None) or 0 for layer in config.per_layer_config)
+    value = getattr(config, name, None)
+    return max(value, default=None) if isinstance(value, list) else value
 
 
 def _attention_parameters(shape: ModelShape) -> int:

@@ -9,8 +9,9 @@ from helpers.engines import directory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, Gemma3nTextConfig, Gemma4TextConfig, PreTrainedModel
 
+from opdctl.models.directory import ModelDir
 from opdctl.pipeline import costs
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import ModelShape, Recipe
@@ -74,6 +75,21 @@ def test_shape_is_read_from_the_config():
         shape = costs.read_shape(directory(name))
         assert shape is not None
         assert costs.parameters(shape) == parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "head_dim", "intermediate_size"),
+    [
+        (Gemma4TextConfig(num_hidden_layers=6, head_dim=16, global_head_dim=32, intermediate_size=48), 32, 48),
+        (Gemma3nTextConfig(num_hidden_layers=6, head_dim=16, intermediate_size=[48, 96, 48, 48, 48, 48]), 16, 96),
+    ],
+    ids=["head_dim", "intermediate_size"],
+)
+def test_largest_size_of_the_layers_counts(config, head_dim, intermediate_size, tmp_path):
+    config.save_pretrained(tmp_path)
+    shape = costs.read_shape(ModelDir(tmp_path, "float32"))
+    assert shape is not None
+    assert (shape.head_dim, shape.intermediate_size) == (head_dim, intermediate_size)
 
 
 @pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])
