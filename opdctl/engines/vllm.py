@@ -7,7 +7,9 @@ Workarounds for vLLM behavior that opdctl cannot use:
 - Its log-probs are by default those before temperature and top-p: processed ones are requested.
 - It shortens responses that exceed its maximum length: the length is checked, and too long is an error.
 - It multiplies by the output matrix in 16 bits: float32 is requested.
-- Its weight reload omits a packed copy of a tied output matrix: the copy is rebuilt.
+- It reads other weight files beside the model's: it receives a directory without them.
+- Its weight reload omits copies, such as the packed output matrix and experts of a CPU: the packed output matrix is
+  rebuilt, and a reload is used only after one of the same model was right to the bit.
 
 vLLM returns no hidden states, and the entire distribution only for small vocabularies. Settings that require more are
 rejected.
@@ -19,6 +21,7 @@ import contextlib
 import gc
 import itertools
 import os
+import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,13 +31,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
+from opdctl import console
 from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
 from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.models.batching import by_token_budget
-from opdctl.models.directory import ModelDir
+from opdctl.models.directory import WEIGHT_PATTERNS, ModelDir
+from opdctl.models.loading import LOGPROB_TOLERANCE
+from opdctl.models.weights import INDEX_FILE, SINGLE_FILE
 from opdctl.recipe.schema import Recipe, RolloutColumns, Sampling, Score
 
 ENVIRONMENT_DEFAULTS = {
@@ -88,6 +93,8 @@ if vllm.platforms.current_platform.is_cpu():
     torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]
 
 
+PROBE_BATCH = 8  # sequences
+PROBE_TOKENS = 32
 SMALL_VOCABULARY_IDS = 4096  # up to this size, vLLM is asked for the log-prob of every id
 
 
@@ -95,6 +102,7 @@ class VllmEngine:
     """Generates and scores with vLLM in this process."""
 
     _llm: Any = None
+    _can_reload: bool | None = None  # None: not known yet
 
     def __init__(self, model: ModelDir, context: EngineContext):
         self._context, self._sleeps = context, context.recipe.vllm.enable_sleep_mode
@@ -102,26 +110,94 @@ class VllmEngine:
         self.logprob_metadata = {"engine": "vllm", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 
     def _start(self, model: ModelDir) -> None:
-        self._path, self._eos, self._vocab_size = model.path, list(model.eos_ids), model.vocab_size
+        self._model = model
         arguments = _engine_arguments(model, self._context)
-        with _translate_errors(f"{model.path}: vLLM cannot start", "see the recipe's section [vllm]"):
-            self._llm = vllm.LLM(**arguments)
-        _running.add(self)
-        self._max_tokens = self._llm.llm_engine.model_config.max_model_len - 1  # see _max_model_len
-        self._llm.collective_rpc("opdctl_mask", args=(model.vocab_size,))
-        self._sleep()
+        try:
+            with (
+                _translate_errors(f"{model.path}: vLLM cannot start", "see the recipe's section [vllm]"),
+                _without_unused_weights(model) as path,
+            ):
+                self._llm = vllm.LLM(model=str(path), **arguments)
+                _running.add(self)
+                self._max_tokens = self._llm.llm_engine.model_config.max_model_len - 1  # see _max_model_len
+                is_masked = self._llm.collective_rpc("opdctl_mask", args=(model.vocab_size,))
+            if not all(is_masked):
+                raise OpdctlError(
+                    "unsupported_model", f"{model.path}: vLLM computes its logits where opdctl cannot mask padding rows"
+                )
+            self._sleep()
+            self._check_batches()
+            self._fresh_logprobs = self._score_probe()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_batches(self) -> None:
+        """Raise OpdctlError unless log-probs of responses in a batch are those of each response alone."""
+        prompts = [_probe_ids(self._model, 2 + row, row) for row in range(PROBE_BATCH)]
+        response = min(PROBE_TOKENS, self._max_tokens - len(prompts[-1]))
+        if response < 1:
+            return
+        requests = [Request(prompt, row) for row, prompt in enumerate(prompts)]
+        with _translate_errors(f"{self._model.path}: vLLM cannot run this model"):
+            completions = self.generate(requests, Sampling(max_tokens=response), PROBE_BATCH, lambda n: None)
+            alone = [
+                self.score([ScoreRequest(prompts[row], completions[row].response_ids)], Score(), lambda n: None)[0]
+                for row in (0, PROBE_BATCH - 1)
+            ]
+        pairs = zip((completions[0], completions[-1]), alone, strict=True)
+        difference = max(float(np.abs(batch.logprobs - scores.logprobs).max()) for batch, scores in pairs)
+        if not difference <= (bound := LOGPROB_TOLERANCE[getattr(torch, self._model.dtype)]):  # NaN fails too
+            raise OpdctlError(
+                "unsupported_model",
+                f"{self._model.path}: in vLLM the log-probs of a response depend on the rest of its batch: "
+                f"they differ by {difference:.2g} nats from those of the response alone, more than {bound:g}",
+                hint='set engine = "transformers"',
+            )
 
     def load_weights(self, model: ModelDir) -> None:
-        """Load the weights of another directory, in a new vLLM instance if vLLM does not reload them correctly."""
-        self._wake()
-        with _translate_errors(f"{model.path}: vLLM cannot load these weights"):
-            loaded = all(self._llm.collective_rpc("opdctl_load", args=(str(model.path),)))
-        if not (loaded and self._llm.reset_prefix_cache()):
-            self.close()
-            self._start(model)
+        """Load the weights of another directory, into the running instance if its reload is known to be right.
+
+        Whether vLLM replaces every copy of the weights depends on architecture, device and quantization. So the first
+        reload is repeated with a new instance. It is right if both instances give a probe the same log-probs, to the
+        bit, and these differ from the log-probs of the weights before. Otherwise every load starts a new instance.
+        """
+        is_same_model = (model.config, model.vocab_size) == (self._model.config, self._model.vocab_size)
+        if self._llm is None or not is_same_model or self._can_reload is False:
+            self._restart(model)
             return
-        self._path, self._eos = model.path, list(model.eos_ids)
+        self._reload(model)
+        if self._can_reload:
+            return
+        before, reloaded = self._fresh_logprobs, self._score_probe()
+        self._restart(model)
+        if not np.array_equal(reloaded, self._fresh_logprobs):
+            self._can_reload = False
+            console.warn(
+                f"{model.path}: vLLM does not reload this model's weights correctly: the log-probs of a probe are off "
+                f"by {np.abs(reloaded - self._fresh_logprobs).max():.2g} nats. Each new student starts vLLM again"
+            )
+        elif not np.array_equal(before, reloaded):
+            self._can_reload = True
+
+    def _reload(self, model: ModelDir) -> None:
+        self._wake()
+        with _translate_errors(f"{model.path}: vLLM cannot load these weights"), _without_unused_weights(model) as path:
+            self._llm.collective_rpc("opdctl_load", args=(str(path),))
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("its prefix cache cannot be emptied")
+        self._model = model
         self._sleep()
+
+    def _restart(self, model: ModelDir) -> None:
+        self.close()
+        self._start(model)
+
+    def _score_probe(self) -> Logprobs:
+        """Return the log-probs of fixed ids, which depend on every layer and, most likely, on every expert."""
+        ids = _probe_ids(self._model, min(PROBE_TOKENS, self._max_tokens), 0)
+        (scores,) = self.score([ScoreRequest(ids[:1], ids[1:])], Score(), lambda n: None)
+        return scores.logprobs
 
     def close(self) -> None:
         _running.discard(self)
@@ -163,7 +239,7 @@ class VllmEngine:
                     "temperature": sampling.temperature,
                     "top_p": sampling.top_p,
                     "max_tokens": sampling.max_tokens,
-                    "stop_token_ids": self._eos,
+                    "stop_token_ids": list(self._model.eos_ids),
                     "logprobs": columns.top_k,
                 }
                 yield request.prompt_ids, params
@@ -179,9 +255,10 @@ class VllmEngine:
         needs_distribution = settings.entropy or settings.student_top_k
         if settings.hidden_states:
             raise _unsupported("score", "hidden states")
-        if needs_distribution and self._vocab_size > SMALL_VOCABULARY_IDS:
+        vocab_size = self._model.vocab_size
+        if needs_distribution and vocab_size > SMALL_VOCABULARY_IDS:
             feature = "entropies" if settings.entropy else "log-probs of given ids"
-            raise _unsupported("score", f"{feature} over {self._vocab_size} ids, only over {SMALL_VOCABULARY_IDS}")
+            raise _unsupported("score", f"{feature} over {vocab_size} ids, only over {SMALL_VOCABULARY_IDS}")
         lengths = [len(request.prompt_ids) + len(request.response_ids) for request in requests]
         longest = max(lengths, default=0)
         self._check_length(longest, f"a prompt and response of {longest} tokens")
@@ -192,14 +269,14 @@ class VllmEngine:
             texts = [np.concatenate([requests[i].prompt_ids, requests[i].response_ids]) for i in batch]
             outputs = self._run(((text, params) for text in texts), len(batch), on_progress)
             for i, output in zip(batch, outputs, strict=True):
-                scores[i] = _scores(requests[i], output.prompt_logprobs, settings, self._vocab_size)
+                scores[i] = _scores(requests[i], output.prompt_logprobs, settings, vocab_size)
         self._check_not_nan(scores.values())
         return [scores[i] for i in range(len(requests))]
 
     def _check_not_nan(self, results: Iterable[Completion | TokenScores]) -> None:
         # From NaN logits vLLM makes a normal-looking response: token 0 repeated.
         if any(np.isnan(result.logprobs).any() for result in results):
-            raise OpdctlError("nonfinite_value", f"{self._path}: the model produced NaN logits in vLLM")
+            raise OpdctlError("nonfinite_value", f"{self._model.path}: the model produced NaN logits in vLLM")
 
     def _check_length(self, tokens: int, text: str) -> None:
         if tokens > self._max_tokens:
@@ -241,55 +318,51 @@ class WorkerExtension:
     get_model: Callable[[], Any]
     reload_weights: Callable[..., None]
 
-    def opdctl_mask(self, vocab_size: int) -> None:
-        """Give the padding rows of the output matrix probability zero, in sampling and scoring."""
+    def opdctl_mask(self, vocab_size: int) -> bool:
+        """Give ids from `vocab_size` on probability zero, in sampling and scoring; return whether that is possible."""
 
         def mask(_module: Any, _arguments: Any, logits_CV: Any) -> None:
             if logits_CV is not None:
                 logits_CV[..., vocab_size:] = -torch.inf
 
-        for module in self.get_model().modules():
-            if isinstance(module, LogitsProcessor) and module.org_vocab_size > vocab_size:
-                module.register_forward_hook(mask)
+        processors = [module for module in self.get_model().modules() if isinstance(module, LogitsProcessor)]
+        for processor in processors:
+            if processor.org_vocab_size > vocab_size:
+                processor.register_forward_hook(mask)
+        return bool(processors)
 
-    def opdctl_load(self, path: str) -> bool:
-        """Load a directory's weights; return whether embedding and output matrix now equal the stored ones."""
+    def opdctl_load(self, path: str) -> None:
+        """Load a directory's weights."""
         self.reload_weights(weights_path=path)
         # On the CPU a layer multiplies by a packed copy of its weights. vLLM does not update the copy of a tied output
         # matrix, because the checkpoint contains no tensor of that name.
-        tables = [
-            module
-            for module in self.get_model().modules()
-            if isinstance(getattr(module, "quant_method", None), UnquantizedEmbeddingMethod)
-        ]
-        for table in tables:
-            table.quant_method.process_weights_after_loading(table)
-        return bool(tables) and all(_has_weights_of(table, Path(path)) for table in tables)
+        for module in self.get_model().modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedEmbeddingMethod):
+                method.process_weights_after_loading(module)
 
 
-@torch.inference_mode()
-def _has_weights_of(table: Any, path: Path) -> bool:
-    """Whether an embedding or output matrix holds, and multiplies by, one that is stored in `path`."""
-    shard = table.shard_indices
-    rows = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
-    held_VD = table.weight[: rows.stop - rows.start]
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                shape = opened.get_slice(name).get_shape()
-                if len(shape) != 2 or shape[0] != table.org_vocab_size or shape[1] != held_VD.shape[1]:
-                    continue
-                stored_VD = opened.get_slice(name)[rows].to(held_VD)
-                if torch.equal(stored_VD, held_VD):
-                    return _multiplies_by(table, held_VD)
-    return False
+def _probe_ids(model: ModelDir, count: int, seed: int) -> Ids:
+    return np.random.default_rng(seed).integers(0, model.vocab_size, count, np.int32)
 
 
-def _multiplies_by(table: Any, weight_VD: torch.Tensor) -> bool:
-    probe_1D = torch.linspace(-1, 1, weight_VD.shape[1]).to(weight_VD)[None]
-    product_1V = table.quant_method.apply(table, probe_1D)[..., : len(weight_VD)]
-    tolerance = 1e-3 if weight_VD.dtype == torch.float32 else 5e-2
-    return torch.allclose(product_1V.float(), (probe_1D @ weight_VD.T).float(), tolerance, tolerance)
+@contextlib.contextmanager
+def _without_unused_weights(model: ModelDir) -> Iterator[Path]:
+    """Yield a directory whose weight files are the model's.
+
+    vLLM reads all `*.safetensors`, or if there is an index those that it names, even beside a `model.safetensors`.
+    """
+    ignored = {file for pattern in WEIGHT_PATTERNS for file in model.path.glob(pattern)} - {*model.weights.files}
+    is_index_used = "transformers_weights" not in model.config and model.path / SINGLE_FILE not in model.weights.files
+    ignored -= {model.path / INDEX_FILE} if is_index_used else set()
+    if not ignored:
+        yield model.path  # vLLM's cache of compiled graphs depends on the path
+        return
+    with tempfile.TemporaryDirectory(prefix="opdctl-") as folder:
+        for entry in model.path.iterdir():
+            if entry not in ignored:
+                Path(folder, entry.name).symlink_to(entry)
+        yield Path(folder)
 
 
 @contextlib.contextmanager
@@ -299,6 +372,8 @@ def _translate_errors(detail: str, hint: str | None = None) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
+        except OpdctlError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OpdctlError("unsupported_model", f"{detail}: {reason}", hint=hint) from error
@@ -313,7 +388,7 @@ def _unsupported(section: str, feature: str) -> OpdctlError:
 
 
 def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]:
-    """Return the arguments to vLLM's engine."""
+    """Return the arguments to vLLM's engine besides `model`."""
     settings = context.recipe.vllm
     parallel = {
         "tensor_parallel_size": settings.tensor_parallel_size,
@@ -329,7 +404,6 @@ def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]
         # In 16 bits the product of hidden states and output matrix is too inaccurate for log-probs.
         arguments["hf_overrides"] = {"head_dtype": "float32"}
     return arguments | {
-        "model": str(model.path),
         "skip_tokenizer_init": True,
         "trust_remote_code": model.trust_remote_code,
         "dtype": model.dtype,
