@@ -2,8 +2,11 @@
 
 The model directory here supplies the tokenizer. The API does not expose which weights the server holds, nor whether its
 log-probs at a temperature other than 1 are raw or processed. The engine verifies what the API exposes: model name,
-tokenizer, context length, and the form of every response. The server's distribution covers all rows of the output
-matrix, including the few beyond the tokenizer's ids.
+tokenizer, context length, and the form of every response.
+
+The server's distribution covers all rows of the output matrix. Rows beyond the shared ids are padding rows, which other
+engines mask. Here sampling avoids them, top-k entries omit them, and their probability is measured once: it makes all
+other log-probs too low.
 
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
@@ -35,6 +38,10 @@ NEUTRAL_SAMPLING_PARAMS = {
 """Sent with every request: the server would otherwise apply the defaults of the model's generation config."""
 MISSING_ENDPOINT_STATUSES = (404, 405, 501)
 TOKENIZER_SAMPLE_SIZE = 128  # ids of the vocabulary in each text that compares the tokenizers
+PADDING_CONTEXTS, PADDING_SAMPLE_SIZE = 4, 32  # requests: one for each of these ids after each context
+MAX_PADDING_NATS = 0.01
+SPARE_ENTRIES = 4  # additional most probable tokens, in place of padding ids among them
+FORBIDDEN_LOGIT_BIAS = -100.0  # the least that the API accepts
 
 
 class ServerEngine:
@@ -43,6 +50,8 @@ class ServerEngine:
     def __init__(self, model: ModelDir, context: EngineContext):
         self._model, self._settings, self._key = model, context.settings, _recipe_key(context)
         self._url = _server_url(context.settings.server, self._key)
+        self._padding_ids = range(model.vocab_size, model.num_embeddings)
+        self._has_checked_padding = not self._padding_ids
         self.load_weights(model)
         self._client = Client(f"{self._key}.server", context.recipe.server)
         try:
@@ -87,13 +96,18 @@ class ServerEngine:
             why = "at a temperature or top-p other than 1 the server's most probable tokens may be raw or processed"
             raise OpdctlError("unsupported_setting", f"rollout.top_k: {why}", hint=hint)
         self._check_length(max((len(request.prompt_ids) for request in requests), default=0), sampling.max_tokens)
+        self._check_padding([request.prompt_ids for request in requests[:PADDING_CONTEXTS]])
         eos_ids = list(self._model.eos_ids)
-        parse = partial(_parse_completion, sampling=sampling, eos_ids=eos_ids, top_k=columns.top_k)
+        vocab_size, top_k = self._model.vocab_size, columns.top_k
+        parse = partial(_parse_completion, sampling=sampling, eos_ids=eos_ids, vocab_size=vocab_size, top_k=top_k)
+        entries = self._num_entries(top_k)
+        fixed: dict[str, Any] = {"logprobs": entries, "stop_token_ids": eos_ids}
+        if self._padding_ids:
+            fixed["logit_bias"] = dict.fromkeys(map(str, self._padding_ids), FORBIDDEN_LOGIT_BIAS)
 
         def bodies() -> Iterator[tuple[dict[str, Any], Parse[Completion]]]:
             for request in requests:
-                body = self._body(request.prompt_ids, sampling)
-                body |= {"seed": request.seed, "logprobs": columns.top_k, "stop_token_ids": eos_ids}
+                body = self._body(request.prompt_ids, sampling) | fixed | {"seed": request.seed}
                 yield body, self._response_parser(body, parse)
 
         return self._client.post_all(f"{self._url}/completions", bodies(), on_progress)
@@ -110,15 +124,65 @@ class ServerEngine:
                 )
         longest = max((len(request.prompt_ids) + len(request.response_ids) for request in requests), default=0)
         self._check_length(longest, 1)
+        self._check_padding(
+            [
+                np.concatenate([request.prompt_ids, request.response_ids[: len(request.response_ids) // 2]])
+                for request in requests[:PADDING_CONTEXTS]
+            ]
+        )
+        vocab_size, entries = self._model.vocab_size, self._num_entries(settings.top_k)
 
         def bodies() -> Iterator[tuple[dict[str, Any], Parse[TokenScores]]]:
             for request in requests:
                 ids = np.concatenate([request.prompt_ids, request.response_ids])
-                body = self._body(ids, Sampling(max_tokens=1)) | {"prompt_logprobs": settings.top_k}
-                parse = partial(_parse_scores, request=request, top_k=settings.top_k)
+                body = self._body(ids, Sampling(max_tokens=1)) | {"prompt_logprobs": entries}
+                parse = partial(_parse_scores, request=request, vocab_size=vocab_size, top_k=settings.top_k)
                 yield body, self._response_parser(body, parse)
 
         return self._client.post_all(f"{self._url}/completions", bodies(), on_progress)
+
+    def _num_entries(self, top_k: int) -> int:
+        """Return how many most probable tokens are requested, so that `top_k` remain without those of padding rows."""
+        return top_k and top_k + min(len(self._padding_ids), SPARE_ENTRIES)
+
+    def _check_padding(self, contexts: Sequence[Ids]) -> None:
+        """Measure once, after these contexts, the probability that the server gives to the padding rows, and print it.
+
+        With probability p on them every other log-prob is -log(1 - p) nats below that of a masked distribution.
+
+        Raises:
+            OpdctlError: that is more than `MAX_PADDING_NATS`.
+        """
+        if self._has_checked_padding or not contexts:
+            return
+        padding = len(self._padding_ids)
+        sample = self._padding_ids[:: math.ceil(padding / PADDING_SAMPLE_SIZE)]
+        longest = None if self._max_model_len is None else self._max_model_len - 2  # id and sampled token come after it
+
+        def bodies() -> Iterator[tuple[dict[str, Any], Parse[float]]]:
+            for context in contexts:
+                for id_ in sample:
+                    body = self._body(np.append(context[:longest], id_), Sampling(max_tokens=1))
+                    body["prompt_logprobs"] = 0
+                    yield body, self._response_parser(body, partial(_parse_last_probability, id_=id_))
+
+        probabilities = self._client.post_all(f"{self._url}/completions", bodies(), lambda n: None)
+        means = np.reshape(probabilities, (len(contexts), len(sample))).mean(1)
+        probability = min(float(means.max()) * padding, 1.0)
+        nats = -math.log1p(-probability) if probability < 1 else math.inf
+        text = (
+            f"{self._url}: {padding} padding rows of the server's output matrix have probability {probability:.2g}, "
+            f"which makes log-probs up to {nats:.2g} nats too low"
+        )
+        if nats > MAX_PADDING_NATS:
+            raise OpdctlError(
+                "unsupported_model",
+                f"{text}, more than {MAX_PADDING_NATS}",
+                hint='use the engine "vllm" or "transformers", which mask these rows, '
+                "or serve a copy of the model with its embeddings resized",
+            )
+        console.info(text)
+        self._has_checked_padding = True
 
     def _body(self, ids: Ids, sampling: Sampling) -> dict[str, Any]:
         return NEUTRAL_SAMPLING_PARAMS | {
@@ -247,26 +311,34 @@ def _parse_top_k(rows: list[dict[int, float]], top_k: int) -> tuple[Ids, Logprob
     return ids_TK, _to_logprobs([value for row in entries for _, value in row]).reshape(len(rows), top_k)
 
 
-def _parse_completion(choice: Any, sampling: Sampling, eos_ids: list[int], top_k: int) -> Completion:
+def _parse_completion(choice: Any, sampling: Sampling, eos_ids: list[int], vocab_size: int, top_k: int) -> Completion:
     ids, reason, logprobs = choice["token_ids"], choice["finish_reason"], choice["logprobs"]
     if logprobs["tokens"] != [f"token_id:{id_}" for id_ in ids] or len(logprobs["token_logprobs"]) != len(ids):
         raise MalformedResponseError(f"the log-probs do not belong to the {len(ids)} tokens of the response")
     if not (ids[-1] in eos_ids if reason == "stop" else reason == "length" and len(ids) == sampling.max_tokens):
         raise MalformedResponseError(f"finish reason `{reason}` after {len(ids)} tokens, the last one {ids[-1]}")
+    if max(ids) >= vocab_size:
+        raise MalformedResponseError(f"the response contains id {max(ids)} despite its logit bias")
     top: dict[str, Any] = {}
     if top_k:
-        rows = [{int(k.removeprefix("token_id:")): v for k, v in row.items()} for row in logprobs["top_logprobs"]]
+        tables = [{int(k.removeprefix("token_id:")): v for k, v in row.items()} for row in logprobs["top_logprobs"]]
+        rows = [{id_: v for id_, v in table.items() if id_ < vocab_size} for table in tables]
         top["top_ids"], top["top_logprobs"] = _parse_top_k(rows, top_k)
     return Completion(np.array(ids, np.int32), _to_logprobs(logprobs["token_logprobs"]), reason, **top)
 
 
-def _parse_scores(choice: Any, request: ScoreRequest, top_k: int) -> TokenScores:
+def _parse_scores(choice: Any, request: ScoreRequest, vocab_size: int, top_k: int) -> TokenScores:
     entries, prompt, response = choice["prompt_logprobs"], len(request.prompt_ids), len(request.response_ids)
     if len(entries) != prompt + response:
         raise MalformedResponseError(f"{len(entries)} log-probs for {prompt} + {response} tokens")
-    rows = [{int(k): v["logprob"] for k, v in row.items()} for row in entries[prompt:]]
+    rows = [{int(k): v["logprob"] for k, v in row.items() if int(k) < vocab_size} for row in entries[prompt:]]
     logprobs = _to_logprobs([row[int(id_)] for id_, row in zip(request.response_ids, rows, strict=True)])
     if not top_k:
         return TokenScores(logprobs)
     top_ids, top_logprobs = _parse_top_k(rows, top_k)
     return TokenScores(logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def _parse_last_probability(choice: Any, id_: int) -> float:
+    """Return the probability of the prompt's last token."""
+    return math.exp(min(0.0, choice["prompt_logprobs"][-1][str(id_)]["logprob"]))

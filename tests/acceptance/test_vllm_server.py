@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.commands import QUICKSTART, invoke, sets, small_recipe
 from helpers.servers import (
     KEY,
@@ -38,14 +40,17 @@ from helpers.servers import (
     truncated,
 )
 
+from opdctl import console
 from opdctl.artifacts.records import GradedResponse, Response, sample_seed
 from opdctl.artifacts.tables import read_rows
 from opdctl.engines import http
+from opdctl.engines import server as server_engine
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.environment import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.models.loading import load_model
 from opdctl.recipe.dependencies import STAGE_DEPENDENCIES, fingerprint_settings
 from opdctl.recipe.schema import Model, RolloutColumns, Sampling, Score
 from opdctl.runs.run import Run
@@ -191,6 +196,26 @@ def test_scores_are_those_of_the_transformers_engine(engine, rolled_out):
         np.testing.assert_allclose(ours.top_logprobs, theirs.top_logprobs, rtol=0, atol=1e-3)
         assert np.mean(ours.top_ids == theirs.top_ids) > 0.99  # the rest are ties
     assert sum(progress) == 8
+
+
+def test_padding_rows_have_the_measured_probability_and_are_not_sampled(proxy, rolled_out, monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr(console, "info", messages.append)
+    monkeypatch.setattr(server_engine, "MAX_PADDING_NATS", np.inf)
+    monkeypatch.setattr(server_engine, "PADDING_SAMPLE_SIZE", 56)
+    request = answered(rolled_out)[0]
+    response = request.response_ids[:9]
+    vocab_size = int(response[4])  # the ids from the likely next token on are called padding
+    with torch.no_grad():
+        context = torch.from_numpy(np.concatenate([request.prompt_ids, response[:4]]).astype(np.int64))
+        p_V = load_model(teacher(), device="cpu")(context[None]).logits[0, -1].softmax(-1)
+    engine = engine_at(proxy.url, vocab_size=vocab_size)
+    engine._check_padding([context.numpy()])
+    (completion,) = engine.generate([Request(context.numpy(), 1)], Sampling(max_tokens=20), 1, lambda n: None)
+    assert completion.response_ids.max() < vocab_size
+    engine.close()
+    (probability,) = (float(word) for word in re.findall(r"probability ([0-9.e-]+),", messages[0]))
+    assert probability == pytest.approx(float(p_V[vocab_size:].sum()), rel=0.05)
 
 
 def test_seed_determines_response_and_logprobs(engine):

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -177,10 +177,11 @@ def server_settings(url: str, *overrides: str) -> tuple[str, ...]:
     return (f"teacher.server={url}", "score.engine=server", "server.max_retries=2", *overrides)
 
 
-def engine_at(url: str, *overrides: str) -> ServerEngine:
+def engine_at(url: str, *overrides: str, vocab_size: int | None = None) -> ServerEngine:
+    """Return an engine. With `vocab_size`, further rows of the teacher's output matrix are padding rows."""
     recipe = small_recipe(*server_settings(url, *overrides))
     assert recipe.teacher is not None
-    model = ModelDir(find_or_download(recipe.teacher, "teacher.model"), "float32")
+    model = replace(teacher(), path=find_or_download(recipe.teacher, "teacher.model"), shared_vocab_size=vocab_size)
     return ServerEngine(model, EngineContext(recipe, recipe.teacher, "cpu"))
 
 

@@ -11,7 +11,7 @@ from helpers.engines import requests
 from helpers.servers import Answer, Proxy, Received, engine_at, server_settings, teacher
 
 from opdctl import console
-from opdctl.engines.base import EngineContext, ScoreRequest
+from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.engines.server import ServerEngine
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
@@ -207,6 +207,73 @@ def test_server_without_token_ids_is_rejected(engine, api, field):
     error = rejection(lambda: engine.score(SCORED[:1], Score(), lambda n: None), "unsupported_setting")
     assert "0.10.2" in error.hint
     assert len(api.bodies) == 1
+
+
+# ── Padding rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def padded(server) -> Iterator[ServerEngine]:
+    """An engine whose server's output matrix has padding rows: those of the ids 52 to 55."""
+    engine = engine_at(server.url, vocab_size=52)
+    yield engine
+    engine.close()
+
+
+def give_padding(probability: float) -> Callable[[Any], None]:
+    """Give padding ids this probability at a prompt's end, and put one among the most probable ids."""
+
+    def edit(choice: Any) -> None:
+        rows = choice.get("prompt_logprobs") or []
+        for row in rows[1:]:
+            row.update({"53": {"logprob": -0.001}})
+        if choice["prompt_token_ids"][-1] >= 52:
+            rows[-1] = {str(choice["prompt_token_ids"][-1]): {"logprob": float(np.log(probability))}}
+
+    return edit
+
+
+def test_probability_of_padding_rows_is_measured_once(padded, api, monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr(console, "info", messages.append)
+    api.edit = give_padding(1e-6)
+    for _ in range(2):
+        padded.score(SCORED, Score(), lambda n: None)
+    assert len(messages) == 1
+    assert "4e-06" in messages[0]
+    asked = [body["prompt"] for body in api.bodies if body["prompt"][-1] >= 52]
+    contexts = [[*request.prompt_ids, *request.response_ids[: len(request.response_ids) // 2]] for request in SCORED]
+    assert sorted(asked) == sorted([*context, id_] for context in contexts for id_ in range(52, 56))
+
+
+@pytest.mark.parametrize("task", ["score", "generate"])
+def test_probable_padding_rows_are_rejected(padded, api, server, task):
+    api.edit = give_padding(0.01)
+    calls = {
+        "score": lambda: padded.score(SCORED, Score(), print),
+        "generate": lambda: padded.generate(requests(1), Sampling(max_tokens=20), 1, print),
+    }
+    error = rejection(calls[task], "unsupported_model")
+    assert server.url in error.message
+    assert "0.041 nats" in error.message  # -log(1 - 4 · 0.01)
+    assert error.hint
+
+
+def test_ids_of_padding_rows_enter_no_top_k(padded, api):
+    api.edit = give_padding(1e-6)
+    for request, scores in zip(SCORED, padded.score(SCORED, Score(top_k=2), lambda n: None), strict=True):
+        assert scores.top_ids.tolist() == [[51, 50]] * len(request.response_ids)
+    assert api.bodies[-1]["prompt_logprobs"] == 2 + 4
+    api.edit = lambda choice: choice["prompt_logprobs"][-1].update({"53": choice["prompt_logprobs"][-1].pop("50")})
+    rejection(lambda: padded.score(SCORED[:1], Score(top_k=3), lambda n: None), "malformed_response")
+
+
+def test_sampling_avoids_padding_rows(padded, api):
+    api.edit = give_padding(1e-6)
+    padded.generate(requests(1), Sampling(max_tokens=20), 1, lambda n: None)
+    assert api.bodies[-1]["logit_bias"] == {str(id_): -100 for id_ in range(52, 56)}
+    foreign = [Request(np.array([2, 53, 3], np.int32), 0)]  # which this server's response contains
+    rejection(lambda: padded.generate(foreign, Sampling(max_tokens=20), 1, lambda n: None), "malformed_response")
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
