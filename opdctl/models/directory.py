@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -253,13 +252,6 @@ class ModelDir:
                 for file in self.files()
             }
         )
-
-    def copy_settings(self, folder: Path) -> None:
-        """Copy all files but weights and config.json to `folder`, so that its generation stops identically."""
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        for file in self.files():
-            if file.name != "config.json" and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
-                shutil.copyfile(file, folder / file.name)
 
     @property
     def num_embeddings(self) -> int:

@@ -46,11 +46,12 @@ class TensorHeader:
 class StoredWeights:
     """The stored weights of a model.
 
-    files: those that transformers loads. unused: other weight files beside them. tensors: by name, in the order of the
-    files.
+    files: those that transformers loads. index: the file that names them, if there is one. unused: other weight files
+    beside them. tensors: by name, in the order of the files.
     """
 
     files: tuple[Path, ...]
+    index: Path | None
     unused: tuple[Path, ...]
     tensors: Mapping[str, TensorHeader] = field(repr=False)
 
@@ -70,7 +71,8 @@ def read_weights(directory: Path, named_file: str | None = None) -> StoredWeight
     """
     candidates = [name for name in (named_file, SINGLE_FILE, INDEX_FILE) if name and "/" not in name]
     first = next((name for name in candidates if (directory / name).is_file()), "")
-    names = _names_in_index(directory / first) if first.endswith(".index.json") else [first] * bool(first)
+    index = directory / first if first.endswith(".index.json") else None
+    names = _names_in_index(index) if index else [first] * bool(first)
     files = tuple(directory / name for name in names)
     unused = sorted(
         path for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES and path not in files and path.is_file()
@@ -82,7 +84,7 @@ def read_weights(directory: Path, named_file: str | None = None) -> StoredWeight
                 detail = f"{file}: tensor {name} is also in {tensors[name].file.name}"
                 raise OpdctlError("invalid_model", detail, hint="download or export the model again")
             tensors[name] = tensor
-    return StoredWeights(files, tuple(unused), tensors)
+    return StoredWeights(files, index, tuple(unused), tensors)
 
 
 def _names_in_index(index: Path) -> list[str]:

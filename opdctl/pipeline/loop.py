@@ -19,6 +19,7 @@ from opdctl.pipeline.score import run_scoring
 from opdctl.runs.heartbeats import StageHeartbeat, send_heartbeats
 from opdctl.runs.run import Run
 from opdctl.training import tracking
+from opdctl.training.policy import check_trainable
 from opdctl.training.trainer import Trainer
 
 COLLAPSE_STEPS = 3  # consecutive steps beyond a bound that count as a collapse
@@ -66,6 +67,8 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
             heartbeat = stack.enter_context(send_heartbeats(run, "train")) if follow else None
             produce_inputs = partial(_find_inputs, run, heartbeat)
         trainer = Trainer(run, device) if _needs_trainer_now(run, follow) else None
+        if trainer is None:
+            check_trainable(run.student, run.recipe)  # before rollouts are made
         for step in range(run.current_step(), steps):
             distributed.main_process_first(partial(check_collapse, run))
             written = ("rollout", "score", "update") if fill else ("update",)

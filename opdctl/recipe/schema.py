@@ -257,7 +257,7 @@ class Lora(Section):
     """Dropout probability of the adapters' inputs. With dropout, the trained policy differs slightly from the one that
     sampled the responses."""
     target_modules: list[str] = Field(default=["all-linear"], min_length=1)
-    """Names of the layers with an adapter; `all-linear` is every linear layer except the output matrix."""
+    """Names of the layers with an adapter; `all-linear` is all linear layers and experts, without the output matrix."""
     modules_to_save: list[str] = []
     """Names of further layers whose weights are trained in full."""
 

@@ -29,6 +29,7 @@ from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish
+from opdctl.training.export import export_student
 from opdctl.training.metrics import (
     ROLLOUT_CORRECTION_SQUARED,
     MetricSums,
@@ -306,7 +307,7 @@ class Trainer:
 
     def _export(self, directory: Path, step: int, metrics: Mapping[str, Any] | None = None) -> None:
         recipe = self._run.recipe
-        policy.export(self._model, self._run.student, recipe.student.dtype, directory)
+        export_student(self._model, self._run.student, recipe.student.dtype, directory)
         if distributed.is_main():
             publish.write_model_card(directory, recipe, step, metrics or {})
 

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import QUICKSTART, invoke, sets
+from helpers.models import SMALL, save
 from helpers.training import SHORT, max_difference, train, weights
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 # Three micro-batches or more: the ranks get several each, and one of them a filler.
 SETTINGS = (*SHORT, "train.steps=3", "train.tokens_per_micro_batch=160")
@@ -124,3 +127,17 @@ def test_two_processes_train_the_adapter_of_one(tmp_path):
     assert train(tmp_path / "one", *SETTINGS, *LORA).code == 0
     torchrun(tmp_path / "two", *SETTINGS, *LORA)
     assert max_difference(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3)) < 1e-5
+
+
+def test_two_processes_train_the_adapters_of_experts_of_one(tmp_path):
+    torch.manual_seed(0)
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    config = Qwen3MoeConfig(**SMALL, **experts, tie_word_embeddings=True)
+    student = f"student.model={save(Qwen3MoeForCausalLM(config), tmp_path / 'student')}"
+    assert train(tmp_path / "one", *SETTINGS, *LORA, student).code == 0
+    torchrun(tmp_path / "two", *SETTINGS, *LORA, student)
+    first, one, two = (weights(tmp_path / name, step) for name, step in (("one", 1), ("one", 3), ("two", 3)))
+    assert max_difference(one, two) < 1e-5
+    experts = [name for name in one if ".experts." in name]
+    assert len(experts) == 2 * 3 * 3
+    assert all((first[name] != one[name]).any() for name in experts)

@@ -123,3 +123,9 @@ def test_relative_model_path_resolves_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke("train", "--output", tmp_path / "run", "--set", "train.steps=2")
     assert result.code == 0, result.err
+
+
+def test_settings_that_a_student_does_not_support_are_rejected_before_anything_is_sampled(tmp_path):
+    result = train(tmp_path, "lora.rank=4", 'lora.target_modules=["q_proj", "v_porj"]')
+    assert (result.code, result.kind) == (2, "unsupported_setting")
+    assert not (tmp_path / "run/step-00000").exists()

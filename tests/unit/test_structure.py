@@ -85,7 +85,7 @@ def importers(*modules: str) -> set[str]:
     ("libraries", "modules"),
     [
         (["pyarrow"], ("artifacts.", "data.tables")),
-        (["safetensors"], ("artifacts.", "models.", "training.policy", "engines.vllm")),
+        (["safetensors"], ("artifacts.", "models.", "training.adapters", "training.export", "engines.vllm")),
         (["vllm"], ("engines.vllm",)),
         (["rich"], ("console", "cli.")),
         (["typer"], ("cli.",)),

@@ -1,0 +1,225 @@
+"""LoRA adapters: put into a model, merged into its weights, written in peft's format.
+
+All ranks call every function of this module.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from opdctl import distributed
+from opdctl.errors import OpdctlError, did_you_mean
+from opdctl.models.directory import MAX_DETAIL_CHARS, ModelDir
+from opdctl.recipe.schema import Lora
+
+ADAPTER = "default"  # the name that peft gives to a single adapter
+ALL_LINEAR = "all-linear"
+
+
+def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...]) -> None:
+    """Put LoRA adapters into the modules whose names begin with one of `text`, and freeze all other weights.
+
+    Raises:
+        OpdctlError: a name matches nothing, is the matrix of a tied head, or cannot be trained by peft.
+    """
+    import peft
+
+    _check_tied_head(model, settings)
+    linear, stacked = _linear_layers(model, text)
+    targets = _find_targets(model, settings, text, linear | stacked)
+    modules, parameters = targets - stacked, targets & stacked
+    if parameters and settings.dropout:
+        why = f"lora.dropout: peft has no dropout for stacked experts, {sorted(parameters)[0]}"
+        raise OpdctlError("unsupported_setting", why, hint="set it to 0, or give other names in lora.target_modules")
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=_shorten(modules, {name for name, _ in model.named_modules()}),
+        target_parameters=_shorten(parameters, {name for name, _ in model.named_parameters()}) or None,
+        modules_to_save=settings.modules_to_save or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft.inject_adapter_in_model(config, model, ADAPTER)
+    except ValueError as error:
+        raise _unsupported_layers(" ".join(str(error).split()), linear | stacked) from error
+    except TypeError as error:
+        reason = f"lora.modules_to_save: {' '.join(str(error).split())}"
+        raise OpdctlError("unsupported_setting", reason, hint="give names of layers that get no adapter") from error
+    # In some mixtures of experts, peft takes the names of linear layers for those of the experts.
+    if wrong := targets ^ {plain_name(name).removesuffix(".weight") for name in adapter_layers(model)}:
+        names = ", ".join(sorted({_last_parts(name, 2) for name in wrong}))
+        raise _unsupported_layers(f"peft cannot train an adapter on {names} of this model", linear | stacked)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
+
+
+def _check_tied_head(model: PreTrainedModel, settings: Lora) -> None:
+    """Raise OpdctlError if a name is that of the embedding or output matrix of a model in which they are one."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not head.weight:
+        return
+    for name, module in model.named_modules():
+        targets = settings.target_modules if module is embedding or module is head else []
+        saved = settings.modules_to_save if {embedding, head} & set(module.modules()) else []
+        matching = [f"lora.target_modules: `{target}`" for target in targets if _matches(name, target)]
+        matching += [f"lora.modules_to_save: `{target}`" for target in saved if name.endswith(target)]
+        if matching:
+            why = f"{matching[0]} has the output matrix of the student, which is also its embedding"
+            raise OpdctlError("unsupported_setting", why, hint="remove this name")
+
+
+def _linear_layers(model: PreTrainedModel, text: tuple[str, ...]) -> tuple[set[str], set[str]]:
+    """Return the names of the linear layers, without the output matrix, and of the parameters that stack matrices.
+
+    A mixture of experts stacks a matrix of all its experts in one parameter, [experts, rows, columns].
+    """
+    linear, stacked = set(), set()
+    for name, module in model.named_modules():
+        if not name.startswith(text) or module is model.get_output_embeddings():
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            linear.add(name)
+        elif not type(module).__module__.startswith("torch.nn."):
+            parameters = module.named_parameters(recurse=False)
+            stacked |= {f"{name}.{key}" for key, value in parameters if value.ndim == 3 and len(value) > 1}
+    return linear, stacked
+
+
+def _find_targets(model: PreTrainedModel, settings: Lora, text: tuple[str, ...], linear: set[str]) -> set[str]:
+    """Return the full names of the modules and of the stacked parameters that get an adapter.
+
+    linear: the names that `all-linear` matches.
+    """
+    modules = {name for name, _ in model.named_modules() if name}
+    targets: set[str] = set()
+    for target in settings.target_modules:
+        candidates = linear | {name for name in modules if name.startswith(text)}
+        matching = linear if target == ALL_LINEAR else {name for name in candidates if _matches(name, target)}
+        if not matching:
+            raise _unknown_layer("lora.target_modules", target, {*linear, ALL_LINEAR})
+        targets |= matching
+    for target in settings.modules_to_save:
+        if not any(name.endswith(target) for name in modules):
+            raise _unknown_layer("lora.modules_to_save", target, modules)
+    targets = {name for name in targets if not any(f".{saved}." in f".{name}." for saved in settings.modules_to_save)}
+    if not targets:
+        why = "lora.modules_to_save: it contains all of lora.target_modules"
+        raise OpdctlError("unsupported_setting", why, hint="set lora.rank = 0 to train all weights")
+    return targets
+
+
+def _matches(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def _last_parts(name: str, count: int) -> str:
+    return ".".join(name.split(".")[-count:])
+
+
+def _unknown_layer(key: str, target: str, layers: Collection[str]) -> OpdctlError:
+    similar = did_you_mean(target, {_last_parts(name, 1) for name in layers})
+    why = f"{key}: the student has no layer `{target}`{similar}"
+    return OpdctlError("unsupported_setting", why, hint=f"correct {key}")
+
+
+def _unsupported_layers(reason: str, layers: Collection[str]) -> OpdctlError:
+    """Return the error with peft's reason. Its hint has the names of the layers that the reason does not mention."""
+    names = {_last_parts(name, 1) for name in layers}
+    usable = sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", reason))
+    hint = f"set lora.target_modules to some of {json.dumps(usable)}" if usable else "correct lora.target_modules"
+    return OpdctlError("unsupported_setting", f"lora.target_modules: {reason}"[:MAX_DETAIL_CHARS], hint=hint)
+
+
+def _shorten(names: set[str], all_names: set[str]) -> list[str]:
+    """Return the last parts of the names where no other of `all_names` has them, otherwise the names, sorted."""
+    others = {_last_parts(name, 1) for name in all_names - names}
+    return sorted({name if (last := _last_parts(name, 1)) in others else last for name in names})
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has without adapters."""
+    return re.sub(rf"\.(base_layer|modules_to_save\.{ADAPTER})(?=\.)", "", name)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a parameter is one of the model, neither of an adapter nor replaced by a trained copy."""
+    return not re.search(r"\.(lora_\w+|original_module)\.", name)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Return the name and the layer of each adapter by the name of the parameter that it changes."""
+    layers: dict[str, tuple[str, nn.Module]] = {}
+    if not hasattr(model, "peft_config"):
+        return layers
+    from peft.tuners.lora import LoraLayer
+
+    names = {module: name for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            parameter = getattr(module, "parameter_name", "weight")
+            layers[f"{names[module.get_base_layer()]}.{parameter}"] = (name, module)
+    return layers
+
+
+class _Delta(nn.Module):
+    """The change of a weight by its adapter."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        delta: Tensor = self.layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
+        return delta
+
+
+def merge(weight: Tensor, parameter: str, name: str, layer: nn.Module) -> Tensor:
+    """Return the unsharded `weight`, float32, with its adapter. `parameter`, `name`: as in `adapter_layers`."""
+    matrices = {
+        f"layer.{key}": distributed.full_tensor(value)
+        for key, value in layer.named_parameters()
+        if key.startswith("lora_")
+    }
+    matrices[f"layer.{parameter.removeprefix(f'{name}.')}"] = weight = weight.float()
+    with torch.no_grad():
+        return weight + torch.func.functional_call(_Delta(layer), matrices, ())
+
+
+def gather_adapter(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return all trained weights of a model with adapters, unsharded and on the CPU. Empty without adapters."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name: distributed.full_tensor(parameter).cpu() for name, parameter in trained}
+
+
+def save_adapter(model: PreTrainedModel, adapter: dict[str, Tensor], student: ModelDir, directory: Path) -> None:
+    """Write the adapter, as gathered, in peft's format. It applies to the initial student."""
+    import peft
+
+    config: Any = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = str(student.path)
+    # peft keeps names in sets, whose order differs between processes.
+    config.target_modules = sorted(config.target_modules or [])
+    config.target_parameters = sorted(config.target_parameters or []) or None
+    config.save_pretrained(str(directory))
+    state = peft.get_peft_model_state_dict(model, state_dict=adapter, adapter_name=ADAPTER, save_embedding_layers=False)
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()},
+        directory / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
