@@ -37,8 +37,11 @@ def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...
     targets = _find_targets(model, settings, text, linear | stacked)
     modules, parameters = targets - stacked, targets & stacked
     if parameters and settings.dropout:
-        why = f"lora.dropout: peft has no dropout for stacked experts, {sorted(parameters)[0]}"
-        raise OpdctlError("unsupported_setting", why, hint="set it to 0, or give other names in lora.target_modules")
+        raise OpdctlError(
+            "unsupported_setting",
+            f"lora.dropout: peft has no dropout for stacked experts: {sorted(parameters)[0]}",
+            hint="set it to 0, or give other names in lora.target_modules",
+        )
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -53,8 +56,11 @@ def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...
     except ValueError as error:
         raise _unsupported_layers(" ".join(str(error).split()), linear | stacked) from error
     except TypeError as error:
-        reason = f"lora.modules_to_save: {' '.join(str(error).split())}"
-        raise OpdctlError("unsupported_setting", reason, hint="give names of layers that get no adapter") from error
+        raise OpdctlError(
+            "unsupported_setting",
+            f"lora.modules_to_save: {' '.join(str(error).split())}",
+            hint="give names of layers that get no adapter",
+        ) from error
     # In some mixtures of experts, peft takes the names of linear layers for those of the experts.
     if wrong := targets ^ {plain_name(name).removesuffix(".weight") for name in adapter_layers(model)}:
         names = ", ".join(sorted({_last_parts(name, 2) for name in wrong}))
@@ -78,8 +84,11 @@ def _check_tied_head(model: PreTrainedModel, settings: Lora) -> None:
         matching = [f"lora.target_modules: `{target}`" for target in targets if _matches(name, target)]
         matching += [f"lora.modules_to_save: `{target}`" for target in saved if name.endswith(target)]
         if matching:
-            why = f"{matching[0]} has the output matrix of the student, which is also its embedding"
-            raise OpdctlError("unsupported_setting", why, hint="remove this name")
+            raise OpdctlError(
+                "unsupported_setting",
+                f"{matching[0]} has the output matrix of the student, which is also its embedding",
+                hint="remove this name",
+            )
 
 
 def _linear_layers(model: PreTrainedModel, text: tuple[str, ...]) -> tuple[set[str], set[str]]:
@@ -117,8 +126,11 @@ def _find_targets(model: PreTrainedModel, settings: Lora, text: tuple[str, ...],
             raise _unknown_layer("lora.modules_to_save", target, modules)
     targets = {name for name in targets if not any(f".{saved}." in f".{name}." for saved in settings.modules_to_save)}
     if not targets:
-        why = "lora.modules_to_save: it contains all of lora.target_modules"
-        raise OpdctlError("unsupported_setting", why, hint="set lora.rank = 0 to train all weights")
+        raise OpdctlError(
+            "unsupported_setting",
+            "lora.modules_to_save: it contains all of lora.target_modules",
+            hint="set lora.rank = 0 to train all weights",
+        )
     return targets
 
 
@@ -132,8 +144,9 @@ def _last_parts(name: str, count: int) -> str:
 
 def _unknown_layer(key: str, target: str, layers: Collection[str]) -> OpdctlError:
     similar = did_you_mean(target, {_last_parts(name, 1) for name in layers})
-    why = f"{key}: the student has no layer `{target}`{similar}"
-    return OpdctlError("unsupported_setting", why, hint=f"correct {key}")
+    return OpdctlError(
+        "unsupported_setting", f"{key}: the student has no layer `{target}`{similar}", hint=f"correct {key}"
+    )
 
 
 def _unsupported_layers(reason: str, layers: Collection[str]) -> OpdctlError:
@@ -141,7 +154,7 @@ def _unsupported_layers(reason: str, layers: Collection[str]) -> OpdctlError:
     names = {_last_parts(name, 1) for name in layers}
     usable = sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", reason))
     hint = f"set lora.target_modules to some of {json.dumps(usable)}" if usable else "correct lora.target_modules"
-    return OpdctlError("unsupported_setting", f"lora.target_modules: {reason}"[:MAX_DETAIL_CHARS], hint=hint)
+    return OpdctlError("unsupported_setting", f"lora.target_modules: {reason[:MAX_DETAIL_CHARS]}", hint=hint)
 
 
 def _shorten(names: set[str], all_names: set[str]) -> list[str]:

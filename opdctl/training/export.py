@@ -49,8 +49,11 @@ def check_exportable(model: PreTrainedModel, student: ModelDir) -> None:
         OpdctlError: a weight has none, or the files are quantized.
     """
     if "quantization_config" in student.config:
-        hint = "dequantize it with transformers, write it by save_pretrained, and train that directory"
-        raise OpdctlError("unsupported_model", f"{student.path}: a quantized model cannot be trained", hint=hint)
+        raise OpdctlError(
+            "unsupported_model",
+            f"{student.path}: a quantized model cannot be trained",
+            hint="dequantize it with transformers, write it by save_pretrained, and train that directory",
+        )
     state = _empty_state(model)
     stored = find_stored_tensors(model, state, student)
     conversions = model._weight_conversions
@@ -97,8 +100,11 @@ def find_stored_tensors(model: PreTrainedModel, state: dict[str, Tensor], studen
 
 
 def _no_place(student: ModelDir, reason: str) -> OpdctlError:
-    hint = "load the model with transformers, write it by save_pretrained, and train that directory"
-    return OpdctlError("unsupported_model", f"{student.path}: the weight files cannot be written: {reason}", hint=hint)
+    return OpdctlError(
+        "unsupported_model",
+        f"{student.path}: the weight files cannot be written: {reason}",
+        hint="load the model with transformers, write it by save_pretrained, and train that directory",
+    )
 
 
 def export_student(model: PreTrainedModel, student: ModelDir, dtype: str, directory: Path) -> None:
