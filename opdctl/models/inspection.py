@@ -88,7 +88,7 @@ def check_files(model: ModelDir) -> None:
 
 def _inspect_tensors(model: ModelDir) -> Inspection:
     _check_quantization(model)
-    empty, loading_info = _load_on_meta_device(model)
+    empty, loading_info = load_on_meta_device(model)
     ignored = sorted(loading_info["unexpected_keys"])
     check_loaded_tensors(model, empty, loading_info)
     _check_dtypes(model, ignored)
@@ -111,7 +111,7 @@ def _check_quantization(model: ModelDir) -> None:
         raise OpdctlError("unsupported_model", detail, hint="use the model before its quantization")
 
 
-def _load_on_meta_device(model: ModelDir) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_on_meta_device(model: ModelDir) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model without memory, and what transformers reports of the names of its tensors."""
     logging.disable_progress_bar()
     kind: ErrorKind = "unsupported_model" if model.is_quantized else "invalid_model"

@@ -129,6 +129,10 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
     else:
         check_output_dir(recipe, path)
     models, lines = prepare_models(recipe, download=False)
+    if "student" in models:
+        from opdctl.training.policy import check_trainable
+
+        check_trainable(models["student"], recipe)
     shapes = {
         name: if_known(costs.read_shape, models.get(name)) or model.shape for name, model in recipe.models().items()
     }

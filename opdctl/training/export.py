@@ -48,11 +48,11 @@ def check_exportable(model: PreTrainedModel, student: ModelDir) -> None:
     Raises:
         OpdctlError: a weight has none, or the files are quantized.
     """
-    if "quantization_config" in student.config:
+    if student.is_quantized:
         raise OpdctlError(
             "unsupported_model",
             f"{student.path}: a quantized model cannot be trained",
-            hint="dequantize it with transformers, write it by save_pretrained, and train that directory",
+            hint="use the model before its quantization",
         )
     state = _empty_state(model)
     stored = find_stored_tensors(model, state, student)
@@ -103,7 +103,7 @@ def _no_place(student: ModelDir, reason: str) -> OpdctlError:
     return OpdctlError(
         "unsupported_model",
         f"{student.path}: the weight files cannot be written: {reason}",
-        hint="load the model with transformers, write it by save_pretrained, and train that directory",
+        hint="convert the directory by from_pretrained and save_pretrained of transformers",
     )
 
 

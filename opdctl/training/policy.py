@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 
 from opdctl import distributed
 from opdctl.errors import OpdctlError
-from opdctl.models.directory import ModelDir, translate_loading_errors
+from opdctl.models.directory import ModelDir
+from opdctl.models.inspection import load_on_meta_device
 from opdctl.models.loading import LOGPROB_TOLERANCE, load_model
 from opdctl.models.logprobs import check_head
 from opdctl.recipe.schema import Recipe
@@ -27,11 +27,7 @@ def check_trainable(student: ModelDir, recipe: Recipe) -> None:
     Raises:
         OpdctlError: it cannot.
     """
-    logging.disable_progress_bar()
-    with translate_loading_errors(student.path, "the model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            student.path, device_map="meta", use_safetensors=True, **student.loading_arguments()
-        )
+    model, _ = load_on_meta_device(student)
     _select_trained_weights(model, student, recipe)
 
 

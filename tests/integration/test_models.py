@@ -126,6 +126,9 @@ def test_relative_model_path_resolves_from_any_directory(tmp_path, monkeypatch):
 
 
 def test_settings_that_a_student_does_not_support_are_rejected_before_anything_is_sampled(tmp_path):
-    result = train(tmp_path, "lora.rank=4", 'lora.target_modules=["q_proj", "v_porj"]')
-    assert (result.code, result.kind) == (2, "unsupported_setting")
+    settings = sets("lora.rank=4", 'lora.target_modules=["q_proj", "v_porj"]')
+    command = ["train", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run"]
+    planned, trained = invoke(*command, "--dry-run"), invoke(*command)
+    assert (planned.code, planned.kind) == (trained.code, trained.kind) == (2, "unsupported_setting")
+    assert "`v_proj`" in planned.err
     assert not (tmp_path / "run/step-00000").exists()
