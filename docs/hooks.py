@@ -276,8 +276,8 @@ def artifacts_page() -> str:
     tables = [
         ("prompts.parquet", records.Prompt),
         ("step-*/rollout/part-*.parquet", records.Response),
-        ("eval/**/prompts-*.parquet", records.EvalPrompt),
-        ("eval/**/part-*.parquet", records.GradedResponse),
+        ("eval/*/*/part-*.parquet", records.GradedResponse),
+        ("eval/*/*/prompts/part-*.parquet", records.EvalPrompt),
     ]
     layout = inspect.cleandoc(records.__doc__ or "").partition("\n\n")[2]
     parts = ["# Artifacts\n", _text(layout)]

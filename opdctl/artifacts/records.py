@@ -4,8 +4,8 @@
     rollout/part-*.parquet       one row a response
     teacher/part-*.safetensors   one entry a response, for the responses of the rollout part of the same number;
     reference/part-*.safetensors the same by the reference model, if the recipe names one
-    eval/**/prompts-*.parquet    one row a problem of an evaluation
-    eval/**/part-*.parquet       one row a graded response
+    eval/*/*/part-*.parquet      one row a graded response
+    eval/*/*/prompts/*.parquet   one row a problem
 
 Records are joined by id, strictly, never by position. Token ids are stored and passed on; text is never tokenized
 again. Log-probs are natural logarithms of the sampled token's probability, in nats, float32.
@@ -104,7 +104,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class EvalPrompt:
-    """The prompt of a problem, templated to token ids when the evaluation started."""
+    """The prompt of a problem, templated to token ids at the start of the evaluation."""
 
     problem_id: str
     prompt_ids: Ids

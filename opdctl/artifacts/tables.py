@@ -108,10 +108,10 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> list[Path]:
     return paths
 
 
-def write_file(path: Path, rows: Sequence[Row], record: type[Row]) -> str:
-    """Write rows atomically as a Parquet file and return its SHA-256."""
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
+    """Write the run's prompts atomically and return the file's SHA-256."""
     with atomic_write(path) as temporary:
-        write_rows(temporary, rows, record)
+        write_rows(temporary, prompts, Prompt)
     return sha256_file(path)
 
 

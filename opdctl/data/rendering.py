@@ -120,27 +120,30 @@ class PromptRenderer:
         """Return what the template does wrong with contents of this form."""
         try:
             rendered = [self._render(text, content) for text in TEST_TEXTS]
-            if any(text not in result for text, result in zip(TEST_TEXTS, rendered, strict=True)):
+            is_changed = (text not in result for text, result in zip(TEST_TEXTS, rendered, strict=True))
+            is_printed = content is _as_parts and re.search("[\"']type[\"']", rendered[0])  # the list itself
+            if any(is_changed) or is_printed:
                 return "drops or changes the text of a prompt"
             if rendered[0] == rendered[1]:
                 return "renders two different prompts identically"
-            return None if self._opens_answer(rendered[0], content) else "has no generation prompt"
+            return "has no generation prompt" if self._lacks_generation_prompt(rendered[0], content) else None
         except TimeoutError:
             raise
         except Exception as error:
             return f"cannot be rendered: {summarize_exception(error)}"
 
-    def _opens_answer(self, prompt: str, content: Content) -> bool:
-        """Whether an answer follows a rendered prompt directly.
+    def _lacks_generation_prompt(self, prompt: str, content: Content) -> bool:
+        """Whether an answer to a rendered prompt would have to begin with the header of its turn.
 
-        It does if the prompt is longer than without a generation prompt. The template of a model such as Llama 2 has
-        none: there, the first thing after the prompt is the answer.
+        With a generation prompt, the result is longer than without. The templates of some models, such as Llama 2, have
+        none and need none: the answer follows directly.
         """
         turn = self._render(TEST_TEXTS[0], content, add_generation_prompt=False)
         if len(prompt) > len(turn):
-            return True
+            return False
         dialogue = self._render(TEST_TEXTS[0], content, TEST_ANSWER)
-        return dialogue.startswith(prompt) and dialogue.removeprefix(prompt).lstrip().startswith(TEST_ANSWER)
+        header, answer, _ = dialogue.removeprefix(prompt).partition(TEST_ANSWER)
+        return dialogue.startswith(prompt) and bool(answer and header.strip())
 
     def _warn_of_clock(self, key: str) -> None:
         if not self._reads_clock():

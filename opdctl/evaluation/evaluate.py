@@ -3,16 +3,18 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opdctl.artifacts import files, leases, tables
+from opdctl.artifacts import files
 from opdctl.artifacts.files import digest_of
 from opdctl.artifacts.records import Completion, EvalPrompt, GradedResponse, Ids, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint, StageDir
+from opdctl.artifacts.tables import write_rows
 from opdctl.artifacts.versions import versioned
 from opdctl.data.prompts import Problem
 from opdctl.data.rendering import PromptRenderer
@@ -25,7 +27,7 @@ from opdctl.evaluation.graders import Grade
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.recipe.schema import AUTO, Eval, Recipe
-from opdctl.runs.layout import step_name
+from opdctl.runs.layout import PROMPTS, step_name
 from opdctl.runs.models import check_positions, find_model
 from opdctl.runs.run import Run, open_stage_dir
 from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
@@ -269,26 +271,30 @@ def _answer_problems(
 def _render_once(
     run: Run, benchmark: Benchmark, problems: Sequence[Problem], source: str, target: EvalTarget, stage: StageDir
 ) -> dict[str, Ids]:
-    """Return the prompt of each problem, as the first worker rendered it: a chat template may contain the date.
+    """Return the prompt of each problem, as the first worker rendered it: a chat template may contain the date."""
+    prompts = open_stage_dir(
+        stage.path / PROMPTS,
+        stage="eval",
+        num_parts=1,
+        suffix=".parquet",
+        fingerprint=stage.fingerprint,
+        rerun_command=stage.rerun_command,
+    )
+    with prompts.claim_parts(wait=True) as parts:
+        for index in parts or ():
+            rows = _render(run.recipe.eval, benchmark, problems, source, target.model)
+            prompts.start({})
+            tokens = sum(len(row.prompt_ids) for row in rows)
+            prompts.write(index, partial(write_rows, rows=rows, record=EvalPrompt), rows=len(rows), tokens=tokens)
+    return {row.problem_id: row.prompt_ids for row in prompts.read_all(EvalPrompt)}
 
-    The name of the file contains the fingerprint of the evaluation, so prompts of other settings are never read.
-    """
-    path = stage.path / f"prompts-{stage.fingerprint.digest[:16]}.parquet"
-    with leases.hold_lease(stage.path.parent, f"{stage.path.name}-prompts", wait=True):
-        if not path.exists():
-            settings, suffix = run.recipe.eval, benchmark.prompt_suffix(run.recipe.eval)
-            renderer = PromptRenderer(
-                target.model.tokenizer,
-                target.model.vocab_size,
-                settings.template_arguments,
-                "eval.template_arguments",
-            )
-            rows = [EvalPrompt(p.id, renderer.token_ids(p.text + suffix, p.location(source))) for p in problems]
-            tables.write_file(path, rows, EvalPrompt)
-    prompts = {row.problem_id: row.prompt_ids for row in tables.read_rows(path, EvalPrompt)}
-    if [*prompts] != [problem.id for problem in problems]:
-        raise files.corrupt_artifact(path, "has prompts of other problems")
-    return prompts
+
+def _render(
+    settings: Eval, benchmark: Benchmark, problems: Sequence[Problem], source: str, model: ModelDir
+) -> list[EvalPrompt]:
+    arguments, suffix = settings.template_arguments, benchmark.prompt_suffix(settings)
+    renderer = PromptRenderer(model.tokenizer, model.vocab_size, arguments, "eval.template_arguments")
+    return [EvalPrompt(p.id, renderer.token_ids(p.text + suffix, p.location(source))) for p in problems]
 
 
 def _grade(

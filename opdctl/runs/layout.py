@@ -6,6 +6,8 @@ from opdctl.errors import OpdctlError
 from opdctl.recipe.schema import Recipe
 
 STEP_PREFIX = "step-"
+PROMPTS = "prompts"
+"""The directory of an evaluation's prompts, within that of the evaluation."""
 
 
 def step_name(step: int) -> str:

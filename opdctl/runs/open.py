@@ -170,7 +170,7 @@ def _create(recipe: Recipe, path: Path) -> None:
     print_lines(lines)
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     files.write_text(path / "recipe.toml", recipe.to_toml())
-    sha256 = tables.write_file(path / "prompts.parquet", [prompts[i] for i in order], Prompt)
+    sha256 = tables.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])
     source = files.sha256_file(Path(recipe.prompts.source)) if is_data_file(recipe.prompts.source) else None
     record = {
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},

@@ -8,7 +8,7 @@ from opdctl.artifacts import directories, files
 from opdctl.artifacts.manifests import Manifest, PartRecord, StageHeader
 from opdctl.artifacts.stage_dir import STAGE_MARKERS, recorded_stage
 from opdctl.errors import OpdctlError
-from opdctl.runs.layout import list_steps
+from opdctl.runs.layout import PROMPTS, list_steps
 from opdctl.runs.run import Run
 
 
@@ -40,7 +40,8 @@ def find_corrupt_artifacts(run: Run) -> list[CorruptArtifact]:
         for path in _directories(directory.glob("*")):
             artifacts += _find_in_stage(path, command)
     for path in _directories(run.path.glob("eval/*/*")):
-        artifacts += _find_in_stage(path, f"{run.command_line('eval')} --bench {path.parent.name}")
+        for stage in (path, path / PROMPTS):
+            artifacts += _find_in_stage(stage, f"{run.command_line('eval')} --bench {path.parent.name}")
     return artifacts
 
 

@@ -11,7 +11,7 @@ from opdctl.artifacts.manifests import SummaryRecord
 from opdctl.artifacts.stage_dir import StageDir, recorded_stage
 from opdctl.errors import OpdctlError
 from opdctl.runs.heartbeats import Heartbeat, read_heartbeats
-from opdctl.runs.layout import list_steps
+from opdctl.runs.layout import PROMPTS, list_steps
 from opdctl.runs.run import Run
 
 State = Literal["done", "partial", "missing", "corrupt"]
@@ -157,12 +157,15 @@ def check_continuations(run: Run, *, verify: bool) -> list[StageStatus]:
 
 
 def check_evaluations(run: Run, *, verify: bool) -> list[StageStatus]:
-    """Return the state of every started evaluation."""
+    """Return the state of every started evaluation, and of its prompts if they are corrupt."""
     statuses = []
     for path in sorted(path for path in run.path.glob("eval/*/*") if path.is_dir() and not path.name.startswith(".")):
         bench = path.parent.name
-        find = partial(recorded_stage, path, f"{run.command_line('eval')} --bench {bench}")
-        statuses.append(_check(None, f"eval {bench} {path.name}", find, "", verify=verify))
+        find = partial(recorded_stage, rerun_command=f"{run.command_line('eval')} --bench {bench}")
+        name = f"eval {bench} {path.name}"
+        prompts = _check(None, f"{name} {PROMPTS}", partial(find, path / PROMPTS), "", verify=verify)
+        statuses += [_check(None, name, partial(find, path), "", verify=verify)]
+        statuses += [prompts] if prompts.state == "corrupt" else []
     return statuses
 
 

@@ -36,4 +36,4 @@ def test_resumed_evaluation_has_the_same_files(tmp_path: Path, monkeypatch: pyte
         assert evaluate_in_child(output, None) == 0, moments
         assert contents(output) == contents(tmp_path / "complete"), moments
         moments += 1
-    assert moments >= 9  # three parts with a receipt each, header, manifest, benchmark and summary
+    assert moments >= 10  # prompts, three parts with a receipt each, header, manifest, benchmark, summary

@@ -21,7 +21,7 @@ from helpers.commands import invoke, rewrite_json
 from safetensors.numpy import load_file, save_file
 
 from opdctl.artifacts import directories, files, stage_dir, tables
-from opdctl.artifacts.records import Response
+from opdctl.artifacts.records import EvalPrompt, Response
 from opdctl.artifacts.versions import VERSIONS
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.evaluation.results import load_evaluation
@@ -50,6 +50,9 @@ def read_everything(path: Path) -> None:
         directories.check_directory(run.trainer_path(step + 1), run.update(step)["trainer"])
     for summary in path.glob("eval/*/*/summary.json"):
         assert len(load_evaluation(summary.parent).rows()) == 4
+        prompts = stage_dir.recorded_stage(summary.parent / "prompts", "opdctl eval")
+        assert prompts is not None
+        assert len(prompts.read_all(EvalPrompt)) == 4
     for description in path.glob("eval/*/benchmark.json"):
         assert files.read_json(description)
 
@@ -129,7 +132,7 @@ def test_every_damaged_file_is_refused_with_its_name(run: Path) -> None:
 
 def test_prompts_and_summaries_are_verified(finished_copy: Path) -> None:
     copy = finished_copy
-    for path in (*copy.rglob("summary.json"), copy / "prompts.parquet"):
+    for path in (*copy.rglob("summary.json"), *copy.glob("eval/*/*/prompts/part-*"), copy / "prompts.parquet"):
         whole = path.read_bytes()
         path.write_bytes(flip(whole, random.Random(3)))
         result = invoke("status", copy, "--verify")

@@ -25,6 +25,9 @@ from opdctl.recipe.load import load_recipe
         ("teacher.model", ["score"]),
         ("prompts.limit", ["prompts"]),
         ("rollout.max_tokens", ["rollout", "continuations"]),
+        ("rollout.eos_token_ids", ["rollout", "eval", "continuations"]),
+        ("student.tokenizer", ["prompts", "rollout", "update", "eval", "continuations"]),
+        ("teachers.math.tokenizer", ["score"]),
         ("weight.gamma", ["update"]),
         ("eval.samples", ["eval"]),
         ("pipeline.device", []),
@@ -56,6 +59,25 @@ def test_fingerprints_exclude_mutable_settings(smallest: Path) -> None:
     }
     assert "eval.samples" in fingerprint_settings(recipe, "eval")
     assert not {"eval.every_steps", "eval.bench"} & set(fingerprint_settings(recipe, "eval"))
+
+
+@pytest.mark.parametrize(
+    ("override", "stage"),
+    [
+        ("rollout.eos_token_ids=[1]", "rollout"),
+        ("rollout.eos_token_ids=[1]", "eval"),
+        ("student.tokenizer=file", "rollout"),
+        ("student.tokenizer=file", "eval"),
+        ("teacher.tokenizer=class", "score"),
+    ],
+)
+def test_key_that_older_artifacts_lack_is_in_a_fingerprint_if_it_is_set(
+    smallest: Path, override: str, stage: str
+) -> None:
+    key = override.partition("=")[0]
+    default, chosen = (fingerprint_settings(load_recipe([smallest], values), stage) for values in ([], [override]))
+    assert chosen.keys() - default.keys() == {key}
+    assert not is_mutable(key)
 
 
 def test_fingerprint_of_a_teacher_excludes_other_teachers(smallest: Path) -> None:

@@ -1,0 +1,177 @@
+"""Prompts through chat templates and post-processors, and the test that a template must pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tokenizers import CHATML, NUM_IDS, SPECIAL, byte_level, surround, write_tokenizer
+from tokenizers import Tokenizer
+
+from opdctl.data import rendering
+from opdctl.data.rendering import PromptRenderer
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.models.directory import ModelDir
+
+END, IM_START, IM_END = range(3)
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %}"
+    " {{ m.content | trim }} <|im_end|>{% endif %}{% endfor %}"
+)
+LLAMA_3_DATE = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+    "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}Today Date: {{ date_string }}\n"
+)
+LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+def make_renderer(
+    folder: Path, template: str | None = CHATML, tokenizer: Tokenizer | None = None, **arguments: Any
+) -> PromptRenderer:
+    model = ModelDir(write_tokenizer(folder, tokenizer, template=template), "float32")
+    return PromptRenderer(model.tokenizer, model.vocab_size, arguments, "prompts.template_arguments")
+
+
+def render(renderer: PromptRenderer, text: str) -> str:
+    return byte_level().decode(renderer.token_ids(text, "p.jsonl").tolist(), skip_special_tokens=False)
+
+
+# ── The test of a template ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, "<|im_start|>user\nab 1<|im_end|>\n<|im_start|>assistant\n"),
+        (PARTS, "<|im_start|>user\nab 1<|im_end|>\n<|im_start|>assistant\n"),
+        (LLAMA_2, "[INST] ab 1 [/INST]"),  # no generation prompt: the answer follows directly
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "ab 1"),
+        ("{{ messages[0].content if messages[0].content is string else 'parts' }}?", "ab 1?"),
+    ],
+    ids=["strings", "parts", "no generation prompt", "text alone", "strings come first"],
+)
+def test_rendered_prompt(tmp_path: Path, template: str, expected: str) -> None:
+    assert render(make_renderer(tmp_path, template), "ab 1") == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<|im_start|>user\n<|im_end|>\n",
+        "{{ messages[0].content | upper }}",
+        "{{ messages[0].content[:10] }}",
+        CHATML.partition("{% if add")[0],  # an assistant's turn has a header, which the prompt lacks
+        "{{ messages[0].content",
+        "{{ raise_exception('only with a system prompt') }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[0].content.no.such.attribute }}",
+    ],
+    ids=["no text", "other text", "cut text", "no header", "syntax", "raises", "error", "undefined"],
+)
+def test_template_that_loses_the_prompt_is_refused(tmp_path: Path, template: str) -> None:
+    with pytest.raises(OpdctlError) as caught:
+        make_renderer(tmp_path, template)
+    assert (caught.value.kind, caught.value.code) == ("unsupported_model", ExitCode.USAGE)
+    assert str(tmp_path) in caught.value.message
+    assert "template" in caught.value.message
+
+
+@pytest.mark.parametrize("template", [LOOP + CHATML, PARTS + LOOP], ids=["before", "after"])
+def test_template_without_an_end_is_refused(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "TEMPLATE_TIMEOUT_SECONDS", 0.05)
+    with pytest.raises(OpdctlError) as caught:
+        make_renderer(tmp_path, template)
+    assert caught.value.kind == "unsupported_model"
+    assert f"{tmp_path}: the chat template does not finish" in caught.value.message
+
+
+def test_default_of_several_templates_is_used(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    model = ModelDir(folder, "float32")
+    assert isinstance(model.tokenizer.chat_template, dict)
+    assert "<|im_start|>user\nab" in render(PromptRenderer(model.tokenizer, model.vocab_size, {}, "key"), "ab")
+
+
+def test_arguments_reach_the_template(tmp_path: Path) -> None:
+    template = CHATML + "{% if enable_thinking is false %}<think></think>{% endif %}"
+    assert not render(make_renderer(tmp_path, template), "ab").endswith("</think>")
+    assert render(make_renderer(tmp_path, template, enable_thinking=False), "ab").endswith("</think>")
+
+
+# ── The clock ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("template", "argument"),
+    [(LLAMA_3_DATE + CHATML, "date_string"), ("{{ strftime_now('%H:%M:%S') }}" + CHATML, None)],
+)
+def test_template_with_a_clock_is_warned_of_with_its_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, argument: str | None
+) -> None:
+    make_renderer(tmp_path, template)
+    warning = capsys.readouterr().err
+    assert "warning" in warning
+    assert str(tmp_path) in warning
+    assert ("prompts.template_arguments" in warning) == (argument is not None)
+    make_renderer(tmp_path, template)
+    assert capsys.readouterr().err == ""
+    if argument:
+        assert f"{{ {argument} = " in warning
+        assert "1 May 2024" in render(make_renderer(tmp_path / "fixed", template, **{argument: "1 May 2024"}), "ab")
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML + "{% if false %}{{ strftime_now('%d') }}{% endif %}"])
+def test_template_that_does_not_read_the_clock_is_not_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str
+) -> None:
+    make_renderer(tmp_path, template)
+    assert capsys.readouterr().err == ""
+
+
+# ── Base models ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "before"),
+    [
+        ("$A", []),
+        ("<|im_start|> $A", [IM_START]),
+        ("$A <|im_end|>", []),
+        ("<|im_start|> $A <|im_end|>", [IM_START]),
+        ("<|endoftext|> <|im_start|> $A <|im_end|> <|endoftext|>", [END, IM_START]),
+    ],
+)
+@pytest.mark.parametrize("text", ["ab", "a", "<|im_start|>ab<|im_end|>", "aaaa"])
+def test_prompt_of_a_base_model_ends_with_its_text(
+    tmp_path: Path, post_processor: str, before: list[int], text: str
+) -> None:
+    renderer = make_renderer(tmp_path, None, surround(byte_level(), post_processor))
+    expected = before + byte_level().encode(text, add_special_tokens=False).ids
+    assert renderer.token_ids(text, "p.jsonl").tolist() == expected
+
+
+def test_chat_prompt_has_no_token_of_the_post_processor(tmp_path: Path) -> None:
+    processed = surround(byte_level(), "<|endoftext|> $A <|im_end|>")
+    assert make_renderer(tmp_path, CHATML, processed).token_ids("ab", "p.jsonl")[0] == IM_START
+
+
+# ── The vocabulary ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_id_outside_the_vocabulary_is_refused_with_its_token(tmp_path: Path) -> None:
+    """The tokenizer has one id more than the matrices have rows."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<think>"])
+    renderer = make_renderer(tmp_path, CHATML, tokenizer)
+    assert len(renderer.token_ids("think", "p.jsonl")) > len(SPECIAL)
+    with pytest.raises(OpdctlError) as caught:
+        renderer.token_ids("a <think>", "p.jsonl: row 7: prompt `x`")
+    assert (caught.value.kind, caught.value.code) == ("invalid_data", ExitCode.BAD_DATA)
+    assert all(part in caught.value.message for part in ("p.jsonl: row 7", "`<think>`", str(NUM_IDS)))
