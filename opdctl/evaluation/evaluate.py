@@ -13,7 +13,7 @@ import numpy as np
 from opdctl.artifacts import files
 from opdctl.artifacts.files import digest_of
 from opdctl.artifacts.records import Completion, EvalPrompt, GradedResponse, Ids, sample_seed
-from opdctl.artifacts.stage_dir import Fingerprint, StageDir
+from opdctl.artifacts.stage_dir import STAGE_MARKERS, Fingerprint, FingerprintMismatchError, StageDir
 from opdctl.artifacts.tables import write_rows
 from opdctl.artifacts.versions import versioned
 from opdctl.data.prompts import Problem
@@ -272,14 +272,7 @@ def _render_once(
     run: Run, benchmark: Benchmark, problems: Sequence[Problem], source: str, target: EvalTarget, stage: StageDir
 ) -> dict[str, Ids]:
     """Return the prompt of each problem, as the first worker rendered it: a chat template may contain the date."""
-    prompts = open_stage_dir(
-        stage.path / PROMPTS,
-        stage="eval",
-        num_parts=1,
-        suffix=".parquet",
-        fingerprint=stage.fingerprint,
-        rerun_command=stage.rerun_command,
-    )
+    prompts = _prompts_stage(stage)
     with prompts.claim_parts(wait=True) as parts:
         for index in parts or ():
             rows = _render(run.recipe.eval, benchmark, problems, source, target.model)
@@ -287,6 +280,20 @@ def _render_once(
             tokens = sum(len(row.prompt_ids) for row in rows)
             prompts.write(index, partial(write_rows, rows=rows, record=EvalPrompt), rows=len(rows), tokens=tokens)
     return {row.problem_id: row.prompt_ids for row in prompts.read_all(EvalPrompt)}
+
+
+def _prompts_stage(stage: StageDir) -> StageDir:
+    """Return the stage of an evaluation's prompts: one part, with the fingerprint of the evaluation."""
+    path = stage.path / PROMPTS
+    form: dict[str, Any] = {"stage": "eval", "num_parts": 1, "suffix": ".parquet"}
+    form |= {"fingerprint": stage.fingerprint, "rerun_command": stage.rerun_command}
+    try:
+        return StageDir(path, **form)
+    except FingerprintMismatchError:
+        if any((stage.path / name).exists() for name in STAGE_MARKERS):
+            raise
+        files.remove_directory(path)  # of an evaluation with other settings that ended before it started
+        return StageDir(path, **form)
 
 
 def _render(

@@ -83,8 +83,8 @@ def test_evaluation_without_stored_prompts_is_continued(tmp_path: Path) -> None:
     assert contents(path) == before
 
 
-def test_prompts_of_other_settings_are_refused(tmp_path: Path) -> None:
-    """A kill before the first part leaves nothing but the prompts."""
+def test_prompts_of_other_settings_are_not_used(tmp_path: Path) -> None:
+    """An evaluation that ends before its first part leaves nothing but the prompts."""
     model = copy_model(tmp_path / "model", template="{{ letter }}")
     assert evaluate(model, "--set", "eval.template_arguments={letter='a'}").code == 0
     path = evaluation_path(tmp_path)
@@ -92,10 +92,6 @@ def test_prompts_of_other_settings_are_refused(tmp_path: Path) -> None:
     for file in path.iterdir():
         if file.is_file():
             file.unlink()
-    result = evaluate(model, "--set", "eval.template_arguments={letter='b'}")
-    assert (result.code, result.kind) == (ExitCode.RECIPE_MISMATCH, "settings_mismatch")
-    assert "prompts" in result.err
-    shutil.rmtree(path)
     assert evaluate(model, "--set", "eval.template_arguments={letter='b'}").code == 0
     assert {int(row.prompt_ids[-1]) for row in stored_prompts(path)} == {3}
 
