@@ -1,7 +1,7 @@
-"""The transformers engine: batched sampling with a key-value cache, and chunked scoring.
+"""The transformers engine: batched sampling with a cache, and chunked scoring.
 
-Sampling is a separate loop over transformers' cache instead of `generate`, for two reasons. Each response has its own
-random stream, so the same seed gives the same response in any batch. Finished responses leave the batch.
+Sampling is a separate loop instead of transformers' `generate`, for two reasons. Each response has its own random
+stream, so the same seed gives the same response in any batch. Finished responses leave the batch.
 
 Shape suffixes: see Notation in CONTRIBUTING.md. In `_inverse_cdf`, N blocks of b = BLOCK ids.
 """
@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
-from opdctl.artifacts.records import Completion, Ids, TokenScores
+from opdctl.artifacts.records import Completion, TokenScores
 from opdctl.engines.base import Request, ScoreRequest
+from opdctl.models.architectures import check_rope, rope_limit
 from opdctl.models.batching import by_token_budget, pad_batch
+from opdctl.models.decoding import BatchRules, DecodeBatch
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
-from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
+from opdctl.models.logprobs import Chunk, map_vocab_chunks, output_head, response_states
+from opdctl.models.self_check import find_batch_rules
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 
 BLOCK = 512  # ids per block of the two-level cumulative sum
@@ -32,6 +34,7 @@ class TransformersEngine:
 
     _model: Any = None
     _head: Any = None
+    _rules: BatchRules | None = None  # found by the first `generate`; they depend on the architecture only
 
     def __init__(self, model: ModelDir, device: str):
         self._device = device
@@ -48,6 +51,7 @@ class TransformersEngine:
         # float32: the product of hidden states and output matrix is too inaccurate for log-probs in bfloat16.
         self._head = output_head(self._model, model.vocab_size)
         self._eos = torch.tensor(model.eos_ids, device=self._device)
+        self._path, self._rope_limit = model.path, rope_limit(self._model.config)
 
     def close(self) -> None:
         self._model = self._head = None
@@ -60,13 +64,15 @@ class TransformersEngine:
     ) -> list[TokenScores]:
         scores: dict[int, TokenScores] = {}
         lengths = [len(request.prompt_ids) + len(request.response_ids) for request in requests]
-        for batch in by_token_budget(lengths, settings.tokens_per_batch):
+        for batch in by_token_budget(lengths, settings.tokens_per_batch, pad_up_to=self._rope_limit):
             scores |= zip(batch, self._score_batch([requests[i] for i in batch], settings), strict=True)
             on_progress(len(batch))
         return [scores[i] for i in range(len(requests))]
 
     def _score_batch(self, batch: list[ScoreRequest], settings: Score) -> list[TokenScores]:
         padded = pad_batch([(request.prompt_ids, request.response_ids) for request in batch], self._device)
+        if self._rope_limit:  # a short sequence resets the frequencies, which the batch before may have changed
+            self._model.base_model(input_ids=padded.input_ids_BT[:1, :1], use_cache=False)
         hidden_ND, ids_N = response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
         ids_NK = ids_N[:, None]
         if settings.student_top_k:
@@ -100,29 +106,32 @@ class TransformersEngine:
         *,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
     ) -> list[Completion]:
-        completions: list[Completion] = []
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        check_rope(self._model.config, self._path, longest, sampling.max_tokens)
+        self._rules = self._rules or find_batch_rules(self._model, self._path)
+        completions: dict[int, Completion] = {}
+        for batch in _batch_prompts(requests, batch_size, self._rules):
             buffer = _SampleBuffer(len(batch), sampling.max_tokens, self._device, columns)
-            self._generate_batch(batch, sampling, buffer, on_progress)
-            completions += buffer.completions()
-        return completions
+            self._generate_batch([requests[i] for i in batch], sampling, self._rules, buffer, on_progress)
+            completions |= zip(batch, buffer.completions(), strict=True)
+        return [completions[i] for i in range(len(requests))]
 
     @torch.inference_mode()
     def _generate_batch(
         self,
         requests: Sequence[Request],
         sampling: Sampling,
+        rules: BatchRules,
         buffer: "_SampleBuffer",
         on_progress: Callable[[int], None],
     ) -> None:
         max_tokens = sampling.max_tokens
         uniform_BT = torch.from_numpy(np.stack([_uniform_stream(request.seed, max_tokens) for request in requests]))
         uniform_BT = uniform_BT.to(self._device)
-        batch = _DecodeBatch(self._model, self._head, [request.prompt_ids for request in requests], self._device)
+        batch = DecodeBatch(self._model, [request.prompt_ids for request in requests], rules, self._device)
         rows_B = torch.arange(len(requests), device=self._device)
         for t in range(max_tokens):
-            logits_BV = batch.logits()
+            logits_BV = self._head.logits(batch.hidden_BD)
             token_B, logp_B = sample(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
             ended_B = torch.isin(token_B, self._eos) & ~buffer.stopped_B[rows_B]
             buffer.add(rows_B, t, token_B, logp_B, logits_BV, ended_B)
@@ -130,12 +139,20 @@ class TransformersEngine:
             unfinished_B = ~buffer.stopped_B[rows_B]
             if not (unfinished := int(unfinished_B.sum())):
                 break
-            if unfinished < COMPACT_BELOW * len(rows_B):
-                batch.keep(unfinished_B.nonzero().squeeze(-1))
+            if rules.drop_rows and unfinished < COMPACT_BELOW * len(rows_B):
+                batch.select(unfinished_B.nonzero().squeeze(-1))
                 rows_B, token_B = rows_B[unfinished_B], token_B[unfinished_B]
             if t + 1 < max_tokens:
                 batch.feed(token_B)
         on_progress(int((~buffer.stopped_B).sum()))
+
+
+def _batch_prompts(requests: Sequence[Request], batch_size: int, rules: BatchRules) -> list[list[int]]:
+    """Return batches of indices: in order, or of prompts of one length each if the model is wrong with padding."""
+    groups: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(0 if rules.left_padding else len(request.prompt_ids), []).append(index)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
 def _split_by_response(columns: dict[str, Tensor], lengths: list[int]) -> list[TokenScores]:
@@ -191,55 +208,6 @@ class _SampleBuffer:
             )
             for row, (length, stopped) in enumerate(ends)
         ]
-
-
-class _DecodeBatch:
-    """Unfinished responses: the cache, the attention mask, and the last hidden state.
-
-    Prompts of different lengths are padded on the left, with position ids from the mask. There is no mask if no prompt
-    needs padding, which is faster.
-    """
-
-    def __init__(self, model: PreTrainedModel, head: Head, prompts: Sequence[Ids], device: str):
-        self._model, self._head, self._cache = model, head, DynamicCache(config=model.config)
-        max_length = max(len(prompt) for prompt in prompts)
-        ids_BT = torch.zeros(len(prompts), max_length, dtype=torch.int64)
-        mask_BT = torch.zeros(len(prompts), max_length, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, max_length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask_BT[row, max_length - len(prompt) :] = 1
-        self._mask_BT = None if bool(mask_BT.all()) else mask_BT.to(device)
-        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-        self._next_B1 = positions_BT[:, -1:].to(device) + 1
-        self._forward(ids_BT.to(device), positions_BT.to(device))
-
-    def _forward(self, ids_BT: Tensor, positions_BT: Tensor) -> None:
-        hidden_BTD = self._model.base_model(
-            input_ids=ids_BT,
-            position_ids=positions_BT,
-            attention_mask=self._mask_BT,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
-        self._hidden_BD = hidden_BTD[:, -1]
-
-    def logits(self) -> Tensor:
-        """Return the next token's logits over the tokenizer's ids, [B, V], float32."""
-        return self._head.logits(self._hidden_BD)
-
-    def feed(self, token_B: Tensor) -> None:
-        """Append one token to each response."""
-        if self._mask_BT is not None:
-            self._mask_BT = torch.cat([self._mask_BT, torch.ones_like(self._next_B1)], dim=-1)
-        self._forward(token_B[:, None], self._next_B1)
-        self._next_B1 = self._next_B1 + 1
-
-    def keep(self, rows: Tensor) -> None:
-        """Remove all other rows from the batch."""
-        self._cache.batch_select_indices(rows)
-        self._next_B1 = self._next_B1[rows]
-        if self._mask_BT is not None:
-            self._mask_BT = self._mask_BT[rows]
 
 
 def _uniform_stream(seed: int, count: int) -> np.ndarray:

@@ -38,7 +38,7 @@ from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.models.batching import by_token_budget
 from opdctl.models.directory import WEIGHT_PATTERNS, ModelDir
-from opdctl.models.loading import LOGPROB_TOLERANCE
+from opdctl.models.self_check import LOGPROB_TOLERANCE
 from opdctl.models.weights import INDEX_FILE, SINGLE_FILE
 from opdctl.recipe.schema import Recipe, RolloutColumns, Sampling, Score
 

@@ -13,14 +13,17 @@ from torch import Tensor
 from opdctl.artifacts.records import Ids
 
 
-def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def by_token_budget(lengths: Sequence[int], budget: int, pad_up_to: int | None = None) -> list[list[int]]:
     """Return batches of indices with at most `budget` tokens each, padding included. A longer sequence is alone.
 
     Sequences are sorted by length, which minimizes padding. Ties keep their order, so the batches are reproducible.
+    pad_up_to: a batch of sequences longer than this has only sequences of one length.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        fits = batches and longest * (len(batches[-1]) + 1) <= budget
+        if fits and (pad_up_to is None or longest <= pad_up_to or longest == lengths[index]):
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -12,12 +12,13 @@ from logging import Filter, LogRecord, getLogger
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
 from opdctl import console
 from opdctl.errors import ErrorKind, OpdctlError
+from opdctl.models.architectures import auto_class, separate_body
 from opdctl.models.directory import MERGE_HINT, ModelDir, translate_loading_errors
 from opdctl.models.weights import StoredWeights, TensorHeader, have_equal_content
 
@@ -115,12 +116,10 @@ def load_on_meta_device(model: ModelDir) -> tuple[PreTrainedModel, dict[str, Any
     """Return the model without memory, and what transformers reports of the names of its tensors."""
     logging.disable_progress_bar()
     kind: ErrorKind = "unsupported_model" if model.is_quantized else "invalid_model"
-    if type(model.full_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "auto_map" not in model.config:
-        detail = f"{model.path}: model type `{model.config['model_type']}` is not a causal language model"
-        raise OpdctlError("unsupported_model", detail, hint="use a decoder that predicts the next token")
+    auto = auto_class(model.full_config, model.path)
     with captured_report() as report, translate_loading_errors(model.path, "the model", kind):
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded, loading_info = auto.from_pretrained(
                 model.path,
                 device_map="meta",
                 use_safetensors=True,
@@ -133,7 +132,8 @@ def load_on_meta_device(model: ModelDir) -> tuple[PreTrainedModel, dict[str, Any
                 detail = f"{model.path}: the stored parts of {failed[0]} do not fit together"
                 raise OpdctlError("invalid_model", detail, hint=DOWNLOAD_HINT) from error
             raise
-    return loaded
+    separate_body(loaded, model.path)
+    return loaded, loading_info
 
 
 @contextlib.contextmanager
@@ -242,8 +242,9 @@ def size_of_position_table(model: ModelDir) -> int | None:
     limit = getattr(model.text_config, "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
+    auto = auto_class(model.full_config, model.path)
     with torch.device("meta"), translate_loading_errors(model.path, "the model"):
-        empty = AutoModelForCausalLM.from_config(model.full_config, trust_remote_code=model.trust_remote_code)
+        empty = auto.from_config(model.full_config, trust_remote_code=model.trust_remote_code)
     embedding = empty.get_input_embeddings()
     tables = [
         module.weight

@@ -2,29 +2,28 @@
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from opdctl.errors import OpdctlError
+from opdctl.models.architectures import auto_class, separate_body
 from opdctl.models.directory import ModelDir, translate_loading_errors
 from opdctl.models.inspection import captured_report, check_files, check_loaded_tensors
-from opdctl.models.logprobs import Head, check_head, output_head
-
-LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
-"""How far log-probs from `Head` may be from those of the model's logits, in nats, by the dtype of the weights."""
+from opdctl.models.logprobs import Head, output_head
+from opdctl.models.self_check import check_scoring
 
 
 def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> PreTrainedModel:
     """Load a causal language model from safetensors, in `dtype` (default: the recipe's), in evaluation mode.
 
     Raises:
-        OpdctlError: the weights do not match the config, a library does not support the model, or `Head` does not
-            reproduce the model's logits.
+        OpdctlError: the weights do not match the config, a library does not support the model, or its batches do not
+            give the log-probs of a plain forward pass.
     """
     logging.disable_progress_bar()  # opdctl shows its own
     check_files(model)
     with captured_report(), translate_loading_errors(model.path, "the model", "invalid_model"):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto_class(model.full_config, model.path).from_pretrained(
             model.path,
             dtype=getattr(torch, dtype or model.dtype),
             use_safetensors=True,
@@ -35,15 +34,8 @@ def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> Pre
     if model.is_quantized and not getattr(loaded, "is_quantized", False) and (dtype or model.dtype) == "float32":
         loaded = loaded.float()  # the quantizer dequantized, and leaves some weights in bfloat16
     loaded = loaded.to(device).eval()
-    if loaded.base_model is loaded:
-        detail = f"{model.path}: {type(loaded).__name__} has no separable LM head: its base_model is the entire model"
-        raise OpdctlError("unsupported_model", detail)
-    if not (difference := check_head(loaded)) <= LOGPROB_TOLERANCE[loaded.dtype]:  # not `>`, so that NaN fails too
-        raise OpdctlError(
-            "unsupported_model",
-            f"{model.path}: its log-probs differ by {difference:.2g} nats from those computed from its hidden states",
-            hint="use a model that applies no more than a bias, a scale and a soft cap to its logits",
-        )
+    separate_body(loaded, model.path)
+    check_scoring(loaded, model.path)
     return loaded
 
 
@@ -53,8 +45,9 @@ def load_head(model: ModelDir, *, device: str) -> Head:
     Raises:
         OpdctlError: a tensor of the head is missing.
     """
+    auto = auto_class(model.full_config, model.path)
     with torch.device("meta"), translate_loading_errors(model.path, "the model"):
-        empty = AutoModelForCausalLM.from_config(model.full_config, trust_remote_code=model.trust_remote_code)
+        empty = auto.from_config(model.full_config, trust_remote_code=model.trust_remote_code)
     layer = empty.get_output_embeddings()
     parameters = dict(empty.named_parameters(remove_duplicate=False))
     for layer_name, layer_parameter in list(layer.named_parameters()):

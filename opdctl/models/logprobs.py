@@ -11,6 +11,7 @@ and IW-OPD accumulates |A|.
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from opdctl.models import CHUNK_LOGITS
 
+LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of these settings in the configs of Cohere, Falcon-H1, …; Granite, Inkling; Gemma, RecurrentGemma, xLSTM."""
 SMALL_BATCH_ROWS = 32  # up to here a CPU computes weight · hiddenᵀ twice as fast as hidden · weightᵀ
 
 
@@ -70,16 +75,23 @@ def output_head(model: PreTrainedModel, vocab_size: int) -> Head:
         # LoRA of peft adds the product of its two matrices. An active adapter need not be on this layer.
         deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters if adapter in layer.lora_A]
         weight_VD = _gather(weight_VD) + sum(_gather(delta_VD) for delta_VD in deltas)
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     bias_V = getattr(layer, "bias", None)
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(
         _gather(weight_VD).float(),
         vocab_size,
         None if bias_V is None else _gather(bias_V).float(),
-        scale,
-        getattr(config, "final_logit_softcapping", None),
+        _scale(config),
+        next((cap for name in SOFT_CAPS if (cap := getattr(config, name, None))), None),
     )
+
+
+def _scale(config: PreTrainedConfig) -> float:
+    """Return the factor that a model applies to its logits or to the hidden states before its output matrix."""
+    factor = math.prod(getattr(config, name, None) or 1.0 for name in LOGIT_FACTORS)
+    divisor = math.prod(getattr(config, name, None) or 1.0 for name in LOGIT_DIVISORS)
+    # HyperCLOVA X multiplies by what Granite divides by.
+    return factor * divisor if config.model_type.startswith("hyperclovax") else factor / divisor
 
 
 def _gather(parameter: Tensor) -> Tensor:
@@ -219,17 +231,3 @@ def response_states(
     hidden_BTD = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
     flat_N = rows_N * input_ids_BT.shape[1] + positions_N
     return hidden_BTD.flatten(0, 1).index_select(0, flat_N - 1), input_ids_BT.flatten().index_select(0, flat_N)
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> float:
-    """Return the maximum difference, in nats, between log-probs from `Head` and from the model's logits.
-
-    They differ when the model transforms its logits in a way that `Head` does not implement.
-    """
-    ids_1T = torch.arange(8, device=model.device)[None]
-    model_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)
-    positions_N = torch.arange(1, 8, device=model.device)
-    hidden_ND, ids_N = response_states(model, ids_1T, torch.zeros_like(positions_N), positions_N)
-    head_CV = output_head(model, model_TV.shape[-1]).logits(hidden_ND).log_softmax(-1)
-    return float((model_TV[:-1] - head_CV).gather(-1, ids_N[:, None]).abs().max())

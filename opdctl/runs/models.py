@@ -104,14 +104,19 @@ def check_lengths(recipe: Recipe, models: Mapping[str, ModelDir], prompts: Seque
     """Check that the longest prompt with the longest response fits into the positions of every model.
 
     Raises:
-        OpdctlError: it does not fit into a model's table of positions.
+        OpdctlError: it does not fit into a model's table of positions, or into the student's rotary embedding.
     """
+    from opdctl.models.architectures import check_rope
+
     for name, model in models.items():
         prompt_ids = [
             prompt.prompt_ids if name == "student" or prompt.teacher_prompt_ids is None else prompt.teacher_prompt_ids
             for prompt in prompts
         ]
-        check_positions(model, max(map(len, prompt_ids)), recipe.rollout.max_tokens, "rollout.max_tokens")
+        prompt_tokens = max(map(len, prompt_ids))
+        if name == "student":
+            check_rope(model.full_config, model.path, prompt_tokens, recipe.rollout.max_tokens)
+        check_positions(model, prompt_tokens, recipe.rollout.max_tokens, "rollout.max_tokens")
 
 
 def check_positions(model: ModelDir, prompt_tokens: int, max_tokens: int, key: str) -> None:

@@ -14,8 +14,8 @@ from opdctl import distributed
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.inspection import load_on_meta_device
-from opdctl.models.loading import LOGPROB_TOLERANCE, load_model
-from opdctl.models.logprobs import check_head
+from opdctl.models.loading import load_model
+from opdctl.models.self_check import LOGPROB_TOLERANCE, scoring_difference
 from opdctl.recipe.schema import Recipe
 from opdctl.training.adapters import inject_adapters
 from opdctl.training.export import check_exportable, text_prefixes
@@ -43,11 +43,9 @@ def load_policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedMod
     sharded = distributed.world_size() > 1 or recipe.train.cpu_offload
     model = load_model(student, device="cpu" if sharded else device, dtype=None if recipe.lora.rank else "float32")
     _select_trained_weights(model, student, recipe)
-    if recipe.lora.rank and not (difference := check_head(model)) <= LOGPROB_TOLERANCE[model.dtype]:
-        why = f"lora: with these settings the log-probs differ from the model's by {difference:.2g} nats"
-        raise OpdctlError("unsupported_setting", why, hint="remove the output matrix from lora.target_modules")
     if recipe.train.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
+    _check_forward_pass(model, recipe)
     if sharded:
         _shard(model, recipe, device)
     return model
@@ -64,15 +62,38 @@ def _select_trained_weights(model: PreTrainedModel, student: ModelDir, recipe: R
         inject_adapters(model, recipe.lora, text)
 
 
+def _check_forward_pass(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Check that a micro-batch, with adapters and gradient checkpointing, has the log-probs of a plain forward pass.
+
+    Raises:
+        OpdctlError: they do not.
+    """
+    dtype = getattr(torch, recipe.student.dtype)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        difference = scoring_difference(model)
+    if not difference <= LOGPROB_TOLERANCE[dtype]:  # not `>`, so that NaN fails too
+        raise OpdctlError(
+            "unsupported_setting",
+            "lora, train.gradient_checkpointing: with these settings the log-probs of training differ by "
+            f"{difference:.2g} nats from those of a plain forward pass",
+            hint="remove the output matrix from lora.target_modules, and disable train.gradient_checkpointing",
+        )
+
+
 def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Enable gradient checkpointing without dropout, since the policy that sampled the responses had none.
 
     transformers checkpoints only layers in training mode, so the layers are set to it and their submodules are not.
+    Some layers, such as those of OPT, apply dropout themselves.
     """
     model.gradient_checkpointing_enable()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+            for name in [
+                name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)
+            ]:
+                setattr(module, name, 0.0)
 
 
 def _shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from opdctl.models import logprobs
-from opdctl.models.logprobs import check_head, map_vocab_chunks, output_head, response_states
+from opdctl.models.logprobs import map_vocab_chunks, output_head, response_states
+from opdctl.models.self_check import scoring_difference
 
 HEAD_SETTINGS = {"gemma2": {"softcap": 5.0}, "granite": {"scale": 1 / 8}, "cohere": {"scale": 0.25}}  # phi: a bias
 
@@ -65,7 +66,7 @@ def assert_near(found, want):
 def assert_equals_model(model):
     """Log-probs, loss and the gradients of all trained parameters equal those of the model's logits."""
     with torch.no_grad():
-        assert check_head(model) < 1e-5
+        assert scoring_difference(model) < 1e-5
         hidden_ND, _ = response_states(model, IDS_BT, ROWS_N, POSITIONS_N)
         found = output_head(model, V).logits(hidden_ND).log_softmax(-1)
         torch.testing.assert_close(found, plain_logp(model), rtol=0, atol=1e-5)
@@ -135,13 +136,13 @@ def test_disabled_merged_and_other_adapters():
     own = plain_logp(model)
     with wrapped.disable_adapter(), torch.no_grad():
         assert (plain_logp(model) - own).abs().max() > 0.1
-        assert check_head(model) < 1e-5
-    assert check_head(model) < 1e-5
+        assert scoring_difference(model) < 1e-5
+    assert scoring_difference(model) < 1e-5
     for active in ("elsewhere", ["default", "elsewhere"]):
         wrapped.base_model.set_adapter(active)
         assert_equals_model(model)
     wrapped.merge_adapter()
-    assert check_head(model) < 1e-5
+    assert scoring_difference(model) < 1e-5
 
 
 SPLITS = [7, 10]  # tokens of rank 0; rank 1 has the other ones, or none

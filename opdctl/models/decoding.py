@@ -1,0 +1,127 @@
+"""Decoding a batch of sequences, one token at a time, with the cache that the model makes for itself.
+
+The model's `prepare_inputs_for_generation` arranges the inputs of each pass, as in transformers' `generate`, so every
+model that transformers generates with is served. Only the last hidden state is computed: `Head` makes the logits.
+
+Shape suffixes: see Notation in CONTRIBUTING.md.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+from opdctl.artifacts.records import Ids
+
+
+@dataclass(frozen=True)
+class BatchRules:
+    """What a batch may do without changing the log-probs of its sequences.
+
+    left_padding: have prompts of several lengths, padded on the left. drop_rows: continue without some of its rows.
+    use_cache: keep what the model computed for earlier tokens.
+    """
+
+    left_padding: bool = True
+    drop_rows: bool = True
+    use_cache: bool = True
+
+
+class DecodeBatch:
+    """Sequences of one length, their cache, and the last hidden state of each, [B, D].
+
+    Prompts of several lengths are padded on the left, with position ids from the mask. There is no mask if no prompt
+    needs padding, which is faster. A model without a cache gets the entire sequences for every token.
+    """
+
+    hidden_BD: Tensor
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Ids], rules: BatchRules, device: torch.device | str):
+        self._model, self._rules, self._cache = model, rules, dict[str, Any]()
+        parameters = inspect.signature(model.base_model.forward).parameters
+        self._accepts_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._accepted = set(parameters)
+        max_length = max(len(prompt) for prompt in prompts)
+        ids_BT = torch.zeros(len(prompts), max_length, dtype=torch.int64)
+        mask_BT = torch.zeros(len(prompts), max_length, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, max_length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            mask_BT[row, max_length - len(prompt) :] = 1
+        self._mask_BT = None if bool(mask_BT.all()) else mask_BT.to(device)
+        self._ids_BT, self._positions_BT = ids_BT.to(device), (mask_BT.cumsum(-1) - 1).clamp(min=0).to(device)
+        self._forward(is_first=True)
+
+    def _forward(self, *, is_first: bool) -> None:
+        inputs = self._model.prepare_inputs_for_generation(
+            self._ids_BT,
+            attention_mask=self._mask_BT,
+            position_ids=self._positions_BT if "position_ids" in self._accepted else None,
+            use_cache=self._rules.use_cache,
+            is_first_iteration=is_first,
+            **self._cache,
+        )
+        inputs.pop("logits_to_keep", None)  # of the output matrix
+        outputs = self._model.base_model(
+            **{name: value for name, value in inputs.items() if self._accepts_all or name in self._accepted}
+        )
+        self._cache = {name: outputs[name] for name in ALL_CACHE_NAMES if name in outputs}
+        self.hidden_BD = outputs.last_hidden_state[:, -1]
+
+    def feed(self, token_B: Tensor) -> None:
+        """Append one token to each sequence."""
+        next_B1 = self._positions_BT[:, -1:] + 1
+        if self._mask_BT is not None:
+            self._mask_BT = torch.cat([self._mask_BT, torch.ones_like(next_B1)], dim=-1)
+        if self._cache:
+            self._ids_BT, self._positions_BT = token_B[:, None], next_B1
+        else:
+            self._ids_BT = torch.cat([self._ids_BT, token_B[:, None]], dim=-1)
+            self._positions_BT = torch.cat([self._positions_BT, next_B1], dim=-1)
+        self._forward(is_first=not self._cache)
+
+    def select(self, rows: Tensor) -> None:
+        """Remove all other rows. Only for a batch whose rules allow it."""
+        for cache in self._cache.values():
+            cache.reorder_cache(rows)
+        self._ids_BT, self._positions_BT = self._ids_BT[rows], self._positions_BT[rows]
+        if self._mask_BT is not None:
+            self._mask_BT = self._mask_BT[rows]
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model keeps what it computed for earlier tokens."""
+        return bool(self._cache)
+
+    @property
+    def has_plain_cache(self) -> bool:
+        """Whether the cache consists of transformers' own layers only, which the attention mask is made for."""
+        caches = [cache for cache in self._cache.values() if type(cache) is DynamicCache]
+        layers = [layer for cache in caches for layer in cache.layers]
+        return len(caches) == len(self._cache) and all(
+            type(layer).__module__ == DynamicCache.__module__ for layer in layers
+        )
+
+    def can_select(self, rows: Tensor) -> bool:
+        """Remove all other rows if the cache can, and return whether all of its tensors have the selected rows."""
+        if not all(hasattr(cache, "reorder_cache") for cache in self._cache.values()):
+            return False
+        self.select(rows)
+        return all(len(tensor) == len(rows) for cache in self._cache.values() for tensor in _tensors(cache))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors, other than scalars, that an object refers to by its attributes, lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        if value.dim():
+            yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+    elif type(value).__module__.startswith("transformers"):
+        yield from _tensors(vars(value))

@@ -1,0 +1,88 @@
+"""The self-check at load: models whose log-probs depend on padding, on later tokens, or on the cache are rejected."""
+
+import pytest
+import torch
+from helpers.models import SMALL, make, save
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartForConditionalGeneration,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+)
+
+from opdctl.errors import OpdctlError
+from opdctl.models.directory import ModelDir
+from opdctl.models.loading import load_model
+from opdctl.models.self_check import find_batch_rules, scoring_difference, tolerance
+
+
+def build(kind, **settings) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, "initializer_range": 0.3, "num_key_value_heads": 2, **settings})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def rejection(model, folder, call=None):
+    """Return the error of loading a model, or of `call`; it must name the directory."""
+    directory = ModelDir(save(model, folder), "float32")
+    with pytest.raises(OpdctlError) as error:
+        (call or load_model)(directory, device="cpu")
+    assert str(folder) in error.value.message
+    assert error.value.kind == "unsupported_model"
+    return error.value
+
+
+@pytest.mark.parametrize("kind", ["bert", "electra"])
+def test_models_that_see_later_tokens_are_rejected(kind, tmp_path):
+    assert "nats" in rejection(build(kind, type_vocab_size=2, embedding_size=32), tmp_path).message
+
+
+def test_encoder_decoder_is_rejected(tmp_path):
+    config = AutoConfig.for_model("bart", vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1)
+    assert "encoder-decoder" in rejection(BartForConditionalGeneration(config), tmp_path).message
+
+
+def test_error_of_a_forward_pass_names_the_directory(tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise TypeError("an argument is missing")
+
+    monkeypatch.setattr(LlamaModel, "forward", fail)
+    assert "an argument is missing" in rejection(make("llama"), tmp_path).message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_depend_on_the_neighbours_in_a_batch_are_rejected(dtype, tmp_path, monkeypatch):
+    """As with a router whose experts have a limited capacity, or positions counted from the end of the batch."""
+    forward = LlamaModel.forward
+
+    def by_batch(self, input_ids=None, **kwargs):
+        output = forward(self, input_ids=input_ids, **kwargs)
+        output.last_hidden_state = output.last_hidden_state * input_ids.shape[0]
+        return output
+
+    model = make("llama").to(dtype)
+    assert scoring_difference(model) < tolerance(model) / 5
+    monkeypatch.setattr(LlamaModel, "forward", by_batch)
+    assert scoring_difference(model) > tolerance(model)
+    assert "nats" in rejection(model, tmp_path).message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_that_neither_cache_nor_entire_pass_makes_right_is_rejected(dtype, tmp_path, monkeypatch):
+    prepare = LlamaForCausalLM.prepare_inputs_for_generation
+
+    def shifted(self, input_ids, **kwargs):
+        return prepare(self, input_ids + 1, **kwargs)
+
+    model = make("llama").to(dtype)
+    rules = find_batch_rules(model, tmp_path)
+    assert rules.left_padding
+    assert rules.drop_rows
+    assert rules.use_cache
+    monkeypatch.setattr(LlamaForCausalLM, "prepare_inputs_for_generation", shifted)
+    with pytest.raises(OpdctlError) as error:
+        find_batch_rules(model, tmp_path)
+    assert error.value.kind == "unsupported_model"
+    assert str(tmp_path) in error.value.message
