@@ -59,29 +59,36 @@ def _load_once(
     if not trust_remote_code and not any(any(path.glob(pattern)) for pattern in VOCABULARY_PATTERNS):
         hint = "copy the tokenizer's files of the model into the directory, such as tokenizer.json"
         raise OpdctlError("missing_file", f"{path}: no tokenizer in this directory", hint=hint)
-    if source == "file":
-        return _load_file(path)
+    tokenizer = _load_file(path) if source == "file" else _load_class(path, trust_remote_code=trust_remote_code)
+    if source == "auto" and (path / "tokenizer.json").exists():
+        tokenizer = _choose(tokenizer, path)
+    tokenizer.clean_up_tokenization_spaces = False  # decoding gives the text, not a tidier one
+    template = path / "chat_template.json"  # of older multimodal models; transformers reads it for processors only
+    if not tokenizer.chat_template and template.exists():
+        tokenizer.chat_template = read_json_object(template).get("chat_template")
+    return tokenizer
+
+
+def _choose(tokenizer: "PreTrainedTokenizerBase", path: Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer if it reads like its file, or the file if it is the directory's tokenizer without doubt."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = _load_class(path, trust_remote_code=trust_remote_code)
-    if source == "class" or not (path / "tokenizer.json").exists():
-        return tokenizer
     differences = list(_find_differences(tokenizer, path))
     if not differences:
         return tokenizer
-    readings = differences[0].describe()
+    name, readings = type(tokenizer).__name__, differences[0].describe()
     if all(each.is_loss for each in differences):
-        reason, report = f"{type(tokenizer).__name__} loses text that tokenizer.json keeps", console.warn_once
+        tokenizer = _load_file(path)
+        console.warn_once(f"{path}: tokenizer.json is used: {name} loses text that the file keeps\n{readings}")
     elif isinstance(tokenizer, PreTrainedTokenizerFast) and _names_no_class(path):
-        reason, report = f"{type(tokenizer).__name__} is not the class that it names", console.info_once
+        tokenizer = _load_file(path)
+        console.info_once(f"{path}: tokenizer.json is used: tokenizer_config.json does not name {name}, which differs")
     else:
         raise OpdctlError(
             "unsupported_model",
-            f"{path}: {type(tokenizer).__name__} reads text differently from tokenizer.json\n{readings}",
+            f"{path}: {name} reads text differently from tokenizer.json\n{readings}",
             hint='set `tokenizer` of this model to "class", if its authors used this class, or to "file"',
         )
-    tokenizer = _load_file(path)
-    report(f"{path}: the tokenizer is tokenizer.json: {reason}\n{readings}")
     return tokenizer
 
 

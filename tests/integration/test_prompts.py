@@ -209,3 +209,14 @@ def test_broken_generation_config_fails_a_plan_as_it_fails_a_run(tmp_path: Path)
         assert (result.code, result.kind) == (ExitCode.BAD_DATA, "invalid_model"), result.err
         assert str(model / "generation_config.json") in result.err
         assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "plan"])
+def test_teacher_that_ends_elsewhere_is_warned_of(tmp_path: Path, dry: list[str]) -> None:
+    teacher = copy_model(tmp_path / "teacher", "toy:teacher")
+    (teacher / "generation_config.json").write_text('{"eos_token_id": [1, 20]}')
+    output = ("--output", tmp_path / "run", *dry)
+    result = invoke("train", "--recipe", QUICKSTART, *sets(f"teacher.model={teacher}", "train.steps=1"), *output)
+    assert result.code == 0, result.err
+    (warning,) = (line for line in result.err.splitlines() if line.startswith("warning"))
+    assert "rollout.eos_token_ids = [1, 20]" in warning

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.tokenizers import byte_level, write_tokenizer
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from helpers.tokenizers import CHATML, byte_level, write_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from opdctl.errors import ErrorKind, ExitCode, OpdctlError
 from opdctl.models.directory import toy_model_names
@@ -116,6 +116,22 @@ def test_special_token_of_the_config_is_added_to_those_of_the_file(tmp_path):
     assert_reads_like_its_file(load(folder), folder)
 
 
+def test_decoding_does_not_tidy_the_text(tmp_path):
+    words = Tokenizer(models.WordLevel({"<|im_end|>": 0, "a": 1, " ": 2, ".": 3, "'": 4}))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    words.decoder = decoders.Fuse()
+    tokenizer = load(write_tokenizer(tmp_path, words, clean_up_tokenization_spaces=True))
+    assert tokenizer.batch_decode([tokenizer.encode("a . '")]) == ["a . '"]
+
+
+def test_template_of_a_processor_is_used_where_the_tokenizer_has_none(tmp_path):
+    folder = write_tokenizer(tmp_path, template=None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert load(folder).chat_template == CHATML
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert load(folder).chat_template == "{{ messages }}"
+
+
 @pytest.mark.parametrize("name", toy_model_names())
 def test_toy_models_have_no_difference(name, capsys):
     from opdctl.models.directory import find_or_download
@@ -190,13 +206,13 @@ def test_corrupt_file_is_named(tmp_path, source, name, change):
     assert error.code == ExitCode.BAD_DATA
 
 
-def test_repaired_file_is_read_again(tmp_path):
+def test_changed_file_is_read_again(tmp_path):
     folder = write_tokenizer(tmp_path)
-    content = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(content[:100])
+    assert load(folder).tokenize("12") == ["1", "2"]
+    (folder / "tokenizer.json").write_text("{")
     rejection(folder, kind="invalid_model")
-    (folder / "tokenizer.json").write_text(content)
-    assert_reads_like_its_file(load(folder), folder)
+    byte_level(DIGITS).save(str(folder / "tokenizer.json"))
+    assert load(folder).tokenize("12") == ["12"]
 
 
 # ── Code ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
