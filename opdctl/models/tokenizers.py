@@ -80,14 +80,15 @@ def _choose(tokenizer: "PreTrainedTokenizerBase", path: Path) -> "PreTrainedToke
     if all(each.is_loss for each in differences):
         tokenizer = _load_file(path)
         console.warn_once(f"{path}: tokenizer.json is used: {name} loses text that the file keeps\n{readings}")
-    elif isinstance(tokenizer, PreTrainedTokenizerFast) and _names_no_class(path):
+    elif PreTrainedTokenizerFast in type(tokenizer).__mro__[1:] and _names_no_class(path):
         tokenizer = _load_file(path)
         console.info_once(f"{path}: tokenizer.json is used: tokenizer_config.json does not name {name}, which differs")
     else:
         raise OpdctlError(
             "unsupported_model",
             f"{path}: {name} reads text differently from tokenizer.json\n{readings}",
-            hint='set `tokenizer` of this model to "class", if its authors used this class, or to "file"',
+            hint="set the key `tokenizer` of this model, such as student.tokenizer, to the reading of its training: "
+            '"file" is that of transformers 4, "class" that of transformers 5',
         )
     return tokenizer
 
@@ -129,8 +130,9 @@ def _load_file(path: Path) -> "PreTrainedTokenizerBase":
 def _names_no_class(path: Path) -> bool:
     """Whether tokenizer_config.json names the general class of all tokenizer.json files."""
     config = path / "tokenizer_config.json"
-    name = read_json_object(config).get("tokenizer_class") if config.exists() else None
-    return name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    settings = read_json_object(config) if config.exists() else {}
+    is_general = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return is_general and "auto_map" not in settings
 
 
 def _check_code(path: Path, *, trust_remote_code: bool) -> None:
@@ -184,7 +186,7 @@ def _find_differences(tokenizer: "PreTrainedTokenizerBase", path: Path) -> Itera
     """Yield the texts that a tokenizer reads differently from its tokenizer.json."""
     file = _read_file(path)
     # The special tokens of the file frame the turns of a chat template. The tokenizer may have further ones.
-    frame = "".join(f"{token.content}user\n1 + 2" for token in file.get_added_tokens_decoder().values())
+    frame = "".join(f"{token.content}user\n1 + 2" for _, token in sorted(file.get_added_tokens_decoder().items()))
 
     def file_encode(text: str) -> list[int]:
         return list(file.encode(text, add_special_tokens=False).ids)

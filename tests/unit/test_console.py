@@ -73,3 +73,11 @@ def test_progress_prints_every_tenth_after_a_delay(output, monkeypatch):
         for _ in range(20):
             advance(1)
     assert output.getvalue().splitlines() == [f"scoring: {10 * n} % ({2 * n} of 20)" for n in range(1, 11)]
+
+
+def test_message_that_is_printed_once(output: io.StringIO) -> None:
+    for _ in range(2):
+        for text in ("one", "other"):
+            console.warn_once(text)
+            console.info_once(text)
+    assert output.getvalue().splitlines() == ["warning: one", "one", "warning: other", "other"]

@@ -91,7 +91,8 @@ def test_other_difference_is_refused_until_the_recipe_chooses(tmp_path):
 
 def test_difference_in_special_tokens_alone_is_found(tmp_path):
     folder = write_tokenizer(tmp_path, split_special_tokens=True)
-    assert_reads_like_its_file(load(folder), folder)
+    rejection(folder)
+    assert_reads_like_its_file(load(folder, "file"), folder)
     assert len(load(folder, "class").encode("<|im_start|>")) > 1
 
 
@@ -141,20 +142,16 @@ def test_toy_models_have_no_difference(name, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_mistral_regex_is_mended_only_by_choice(tmp_path):
+def test_file_is_not_mended_by_settings(tmp_path):
     """fix_mistral_regex replaces the pre-tokenizer of a large tokenizer.json of a Mistral model."""
-    large = byte_level()
-    large.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\S+|\s+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    content = json.loads(large.to_str())
+    content = json.loads(byte_level([("'", "t"), ("1", "2")]).to_str())
     content["model"]["vocab"] |= {f"x{i}": 300 + i for i in range(100_001)}
-    content["model"]["vocab"] |= {"'t": 200_000}
-    content["model"]["merges"] = [["'", "t"]]
-    folder = write_tokenizer(tmp_path, Tokenizer.from_str(json.dumps(content)), model_type="mistral", rows=200_001)
-    assert load(folder).pad_token is None
-    edit_json(folder / "tokenizer_config.json", fix_mistral_regex=True, tokenizer_class="LlamaTokenizer")
+    large = Tokenizer.from_str(json.dumps(content))
+    folder = write_tokenizer(tmp_path, large, model_type="mistral", rows=200_000, fix_mistral_regex=True)
+    assert load(folder, "class").tokenize("12") == ["1", "2"]
+    assert load(folder, "file").tokenize("12") == ["12"]
     assert_reads_like_its_file(load(folder, "file"), folder)
+    rejection(folder)
 
 
 # ── Files without a class, classes without a file ────────────────────────────────────────────────────────────────────
