@@ -29,6 +29,7 @@ from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.layout import step_name
+from opdctl.runs.models import check_positions
 from opdctl.runs.run import Run, open_stage_dir
 from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
 
@@ -188,7 +189,13 @@ def _generate_continuations(
     settings, samples = run.recipe.rollout, run.recipe.continuations.samples
 
     def prepare() -> tuple[Mapping[str, Any], MakePart]:
-        engine = engines.get(name, settings.engine, _model(run, step, name))
+        model, longest_percent = _model(run, step, name), max(PREFIX_PERCENTS)
+        prompt_tokens = max(
+            len(run.prompt_ids(name, response)) + len(_prefix(response, longest_percent))
+            for response in _continued_by(responses, name)
+        )
+        check_positions(model, prompt_tokens, settings.max_tokens, "rollout.max_tokens")
+        engine = engines.get(name, settings.engine, model)
 
         def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
             continued = [

@@ -180,3 +180,16 @@ def test_rotary_positions_beyond_the_training_are_warned_of(tmp_path, teacher):
     result = train(tmp_path, TOY, teacher)
     assert result.code == 0, result.err
     assert "16 + rollout.max_tokens = 24 tokens exceed its 32 positions" in result.err
+
+
+def test_continuations_must_fit_into_a_table_of_positions(tmp_path):
+    """A continuation follows a prefix of the response, so it needs more positions than the response."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_head=2, n_layer=1, n_positions=40, bos_token_id=0, eos_token_id=1)
+    student = save(GPT2LMHeadModel(config), tmp_path / "gpt2")
+    small = ("rollout.prompts_per_step=4", "rollout.max_tokens=24", "continuations.responses=2", "train.steps=1")
+    begin = ("--recipe", QUICKSTART, *sets(f"student.model={student}", *small), "--output", tmp_path / "run")
+    result = invoke("rollout", *begin)
+    assert result.code == 0, result.err
+    result = invoke("run", "continuations", tmp_path / "run")
+    assert (result.kind, result.code) == ("unsupported_setting", 2)
+    assert "40 positions" in result.err
