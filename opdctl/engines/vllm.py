@@ -20,6 +20,7 @@ Shape suffixes: see Notation in CONTRIBUTING.md.
 import contextlib
 import gc
 import itertools
+import math
 import os
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from opdctl import console
 from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
@@ -93,7 +95,7 @@ if vllm.platforms.current_platform.is_cpu():
     torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]
 
 
-PROBE_BATCH = 8  # sequences
+CHECKED_BATCH, CHECKED_TOKENS = 8, 4  # responses that are sampled at the start, and the tokens of each
 PROBE_TOKENS = 32
 SMALL_VOCABULARY_IDS = 4096  # up to this size, vLLM is asked for the log-prob of every id
 
@@ -112,9 +114,14 @@ class VllmEngine:
     def _start(self, model: ModelDir) -> None:
         self._model = model
         arguments = _engine_arguments(model, self._context)
+        hint = "see the recipe's section [vllm]"
+        if model.is_quantized and model.dtype == "float32":
+            hint = (
+                'set dtype = "bfloat16" for this model: few of vLLM\'s kernels for quantized weights compute in float32'
+            )
         try:
             with (
-                _translate_errors(f"{model.path}: vLLM cannot start", "see the recipe's section [vllm]"),
+                _translate_errors(f"{model.path}: vLLM cannot start", hint),
                 _without_unused_weights(model) as path,
             ):
                 self._llm = vllm.LLM(model=str(path), **arguments)
@@ -126,27 +133,25 @@ class VllmEngine:
                     "unsupported_model", f"{model.path}: vLLM computes its logits where opdctl cannot mask padding rows"
                 )
             self._sleep()
-            self._check_batches()
-            self._fresh_logprobs = self._score_probe()
+            self._check_batches(hint)
         except BaseException:
             self.close()
             raise
 
-    def _check_batches(self) -> None:
-        """Raise OpdctlError unless log-probs of responses in a batch are those of each response alone."""
-        prompts = [_probe_ids(self._model, 2 + row, row) for row in range(PROBE_BATCH)]
-        response = min(PROBE_TOKENS, self._max_tokens - len(prompts[-1]))
-        if response < 1:
+    def _check_batches(self, hint: str) -> None:
+        """Raise OpdctlError unless the log-probs of a response in a batch are those of the response alone.
+
+        hint: of the error if vLLM fails.
+        """
+        prompts = [_probe_ids(self._model, 2 + row, row) for row in range(CHECKED_BATCH)]
+        tokens = min(CHECKED_TOKENS, self._max_tokens - len(prompts[-1]))
+        if tokens < 1:
             return
         requests = [Request(prompt, row) for row, prompt in enumerate(prompts)]
-        with _translate_errors(f"{self._model.path}: vLLM cannot run this model"):
-            completions = self.generate(requests, Sampling(max_tokens=response), PROBE_BATCH, lambda n: None)
-            alone = [
-                self.score([ScoreRequest(prompts[row], completions[row].response_ids)], Score(), lambda n: None)[0]
-                for row in (0, PROBE_BATCH - 1)
-            ]
-        pairs = zip((completions[0], completions[-1]), alone, strict=True)
-        difference = max(float(np.abs(batch.logprobs - scores.logprobs).max()) for batch, scores in pairs)
+        with _translate_errors(f"{self._model.path}: vLLM cannot run this model", hint):
+            *_, sampled = self.generate(requests, Sampling(max_tokens=tokens), CHECKED_BATCH, lambda n: None)
+            (alone,) = self.score([ScoreRequest(prompts[-1], sampled.response_ids)], Score(), lambda n: None)
+        difference = float(np.abs(sampled.logprobs - alone.logprobs).max())
         if not difference <= (bound := LOGPROB_TOLERANCE[getattr(torch, self._model.dtype)]):  # NaN fails too
             raise OpdctlError(
                 "unsupported_model",
@@ -166,18 +171,24 @@ class VllmEngine:
         if self._llm is None or not is_same_model or self._can_reload is False:
             self._restart(model)
             return
-        self._reload(model)
-        if self._can_reload:
-            return
-        before, reloaded = self._fresh_logprobs, self._score_probe()
+        before = None if self._can_reload else self._score_probe()
+        try:
+            self._reload(model)
+            if before is None:
+                return
+            reloaded = self._score_probe()
+        except BaseException:
+            self.close()
+            raise
         self._restart(model)
-        if not np.array_equal(reloaded, self._fresh_logprobs):
+        right = self._score_probe()
+        if not np.array_equal(reloaded, right):
             self._can_reload = False
             console.warn(
                 f"{model.path}: vLLM does not reload this model's weights correctly: the log-probs of a probe are off "
-                f"by {np.abs(reloaded - self._fresh_logprobs).max():.2g} nats. Each new student starts vLLM again"
+                f"by {np.abs(reloaded - right).max():.2g} nats. Each new student starts vLLM again"
             )
-        elif not np.array_equal(before, reloaded):
+        elif not np.array_equal(before, right):
             self._can_reload = True
 
     def _reload(self, model: ModelDir) -> None:
@@ -375,7 +386,8 @@ def _translate_errors(detail: str, hint: str | None = None) -> Iterator[None]:
         except OpdctlError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reasons = [entry["msg"] for entry in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+            reason = " ".join("; ".join(reasons).split()) or type(error).__name__
             raise OpdctlError("unsupported_model", f"{detail}: {reason}", hint=hint) from error
 
 
@@ -426,8 +438,7 @@ def _max_model_len(model: ModelDir, recipe: Recipe) -> int:
 
     vLLM scores a sequence only if one more token can be sampled after it. That token is never fed back.
     """
-    text_config = model.config.get("text_config", model.config)
-    limit = text_config.get("max_position_embeddings")
+    limit = getattr(model.text_config, "max_position_embeddings", None)
     max_model_len = recipe.vllm.max_model_len
     if max_model_len is None:
         max_model_len = recipe.prompts.max_tokens + max(recipe.rollout.max_tokens, recipe.eval.max_tokens)
@@ -435,6 +446,15 @@ def _max_model_len(model: ModelDir, recipe: Recipe) -> int:
     elif limit and max_model_len > limit:
         raise OpdctlError(
             "unsupported_setting", f"vllm.max_model_len: {max_model_len} exceeds the {limit} tokens of {model.path}"
+        )
+    rope = getattr(model.text_config, "rope_parameters", None) or {}
+    original = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
+    if max_model_len >= original:
+        raise OpdctlError(
+            "unsupported_setting",
+            f"vllm.max_model_len: {max_model_len} for {model.path}, whose `longrope` has factors for up to {original} "
+            "tokens and others for more; vLLM would use the others for short sequences too, unlike transformers",
+            hint=f"set it to at most {original - 1}, or use the engine transformers",
         )
     return max_model_len + 1
 

@@ -305,8 +305,7 @@ def killed(self, prompts, batch_size, on_progress):
     return run(self, prompts, batch_size, kill if second else on_progress)
 
 VllmEngine._run = killed
-VllmEngine._check_batches = lambda self: None
-VllmEngine._score_probe = lambda self: None
+VllmEngine._check_batches = lambda self, hint: None
 from opdctl.cli.main import main
 main()
 """
@@ -321,7 +320,10 @@ def test_stages_print_only_opdctl_messages_and_resume_after_a_kill_with_the_same
     )
     assert whole.returncode == 0, whole.stderr
     assert json.loads(whole.stdout)
-    wrote, following = whole.stderr.splitlines()
+    *found, wrote, following = whole.stderr.splitlines()
+    assert [line.split(":")[0].strip() for line in found] == [
+        word for name in ("student", "teacher") for word in (name, "weights", "tokenizer")
+    ]
     assert wrote.startswith("step 0: wrote ")
     assert following.startswith("next: opdctl score-teacher ")
 

@@ -12,8 +12,15 @@ import torch
 from helpers.engines import generate, requests
 from helpers.models import SMALL, save
 from helpers.vllm import answers, changed, logprobs, near, pair_of_tied_models, start
-from safetensors.torch import load_file
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.transformers import TransformersEngine
@@ -129,4 +136,46 @@ def test_ids_outside_the_shared_vocabulary_have_probability_zero(models):
     for ours, theirs in zip(*(e.score(answered, settings, lambda n: None) for e in (engine, reference)), strict=True):
         near(ours.top_logprobs, theirs.top_logprobs)
         near(ours.entropies, theirs.entropies)
+    engine.close()
+
+
+def test_longrope_beyond_its_original_length_is_rejected(models, tmp_path):
+    """There vLLM uses the long factors for short sequences too: 5 to 15 nats from transformers, as of vLLM 0.32."""
+    path = Path(shutil.copytree(models[0].path, tmp_path / "model"))
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    config = json.loads((path / "config.json").read_text()) | {"max_position_embeddings": 128, "rope_parameters": rope}
+    (path / "config.json").write_text(json.dumps(config))
+    for overrides in ((), ("vllm.max_model_len=32",)):
+        with pytest.raises(OpdctlError, match=r"vllm\.max_model_len") as error:
+            start(ModelDir(path, "float32"), *overrides)
+        assert error.value.kind == "unsupported_setting"
+    engine = start(ModelDir(path, "float32"), "vllm.max_model_len=31")
+    reference = TransformersEngine(ModelDir(path, "float32"), "cpu")
+    short = [ScoreRequest(PROBE[0].prompt_ids, PROBE[0].response_ids[:15])]
+    near(logprobs(engine, short), logprobs(reference, short))
+    engine.close()
+
+
+def test_quantized_weights_in_16_bits(tmp_path):
+    """Blocks of 128 x 128 in float8, as DeepSeek publishes them. Transformers dequantizes them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    path = save(LlamaForCausalLM(LlamaConfig(**SMALL | sizes, initializer_range=0.1)), tmp_path / "fp8")
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    config = json.loads((path / "config.json").read_text()) | {"quantization_config": quantization}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OpdctlError, match="float32 is not supported") as error:
+        start(ModelDir(path, "float32"))
+    assert error.value.kind == "unsupported_model"
+    assert "bfloat16" in error.value.hint
+    engine = start(ModelDir(path, "bfloat16"))
+    difference = logprobs(engine, PROBE) - logprobs(TransformersEngine(ModelDir(path, "float32"), "cpu"), PROBE)
+    assert np.sqrt(np.mean(difference**2)) < 0.04
     engine.close()

@@ -29,7 +29,8 @@ def start(model: ModelDir, *overrides: str) -> VllmEngine:
 
 def pair_of_tied_models(folder: Path) -> list[ModelDir]:
     """Two random models with near-uniform distributions, eight padding rows, a tied output matrix, and the
-    end-of-sequence ids 1 and 5. The config contains another one, which must be ignored."""
+    end-of-sequence ids 1 and 5. The config contains another one, and the generation config an id without a row, which
+    must be ignored."""
     paths = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -38,6 +39,9 @@ def pair_of_tied_models(folder: Path) -> list[ModelDir]:
         paths.append(save(LlamaForCausalLM(config), folder / str(seed)))
         settings = json.loads((paths[-1] / "config.json").read_text())
         (paths[-1] / "config.json").write_text(json.dumps(settings | {"eos_token_id": 9}))
+        generation = json.loads((paths[-1] / "generation_config.json").read_text())
+        eos = {"eos_token_id": [*generation["eos_token_id"], 99999]}
+        (paths[-1] / "generation_config.json").write_text(json.dumps(generation | eos))
     return [ModelDir(path, "float32") for path in paths]
 
 
