@@ -90,10 +90,10 @@ def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-            for name in [
-                name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)
-            ]:
-                setattr(module, name, 0.0)
+            probabilities = [
+                name for name in vars(module) if isinstance(vars(module)[name], float) and "dropout" in name
+            ]
+            vars(module).update(dict.fromkeys(probabilities, 0.0))
 
 
 def _shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:
