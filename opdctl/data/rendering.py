@@ -46,6 +46,8 @@ class PromptRenderer:
         self._content: Content = str
         if tokenizer.chat_template:
             self._test_template(key)
+        else:
+            console.info_once(f"{tokenizer.name_or_path}: no chat template: prompts are plain text")
 
     def token_ids(self, text: str, location: str) -> Ids:
         """Return the ids of one user turn with the generation prompt; of plain text without a chat template.

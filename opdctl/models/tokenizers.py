@@ -100,8 +100,10 @@ def _load_class(path: Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerB
     from transformers import AutoTokenizer
 
     _check_code(path, trust_remote_code=trust_remote_code)
+    # Otherwise the installed package mistral-common would decide the class, which ignores chat templates.
+    arguments = {"local_files_only": True, "trust_remote_code": trust_remote_code, "mistral_format": False}
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, **arguments)
     except Exception as error:  # tokenizers raises bare Exception, a tokenizer's code any exception
         raise _loading_error(path, error) from error
 

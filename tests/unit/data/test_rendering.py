@@ -157,6 +157,12 @@ def test_prompt_of_a_base_model_ends_with_its_text(
     assert renderer.token_ids(text, "p.jsonl").tolist() == expected
 
 
+def test_missing_template_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        make_renderer(tmp_path, None)
+    assert capsys.readouterr().err.count(f"{tmp_path}: no chat template") == 1
+
+
 def test_chat_prompt_has_no_token_of_the_post_processor(tmp_path: Path) -> None:
     processed = surround(byte_level(), "<|endoftext|> $A <|im_end|>")
     assert make_renderer(tmp_path, CHATML, processed).token_ids("ab", "p.jsonl")[0] == IM_START

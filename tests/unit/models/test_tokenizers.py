@@ -117,6 +117,14 @@ def test_special_token_of_the_config_is_added_to_those_of_the_file(tmp_path):
     assert_reads_like_its_file(load(folder), folder)
 
 
+def test_installed_packages_do_not_decide(tmp_path):
+    """With the package mistral-common, transformers would ignore tokenizer.json and the chat template."""
+    folder = write_tokenizer(tmp_path, byte_level(DIGITS), model_type="mistral", tokenizer_class="LlamaTokenizer")
+    (folder / "tekken.json").write_text("{}")
+    assert_reads_like_its_file(load(folder), folder)
+    assert load(folder).chat_template == CHATML
+
+
 def test_decoding_does_not_tidy_the_text(tmp_path):
     words = Tokenizer(models.WordLevel({"<|im_end|>": 0, "a": 1, " ": 2, ".": 3, "'": 4}))
     words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
