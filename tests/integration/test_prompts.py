@@ -220,3 +220,27 @@ def test_teacher_that_ends_elsewhere_is_warned_of(tmp_path: Path, dry: list[str]
     assert result.code == 0, result.err
     (warning,) = (line for line in result.err.splitlines() if line.startswith("warning"))
     assert "rollout.eos_token_ids = [1, 20]" in warning
+
+
+# ── The tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "plan"])
+def test_recipe_chooses_between_class_and_file(tmp_path: Path, dry: list[str]) -> None:
+    overrides = []
+    for name in ("student", "teacher"):
+        model = copy_model(tmp_path / name, f"toy:{name}")
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer"}))
+        overrides.append(f"{name}.model={model}")
+    refused = invoke("train", "--recipe", QUICKSTART, *sets(*overrides), "--output", tmp_path / "run", *dry)
+    assert (refused.code, refused.kind) == (ExitCode.USAGE, "unsupported_model")
+    assert str(tmp_path / "student") in refused.err
+    assert not (tmp_path / "run").exists()
+    chosen = sets(*overrides, "student.tokenizer=file", "teacher.tokenizer=file")
+    result = invoke("rollout", "--recipe", QUICKSTART, *chosen, "--output", tmp_path / "run", *dry)
+    assert result.code == 0, result.err
+    if not dry:
+        plain = invoke("rollout", "--recipe", QUICKSTART, *sets(), "--output", tmp_path / "plain")
+        assert plain.code == 0, plain.err
+        assert Path("run/prompts.parquet").read_bytes() == Path("plain/prompts.parquet").read_bytes()
