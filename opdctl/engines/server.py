@@ -239,26 +239,28 @@ class ServerEngine:
             )
 
     def _check_tokenizer(self) -> None:
-        """Raise OpdctlError unless the server maps texts from the entire vocabulary to the same ids."""
-        stride = max(1, self._model.vocab_size // TOKENIZER_SAMPLE_SIZE)
+        """Raise OpdctlError unless ids from the entire vocabulary are the same tokens at the server.
+
+        How the server splits text does not matter: it receives ids.
+        """
+        tokenizer, vocab_size = self._model.tokenizer, self._model.vocab_size
+        stride = max(1, vocab_size // TOKENIZER_SAMPLE_SIZE)
         url = self._url.removesuffix("/v1") + "/tokenize"
         for start in sorted({0, stride // 2}):
-            text = self._model.tokenizer.decode(list(range(start, self._model.vocab_size, stride)))
-            body = {"model": self._served_name, "prompt": text, "add_special_tokens": False}
-            server_ids = self._client.post(
-                url, body, lambda content: list(content["tokens"]), absent=MISSING_ENDPOINT_STATUSES
-            )
-            if server_ids is None:
+            text = tokenizer.decode(list(range(start, vocab_size, stride)))
+            body = {"model": self._served_name, "prompt": text, "add_special_tokens": False, "return_token_strs": True}
+            tokens = self._client.post(url, body, _parse_tokens, absent=MISSING_ENDPOINT_STATUSES)
+            if tokens is None:
                 console.warn(f"{url}: no such endpoint; the server's tokenizer is not checked")
                 return
-            ids = self._model.tokenizer.encode(text, add_special_tokens=False)
-            if ids != server_ids:
-                raise OpdctlError(
-                    "incompatible_tokenizer",
-                    f"{self._url}: the server's tokenizer is not that of {self._model.path}: it maps {text[:40]!r} "
-                    f"to {server_ids[:8]} …, not {ids[:8]} …",
-                    hint=f"serve the model that {self._key}.model names",
-                )
+            for id_, token in tokens:
+                if (own := tokenizer.convert_ids_to_tokens(id_)) != token:
+                    raise OpdctlError(
+                        "incompatible_tokenizer",
+                        f"{self._url}: the server's tokenizer is not that of {self._model.path}: id {id_} is {token!r} "
+                        f"there, {own!r} here",
+                        hint=f"serve the model that {self._key}.model names",
+                    )
 
 
 def _recipe_key(context: EngineContext) -> str:
@@ -283,6 +285,11 @@ def _server_url(server: str | None, key: str) -> str:
 def _is_unmodified(sampling: Sampling) -> bool:
     """Whether raw and processed log-probs are the same."""
     return sampling.temperature == 1 and sampling.top_p == 1
+
+
+def _parse_tokens(content: Any) -> list[tuple[int, str]]:
+    """Return ids and their tokens."""
+    return list(zip(content["tokens"], content["token_strs"], strict=True))
 
 
 def _to_logprobs(values: list[Any]) -> Logprobs:

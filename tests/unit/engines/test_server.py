@@ -52,6 +52,7 @@ class Api:
         self.tokenize: Callable[[str], list[int]] | None = lambda text: teacher().tokenizer.encode(
             text, add_special_tokens=False
         )
+        self.token: Callable[[int], str] = teacher().tokenizer.convert_ids_to_tokens
         self.edit: Callable[[Any], Any] = lambda choice: None
         self.bodies: list[Any] = []
 
@@ -60,7 +61,10 @@ class Api:
             return self._json(self.models)
         body = json.loads(received.body)
         if received.path == "/tokenize":
-            return Answer(404, b"") if self.tokenize is None else self._json({"tokens": self.tokenize(body["prompt"])})
+            if self.tokenize is None:
+                return Answer(404, b"")
+            ids = self.tokenize(body["prompt"])
+            return self._json({"tokens": ids, "token_strs": [self.token(id_) for id_ in ids]})
         self.bodies.append(body)
         choice = prompt_scores(body) if "prompt_logprobs" in body else completion(body)
         self.edit(choice)
@@ -310,9 +314,15 @@ def test_too_long_sequence_is_rejected_before_any_request(server, api):
 
 
 def test_another_tokenizer_is_rejected(server, api):
-    api.tokenize = lambda text: [2, 3]
+    api.token = lambda id_: teacher().tokenizer.convert_ids_to_tokens(id_ ^ 1)
     error = rejection(lambda: engine_at(server.url), "incompatible_tokenizer")
     assert str(teacher().path) in error.message
+
+
+def test_server_that_splits_text_otherwise_is_accepted(server, api):
+    """As where the class of its tokenizer loses spaces that tokenizer.json keeps: the engine sends only ids."""
+    api.tokenize = lambda text: [5, 3, 4]
+    engine_at(server.url).close()
 
 
 def test_missing_tokenize_endpoint_is_a_warning(server, api, monkeypatch):
