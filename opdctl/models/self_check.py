@@ -31,7 +31,7 @@ MAX_IDS = 4096
 """How many ids of the vocabulary are compared. All would cost as much time as the model."""
 PROMPT = 5
 """Tokens of the compared sequence that are its prompt in decoding: more than a convolution spans, mostly four."""
-FED, FED_BY_LARGE_MODELS = 16, 3
+FED, FED_BY_LARGE_MODELS = 16, 2
 """Tokens that are decoded after it. A large model, on a CPU, reads all of its weights for each."""
 SMALL_MODEL_PARAMETERS = 50_000_000
 
@@ -39,11 +39,6 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 def tolerance(model: PreTrainedModel) -> float:
     """Return the difference in nats up to which a model is accepted. Quantized weights round activations, too."""
     return LOGPROB_TOLERANCE[torch.bfloat16 if getattr(model, "is_quantized", False) else model.dtype]
-
-
-def _bound_of_options(model: PreTrainedModel) -> float:
-    """Return the difference in nats up to which a batch is padded and rows leave it: both only save time."""
-    return tolerance(model) / 5
 
 
 @torch.no_grad()
@@ -93,12 +88,19 @@ def find_batch_rules(model: PreTrainedModel, path: Path) -> BatchRules:
         BatchRules(left_padding=False): cache_bound,
         BatchRules(left_padding=False, use_cache=False): bound,
     }
+    failure: OpdctlError | None = None
     for rules, allowed in candidates.items():
-        with _name_failures(path):
-            difference, can_drop, has_cache = _decode(model, rules)
-        if difference <= allowed:
-            break
+        try:
+            with _name_failures(path):
+                difference, can_drop, has_cache = _decode(model, rules)
+        except OpdctlError as error:
+            failure = error  # such as that of a model that accepts no attention mask
+        else:
+            if difference <= allowed:
+                break
     else:
+        if failure:
+            raise failure
         raise OpdctlError(
             "unsupported_model",
             f"{path}: its log-probs, token by token, differ by {difference:.2g} nats from those of one forward pass "
@@ -141,7 +143,7 @@ def _decode(model: PreTrainedModel, rules: BatchRules) -> tuple[float, bool, boo
     for t in range(middle, len(short)) if can_drop else ():
         batch.feed(token_T1[t])
         alone.append(difference(t))
-    can_drop = can_drop and bool(np.max(alone) <= tolerance(model) / 5)
+    can_drop = can_drop and all(each <= tolerance(model) / 5 for each in alone)
     return float(np.max(together)), can_drop, batch.has_cache
 
 
@@ -150,7 +152,7 @@ def _token_ids(model: PreTrainedModel) -> Ids:
 
     All but the last two are the compared sequence.
     """
-    is_fast = model.device.type != "cpu" or model.num_parameters() <= SMALL_MODEL_PARAMETERS
+    is_fast = model.device.type != "cpu" or sum(p.numel() for p in model.parameters()) <= SMALL_MODEL_PARAMETERS
     config = model.config.get_text_config(decoder=True)
     count = PROMPT + (FED if is_fast else FED_BY_LARGE_MODELS) + 2
     count = min(count, getattr(config, "max_position_embeddings", None) or count, rope_limit(config) or count)

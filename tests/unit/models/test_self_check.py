@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from opdctl.errors import OpdctlError
+from opdctl.models.decoding import BatchRules
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
 from opdctl.models.self_check import find_batch_rules, scoring_difference, tolerance
@@ -86,3 +87,16 @@ def test_decoding_that_neither_cache_nor_entire_pass_makes_right_is_rejected(dty
         find_batch_rules(model, tmp_path)
     assert error.value.kind == "unsupported_model"
     assert str(tmp_path) in error.value.message
+
+
+def test_failure_of_a_faster_way_leaves_the_slower_ones(tmp_path, monkeypatch):
+    """A model that accepts no attention mask decodes prompts of one length."""
+    forward = LlamaModel.forward
+
+    def without_mask(self, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            raise TypeError("no mask is supported")
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", without_mask)
+    assert find_batch_rules(make("llama"), tmp_path) == BatchRules(left_padding=False)
