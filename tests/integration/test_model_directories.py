@@ -1,6 +1,7 @@
 """Model directories that others publish: one error before anything is drawn, the same under --dry-run, or right
 numbers."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -118,8 +119,8 @@ def check_logprobs(run: Run, vocab_size: int) -> None:
         assert response.max() < vocab_size
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
         for model, stored in zip(models, (sample.response.logprobs, sample.teacher.logprobs), strict=True):
-            with torch.no_grad():
-                whole_TV = model(ids[None]).logits[0, len(prompt) - 1 : -1, :vocab_size].log_softmax(-1)
+            with torch.no_grad():  # by a copy: a rotary embedding may keep what a longer sequence changed
+                whole_TV = copy.deepcopy(model)(ids[None]).logits[0, len(prompt) - 1 : -1, :vocab_size].log_softmax(-1)
             np.testing.assert_allclose(stored, whole_TV.gather(-1, ids[len(prompt) :, None])[:, 0], rtol=0, atol=1e-4)
 
 
@@ -180,6 +181,23 @@ def test_rotary_positions_beyond_the_training_are_warned_of(tmp_path, teacher):
     result = train(tmp_path, TOY, teacher)
     assert result.code == 0, result.err
     assert "16 + rollout.max_tokens = 24 tokens exceed its 32 positions" in result.err
+
+
+def test_student_is_not_sampled_where_its_rotary_frequencies_depend_on_the_batch(tmp_path):
+    """The teacher is scored there: alone, or with responses of the same length."""
+    model = shutil.copytree(TOY, tmp_path / "dynamic")
+    edit_config(
+        model,
+        max_position_embeddings=32,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    )
+    for option in ((), ("--dry-run",)):
+        result = train(tmp_path, model, TOY, *option)
+        assert (result.kind, result.code) == ("unsupported_setting", 2)
+        assert all(number in result.err for number in ("beyond 32 tokens", "prompts of 16", "responses of 24"))
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path, TOY, model).code == 0
+    check_logprobs(Run.load(tmp_path / "run"), VOCAB_SIZE)
 
 
 def test_continuations_must_fit_into_a_table_of_positions(tmp_path):
