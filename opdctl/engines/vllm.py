@@ -116,9 +116,7 @@ class VllmEngine:
         arguments = _engine_arguments(model, self._context)
         hint = "see the recipe's section [vllm]"
         if model.is_quantized and model.dtype == "float32":
-            hint = (
-                'set dtype = "bfloat16" for this model: few of vLLM\'s kernels for quantized weights compute in float32'
-            )
+            hint = 'set dtype = "bfloat16" for this model: most kernels for quantized weights need 16 bits'
         try:
             with (
                 _translate_errors(f"{model.path}: vLLM cannot start", hint),
@@ -186,8 +184,8 @@ class VllmEngine:
         if not np.array_equal(reloaded, right):
             self._can_reload = False
             console.warn(
-                f"{model.path}: vLLM does not reload this model's weights correctly: the log-probs of a probe are off "
-                f"by {np.abs(reloaded - right).max():.2g} nats. Each new student starts vLLM again"
+                f"{model.path}: after a reload of weights vLLM's log-probs are up to "
+                f"{np.abs(reloaded - right).max():.2g} nats from those of a new instance. Each new student starts one"
             )
         elif not np.array_equal(before, right):
             self._can_reload = True
