@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
@@ -20,7 +21,7 @@ from opdctl import console
 from opdctl.errors import ErrorKind, OpdctlError
 from opdctl.models.architectures import auto_class, separate_body
 from opdctl.models.directory import MERGE_HINT, ModelDir, translate_loading_errors
-from opdctl.models.weights import StoredWeights, TensorHeader, have_equal_content
+from opdctl.models.weights import StoredWeights, have_equal_content
 
 WRAPPER_PREFIXES = {
     "module.": "DataParallel or DeepSpeed",
@@ -33,7 +34,8 @@ BUFFER_NAMES = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.
 """Stored buffers that models compute instead of loading."""
 SCALE_NAMES = re.compile(r"(scale|scales|scale_inv|zeros|zero_point|g_idx|absmax|quant_map|quant_state\.\w+)$")
 """Tensors that accompany quantized weights."""
-FLOATING_DTYPES = {"F64", "F32", "BF16", "F16"}
+PLAIN_DTYPES = {"F64", "F32", "BF16", "F16", "I64", "BOOL"}
+"""Dtypes of weights, and of counters, tables of ids and masks, which quantizers do not use."""
 MAX_LISTED_TENSORS = 3
 MAX_POSITION_OFFSET = 8  # rows of a table of positions before the first position, as in OPT
 DOWNLOAD_HINT = "download or export the model again"
@@ -136,6 +138,24 @@ def load_on_meta_device(model: ModelDir) -> tuple[PreTrainedModel, dict[str, Any
     return loaded, loading_info
 
 
+def stored_names(model: PreTrainedModel, weights: StoredWeights) -> dict[str, str]:
+    """Return the stored name of each parameter: transformers renames the tensors of some architectures.
+
+    Of a parameter that is made of several stored tensors, it is the name of one of them.
+    """
+    conversions = model._weight_conversions
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    parameters, prefix = model.state_dict(), model.base_model_prefix
+    names = {}
+    for stored in weights.tensors:
+        name, _ = rename_source_key(stored, renamings, converters, prefix, parameters)
+        if name not in parameters:
+            name, _ = rename_source_key(stored, [], [], prefix, parameters)
+        names[name] = stored
+    return names
+
+
 @contextlib.contextmanager
 def captured_report() -> Iterator[list[str]]:
     """Collect what transformers logs instead of printing it."""
@@ -206,11 +226,11 @@ def _is_prediction_layer(name: str, loaded: PreTrainedModel) -> bool:
 
 
 def _check_dtypes(model: ModelDir, ignored: Collection[str]) -> None:
-    """Reject weights in integers or 8-bit numbers that no quantization_config explains."""
+    """Reject weights in short integers or 8-bit numbers that no quantization_config explains."""
     if model.is_quantized:
         return
     for name, tensor in model.weights.tensors.items():
-        if tensor.dtype not in FLOATING_DTYPES and name not in ignored and not BUFFER_NAMES.search(name):
+        if tensor.dtype not in PLAIN_DTYPES and name not in ignored and not BUFFER_NAMES.search(name):
             raise OpdctlError(
                 "invalid_model",
                 f"{tensor.file}: {name} is stored as {tensor.dtype}, and config.json has no quantization_config",
@@ -220,21 +240,17 @@ def _check_dtypes(model: ModelDir, ignored: Collection[str]) -> None:
 
 def _check_tied_head(model: ModelDir, empty: PreTrainedModel) -> None:
     """Reject an output matrix that is stored with other values than the embedding that the config ties it to."""
+    names, tensors = stored_names(empty, model.weights), model.weights.tensors
     for target, source in getattr(empty, "all_tied_weights_keys", {}).items():
-        head, embedding = _find_tensor(model.weights, target), _find_tensor(model.weights, source)
-        if head and embedding and not have_equal_content(head, embedding):
+        if target not in names or source not in names:
+            continue
+        head, embedding = tensors[names[target]], tensors[names[source]]
+        if not have_equal_content(head, embedding):
             raise OpdctlError(
                 "invalid_model",
                 f"{head.file}: {target} differs from {source}, and config.json sets tie_word_embeddings",
                 hint="set tie_word_embeddings to false in config.json to use the stored matrix, or remove it",
             )
-
-
-def _find_tensor(weights: StoredWeights, name: str) -> TensorHeader | None:
-    """Return the stored tensor of a parameter. Its name may begin with another prefix than in the model."""
-    suffix = ".".join(name.split(".")[-2:])
-    found = [tensor for stored, tensor in weights.tensors.items() if f".{stored}".endswith(f".{suffix}")]
-    return weights.tensors.get(name) or (found[0] if len(found) == 1 else None)
 
 
 def size_of_position_table(model: ModelDir) -> int | None:

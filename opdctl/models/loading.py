@@ -8,7 +8,13 @@ from transformers.utils import logging
 from opdctl.errors import OpdctlError
 from opdctl.models.architectures import auto_class, separate_body
 from opdctl.models.directory import ModelDir, translate_loading_errors
-from opdctl.models.inspection import captured_report, check_files, check_loaded_tensors
+from opdctl.models.inspection import (
+    captured_report,
+    check_files,
+    check_loaded_tensors,
+    load_on_meta_device,
+    stored_names,
+)
 from opdctl.models.logprobs import Head, output_head
 from opdctl.models.self_check import check_scoring
 
@@ -45,18 +51,16 @@ def load_head(model: ModelDir, *, device: str) -> Head:
     Raises:
         OpdctlError: a tensor of the head is missing.
     """
-    auto = auto_class(model.full_config, model.path)
-    with torch.device("meta"), translate_loading_errors(model.path, "the model"):
-        empty = auto.from_config(model.full_config, trust_remote_code=model.trust_remote_code)
+    empty, _ = load_on_meta_device(model)
     layer = empty.get_output_embeddings()
     parameters = dict(empty.named_parameters(remove_duplicate=False))
+    stored = stored_names(empty, model.weights)
     for layer_name, layer_parameter in list(layer.named_parameters()):
-        names = {name for name, parameter in parameters.items() if parameter is layer_parameter}  # several if tied
-        for name, tensor in model.weights.tensors.items():
-            if name in names:
-                with safe_open(tensor.file, "pt", device=device) as opened:
-                    value = opened.get_tensor(name).to(getattr(torch, model.dtype))  # rounded as in load_model
-                setattr(layer, layer_name, torch.nn.Parameter(value, requires_grad=False))
-        if getattr(layer, layer_name).is_meta:
+        names = [name for name, parameter in parameters.items() if parameter is layer_parameter]  # several if tied
+        stored_name = next((stored[name] for name in names if name in stored), None)
+        if stored_name is None:
             raise OpdctlError("invalid_model", f"{model.path}: no tensor {' or '.join(sorted(names))}")
+        with safe_open(model.weights.tensors[stored_name].file, "pt", device=device) as opened:
+            value = opened.get_tensor(stored_name).to(getattr(torch, model.dtype))  # rounded as in load_model
+        setattr(layer, layer_name, torch.nn.Parameter(value, requires_grad=False))
     return output_head(empty, model.vocab_size)

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, TOY, VOCAB_SIZE, edit_tensors, make, save
+from helpers.models import ARCHITECTURES, SMALL, TOY, UNTIED, VOCAB_SIZE, edit_tensors, make, save
 from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaForCausalLM,
     PhiForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 from opdctl.errors import OpdctlError
@@ -98,6 +102,30 @@ def test_load_head_equals_the_head_of_the_loaded_model(architecture, shards, tmp
         assert (head.bias_V is None) == (expected.bias_V is None) == (architecture != "phi")
         if head.bias_V is not None:
             torch.testing.assert_close(head.bias_V, expected.bias_V, rtol=0, atol=0)
+
+
+RENAMED = {
+    "gpt-neox": (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**UNTIED)), "embed_out.weight"),
+    "qwen2-vl": (lambda: Qwen2VLForConditionalGeneration(qwen2_vl_config(tied=False)), "lm_head.weight"),
+    "qwen2-vl-tied": (lambda: Qwen2VLForConditionalGeneration(qwen2_vl_config(tied=True)), "model.embed_tokens.weight"),
+}
+"""Models whose head, or embedding, has another name in the files than in memory."""
+
+
+def qwen2_vl_config(*, tied: bool) -> Qwen2VLConfig:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    text = SMALL | {"rope_parameters": rope, "tie_word_embeddings": tied}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+
+@pytest.mark.parametrize(("build", "stored_name"), RENAMED.values(), ids=list(RENAMED))
+def test_load_head_finds_a_tensor_of_another_name(build, stored_name, tmp_path):
+    torch.manual_seed(0)
+    directory = ModelDir(save(build(), tmp_path), "float32")
+    assert stored_name in directory.weights.tensors
+    head, expected = load_head(directory, device="cpu"), output_head(load_model(directory, device="cpu"), VOCAB_SIZE)
+    torch.testing.assert_close(head.weight_VD, expected.weight_VD, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
