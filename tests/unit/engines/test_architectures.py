@@ -55,8 +55,6 @@ NEMOTRON = {
     "n_groups": 1,
     "chunk_size": 8,
 }
-FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8}
-BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
