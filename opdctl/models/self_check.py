@@ -47,7 +47,7 @@ def scoring_difference(model: PreTrainedModel) -> float:
 
     The batch has the sequence itself, padded, and with other tokens after it.
     """
-    ids = _token_ids(model)
+    ids = probe_ids(model)
     short, long = ids[:-2], ids
     plain_TV = _plain_logp(model, short)
     padded = pad_batch([(long[:1], long[1:]), (short[:1], short[1:])], model.device)
@@ -123,7 +123,7 @@ def _decode(model: PreTrainedModel, rules: BatchRules) -> tuple[float, bool, boo
     Return the largest difference while both are in the batch, whether it remains small after the other one has left,
     and whether there is a cache.
     """
-    ids = _token_ids(model)
+    ids = probe_ids(model)
     short, other = ids[:-2], ids[::-1] if rules.left_padding else ids[::-1][:PROMPT]
     plain_TV, head = _plain_logp(model, short), output_head(model, MAX_IDS)
     token_T1 = torch.from_numpy(short.astype(np.int64)).to(model.device)[:, None]
@@ -147,7 +147,7 @@ def _decode(model: PreTrainedModel, rules: BatchRules) -> tuple[float, bool, boo
     return float(np.max(together)), can_drop, batch.has_cache
 
 
-def _token_ids(model: PreTrainedModel) -> Ids:
+def probe_ids(model: PreTrainedModel) -> Ids:
     """Return ids of the vocabulary, without its first and last ones, which are often special tokens or padding.
 
     All but the last two are the compared sequence.

@@ -5,7 +5,7 @@ All ranks call every function of this module.
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from opdctl import distributed
-from opdctl.errors import OpdctlError, did_you_mean
+from opdctl import console, distributed
+from opdctl.errors import OpdctlError, did_you_mean, is_out_of_memory, summarize_exception
 from opdctl.models.directory import MAX_DETAIL_CHARS, ModelDir
+from opdctl.models.self_check import probe_ids
 from opdctl.recipe.schema import Lora
 
 ADAPTER = "default"  # the name that peft gives to a single adapter
 ALL_LINEAR = "all-linear"
+GRADIENT_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Relative differences between gradients that rounding explains, by the dtype of the frozen weights."""
 
 
 def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...]) -> None:
@@ -61,16 +64,53 @@ def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...
             f"lora.modules_to_save: {' '.join(str(error).split())}",
             hint="give names of layers that get no adapter",
         ) from error
-    # In some mixtures of experts, peft takes the names of linear layers for those of the experts.
-    if wrong := targets ^ {plain_name(name).removesuffix(".weight") for name in adapter_layers(model)}:
-        names = ", ".join(sorted({_last_parts(name, 2) for name in wrong}))
-        raise _unsupported_layers(f"peft cannot train an adapter on {names} of this model", linear | stacked)
+    _check_injected(model, {f"{name}.weight" for name in modules} | parameters, linear | stacked)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def log_untrained_matrices(model: PreTrainedModel, settings: Lora, text: tuple[str, ...]) -> None:
+    """Log the matrices of the text model, except embeddings and the output matrix, that `all-linear` does not train."""
+    if ALL_LINEAR not in settings.target_modules:
+        return
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    excluded = [module.weight for module in [*tables, model.get_output_embeddings()]]
+    untrained = {
+        _last_parts(plain_name(name).removesuffix(".weight"), 2)
+        for name, value in model.named_parameters()
+        if value.ndim >= 2
+        and not value.requires_grad
+        and name.startswith(text)
+        and is_plain(name)
+        and name not in adapter_layers(model)
+        and not any(value is weight for weight in excluded)
+    }
+    if untrained:
+        console.info(f"lora.target_modules: {ALL_LINEAR} does not include {', '.join(sorted(untrained))}")
+
+
+def enable_dropout(model: PreTrainedModel) -> None:
+    """Enable the dropout of adapters; the model has none of its own."""
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
+
+
+def _check_injected(model: PreTrainedModel, expected: set[str], layers: set[str]) -> None:
+    """Raise OpdctlError unless these parameters, and no others, have an adapter, each of them one."""
+    unshared = {name for name, _ in model.named_parameters()}
+    # In some mixtures of experts, peft takes the names of linear layers for those of the experts.
+    wrong = expected ^ {plain_name(name) for name in adapter_layers(model)}
+    for parameter, (_, layer) in adapter_layers(model).items():
+        base: nn.Module = layer.get_base_layer()  # type: ignore[operator]
+        # Some routers and grouped products are subclasses that compute something else.
+        is_other = isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward
+        if is_other or parameter not in unshared:
+            wrong.add(plain_name(parameter))
+    if wrong:
+        names = ", ".join(sorted({_last_parts(name.removesuffix(".weight"), 2) for name in wrong}))
+        raise _unsupported_layers(f"peft cannot train an adapter on {names} of this model", layers)
 
 
 def _check_tied_head(model: PreTrainedModel, settings: Lora) -> None:
@@ -102,9 +142,9 @@ def _linear_layers(model: PreTrainedModel, text: tuple[str, ...]) -> tuple[set[s
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
             linear.add(name)
-        elif not type(module).__module__.startswith("torch.nn."):
-            parameters = module.named_parameters(recurse=False)
-            stacked |= {f"{name}.{key}" for key, value in parameters if value.ndim == 3 and len(value) > 1}
+        for key, value in module.named_parameters(recurse=False):
+            if value.ndim == 3 and len(value) == getattr(module, "num_experts", 0):
+                stacked.add(f"{name}.{key}")
     return linear, stacked
 
 
@@ -188,9 +228,19 @@ def adapter_layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return layers
 
 
-class _Delta(nn.Module):
-    """The change of a weight by its adapter."""
+def merge(weight: Tensor, parameter: str, name: str, layer: nn.Module) -> Tensor:
+    """Return the unsharded `weight`, float32, with its adapter. `parameter`, `name`: as in `adapter_layers`."""
+    matrices = {key: distributed.full_tensor(value) for key, value in _adapter_matrices(layer).items()}
+    matrices[parameter.removeprefix(f"{name}.")] = weight = weight.float()
+    with torch.no_grad():
+        return weight + _change_of_weight(layer, matrices)
 
+
+def _adapter_matrices(layer: nn.Module) -> dict[str, nn.Parameter]:
+    return {key: value for key, value in layer.named_parameters() if key.startswith("lora_")}
+
+
+class _Delta(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
@@ -200,16 +250,61 @@ class _Delta(nn.Module):
         return delta
 
 
-def merge(weight: Tensor, parameter: str, name: str, layer: nn.Module) -> Tensor:
-    """Return the unsharded `weight`, float32, with its adapter. `parameter`, `name`: as in `adapter_layers`."""
-    matrices = {
-        f"layer.{key}": distributed.full_tensor(value)
-        for key, value in layer.named_parameters()
-        if key.startswith("lora_")
-    }
-    matrices[f"layer.{parameter.removeprefix(f'{name}.')}"] = weight = weight.float()
-    with torch.no_grad():
-        return weight + torch.func.functional_call(_Delta(layer), matrices, ())
+def _change_of_weight(layer: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return the change of a layer's weight by its adapter, if the layer had these parameters."""
+    change: Tensor = torch.func.functional_call(
+        _Delta(layer), {f"layer.{key}": value for key, value in parameters.items()}, ()
+    )
+    return change
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """Check on one sequence that adapters change the loss as their changes of the weights would, to first order.
+
+    Some models use a weight without calling its layer. Its adapter would be merged without an effect in training. Of
+    each kind of layer, the first is checked.
+
+    Raises:
+        OpdctlError: an adapter has another effect, or the model fails with adapters.
+    """
+    layers, parameters = adapter_layers(model), dict(model.named_parameters())
+    first = {re.sub(r"\d+", "N", name): name for name in reversed(layers)}.values()
+    matrices = {name: _adapter_matrices(layers[name][1]) for name in first}
+    adapted = {plain_name(name).removesuffix(".weight") for name in layers}
+    try:
+        gradients = _gradients(
+            model,
+            {name: parameters[name] for name in first}
+            | {(name, key): matrix for name in first for key, matrix in matrices[name].items()},
+        )
+    except Exception as error:  # of any class, where a layer is not called as peft expects
+        if is_out_of_memory(error):
+            raise
+        reason = f"the model fails with these adapters: {type(error).__name__}: {summarize_exception(error)}"
+        raise _unsupported_layers(reason, adapted) from error
+    for name in first:
+        change = (gradients[name].float() * _change_of_weight(layers[name][1], matrices[name])).sum()
+        expected = torch.autograd.grad(change, list(matrices[name].values()))
+        for key, value in zip(matrices[name], expected, strict=True):
+            if not (gradients[name, key] - value).norm() <= GRADIENT_TOLERANCE[model.dtype] * value.norm():
+                reason = f"the model uses the weight of {plain_name(name)} in another way than by its layer"
+                raise _unsupported_layers(reason, adapted)
+
+
+def _gradients(model: PreTrainedModel, tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """Return the gradients of the loss of one sequence."""
+    ids_T = torch.from_numpy(probe_ids(model)).long().to(model.device)
+    frozen = [tensor for tensor in tensors.values() if not tensor.requires_grad]
+    for tensor in frozen:
+        tensor.requires_grad = True
+    try:
+        logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
+        loss = nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:])
+        gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, materialize_grads=True)
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad = False
+    return dict(zip(tensors, gradients, strict=True))
 
 
 def gather_adapter(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -223,16 +318,17 @@ def gather_adapter(model: PreTrainedModel) -> dict[str, Tensor]:
 def save_adapter(model: PreTrainedModel, adapter: dict[str, Tensor], student: ModelDir, directory: Path) -> None:
     """Write the adapter, as gathered, in peft's format. It applies to the initial student."""
     import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     config: Any = model.peft_config[ADAPTER]
     config.base_model_name_or_path = str(student.path)
     # peft keeps names in sets, whose order differs between processes.
     config.target_modules = sorted(config.target_modules or [])
     config.target_parameters = sorted(config.target_parameters or []) or None
-    config.save_pretrained(str(directory))
     state = peft.get_peft_model_state_dict(model, state_dict=adapter, adapter_name=ADAPTER, save_embedding_layers=False)
-    save_file(
-        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()},
-        directory / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
+    if convert_peft_adapter_state_dict_for_transformers(model, config, state).keys() != state.keys():
+        console.warn_once("no adapter/ is written: peft would take its names for others of this model")
+        return
+    config.save_pretrained(str(directory))
+    save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from opdctl import distributed
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
+from opdctl.models.inspection import load_on_meta_device
 from opdctl.models.json_files import read_json_object
 from opdctl.training import adapters
 
@@ -66,12 +67,12 @@ def check_exportable(model: PreTrainedModel, student: ModelDir) -> None:
 
 
 def _empty_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return tensors without content in place of the weights of the text model, by their names without adapters."""
+    """Return tensors without content in place of the weights of the text model."""
     text = text_prefixes(model)
     return {
-        adapters.plain_name(name): torch.empty(parameter.shape, device="meta")
+        name: torch.empty(parameter.shape, device="meta")
         for name, parameter in model.named_parameters()
-        if name.startswith(text) and adapters.is_plain(name)
+        if name.startswith(text)
     }
 
 
@@ -83,10 +84,12 @@ def find_stored_tensors(model: PreTrainedModel, state: dict[str, Tensor], studen
     Raises:
         OpdctlError: a weight has no place in the files.
     """
-    tied = {name: state[source] for name, source in model.all_tied_weights_keys.items() if source in state}
+    tied = model.all_tied_weights_keys
+    state = {source: state[name] for name, source in tied.items() if name in state} | state
+    state |= {name: state[source] for name, source in tied.items() if source in state}
     headers, prefix = student.weights.tensors, f"{model.base_model_prefix}."
     stored, missing = {}, {}
-    for name, tensor in revert_weight_conversion(model, state | tied).items():
+    for name, tensor in revert_weight_conversion(model, state).items():
         # transformers also loads the files of a base model, whose names lack its prefix, into a model with a head.
         names = [key for key in (name, name.removeprefix(prefix), prefix + name) if key in headers]
         if names and headers[names[0]].shape == tensor.shape:
@@ -112,14 +115,16 @@ def export_student(model: PreTrainedModel, student: ModelDir, dtype: str, direct
 
     Only rank 0 writes.
     """
-    state = merged_state_dict(model, export_dtypes(model, student, dtype))
+    # The conversion of names looks up weights of the model, whose names adapters change.
+    plain = load_on_meta_device(student)[0] if hasattr(model, "peft_config") else model
+    state = merged_state_dict(model, export_dtypes(plain, student, dtype))
     adapter = adapters.gather_adapter(model)
     if not distributed.is_main():
         return
     _copy_settings(student, directory)
     config = json.dumps(_with_dtype(student.config, dtype, always=True), indent=2, ensure_ascii=False)
     (directory / "config.json").write_text(config + "\n", encoding="utf-8")
-    _write_weights(find_stored_tensors(model, state, student), student, directory)
+    _write_weights(find_stored_tensors(plain, state, student), student, directory)
     if adapter:
         adapters.save_adapter(model, adapter, student, directory / "adapter")
 

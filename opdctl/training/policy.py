@@ -17,7 +17,7 @@ from opdctl.models.inspection import load_on_meta_device
 from opdctl.models.loading import load_model
 from opdctl.models.self_check import LOGPROB_TOLERANCE, scoring_difference
 from opdctl.recipe.schema import Recipe
-from opdctl.training.adapters import inject_adapters
+from opdctl.training.adapters import check_adapters, enable_dropout, inject_adapters, log_untrained_matrices
 from opdctl.training.export import check_exportable, text_prefixes
 
 
@@ -43,6 +43,10 @@ def load_policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedMod
     sharded = distributed.world_size() > 1 or recipe.train.cpu_offload
     model = load_model(student, device="cpu" if sharded else device, dtype=None if recipe.lora.rank else "float32")
     _select_trained_weights(model, student, recipe)
+    if recipe.lora.rank:
+        check_adapters(model)
+        enable_dropout(model)
+        log_untrained_matrices(model, recipe.lora, text_prefixes(model))
     if recipe.train.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
     _check_forward_pass(model, recipe)

@@ -40,6 +40,18 @@ KINDS: dict[str, dict] = {
         "ssm_state_size": 8,
     },
     "mamba2": {**MAMBA, "num_heads": 4, "state_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8},
+    "laguna": {**EXPERTS, "layer_types": ["full_attention"] * 2, "shared_expert_intermediate_size": 24},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "n_mamba_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 1,
+        "chunk_size": 8,
+        "num_key_value_heads": 2,
+    },
 }
 """Settings beside SMALL by the model type."""
 

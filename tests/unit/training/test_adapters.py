@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from helpers.commands import small_recipe
-from helpers.export import IDS_1T, check_export, make, train_and_export
+from helpers.export import IDS_1T, KINDS, check_export, make, train_and_export
 from helpers.models import save
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     models = {
         "untied": make("qwen3"),
         "tied": make("qwen3", tied=True),
-        **{kind: make(kind) for kind in ("gpt2", "qwen3_moe", "gpt_oss", "qwen3_next", "nemotron_h", "mamba2")},
+        **{kind: make(kind, tied=kind == "zamba2") for kind in KINDS if kind != "qwen3"},
     }
     return {name: save(model, path / name) for name, model in models.items()}
 
@@ -66,6 +66,8 @@ EMBEDDINGS = ["embed_tokens", "model.embed_tokens", "lm_head"]
         ("qwen3_next", "lora.alpha=8", "shared_expert.gate_proj"),
         ("nemotron_h", "lora.alpha=8", "out_proj"),
         ("mamba2", "lora.alpha=8", "out_proj"),
+        ("phimoe", "lora.alpha=8", "mlp.router"),
+        ("zamba2", "lora.alpha=8", "self_attn.q_proj"),
     ],
 )
 def test_unsupported_settings_are_rejected(kind, override, named, folders):
@@ -80,6 +82,32 @@ def test_settings_of_the_hint_are_supported(kind, folders):
     load_policy(
         ModelDir(folders[kind], "float32"), small_recipe(LORA, f"lora.target_modules={json.dumps(names)}"), "cpu"
     )
+
+
+def test_adapter_of_a_weight_that_is_used_without_its_layer_is_rejected(folders):
+    """Jamba multiplies by the weight of dt_proj, so its adapter would be merged without having been trained."""
+    student = ModelDir(folders["jamba"], "float32")
+    with pytest.raises(OpdctlError) as error:
+        load_policy(student, small_recipe(LORA), "cpu")
+    assert error.value.kind == "unsupported_setting"
+    assert "dt_proj" in error.value.message
+    names = error.value.hint[error.value.hint.index("[") :]
+    load_policy(student, small_recipe(LORA, f"lora.target_modules={names}"), "cpu")
+
+
+def test_model_that_fails_with_adapters_is_rejected(folders, monkeypatch):
+    monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda self, x, *, other: x)
+    with pytest.raises(OpdctlError) as error:
+        load_policy(ModelDir(folders["untied"], "float32"), small_recipe(LORA), "cpu")
+    assert error.value.kind == "unsupported_setting"
+    assert "TypeError" in error.value.message
+
+
+@pytest.mark.parametrize("overrides", [(), ('lora.target_modules=["q_proj"]',)])
+def test_matrices_without_an_adapter_are_logged(overrides, folders, capsys):
+    load_policy(ModelDir(folders["qwen3_moe"], "float32"), small_recipe(LORA, *overrides), "cpu")
+    logged = capsys.readouterr().err
+    assert ("does not include mlp.gate\n" in logged) == (not overrides)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +143,14 @@ def test_merged_student_and_adapter_of_peft_give_the_logits_of_the_policy(kind, 
         expected = policy(input_ids=IDS_1T).logits
         found = peft.PeftModel.from_pretrained(base, exported / "adapter").eval()(input_ids=IDS_1T).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_adapter_that_peft_would_read_incorrectly_is_not_written(folders, tmp_path, capsys):
+    """peft renames `shared_experts`, of the loaded model, as if it were `shared_expert`, of the stored one."""
+    policy, exported = train_and_export(folders["laguna"], LORA, exported=tmp_path / "exported")
+    check_export(folders["laguna"], policy, exported)
+    assert not (exported / "adapter").exists()
+    assert "adapter/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["untied", "qwen3_moe", "gpt_oss"])
