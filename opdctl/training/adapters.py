@@ -68,6 +68,7 @@ def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    model.eval()  # the layers of peft are in training mode, with dropout
 
 
 def log_untrained_matrices(model: PreTrainedModel, settings: Lora, text: tuple[str, ...]) -> None:
@@ -91,7 +92,7 @@ def log_untrained_matrices(model: PreTrainedModel, settings: Lora, text: tuple[s
 
 
 def enable_dropout(model: PreTrainedModel) -> None:
-    """Enable the dropout of adapters; the model has none of its own."""
+    """Enable the dropout of adapters. The model itself remains without dropout."""
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()

@@ -95,6 +95,14 @@ def test_adapter_of_a_weight_that_is_used_without_its_layer_is_rejected(folders)
     load_policy(student, small_recipe(LORA, f"lora.target_modules={names}"), "cpu")
 
 
+def test_dropout_is_enabled_after_the_check(folders):
+    settings = small_recipe(LORA, "lora.dropout=0.5")
+    policy = load_policy(ModelDir(folders["untied"], "float32"), settings, "cpu")
+    training = {name for name, module in policy.named_modules() if module.training and "lora_dropout" in name}
+    assert len(training) == 2 * 2 * 7  # the dictionary and its dropout in each of seven layers of two blocks
+    assert not any(module.training for name, module in policy.named_modules() if "lora_dropout" not in name)
+
+
 def test_model_that_fails_with_adapters_is_rejected(folders, monkeypatch):
     monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda self, x, *, other: x)
     with pytest.raises(OpdctlError) as error:
