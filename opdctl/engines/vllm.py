@@ -97,6 +97,12 @@ if vllm.platforms.current_platform.is_cpu():
 
 CHECKED_BATCH, CHECKED_TOKENS = 8, 4  # responses that are sampled at the start, and the tokens of each
 PROBE_TOKENS = 32
+KNOWN_DIFFERENCES = {
+    "cohere2": "sliding windows are one token longer",
+    "gemma2": "attention logits are capped, which it does in its eager attention only",
+    "nemotron_h": "time steps have no minimum",
+}
+"""What vLLM 0.32 computes otherwise than transformers 5.19, by model type."""
 SMALL_VOCABULARY_IDS = 4096  # up to this size, vLLM is asked for the log-prob of every id
 
 
@@ -108,6 +114,10 @@ class VllmEngine:
 
     def __init__(self, model: ModelDir, context: EngineContext):
         self._context, self._sleeps = context, context.recipe.vllm.enable_sleep_mode
+        if difference := KNOWN_DIFFERENCES.get(model.config.get("model_type", "")):
+            console.warn(
+                f"{model.path}: vLLM differs from transformers: {difference}. pipeline.max_logprob_rms compares"
+            )
         self._start(model)
         self.logprob_metadata = {"engine": "vllm", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 

@@ -14,6 +14,8 @@ from helpers.models import SMALL, save
 from helpers.vllm import answers, changed, logprobs, near, pair_of_tied_models, start
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -178,4 +180,18 @@ def test_quantized_weights_in_16_bits(tmp_path):
     engine = start(ModelDir(path, "bfloat16"))
     difference = logprobs(engine, PROBE) - logprobs(TransformersEngine(ModelDir(path, "float32"), "cpu"), PROBE)
     assert np.sqrt(np.mean(difference**2)) < 0.04
+    engine.close()
+
+
+def test_known_difference_from_transformers_is_a_warning(tmp_path, capsys):
+    torch.manual_seed(0)
+    settings = SMALL | {"num_attention_heads": 1, "initializer_range": 0.2, "logit_scale": 1.0, "sliding_window": 16}
+    config = Cohere2Config(**settings, layer_types=["sliding_attention"] * 2)
+    model = ModelDir(save(Cohere2ForCausalLM(config), tmp_path), "float32")
+    engine = start(model)
+    assert str(model.path) in capsys.readouterr().err
+    short, long = ([ScoreRequest(PROBE[0].prompt_ids[:2], PROBE[0].response_ids[:n])] for n in (14, 38))
+    reference = TransformersEngine(model, "cpu")
+    near(logprobs(engine, short), logprobs(reference, short))
+    assert np.abs(logprobs(engine, long) - logprobs(reference, long)).max() > 1e-3  # else remove the warning
     engine.close()
