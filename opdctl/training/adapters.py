@@ -76,7 +76,7 @@ def log_untrained_matrices(model: PreTrainedModel, settings: Lora, text: tuple[s
     if ALL_LINEAR not in settings.target_modules:
         return
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    excluded = [module.weight for module in [*tables, model.get_output_embeddings()]]
+    excluded, layers = [module.weight for module in [*tables, model.get_output_embeddings()]], adapter_layers(model)
     untrained = {
         _last_parts(plain_name(name).removesuffix(".weight"), 2)
         for name, value in model.named_parameters()
@@ -84,7 +84,7 @@ def log_untrained_matrices(model: PreTrainedModel, settings: Lora, text: tuple[s
         and not value.requires_grad
         and name.startswith(text)
         and is_plain(name)
-        and name not in adapter_layers(model)
+        and name not in layers
         and not any(value is weight for weight in excluded)
     }
     if untrained:
@@ -100,10 +100,10 @@ def enable_dropout(model: PreTrainedModel) -> None:
 
 def _check_injected(model: PreTrainedModel, expected: set[str], layers: set[str]) -> None:
     """Raise OpdctlError unless these parameters, and no others, have an adapter, each of them one."""
-    unshared = {name for name, _ in model.named_parameters()}
+    unshared, adapters = {name for name, _ in model.named_parameters()}, adapter_layers(model)
     # In some mixtures of experts, peft takes the names of linear layers for those of the experts.
-    wrong = expected ^ {plain_name(name) for name in adapter_layers(model)}
-    for parameter, (_, layer) in adapter_layers(model).items():
+    wrong = expected ^ {plain_name(name) for name in adapters}
+    for parameter, (_, layer) in adapters.items():
         base: nn.Module = layer.get_base_layer()  # type: ignore[operator]
         # Some routers and grouped products are subclasses that compute something else.
         is_other = isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward
@@ -117,7 +117,7 @@ def _check_injected(model: PreTrainedModel, expected: set[str], layers: set[str]
 def _check_tied_head(model: PreTrainedModel, settings: Lora) -> None:
     """Raise OpdctlError if a name is that of the embedding or output matrix of a model in which they are one."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:
+    if head is None or embedding.weight is not head.weight:
         return
     for name, module in model.named_modules():
         targets = settings.target_modules if module is embedding or module is head else []
