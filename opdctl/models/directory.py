@@ -84,7 +84,7 @@ def _download(model: Model, key: str) -> Path:
     weights = () if model.server else WEIGHT_PATTERNS  # a server holds the weights
     patterns = [*weights, *SETTINGS_PATTERNS]
     try:
-        return Path(snapshot_download(model.model, revision=model.revision, allow_patterns=patterns))
+        path = Path(snapshot_download(model.model, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own errors, and those of requests, httpx and the OS
         raise OpdctlError(
             "failed_download",
@@ -92,6 +92,8 @@ def _download(model: Model, key: str) -> Path:
             f"{summarize_exception(error)}",
             hint=f"correct the name; without a network, download the model elsewhere and set {key} to its directory",
         ) from error
+    _check_is_model_directory(path, key)
+    return path
 
 
 @contextlib.contextmanager
