@@ -1,0 +1,255 @@
+"""Tiny random models of every architecture of transformers, each with a tokenizer, as published model directories.
+
+A model's settings are those of its config class, with small sizes by name (`SIZES`), and `SETTINGS` where that does not
+suffice.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto import modeling_auto
+
+CAUSAL = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+MULTIMODAL = dict(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+"""The class of each type of config that transformers generates text with."""
+
+SPECIAL = ["<|pad|>", "<|start|>", "<|end|>"]  # ids 0, 1, 2
+CORPUS = ["What is 1 + 2? Reason step by step, and put the answer within the box.", "sort the letters of the word"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|start|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>' }}{% endif %}"
+)
+VOCAB_ROWS = 320
+VOCAB = 300
+"""Ids of the tokenizer. The matrices have more rows, as many published models."""
+EOS_IDS = (2, *range(256, 290))
+"""Ids that end a response: a ninth of all, so that the responses of a batch end at different times."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_ROWS,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "sliding_window": 8,
+    "d_model": 64,
+    "ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "n_embd": 64,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 512,
+    "num_layers": 4,
+    "num_heads": 4,
+    "n_layers": 4,
+    "n_heads": 4,
+    "emb_dim": 64,
+    "embedding_size": 32,
+    "rotary_dim": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "qk_head_dim": 32,
+    "v_head_dim": 16,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_d_state": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "state_size": 8,
+    "chunk_size": 8,
+    "time_step_rank": 4,
+    "mamba_dt_rank": 4,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "vocab_size_per_layer_input": VOCAB_ROWS,
+    "hidden_size_per_layer_input": 8,
+    "query_pre_attn_scalar": 16,
+    "type_vocab_size": 2,
+}
+"""Settings by name. A config gets those that it has."""
+
+LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
+SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+MLA = {"num_key_value_heads": 4}
+DECODER = {"is_decoder": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "axk1": MLA,
+    "axk2": MLA,
+    "bert": DECODER,
+    "bert-generation": DECODER,
+    "big_bird": DECODER | {"attention_type": "original_full"},
+    "camembert": DECODER,
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"logit_scale": 0.5},
+    "cohere2_moe": {"logit_scale": 0.5},
+    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "cpmant": {"dim_ff": 96, "dim_head": 16},
+    "ctrl": {"dff": 96},
+    "cwm": {"bos_token_id": 1},
+    "data2vec-text": DECODER,
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
+    "deepseek_v32": MLA,
+    "electra": DECODER,
+    "emu3": {"bos_token_id": 1},
+    "ernie": DECODER,
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "glm4_moe_lite": MLA,
+    "glm_moe_dsa": MLA,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "sliding_window_size": 8},
+    "kimi_linear": MLA | LINEAR_AND_FULL | {"linear_head_dim": 16, "linear_num_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": MLA | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+    "megatron-bert": DECODER,
+    "minicpm3": MLA,
+    "modernbert-decoder": {"bos_token_id": 1, "local_attention": 8},
+    "rembert": DECODER,
+    "roberta": DECODER,
+    "roberta-prelayernorm": DECODER,
+    "roc_bert": DECODER | {"shape_vocab_size": 16, "pronunciation_vocab_size": 16},
+    "roformer": DECODER,
+    "xlm": {"causal": True},
+    "xlm-roberta": DECODER,
+    "xlm-roberta-xl": DECODER,
+    "xmod": DECODER | {"default_language": "en_XX"},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "gemma3_text": SLIDING_AND_FULL,
+    "gemma3": {"text_config": SLIDING_AND_FULL},
+    "granitemoehybrid": LINEAR_AND_FULL,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "laguna": SLIDING_AND_FULL,
+    "mellum": SLIDING_AND_FULL,
+    "smollm3": SLIDING_AND_FULL,
+    "gemma4_text": {"global_head_dim": 32, "num_kv_shared_layers": 0},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    "reformer": DECODER | {"axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 96},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
+    "youtu": MLA,
+    "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""Further settings of a type."""
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
+
+
+LLAMA3 = rope("llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LONGROPE = rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=32)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bert, encoder": {"model_type": "bert", "is_decoder": False},
+    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama, rope dynamic": {"model_type": "llama", "max_position_embeddings": 32, **rope("dynamic", factor=2.0)},
+    "llama, rope linear": {"model_type": "llama", **rope("linear", factor=2.0)},
+    "llama, rope llama3": {"model_type": "llama", **LLAMA3},
+    "llama, rope yarn": {"model_type": "llama", **rope("yarn", factor=2.0, original_max_position_embeddings=16)},
+    "llama, rope longrope": {"model_type": "llama", **LONGROPE},
+    "phi3, rope longrope": {"model_type": "phi3", "original_max_position_embeddings": 32, **LONGROPE},
+    "qwen3, tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+}
+"""Further models of a type."""
+
+NOT_BUILT: dict[str, str] = {}
+"""Types that have no tiny model here, and why."""
+
+
+def tiny_config(name: str) -> PreTrainedConfig:
+    """Return the config of a tiny model."""
+    settings = dict(VARIANTS.get(name, {}))
+    model_type = settings.pop("model_type", name)
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class(**_small_settings(config_class, SETTINGS.get(model_type, {}) | settings))
+
+
+def _small_settings(config_class: type[PreTrainedConfig], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a config: `SIZES` where it has these settings, then the given ones."""
+    names = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
+    small = {name: value for name, value in SIZES.items() if name in names}
+    for name, part in config_class.sub_configs.items():
+        if isinstance(part, type) and part.__name__ != "AutoConfig":
+            small[name] = _small_settings(part, settings.get(name, {}))
+    return small | {name: value for name, value in settings.items() if name not in config_class.sub_configs}
+
+
+def make(name: str, seed: int = 0) -> PreTrainedModel:
+    """Return a tiny random model, float32, whose logits differ much and depend on all tokens before."""
+    model_type = VARIANTS.get(name, {}).get("model_type", name)
+    config = tiny_config(name)
+    torch.manual_seed(seed)
+    model = getattr(transformers, MULTIMODAL.get(model_type) or CAUSAL[model_type])(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.std() < 0.1:
+                parameter.normal_(std=0.3)
+            elif parameter.dim() == 1:  # biases and norms are initialized to 0 and 1
+                parameter += 0.1 * torch.randn_like(parameter)
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        if head is not None and head.weight is embedding:
+            embedding.normal_(std=0.1)  # otherwise the most probable token is always the last one
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of `VOCAB` ids with a chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    """Write a model directory as published: weights, config, generation config and tokenizer."""
+    model.generation_config = GenerationConfig(eos_token_id=list(EOS_IDS), pad_token_id=0)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
