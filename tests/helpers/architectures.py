@@ -84,7 +84,7 @@ SIZES: dict[str, Any] = {
     "qk_head_dim": 32,
     "v_head_dim": 16,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,
     "index_topk": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -105,11 +105,40 @@ SIZES: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "query_pre_attn_scalar": 16,
     "type_vocab_size": 2,
+    "base_channels": 32,
+    "depth": 2,
+    "out_hidden_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_position_embeddings": 16,
+    "projection_dim": 64,
 }
 """Settings by name. A config gets those that it has."""
 
 LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
 SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+ROPE_BY_LAYER = {
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+    }
+}
+
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
+
+
+def mrope(*sections: int, **settings: Any) -> dict[str, Any]:
+    return rope("default", mrope_section=list(sections), **settings)
+
+
+QSA = {
+    "indexer_n_heads": 16,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 MLA = {"num_key_value_heads": 4}
 DECODER = {"is_decoder": True}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -122,23 +151,33 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5},
     "cohere2_moe": {"logit_scale": 0.5},
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "cohere_compass_text": SLIDING_AND_FULL
+    | {"rope_parameters": {k: v | {"mrope_section": [2, 3, 3]} for k, v in ROPE_BY_LAYER["rope_parameters"].items()}},
     "cpmant": {"dim_ff": 96, "dim_head": 16},
     "ctrl": {"dff": 96},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 64},
+    },
     "cwm": {"bos_token_id": 1},
     "data2vec-text": DECODER,
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "deepseek_v32": MLA,
     "electra": DECODER,
-    "emu3": {"bos_token_id": 1},
+    "emu3": {"text_config": {"bos_token_id": 1}, "vocabulary_map": {"<image>": 10}},
     "ernie": DECODER,
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
-    "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "sliding_window_size": 8},
+    "inkling_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 16,
+        "sliding_window_size": 8,
+    },
     "kimi_linear": MLA | LINEAR_AND_FULL | {"linear_head_dim": 16, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": MLA | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
@@ -158,26 +197,58 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "gemma3_text": SLIDING_AND_FULL,
     "gemma3": {"text_config": SLIDING_AND_FULL},
-    "granitemoehybrid": LINEAR_AND_FULL,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "laguna": SLIDING_AND_FULL,
     "mellum": SLIDING_AND_FULL,
     "smollm3": SLIDING_AND_FULL,
     "gemma4_text": {"global_head_dim": 32, "num_kv_shared_layers": 0},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2},
     "reformer": DECODER | {"axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 96},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
+    "cohere2_vision": {"alignment_intermediate_size": 64},
+    "cohere_compass": {
+        "text_config": SLIDING_AND_FULL
+        | ROPE_BY_LAYER
+        | {
+            "rope_parameters": {
+                k: v | {"mrope_section": [2, 3, 3]} for k, v in ROPE_BY_LAYER["rope_parameters"].items()
+            }
+        }
+    },
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32]} | mrope(3, 3, 2)},
+    "glm46v": {"text_config": mrope(2, 3, 3)},
+    "glm4v": {"text_config": mrope(2, 3, 3)},
+    "glm4v_moe": {"text_config": mrope(1, 1, 2, partial_rotary_factor=0.5)},
+    "glm_ocr": {"text_config": mrope(2, 3, 3)},
+    "granite": {"attention_multiplier": 0.25},
+    "granitemoe": {"attention_multiplier": 0.25},
+    "granitemoehybrid": LINEAR_AND_FULL | {"attention_multiplier": 0.25},
+    "granitemoeshared": {"attention_multiplier": 0.25},
+    "hyperclovax": {"attention_multiplier": 0.25},
+    "kimi_k25": {"text_config": MLA},
+    "llama4": {"vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
+    "mistral4": MLA,
+    "mllama": {"text_config": {"bos_token_id": 1}},
+    "paddleocr_vl": {"text_config": mrope(2, 3, 3)},
+    "qwen2_5_omni_thinker": {"text_config": mrope(2, 3, 3)},
+    "qwen2_5_vl": {"text_config": mrope(2, 3, 3)},
+    "qwen2_vl": {"text_config": mrope(2, 3, 3), "vision_config": {"embed_dim": 64, "mlp_ratio": 1}},
+    "qwen4_exp": {"text_config": QSA},
+    "qwen4_exp_text": QSA,
+    "blt": {
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+        "encoder_hash_byte_group_vocab": 64,
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 10}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
+    "hunyuan_vl": {"text_config": mrope(2, 3, 3)},
     "youtu": MLA,
     "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Further settings of a type."""
-
-def rope(kind: str, **settings: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
-
 
 LLAMA3 = rope("llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 LONGROPE = rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=32)
@@ -194,8 +265,46 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Further models of a type."""
 
-NOT_BUILT: dict[str, str] = {}
+IMAGES = "its forward pass requires images"
+TIMM = "needs the package timm"
+LARGE = "its vision or audio part has no small size"
+NOT_BUILT: dict[str, str] = {
+    "blip": IMAGES,
+    "blip-2": IMAGES,
+    "cosmos3_edge": LARGE,
+    "diffusion_gemma": "a diffusion model",
+    "fast_vlm": TIMM,
+    "florence2": "an encoder-decoder",
+    "fun_asr_nano": LARGE,
+    "gemma3n": TIMM,
+    "gemma4_assistant": "a drafter for speculative decoding, without embeddings",
+    "gemma4_unified_assistant": "a drafter for speculative decoding, without embeddings",
+    "glm5_next": LARGE,
+    "granite4_vision": LARGE,
+    "idefics": IMAGES,
+    "instructblip": IMAGES,
+    "instructblipvideo": IMAGES,
+    "kosmos-2": IMAGES,
+    "kyutai_speech_to_text": "its tokens are audio codes",
+    "muse_glimmer": LARGE,
+    "musicgen": "its tokens are audio codes",
+    "musicgen_melody": "its tokens are audio codes",
+    "nemotron_h_omni": LARGE,
+    "perception_lm": TIMM,
+    "pi0": "its forward pass requires the state of a robot",
+    "pix2struct": "an encoder-decoder",
+    "pp_formulanet": "an encoder-decoder",
+    "qwen2_5_omni": LARGE,
+    "qwen3_omni_moe": LARGE,
+    "t5gemma2": "an encoder-decoder",
+    "udop": "an encoder-decoder",
+    "vibevoice_asr": LARGE,
+    "vision-encoder-decoder": "an encoder-decoder",
+    "voxtral_realtime": "its forward pass requires audio",
+}
 """Types that have no tiny model here, and why."""
+
+NAMES = [name for name in [*CAUSAL, *sorted(MULTIMODAL.keys() - CAUSAL.keys()), *VARIANTS] if name not in NOT_BUILT]
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
@@ -210,10 +319,11 @@ def _small_settings(config_class: type[PreTrainedConfig], settings: dict[str, An
     """Return the arguments of a config: `SIZES` where it has these settings, then the given ones."""
     names = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
     small = {name: value for name, value in SIZES.items() if name in names}
-    for name, part in config_class.sub_configs.items():
-        if isinstance(part, type) and part.__name__ != "AutoConfig":
-            small[name] = _small_settings(part, settings.get(name, {}))
-    return small | {name: value for name, value in settings.items() if name not in config_class.sub_configs}
+    default = config_class() if config_class.sub_configs else None
+    for name in config_class.sub_configs:
+        if isinstance(part := getattr(default, name), PreTrainedConfig):
+            small[name] = {"model_type": part.model_type} | _small_settings(type(part), settings.get(name, {}))
+    return small | {name: value for name, value in settings.items() if name not in small or name in SIZES}
 
 
 def make(name: str, seed: int = 0) -> PreTrainedModel:
@@ -224,13 +334,14 @@ def make(name: str, seed: int = 0) -> PreTrainedModel:
     model = getattr(transformers, MULTIMODAL.get(model_type) or CAUSAL[model_type])(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and parameter.std() < 0.1:
-                parameter.normal_(std=0.3)
+            if parameter.dim() > 1 and parameter.std() < 0.15:
+                parameter.normal_(std=0.2)
             elif parameter.dim() == 1:  # biases and norms are initialized to 0 and 1
                 parameter += 0.1 * torch.randn_like(parameter)
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         if head is not None and head.weight is embedding:
             embedding.normal_(std=0.1)  # otherwise the most probable token is always the last one
+        embedding[0] = 0  # some classes do this to the padding token when they load a model
     return model
 
 
@@ -240,7 +351,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     tokenizer.chat_template = TEMPLATE

@@ -1,7 +1,8 @@
-"""Every architecture of transformers as a tiny random model, taken through opdctl; each number is judged.
+"""Tiny models, quantised teachers and tokenizers of every kind, taken through opdctl; transformers judges each number.
 
-    python tests/sweep                       all models: about ten minutes on one core
-    python tests/sweep llama qwen3_next      some models
+python tests/sweep                          write docs/models.md: about ten minutes on two cores
+python tests/sweep llama "fp8, blocks"      examine some, and print what becomes of them
+python tests/sweep --vllm llama qwen3       also sample with vLLM, where it has the architecture
 """
 
 import argparse
@@ -9,50 +10,40 @@ import json
 import os
 import sys
 from collections import Counter
-from concurrent.futures import TimeoutError
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 
-from helpers import architectures
-from pebble import ProcessExpired, ProcessPool
-
-from sweep.models import Finding, Outcome, examine_in_new_folder
-
-TIMEOUT_SECONDS = 120
+from sweep import page
+from sweep.findings import CATEGORIES, examine_all
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=[*architectures.CAUSAL, *architectures.VARIANTS])
-    parser.add_argument("--json", type=Path, help="write the findings to this file")
+    parser.add_argument("names", nargs="*", help="what to examine; everything, for the page, if none is given")
+    parser.add_argument("--page", type=Path, default=page.PATH, help="the page to write")
+    parser.add_argument("--json", type=Path, help="also write the findings to this file")
     parser.add_argument("--workers", type=int, default=1, help="number of processes, with one thread each")
+    parser.add_argument("--vllm", action="store_true", help="also sample with vLLM")
     args = parser.parse_args()
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["sweep.models"])
+    items = [(key, name) for key, names in CATEGORIES.items() for name in names if not args.names or name in args.names]
+    if unknown := set(args.names) - {name for _, name in items}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    uses = ("training", "lora", "vllm") if args.vllm else ("training", "lora")
     findings = []
-    # A new process for each model, so that neither a crash nor what an earlier model changed matters.
-    with ProcessPool(args.workers, max_tasks=1, context=context) as pool:
-        futures = [(name, pool.schedule(examine_in_new_folder, [name], timeout=TIMEOUT_SECONDS)) for name in args.names]
-        for name, future in futures:
-            try:
-                finding = future.result()
-            except (TimeoutError, ProcessExpired) as error:
-                crash = Outcome("error", f"{type(error).__name__}: {error}")
-                finding = Finding(name, crash, crash, 0.0)
-            findings.append(finding)
-            print(f"{name:28} {finding.seconds:4.1f} s", end="")
-            for outcome in (finding.training, finding.lora):
-                print(f" | {outcome.outcome:9} {outcome.detail[:240]}", end="")
-            print(flush=True)
-    for use in ("training", "lora"):
-        print(use, dict(Counter(getattr(finding, use).outcome for finding in findings)))
+    for finding in examine_all(items, uses, args.workers):
+        findings.append(finding)
+        cells = [f"{use} {each.kind} {each.detail[:200]}" for use, each in finding.outcomes.items()]
+        print(f"{finding.name:28} {finding.seconds:4.1f} s", *cells, sep=" | ", flush=True)
+    counts = Counter((each.category, use, o.kind) for each in findings for use, o in each.outcomes.items())
+    print(*(f"{' '.join(key)}: {count}" for key, count in sorted(counts.items())), sep="\n")
     if args.json:
         args.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
+    if not args.names:
+        page.write(args.page, findings)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,19 @@ The judge is transformers alone: one float32 forward pass over each sequence.
 
 import json
 import math
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from helpers import architectures
 from helpers.commands import QUICKSTART
+from sweep.outcomes import TOLERANCE, Outcome, describe, judge
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opdctl.artifacts.records import Ids, ScoredResponse
-from opdctl.errors import OpdctlError, summarize_exception
+from opdctl.artifacts.records import Logprobs, ScoredResponse
 from opdctl.pipeline.loop import run_training
 from opdctl.recipe.load import load_recipe
 from opdctl.runs.open import open_run
@@ -30,8 +26,6 @@ from opdctl.runs.scored_responses import read_scored
 from opdctl.training import policy
 from opdctl.training.trainer import Trainer
 
-TOLERANCE = 1e-3
-"""Nats, and the relative difference of a gradient norm."""
 SETTINGS = (
     "name=model",
     "weight={name='uniform'}",
@@ -50,126 +44,97 @@ SETTINGS = (
     "pipeline.device=cpu",
 )
 LORA = ("lora.rank=2",)
+VLLM = ("rollout.engine=vllm", "score.engine=vllm", "vllm.enforce_eager=true")
+PROMPTS = tuple(f"sort  the letters\nof {n} words, please"[: 1 + 5 * (n % 8)] + str(n) for n in range(16))
+"""Texts of different lengths, with spaces, newlines and digits."""
 
 
-@dataclass
-class Outcome:
-    """What became of a model in one use.
-
-    outcome: `right`, `refused` (before a response was sampled), `late` (refused after that), `wrong` (a number is),
-    `error` (not an OpdctlError), `not built`. differences: the largest of each kind, in nats or relative.
-    """
-
-    outcome: str = "right"
-    detail: str = ""
-    differences: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Finding:
-    """What became of a model when it was trained, and when it was given an adapter."""
-
-    name: str
-    training: Outcome
-    lora: Outcome
-    seconds: float
-
-
-def examine_in_new_folder(name: str) -> Finding:
-    with tempfile.TemporaryDirectory() as folder:
-        return examine(name, Path(folder))
-
-
-def examine(name: str, folder: Path) -> Finding:
+def examine_model(name: str, folder: Path, uses: Collection[str]) -> dict[str, Outcome]:
     """Build the model `name`, and use it as student and teacher."""
-    start = time.monotonic()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     try:
         student, teacher = (_build(name, seed, folder / f"model-{seed}") for seed in (0, 1))
     except Exception as error:
-        outcomes = [Outcome("not built", _describe(error))] * 2
-    else:
-        outcomes = [_judge(use, student, teacher, folder) for use in (_check_training, _check_adapter)]
-    return Finding(name, *outcomes, time.monotonic() - start)
+        return dict.fromkeys(uses, Outcome("not built", describe(error)))
+    return {use: judge(partial(USES[use], student, teacher, folder / use), folder) for use in uses}
 
 
 def _build(name: str, seed: int, folder: Path) -> Path:
     """Write a model that transformers reads as it was written."""
     model = architectures.make(name, seed)
     architectures.save(model, folder)
-    difference = max_difference(model, load_plain(folder, type(model).__name__), torch.arange(3, 43)[None])
+    difference = max_difference(model, load_plain(folder), torch.arange(3, 43)[None])
     assert difference <= TOLERANCE, f"transformers reads back another model: {difference:.2g} nats"
     return folder
 
 
-def _judge(use: Callable[[Path, Path, Path], dict[str, float]], student: Path, teacher: Path, folder: Path) -> Outcome:
-    try:
-        differences = use(student, teacher, folder)
-    except OpdctlError as error:
-        sampled = any((folder / "run").glob("step-*/rollout/part-*"))
-        return Outcome("late" if sampled else "refused", f"{error.message} [{error.hint}]")
-    except Exception as error:
-        return Outcome("error", _describe(error))
-    bad = {key: value for key, value in differences.items() if not value <= TOLERANCE}
-    detail = ", ".join(f"{key} {value:.2g}" for key, value in bad.items())
-    return Outcome("wrong" if bad else "right", detail, differences)
-
-
-def _describe(error: BaseException) -> str:
-    """Return an exception with the last line of opdctl and the line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "opdctl" in frame.filename and "site-packages" not in frame.filename]
-    places = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in [*own[-1:], frames[-1]])
-    return f"{type(error).__name__}: {summarize_exception(error)} ({places})"
-
-
-def _open(student: Path, teacher: Path, output: Path, *overrides: str) -> Run:
-    prompts = output.with_suffix(".jsonl")
-    texts = ["sort the letters of the word, please"[: 1 + 5 * (n % 8)] + str(n) for n in range(16)]
-    prompts.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in texts))
-    models = (f"student.model={student}", f"teacher.model={teacher}", f"prompts.source={prompts}")
+def open_sweep_run(student: Path, teacher: Path, output: Path, *overrides: str) -> Run:
+    """Do what `opdctl train` does before anything is sampled."""
+    source = output.with_suffix(".jsonl")
+    source.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in PROMPTS))
+    models = (f"student.model={student}", f"teacher.model={teacher}", f"prompts.source={source}")
     return open_run(load_recipe([QUICKSTART], [*SETTINGS, *models, *overrides]), output)
 
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_training(student: Path, teacher: Path, folder: Path) -> dict[str, float]:
+def check_training(student: Path, teacher: Path, folder: Path) -> dict[str, float]:
     """Train two steps and return how far each number of opdctl is from that of transformers."""
-    run = _open(student, teacher, folder / "run")
-    run_training(run, "cpu")
-    architecture = json.loads((student / "config.json").read_text())["architectures"][0]
-    judges = [load_plain(path, architecture) for path in (student, run.student_path(1), run.student_path(2), teacher)]
+    run = _train(student, teacher, folder)
     differences = {}
-    for step, judge in enumerate(judges[:2]):
+    for step, path in enumerate((student, run.student_path(1))):
         scored = list(read_scored(run, step))
-        sampled = [(judge, each.response.response_ids, each.response.logprobs, each) for each in scored]
-        scores = [(judges[3], each.response.response_ids, each.teacher.logprobs, each) for each in scored]
-        differences[f"rollout {step + 1}"] = max(map(_distance, sampled))
-        differences[f"score {step + 1}"] = max(map(_distance, scores))
-        norm, expected = run.update(step)["metrics"]["grad_norm"], gradient_norm(judge, judges[3], scored)
+        reference, teacher_reference = load_plain(path, student), load_plain(teacher)
+        differences |= _engine_differences(run, step, reference, teacher_reference)
+        norm, expected = run.update(step)["metrics"]["grad_norm"], gradient_norm(reference, teacher_reference, scored)
         differences[f"gradient {step + 1}"] = abs(norm - expected) / expected
-    assert len({len(each.response.response_ids) for each in read_scored(run, 0)}) > 2, "responses of one length"
-    sequence = _sequence(scored[0])
-    differences["export"] = max_difference(Trainer(run, "cpu")._model, judges[2], sequence)
-    return differences
+    model, exported = Trainer(run, "cpu")._model, load_plain(run.student_path(2), student)
+    return differences | {"export": max_difference(model, exported, _sequence(scored[0]))}
 
 
-def _distance(row: tuple[PreTrainedModel, Ids, Any, ScoredResponse]) -> float:
-    judge, ids, logprobs, scored = row
-    with torch.no_grad():
-        expected_T = response_logprobs(judge, scored)
-    return float((expected_T - torch.from_numpy(logprobs)).abs().max())
+def check_vllm(student: Path, teacher: Path, folder: Path) -> dict[str, float]:
+    """Train two steps on responses and scores of vLLM, and return how far these are from those of transformers."""
+    run = _train(student, teacher, folder, *VLLM)
+    references = [load_plain(path, student) for path in (student, run.student_path(1))]
+    differences = [_engine_differences(run, step, each, load_plain(teacher)) for step, each in enumerate(references)]
+    return differences[0] | differences[1]
 
 
-def load_plain(folder: Path, architecture: str) -> PreTrainedModel:
-    """Load a directory as transformers does, with the class that its model had when it was published."""
-    model, info = getattr(transformers, architecture).from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+def score_differences(student: Path, teacher: Path, reference: PreTrainedModel, folder: Path) -> dict[str, float]:
+    """Let a teacher score the student's responses, and return how far its log-probs are from those of `reference`."""
+    run = _train(student, teacher, folder, "train.steps=1")
+    return {"score": max(_distance(reference, each, each.teacher.logprobs) for each in read_scored(run, 0))}
+
+
+def _train(student: Path, teacher: Path, folder: Path, *overrides: str) -> Run:
+    run = open_sweep_run(student, teacher, folder, *overrides)
+    run_training(run, "cpu")
+    lengths = {len(each.response.response_ids) for each in read_scored(run, 0)}
+    assert len(lengths) > 2, f"all responses of step 1 have length {' or '.join(map(str, lengths))}"
+    return run
+
+
+def _engine_differences(run: Run, step: int, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, float]:
+    scored = list(read_scored(run, step))
+    return {
+        f"rollout {step + 1}": max(_distance(student, each, each.response.logprobs) for each in scored),
+        f"score {step + 1}": max(_distance(teacher, each, each.teacher.logprobs) for each in scored),
+    }
+
+
+@torch.no_grad()
+def _distance(reference: PreTrainedModel, scored: ScoredResponse, logp_T: Logprobs) -> float:
+    """Return the largest difference between log-probs of a response's tokens and those of `reference`."""
+    return float((response_logprobs(reference, scored) - torch.from_numpy(logp_T)).abs().max())
+
+
+def load_plain(folder: Path, original: Path | None = None) -> PreTrainedModel:
+    """Load a directory as transformers does, with the class of `original`; every tensor must be in place."""
+    config = json.loads(((original or folder) / "config.json").read_text())
+    architecture = getattr(transformers, config["architectures"][0])
+    model, info = architecture.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = {key: sorted(names) for key, names in info.items() if names}
-    assert not problems, f"{folder.name} as {architecture}: {problems}"
+    assert not problems, f"{folder.name} as {architecture.__name__}: {problems}"
     return model.eval()
 
 
@@ -211,17 +176,20 @@ def max_difference(first: PreTrainedModel, second: PreTrainedModel, ids_1T: Tens
 # ── LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_adapter(student: Path, teacher: Path, folder: Path) -> dict[str, float]:
+def check_adapter(student: Path, teacher: Path, folder: Path) -> dict[str, float]:
     """Give the student an adapter, export it merged, and compare the result with the adapted student."""
-    run = _open(student, teacher, folder / "lora", *LORA)
+    run = open_sweep_run(student, teacher, folder, *LORA)
     model = policy.load_policy(run.student, run.recipe, "cpu")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.no_grad():
         for parameter in trained:
-            parameter.normal_(std=0.1)
-    policy.export(model, run.student, "float32", folder / "merged")
-    architecture = json.loads((student / "config.json").read_text())["architectures"][0]
-    judge = load_plain(folder / "merged", architecture)
+            parameter.normal_(std=0.05)
+    policy.export(model, run.student, "float32", folder.with_name("merged"))
+    merged = load_plain(folder.with_name("merged"), student)
     ids_1T = torch.arange(3, 43)[None]
-    assert max_difference(judge, load_plain(student, architecture), ids_1T) > 0.1, "the adapter has no effect"
-    return {"merged": max_difference(model, judge, ids_1T)}
+    assert max_difference(merged, load_plain(student), ids_1T) > 0.1, "the adapter has no effect"
+    return {"merged": max_difference(model, merged, ids_1T)}
+
+
+USES = {"training": check_training, "lora": check_adapter, "vllm": check_vllm}
+"""What a model is used for: student, teacher and directory of the run → differences."""
