@@ -5,7 +5,9 @@ suffice.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -217,6 +219,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32]} | mrope(3, 3, 2)},
     "glm46v": {"text_config": mrope(2, 3, 3)},
+    "glmga": {"text_config": mrope(2, 3, 3)},
     "glm4v": {"text_config": mrope(2, 3, 3)},
     "glm4v_moe": {"text_config": mrope(1, 1, 2, partial_rotary_factor=0.5)},
     "glm_ocr": {"text_config": mrope(2, 3, 3)},
@@ -243,7 +246,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 10}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
     "hunyuan_vl": {"text_config": mrope(2, 3, 3)},
-    "youtu": MLA,
+    "youtu": MLA | {"pad_token_id": None},  # transformers zeroes the embedding of a padding token when it loads one
     "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
@@ -307,29 +310,15 @@ NOT_BUILT: dict[str, str] = {
 NAMES = [name for name in [*CAUSAL, *sorted(MULTIMODAL.keys() - CAUSAL.keys()), *VARIANTS] if name not in NOT_BUILT]
 
 
-def tiny_config(name: str) -> PreTrainedConfig:
-    """Return the config of a tiny model."""
+def make(name: str, seed: int = 0, sizes: Mapping[str, int] = MappingProxyType({})) -> PreTrainedModel:
+    """Return a tiny random model, float32, whose logits differ much and depend on all tokens before.
+
+    name: a type, or one of `VARIANTS`. sizes: instead of those in `SIZES`.
+    """
     settings = dict(VARIANTS.get(name, {}))
     model_type = settings.pop("model_type", name)
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_small_settings(config_class, SETTINGS.get(model_type, {}) | settings))
-
-
-def _small_settings(config_class: type[PreTrainedConfig], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a config: `SIZES` where it has these settings, then the given ones."""
-    names = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
-    small = {name: value for name, value in SIZES.items() if name in names}
-    default = config_class() if config_class.sub_configs else None
-    for name in config_class.sub_configs:
-        if isinstance(part := getattr(default, name), PreTrainedConfig):
-            small[name] = {"model_type": part.model_type} | _small_settings(type(part), settings.get(name, {}))
-    return small | {name: value for name, value in settings.items() if name not in small or name in SIZES}
-
-
-def make(name: str, seed: int = 0) -> PreTrainedModel:
-    """Return a tiny random model, float32, whose logits differ much and depend on all tokens before."""
-    model_type = VARIANTS.get(name, {}).get("model_type", name)
-    config = tiny_config(name)
+    config = config_class(**_arguments(config_class, SETTINGS.get(model_type, {}) | settings, SIZES | sizes))
     torch.manual_seed(seed)
     model = getattr(transformers, MULTIMODAL.get(model_type) or CAUSAL[model_type])(config).float().eval()
     with torch.no_grad():
@@ -343,6 +332,21 @@ def make(name: str, seed: int = 0) -> PreTrainedModel:
             embedding.normal_(std=0.1)  # otherwise the most probable token is always the last one
         embedding[0] = 0  # some classes do this to the padding token when they load a model
     return model
+
+
+def _arguments(
+    config_class: type[PreTrainedConfig], settings: Mapping[str, Any], sizes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a config: `sizes` where it has these settings, then `settings`."""
+    names = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
+    arguments = {name: value for name, value in sizes.items() if name in names}
+    default = config_class() if config_class.sub_configs else None
+    parts = {name: getattr(default, name) for name in config_class.sub_configs}
+    for name, part in parts.items():
+        if isinstance(part, PreTrainedConfig):
+            part_arguments = _arguments(type(part), settings.get(name, {}), sizes)
+            arguments[name] = {"model_type": part.model_type, **part_arguments}
+    return arguments | {name: value for name, value in settings.items() if name not in parts}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

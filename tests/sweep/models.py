@@ -5,7 +5,7 @@ The judge is transformers alone: one float32 forward pass over each sequence.
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,22 +45,31 @@ SETTINGS = (
 )
 LORA = ("lora.rank=2",)
 VLLM = ("rollout.engine=vllm", "score.engine=vllm", "vllm.enforce_eager=true")
+VLLM_SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+"""Other sizes: the kernels of vLLM for CPUs need heads of at least 32."""
 PROMPTS = tuple(f"sort  the letters\nof {n} words, please"[: 1 + 5 * (n % 8)] + str(n) for n in range(16))
 """Texts of different lengths, with spaces, newlines and digits."""
 
 
 def examine_model(name: str, folder: Path, uses: Collection[str]) -> dict[str, Outcome]:
     """Build the model `name`, and use it as student and teacher."""
+    return {use: _examine_use(name, folder, use) for use in uses}
+
+
+def _examine_use(name: str, folder: Path, use: str) -> Outcome:
+    sizes, kind = (VLLM_SIZES, "vllm-model") if use == "vllm" else ({}, "model")
     try:
-        student, teacher = (_build(name, seed, folder / f"model-{seed}") for seed in (0, 1))
+        student, teacher = (_build(name, seed, folder / f"{kind}-{seed}", sizes) for seed in (0, 1))
     except Exception as error:
-        return dict.fromkeys(uses, Outcome("not built", describe(error)))
-    return {use: judge(partial(USES[use], student, teacher, folder / use), folder) for use in uses}
+        return Outcome("not built", describe(error))
+    return judge(partial(USES[use], student, teacher), folder / use)
 
 
-def _build(name: str, seed: int, folder: Path) -> Path:
-    """Write a model that transformers reads as it was written."""
-    model = architectures.make(name, seed)
+def _build(name: str, seed: int, folder: Path, sizes: Mapping[str, int]) -> Path:
+    """Write a model that transformers reads as it was written, unless it exists."""
+    if folder.exists():
+        return folder
+    model = architectures.make(name, seed, sizes)
     architectures.save(model, folder)
     difference = max_difference(model, load_plain(folder), torch.arange(3, 43)[None])
     assert difference <= TOLERANCE, f"transformers reads back another model: {difference:.2g} nats"

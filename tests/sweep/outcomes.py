@@ -26,15 +26,15 @@ class Outcome:
     differences: dict[str, float] = field(default_factory=dict)
 
 
-def judge(use: Callable[[], dict[str, float]], folder: Path) -> Outcome:
-    """Use a model directory in `folder`. `use` returns how far each number is from the right one."""
+def judge(use: Callable[[Path], dict[str, float]], run: Path) -> Outcome:
+    """Use a model directory in the run `run`. `use` returns how far each number is from the right one."""
     try:
-        differences = use()
+        differences = use(run)
     except OpdctlError as error:
-        sampled = any(folder.glob("*/step-*/rollout/part-*"))
-        return Outcome("late" if sampled else "refused", _without_folder(error.message, folder))
+        sampled = any(run.glob("step-*/rollout/part-*"))
+        return Outcome("late" if sampled else "refused", _without_folder(error.message, run.parent))
     except Exception as error:
-        return Outcome("error", _without_folder(describe(error), folder))
+        return Outcome("error", _without_folder(describe(error), run.parent))
     bad = {key: value for key, value in differences.items() if not value <= TOLERANCE}
     detail = ", ".join(f"{key} {value:.2g}" for key, value in bad.items())
     return Outcome("wrong" if bad else "right", detail, differences)

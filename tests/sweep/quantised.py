@@ -7,6 +7,7 @@ have a directory with the tensors of the format, which can only be refused.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,4 +192,4 @@ def examine_quantised(name: str, folder: Path) -> Outcome:
     """Let a quantised teacher score the responses of a plain student."""
     model = save(name, folder / "teacher")
     student = architectures.save(architectures.make(METHODS[name].model, 0), folder / "student")
-    return judge(lambda: score_differences(student, folder / "teacher", model, folder / "run"), folder)
+    return judge(partial(score_differences, student, folder / "teacher", model), folder / "run")

@@ -186,11 +186,11 @@ def examine_tokenizer(name: str, folder: Path) -> Outcome:
             (path / file).unlink(missing_ok=True)
         shutil.copytree(folder / "tokenizer", path, dirs_exist_ok=True)
 
-    def read_prompts() -> dict[str, float]:
-        run = open_sweep_run(student, teacher, folder / "run")
+    def read_prompts(run_path: Path) -> dict[str, float]:
+        run = open_sweep_run(student, teacher, run_path)
         return {"prompts that differ": sum(_is_different(run, encode))}
 
-    return judge(read_prompts, folder)
+    return judge(read_prompts, folder / "run")
 
 
 def _is_different(run: Run, encode: Encode) -> Iterator[bool]:
