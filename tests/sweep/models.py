@@ -24,6 +24,7 @@ from opdctl.runs.open import open_run
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 from opdctl.training import policy
+from opdctl.training.export import export_student
 from opdctl.training.trainer import Trainer
 
 SETTINGS = (
@@ -193,7 +194,8 @@ def check_adapter(student: Path, teacher: Path, folder: Path) -> dict[str, float
     with torch.no_grad():
         for parameter in trained:
             parameter.normal_(std=0.05)
-    policy.export(model, run.student, "float32", folder.with_name("merged"))
+    folder.with_name("merged").mkdir()
+    export_student(model, run.student, "float32", folder.with_name("merged"))
     merged = load_plain(folder.with_name("merged"), student)
     ids_1T = torch.arange(3, 43)[None]
     assert max_difference(merged, load_plain(student), ids_1T) > 0.1, "the adapter has no effect"
