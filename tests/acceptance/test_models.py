@@ -6,6 +6,7 @@ Some models are examined here. `python tests/sweep` examines all of them, and wr
 import os
 
 import pytest
+from helpers import architectures
 from sweep import page
 from sweep.findings import CATEGORIES, Finding, examine_all
 
@@ -44,4 +45,15 @@ def test_numbers_are_right_or_the_model_is_refused(findings, item):
 
 @pytest.mark.parametrize("item", ITEMS, ids=": ".join)
 def test_page_has_this_outcome(findings, item):
-    assert page.row(findings[item]) == page.read_rows(page.PATH)[item]
+    category, _ = item
+    assert page.row(category, findings[item]) == page.read_rows(page.PATH)[item]
+
+
+def test_page_lists_every_type_and_nothing_wrong():
+    rows = page.read_rows(page.PATH)
+    listed = {name for table, name in rows if table in ("model", "not built")}
+    assert listed == {*architectures.CAUSAL, *architectures.MULTIMODAL, *architectures.VARIANTS}
+    assert {cell for (table, _), cells in rows.items() if table != "not built" for cell in cells[1:-1]} == {
+        "yes",
+        "refused",
+    }

@@ -50,7 +50,7 @@ def examine(category: str, name: str, uses: tuple[str, ...] = ("training", "lora
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as name_of_folder, open(os.devnull, "w") as null:
         folder = Path(name_of_folder)
-        with contextlib.redirect_stderr(null):
+        with contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
             if category == "model":
                 outcomes = examine_model(name, folder, uses)
             elif category == "quantised":

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from helpers import architectures
@@ -30,7 +31,7 @@ from opdctl.training.trainer import Trainer
 SETTINGS = (
     "name=model",
     "weight={name='uniform'}",
-    "objective.rollout_correction_cap=1000.0",
+    "objective={name='reverse_kl',support='full'}",
     "student.dtype=float32",
     "teacher.dtype=float32",
     "prompts.limit=16",
@@ -45,7 +46,12 @@ SETTINGS = (
     "pipeline.device=cpu",
 )
 LORA = ("lora.rank=2",)
-VLLM = ("rollout.engine=vllm", "score.engine=vllm", "vllm.enforce_eager=true")
+VLLM = (
+    "rollout.engine=vllm",
+    "score.engine=vllm",
+    "vllm.enforce_eager=true",
+    "objective={name='policy_gradient'}",
+)
 VLLM_SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 """Other sizes: the kernels of vLLM for CPUs need heads of at least 32."""
 PROMPTS = tuple(f"sort  the letters\nof {n} words, please"[: 1 + 5 * (n % 8)] + str(n) for n in range(16))
@@ -58,9 +64,11 @@ def examine_model(name: str, folder: Path, uses: Collection[str]) -> dict[str, O
 
 
 def _examine_use(name: str, folder: Path, use: str) -> Outcome:
-    sizes, kind = (VLLM_SIZES, "vllm-model") if use == "vllm" else ({}, "model")
+    models, sizes = (folder / "vllm-models", VLLM_SIZES) if use == "vllm" else (folder / "models", {})
     try:
-        student, teacher = (_build(name, seed, folder / f"{kind}-{seed}", sizes) for seed in (0, 1))
+        student, teacher = (
+            _build(name, seed, models / role, sizes) for seed, role in enumerate(("student", "teacher"))
+        )
     except Exception as error:
         return Outcome("not built", describe(error))
     return judge(partial(USES[use], student, teacher), folder / use)
@@ -96,8 +104,12 @@ def check_training(student: Path, teacher: Path, folder: Path) -> dict[str, floa
         scored = list(read_scored(run, step))
         reference, teacher_reference = load_plain(path, student), load_plain(teacher)
         differences |= _engine_differences(run, step, reference, teacher_reference)
-        norm, expected = run.update(step)["metrics"]["grad_norm"], gradient_norm(reference, teacher_reference, scored)
-        differences[f"gradient {step + 1}"] = abs(norm - expected) / expected
+        metrics, (loss, norm) = (
+            run.update(step)["metrics"],
+            loss_and_gradient_norm(reference, teacher_reference, scored),
+        )
+        differences[f"loss {step + 1}"] = abs(metrics["loss"] - loss)
+        differences[f"gradient {step + 1}"] = abs(metrics["grad_norm"] - norm) / norm
     model, exported = Trainer(run, "cpu")._model, load_plain(run.student_path(2), student)
     return differences | {"export": max_difference(model, exported, _sequence(scored[0]))}
 
@@ -135,7 +147,9 @@ def _engine_differences(run: Run, step: int, student: PreTrainedModel, teacher: 
 @torch.no_grad()
 def _distance(reference: PreTrainedModel, scored: ScoredResponse, logp_T: Logprobs) -> float:
     """Return the largest difference between log-probs of a response's tokens and those of `reference`."""
-    return float((response_logprobs(reference, scored) - torch.from_numpy(logp_T)).abs().max())
+    ids_T1 = torch.from_numpy(scored.response.response_ids.astype(np.int64))[:, None]
+    expected_T = response_logprobs(reference, scored).gather(-1, ids_T1)[:, 0]
+    return float((expected_T - torch.from_numpy(logp_T)).abs().max())
 
 
 def load_plain(folder: Path, original: Path | None = None) -> PreTrainedModel:
@@ -159,23 +173,26 @@ def logprobs(model: PreTrainedModel, ids_1T: Tensor) -> Tensor:
 
 
 def response_logprobs(model: PreTrainedModel, scored: ScoredResponse) -> Tensor:
-    """Return the log-probs of a response's tokens, [T]."""
-    ids_1T, length = _sequence(scored), len(scored.response.response_ids)
-    return logprobs(model, ids_1T)[-length - 1 : -1].gather(-1, ids_1T[0, -length:, None])[:, 0]
+    """Return the log-probs of all ids at each token of a response, [T, V]."""
+    return logprobs(model, _sequence(scored))[-len(scored.response.response_ids) - 1 : -1]
 
 
-def gradient_norm(student: PreTrainedModel, teacher: PreTrainedModel, scored: Sequence[ScoredResponse]) -> float:
-    """Return the norm of the gradient of reverse KL on the sampled tokens, averaged over tokens."""
+def loss_and_gradient_norm(
+    student: PreTrainedModel, teacher: PreTrainedModel, scored: Sequence[ScoredResponse]
+) -> tuple[float, float]:
+    """Return the mean over tokens of KL(student || teacher), and the norm of its gradient."""
     count = sum(len(each.response.response_ids) for each in scored)
-    student.zero_grad()
+    losses = []
     for each in scored:
-        logp_T = response_logprobs(student, each)
+        logp_TV = response_logprobs(student, each)
         with torch.no_grad():
-            advantage_T = response_logprobs(teacher, each) - logp_T
-        (-(advantage_T * logp_T).sum() / count).backward()
+            teacher_logp_TV = response_logprobs(teacher, each)
+        loss = (logp_TV.exp() * (logp_TV - teacher_logp_TV)).sum() / count
+        loss.backward()
+        losses.append(float(loss))
     squares = [parameter.grad.square().sum() for parameter in student.parameters() if parameter.grad is not None]
     student.zero_grad()
-    return math.sqrt(float(sum(squares)))
+    return sum(losses), math.sqrt(float(sum(squares)))
 
 
 @torch.no_grad()

@@ -49,4 +49,4 @@ def describe(error: BaseException) -> str:
 
 
 def _without_folder(text: str, folder: Path) -> str:
-    return re.sub(rf"{re.escape(str(folder))}/?", "", text)
+    return re.sub(rf"{re.escape(str(folder))}/((vllm-)?models/)?", "", text)

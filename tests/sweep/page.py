@@ -1,7 +1,7 @@
 """Writes the tables of docs/models.md: one row for each finding. The text around them is written by hand."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from helpers import architectures
@@ -9,51 +9,55 @@ from sweep.findings import Finding
 from sweep.outcomes import Outcome
 
 PATH = Path(__file__).parents[2] / "docs" / "models.md"
-MARKER = re.compile(r"(<!-- table: ([a-z ]+) -->\n\n)(.*?)(\n\n<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: ([a-zA-Z ]+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 HEADERS = {
-    "model": ("model", "training", "LoRA", "vLLM", "reason"),
+    "model": ("model", "training", "LoRA", "reason"),
+    "vllm": ("model", "rollout and scores", "reason"),
     "quantised": ("weights of the teacher", "scores", "reason"),
     "tokenizer": ("tokenizer", "prompts", "reason"),
     "not built": ("type", "reason"),
 }
-USES = {"model": ("training", "lora", "vllm"), "quantised": ("scores",), "tokenizer": ("prompts",)}
-WORDS = {"right": "yes", "refused": "refused", "late": "refused late", "wrong": "wrong", "error": "internal error"}
+USES = {"model": ("training", "lora"), "vllm": ("vllm",), "quantised": ("scores",), "tokenizer": ("prompts",)}
+WORDS = {"right": "yes", "late": "refused late", "error": "internal error"}
 
 
-def write(path: Path, findings: list[Finding]) -> None:
-    """Replace every table of the page."""
-    tables = {category: [row(each) for each in findings if each.category == category] for category in USES}
-    tables["not built"] = [(f"`{name}`", reason) for name, reason in sorted(architectures.NOT_BUILT.items())]
+def write(path: Path, findings: Sequence[Finding]) -> None:
+    """Replace the tables of the page. The one of vLLM stays if vLLM was not used."""
 
     def table(match: re.Match[str]) -> str:
-        return match[1] + "\n".join(format_table(HEADERS[match[2]], tables[match[2]])) + match[4]
+        name = match[2]
+        if name == "not built":
+            rows = [(f"`{key}`", reason) for key, reason in architectures.NOT_BUILT.items()]
+        else:
+            rows = [row(name, each) for each in findings if set(USES[name]) <= each.outcomes.keys()]
+        return match[1] + (format_table(HEADERS[name], rows) if rows else match[3]) + match[4]
 
-    path.write_text(MARKER.sub(table, path.read_text()))
+    path.write_text(TABLE.sub(table, path.read_text()))
 
 
-def format_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    for cells in (header, ("---",) * len(header), *sorted(rows)):
-        yield f"| {' | '.join(cells)} |"
+def format_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *sorted(rows))]
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def read_rows(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Return the rows of the page's tables by category and name."""
+    """Return the rows of the page by table and name."""
     rows = {}
-    for _, category, table, _ in MARKER.findall(path.read_text()):
-        for line in table.splitlines()[2:]:
-            cells = tuple(line[2:-2].split(" | "))
-            rows[category, cells[0].strip("`")] = cells
+    for _, table, text, _ in TABLE.findall(path.read_text()):
+        for line in text.strip().splitlines()[2:]:
+            cells = tuple(line.removeprefix("| ").removesuffix(" |").split(" | "))
+            rows[table, cells[0].strip("`")] = cells
     return rows
 
 
-def row(finding: Finding) -> tuple[str, ...]:
-    """Return the cells of a finding. They hold no number that depends on the machine."""
-    outcomes = [finding.outcomes.get(use) for use in USES[finding.category]]
-    reasons = dict.fromkeys(reason(each) for each in outcomes if each is not None and each.kind != "right")
-    name = f"`{finding.name}`" if finding.category == "model" else finding.name
-    return (name, *(WORDS[each.kind] if each else "" for each in outcomes), "; ".join(reasons))
+def row(table: str, finding: Finding) -> tuple[str, ...]:
+    """Return the cells of a finding in a table. They contain no number that depends on the machine."""
+    outcomes = [finding.outcomes[use] for use in USES[table]]
+    reasons = dict.fromkeys(_reason(each) for each in outcomes if each.kind != "right")
+    name = finding.name if table in ("quantised", "tokenizer") else f"`{finding.name}`"
+    return name, *(WORDS.get(each.kind, each.kind) for each in outcomes), "; ".join(reasons) or "–"
 
 
-def reason(outcome: Outcome) -> str:
-    first = outcome.detail.strip().splitlines()[0]
-    return re.sub(r"\d+(\.\d+)?(e[+-]\d+)? nats", "… nats", first).replace("|", "\\|").replace("<", "&lt;")
+def _reason(outcome: Outcome) -> str:
+    first = next(iter(outcome.detail.strip().splitlines()), "")
+    return re.sub(r"\d\S* nats", "… nats", first).replace("|", "\\|").replace("<", "&lt;")

@@ -178,7 +178,10 @@ KINDS: dict[str, Write] = {
 
 def examine_tokenizer(name: str, folder: Path) -> Outcome:
     """Tokenize the prompts of a run by a student's tokenizer, and compare their ids with those of its file."""
-    student, teacher = (architectures.save(architectures.make("llama", seed), folder / f"m-{seed}") for seed in (0, 1))
+    student, teacher = (
+        architectures.save(architectures.make("llama", seed), folder / role)
+        for seed, role in enumerate(("student", "teacher"))
+    )
     (folder / "tokenizer").mkdir()
     encode = KINDS[name](folder / "tokenizer")
     for path in (student, teacher):
