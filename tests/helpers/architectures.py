@@ -228,6 +228,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": LINEAR_AND_FULL | {"attention_multiplier": 0.25},
     "granitemoeshared": {"attention_multiplier": 0.25},
     "hyperclovax": {"attention_multiplier": 0.25},
+    "hyperclovax_vision_v2": {"text_config": {"attention_multiplier": 0.25}},
     "kimi_k25": {"text_config": MLA},
     "llama4": {"vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
     "mistral4": MLA,
