@@ -300,6 +300,7 @@ NOT_BUILT: dict[str, str] = {
     "pp_formulanet": "an encoder-decoder",
     "qwen2_5_omni": LARGE,
     "qwen3_omni_moe": LARGE,
+    "shieldgemma2": "a classifier",
     "t5gemma2": "an encoder-decoder",
     "udop": "an encoder-decoder",
     "vibevoice_asr": LARGE,

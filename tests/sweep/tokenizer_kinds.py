@@ -110,7 +110,7 @@ def write_sentencepiece(folder: Path, model_type: str) -> Encode:
         sentence_iterator=iter(TEXTS * 20),
         model_writer=model,
         model_type=model_type,
-        vocab_size=340 if model_type == "bpe" else 320,
+        vocab_size=318,
         byte_fallback=True,
         user_defined_symbols=SPECIAL,
         normalization_rule_name="identity",
