@@ -1,8 +1,8 @@
 """Tiny models, quantised teachers and tokenizers of every kind, taken through opdctl; transformers judges each number.
 
-python tests/sweep                          write docs/models.md: about ten minutes on two cores
-python tests/sweep llama "fp8, blocks"      examine some, and print what becomes of them
-python tests/sweep --vllm llama qwen3       also sample with vLLM, where it has the architecture
+python tests/sweep --write                  everything, into docs/models.md: ten minutes on one core
+python tests/sweep llama qwen3_next         some models; prints what became of them
+python tests/sweep --write --vllm llama     a model with vLLM, too; the other rows of the page stay
 """
 
 import argparse
@@ -23,9 +23,9 @@ from sweep.findings import CATEGORIES, examine_all
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="what to examine; everything, for the page, if none is given")
-    parser.add_argument("--page", type=Path, default=page.PATH, help="the page to write")
-    parser.add_argument("--json", type=Path, help="also write the findings to this file")
+    parser.add_argument("names", nargs="*", help="what to examine; everything if none is given")
+    parser.add_argument("--write", action="store_true", help="write the findings into the tables of docs/models.md")
+    parser.add_argument("--json", type=Path, help="write the findings into this file")
     parser.add_argument("--workers", type=int, default=1, help="number of processes, with one thread each")
     parser.add_argument("--vllm", action="store_true", help="also sample with vLLM")
     args = parser.parse_args()
@@ -42,8 +42,8 @@ def main() -> None:
     print(*(f"{' '.join(key)}: {count}" for key, count in sorted(counts.items())), sep="\n")
     if args.json:
         args.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
-    if not args.names:
-        page.write(args.page, findings)
+    if args.write:
+        page.write(page.PATH, findings)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from helpers import architectures
-from sweep.findings import Finding
+from sweep.findings import CATEGORIES, Finding
 from sweep.outcomes import Outcome
 
 PATH = Path(__file__).parents[2] / "docs" / "models.md"
@@ -17,27 +17,37 @@ HEADERS = {
     "tokenizer": ("tokenizer", "prompts", "reason"),
     "not built": ("type", "reason"),
 }
-USES = {"model": ("training", "lora"), "vllm": ("vllm",), "quantised": ("scores",), "tokenizer": ("prompts",)}
+TABLES = {
+    "model": ("model", ("training", "lora")),
+    "vllm": ("model", ("vllm",)),
+    "quantised": ("quantised", ("scores",)),
+    "tokenizer": ("tokenizer", ("prompts",)),
+}
+"""The category of each table's findings, and the uses of its columns."""
 WORDS = {"right": "yes", "late": "refused late", "error": "internal error"}
 
 
 def write(path: Path, findings: Sequence[Finding]) -> None:
-    """Replace the tables of the page. The one of vLLM stays if vLLM was not used."""
+    """Write the findings into the tables of the page. The rows of what was not examined stay."""
+    rows = read_rows(path)
+    for finding in findings:
+        for table, (category, uses) in TABLES.items():
+            if category == finding.category and set(uses) <= finding.outcomes.keys():
+                rows[table, finding.name] = row(table, finding)
+    known = {(table, name) for table, (category, _) in TABLES.items() for name in CATEGORIES[category]}
+    rows = {key: cells for key, cells in rows.items() if key in known}
+    rows |= {("not built", name): (f"`{name}`", reason) for name, reason in architectures.NOT_BUILT.items()}
 
-    def table(match: re.Match[str]) -> str:
-        name = match[2]
-        if name == "not built":
-            rows = [(f"`{key}`", reason) for key, reason in architectures.NOT_BUILT.items()]
-        else:
-            rows = [row(name, each) for each in findings if set(USES[name]) <= each.outcomes.keys()]
-        return match[1] + (format_table(HEADERS[name], rows) if rows else match[3]) + match[4]
+    def fill(match: re.Match[str]) -> str:
+        of_table = [cells for (table, _), cells in rows.items() if table == match[2]]
+        return f"{match[1]}\n{format_table(HEADERS[match[2]], of_table)}\n{match[4]}"
 
-    path.write_text(TABLE.sub(table, path.read_text()))
+    path.write_text(TABLE.sub(fill, path.read_text()))
 
 
 def format_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *sorted(rows))]
-    return "\n" + "\n".join(lines) + "\n"
+    lines = (header, ("---",) * len(header), *sorted(rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def read_rows(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -52,7 +62,7 @@ def read_rows(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
 
 def row(table: str, finding: Finding) -> tuple[str, ...]:
     """Return the cells of a finding in a table. They contain no number that depends on the machine."""
-    outcomes = [finding.outcomes[use] for use in USES[table]]
+    outcomes = [finding.outcomes[use] for use in TABLES[table][1]]
     reasons = dict.fromkeys(_reason(each) for each in outcomes if each.kind != "right")
     name = finding.name if table in ("quantised", "tokenizer") else f"`{finding.name}`"
     return name, *(WORDS.get(each.kind, each.kind) for each in outcomes), "; ".join(reasons) or "–"
