@@ -1,4 +1,4 @@
-"""Models, quantised teachers and tokenizers of every kind: right numbers, or a refusal before anything is sampled.
+"""Models, quantized teachers and tokenizers of every kind: right numbers, or a refusal before anything is sampled.
 
 Some models are examined here. `python tests/sweep` examines all of them, and writes docs/models.md.
 """

@@ -118,12 +118,9 @@ SIZES: dict[str, Any] = {
 """Settings by name. A config gets those that it has."""
 
 LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
+CONV_AND_FULL = {"layer_types": ["conv", "full_attention"] * 2}
+MAMBA_AND_HYBRID = {"layers_block_type": ["mamba", "hybrid"] * 2}
 SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
-ROPE_BY_LAYER = {
-    "rope_parameters": {
-        kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
-    }
-}
 
 
 def rope(kind: str, **settings: Any) -> dict[str, Any]:
@@ -134,6 +131,9 @@ def mrope(*sections: int, **settings: Any) -> dict[str, Any]:
     return rope("default", mrope_section=list(sections), **settings)
 
 
+SLIDING_AND_FULL_MROPE = SLIDING_AND_FULL | {
+    "rope_parameters": {kind: mrope(2, 3, 3)["rope_parameters"] for kind in SLIDING_AND_FULL["layer_types"]}
+}
 QSA = {
     "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
@@ -143,113 +143,105 @@ QSA = {
 }
 MLA = {"num_key_value_heads": 4}
 DECODER = {"is_decoder": True}
+ATTENTION_SCALE = {"attention_multiplier": 0.25}
 SETTINGS: dict[str, dict[str, Any]] = {
     "axk1": MLA,
     "axk2": MLA,
+    "bamba": {"attn_layer_indices": [1, 3]},
     "bert": DECODER,
     "bert-generation": DECODER,
     "big_bird": DECODER | {"attention_type": "original_full"},
+    "blt": {
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+        "encoder_hash_byte_group_vocab": 64,
+    },
     "camembert": DECODER,
+    "chameleon": {"vocabulary_map": {"<image>": 10}},
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5},
     "cohere2_moe": {"logit_scale": 0.5},
-    "cohere_compass_text": SLIDING_AND_FULL
-    | {"rope_parameters": {k: v | {"mrope_section": [2, 3, 3]} for k, v in ROPE_BY_LAYER["rope_parameters"].items()}},
+    "cohere2_vision": {"alignment_intermediate_size": 64},
+    "cohere_compass": {"text_config": SLIDING_AND_FULL_MROPE},
+    "cohere_compass_text": SLIDING_AND_FULL_MROPE,
     "cpmant": {"dim_ff": 96, "dim_head": 16},
     "ctrl": {"dff": 96},
+    "cwm": {"bos_token_id": 1},
+    "data2vec-text": DECODER,
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 64},
     },
-    "cwm": {"bos_token_id": 1},
-    "data2vec-text": DECODER,
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "deepseek_v32": MLA,
     "electra": DECODER,
     "emu3": {"text_config": {"bos_token_id": 1}, "vocabulary_map": {"<image>": 10}},
     "ernie": DECODER,
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32]} | mrope(3, 3, 2)},
     "falcon_h1": {"mamba_d_ssm": 128},
-    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3": {"text_config": SLIDING_AND_FULL},
+    "gemma3_text": SLIDING_AND_FULL,
+    "gemma3n_text": SLIDING_AND_FULL | {"num_kv_shared_layers": 2},
+    "gemma4_text": {"global_head_dim": 32, "num_kv_shared_layers": 0},
+    "glm46v": {"text_config": mrope(2, 3, 3)},
     "glm4_moe_lite": MLA,
+    "glm4v": {"text_config": mrope(2, 3, 3)},
+    "glm4v_moe": {"text_config": mrope(1, 1, 2, partial_rotary_factor=0.5)},
     "glm_moe_dsa": MLA,
+    "glm_ocr": {"text_config": mrope(2, 3, 3)},
+    "glmga": {"text_config": mrope(2, 3, 3)},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "granite": ATTENTION_SCALE,
+    "granitemoe": ATTENTION_SCALE,
+    "granitemoehybrid": LINEAR_AND_FULL | ATTENTION_SCALE,
+    "granitemoeshared": ATTENTION_SCALE,
+    "hunyuan_vl": {"text_config": mrope(2, 3, 3)},
+    "hyperclovax": ATTENTION_SCALE,
+    "hyperclovax_vision_v2": {"text_config": ATTENTION_SCALE},
     "inkling_text": {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2,
         "swa_head_dim": 16,
         "sliding_window_size": 8,
     },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_k25": {"text_config": MLA},
     "kimi_linear": MLA | LINEAR_AND_FULL | {"linear_head_dim": 16, "linear_num_heads": 4},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "laguna": SLIDING_AND_FULL,
+    "lfm2": CONV_AND_FULL,
+    "lfm2_moe": CONV_AND_FULL,
+    "llama4": {"vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
     "longcat_flash": MLA | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "megatron-bert": DECODER,
-    "minicpm3": MLA,
-    "modernbert-decoder": {"bos_token_id": 1, "local_attention": 8},
-    "rembert": DECODER,
-    "roberta": DECODER,
-    "roberta-prelayernorm": DECODER,
-    "roc_bert": DECODER | {"shape_vocab_size": 16, "pronunciation_vocab_size": 16},
-    "roformer": DECODER,
-    "xlm": {"causal": True},
-    "xlm-roberta": DECODER,
-    "xlm-roberta-xl": DECODER,
-    "xmod": DECODER | {"default_language": "en_XX"},
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "gemma3_text": SLIDING_AND_FULL,
-    "gemma3": {"text_config": SLIDING_AND_FULL},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "laguna": SLIDING_AND_FULL,
     "mellum": SLIDING_AND_FULL,
-    "smollm3": SLIDING_AND_FULL,
-    "gemma4_text": {"global_head_dim": 32, "num_kv_shared_layers": 0},
-    "reformer": DECODER | {"axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 96},
-    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
-    "cohere2_vision": {"alignment_intermediate_size": 64},
-    "cohere_compass": {
-        "text_config": SLIDING_AND_FULL
-        | ROPE_BY_LAYER
-        | {
-            "rope_parameters": {
-                k: v | {"mrope_section": [2, 3, 3]} for k, v in ROPE_BY_LAYER["rope_parameters"].items()
-            }
-        }
-    },
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32]} | mrope(3, 3, 2)},
-    "glm46v": {"text_config": mrope(2, 3, 3)},
-    "glmga": {"text_config": mrope(2, 3, 3)},
-    "glm4v": {"text_config": mrope(2, 3, 3)},
-    "glm4v_moe": {"text_config": mrope(1, 1, 2, partial_rotary_factor=0.5)},
-    "glm_ocr": {"text_config": mrope(2, 3, 3)},
-    "granite": {"attention_multiplier": 0.25},
-    "granitemoe": {"attention_multiplier": 0.25},
-    "granitemoehybrid": LINEAR_AND_FULL | {"attention_multiplier": 0.25},
-    "granitemoeshared": {"attention_multiplier": 0.25},
-    "hyperclovax": {"attention_multiplier": 0.25},
-    "hyperclovax_vision_v2": {"text_config": {"attention_multiplier": 0.25}},
-    "kimi_k25": {"text_config": MLA},
-    "llama4": {"vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
+    "minicpm3": MLA,
     "mistral4": MLA,
     "mllama": {"text_config": {"bos_token_id": 1}},
+    "modernbert-decoder": {"bos_token_id": 1, "local_attention": 8},
     "paddleocr_vl": {"text_config": mrope(2, 3, 3)},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
     "qwen2_5_omni_thinker": {"text_config": mrope(2, 3, 3)},
     "qwen2_5_vl": {"text_config": mrope(2, 3, 3)},
     "qwen2_vl": {"text_config": mrope(2, 3, 3), "vision_config": {"embed_dim": 64, "mlp_ratio": 1}},
     "qwen4_exp": {"text_config": QSA},
     "qwen4_exp_text": QSA,
-    "blt": {
-        "encoder_config": {"hidden_size_global": 64},
-        "decoder_config": {"hidden_size_global": 64},
-        "encoder_hash_byte_group_vocab": 64,
-    },
-    "chameleon": {"vocabulary_map": {"<image>": 10}},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
-    "hunyuan_vl": {"text_config": mrope(2, 3, 3)},
+    "reformer": DECODER | {"axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 96},
+    "rembert": DECODER,
+    "roberta": DECODER,
+    "roberta-prelayernorm": DECODER,
+    "roc_bert": DECODER | {"shape_vocab_size": 16, "pronunciation_vocab_size": 16},
+    "roformer": DECODER,
+    "smollm3": SLIDING_AND_FULL,
+    "xlm": {"causal": True},
+    "xlm-roberta": DECODER,
+    "xlm-roberta-xl": DECODER,
+    "xmod": DECODER | {"default_language": "en_XX"},
     "youtu": MLA | {"pad_token_id": None},  # transformers zeroes the embedding of a padding token when it loads one
-    "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba": MAMBA_AND_HYBRID,
+    "zamba2": MAMBA_AND_HYBRID,
     "zaya": {"num_experts_per_tok": 1},
 }
 """Further settings of a type."""
@@ -271,39 +263,39 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 IMAGES = "its forward pass requires images"
 TIMM = "needs the package timm"
-LARGE = "its vision or audio part has no small size"
+NO_CONFIG = "no tiny config was found"
 NOT_BUILT: dict[str, str] = {
     "blip": IMAGES,
     "blip-2": IMAGES,
-    "cosmos3_edge": LARGE,
+    "cosmos3_edge": NO_CONFIG,
     "diffusion_gemma": "a diffusion model",
     "fast_vlm": TIMM,
     "florence2": "an encoder-decoder",
-    "fun_asr_nano": LARGE,
+    "fun_asr_nano": NO_CONFIG,
     "gemma3n": TIMM,
     "gemma4_assistant": "a drafter for speculative decoding, without embeddings",
     "gemma4_unified_assistant": "a drafter for speculative decoding, without embeddings",
-    "glm5_next": LARGE,
-    "granite4_vision": LARGE,
+    "glm5_next": NO_CONFIG,
+    "granite4_vision": NO_CONFIG,
     "idefics": IMAGES,
     "instructblip": IMAGES,
     "instructblipvideo": IMAGES,
     "kosmos-2": IMAGES,
     "kyutai_speech_to_text": "its tokens are audio codes",
-    "muse_glimmer": LARGE,
+    "muse_glimmer": NO_CONFIG,
     "musicgen": "its tokens are audio codes",
     "musicgen_melody": "its tokens are audio codes",
-    "nemotron_h_omni": LARGE,
+    "nemotron_h_omni": NO_CONFIG,
     "perception_lm": TIMM,
     "pi0": "its forward pass requires the state of a robot",
     "pix2struct": "an encoder-decoder",
     "pp_formulanet": "an encoder-decoder",
-    "qwen2_5_omni": LARGE,
-    "qwen3_omni_moe": LARGE,
+    "qwen2_5_omni": NO_CONFIG,
+    "qwen3_omni_moe": NO_CONFIG,
     "shieldgemma2": "a classifier",
     "t5gemma2": "an encoder-decoder",
     "udop": "an encoder-decoder",
-    "vibevoice_asr": LARGE,
+    "vibevoice_asr": NO_CONFIG,
     "vision-encoder-decoder": "an encoder-decoder",
     "voxtral_realtime": "its forward pass requires audio",
 }

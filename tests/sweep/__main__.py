@@ -1,4 +1,4 @@
-"""Tiny models, quantised teachers and tokenizers of every kind, taken through opdctl; transformers judges each number.
+"""Tiny models, quantized teachers and tokenizers of every kind, taken through opdctl; transformers judges each number.
 
 python tests/sweep --write                  everything, into docs/models.md: ten minutes on one core
 python tests/sweep llama qwen3_next         some models; prints what became of them

@@ -15,7 +15,7 @@ from pathlib import Path
 import transformers
 from helpers import architectures
 from pebble import ProcessExpired, ProcessPool
-from sweep import quantised, tokenizer_kinds
+from sweep import quantized, tokenizer_kinds
 from sweep.models import examine_model
 from sweep.outcomes import Outcome
 
@@ -23,14 +23,14 @@ TIMEOUT_SECONDS = 120
 MAX_MEMORY_BYTES = 8 * 2**30
 CATEGORIES: Mapping[str, Iterable[str]] = {
     "model": architectures.NAMES,
-    "quantised": quantised.METHODS,
+    "quantized": quantized.METHODS,
     "tokenizer": tokenizer_kinds.KINDS,
 }
 
 
 @dataclass
 class Finding:
-    """What became of a model, a quantised teacher or a tokenizer, by what it was used for."""
+    """What became of a model, a quantized teacher or a tokenizer, by what it was used for."""
 
     category: str
     name: str
@@ -53,8 +53,8 @@ def examine(category: str, name: str, uses: tuple[str, ...] = ("training", "lora
         with contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
             if category == "model":
                 outcomes = examine_model(name, folder, uses)
-            elif category == "quantised":
-                outcomes = {"scores": quantised.examine_quantised(name, folder)}
+            elif category == "quantized":
+                outcomes = {"scores": quantized.examine_quantized(name, folder)}
             else:
                 outcomes = {"prompts": tokenizer_kinds.examine_tokenizer(name, folder)}
     return Finding(category, name, outcomes, time.monotonic() - start)

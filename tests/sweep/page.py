@@ -13,14 +13,14 @@ TABLE = re.compile(r"(<!-- table: ([a-zA-Z ]+) -->\n)(.*?)(\n<!-- end -->)", re.
 HEADERS = {
     "model": ("model", "training", "LoRA", "reason"),
     "vllm": ("model", "rollout and scores", "reason"),
-    "quantised": ("weights of the teacher", "scores", "reason"),
+    "quantized": ("weights of the teacher", "scores", "reason"),
     "tokenizer": ("tokenizer", "prompts", "reason"),
     "not built": ("type", "reason"),
 }
 TABLES = {
     "model": ("model", ("training", "lora")),
     "vllm": ("model", ("vllm",)),
-    "quantised": ("quantised", ("scores",)),
+    "quantized": ("quantized", ("scores",)),
     "tokenizer": ("tokenizer", ("prompts",)),
 }
 """The category of each table's findings, and the uses of its columns."""
@@ -64,7 +64,7 @@ def row(table: str, finding: Finding) -> tuple[str, ...]:
     """Return the cells of a finding in a table. They contain no number that depends on the machine."""
     outcomes = [finding.outcomes[use] for use in TABLES[table][1]]
     reasons = dict.fromkeys(_reason(each) for each in outcomes if each.kind != "right")
-    name = finding.name if table in ("quantised", "tokenizer") else f"`{finding.name}`"
+    name = finding.name if table in ("quantized", "tokenizer") else f"`{finding.name}`"
     return name, *(WORDS.get(each.kind, each.kind) for each in outcomes), "; ".join(reasons) or "–"
 
 

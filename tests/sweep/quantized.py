@@ -1,4 +1,4 @@
-"""Takes quantised teachers through opdctl: one tiny directory of each method, written by the formula of its format.
+"""Takes quantized teachers through opdctl: one tiny directory of each method, written by the formula of its format.
 
 The judge is the same model in float32 with the weights that the formula gives. Methods whose package is not installed
 have a directory with the tensors of the format, which can only be refused.
@@ -24,49 +24,49 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass
-class Quantised:
+class Quantized:
     """The stored tensors of a weight, by the suffix of their names, and the weight that they stand for."""
 
     stored: Tensors
     weight: Tensor
 
 
-def fp8_blocks(weight: Tensor) -> Quantised:
+def fp8_blocks(weight: Tensor) -> Quantized:
     """float8_e4m3 with a scale for each block of 32 x 32, as DeepSeek-V3."""
     blocks = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
     scale = blocks.abs().amax((2, 3), keepdim=True) / 448
-    quantised = (blocks / scale).to(torch.float8_e4m3fn)
+    quantized = (blocks / scale).to(torch.float8_e4m3fn)
 
     def join(blocks: Tensor) -> Tensor:
         return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
 
-    return Quantised(
-        {"weight": join(quantised), "weight_scale_inv": scale[..., 0, 0].contiguous()}, join(quantised.float() * scale)
+    return Quantized(
+        {"weight": join(quantized), "weight_scale_inv": scale[..., 0, 0].contiguous()}, join(quantized.float() * scale)
     )
 
 
-def int8_channels(weight: Tensor) -> Quantised:
+def int8_channels(weight: Tensor) -> Quantized:
     """int8 with a scale for each row."""
     scale = weight.abs().amax(1, keepdim=True) / 127
-    quantised = (weight / scale).round().to(torch.int8)
-    return Quantised({"weight": quantised, "weight_scale": scale}, quantised.float() * scale)
+    quantized = (weight / scale).round().to(torch.int8)
+    return Quantized({"weight": quantized, "weight_scale": scale}, quantized.float() * scale)
 
 
-def int4_groups(weight: Tensor) -> Quantised:
+def int4_groups(weight: Tensor) -> Quantized:
     """int4 with a scale for each group of 32 in a row, eight values in an int32."""
     groups = weight.unflatten(1, (-1, BLOCK))
     scale = groups.abs().amax(2, keepdim=True) / 7
-    quantised = (groups / scale).round().clamp(-8, 7)
-    nibbles = (quantised + 8).to(torch.int64).flatten(1).unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
+    quantized = (groups / scale).round().clamp(-8, 7)
+    nibbles = (quantized + 8).to(torch.int64).flatten(1).unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
     stored = {
         "weight_packed": nibbles.sum(2).to(torch.int32),
         "weight_scale": scale[..., 0].contiguous(),
         "weight_shape": torch.tensor(weight.shape),
     }
-    return Quantised(stored, (quantised * scale).flatten(1))
+    return Quantized(stored, (quantized * scale).flatten(1))
 
 
-def gptq(weight: Tensor) -> Quantised:
+def gptq(weight: Tensor) -> Quantized:
     rows, columns = weight.shape
     stored = {
         "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
@@ -74,40 +74,40 @@ def gptq(weight: Tensor) -> Quantised:
         "scales": torch.ones(columns // BLOCK, rows, dtype=torch.float16),
         "g_idx": torch.arange(columns, dtype=torch.int32) // BLOCK,
     }
-    return Quantised(stored, weight)
+    return Quantized(stored, weight)
 
 
-def awq(weight: Tensor) -> Quantised:
+def awq(weight: Tensor) -> Quantized:
     rows, columns = weight.shape
     stored = {
         "qweight": torch.zeros(columns, rows // 8, dtype=torch.int32),
         "qzeros": torch.zeros(columns // BLOCK, rows // 8, dtype=torch.int32),
         "scales": torch.ones(columns // BLOCK, rows, dtype=torch.float16),
     }
-    return Quantised(stored, weight)
+    return Quantized(stored, weight)
 
 
-def bitsandbytes_int8(weight: Tensor) -> Quantised:
-    quantised = int8_channels(weight)
-    return Quantised(
-        {"weight": quantised.stored["weight"], "SCB": quantised.stored["weight_scale"][:, 0] * 127}, weight
+def bitsandbytes_int8(weight: Tensor) -> Quantized:
+    quantized = int8_channels(weight)
+    return Quantized(
+        {"weight": quantized.stored["weight"], "SCB": quantized.stored["weight_scale"][:, 0] * 127}, weight
     )
 
 
-def bitsandbytes_nf4(weight: Tensor) -> Quantised:
+def bitsandbytes_nf4(weight: Tensor) -> Quantized:
     stored = {
         "weight": torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8),
         "weight.absmax": torch.ones(weight.numel() // 64),
         "weight.quant_map": torch.linspace(-1, 1, 16),
         "weight.quant_state.bitsandbytes__nf4": torch.zeros(80, dtype=torch.uint8),
     }
-    return Quantised(stored, weight)
+    return Quantized(stored, weight)
 
 
 FP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def mxfp4(weight_EIO: Tensor) -> Quantised:
+def mxfp4(weight_EIO: Tensor) -> Quantized:
     """4-bit floats with a power of 2 for each group of 32 inputs, two values in a byte, as gpt-oss."""
     groups = weight_EIO.transpose(1, 2).unflatten(2, (-1, BLOCK))
     exponent = (groups.abs().amax(3, keepdim=True) / 6).log2().ceil().clamp(min=-127)
@@ -116,7 +116,7 @@ def mxfp4(weight_EIO: Tensor) -> Quantised:
     value = FP4_VALUES[code] * scaled.sign() * exponent.exp2()
     code = (code + 8 * (scaled < 0)).to(torch.uint8)
     stored = {"_blocks": code[..., ::2] | code[..., 1::2] << 4, "_scales": (exponent[..., 0] + 127).to(torch.uint8)}
-    return Quantised(stored, value.flatten(2).transpose(1, 2).contiguous())
+    return Quantized(stored, value.flatten(2).transpose(1, 2).contiguous())
 
 
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
@@ -132,13 +132,13 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Method:
-    """A quantised directory: how each linear layer is stored, and what the config says."""
+    """A quantized directory: how each linear layer is stored, and what the config says."""
 
-    quantise: Callable[[Tensor], Quantised]
+    quantize: Callable[[Tensor], Quantized]
     config: dict[str, Any] | None
     model: str = "llama"
     suffix: str = "_proj.weight"
-    """The end of the names of the quantised parameters."""
+    """The end of the names of the quantized parameters."""
 
 
 FP8_CONFIG = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
@@ -166,7 +166,7 @@ METHODS = {
 
 
 def save(name: str, folder: Path) -> PreTrainedModel:
-    """Write the quantised directory into `folder`, and return the model that it stands for."""
+    """Write the quantized directory into `folder`, and return the model that it stands for."""
     method = METHODS[name]
     model = architectures.make(method.model, 1)
     architectures.save(model, folder)
@@ -174,10 +174,10 @@ def save(name: str, folder: Path) -> PreTrainedModel:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith(method.suffix) and parameter.dim() > 1:
-                quantised = method.quantise(parameter)
+                quantized = method.quantize(parameter)
                 stem = key.removesuffix("weight")
-                state |= {stem + suffix: tensor.contiguous() for suffix, tensor in quantised.stored.items()}
-                parameter.copy_(quantised.weight)
+                state |= {stem + suffix: tensor.contiguous() for suffix, tensor in quantized.stored.items()}
+                parameter.copy_(quantized.weight)
             else:
                 state[key] = parameter
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -188,8 +188,8 @@ def save(name: str, folder: Path) -> PreTrainedModel:
     return model
 
 
-def examine_quantised(name: str, folder: Path) -> Outcome:
-    """Let a quantised teacher score the responses of a plain student."""
+def examine_quantized(name: str, folder: Path) -> Outcome:
+    """Let a quantized teacher score the responses of a plain student."""
     model = save(name, folder / "teacher")
     student = architectures.save(architectures.make(METHODS[name].model, 0), folder / "student")
     return judge(partial(score_differences, student, folder / "teacher", model), folder / "run")
