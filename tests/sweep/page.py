@@ -69,5 +69,5 @@ def row(table: str, finding: Finding) -> tuple[str, ...]:
 
 
 def _reason(outcome: Outcome) -> str:
-    first = next(iter(outcome.detail.strip().splitlines()), "")
+    first = outcome.detail.strip().partition("\n")[0].partition(". ")[0]
     return re.sub(r"\d\S* nats", "… nats", first).replace("|", "\\|").replace("<", "&lt;")
