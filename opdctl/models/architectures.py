@@ -27,6 +27,9 @@ def auto_class(config: PreTrainedConfig, path: Path) -> Any:
     hint = "use a decoder that predicts the next token"
     if config.is_encoder_decoder:
         raise OpdctlError("unsupported_model", f"{path}: `{config.model_type}` is an encoder-decoder", hint=hint)
+    if config.model_type == "reformer":
+        reason = "its reversible layers have gradients in training mode only, with dropout"
+        raise OpdctlError("unsupported_model", f"{path}: `reformer` cannot be trained: {reason}", hint=hint)
     if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
         if multimodal.__name__ in (config.architectures or []) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -73,14 +73,20 @@ def _choose(tokenizer: "PreTrainedTokenizerBase", path: Path) -> "PreTrainedToke
     """Return the tokenizer if it reads like its file, or the file if it is the directory's tokenizer without doubt."""
     from transformers import PreTrainedTokenizerFast
 
-    differences = list(_find_differences(tokenizer, path))
+    name, differences = type(tokenizer).__name__, list(_find_differences(tokenizer, path))
+    is_unnamed = PreTrainedTokenizerFast in type(tokenizer).__mro__[1:] and _names_no_class(path)
     if not differences:
-        return tokenizer
-    name, readings = type(tokenizer).__name__, differences[0].describe()
+        if not is_unnamed or len(tokenizer) == _read_file(path).get_vocab_size():
+            return tokenizer
+        console.info_once(
+            f"{path}: tokenizer.json is used: tokenizer_config.json does not name {name}, which adds tokens"
+        )
+        return _load_file(path)
+    readings = differences[0].describe()
     if all(each.is_loss for each in differences):
         tokenizer = _load_file(path)
         console.warn_once(f"{path}: tokenizer.json is used: {name} loses text that the file keeps\n{readings}")
-    elif PreTrainedTokenizerFast in type(tokenizer).__mro__[1:] and _names_no_class(path):
+    elif is_unnamed:
         tokenizer = _load_file(path)
         console.info_once(f"{path}: tokenizer.json is used: tokenizer_config.json does not name {name}, which differs")
     else:

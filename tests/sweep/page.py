@@ -69,5 +69,7 @@ def row(table: str, finding: Finding) -> tuple[str, ...]:
 
 
 def _reason(outcome: Outcome) -> str:
+    if outcome.kind == "wrong":
+        return f"differs from transformers: {', '.join(key for key in outcome.differences if key in outcome.detail)}"
     first = outcome.detail.strip().partition("\n")[0].partition(". ")[0]
     return re.sub(r"\d\S* nats", "… nats", first).replace("|", "\\|").replace("<", "&lt;")

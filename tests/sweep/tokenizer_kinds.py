@@ -103,13 +103,13 @@ def write(folder: Path, tokenizer: Tokenizer | None, template: str = TEMPLATE, *
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def write_sentencepiece(folder: Path, model_type: str) -> Encode:
+def write_sentencepiece(folder: Path) -> Encode:
     """Write tokenizer.model alone, as older models have it."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
         model_writer=model,
-        model_type=model_type,
+        model_type="bpe",
         vocab_size=318,
         byte_fallback=True,
         user_defined_symbols=SPECIAL,
@@ -168,8 +168,7 @@ KINDS: dict[str, Write] = {
         folder, word_piece(), tokenizer_class="BertTokenizerFast"
     ),
     "WordLevel": lambda folder: write(folder, word_level()),
-    "sentencepiece BPE, without tokenizer.json": lambda folder: write_sentencepiece(folder, "bpe"),
-    "sentencepiece Unigram, without tokenizer.json": lambda folder: write_sentencepiece(folder, "unigram"),
+    "sentencepiece BPE, without tokenizer.json": write_sentencepiece,
     "vocab.json and merges.txt, without tokenizer.json": write_vocabulary_and_merges,
     "code of the directory": write_code,
     "none": lambda folder: write(folder, None),

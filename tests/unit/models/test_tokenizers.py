@@ -78,6 +78,14 @@ def test_file_is_used_where_the_directory_names_no_class(tmp_path, capsys):
     assert str(folder) in capsys.readouterr().err
 
 
+def test_tokens_that_a_class_adds_to_the_file_are_no_ids(tmp_path, capsys):
+    special = ("<|pad|>", "<|im_start|>", "<|im_end|>")
+    folder = write_tokenizer(tmp_path, byte_level(special=special), model_type="hyperclovax_vision_v2")
+    assert len(load(folder, "class")) == 260  # with <|endoftext|>
+    assert len(load(folder)) == 259
+    assert str(folder) in capsys.readouterr().err
+
+
 def test_other_difference_is_refused_until_the_recipe_chooses(tmp_path):
     folder = write_tokenizer(tmp_path, byte_level(DIGITS), model_type="qwen2", tokenizer_class="Qwen2Tokenizer")
     error = rejection(folder)
