@@ -62,6 +62,8 @@ def _load_once(
     tokenizer = _load_file(path) if source == "file" else _load_class(path, trust_remote_code=trust_remote_code)
     if source == "auto" and (path / "tokenizer.json").exists():
         tokenizer = _choose(tokenizer, path)
+    elif source == "auto":
+        _check_sentencepiece(tokenizer, path)
     tokenizer.clean_up_tokenization_spaces = False  # decoding gives the text, not a tidier one
     template = path / "chat_template.json"  # of older multimodal models; transformers reads it for processors only
     if not tokenizer.chat_template and template.exists():
@@ -73,10 +75,11 @@ def _choose(tokenizer: "PreTrainedTokenizerBase", path: Path) -> "PreTrainedToke
     """Return the tokenizer if it reads like its file, or the file if it is the directory's tokenizer without doubt."""
     from transformers import PreTrainedTokenizerFast
 
-    name, differences = type(tokenizer).__name__, list(_find_differences(tokenizer, path))
+    file = _read_file(path)
+    name, differences = type(tokenizer).__name__, list(_find_differences(tokenizer, _reading_of(file)))
     is_unnamed = PreTrainedTokenizerFast in type(tokenizer).__mro__[1:] and _names_no_class(path)
     if not differences:
-        if not is_unnamed or len(tokenizer) == _read_file(path).get_vocab_size():
+        if not is_unnamed or len(tokenizer) == file.get_vocab_size():
             return tokenizer
         console.info_once(
             f"{path}: tokenizer.json is used: tokenizer_config.json does not name {name}, which adds tokens"
@@ -97,6 +100,23 @@ def _choose(tokenizer: "PreTrainedTokenizerBase", path: Path) -> "PreTrainedToke
             '"file" is that of transformers 4, "class" that of transformers 5',
         )
     return tokenizer
+
+
+def _check_sentencepiece(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
+    """Raise OpdctlError if a directory has a sentencepiece file only, and its class reads text differently.
+
+    The classes of transformers 5 read some of these files as another kind of vocabulary, or their spaces otherwise.
+    """
+    for file in sorted(path.glob("*.model")):
+        reading = _read_sentencepiece(file, tokenizer)
+        for difference in _find_differences(tokenizer, reading) if reading else ():
+            name = type(tokenizer).__name__
+            raise OpdctlError(
+                "unsupported_model",
+                f"{file}: {name} reads text differently from sentencepiece\n{difference.describe()}",
+                hint="add the tokenizer.json of this model, or set its key `tokenizer`, such as student.tokenizer, to "
+                '"class" if it was trained with this class',
+            )
 
 
 # ── The class and the file ───────────────────────────────────────────────────────────────────────────────────────────
@@ -126,7 +146,7 @@ def _load_file(path: Path) -> "PreTrainedTokenizerBase":
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True, **plain)
     except Exception as error:
         raise _loading_error(path, error) from error
-    for difference in _find_differences(tokenizer, path):
+    for difference in _find_differences(tokenizer, _reading_of(_read_file(path))):
         raise OpdctlError(
             "unsupported_model",
             f"{path}: settings in tokenizer_config.json change what tokenizer.json reads\n{difference.describe()}",
@@ -174,8 +194,18 @@ def _loading_error(path: Path, error: Exception) -> OpdctlError:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a file's own library reads text, in the ids of the tokenizer. texts: those to compare."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    token: Callable[[int], str]
+    texts: tuple[str, ...] = TEXTS
+
+
+@dataclass(frozen=True)
 class Difference:
-    """A text that tokenizer and tokenizer.json read differently: as tokens, from the first that differs.
+    """A text that tokenizer and file read differently: as tokens, from the first that differs.
 
     is_loss: the text is lost by the tokenizer and kept by the file.
     """
@@ -190,27 +220,46 @@ class Difference:
         return f"  {self.text[:60]!r}\n  class: … {self.tokens}\n  file:  … {self.file_tokens}"
 
 
-def _find_differences(tokenizer: "PreTrainedTokenizerBase", path: Path) -> Iterator[Difference]:
-    """Yield the texts that a tokenizer reads differently from its tokenizer.json."""
-    file = _read_file(path)
-    # The special tokens of the file frame the turns of a chat template. The tokenizer may have further ones.
-    frame = "".join(f"{token.content}user\n1 + 2" for _, token in sorted(file.get_added_tokens_decoder().items()))
-
-    def file_encode(text: str) -> list[int]:
-        return list(file.encode(text, add_special_tokens=False).ids)
-
+def _find_differences(tokenizer: "PreTrainedTokenizerBase", reading: Reading) -> Iterator[Difference]:
+    """Yield the texts that a tokenizer reads differently from its file."""
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    file_decode = functools.partial(file.decode, skip_special_tokens=False)
-    for text in (*TEXTS, frame):
+    for text in reading.texts:
         ids, is_kept = _read(text, encode, decode)
-        file_ids, is_kept_by_file = _read(
-            text, lambda text: file.encode(text, add_special_tokens=False).ids, file_decode
-        )
+        file_ids, is_kept_by_file = _read(text, reading.encode, reading.decode)
         if ids != file_ids:
             tokens = _show_tokens(ids, file_ids, lambda id_: str(tokenizer.convert_ids_to_tokens(id_)))
-            file_tokens = _show_tokens(file_ids, ids, lambda id_: str(file.id_to_token(id_)))
+            file_tokens = _show_tokens(file_ids, ids, reading.token)
             yield Difference(text, tokens, file_tokens, is_kept_by_file and not is_kept)
+
+
+def _reading_of(file: "Tokenizer") -> Reading:
+    # The special tokens of the file frame the turns of a chat template. The tokenizer may have further ones.
+    frame = "".join(f"{token.content}user\n1 + 2" for _, token in sorted(file.get_added_tokens_decoder().items()))
+    return Reading(
+        encode=lambda text: list(file.encode(text, add_special_tokens=False).ids),
+        decode=functools.partial(file.decode, skip_special_tokens=False),
+        token=lambda id_: str(file.id_to_token(id_)),
+        texts=(*TEXTS, frame),
+    )
+
+
+def _read_sentencepiece(file: Path, tokenizer: "PreTrainedTokenizerBase") -> Reading | None:
+    """Return how sentencepiece reads text by a file; None if it is a file of another library, such as tiktoken."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor(model_file=str(file))
+    except (ImportError, RuntimeError):  # without the package, the class could not have read a file of sentencepiece
+        return None
+
+    def encode(text: str) -> list[int]:
+        return [int(tokenizer.convert_tokens_to_ids(piece)) for piece in processor.encode(text, out_type=str)]
+
+    def token(id_: int) -> str:
+        return str(tokenizer.convert_ids_to_tokens(id_))
+
+    return Reading(encode, lambda ids: str(processor.decode([token(id_) for id_ in ids])), token)
 
 
 def _read_file(path: Path) -> "Tokenizer":

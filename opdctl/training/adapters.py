@@ -57,7 +57,11 @@ def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...
     try:
         peft.inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
-        raise _unsupported_layers(" ".join(str(error).split()), linear | stacked) from error
+        # peft prints a set, whose order differs between processes.
+        reason = re.sub(
+            r"\{(.*?)\}", lambda match: ", ".join(sorted(match[1].split(", "))), " ".join(str(error).split())
+        )
+        raise _unsupported_layers(reason, linear | stacked) from error
     except TypeError as error:
         raise OpdctlError(
             "unsupported_setting",

@@ -103,13 +103,13 @@ def write(folder: Path, tokenizer: Tokenizer | None, template: str = TEMPLATE, *
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def write_sentencepiece(folder: Path) -> Encode:
+def write_sentencepiece(folder: Path, model_type: str) -> Encode:
     """Write tokenizer.model alone, as older models have it."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
         model_writer=model,
-        model_type="bpe",
+        model_type=model_type,
         vocab_size=318,
         byte_fallback=True,
         user_defined_symbols=SPECIAL,
@@ -120,7 +120,7 @@ def write_sentencepiece(folder: Path) -> Encode:
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    write(folder, None, tokenizer_class="LlamaTokenizer", legacy=False)
+    write(folder, None, tokenizer_class="LlamaTokenizer", legacy=False, add_prefix_space=False)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return lambda text: list(processor.encode(text))
 
@@ -168,7 +168,8 @@ KINDS: dict[str, Write] = {
         folder, word_piece(), tokenizer_class="BertTokenizerFast"
     ),
     "WordLevel": lambda folder: write(folder, word_level()),
-    "sentencepiece BPE, without tokenizer.json": write_sentencepiece,
+    "sentencepiece BPE, without tokenizer.json": lambda folder: write_sentencepiece(folder, "bpe"),
+    "sentencepiece Unigram, without tokenizer.json": lambda folder: write_sentencepiece(folder, "unigram"),
     "vocab.json and merges.txt, without tokenizer.json": write_vocabulary_and_merges,
     "code of the directory": write_code,
     "none": lambda folder: write(folder, None),

@@ -1,9 +1,11 @@
 """A loaded tokenizer reads text like its tokenizer.json, or the difference is one error."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from helpers.tokenizers import CHATML, byte_level, write_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -43,6 +45,35 @@ def edit_json(file: Path, **values) -> None:
 
 
 # ── Class and file ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_sentencepiece_file_is_compared_with_sentencepiece(model_type, tmp_path):
+    """transformers 5 reads a Unigram file by LlamaTokenizer as BPE."""
+    model = io.BytesIO()
+    options = {"byte_fallback": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    trained = {"model_type": model_type, "vocab_size": 420, "hard_vocab_limit": False, "minloglevel": 2} | options
+    names = {"normalization_rule_name": "identity", "user_defined_symbols": ["<|im_start|>", "<|im_end|>"]}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 9), model_writer=model, **trained, **names)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if model_type == "bpe":
+        load(tmp_path)
+    else:
+        assert "tokenizer.model" in rejection(tmp_path).message
+        assert type(load(tmp_path, "class")).__name__ == "LlamaTokenizer"
+
+
+def test_model_file_of_another_library_is_not_compared(tmp_path):
+    folder = write_tokenizer(tmp_path, byte_level(DIGITS), model_type="gpt2", tokenizer_class="GPT2Tokenizer")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("".join(" ".join(merge) + "\n" for merge in model["merges"]))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_text("IQ== 0\n")  # as tiktoken writes it
+    assert type(load(folder)).__name__ == "GPT2Tokenizer"
 
 
 def test_class_that_reads_like_the_file_is_used(tmp_path, capsys):
