@@ -111,6 +111,9 @@ def _needs_trainer_now(run: Run, follow: bool) -> bool:
 
 def _make_inputs(run: Run, engines: EnginePool, clock: Clock, step: int) -> dict[str, float] | None:
     """Evaluate if due, then make a step's rollout and scores; the ranks share the parts by leases."""
+    if not run.rollout_stage(step).is_finished():
+        for name in run.scorers():  # a teacher that cannot be loaded must not cost a rollout
+            engines.get(name, run.recipe.score.engine, run.models[name])
     evaluate_if_due(run, step, engines, clock)
     num_parts, seconds = run.recipe.rollout.num_parts, {}
     stages: dict[str, tuple[Callable[..., int], int]] = {

@@ -12,7 +12,14 @@ import pytest
 import torch
 from helpers.commands import QUICKSTART, invoke, sets
 from helpers.models import SMALL, TOY, VOCAB_SIZE, edit_config, edit_tensors, save
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from opdctl.models.loading import load_model
 from opdctl.runs.run import Run
@@ -211,3 +218,12 @@ def test_continuations_must_fit_into_a_table_of_positions(tmp_path):
     result = invoke("run", "continuations", tmp_path / "run")
     assert (result.kind, result.code) == ("unsupported_setting", 2)
     assert "40 positions" in result.err
+
+
+def test_teacher_that_fails_its_self_check_costs_no_rollout(tmp_path):
+    config = BertConfig(**SMALL | {"num_key_value_heads": 2}, is_decoder=False, tie_word_embeddings=True)
+    teacher = save(BertLMHeadModel(config), tmp_path / "teacher")
+    result = train(tmp_path, TOY, teacher)
+    assert (result.kind, result.code) == ("unsupported_model", 2)
+    assert str(teacher) in result.err
+    assert not list((tmp_path / "run").rglob("part-*"))
