@@ -18,7 +18,7 @@ MODELS = (
     # experts
     *("deepseek_v3", "gpt_oss", "mixtral", "phimoe", "qwen3_moe"),
     # recurrent layers
-    *("bamba", "falcon_h1", "jamba", "lfm2", "mamba", "mamba2", "nemotron_h", "qwen3_5_text", "qwen3_next"),
+    *("bamba", "falcon_h1", "jamba", "lfm2", "mamba", "mamba2", "nemotron_h", "qwen3_5_text"),
     *("recurrent_gemma", "rwkv", "xlstm", "zamba2"),
     # positions: learnt, by the attention mask, or by the lengths in a batch
     *("bloom", "falcon", "gpt2", "opt", "llama, rope dynamic", "llama, rope yarn", "phi3, rope longrope"),
