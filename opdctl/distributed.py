@@ -4,6 +4,7 @@ Without torchrun there is a single process, rank 0. torch is imported only when 
 """
 
 import datetime
+import gc
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,6 +60,8 @@ def destroy_process_group() -> None:
     if _owns_process_group:
         import torch
 
+        # A sharded model is part of a reference cycle. If it outlives the process group, threads of gloo may abort.
+        gc.collect()
         torch.distributed.destroy_process_group()
         _owns_process_group = False
 
