@@ -72,4 +72,5 @@ def _reason(outcome: Outcome) -> str:
     if outcome.kind == "wrong":
         return f"differs from transformers: {', '.join(key for key in outcome.differences if key in outcome.detail)}"
     first = outcome.detail.strip().partition("\n")[0].partition(". ")[0]
+    first = re.sub(r"(?<=: )(student|teacher): ", "", first)  # which of the two is loaded first does not matter
     return re.sub(r"\d\S* nats", "… nats", first).replace("|", "\\|").replace("<", "&lt;")
