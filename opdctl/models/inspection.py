@@ -138,10 +138,10 @@ def load_on_meta_device(model: ModelDir) -> tuple[PreTrainedModel, dict[str, Any
     return loaded, loading_info
 
 
-def stored_names(model: PreTrainedModel, weights: StoredWeights) -> dict[str, str]:
-    """Return the stored name of each parameter: transformers renames the tensors of some architectures.
+def loaded_names(model: PreTrainedModel, weights: StoredWeights) -> dict[str, str]:
+    """Return the name in the model of each stored tensor: transformers renames the tensors of some architectures.
 
-    Of a parameter that is made of several stored tensors, it is the name of one of them.
+    Several stored tensors may make one parameter, such as those of the experts.
     """
     conversions = model._weight_conversions
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
@@ -152,7 +152,7 @@ def stored_names(model: PreTrainedModel, weights: StoredWeights) -> dict[str, st
         name, _ = rename_source_key(stored, renamings, converters, prefix, parameters)
         if name not in parameters:
             name, _ = rename_source_key(stored, [], [], prefix, parameters)
-        names[name] = stored
+        names[stored] = name
     return names
 
 
@@ -240,11 +240,11 @@ def _check_dtypes(model: ModelDir, ignored: Collection[str]) -> None:
 
 def _check_tied_head(model: ModelDir, empty: PreTrainedModel) -> None:
     """Reject an output matrix that is stored with other values than the embedding that the config ties it to."""
-    names, tensors = stored_names(empty, model.weights), model.weights.tensors
+    tensors = {name: model.weights.tensors[stored] for stored, name in loaded_names(empty, model.weights).items()}
     for target, source in getattr(empty, "all_tied_weights_keys", {}).items():
-        if target not in names or source not in names:
+        if target not in tensors or source not in tensors:
             continue
-        head, embedding = tensors[names[target]], tensors[names[source]]
+        head, embedding = tensors[target], tensors[source]
         if not have_equal_content(head, embedding):
             raise OpdctlError(
                 "invalid_model",

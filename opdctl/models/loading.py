@@ -13,7 +13,7 @@ from opdctl.models.inspection import (
     check_files,
     check_loaded_tensors,
     load_on_meta_device,
-    stored_names,
+    loaded_names,
 )
 from opdctl.models.logprobs import Head, output_head
 from opdctl.models.self_check import check_scoring
@@ -54,7 +54,7 @@ def load_head(model: ModelDir, *, device: str) -> Head:
     empty, _ = load_on_meta_device(model)
     layer = empty.get_output_embeddings()
     parameters = dict(empty.named_parameters(remove_duplicate=False))
-    stored = stored_names(empty, model.weights)
+    stored = {name: stored_name for stored_name, name in loaded_names(empty, model.weights).items()}
     for layer_name, layer_parameter in list(layer.named_parameters()):
         names = [name for name, parameter in parameters.items() if parameter is layer_parameter]  # several if tied
         stored_name = next((stored[name] for name in names if name in stored), None)

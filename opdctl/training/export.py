@@ -15,17 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import revert_weight_conversion
 
 from opdctl import distributed
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
-from opdctl.models.inspection import load_on_meta_device
+from opdctl.models.inspection import load_on_meta_device, loaded_names
 from opdctl.models.json_files import read_json_object
 from opdctl.training import adapters
 
@@ -57,11 +52,7 @@ def check_exportable(model: PreTrainedModel, student: ModelDir) -> None:
         )
     state = _empty_state(model)
     stored = find_stored_tensors(model, state, student)
-    conversions = model._weight_conversions
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    for name in student.weights.tensors:
-        loaded, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    for name, loaded in loaded_names(model, student.weights).items():
         if loaded in state and name not in stored:
             raise _no_place(student, f"the place of {loaded} is unknown, which transformers loads from {name}")
 
