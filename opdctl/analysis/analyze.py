@@ -3,41 +3,34 @@
 One pass over the parts, with one part or one step in memory at a time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from opdctl import console
 from opdctl.analysis import samples
 from opdctl.analysis.position_bias import assess_bias
-from opdctl.analysis.position_sums import RESERVED_NAMES, Batch, PositionStats, split_by_tokens
+from opdctl.analysis.position_sums import Batch, PositionStats, split_by_tokens
 from opdctl.analysis.results import Analysis, Phase, StepResult, summarize_step
 from opdctl.analysis.samples import CHUNK_TOKENS, Sample
+from opdctl.analysis.shown_weights import chosen_weights
 from opdctl.artifacts import files
-from opdctl.errors import OpdctlError, did_you_mean
+from opdctl.errors import OpdctlError
 from opdctl.evaluation import learning_curves
-from opdctl.losses.token_weights import PrefixRatio, Weight, weigh
-from opdctl.recipe.components import build_token_weight, unmet_requirements
-from opdctl.recipe.schema import Component
-from opdctl.registry import WEIGHTS
+from opdctl.losses.token_weights import Weight, weigh
 from opdctl.runs.layout import list_steps
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import to_weight_inputs
 
-PREFIX_RATIO_ALPHAS = (0.02, 0.1, 0.5)
-"""Exponents of the prefix ratio that are shown."""
-DEFAULT_WEIGHTS = ("iw_opd", "linear_decay", "prefix_ratio")
-"""Weights that are shown beside the recipe's by default."""
 
-
-def analyze_run(run: Run, names: Sequence[str] | None = None) -> Analysis:
+def analyze_run(run: Run, weights_text: str | None = None) -> Analysis:
     """Analyze every scored step of a run.
 
-    names: of the weights to show beside the recipe's; `all` for every weight whose columns the run has stored.
+    weights_text: the weights to show besides the recipe's, in the form of `--weights`.
 
     Raises:
         OpdctlError: no step is scored; a weight is unknown, or needs columns that are not stored; an artifact is
             corrupt.
     """
-    weights = chosen_weights(run, names)
+    weights = chosen_weights(run, weights_text)
     steps, skipped = scored_steps(run)
     if not steps:
         raise OpdctlError(
@@ -79,55 +72,6 @@ def _analysis(
         continuations=[files.read_json(path) for path in summaries],
         accuracy=learning_curves.accuracy_curve(run.path),
     )
-
-
-def chosen_weights(run: Run, names: Sequence[str] | None = None) -> dict[str, Weight]:
-    """Return the weights to show by their labels: the recipe's first, then those of `names`, or the default ones.
-
-    Raises:
-        OpdctlError: a weight is unknown, or needs columns that are not stored.
-    """
-    weights = {_label(run.recipe.weight): build_token_weight(run.recipe)}
-    _check_requirements(run, run.recipe.weight.name, build_token_weight(run.recipe))
-    known = [*WEIGHTS.names(), "all"]
-    if unknown := [name for name in names or () if name not in known]:
-        raise OpdctlError("unknown_name", f"--weights: weight `{unknown[0]}`{did_you_mean(unknown[0], known)}")
-    shows_all = names is not None and "all" in names
-    for name in WEIGHTS.names() if shows_all else DEFAULT_WEIGHTS if names is None else names:
-        for label, weight in _variants(name).items():
-            if shows_all and unmet_requirements(run.recipe, weight.needs):
-                continue
-            _check_requirements(run, name, weight)
-            if weight not in weights.values():
-                weights[label] = weight
-    # The weight of a plugin can have any name.
-    return {f"{label} (weight)" if label in RESERVED_NAMES else label: weight for label, weight in weights.items()}
-
-
-def _variants(name: str) -> dict[str, Weight]:
-    if name == "prefix_ratio":
-        return {f"prefix_ratio alpha={alpha:g}": PrefixRatio(alpha) for alpha in PREFIX_RATIO_ALPHAS}
-    return {name: WEIGHTS.build(name, {})}
-
-
-def _label(component: Component) -> str:
-    """Return the name of a component with the parameters that differ from its defaults."""
-    (entry,) = (entry for entry in WEIGHTS.entries() if entry.name == component.name)
-    params = {k: v for k, v in component.params.items() if v != entry.parameters[k]}
-    text = " ".join([component.name, *(f"{key}={value}" for key, value in params.items())])
-    times = getattr(component, "times", None)
-    return f"{text} × {_label(times)}" if times else text
-
-
-def _check_requirements(run: Run, name: str, weight: Weight) -> None:
-    """Raise OpdctlError if the run has not stored the columns that a weight needs."""
-    if missing := unmet_requirements(run.recipe, weight.needs):
-        settings = ", ".join(f"`{key} = {str(value).lower()}`" for key, value in missing.items())
-        raise OpdctlError(
-            "settings_mismatch",
-            f"{run.path}: weight `{name}` needs {settings}",
-            hint="start a run with these settings, or with this weight in its recipe, which enables them",
-        )
 
 
 def scored_steps(run: Run) -> tuple[list[int], list[int]]:

@@ -30,12 +30,12 @@ def analyze_position(
 
     \b
     opdctl analyze-position runs/quickstart
-    opdctl analyze-position runs/quickstart --set weight.gamma=1.0 --weights prefix_ratio,teacher_confidence
+    opdctl analyze-position runs/quickstart --weights iw_opd:gamma=1,teacher_confidence
     then: opdctl run show runs/quickstart SAMPLE_ID
     """
     with command_session(verbose):
         run = load_run_for_analysis(run_dir or output, recipe, set_)
-        _analyze(run, weights.split(",") if weights is not None else None, dry_run, json_)
+        _analyze(run, weights, dry_run, json_)
 
 
 def load_run_for_analysis(path: Path | None, recipe: list[str] | None, overrides: list[str] | None) -> "Run":
@@ -49,7 +49,7 @@ def load_run_for_analysis(path: Path | None, recipe: list[str] | None, overrides
     return replace(run, recipe=run.recipe.model_copy(update=update))
 
 
-def _analyze(run: "Run", weights: list[str] | None, dry_run: bool, as_json: bool) -> None:
+def _analyze(run: "Run", weights: str | None, dry_run: bool, as_json: bool) -> None:
     from opdctl.analysis import analyze, captions, report
 
     if dry_run:

@@ -47,5 +47,9 @@ Verbose = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", metavar="A,B,…", help="Token weights to show besides the recipe's; `all` for every one."),
+    typer.Option(
+        "--weights",
+        metavar="NAME[:KEY=VALUE…],…",
+        help="Token weights to show besides the recipe's, such as iw_opd:gamma=1,linear_decay; `all` for every one.",
+    ),
 ]

@@ -116,13 +116,13 @@ def show(
     opdctl run show runs/quickstart sort12-abc/00003/0
     """
     with command_session(verbose):
-        from opdctl.analysis.analyze import chosen_weights, scored_steps
+        from opdctl.analysis.analyze import scored_steps
         from opdctl.analysis.samples import load_sample
+        from opdctl.analysis.shown_weights import chosen_weights
         from opdctl.cli.sample_view import print_sample
 
         run = load_run_for_analysis(run_dir, None, set_)
-        names = weights.split(",") if weights is not None else None
-        sample = load_sample(run, sample_id, scored_steps(run)[0], chosen_weights(run, names))
+        sample = load_sample(run, sample_id, scored_steps(run)[0], chosen_weights(run, weights))
         print_sample(sample, shade)
         if json_:
             print_json(sample.as_dict())

@@ -139,13 +139,18 @@ def _parse_override(text: str) -> dict[str, Any]:
     names = key.strip().split(".")
     if not equals or not all(names) or "\n" in text:
         raise OpdctlError("invalid_usage", f"--set {text}: must be key=value, such as train.steps=10")
-    try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
-        parsed = value  # a bare word is a string
+    parsed = parse_value(value)
     for name in reversed(names):
         parsed = {name: parsed}
     return parsed
+
+
+def parse_value(text: str) -> Any:
+    """Return a value of the command line: a TOML value, or a string without quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: dict[str, str], prefix: str = "") -> None:

@@ -33,6 +33,8 @@ def test_weights_that_cannot_be_shown_are_rejected(run):
     assert (result.code, result.kind, "did you mean `linear_decay`?" in result.err) == (2, "unknown_name", True)
     result = invoke("analyze-position", run.path, "--weights", "fire")
     assert (result.code, result.kind, "score.entropy = true" in result.err) == (4, "settings_mismatch", True)
+    result = invoke("run", "show", run.path, "planted/00000/0", "--weights", "iw_opd:gama=1")
+    assert (result.code, result.kind, "did you mean `gamma`?" in result.err) == (2, "invalid_usage", True)
 
 
 UNTESTABLE = {
@@ -135,9 +137,16 @@ def test_one_response_is_shown_with_its_numbers(run, shade):
     assert result.code == 0
     sample = result.json()
     assert sample["advantage"] == [-1.0, -2.0]
-    assert sample["iw_opd gamma=1.0"] == pytest.approx([2.0, 1 + 2 / 3])
+    assert sample["iw_opd gamma=1"] == pytest.approx([2.0, 1 + 2 / 3])
     assert len(sample["tokens"]) == 2
     assert "-2.000" in result.err
+
+
+def test_weights_with_parameters_are_shown(run):
+    plant(run, 0, [np.array([-1.0, -2.0])])
+    result = invoke("run", "show", run.path, "planted/00000/0", "--weights", "iw_opd:gamma=3,uniform", "--json")
+    assert result.json()["iw_opd gamma=3"] == pytest.approx([4.0, 3.0])  # a third of |A| is before the second token
+    assert result.json()["uniform"] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["planted/00000/7", "planted/00003/0", "nonsense", "a/b/c"])

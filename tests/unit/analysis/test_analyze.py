@@ -30,7 +30,7 @@ def test_planted_numbers_come_back(run):
     assert phase["prefix_fraction"]["value"] == pytest.approx(6 / 9.5)
     position = analysis.phases[0].numbers.position
     # gamma 1: w = 2 - F, and F is 6 / 9.5 before the fourth token
-    assert position.mean("iw_opd gamma=1.0")[[0, 3]].tolist() == pytest.approx([2.0, 2 - 6 / 9.5])
+    assert position.mean("iw_opd gamma=1")[[0, 3]].tolist() == pytest.approx([2.0, 2 - 6 / 9.5])
     # log-probs of prefixes: -1 per token under the student, A more under the teacher
     assert position.mean("student_prefix_logp").tolist() == pytest.approx(list(range(-1, -11, -1)))
     assert position.mean("teacher_prefix_logp")[[2, 9]].tolist() == pytest.approx([-3 - 6, -10 - 9.5])
@@ -95,21 +95,11 @@ def test_numbers_do_not_depend_on_parts_and_batches(tmp_path, monkeypatch):
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_recipe_weight_comes_first_and_others_can_be_chosen(run):
+def test_table_of_weights_has_their_means_and_sample_sizes(run):
     plant(run, 0, [np.array([-1.0, -2.0])] * 3)
-    assert list(analyze.chosen_weights(run)) == [
-        "iw_opd gamma=1.0",
-        "iw_opd",
-        "linear_decay",
-        *(f"prefix_ratio alpha={alpha}" for alpha in (0.02, 0.1, 0.5)),
-    ]
-    assert list(analyze.chosen_weights(run, ["suffix_only"])) == ["iw_opd gamma=1.0", "suffix_only"]
-    every = analyze.chosen_weights(run, ["all"])
-    assert {"uniform", "teacher_confidence", "prefix_curriculum"} < set(every)
-    assert not {"tip", "fire", "prune"} & set(every)  # they need columns that this run has not stored
-    table = analyze.analyze_run(run, ["prefix_only", "uniform"]).weight_table()
+    table = analyze.analyze_run(run, "prefix_only,uniform").weight_table()
     # the first of two tokens: half of the tokens have weight 1, so the effective sample size is a half
-    assert table["weight"] == ["iw_opd gamma=1.0", "prefix_only", "uniform"]
+    assert table["weight"] == ["iw_opd gamma=1", "prefix_only", "uniform"]
     assert table["effective_sample_size"][1:] == pytest.approx([0.5, 1.0])
     assert table["mean"][1:] == pytest.approx([0.5, 1.0])
     # spread over half a response each, 0.6 of the first token's 1 nat is in the first 30%
@@ -128,23 +118,9 @@ def test_weight_named_like_a_quantity_does_not_replace_it(run, monkeypatch):
     monkeypatch.setitem(WEIGHTS._factories, "signal", WEIGHTS.get("suffix_only"))
     monkeypatch.setitem(WEIGHTS._sources, "signal", "")
     plant(run, 0, [np.array([-3.0, -1.0])] * 30)
-    analysis = analyze.analyze_run(run, ["signal"])
-    assert analysis.weights == ["iw_opd gamma=1.0", "signal (weight)"]
+    analysis = analyze.analyze_run(run, "signal")
+    assert analysis.weights == ["iw_opd gamma=1", "signal (weight)"]
     assert analysis.bias.prefix_fraction.value == pytest.approx(0.6 * 3 / 4)
-
-
-def test_unknown_weight_is_rejected_with_the_nearest_name(run):
-    with pytest.raises(OpdctlError) as error:
-        analyze.chosen_weights(run, ["linear_decai"])
-    assert error.value.kind == "unknown_name"
-    assert "did you mean `linear_decay`?" in error.value.message
-
-
-def test_weight_without_its_columns_is_rejected_with_their_settings(run):
-    with pytest.raises(OpdctlError) as error:
-        analyze.chosen_weights(run, ["fire"])
-    assert error.value.kind == "settings_mismatch"
-    assert "`score.entropy = true`" in error.value.message
 
 
 # ── Incomplete runs ──────────────────────────────────────────────────────────────────────────────────────────────────

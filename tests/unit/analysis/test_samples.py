@@ -6,6 +6,7 @@ from helpers.planted import plant, planted_run
 
 from opdctl.analysis import analyze, samples
 from opdctl.analysis.samples import Sample
+from opdctl.analysis.shown_weights import chosen_weights
 from opdctl.errors import OpdctlError
 from opdctl.losses.token_weights import ResponseTokens
 from opdctl.runs.run import Run
@@ -55,7 +56,7 @@ def test_representative_samples_have_the_median_and_the_greatest_signal(run):
 def test_unknown_sample_is_rejected_with_an_example(run, name):
     plant(run, 0, [np.array([-1.0])])
     with pytest.raises(OpdctlError) as error:
-        samples.load_sample(run, name, [0], analyze.chosen_weights(run))
+        samples.load_sample(run, name, [0], chosen_weights(run))
     assert error.value.kind == "unknown_name"
     assert f"`{name}`" in error.value.message
     assert "planted/00000/0" in error.value.hint

@@ -1,0 +1,101 @@
+"""The token weights that the analysis shows: `--weights`, their labels, and the columns that they need."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from opdctl.analysis.position_sums import RESERVED_NAMES
+from opdctl.errors import OpdctlError, did_you_mean
+from opdctl.losses.token_weights import Weight
+from opdctl.recipe.components import build_token_weight, unmet_requirements
+from opdctl.recipe.load import parse_value
+from opdctl.recipe.schema import Component
+from opdctl.registry import WEIGHTS
+from opdctl.runs.run import Run
+
+DEFAULT_WEIGHTS = (
+    "iw_opd,iw_opd:signed=true,linear_decay,"
+    "prefix_ratio:alpha=1,prefix_ratio:alpha=0.1,prefix_ratio:alpha=0.01,prefix_ratio:alpha=0.001"
+)
+"""Shown besides the recipe's by default, in the form of `--weights`: the weights of the paper's Figure 4."""
+
+
+def chosen_weights(run: Run, text: str | None = None) -> dict[str, Weight]:
+    """Return the weights to show by their labels: the recipe's first, then those of `text`, or the default ones.
+
+    text: the value of `--weights`: weights separated by commas, each NAME or NAME:key=value:key=value. `all` is the
+    default ones and every other weight whose columns the run has stored, with its default parameters.
+
+    Raises:
+        OpdctlError: a weight is unknown, a parameter is invalid, or a weight needs columns that are not stored.
+    """
+    recipe_weight = build_token_weight(run.recipe)
+    _check_requirements(run, run.recipe.weight.name, recipe_weight)
+    weights = {_recipe_label(run.recipe.weight): recipe_weight}
+    for component, is_optional in _parse_weights(DEFAULT_WEIGHTS if text is None else text):
+        weight: Weight = WEIGHTS.build(component.name, component.params)
+        if is_optional and unmet_requirements(run.recipe, weight.needs):
+            continue
+        _check_requirements(run, component.name, weight)
+        if weight not in weights.values():
+            weights[_label(component.name, component.params)] = weight
+    # The weight of a plugin can have any name.
+    return {f"{label} (weight)" if label in RESERVED_NAMES else label: weight for label, weight in weights.items()}
+
+
+def _parse_weights(text: str) -> Iterator[tuple[Component, bool]]:
+    """Yield each weight of `--weights`, and whether it is shown only if its columns are stored."""
+    for item in text.split(","):
+        if item == "all":
+            for name in (*DEFAULT_WEIGHTS.split(","), *WEIGHTS.names()):
+                yield _parse_weight(name), True
+        else:
+            yield _parse_weight(item), False
+
+
+def _parse_weight(item: str) -> Component:
+    """Return the weight NAME:key=value:key=value.
+
+    Raises:
+        OpdctlError: the name is unknown, or a parameter is invalid.
+    """
+    name, *settings = item.split(":")
+    if name not in WEIGHTS.names():
+        known = [*WEIGHTS.names(), "all"]
+        raise OpdctlError("unknown_name", f"--weights: weight `{name}`{did_you_mean(name, known)}")
+    params = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise OpdctlError("invalid_usage", f"--weights {item}: must be NAME:key=value, such as iw_opd:gamma=1")
+        params[key] = parse_value(value)
+    if errors := WEIGHTS.validate(name, params):
+        raise OpdctlError("invalid_usage", f"--weights {item}: {'; '.join(error for _, error in errors)}")
+    return Component(name=name, **params)
+
+
+def _recipe_label(component: Component) -> str:
+    """Return the label of a recipe's weight, whose parameters are all given: those that differ from the defaults."""
+    (entry,) = (entry for entry in WEIGHTS.entries() if entry.name == component.name)
+    text = _label(component.name, {k: v for k, v in component.params.items() if v != entry.parameters[k]})
+    times = getattr(component, "times", None)
+    return f"{text} × {_recipe_label(times)}" if times else text
+
+
+def _label(name: str, params: Mapping[str, Any]) -> str:
+    """Return the name and the parameters, such as `iw_opd gamma=1`."""
+    return " ".join([name, *(f"{key}={_format_value(value)}" for key, value in params.items())])
+
+
+def _format_value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+
+
+def _check_requirements(run: Run, name: str, weight: Weight) -> None:
+    """Raise OpdctlError if the run has not stored the columns that a weight needs."""
+    if missing := unmet_requirements(run.recipe, weight.needs):
+        settings = ", ".join(f"`{key} = {str(value).lower()}`" for key, value in missing.items())
+        raise OpdctlError(
+            "settings_mismatch",
+            f"{run.path}: weight `{name}` needs {settings}",
+            hint="start a run with these settings, or with this weight in its recipe, which enables them",
+        )
