@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from opdctl.artifacts.records import Prompt
+from opdctl.data.messages import Message, parse_messages
 from opdctl.data.rendering import PromptRenderer
-from opdctl.data.tables import TableRow, load_from_hub, read_table
+from opdctl.data.tables import TableRow, check_unicode, load_from_hub, read_cell, read_table
 from opdctl.data.toy import TASKS
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.schema import TABLE_SUFFIXES, Prompts, is_data_file, teacher_name
@@ -19,10 +20,11 @@ MAX_LISTED_PROMPTS = 5  # in an error message
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt's text before the chat template.
+    """A prompt before the chat template.
 
-    answer: the gold answer, if there is one. teacher: the name of its teacher in a run with several. teacher_text: the
-    teacher's version of the text, if it differs. row: its number in the source, from 1.
+    text: the user's message. answer: the gold answer, if there is one. teacher: the name of its teacher in a run with
+    several. teacher_text: the teacher's version of the text, if it differs. row: its number in the source, from 1.
+    earlier, teacher_earlier: the messages of the chat before `text` and `teacher_text`.
     """
 
     id: str
@@ -31,6 +33,8 @@ class Problem:
     teacher: str | None = None
     teacher_text: str | None = None
     row: int | None = field(default=None, compare=False)
+    earlier: tuple[Message, ...] = ()
+    teacher_earlier: tuple[Message, ...] = ()
 
     def location(self, source: str) -> str:
         """Return where the prompt is, for errors."""
@@ -52,16 +56,17 @@ def tokenize(
     prompts: list[Prompt] = []
     too_long: list[tuple[str, int]] = []
     for problem in problems:
-        location = problem.location(settings.source)
-        prompt_ids = renderer.token_ids(problem.text, location)
+        location = problem.location(settings.location)
+        prompt_ids = renderer.token_ids(problem.text, location, problem.earlier)
         teacher_ids = None
         if problem.teacher_text is not None:
-            teacher_ids = renderer.token_ids(problem.teacher_text, f"{location} for the teacher")
+            for_teacher = f"{location} for the teacher"
+            teacher_ids = renderer.token_ids(problem.teacher_text, for_teacher, problem.teacher_earlier)
         lengths = [len(ids) for ids in (prompt_ids, teacher_ids) if ids is not None]
         if max(lengths) > settings.max_tokens:
             too_long.append((problem.id, max(lengths)))
         elif not min(lengths):
-            raise OpdctlError("invalid_data", f"{settings.source}: prompt `{problem.id}` has no tokens")
+            raise OpdctlError("invalid_data", f"{settings.location}: prompt `{problem.id}` has no tokens")
         else:
             teacher = _teacher_of(problem, settings, teachers)
             prompts.append(Prompt(problem.id, prompt_ids, problem.answer, teacher, teacher_ids))
@@ -69,11 +74,11 @@ def tokenize(
         shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:MAX_LISTED_PROMPTS])
         raise OpdctlError(
             "invalid_data",
-            f"{settings.source}: {len(too_long)} prompts exceed prompts.max_tokens = {settings.max_tokens}: {shown}",
+            f"{settings.location}: {len(too_long)} prompts exceed prompts.max_tokens = {settings.max_tokens}: {shown}",
             hint='raise prompts.max_tokens, or set prompts.on_too_long = "drop"',
         )
     if not prompts:
-        raise OpdctlError("invalid_data", f"{settings.source}: no prompts left after filtering")
+        raise OpdctlError("invalid_data", f"{settings.location}: no prompts left after filtering")
     return prompts, len(too_long)
 
 
@@ -84,7 +89,7 @@ def _teacher_of(problem: Problem, settings: Prompts, teachers: Sequence[str]) ->
         known = [teacher.removeprefix(teacher_name("")) for teacher in teachers]
         raise OpdctlError(
             "invalid_data",
-            f"{settings.source}: prompt `{problem.id}`: no teacher `{problem.teacher}`"
+            f"{settings.location}: prompt `{problem.id}`: no teacher `{problem.teacher}`"
             f"{did_you_mean(problem.teacher, known)}",
             hint=f"put a name of [teachers] into column `{settings.teacher_column}`",
         )
@@ -100,7 +105,8 @@ def load_problems(settings: Prompts) -> list[Problem]:
     problems = load_local_problems(settings)
     if problems is not None:
         return problems
-    rows = load_from_hub(settings.source, settings.split, settings.revision, "prompts.source")
+    source, files = settings.source, settings.data_files
+    rows = load_from_hub(source, settings.split, settings.revision, "prompts.source", data_files=files)
     return _parse_rows(rows, settings)
 
 
@@ -132,7 +138,7 @@ def _toy_problems(settings: Prompts) -> list[Problem]:
             )
     try:
         stream = task.problems(settings.split, seed=0)
-        return [Problem(p.id, p.prompt + settings.suffix, p.answer) for p in islice(stream, settings.limit)]
+        return [Problem(p.id, _with_suffix(p.prompt, settings), p.answer) for p in islice(stream, settings.limit)]
     except ValueError as error:
         raise OpdctlError("unsupported_setting", f"prompts.split: {error}") from error
 
@@ -152,51 +158,63 @@ def _parse_rows(rows: Iterator[TableRow], settings: Prompts) -> list[Problem]:
         shown = ", ".join(duplicates[:MAX_LISTED_PROMPTS]) + more
         raise OpdctlError(
             "invalid_data",
-            f"{settings.source}: {len(duplicates)} duplicate ids: {shown}",
+            f"{settings.location}: {len(duplicates)} duplicate ids: {shown}",
             hint="give each prompt a unique id (prompts.id_column), or unset the column to use row numbers",
         )
     if not problems:
         condition = f"no row satisfies prompts.min_values = {settings.min_values}"
         reason = condition if settings.min_values else "contains no prompts"
-        raise OpdctlError("invalid_data", f"{settings.source}: {reason}", hint="provide at least one prompt")
+        raise OpdctlError("invalid_data", f"{settings.location}: {reason}", hint="provide at least one prompt")
     return problems
 
 
 def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
-    location = f"{settings.source}: row {number}"
+    location = f"{settings.location}: row {number}"
     name: Any = number - 1
     if settings.id_column:
-        name = _cell(row, settings.id_column, "prompts.id_column", location)
+        name = read_cell(row, settings.id_column, "prompts.id_column", location)
         if name is None:
             raise OpdctlError("invalid_data", f"{location}: `{settings.id_column}` is null")
-    answer = None
-    if settings.answer_column:
-        answer = _cell(row, settings.answer_column, "prompts.answer_column", location)
-    teacher_text = None
-    if settings.teacher_prompt_column is not None:
-        teacher_text = _text_cell(row, settings.teacher_prompt_column, "prompts.teacher_prompt_column", location)
-        teacher_text += settings.suffix
-    return Problem(
-        _check_unicode(str(name), location),
-        _text_cell(row, settings.prompt_column, "prompts.prompt_column", location) + settings.suffix,
-        None if answer is None else _check_unicode(str(answer), location),
+    *earlier, last = _messages_of(row, settings.prompt_column, "prompts.prompt_column", location)
+    problem = Problem(
+        check_unicode(str(name), location),
+        _with_suffix(last.text, settings),
+        _answer_cell(row, settings, location),
         _teacher_cell(row, settings, location),
-        teacher_text,
-        number,
+        row=number,
+        earlier=tuple(earlier),
     )
+    if settings.teacher_prompt_column is None:
+        return problem
+    *earlier, last = _messages_of(row, settings.teacher_prompt_column, "prompts.teacher_prompt_column", location)
+    return replace(problem, teacher_text=_with_suffix(last.text, settings), teacher_earlier=tuple(earlier))
 
 
-def _text_cell(row: TableRow, column: str, key: str, location: str) -> str:
-    text = _cell(row, column, key, location)
-    if not isinstance(text, str) or not text:
-        raise OpdctlError("invalid_data", f"{location}: `{column}` must be text, got {text!r}")
-    return _check_unicode(text, location)
+def _messages_of(row: TableRow, column: str, key: str, location: str) -> tuple[Message, ...]:
+    return parse_messages(read_cell(row, column, key, location), f"{location}: `{column}`")
+
+
+def _with_suffix(text: str, settings: Prompts) -> str:
+    """Return the text of a user message with the suffix, which is not repeated."""
+    suffix = settings.suffix.rstrip()
+    return text if suffix and text.rstrip().endswith(suffix) else text + settings.suffix
+
+
+def _answer_cell(row: TableRow, settings: Prompts, location: str) -> str | None:
+    if settings.answer_column is None:
+        return None
+    answer = read_cell(row, settings.answer_column, "prompts.answer_column", location)
+    if isinstance(answer, dict):
+        fields = ", ".join(f"`{settings.answer_column}.{name}`" for name in answer)
+        reason = f"`{settings.answer_column}` (prompts.answer_column) has fields"
+        raise OpdctlError("invalid_data", f"{location}: {reason}", hint=f"use one of the columns {fields}")
+    return None if answer is None else check_unicode(str(answer), location)
 
 
 def _teacher_cell(row: TableRow, settings: Prompts, location: str) -> str | None:
     if settings.teacher_column is None:
         return None
-    name = _cell(row, settings.teacher_column, "prompts.teacher_column", location)
+    name = read_cell(row, settings.teacher_column, "prompts.teacher_column", location)
     if not isinstance(name, str):
         raise OpdctlError("invalid_data", f"{location}: `{settings.teacher_column}` must be text, got {name!r}")
     return name
@@ -205,34 +223,16 @@ def _teacher_cell(row: TableRow, settings: Prompts, location: str) -> str | None
 def _filter_rows(rows: Iterator[TableRow], settings: Prompts) -> Iterator[tuple[int, TableRow]]:
     """Yield (number from 1, row) of the rows that satisfy `prompts.min_values`."""
     for number, row in enumerate(rows, 1):
-        location = f"{settings.source}: row {number}"
+        location = f"{settings.location}: row {number}"
         if all(_number(row, column, location) >= minimum for column, minimum in settings.min_values.items()):
             yield number, row
 
 
 def _number(row: TableRow, column: str, location: str) -> float:
-    value = _cell(row, column, "prompts.min_values", location)
+    value = read_cell(row, column, "prompts.min_values", location)
     if value is None:
         return -math.inf  # null satisfies no minimum
     if isinstance(value, bool) or not isinstance(value, int | float):
         reason = f"`{column}` (prompts.min_values) must be a number, got {value!r}"
         raise OpdctlError("invalid_data", f"{location}: {reason}")
     return value
-
-
-def _cell(row: TableRow, column: str, key: str, location: str) -> Any:
-    if column not in row:
-        raise OpdctlError(
-            "invalid_data",
-            f"{location}: no column `{column}` ({key}){did_you_mean(column, row)}",
-            hint=f"use one of the columns {', '.join(f'`{name}`' for name in row) or '(none)'}",
-        )
-    return row[column]
-
-
-def _check_unicode(text: str, location: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate: possible in JSON, not in UTF-8
-        raise OpdctlError("invalid_data", f"{location}: invalid Unicode at character {error.start}") from error
-    return text

@@ -4,7 +4,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from opdctl import console
 from opdctl.artifacts.records import Ids
+from opdctl.data.messages import Message
 from opdctl.errors import OpdctlError, summarize_exception
 
 if TYPE_CHECKING:
@@ -49,16 +50,19 @@ class PromptRenderer:
         else:
             console.info_once(f"{tokenizer.name_or_path}: no chat template: prompts are plain text")
 
-    def token_ids(self, text: str, location: str) -> Ids:
-        """Return the ids of one user turn with the generation prompt; of plain text without a chat template.
+    def token_ids(self, text: str, location: str, earlier: Sequence[Message] = ()) -> Ids:
+        """Return the ids of a user turn with the generation prompt; of plain text without a chat template.
 
-        location: of the prompt, for errors.
+        earlier: the messages before the turn. location: of the prompt, for errors.
 
         Raises:
-            OpdctlError: the template or the tokenizer fails, or an id is outside the vocabulary.
+            OpdctlError: the template or the tokenizer fails, or drops an earlier message; there are earlier messages
+                and no template; or an id is outside the vocabulary.
         """
         try:
-            ids = self._turn_ids(text) if self._tokenizer.chat_template else self._text_ids(text)
+            ids = self._turn_ids(text, location, earlier)
+        except OpdctlError:
+            raise
         except Exception as error:  # tokenizers raises bare Exception, a template any exception
             raise OpdctlError(
                 "invalid_data",
@@ -75,9 +79,24 @@ class PromptRenderer:
             )
         return np.asarray(ids, np.int32)
 
-    def _turn_ids(self, text: str) -> list[int]:
-        # A template's variables cannot be listed, so a typo among its arguments is not detected.
-        return list(self._tokenizer(self._render(text, self._content), add_special_tokens=False)["input_ids"])
+    def _turn_ids(self, text: str, location: str, earlier: Sequence[Message]) -> list[int]:
+        if self._tokenizer.chat_template:
+            # A template's variables cannot be listed, so a typo among its arguments is not detected.
+            rendered = self._render(text, self._content, earlier=earlier)
+            for number, message in enumerate(earlier, 1):
+                # The reasoning of an assistant's message is dropped by design.
+                if message.role != "assistant" and message.text.strip() not in rendered:
+                    reason = f"the chat template drops or changes message {number}, role `{message.role}`"
+                    raise OpdctlError("invalid_data", f"{location}: {reason}", hint="use a template that has this role")
+            return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        if earlier:
+            roles = ", ".join(f"`{message.role}`" for message in earlier)
+            raise OpdctlError(
+                "invalid_data",
+                f"{location}: messages before the user's ({roles}) need a chat template, and the tokenizer has none",
+                hint="use a model with a chat template, or prompts of one user message",
+            )
+        return self._text_ids(text)
 
     def _text_ids(self, text: str) -> list[int]:
         """Return the ids of a text and what the tokenizer puts before it, but not after it: an end of sequence."""
@@ -87,9 +106,12 @@ class PromptRenderer:
         start = next((i for i in starts if with_special_tokens[i : i + len(ids)] == ids), 0)
         return with_special_tokens[:start] + ids
 
-    def _render(self, text: str, content: Content, answer: str | None = None, **arguments: Any) -> str:
+    def _render(
+        self, text: str, content: Content, answer: str | None = None, earlier: Sequence[Message] = (), **arguments: Any
+    ) -> str:
         """Return a user turn as text: with the generation prompt, unless `arguments` override it, or an answer."""
-        messages = [{"role": "user", "content": content(text)}]
+        turns = [*earlier, Message("user", text)]
+        messages = [{"role": message.role, "content": content(message.text)} for message in turns]
         if answer is not None:
             messages.append({"role": "assistant", "content": content(answer)})
         arguments = {"add_generation_prompt": answer is None, **self._arguments, **arguments}
@@ -158,7 +180,7 @@ class PromptRenderer:
             f"other prompts{remedy}"
         )
 
-    def _reads_clock(self, **arguments: str) -> bool:
+    def _reads_clock(self, **arguments: Any) -> bool:
         """Whether rendering calls `strftime_now`, or does not use the arguments."""
         calls = []
 

@@ -71,9 +71,11 @@ def load_from_hub(
     key: str,
     *,
     subset: str | None = None,
+    data_files: str | None = None,
     hint: str = "give a .jsonl, .parquet or .csv file; without a network, download the data set elsewhere",
 ) -> Iterator[TableRow]:
-    """Yield the rows of a hub data set. `key` names the setting in errors.
+    """Yield the rows of a hub data set, of the file `data_files` in it if one is given. `key` names the setting in
+    errors.
 
     Raises:
         OpdctlError: the download fails.
@@ -81,7 +83,48 @@ def load_from_hub(
     import datasets
 
     try:
-        yield from datasets.load_dataset(source, subset, split=split, revision=revision)
+        yield from datasets.load_dataset(source, subset, data_files=data_files, split=split, revision=revision)
     except Exception as error:  # datasets raises its own errors, and those of huggingface_hub, httpx and the OS
         reason = f"`{source}` is not a local file, and the hub request failed: {summarize_exception(error)}"
         raise OpdctlError("failed_download", f"{key}: {reason}", hint=hint) from error
+
+
+def read_cell(row: TableRow, column: str, key: str, location: str) -> Any:
+    """Return the value of a column, or of a field of it: `reward_model.ground_truth`. A column of that very name comes
+    first; a field of null is null.
+
+    key: the setting that names the column. location: of the row, for errors.
+
+    Raises:
+        OpdctlError: there is no such column, or a value on the path has no fields.
+    """
+    if column in row:
+        return row[column]
+    value: Any = row
+    prefix = ""
+    for name in column.split("."):
+        if value is None:
+            return None
+        fields = value if isinstance(value, dict) else {}
+        if name not in fields:
+            known = [f"{prefix}{field}" for field in fields]
+            raise OpdctlError(
+                "invalid_data",
+                f"{location}: no column `{column}` ({key}){did_you_mean(f'{prefix}{name}', known)}",
+                hint=f"use one of the columns {', '.join(f'`{field}`' for field in known) or '(none)'}",
+            )
+        value, prefix = fields[name], f"{prefix}{name}."
+    return value
+
+
+def check_unicode(text: str, location: str) -> str:
+    """Return the text.
+
+    Raises:
+        OpdctlError: it has a lone surrogate, which is possible in JSON and not in UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OpdctlError("invalid_data", f"{location}: invalid Unicode at character {error.start}") from error
+    return text

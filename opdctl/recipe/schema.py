@@ -83,12 +83,17 @@ class Prompts(Section):
     """The split of a toy task or a hub dataset."""
     revision: str | None = None
     """The revision of the hub dataset."""
+    data_files: str | None = None
+    """A file of the hub dataset, such as `math/train.parquet`. If unset, the dataset decides which files are read. A
+    file without a split is the split `train`."""
     limit: int | None = Field(default=None, gt=0)
     """Use the first N prompts; all if unset. A toy task is an infinite stream and requires a limit."""
     id_column: str | None = None
-    """Column of unique prompt ids; the row number if unset."""
+    """Column of unique prompt ids; the row number if unset. As in all columns, a dot leads to a field of a column:
+    `extra_info.index`."""
     prompt_column: str = "prompt"
-    """Column of the prompt text."""
+    """Column of the prompt: a text, or a list of chat messages `{"role": …, "content": …}`, of which the last must be
+    the user's."""
     answer_column: str | None = None
     """Column of the gold answer, which is copied into the run."""
     teacher_column: str | None = None
@@ -98,13 +103,19 @@ class Prompts(Section):
     min_values: dict[str, float] = {}
     """Use only rows with at least this value in the column, such as `difficulty = 6`."""
     suffix: str = ""
-    """Text that is appended to every prompt."""
+    """Text that is appended to every prompt, of a chat to its last message, unless it ends with this text already,
+    trailing white space aside. With the suffix of the evaluation, training and evaluation ask for the answer alike."""
     template_arguments: dict[str, bool | int | str] = {}
     """Arguments of the chat template, such as `enable_thinking = false`."""
     max_tokens: int = Field(default=2048, gt=0)
     """Maximum length of a prompt in tokens, chat template included."""
     on_too_long: Literal["drop", "error"] = "error"
     """What to do with a longer prompt. Prompts are never truncated."""
+
+    @property
+    def location(self) -> str:
+        """The source with the file in it, for errors."""
+        return f"{self.source}/{self.data_files}" if self.data_files else self.source
 
 
 class Sampling(Section):

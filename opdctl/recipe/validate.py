@@ -123,6 +123,8 @@ def _sampling_errors(recipe: Recipe) -> Errors:
         errors.append(("prompts.limit", text))
     if prompts.source.startswith("toy:") and prompts.limit is None:
         errors.append(("prompts.limit", "is required: a toy task is an infinite stream"))
+    if prompts.data_files is not None and (prompts.source.startswith("toy:") or is_data_file(prompts.source)):
+        errors.append(("prompts.data_files", "is a file of a hub dataset; for a local file, set prompts.source"))
     return errors
 
 

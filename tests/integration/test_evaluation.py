@@ -195,10 +195,13 @@ def test_step_of_another_model_is_rejected(finished_run: Path) -> None:
     assert (result.code, result.kind) == (2, "invalid_usage")
 
 
-def test_contamination_of_the_training_prompts_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_chat", [False, True], ids=["text", "chat"])
+def test_contamination_of_the_training_prompts_is_reported(tmp_path: Path, is_chat: bool) -> None:
     problems = [problem for problem, _ in zip(sort12.problems("test", 0), range(8), strict=False)]
     prompts = [{"prompt": problem.prompt} for problem in problems[:3]]
     prompts += [{"prompt": problem.prompt} for problem, _ in zip(sort12.problems("train", 0), range(13), strict=False)]
+    if is_chat:
+        prompts = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in prompts]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     options = sets("prompts.source=prompts.jsonl", "prompts.limit=16", "eval.limit=8", "eval.max_tokens=5")
     assert invoke("rollout", "--recipe", QUICKSTART, *options, "--output", tmp_path / "run").code == 0

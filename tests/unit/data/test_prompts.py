@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from opdctl.data.messages import Message
 from opdctl.data.prompts import Problem, load_problems, tokenize
 from opdctl.data.rendering import PromptRenderer
 from opdctl.data.toy.task import split_of
@@ -73,6 +75,23 @@ def test_split_contains_only_its_problems() -> None:
 
 def test_suffix_is_appended_to_the_prompt() -> None:
     assert load_problems(Prompts(source="toy:sort12", limit=1, suffix="!"))[0].text.endswith("?!")
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "expected"),
+    [
+        ("1+1?", "\nBox it.", "1+1?\nBox it."),
+        ("1+1?\nBox it.", "\nBox it.", "1+1?\nBox it."),
+        ("1+1?\nBox it. \n", "\nBox it.\n\n", "1+1?\nBox it. \n"),
+        ("1+1? Box it.", "\nBox it.", "1+1? Box it.\nBox it."),  # on the same line is another text
+        ("Box it. 1+1?", "\nBox it.", "Box it. 1+1?\nBox it."),
+        ("1+1?\n", "\n", "1+1?\n\n"),  # white space is not a text that a prompt can have already
+    ],
+)
+def test_suffix_is_not_repeated(tmp_path: Path, text: str, suffix: str, expected: str) -> None:
+    path = table(tmp_path / "p.jsonl", [{"prompt": text, "hint": text}])
+    (problem,) = load_problems(Prompts(source=str(path), suffix=suffix, teacher_prompt_column="hint"))
+    assert (problem.text, problem.teacher_text) == (expected, expected)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +238,85 @@ def test_lone_surrogate_is_rejected_with_its_row(tmp_path: Path, column: str) ->
     assert "Unicode" in error.message
 
 
+# ── Chats and nested columns, as in files for verl ──────────────────────────────────────────────────────────────────
+
+VERL = [
+    {
+        "data_source": "math",
+        "prompt": [{"content": f"{n}+1?", "role": "user"}],
+        "ability": "math",
+        "reward_model": {"ground_truth": str(n + 1), "style": "rule"},
+        "extra_info": {"index": 10 * n, "split": "train"},
+    }
+    for n in range(3)
+]
+VERL_COLUMNS = {"id_column": "extra_info.index", "answer_column": "reward_model.ground_truth"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rows_in_the_form_of_verl(tmp_path: Path, suffix: str) -> None:
+    path = table(tmp_path / f"p{suffix}", VERL)
+    problems = load_problems(Prompts(source=str(path), suffix="!", **VERL_COLUMNS))
+    assert problems == [Problem("0", "0+1?!", "1"), Problem("10", "1+1?!", "2"), Problem("20", "2+1?!", "3")]
+    assert texts(path, min_values={"extra_info.index": 10.0}) == ["1+1?", "2+1?"]
+
+
+def test_suffix_belongs_to_the_last_message(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
+    hint = [{"role": "user", "content": "0+1?"}, {"role": "assistant", "content": "1"}, chat[1]]
+    path = table(tmp_path / "p.jsonl", [{"prompt": chat, "hint": hint}])
+    (problem,) = load_problems(Prompts(source=str(path), suffix="!", teacher_prompt_column="hint"))
+    assert (problem.earlier, problem.text) == ((Message("system", "Add."),), "1+1?!")
+    earlier = (Message("user", "0+1?"), Message("assistant", "1"))
+    assert (problem.teacher_earlier, problem.teacher_text) == (earlier, "1+1?!")
+
+
+def test_malformed_message_is_rejected_with_its_row(tmp_path: Path) -> None:
+    path = table(tmp_path / "p.jsonl", [*VERL, {**VERL[0], "prompt": [{"role": "usr", "content": "?"}]}])
+    assert "row 4: `prompt`: message 1: unknown role `usr`" in rejection(path).message
+
+
+def test_column_with_dots_in_its_name_comes_first(tmp_path: Path) -> None:
+    path = table(tmp_path / "p.jsonl", [{"prompt": "?", "a.b": "1", "a": {"b": "2", "c": None}}])
+    answers = [
+        load_problems(Prompts(source=str(path), answer_column=name))[0].answer for name in ("a.b", "a.c", "a.c.d")
+    ]
+    assert answers == ["1", None, None]
+
+
+@pytest.mark.parametrize(
+    ("column", "part", "choices"),
+    [
+        ("reward_model.ground_trut", "did you mean `reward_model.ground_truth`?", "`reward_model.style`"),
+        ("reward_mode.ground_truth", "did you mean `reward_model`?", "`extra_info`"),
+        ("reward_model.style.name", "no column `reward_model.style.name`", "(none)"),
+        ("reward_model", "`reward_model` (prompts.answer_column) has fields", "`reward_model.ground_truth`"),
+    ],
+)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_wrong_path_suggests_the_nearest(tmp_path: Path, suffix: str, column: str, part: str, choices: str) -> None:
+    path = table(tmp_path / f"p{suffix}", VERL)
+    error = rejection(path, answer_column=column)
+    assert all(each in error.message for each in (part, "row 1", "prompts.answer_column"))
+    assert choices in (error.hint or "")
+
+
+def test_data_files_selects_a_file_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **kwargs: object) -> Rows:
+        asked.append((args, kwargs))
+        return VERL
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = {"source": "owner/data", "revision": "abc", **VERL_COLUMNS}
+    assert [problem.answer for problem in load_problems(Prompts(**settings, data_files="math/a.parquet"))] == [*"123"]
+    with pytest.raises(OpdctlError, match=r"owner/data/math/a.parquet: row 1: no column `question`"):
+        load_problems(Prompts(**settings, data_files="math/a.parquet", prompt_column="question"))
+    expected = {"split": "train", "revision": "abc", "data_files": "math/a.parquet"}
+    assert asked == [(("owner/data", None), expected)] * 2
+
+
 # ── Tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -267,6 +365,16 @@ def test_teacher_text_has_its_own_token_ids(renderer: PromptRenderer) -> None:
     assert first.teacher_prompt_ids is not None
     assert first.teacher_prompt_ids.tolist() == [3, 2, 3]
     assert second.teacher_prompt_ids is None
+
+
+def test_chat_becomes_token_ids(renderer: PromptRenderer) -> None:
+    """The template of the toy models joins the messages."""
+    earlier, hint = (Message("system", "ab"),), (Message("system", "bb"),)
+    problem = Problem("x", "a", None, teacher_text="b", earlier=earlier, teacher_earlier=hint)
+    ((prompt,), _) = tokenize([problem], renderer, Prompts(source="p.jsonl"))
+    assert prompt.prompt_ids.tolist() == [2, 3, 2]
+    assert prompt.teacher_prompt_ids is not None
+    assert prompt.teacher_prompt_ids.tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from helpers.tokenizers import CHATML, NUM_IDS, SPECIAL, byte_level, surround, w
 from tokenizers import Tokenizer
 
 from opdctl.data import rendering
+from opdctl.data.messages import Message
 from opdctl.data.rendering import PromptRenderer
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir
@@ -36,8 +37,8 @@ def make_renderer(
     return PromptRenderer(model.tokenizer, model.vocab_size, arguments, "prompts.template_arguments")
 
 
-def render(renderer: PromptRenderer, text: str) -> str:
-    return byte_level().decode(renderer.token_ids(text, "p.jsonl").tolist(), skip_special_tokens=False)
+def render(renderer: PromptRenderer, text: str, *earlier: Message) -> str:
+    return byte_level().decode(renderer.token_ids(text, "p.jsonl", earlier).tolist(), skip_special_tokens=False)
 
 
 # ── The test of a template ───────────────────────────────────────────────────────────────────────────────────────────
@@ -166,6 +167,51 @@ def test_missing_template_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_chat_prompt_has_no_token_of_the_post_processor(tmp_path: Path) -> None:
     processed = surround(byte_level(), "<|endoftext|> $A <|im_end|>")
     assert make_renderer(tmp_path, CHATML, processed).token_ids("ab", "p.jsonl")[0] == IM_START
+
+
+# ── Chats ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+EARLIER = (Message("system", " Be brief.\n"), Message("user", "1+1?"), Message("assistant", "2"))
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS], ids=["strings", "parts"])
+def test_chat_is_rendered_message_by_message(tmp_path: Path, template: str) -> None:
+    expected = (
+        "<|im_start|>system\n Be brief.\n<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
+        "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert render(make_renderer(tmp_path, template), "2+2?", *EARLIER) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}|{% endfor %}",
+        "{{ messages[-1].content }}|",
+        "{% for m in messages %}{{ m.content | upper if m.role == 'system' else m.content }}|{% endfor %}",
+    ],
+    ids=["no system", "last alone", "other text"],
+)
+def test_template_that_drops_a_message_is_refused(tmp_path: Path, template: str) -> None:
+    renderer = make_renderer(tmp_path, template)
+    assert render(renderer, "2+2?") == "2+2?|"
+    with pytest.raises(OpdctlError, match=r"p.jsonl: .*message 1, role `system`") as caught:
+        render(renderer, "2+2?", *EARLIER)
+    assert caught.value.kind == "invalid_data"
+
+
+def test_chat_needs_a_template(tmp_path: Path) -> None:
+    """Without a template, one message is plain text, and several are an error."""
+    renderer = make_renderer(tmp_path, None)
+    assert render(renderer, "2+2?") == "2+2?"
+    with pytest.raises(OpdctlError, match=r"p.jsonl: .*`system`, `user`, `assistant`.* need a chat template") as caught:
+        render(renderer, "2+2?", *EARLIER)
+    assert caught.value.kind == "invalid_data"
+
+
+def test_template_may_cut_white_space_and_answers(tmp_path: Path) -> None:
+    template = "{% for m in messages if m.role != 'assistant' %}{{ m.content | trim }}|{% endfor %}"
+    assert render(make_renderer(tmp_path, template), "2+2?", *EARLIER) == "Be brief.|1+1?|2+2?|"
 
 
 # ── The vocabulary ───────────────────────────────────────────────────────────────────────────────────────────────────

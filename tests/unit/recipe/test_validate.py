@@ -51,6 +51,8 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
     [
         (["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.num_parts=5"], "rollout.num_parts"),
         (["rollout.prompts_per_step=10", "prompts.limit=9"], "prompts.limit"),
+        (["prompts.data_files=a.parquet"], "prompts.data_files"),
+        (["prompts.source=a.parquet", "prompts.data_files=b.parquet"], "prompts.data_files"),
         (["train.betas=[0.9, 1.0]"], "train.betas"),
         (["rollout.temperature=0.5"], "rollout"),
         (["rollout.top_p=0.9"], "rollout"),
