@@ -7,7 +7,7 @@ not listed here are accepted, and a NotRequired key is one that older versions l
 import json
 from functools import cache
 from pathlib import PurePosixPath
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -79,13 +79,21 @@ class ModelRecord(TypedDict):
     file_stats: dict[str, list[int]]
 
 
+PromptOrder = Literal["numpy", "random_sampler"]
+"""How the order of the prompts in an epoch is drawn (data/order.py)."""
+DEFAULT_PROMPT_ORDER: PromptOrder = "numpy"
+"""Of records without an order, which opdctl 0.2.0 wrote."""
+
+
 class PromptsRecord(TypedDict):
-    """prompts.parquet. source_sha256: the digest of the file that they were read from, if it was a file."""
+    """prompts.parquet. source_sha256: the digest of the file that they were read from, if it was a file. order: a run
+    keeps the one that it was started with."""
 
     rows: Count
     dropped: Count
     sha256: Digest
     source_sha256: Digest | None
+    order: NotRequired[PromptOrder]
 
 
 class StartRecord(TypedDict):

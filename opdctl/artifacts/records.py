@@ -1,6 +1,6 @@
 """The artifacts' records: their columns, types, ids and meaning. Imports no torch.
 
-    prompts.parquet              one row a prompt, in the order of use
+    prompts.parquet              one row a prompt, in the order of the source
     rollout/part-*.parquet       one row a response
     teacher/part-*.safetensors   one entry a response, for the responses of the rollout part of the same number;
     reference/part-*.safetensors the same by the reference model, if the recipe names one

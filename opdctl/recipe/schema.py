@@ -144,7 +144,8 @@ class Rollout(Sampling, RolloutColumns):
     """The engine that samples responses, also for evaluations: `transformers`, `vllm` or `server`. `auto` is vLLM if it
     is installed and has a device, else `transformers`."""
     prompts_per_step: int = Field(default=1024, gt=0)
-    """Prompts of each step. An epoch consists of complete steps; the remaining prompts are skipped."""
+    """Prompts of each step. An epoch consists of complete steps in a new order, that of torch's RandomSampler with the
+    recipe's seed; the remaining prompts are skipped."""
     samples_per_prompt: int = Field(default=1, gt=0)
     """Responses to each prompt."""
     num_parts: int = Field(default=8, gt=0)

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from opdctl import console
 from opdctl.artifacts import files, tables
 from opdctl.artifacts.records import Prompt
@@ -168,16 +166,21 @@ def _create(recipe: Recipe, path: Path) -> None:
     except (FileNotFoundError, PermissionError) as error:
         raise OpdctlError("unusable_output", f"{path}: {error.strerror}", hint="use another --output") from None
     print_lines(lines)
-    order = np.random.default_rng(recipe.seed).permutation(len(prompts))
     files.write_text(path / "recipe.toml", recipe.to_toml())
-    sha256 = tables.write_prompts(path / "prompts.parquet", [prompts[i] for i in order])
+    sha256 = tables.write_prompts(path / "prompts.parquet", prompts)
     source = files.sha256_file(Path(recipe.prompts.source)) if is_data_file(recipe.prompts.source) else None
     record = {
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_revision(),
         "models": records,
         "vocab_size": models["student"].vocab_size,
-        "prompts": {"rows": len(prompts), "dropped": dropped, "sha256": sha256, "source_sha256": source},
+        "prompts": {
+            "rows": len(prompts),
+            "dropped": dropped,
+            "sha256": sha256,
+            "source_sha256": source,
+            "order": "random_sampler",
+        },
     }
     files.write_json(path / "run.json", versioned("run") | record)
 

@@ -10,13 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from opdctl.artifacts import directories, files, leases, stage_dir, tables
 from opdctl.artifacts.files import digest_of
-from opdctl.artifacts.manifests import PolicyRecord, RunRecord, StartRecord, UpdateRecord
+from opdctl.artifacts.manifests import DEFAULT_PROMPT_ORDER, PolicyRecord, RunRecord, StartRecord, UpdateRecord
 from opdctl.artifacts.records import Ids, Prompt, Response, sample_id
 from opdctl.artifacts.stage_dir import Fingerprint, FingerprintMismatchError, StageDir
+from opdctl.data.order import epoch_order
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
@@ -279,7 +278,7 @@ class Run:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """The prompts in their recorded order.
+        """The prompts in the order of their file.
 
         Raises:
             OpdctlError: the file is missing, or differs from the one recorded.
@@ -298,14 +297,13 @@ class Run:
     def samples(self, step: int) -> list[tuple[str, Prompt]]:
         """Return (sample id, prompt) of every response of a step, in order.
 
-        An epoch is as many complete steps as the prompts allow. Each later epoch has a different order.
+        An epoch is as many complete steps as the prompts allow. Each epoch has a different order.
         """
         settings = self.recipe.rollout
         size, samples = settings.prompts_per_step, settings.samples_per_prompt
         epoch, index = divmod(step, len(self.prompts) // size)
-        order = np.arange(len(self.prompts))
-        if epoch:
-            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(order)
+        rule = read_run_record(self.path)["prompts"].get("order", DEFAULT_PROMPT_ORDER)
+        order = epoch_order(rule, len(self.prompts), self.recipe.seed, epoch)
         prompts = [self.prompts[i] for i in order[index * size : (index + 1) * size]]
         return [(sample_id(prompt.prompt_id, step, n), prompt) for prompt in prompts for n in range(samples)]
 

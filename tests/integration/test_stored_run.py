@@ -60,6 +60,15 @@ def test_scored_responses_of_the_stored_run(step: int) -> None:
     assert float(np.abs(advantages).mean()) == pytest.approx(run.update(step)["metrics"]["abs_advantage"], rel=1e-3)
 
 
+def test_stored_run_continues_in_its_order() -> None:
+    """0.2.0 wrote the prompts in the order of the first epoch, and drew those of the others by numpy."""
+    run = Run.load(STORED)
+    order = [prompt.prompt_id for prompt in run.prompts]
+    second = [order[i] for i in np.random.default_rng([run.recipe.seed, 1]).permutation(8)]
+    assert [prompt.prompt_id for step in range(4) for _, prompt in run.samples(step)] == order + second
+    assert second != order
+
+
 @pytest.mark.parametrize("name", ["step-00000", "step-00002", "teacher"])
 def test_evaluations_of_the_stored_run(name: str) -> None:
     evaluation = load_evaluation(STORED / "eval/sort12" / name)

@@ -3,12 +3,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.commands import contents
+from helpers.commands import contents, rewrite_json
 
 from opdctl.artifacts import directories, files
+from opdctl.data.order import epoch_order
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.runs.fork import create_fork, plan_fork
-from opdctl.runs.run import Run, read_recipe
+from opdctl.runs.run import Run, read_recipe, read_run_record
 
 GAMMA = "weight.gamma=0.7"
 
@@ -34,6 +35,19 @@ def error_of(run: Run, path: Path, *overrides: str) -> OpdctlError:
 
 def names(run: Run, paths) -> set[str]:
     return {str(path.relative_to(run.path)) for path in paths}
+
+
+@pytest.mark.parametrize("order", ["numpy", "random_sampler", None])
+def test_fork_keeps_the_order_of_the_prompts(run, tmp_path, order):
+    """None: a run of 0.2.0 has no order in its record."""
+    recorded = {key: value for key, value in read_run_record(run.path)["prompts"].items() if key != "order"}
+    rewrite_json(run.path / "run.json", prompts=recorded | ({"order": order} if order else {}))
+    create_fork(plan(run, tmp_path / "fork", GAMMA))
+    fork = Run.load(tmp_path / "fork")
+    for step in range(8):
+        rule = epoch_order(order or "numpy", 32, run.recipe.seed, step // 4)
+        expected = [run.prompts[i].prompt_id for i in rule[step % 4 * 8 : (step % 4 + 1) * 8]]
+        assert [prompt.prompt_id for _, prompt in fork.samples(step)] == expected
 
 
 STATE = {"prompts.parquet", "student/step-00001", "trainer/step-00001"}

@@ -5,9 +5,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import invoke, rewrite_json
+from torch.utils.data import RandomSampler
 
 from opdctl.artifacts import files
+from opdctl.data.order import epoch_order
+from opdctl.data.prompts import load_problems
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.runs.run import Run, read_recipe
 
@@ -110,16 +114,33 @@ def test_states_of_steps(finished_copy):
 def test_every_epoch_has_every_prompt_once_in_another_order(finished_run):
     run = Run.load(finished_run)
     epochs = [[prompt.prompt_id for step in range(4 * e, 4 * e + 4) for _, prompt in run.samples(step)] for e in (0, 1)]
-    assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(prompt.prompt_id for prompt in run.prompts)
-    assert epochs[0] == [prompt.prompt_id for prompt in run.prompts]
-    assert epochs[0] != epochs[1]
+    source = [prompt.prompt_id for prompt in run.prompts]
+    assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(source)
+    assert len({tuple(order) for order in (source, *epochs)}) == 3
+    generator = torch.Generator()
+    generator.manual_seed(run.recipe.seed)
+    sampler = RandomSampler(source, generator=generator)
+    assert epochs == [[source[i] for i in sampler] for _ in range(2)]
+
+
+def test_prompts_of_a_run_keep_the_order_of_their_source(finished_run):
+    run = Run.load(finished_run)
+    assert [prompt.prompt_id for prompt in run.prompts] == [problem.id for problem in load_problems(run.recipe.prompts)]
+
+
+def test_unknown_order_of_a_record_is_refused(finished_copy):
+    path = finished_copy / "run.json"
+    rewrite_json(path, prompts={**json.loads(path.read_text())["prompts"], "order": "sorted"})
+    error = error_of(lambda: Run.load(finished_copy))
+    assert error.kind == "corrupt_artifact"
+    assert "order" in error.message
 
 
 def test_sample_ids_name_prompt_step_and_sample(finished_run):
     run = Run.load(finished_run)
     settings = run.recipe.rollout.model_copy(update={"samples_per_prompt": 2, "prompts_per_step": 1})
     run = Run(run.recipe.model_copy(update={"rollout": settings}), run.path, run.models, run.digests)
-    name = run.prompts[3].prompt_id
+    name = run.prompts[epoch_order("random_sampler", 32, run.recipe.seed, 0)[3]].prompt_id
     assert [sample for sample, _ in run.samples(3)] == [f"{name}/00003/0", f"{name}/00003/1"]
 
 

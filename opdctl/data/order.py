@@ -1,0 +1,43 @@
+"""The order of the prompts in each epoch. Imports no torch."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from opdctl.artifacts.manifests import PromptOrder
+
+UINT32_RANGE = 2**32
+
+
+@lru_cache(maxsize=4)
+def epoch_order(rule: PromptOrder, num_prompts: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Return the indices of the prompts in the order of an epoch.
+
+    `random_sampler` is the order of `torch.utils.data.RandomSampler` with one generator for all epochs, as in verl. The
+    sampler draws a second permutation at the end of an epoch and uses none of it, so epoch e has permutation 2e.
+    `numpy` is the order of runs that opdctl 0.2.0 started: their file is in the order of epoch 0.
+    """
+    if rule == "random_sampler":
+        return _torch_permutation(num_prompts, seed, index=2 * epoch)
+    if epoch == 0:
+        return tuple(range(num_prompts))
+    return tuple(np.random.default_rng([seed, epoch]).permutation(num_prompts).tolist())
+
+
+def _torch_permutation(size: int, seed: int, index: int) -> tuple[int, ...]:
+    """Return permutation `index` of those that `torch.randperm(size, generator=…)` returns with one CPU generator.
+
+    It is a Fisher-Yates shuffle from the front: element i is exchanged with element i + r mod (size - i), where r is
+    the next 32 bits of MT19937 (`randperm_cpu` in ATen/native/TensorFactories.cpp, for size < 2^32 / 20). The generator
+    uses the low 32 bits of the seed. numpy's RandomState has the same seeding, and the same bits in the full range of
+    uint32.
+    """
+    generator = np.random.RandomState(seed % UINT32_RANGE)
+    draws = max(size - 1, 0)
+    for _ in range(index):
+        generator.randint(UINT32_RANGE, size=draws, dtype=np.uint32)
+    offsets = generator.randint(UINT32_RANGE, size=draws, dtype=np.uint32) % np.arange(size, 1, -1)
+    order = list(range(size))
+    for i, offset in enumerate(offsets.tolist()):
+        order[i], order[i + offset] = order[i + offset], order[i]
+    return tuple(order)
