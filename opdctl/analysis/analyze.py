@@ -4,12 +4,13 @@ One pass over the parts, with one part or one step in memory at a time.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from opdctl import console
 from opdctl.analysis import samples
 from opdctl.analysis.position_bias import assess_bias
 from opdctl.analysis.position_sums import Batch, PositionStats, split_by_tokens
-from opdctl.analysis.results import Analysis, Phase, StepResult, summarize_step
+from opdctl.analysis.results import Analysis, Phase, summarize_step
 from opdctl.analysis.samples import CHUNK_TOKENS, Sample
 from opdctl.analysis.shown_weights import chosen_weights
 from opdctl.artifacts import files
@@ -20,8 +21,11 @@ from opdctl.runs.layout import list_steps
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import to_weight_inputs
 
+PhaseChoice = Literal["quarters", "ends"]
+"""The steps that are compared: the first and the last quarter, or the first step and the final student."""
 
-def analyze_run(run: Run, weights_text: str | None = None) -> Analysis:
+
+def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseChoice = "quarters") -> Analysis:
     """Analyze every scored step of a run.
 
     weights_text: the weights to show besides the recipe's, in the form of `--weights`.
@@ -38,7 +42,8 @@ def analyze_run(run: Run, weights_text: str | None = None) -> Analysis:
         )
     if skipped:
         console.warn(f"steps with incomplete scores are skipped: {', '.join(map(str, skipped))}")
-    all_steps, phases, results = Phase(_step_range(steps), PositionStats()), _phases(steps), []
+    all_steps, results = Phase(_step_range(steps), PositionStats()), []
+    phases = _quarters(steps) if phase_choice == "quarters" else _ends(run, steps)
     with console.progress("analyze-position", len(steps)) as advance:
         for step in steps:
             numbers = _position_stats(run, step, weights, all_steps.numbers.responses)
@@ -47,30 +52,20 @@ def analyze_run(run: Run, weights_text: str | None = None) -> Analysis:
                     phase.numbers.merge(numbers)
             results.append(summarize_step(step, numbers))
             advance(1)
-    return _analysis(run, weights, all_steps, [phase for _, phase in phases], results, skipped)
-
-
-def _analysis(
-    run: Run,
-    weights: Mapping[str, Weight],
-    all_steps: Phase,
-    phases: list[Phase],
-    results: list[StepResult],
-    skipped: list[int],
-) -> Analysis:
     summaries = sorted(run.path.glob("continuations/step-*/summary.json"))
     return Analysis(
         run=run.path.resolve().name,
         recipe=files.read_text(run.path / "recipe.toml"),
         weights=list(weights),
         all_steps=all_steps,
-        phases=phases,
+        phases=[phase for _, phase in phases],
         steps=results,
         skipped=skipped,
         bias=assess_bias(all_steps.numbers.profile),
-        samples=list(_representative_samples(run, [result.step for result in results], weights)),
+        samples=list(_representative_samples(run, steps, weights)),
         continuations=[files.read_json(path) for path in summaries],
         accuracy=learning_curves.accuracy_curve(run.path),
+        draw_commands=_draw_commands(run, steps) if phase_choice == "ends" else (),
     )
 
 
@@ -88,11 +83,29 @@ def _is_scored(run: Run, step: int) -> bool:
     )
 
 
-def _phases(steps: list[int]) -> list[tuple[list[int], Phase]]:
+def _quarters(steps: list[int]) -> list[tuple[list[int], Phase]]:
     """Return the first and the last quarter of the steps, at least one step each."""
     quarter = max(1, len(steps) // 4)
     parts = [steps[:quarter], steps[-quarter:]] if len(steps) > 1 else [steps]
     return [(part, Phase(_step_range(part), PositionStats())) for part in parts]
+
+
+def _ends(run: Run, steps: list[int]) -> list[tuple[list[int], Phase]]:
+    """Return the first and the last step, named by the students that drew their responses."""
+    ends = dict.fromkeys((steps[0], steps[-1]))
+    return [([step], Phase(_student_name(run.policy_version(step), step), PositionStats())) for step in ends]
+
+
+def _student_name(updates: int, step: int) -> str:
+    if not updates:
+        return f"before training (step {step})"
+    return f"after {updates} {'update' if updates == 1 else 'updates'} (step {step})"
+
+
+def _draw_commands(run: Run, steps: list[int]) -> list[str]:
+    """Return the commands that draw and score responses of the final student, none if its step is scored."""
+    final = run.current_step()
+    return [] if final in steps else [run.command_line(name, final) for name in ("rollout", "score-teacher")]
 
 
 def _step_range(steps: list[int]) -> str:

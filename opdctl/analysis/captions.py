@@ -79,6 +79,14 @@ def phase_sentence(phase: Phase) -> str:
     )
 
 
+def final_student_sentence(analysis: Analysis) -> str:
+    """Return how to draw the responses of the final student, "" if it has some or was not to be compared."""
+    if not analysis.draw_commands:
+        return ""
+    commands = " and ".join(f"`{command}`" for command in analysis.draw_commands)
+    return f"The final student has no scored responses; to compare it, run {commands}, then the analysis again."
+
+
 def _prefix_fraction_clause(fraction: Estimate) -> str:
     if math.isnan(fraction.value):
         return "no signal"
@@ -87,10 +95,11 @@ def _prefix_fraction_clause(fraction: Estimate) -> str:
 
 def figure_captions(analysis: Analysis) -> dict[str, str]:
     """Return the caption of each figure by its name."""
+    draw = final_student_sentence(analysis)
     captions = {
-        "position": " ".join(phase_sentence(phase) for phase in analysis.phases),
+        "position": " ".join([*map(phase_sentence, analysis.phases), draw]),
         "cumulative_signal": f"{bias_sentence(analysis.bias)} {_half_signal_caption(analysis.all_steps)}",
-        "prefix_logp": " ".join(_prefix_logp_caption(phase) for phase in analysis.phases),
+        "prefix_logp": " ".join([*map(_prefix_logp_caption, analysis.phases), draw]),
         "weights": _effective_sample_size_caption(analysis, prefix_ratios=False),
         "prefix_ratio": _effective_sample_size_caption(analysis, prefix_ratios=True),
         "entropy": "; ".join(_entropy_caption(phase) for phase in analysis.phases) + ".",
@@ -112,9 +121,9 @@ def _step_captions(analysis: Analysis) -> dict[str, str]:
     k1 = [step.means["k1"].format(".4f") for step in (first, last)]
     return {
         "steps": (
-            f"Reverse KL (k1) is {k1[0]} nats per token at step {first.step} and {k1[1]} at step {last.step}. The "
-            f"first {PREFIX_PERCENT}% of the tokens contain {first.prefix_fraction.format()} and "
-            f"{last.prefix_fraction.format()} of the signal."
+            f"Reverse KL (k1) is {k1[0]} nats per token at step {first.step} and {k1[1]} at step {last.step}, "
+            f"{analysis.relative_kl()[-1].format()} of the first. The first {PREFIX_PERCENT}% of the tokens contain "
+            f"{first.prefix_fraction.format()} and {last.prefix_fraction.format()} of the signal."
         ),
         "heatmap": (
             f"Mean |A| is greatest {_greatest_signal_bin(first.signal_L)} at step {first.step}, and "

@@ -66,9 +66,10 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _panels(count: int, height: float = 3.6, **shared: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(12.5, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False, **shared)[0])
+def _panels(count: int, height: float = 3.6, rows: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its panels, row by row. height: of a row, in inches."""
+    figure = Figure(figsize=(12.5, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, count // rows, squeeze=False, **shared).flat)
 
 
 def _plot_band(axis: Axes, x: Any, mean: Any, low: Any, high: Any, color: str, label: str | None, **line: Any) -> None:
@@ -195,21 +196,25 @@ def heatmap_figure(analysis: Analysis) -> Figure:
 
 
 def steps_figure(analysis: Analysis) -> Figure:
-    """Reverse KL, discrepancy and the fraction of the signal in the prefix by training step (Figure 3a)."""
-    figure, axes = _panels(3)
-    numbers = [step.step for step in analysis.steps]
+    """Reverse KL, also relative to the first step, discrepancy, and signal in the prefix by step (Figure 3a)."""
+    figure, (kl, relative, level, prefix) = _panels(4, rows=2)
+    steps, numbers = analysis.steps, [step.step for step in analysis.steps]
     for name, color in (("k1", ORANGE), ("k3", BLUE)):
-        _plot_estimates(axes[0], numbers, [step.means[name] for step in analysis.steps], color, name)
-    _plot_estimates(axes[1], numbers, [step.means["abs_advantage"] for step in analysis.steps], ORANGE, None)
-    _plot_estimates(axes[2], numbers, [step.prefix_fraction for step in analysis.steps], ORANGE, None)
-    axes[2].axhline(PREFIX_PERCENT / 100, color=GREY, lw=1, ls="--")
-    axes[0].set(title="Reverse KL", ylabel="nats per token")
-    axes[1].set(title="Discrepancy |A|", ylabel="mean |A| (nats)")
-    axes[2].set(title=f"Signal in the first {PREFIX_PERCENT}%", ylabel="fraction of Σ|A|", ylim=(0, None))
-    axes[2].yaxis.set_major_formatter(PercentFormatter(1))
-    for axis in axes:
+        _plot_estimates(kl, numbers, [step.means[name] for step in steps], color, name)
+    _plot_estimates(relative, numbers, analysis.relative_kl(), ORANGE, None)
+    _plot_estimates(level, numbers, [step.means["abs_advantage"] for step in steps], ORANGE, None)
+    _plot_estimates(prefix, numbers, [step.prefix_fraction for step in steps], ORANGE, None)
+    relative.axhline(1, color=GREY, lw=1, ls="--")
+    prefix.axhline(PREFIX_PERCENT / 100, color=GREY, lw=1, ls="--")
+    kl.set(title="Reverse KL", ylabel="nats per token")
+    relative.set(title=f"Reverse KL (k1) relative to step {numbers[0]}", ylabel="ratio", ylim=(0, None))
+    level.set(title="Discrepancy |A|", ylabel="mean |A| (nats)", ylim=(0, None))
+    prefix.set(title=f"Signal in the first {PREFIX_PERCENT}%", ylabel="fraction of Σ|A|", ylim=(0, None))
+    prefix.yaxis.set_major_formatter(PercentFormatter(1))
+    relative.yaxis.set_major_formatter(PercentFormatter(1))
+    for axis in (level, prefix):
         axis.set(xlabel="training step")
-    axes[0].legend(loc="upper right")
+    kl.legend(loc="upper right")
     return figure
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from opdctl.analysis.position_bias import PositionBias, effective_sample_size, prefix_fraction
 from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, PositionStats
 from opdctl.analysis.samples import Sample
-from opdctl.evaluation.statistics import Estimate
+from opdctl.evaluation.statistics import Estimate, estimate_ratio
 from opdctl.losses.token_weights import Floats
 
 TableColumns = dict[str, list[Any]]
@@ -80,8 +80,9 @@ class Analysis:
     """The result of analyze-position.
 
     weights: the names of the token weights, the recipe's first. all_steps: the numbers of all steps. phases: those of
-    the first and the last quarter of the steps, or of the only step. skipped: steps with incomplete scores.
-    continuations: the summary of each step that has them. accuracy: by step, if students were evaluated.
+    the steps that are compared, or of the only step. skipped: steps with incomplete scores. continuations: the summary
+    of each step that has them. accuracy: by step, if students were evaluated. draw_commands: those that draw and score
+    responses of the final student, if it was to be compared and has none.
     """
 
     run: str
@@ -95,6 +96,13 @@ class Analysis:
     samples: Sequence[Sample]
     continuations: Sequence[Mapping[str, Any]]
     accuracy: Mapping[str, Any] | None
+    draw_commands: Sequence[str] = ()
+
+    def relative_kl(self) -> list[Estimate]:
+        """Return the reverse KL (k1) of each step as a multiple of that of the first step."""
+        first, *others = (step.means["k1"] for step in self.steps)
+        one = Estimate(1.0, 1.0, 1.0) if first.value else estimate_ratio(first, first)
+        return [one, *(estimate_ratio(k1, first) for k1 in others)]
 
     def summary(self) -> dict[str, Any]:
         """Return the main numbers as JSON values."""
@@ -116,7 +124,8 @@ class Analysis:
             "cumulative_signal": concat_tables(
                 [_cumulative_signal_table(phase) for phase in (self.all_steps, *self.phases)]
             ),
-            "steps": concat_tables([_step_row(step) for step in self.steps]),
+            "steps": concat_tables([_step_row(step) for step in self.steps])
+            | _estimate_columns("k1_relative", self.relative_kl()),
             "steps_relative": concat_tables([_signal_by_bin(step) for step in self.steps]),
             "weights": self.weight_table(),
         }

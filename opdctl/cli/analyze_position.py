@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ from opdctl.cli.options import DryRun, Json, Output, Overrides, Recipes, Verbose
 from opdctl.cli.session import command_session, print_json, read_recipe_options
 
 if TYPE_CHECKING:
+    from opdctl.analysis.analyze import PhaseChoice
     from opdctl.runs.run import Run
 
 
@@ -20,6 +21,13 @@ def analyze_position(
     set_: Overrides = None,
     output: Output = None,
     weights: Weights = None,
+    phases: Annotated[
+        Literal["quarters", "ends"],
+        typer.Option(
+            "--phases",
+            help="Compare the first and the last quarter of the steps, or the first step and the final student.",
+        ),
+    ] = "quarters",
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -30,12 +38,13 @@ def analyze_position(
 
     \b
     opdctl analyze-position runs/quickstart
+    opdctl analyze-position runs/quickstart --phases ends
     opdctl analyze-position runs/quickstart --weights iw_opd:gamma=1,teacher_confidence
     then: opdctl run show runs/quickstart SAMPLE_ID
     """
     with command_session(verbose):
         run = load_run_for_analysis(run_dir or output, recipe, set_)
-        _analyze(run, weights, dry_run, json_)
+        _analyze(run, weights, phases, dry_run, json_)
 
 
 def load_run_for_analysis(path: Path | None, recipe: list[str] | None, overrides: list[str] | None) -> "Run":
@@ -49,7 +58,7 @@ def load_run_for_analysis(path: Path | None, recipe: list[str] | None, overrides
     return replace(run, recipe=run.recipe.model_copy(update=update))
 
 
-def _analyze(run: "Run", weights: str | None, dry_run: bool, as_json: bool) -> None:
+def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bool, as_json: bool) -> None:
     from opdctl.analysis import analyze, captions, report
 
     if dry_run:
@@ -58,10 +67,12 @@ def _analyze(run: "Run", weights: str | None, dry_run: bool, as_json: bool) -> N
         if as_json:
             print_json({"run_dir": str(run.path), "steps": steps, "skipped": skipped})
         return
-    analysis = analyze.analyze_run(run, weights)
+    analysis = analyze.analyze_run(run, weights, phases)
     written = report.write_report(run.path / "analysis", analysis)
     for phase in analysis.phases:
         console.info(captions.phase_sentence(phase))
+    if draw := captions.final_student_sentence(analysis):
+        console.warn(draw)
     console.info(captions.bias_sentence(analysis.bias), "bold")
     if change_point := captions.change_point_sentence(analysis.bias):
         console.info(change_point)

@@ -41,6 +41,23 @@ class Estimate:
         return "" if math.isnan(self.low) else f"[{self.low:{spec}}, {self.high:{spec}}]"
 
 
+def estimate_ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
+    """Return the ratio of two independent estimates with symmetric intervals, and its interval (Fieller 1954).
+
+    A ratio f is in the interval if numerator - f denominator is 0 within its own interval. There is no interval if that
+    of the denominator contains 0, and no value if the denominator is 0.
+    """
+    b, a = numerator.value, denominator.value
+    half_b, half_a = ((each.high - each.low) / 2 for each in (numerator, denominator))
+    if not a:
+        return Estimate(math.nan, math.nan, math.nan)
+    if not a**2 > half_a**2:  # also without an interval
+        return Estimate(b / a, math.nan, math.nan)
+    root = math.sqrt((a * half_b) ** 2 + (b * half_a) ** 2 - (half_a * half_b) ** 2)
+    low, high = ((a * b + sign * root) / (a**2 - half_a**2) for sign in (-1, 1))
+    return Estimate(b / a, low, high)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The mean difference of two evaluations on the same problems, its 95 % interval, and a two-sided p-value."""

@@ -97,6 +97,16 @@ def test_dry_run_writes_nothing(run):
     assert not (run.path / "analysis").exists()
 
 
+def test_ends_compare_the_first_step_with_the_final_student(run):
+    for step in range(3):
+        plant(run, step, [np.full(4, -1.0)] * 3)
+    result = invoke("analyze-position", run.path, "--phases", "ends", "--json")
+    phases = ["before training (step 0)", "after 2 updates (step 2)"]
+    assert [phase["phase"] for phase in result.json()["summary"]["phases"]] == phases
+    assert all(phase in result.err for phase in phases)
+    assert "opdctl rollout" not in result.err
+
+
 def test_terminal_shows_the_numbers_of_the_summary(run):
     rng = np.random.default_rng(0)
     plant(run, 0, [-rng.exponential(np.where(np.arange(100) < 30, 1.0, 3.0)) for _ in range(100)])

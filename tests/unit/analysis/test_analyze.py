@@ -1,10 +1,13 @@
 """analyze_run on planted artifacts: the planted numbers come back."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers.planted import plant, planted_run
 
-from opdctl.analysis import analyze
+from opdctl.analysis import analyze, captions
+from opdctl.artifacts.files import write_json
 from opdctl.errors import OpdctlError
 from opdctl.registry import WEIGHTS
 from opdctl.runs.run import Run
@@ -72,6 +75,48 @@ def test_first_and_last_steps_are_separate_phases(run):
     assert (first["phase"], last["phase"]) == ("steps 0–1", "steps 6–7")
     assert (first["abs_advantage"], last["abs_advantage"]) == (1.0, 0.25)
     assert [step.means["k1"].value for step in analysis.steps] == [1.0] * 4 + [0.25] * 4
+    assert analysis.tables()["steps"]["k1_relative"] == [1.0] * 4 + [0.25] * 4
+    assert analysis.draw_commands == ()
+
+
+def test_kl_relative_to_a_first_step_without_any_is_undefined(run):
+    plant(run, 0, [np.zeros(3)] * 2)
+    plant(run, 1, [np.full(3, -1.0)] * 2)
+    assert np.isnan(analyze.analyze_run(run).tables()["steps"]["k1_relative"]).all()
+
+
+def test_ends_are_the_first_step_and_the_final_student(run):
+    for step in range(9):  # the last by the student after 8 updates
+        plant(run, step, [np.full(10, 0.1 * step - 1.0)] * 2)
+    analysis = analyze.analyze_run(run, None, "ends")
+    first, last = analysis.summary()["phases"]
+    assert (first["phase"], last["phase"]) == ("before training (step 0)", "after 8 updates (step 8)")
+    assert (first["abs_advantage"], last["abs_advantage"]) == pytest.approx((1.0, 0.2))
+    assert analysis.draw_commands == []
+
+
+def test_final_student_without_responses_gets_the_commands_that_draw_them(run):
+    plant(run, 0, [np.full(10, -1.0)] * 2)
+    plant(run, 1, [np.full(10, -1.0)] * 2)
+    write_json(run.update_path(1), json.loads(run.update_path(0).read_text()) | {"step": 1})
+    analysis = analyze.analyze_run(run, None, "ends")
+    assert [phase.name for phase in analysis.phases] == ["before training (step 0)", "after 1 update (step 1)"]
+    assert analysis.draw_commands == [
+        f"opdctl rollout --output {run.path} --step 2",
+        f"opdctl score-teacher --output {run.path} --step 2",
+    ]
+    for name in ("position", "prefix_logp"):
+        assert all(command in captions.figure_captions(analysis)[name] for command in analysis.draw_commands)
+
+
+def test_student_of_a_stale_step_is_the_one_that_drew_it(tmp_path):
+    run = planted_run(tmp_path / "run", "pipeline.max_staleness=1")
+    plant(run, 0, [np.full(10, -1.0)] * 2)
+    write_json(run.step_path(1) / "rollout" / "policy_version.json", {"policy_version": 0})
+    plant(run, 1, [np.full(10, -1.0)] * 2)
+    analysis = analyze.analyze_run(run, None, "ends")
+    assert [phase.name for phase in analysis.phases] == ["before training (step 0)", "before training (step 1)"]
+    assert analysis.draw_commands == []  # step 1 cannot be drawn again
 
 
 def test_numbers_do_not_depend_on_parts_and_batches(tmp_path, monkeypatch):

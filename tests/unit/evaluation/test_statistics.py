@@ -11,6 +11,7 @@ from opdctl.evaluation import statistics
 from opdctl.evaluation.statistics import (
     Estimate,
     compare_paired,
+    estimate_ratio,
     k_values,
     maj_at_k,
     pass_at_k,
@@ -172,6 +173,29 @@ def test_swapping_the_evaluations_changes_the_sign() -> None:
 
 
 # ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ratio_of_estimates_by_hand() -> None:
+    ratio = estimate_ratio(Estimate(1.0, 0.8, 1.2), Estimate(2.0, 2.0, 2.0))
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.5, 0.4, 0.6))
+    ratio = estimate_ratio(Estimate(1.0, 1.0, 1.0), Estimate(2.0, 1.0, 3.0))
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.5, 1 / 3, 1.0))
+    ratio = estimate_ratio(Estimate(-1.0, -1.0, -1.0), Estimate(-2.0, -3.0, -1.0))
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.5, 1 / 3, 1.0))
+
+
+@given(st.floats(-5, 5), st.floats(0.01, 2), st.floats(1, 5), st.floats(0.01, 0.9))
+def test_bounds_of_a_ratio_are_where_the_difference_is_barely_significant(b, half_b, a, half_a) -> None:
+    ratio = estimate_ratio(Estimate(b, b - half_b, b + half_b), Estimate(a, a - half_a, a + half_a))
+    assert ratio.low < ratio.value < ratio.high
+    for bound in (ratio.low, ratio.high):
+        assert (b - bound * a) ** 2 == pytest.approx(half_b**2 + (bound * half_a) ** 2, rel=1e-6)
+
+
+def test_ratio_to_an_estimate_that_may_be_0_has_no_interval() -> None:
+    assert estimate_ratio(Estimate(1.0, 0.9, 1.1), Estimate(1.0, -0.5, 2.5)).format(".1f") == "1.0"
+    assert estimate_ratio(Estimate(1.0, 0.9, 1.1), Estimate(1.0, np.nan, np.nan)).format(".1f") == "1.0"
+    assert estimate_ratio(Estimate(1.0, 0.9, 1.1), Estimate(0.0, -1.0, 1.0)).format(".1f") == "–"
 
 
 def test_estimate_formats_its_interval() -> None:
