@@ -42,6 +42,7 @@ def rollout(
     \b
     opdctl rollout --recipe quickstart
     opdctl rollout --output runs/quickstart --follow
+    opdctl rollout --output runs/finished --step 64    (the final student of 64 updates)
     then: opdctl score-teacher
     """
     with command_session(verbose):
@@ -122,7 +123,7 @@ def _report(result: "StageResult", as_json: bool) -> None:
     elif result.parts_made:
         counts = f"{report['rows']} responses, {report['tokens']} tokens, {report['seconds']:.1f} s"
         console.info(f"step {step}: wrote {paths}: {counts}")
-    elif run.current_step() == run.recipe.train.steps:
+    elif step < run.current_step() == run.recipe.train.steps:
         console.info(f"nothing to do: all {run.recipe.train.steps} steps are done; raise train.steps to continue")
     else:
         console.info(f"nothing to do: {paths} {'is' if len(result.stages) == 1 else 'are'} finished")

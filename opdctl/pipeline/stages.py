@@ -54,8 +54,15 @@ class StageResult:
             "rows": sum(part["rows"] for part in parts),
             "tokens": sum(part["tokens"] for part in parts),
             "seconds": self.seconds,
-            "next": self.run.next_command(),
+            "next": self.next_command(),
         }
+
+    def next_command(self) -> str:
+        """Return the command for the next stage of the run, or of a step that the run does not train on."""
+        run, step = self.run, self.step
+        if step < run.recipe.train.steps or run.is_scored(step):
+            return run.next_command()
+        return run.command_line("score-teacher" if run.is_sampled(step) else "rollout", step)
 
 
 def run_stage(run: Run, device: str, name: StageName, step: int, scorers: Collection[str] = ()) -> StageResult:
@@ -96,18 +103,21 @@ def follow_stage(run: Run, device: str, name: StageName, scorers: Collection[str
 def resolve_step(run: Run, step: int | None) -> int:
     """Return the step to work on: the current one by default, the last if all are done.
 
+    In a finished run, `step` may also be the number of updates: the final student then samples the responses of the
+    step that would follow.
+
     Raises:
         OpdctlError: the run does not have the step, or no student for it yet.
     """
-    current, first, steps = run.current_step(), run.start_step, run.recipe.train.steps
+    steps = run.sampling_steps()
     if step is None:
-        return min(current, steps - 1)
-    if not first <= step < steps:
-        raise OpdctlError("invalid_usage", f"--step {step}: {run.path} has steps {first} to {steps - 1}")
+        return min(run.current_step(), run.recipe.train.steps - 1)
+    if step not in steps:
+        raise OpdctlError("invalid_usage", f"--step {step}: {run.path} has steps {steps[0]} to {steps[-1]}")
     if not run.can_sample(step):
         raise OpdctlError(
             "missing_checkpoint",
-            f"--step {step}: {run.path} has {current} updates",
+            f"--step {step}: {run.path} has {run.current_step()} updates",
             hint=f"run `{run.command_line('train')}`",
         )
     return step

@@ -73,7 +73,7 @@ def _reusable_paths(run: Run, step: int, changes: Changes) -> list[Path]:
     """
     stages = unaffected_stages(key for key, _, _ in changes)
     names = [*(["rollout"] if "rollout" in stages else []), *(run.scorers() if "score" in stages else [])]
-    steps = [later for later in range(step, run.recipe.train.steps) if run.policy_version(later) >= step]
+    steps = [later for later in run.sampling_steps() if later >= step and run.policy_version(later) >= step]
     unfinished = [run.step_path(later) / name for later in steps for name in names]
     state = [run.student_path(step), run.trainer_path(step)] if step else []
     evaluated = (step_name(step), *run.scorers(), "benchmark.json")

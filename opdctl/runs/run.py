@@ -129,6 +129,14 @@ class Run:
         """Return the steps that have an update."""
         return range(self.start_step, self.current_step())
 
+    def sampling_steps(self) -> range:
+        """Return the steps whose responses can be sampled: those of the recipe and, in a finished run, the one after
+        them.
+
+        The final student samples the responses of the latter. No update uses them until train.steps is raised.
+        """
+        return range(self.start_step, max(self.recipe.train.steps, self.current_step() + 1))
+
     def count_ready_steps(self, stage: str) -> int:
         """Return the number of steps without an update whose `rollout`, or whose `score` by every scorer, is
         finished."""

@@ -86,9 +86,12 @@ def collect_status(run: Run, *, verify: bool = False) -> RunStatus:
     if verify:
         _ = run.prompts
     stages = check_start(run, verify=verify)
-    for step in itertools.takewhile(run.is_started, range(run.start_step, run.recipe.train.steps)):
-        stages += [check_stage(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
-        stages.append(check_update(run, step, verify=verify))
+    for step in itertools.takewhile(run.is_started, run.sampling_steps()):
+        is_trained_on = step < run.recipe.train.steps or run.update_path(step).exists()
+        if is_trained_on or (run.step_path(step) / "rollout").exists():
+            stages += [check_stage(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
+        if is_trained_on:
+            stages.append(check_update(run, step, verify=verify))
     hint = f"remove it and run `{run.command_line('eval')}`, which summarizes the graded responses again"
     summaries = [files.read_json(path, SummaryRecord, hint) for path in sorted(run.path.glob("eval/*/*/summary.json"))]
     continuations = check_continuations(run, verify=verify)
