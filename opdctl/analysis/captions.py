@@ -1,5 +1,6 @@
 """The sentences of the report and of the terminal, written from the numbers of an analysis."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_RESPONSES, PREFIX_PERCENT, PositionBias
 from opdctl.analysis.position_sums import GROUPS
-from opdctl.analysis.results import Analysis, Phase, overall_means, table_rows
+from opdctl.analysis.results import Analysis, Phase, continuation_rows, overall_means, table_rows
 from opdctl.analysis.samples import Sample
 from opdctl.evaluation.statistics import Estimate
 
@@ -185,19 +186,27 @@ def _greatest_signal_bin(signal_L: np.ndarray) -> str:
 
 
 def continuations_sentence(summary: Mapping[str, Any]) -> str:
-    """Return the accuracies of a step's continuations, from the shortest and the longest prefix, in a sentence."""
-    parts = []
-    for name in dict.fromkeys(row["model"] for row in summary["accuracy"]):
-        rows = [row for row in summary["accuracy"] if row["model"] == name]
+    """Return the accuracies of a step's continuations, from the shortest and the longest prefix, in sentences."""
+    rows, parts = [row for row in continuation_rows(summary) if row["prefix"] == "any"], []
+    for model, unit in itertools.product(dict.fromkeys(row["model"] for row in rows), ("percent", "tokens")):
+        of_model = [row for row in rows if row["model"] == model and row[unit] is not None]
         accuracies = [
-            f"{Estimate(row['accuracy'], row['low'], row['high']).format()} after {row['percent']}%"
-            for row in (rows[0], rows[-1])
+            f"{Estimate(row['accuracy'], row['low'], row['high']).format()} after {_format_length(row)}"
+            for row in of_model[:: max(len(of_model) - 1, 1)]
         ]
-        parts.append(f"{name} {', '.join(accuracies)}")
+        parts += [f"{model} {', '.join(accuracies)}"] if accuracies else []
+    budget = f" A continuation has at most {summary['max_tokens']} tokens." if "max_tokens" in summary else ""
     return (
         f"Accuracy on {summary['problems']} problems when a prefix of a response of {summary['student']} is continued: "
-        f"{'; '.join(parts)}."
+        f"{'; '.join(parts)}.{budget}"
     )
+
+
+def _format_length(row: Mapping[str, Any]) -> str:
+    """Return the length of a prefix; an absolute one with the number of responses that are longer."""
+    if row["percent"] is not None:
+        return f"{row['percent']}%"
+    return f"{row['tokens']} tokens ({row['responses']} responses)"
 
 
 def _accuracy_caption(accuracy: Mapping[str, Any]) -> str:

@@ -1,16 +1,16 @@
 """Continuations: teacher and student continue the student's own prefixes, and the complete answers are graded.
 
 The teacher's accuracy falls with the length of the prefix if the student's errors mislead it (arXiv 2606.22600,
-Figure 1b). Reads the prefixes of 0, 10 … 90% of stored responses, writes Parquet parts of graded responses in one
-directory for each model, then a summary.
+Figure 1b). Reads prefixes of stored responses, by relative and by absolute length, and writes Parquet parts of graded
+responses in one directory for each model, then a summary. Each continuation has the same budget of tokens.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,31 +27,53 @@ from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
 from opdctl.evaluation.evaluate import graded_response
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
-from opdctl.recipe.schema import Recipe
+from opdctl.recipe.schema import Continuations, Recipe, Rollout
 from opdctl.runs.layout import step_name
 from opdctl.runs.models import check_positions
 from opdctl.runs.run import Run, open_stage_dir
 from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
 
-PREFIX_PERCENTS = range(0, 100, 10)
-"""Lengths of the prefixes in percent of the response, rounded down to tokens: never with the last token."""
+
+@dataclass(frozen=True, order=True)
+class PrefixLength:
+    """The length of a prefix, in percent of the response or in tokens."""
+
+    unit: Literal["percent", "tokens"]
+    value: int
+
+    @property
+    def label(self) -> str:
+        """The length in the ids of continuations: "50" for 50%, "512-tokens" for 512 tokens."""
+        return str(self.value) if self.unit == "percent" else f"{self.value}-tokens"
+
+    @classmethod
+    def parse(cls, label: str) -> "PrefixLength":
+        """Return the length with this label."""
+        digits = label.removesuffix("-tokens")
+        return cls("percent" if digits == label else "tokens", int(digits))
+
+    def prefix(self, response: Response) -> Ids | None:
+        """Return the ids of the prefix, or None if the response is not longer.
+
+        A percentage is rounded down to tokens. No prefix contains the last token of the response.
+        """
+        size = len(response.response_ids)
+        end = size * self.value // 100 if self.unit == "percent" else self.value
+        return response.response_ids[:end] if end < size else None
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """One continuation to make: of the first `percent` percent of a response, the sample with this number."""
+    """One continuation to make: of a prefix of a response, the sample with this number."""
 
     response: Response
-    percent: int
+    length: PrefixLength
+    prefix_ids: Ids
     sample: int
 
     @property
     def id(self) -> str:
-        return f"{self.response.sample_id}/{self.percent}/{self.sample}"
-
-    @property
-    def prefix_ids(self) -> Ids:
-        return _prefix(self.response, self.percent)
+        return f"{self.response.sample_id}/{self.length.label}/{self.sample}"
 
 
 @dataclass(frozen=True)
@@ -81,9 +103,11 @@ def run_continuations(run: Run, step: int, engines: EnginePool) -> tuple[dict[st
 
     Raises:
         OpdctlError: the step's rollout is unfinished; its student was pruned; the benchmark runs code; the prompts have
-            no answers; the continuations were started with different settings.
+            no answers; no response is longer than a prefix; a model has too few positions; the continuations were
+            started with different settings.
     """
     benchmark, responses = _benchmark(run), _responses(run, step)
+    _check_positions(run, responses)
     stages = {name: _stage(run, step, name, benchmark, responses) for name in _models(run, responses)}
     made = sum(
         _generate_continuations(run, step, name, benchmark, responses, engines, stage) for name, stage in stages.items()
@@ -98,6 +122,7 @@ def run_continuations(run: Run, step: int, engines: EnginePool) -> tuple[dict[st
         "bench": benchmark.name,
         "problems": len({response.prompt_id for response in responses}),
         "responses": len(responses),
+        "max_tokens": _sampling(run.recipe).max_tokens,
         **summarize_continuations(rows, _on_track(run, benchmark, responses)),
     }
     files.write_json_if_changed(continuations_path(run, step) / "summary.json", summary)
@@ -105,26 +130,73 @@ def run_continuations(run: Run, step: int, engines: EnginePool) -> tuple[dict[st
 
 
 def describe_plan(run: Run, step: int) -> str:
-    """Return the number of continuations of a step, in a sentence.
+    """Return the number of continuations of a step and their maximum length, in a sentence.
 
     Raises:
         OpdctlError: see `run_continuations`.
     """
     _benchmark(run)
-    responses, samples = _responses(run, step), run.recipe.continuations.samples
+    responses = _responses(run, step)
     models = _models(run, responses)
-    count = sum(len(_continued_by(responses, name)) for name in models) * len(PREFIX_PERCENTS) * samples
-    return f"continuations of step {step} by {', '.join(models)}: {count}, of prefixes of {len(responses)} responses"
+    if all(run.models[name].path.is_dir() for name in models):
+        _check_positions(run, responses)
+    count = sum(_count_continuations(run, name, responses) for name in models)
+    return (
+        f"continuations of step {step} by {', '.join(models)}: {count}, of prefixes of {len(responses)} responses, "
+        f"at most {_sampling(run.recipe).max_tokens} tokens each"
+    )
 
 
 def continuations_path(run: Run, step: int) -> Path:
     return run.path / "continuations" / step_name(step)
 
 
+def _sampling(recipe: Recipe) -> Rollout:
+    """Return the settings that sample continuations: those of rollouts, with the budget of a continuation."""
+    max_tokens = recipe.continuations.max_tokens or recipe.rollout.max_tokens
+    return recipe.rollout.model_copy(update={"max_tokens": max_tokens})
+
+
 def _recipe_for_engines(recipe: Recipe) -> Recipe:
     """Return the recipe for engines whose prompts include a prefix of a response."""
-    max_tokens = recipe.prompts.max_tokens + recipe.rollout.max_tokens
-    return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"max_tokens": max_tokens})})
+    prompt_tokens = recipe.prompts.max_tokens + recipe.rollout.max_tokens
+    prompts = recipe.prompts.model_copy(update={"max_tokens": prompt_tokens})
+    return recipe.model_copy(update={"prompts": prompts, "rollout": _sampling(recipe)})
+
+
+def _prefix_lengths(settings: Continuations) -> list[PrefixLength]:
+    percents = {PrefixLength("percent", value) for value in settings.prefix_percents}
+    return sorted(percents | {PrefixLength("tokens", value) for value in settings.prefix_tokens})
+
+
+def _continuations(run: Run, name: str, responses: Sequence[Response]) -> Iterator[Continuation]:
+    """Yield the continuations of responses by a model: a teacher continues those to its own prompts."""
+    settings = run.recipe.continuations
+    lengths = _prefix_lengths(settings)
+    for response in responses:
+        for length in lengths if name in ("student", response.teacher) else ():
+            prefix_ids = length.prefix(response)
+            if prefix_ids is not None:
+                yield from (Continuation(response, length, prefix_ids, n) for n in range(settings.samples))
+
+
+def _count_continuations(run: Run, name: str, responses: Sequence[Response]) -> int:
+    return sum(1 for _ in _continuations(run, name, responses))
+
+
+def _check_positions(run: Run, responses: Sequence[Response]) -> None:
+    """Check that prompts, prefixes and continuations fit into the positions of every model.
+
+    Raises:
+        OpdctlError: they do not fit into a table of positions.
+    """
+    key = "continuations.max_tokens" if run.recipe.continuations.max_tokens else "rollout.max_tokens"
+    for name in _models(run, responses):
+        lengths = [
+            len(run.prompt_ids(name, each.response)) + len(each.prefix_ids)
+            for each in _continuations(run, name, responses)
+        ]
+        check_positions(run.models[name], max(lengths, default=0), _sampling(run.recipe).max_tokens, key)
 
 
 def _benchmark(run: Run) -> Benchmark:
@@ -152,6 +224,9 @@ def _responses(run: Run, step: int) -> list[Response]:
     if not responses or any(response.answer is None for response in responses):
         why = "the prompts have no answers to grade by" if responses else "every response is empty"
         raise OpdctlError("invalid_data", f"{rollout.path}: {why}", hint="set prompts.answer_column to their column")
+    if not _count_continuations(run, "student", responses):
+        detail = f"{rollout.path}: none of {len(responses)} responses is longer than one of continuations.prefix_tokens"
+        raise OpdctlError("invalid_data", detail, hint="set shorter prefixes, or continuations.prefix_percents")
     return responses
 
 
@@ -186,24 +261,13 @@ def _generate_continuations(
     engines: EnginePool,
     stage: StageDir,
 ) -> int:
-    settings, samples = run.recipe.rollout, run.recipe.continuations.samples
+    settings = _sampling(run.recipe)
 
     def prepare() -> tuple[Mapping[str, Any], MakePart]:
-        model, longest_percent = _model(run, step, name), max(PREFIX_PERCENTS)
-        prompt_tokens = max(
-            len(run.prompt_ids(name, response)) + len(_prefix(response, longest_percent))
-            for response in _continued_by(responses, name)
-        )
-        check_positions(model, prompt_tokens, settings.max_tokens, "rollout.max_tokens")
-        engine = engines.get(name, settings.engine, model)
+        engine = engines.get(name, settings.engine, _model(run, step, name))
 
         def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
-            continued = [
-                Continuation(response, percent, n)
-                for response in _continued_by(stage.items_of_part(responses, index), name)
-                for percent in PREFIX_PERCENTS
-                for n in range(samples)
-            ]
+            continued = list(_continuations(run, name, stage.items_of_part(responses, index)))
             requests = [
                 Request(
                     np.concatenate([run.prompt_ids(name, each.response), each.prefix_ids]),
@@ -216,7 +280,7 @@ def _generate_continuations(
 
         return engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p}, make_part
 
-    num_items = len(_continued_by(responses, name)) * len(PREFIX_PERCENTS) * samples
+    num_items = _count_continuations(run, name, responses)
     return make_missing_parts(stage, f"continuations, {name}, step {step}", num_items, prepare)
 
 
@@ -235,59 +299,64 @@ def _grade(
     ]
 
 
-def _continued_by(responses: Sequence[Response], name: str) -> list[Response]:
-    """Return the responses that a model continues: a teacher those to its own prompts."""
-    return [response for response in responses if name in ("student", response.teacher)]
-
-
-def _prefix(response: Response, percent: int) -> Ids:
-    return response.response_ids[: len(response.response_ids) * percent // 100]
-
-
 # ── Summary ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _on_track(run: Run, benchmark: Benchmark, responses: Sequence[Response]) -> dict[tuple[str, int], bool]:
-    """Return whether each prefix is right so far, by sample id and percent; {} if the benchmark cannot check it."""
+def _on_track(run: Run, benchmark: Benchmark, responses: Sequence[Response]) -> dict[str, bool]:
+    """Return whether each prefix is right so far, by the id of its continuation without the sample; {} if the benchmark
+    cannot check it."""
     if benchmark.on_track is None:
         return {}
     decode = partial(run.student.tokenizer.batch_decode, skip_special_tokens=True)
-    prompts = decode([response.prompt_ids for response in responses])
-    on_track = {}
-    for percent in PREFIX_PERCENTS:
-        prefixes = decode([_prefix(response, percent) for response in responses])
-        for response, prompt, prefix in zip(responses, prompts, prefixes, strict=True):
-            on_track[response.sample_id, percent] = benchmark.on_track(prompt, prefix)
-    return on_track
+    continued = [each for each in _continuations(run, "student", responses) if each.sample == 0]
+    prompts, prefixes = (
+        decode([each.response.prompt_ids for each in continued]),
+        decode([each.prefix_ids for each in continued]),
+    )
+    return {
+        _prefix_id(each.id): benchmark.on_track(prompt, prefix)
+        for each, prompt, prefix in zip(continued, prompts, prefixes, strict=True)
+    }
+
+
+def _prefix_id(continuation_id: str) -> str:
+    return continuation_id.rpartition("/")[0]
 
 
 def summarize_continuations(
-    rows: dict[str, list[GradedResponse]], on_track: dict[tuple[str, int], bool]
+    rows: Mapping[str, Sequence[GradedResponse]], on_track: Mapping[str, bool]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the accuracies by model and prefix length, with 95% intervals over problems.
 
     accuracy: from any prefix. by_prefix: separately from prefixes that are right so far and from those that have gone
-    wrong, if `on_track` contains them.
+    wrong, if `on_track` contains them by id.
     """
-    by_length: dict[tuple[str, int], list[GradedResponse]] = defaultdict(list)
-    by_prefix: dict[tuple[str, int, str], list[GradedResponse]] = defaultdict(list)
-    for model, row in ((model, row) for model, rows_of_model in rows.items() for row in rows_of_model):
-        sample_id, percent, _ = row.sample_id.rsplit("/", 2)
-        by_length[model, int(percent)].append(row)
-        if (is_right := on_track.get((sample_id, int(percent)))) is not None:
-            by_prefix[model, int(percent), "right so far" if is_right else "gone wrong"].append(row)
-    return {
-        "accuracy": [{"model": model, "percent": p, **_accuracy(group)} for (model, p), group in by_length.items()],
-        "by_prefix": [
-            {"model": model, "percent": p, "prefix": prefix, **_accuracy(group)}
-            for (model, p, prefix), group in by_prefix.items()
-        ],
-    }
+    summary: dict[str, list[dict[str, Any]]] = {"accuracy": [], "by_prefix": []}
+    for model, rows_of_model in rows.items():
+        by_length: dict[PrefixLength, list[GradedResponse]] = defaultdict(list)
+        for row in rows_of_model:
+            by_length[PrefixLength.parse(row.sample_id.split("/")[-2])].append(row)
+        for length, group in sorted(by_length.items()):
+            place = {"model": model, "percent": None, "tokens": None, length.unit: length.value}
+            summary["accuracy"].append(place | _accuracy(group))
+            for is_right, prefix in ((True, "right so far"), (False, "gone wrong")):
+                of_kind = [row for row in group if on_track.get(_prefix_id(row.sample_id)) == is_right]
+                if of_kind:
+                    summary["by_prefix"].append(place | {"prefix": prefix} | _accuracy(of_kind))
+    return summary
 
 
 def _accuracy(rows: Sequence[GradedResponse]) -> dict[str, Any]:
+    """Return the accuracy of continuations, with the numbers of responses and problems that they belong to."""
     by_problem: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         by_problem[row.problem_id].append(row.correct)
     accuracy = statistics.problem_bootstrap([float(np.mean(correct)) for correct in by_problem.values()])
-    return {"problems": len(by_problem), "accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
+    return {
+        "responses": len({_prefix_id(row.sample_id) for row in rows}),
+        "problems": len(by_problem),
+        "accuracy": accuracy.value,
+        "low": accuracy.low,
+        "high": accuracy.high,
+        "truncated_fraction": float(np.mean([row.finish_reason == "length" for row in rows])),
+    }

@@ -6,6 +6,7 @@ This module plots numbers and computes none. Figure numbers in parentheses are t
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
+from operator import itemgetter
 from typing import Any
 
 import matplotlib
@@ -302,35 +303,58 @@ def one_response_figure(analysis: Analysis) -> Figure:
 
 
 def continuations_figure(analysis: Analysis) -> Figure:
-    """Accuracy of teacher and student from the student's prefixes, by prefix length (Figure 1b)."""
-    figure, axes = _panels(len(analysis.continuations), sharey=True)
-    for axis, summary in zip(axes, analysis.continuations, strict=True):
-        rows = continuation_rows(summary)
+    """Accuracy of teacher and student from the student's prefixes, by relative and absolute length (Figure 1b)."""
+    panels = [
+        (summary["step"], unit, rows)
+        for summary in analysis.continuations
+        for unit in ("percent", "tokens")
+        if (rows := [row for row in continuation_rows(summary) if row[unit] is not None])
+    ]
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(12.5, 3.9 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    for axis, (step, unit, rows) in zip(axes, panels, strict=False):
         models = list(dict.fromkeys(row["model"] for row in rows))
         for model, color in zip(models, (BLUE, *(c for c in COLORS if c != BLUE)), strict=False):
-            rows_of_model = [row for row in rows if row["model"] == model]
-            _plot_any_prefix(axis, rows_of_model, model, color)
-            _plot_prefixes_of_kind(axis, rows_of_model, model, color, "right so far", ":")
-            _plot_prefixes_of_kind(axis, rows_of_model, model, color, "gone wrong", "--")
-        axis.set(title=f"Prefixes of the student of step {summary['step']}", xlabel="prefix length")
-        axis.set(ylabel="accuracy", ylim=(-0.02, 1.02))
-        axis.xaxis.set_major_formatter(PercentFormatter())
+            rows_of_model = sorted((row for row in rows if row["model"] == model), key=itemgetter(unit))
+            _plot_any_prefix(axis, rows_of_model, unit, model, color)
+            _plot_prefixes_of_kind(axis, rows_of_model, unit, model, color, "right so far", ":")
+            _plot_prefixes_of_kind(axis, rows_of_model, unit, model, color, "gone wrong", "--")
+        axis.set_title(f"Prefixes of the student of step {step}", pad=18)
+        axis.set(xlabel=f"prefix length{' (tokens)' if unit == 'tokens' else ''}", ylabel="accuracy")
+        axis.set(ylim=(-0.02, 1.02))
         axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axes[0].legend(fontsize=8.5)
+        if unit == "percent":
+            axis.xaxis.set_major_formatter(PercentFormatter())
+        _annotate_responses(axis, [row for row in rows if (row["model"], row["prefix"]) == (models[0], "any")], unit)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8.5)
     return figure
 
 
-def _plot_any_prefix(axis: Axes, rows: Sequence[Mapping[str, Any]], model: str, color: str) -> None:
+def _annotate_responses(axis: Axes, rows: Sequence[Mapping[str, Any]], unit: str) -> None:
+    """Write the number of continued responses above the panel, at up to 12 of the prefix lengths."""
+    shown = [row for row in rows if row["responses"] is not None][:: 1 + len(rows) // 12]
+    for index, row in enumerate(shown):
+        text = f"{row['responses']} responses" if index == 0 else str(row["responses"])
+        position = (row[unit], 1.02)
+        axis.text(*position, text, transform=axis.get_xaxis_transform(), color=GREY, fontsize=8, ha="center")
+
+
+def _plot_any_prefix(axis: Axes, rows: Sequence[Mapping[str, Any]], unit: str, model: str, color: str) -> None:
     """Plot a model's accuracy from any prefix, with its interval."""
-    columns = ("percent", "accuracy", "low", "high")
-    percent, mean, low, high = ([row[name] for row in rows if row["prefix"] == "any"] for name in columns)
-    _plot_band(axis, percent, mean, low, high, color, model, marker="o", markersize=3.5)
+    columns = (unit, "accuracy", "low", "high")
+    length, mean, low, high = ([row[name] for row in rows if row["prefix"] == "any"] for name in columns)
+    _plot_band(axis, length, mean, low, high, color, model, marker="o", markersize=3.5)
 
 
 def _plot_prefixes_of_kind(
-    axis: Axes, rows: Sequence[Mapping[str, Any]], model: str, color: str, prefix: str, line_style: str
+    axis: Axes, rows: Sequence[Mapping[str, Any]], unit: str, model: str, color: str, prefix: str, line_style: str
 ) -> None:
     """Plot a model's accuracy from prefixes that are right so far, or that have gone wrong, if there are any."""
-    percent, mean = ([row[name] for row in rows if row["prefix"] == prefix] for name in ("percent", "accuracy"))
-    if percent:
-        axis.plot(percent, mean, color=color, lw=1, ls=line_style, label=f"{model}, prefix {prefix}")
+    length, mean = ([row[name] for row in rows if row["prefix"] == prefix] for name in (unit, "accuracy"))
+    if length:
+        axis.plot(length, mean, color=color, lw=1, ls=line_style, label=f"{model}, prefix {prefix}")

@@ -75,6 +75,12 @@ def overall_means(overall: BinnedSums) -> dict[str, Estimate]:
     return {name: Estimate(float(mean), float(mean - half), float(mean + half)) for name, (mean, half) in means.items()}
 
 
+CONTINUATION_COLUMNS = (
+    *("step", "prefix", "model", "percent", "tokens", "responses", "problems"),
+    *("accuracy", "low", "high", "truncated_fraction"),
+)
+
+
 @dataclass(frozen=True)
 class Analysis:
     """The result of analyze-position.
@@ -151,9 +157,12 @@ class Analysis:
 
 
 def continuation_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the accuracies of one step's continuations: of any prefix, and of prefixes that are right or wrong."""
-    rows = [{"step": summary["step"], "prefix": "any", **row} for row in summary["accuracy"]]
-    return rows + [{"step": summary["step"], **row} for row in summary["by_prefix"]]
+    """Return the accuracies of one step's continuations: of any prefix, and of prefixes that are right or wrong.
+
+    A cell is None if it does not apply, or if the summary was written before the column existed.
+    """
+    rows = [{"prefix": "any", **row} for row in summary["accuracy"]] + summary["by_prefix"]
+    return [dict.fromkeys(CONTINUATION_COLUMNS) | {"step": summary["step"], **row} for row in rows]
 
 
 def _bin_table(phase: Phase, kind: str) -> TableColumns:

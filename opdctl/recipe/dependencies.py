@@ -43,9 +43,15 @@ MUTABLE_KEYS = (
 Evaluations and continuations have separate fingerprints."""
 MUTABLE_MODEL_KEYS = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(shape|server|served_name)(\.|$)")
 """The same for the keys of any model."""
-ADDED_KEYS = re.compile(r"rollout\.eos_token_ids|(student|teacher|teachers\.[^.]+|reference)\.tokenizer")
-"""Keys that were added to version 5 of the artifacts. A fingerprint contains them only if they are set, so that older
-artifacts keep theirs."""
+ADDED_KEYS: dict[str, Any] = {
+    r"rollout\.eos_token_ids": [],
+    r"(student|teacher|teachers\.[^.]+|reference)\.tokenizer": AUTO,
+    r"continuations\.max_tokens": None,
+    r"continuations\.prefix_percents": list(range(0, 100, 10)),
+    r"continuations\.prefix_tokens": [],
+}
+"""Patterns of the keys that were added to version 5 of the artifacts, with the values by which older artifacts were
+made. A fingerprint contains them only if they have another value, so that older artifacts keep theirs."""
 IMMUTABLE_KEYS = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
 """Keys that no fork of a run can change: every artifact of the run depends on them. The remaining keys can change in a
 fork."""
@@ -76,8 +82,12 @@ def fingerprint_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage not in ("eval", "continuations"):
         keys = [key for key in keys if not is_mutable(key)]
     flat = recipe.flat()
-    unset = [key for key in keys if ADDED_KEYS.fullmatch(key) and flat[key] in ([], AUTO)]
-    return {key: flat[key] for key in keys if not key.startswith(excluded) and key not in unset}
+    return {key: flat[key] for key in keys if not key.startswith(excluded) and not _is_as_before(key, flat[key])}
+
+
+def _is_as_before(key: str, value: Any) -> bool:
+    """Whether a setting was added later and has the value by which older artifacts were made."""
+    return any(re.fullmatch(pattern, key) and value == before for pattern, before in ADDED_KEYS.items())
 
 
 def scorer_fingerprint_settings(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -318,6 +318,14 @@ class Continuations(Section):
     """Continue prefixes of the first N responses of the step."""
     samples: int = Field(default=1, gt=0)
     """Continuations of each prefix by each model."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Maximum length of a continuation in tokens, the prefix not included. It is the same after every prefix, so that
+    longer prefixes do not leave less room. If unset, it is `rollout.max_tokens`."""
+    prefix_percents: list[Annotated[int, Field(ge=0, lt=100)]] = list(range(0, 100, 10))
+    """Relative lengths of the prefixes, in percent of the response."""
+    prefix_tokens: list[Annotated[int, Field(ge=0)]] = []
+    """Absolute lengths of the prefixes in tokens, such as `[0, 512, 1024]`. A response that is not longer is not
+    continued."""
 
 
 class Vllm(Section):

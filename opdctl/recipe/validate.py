@@ -107,7 +107,8 @@ def _get(merged: Mapping[str, Any], section: str, key: str) -> Any:
 
 def combination_errors(recipe: Recipe) -> Errors:
     """Validate settings that are valid by themselves and not together."""
-    return [*_sampling_errors(recipe), *_teacher_errors(recipe), *_train_errors(recipe), *_eval_errors(recipe)]
+    checks = (_sampling_errors, _teacher_errors, _train_errors, _eval_errors, _continuation_errors)
+    return [error for check in checks for error in check(recipe)]
 
 
 def _sampling_errors(recipe: Recipe) -> Errors:
@@ -181,3 +182,9 @@ def _eval_errors(recipe: Recipe) -> Errors:
 
 def _benchmark_runs_code(bench: str) -> bool:
     return bench in BENCHMARKS.names() and BENCHMARKS.get(bench)().grader.runs_code
+
+
+def _continuation_errors(recipe: Recipe) -> Errors:
+    settings = recipe.continuations
+    has_prefixes = settings.prefix_percents or settings.prefix_tokens
+    return [] if has_prefixes else [("continuations.prefix_percents", "or prefix_tokens must contain a length")]

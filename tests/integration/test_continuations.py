@@ -1,5 +1,6 @@
 """Continuations of the student's prefixes: parts, grades, resuming, states and errors, by the command."""
 
+import csv
 import shutil
 
 import numpy as np
@@ -149,6 +150,77 @@ def test_corrupt_part_is_repaired(copy):
     assert part.read_bytes() == content
 
 
+def test_settings_that_equal_the_defaults_change_no_fingerprint(copy):
+    """So continuations that were made before these keys existed are read and resumed."""
+    path, folder = copy
+    recorded = read_json(folder / "teacher" / "manifest.json")["settings"]
+    assert {key for key in recorded if key.startswith("continuations.")} == {
+        "continuations.responses",
+        "continuations.samples",
+    }
+    assert invoke("run", "continuations", path, "--json").json()["parts_made"] == 0
+
+
+def test_absolute_prefixes_and_a_budget(copy):
+    path, folder = copy
+    before = {name: rows_of(path, name) for name in MODELS}
+    shutil.rmtree(folder)
+    lengths = ("continuations.prefix_percents=[90,50]", "continuations.prefix_tokens=[0,8,120,100]")
+    overrides = sets(*OVERRIDES, *lengths, "continuations.max_tokens=20")
+    plan = invoke("run", "continuations", path, *overrides, "--dry-run")
+    result = invoke("run", "continuations", path, *overrides, "--json")
+    assert result.code == 0, result.err
+    summary, run = result.json()["summary"], Run.load(path)
+    rows = {name: rows_of(path, name) for name in MODELS}
+    assert f": {sum(map(len, rows.values()))}, of prefixes of 4 responses, at most 20 tokens each" in plan.err
+    responses = {row.sample_id: row.response_ids for row in run.rollout_stage(0).read_all(Response)}
+    first = [responses[name] for name, _ in run.samples(0)[:4]]
+    longer = {size: sum(len(ids) > size for ids in first) for size in (0, 8, 100, 120)}
+    assert longer[0] == 4 > longer[120]  # otherwise the test shows nothing
+    expected = [("percent", 50, 4), ("percent", 90, 4), *(("tokens", size, n) for size, n in longer.items() if n)]
+    for name in MODELS:
+        found = [row for row in summary["accuracy"] if row["model"] == name]
+        places = [(unit, row[unit], row["responses"]) for row, (unit, _, _) in zip(found, expected, strict=True)]
+        assert places == expected
+        assert all((row["percent"] is None) != (row["tokens"] is None) for row in found)
+        for row in rows[name].values():
+            prefix = prefix_of(responses, row.sample_id)
+            assert len(row.response_ids) == 20 if row.finish_reason == "length" else len(row.response_ids) <= 20
+            assert row.text == run.student.tokenizer.decode([*prefix, *row.response_ids], skip_special_tokens=True)
+        # The same prefix has the same random stream: a smaller budget only cuts the continuation.
+        shared = rows[name].keys() & before[name].keys()
+        assert len(shared) == 4 * 2 * 2
+        for each in shared:
+            assert rows[name][each].response_ids.tolist() == before[name][each].response_ids[:20].tolist()
+    assert any(row["truncated_fraction"] > 0 for row in summary["accuracy"])
+    assert summary["max_tokens"] == 20
+    check_report_of_both_lengths(path)
+
+
+def rows_of(path, name) -> dict[str, GradedResponse]:
+    stage = recorded_stage(continuations.continuations_path(Run.load(path), 0) / name, "opdctl run continuations")
+    return {row.sample_id: row for row in stage.read_all(GradedResponse)}
+
+
+def prefix_of(responses, continuation_id) -> list[int]:
+    """Return the ids of the prefix by the id of its continuation: PROMPT/STEP/SAMPLE/LENGTH/SAMPLE."""
+    sample_id, label, _ = continuation_id.rsplit("/", 2)
+    ids = responses[sample_id].tolist()
+    return ids[: int(label.removesuffix("-tokens"))] if "tokens" in label else ids[: len(ids) * int(label) // 100]
+
+
+def check_report_of_both_lengths(path) -> None:
+    result = invoke("analyze-position", path)
+    assert result.code == 0, result.err
+    svg = (path / "analysis/figures/continuations.svg").read_text()
+    assert "prefix length (tokens)" in svg
+    assert "4 responses" in svg
+    with (path / "analysis/tables/continuations.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert {(row["percent"], row["tokens"]) for row in table} >= {("50", ""), ("", "8")}
+    assert "A continuation has at most 20 tokens." in (path / "analysis/report.html").read_text()
+
+
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -158,10 +230,26 @@ def test_other_settings_are_rejected(continued):
     assert "continuations.responses 4 → 5" in result.err
 
 
+def test_no_prefix_length_is_rejected(continued):
+    result = invoke("run", "continuations", continued[0], "--set", "continuations.prefix_percents=[]")
+    assert (result.code, result.kind) == (2, "invalid_recipe")
+    assert "continuations.prefix_percents" in result.err
+
+
+def test_prefixes_that_no_response_exceeds_are_rejected(copy):
+    path, folder = copy
+    shutil.rmtree(folder)
+    lengths = ("continuations.prefix_percents=[]", "continuations.prefix_tokens=[5000]")
+    result = invoke("run", "continuations", path, *sets(*OVERRIDES, *lengths))
+    assert (result.code, result.kind) == (3, "invalid_data")
+    assert "continuations.prefix_tokens" in result.err
+    assert not folder.exists()
+
+
 def test_dry_run_reports_the_number_of_continuations(continued):
     result = invoke("run", "continuations", continued[0], "--dry-run")
     assert result.code == 0
-    assert "by student, teacher: 160, of prefixes of 4 responses" in result.err
+    assert "by student, teacher: 160, of prefixes of 4 responses, at most 160 tokens each" in result.err
 
 
 def test_step_without_a_rollout_is_rejected(continued):

@@ -215,9 +215,16 @@ def test_continuations_must_fit_into_a_table_of_positions(tmp_path):
     begin = ("--recipe", QUICKSTART, *sets(f"student.model={student}", *small), "--output", tmp_path / "run")
     result = invoke("rollout", *begin)
     assert result.code == 0, result.err
-    result = invoke("run", "continuations", tmp_path / "run")
-    assert (result.kind, result.code) == ("unsupported_setting", 2)
-    assert "40 positions" in result.err
+    for option in ((), ("--dry-run",)):
+        result = invoke("run", "continuations", tmp_path / "run", *option)
+        assert (result.kind, result.code) == ("unsupported_setting", 2)
+        assert "rollout.max_tokens = 24 tokens exceed its 40 positions" in result.err
+        result = invoke("run", "continuations", tmp_path / "run", "--set", "continuations.max_tokens=28", *option)
+        assert (result.kind, result.code) == ("unsupported_setting", 2)
+        assert "continuations.max_tokens = 28 tokens exceed its 40 positions" in result.err
+    assert not (tmp_path / "run/continuations").exists()
+    result = invoke("run", "continuations", tmp_path / "run", "--set", "continuations.max_tokens=4")
+    assert result.code == 0, result.err
 
 
 def test_teacher_that_fails_its_self_check_costs_no_rollout(tmp_path):

@@ -60,7 +60,21 @@ def test_continuations_sentence():
         for model, accuracies in {"student": (0.1, 0.2, 0.3), "teacher": (0.9, 0.5, 0.15)}.items()
         for percent, accuracy in zip((0, 50, 90), accuracies, strict=True)
     ]
-    text = captions.continuations_sentence({"problems": 64, "student": "step-00000", "accuracy": rows})
+    # As 0.2.0 wrote it: without absolute lengths, numbers of responses and the budget.
+    summary = {"step": 0, "problems": 64, "student": "step-00000", "accuracy": rows, "by_prefix": []}
+    text = captions.continuations_sentence(summary)
     assert "64 problems" in text
     assert "student 10.0% [5.0%, 15.0%] after 0%, 30.0% [25.0%, 35.0%] after 90%" in text
     assert "teacher 90.0% [85.0%, 95.0%] after 0%, 15.0% [10.0%, 20.0%] after 90%" in text
+    assert text.endswith("after 90%.")
+    relative = [{**row, "tokens": None, "responses": 64} for row in rows]
+    absolute = [
+        {**rows[0], "percent": None, "tokens": tokens, "responses": responses}
+        for tokens, responses in ((0, 64), (512, 9))
+    ]
+    text = captions.continuations_sentence({**summary, "max_tokens": 256, "accuracy": [*relative, *absolute]})
+    assert "30.0% [25.0%, 35.0%] after 90%; student 10.0%" in text
+    assert "after 0 tokens (64 responses), 10.0% [5.0%, 15.0%] after 512 tokens (9 responses)" in text
+    assert text.endswith("A continuation has at most 256 tokens.")
+    only = captions.continuations_sentence({**summary, "accuracy": absolute[1:]})
+    assert only.count("512 tokens") == 1
