@@ -116,7 +116,7 @@ def _position_stats(run: Run, step: int, weights: Mapping[str, Weight], num_earl
     """Return the sums of a step. num_earlier: responses of the run before this step."""
     total = PositionStats()
     for group in samples.response_groups(run, step, weights):
-        responses = [to_weight_inputs(scored, step, run.recipe.train.extrapolation) for scored in group]
+        responses = [to_weight_inputs(scored, step) for scored in group]
         weights_by_name = {name: weigh(weight, responses) for name, weight in weights.items()}
         for part in split_by_tokens(responses, CHUNK_TOKENS):
             batch = Batch(responses[part], num_earlier + total.responses)

@@ -98,7 +98,7 @@ def load_samples(run: Run, step: int, sample_ids: Sequence[str], weights: Mappin
     for group in response_groups(run, step, weights):
         if not needs_full_step:
             group = [scored for scored in group if scored.response.sample_id in sample_ids]
-        responses = [to_weight_inputs(scored, step, run.recipe.train.extrapolation) for scored in group]
+        responses = [to_weight_inputs(scored, step) for scored in group]
         weights_by_name = {name: weigh(weight, responses) for name, weight in weights.items()}
         for index, scored in enumerate(group):
             if (response := scored.response).sample_id in sample_ids:
@@ -119,7 +119,7 @@ def representative_ids(run: Run, step: int) -> list[str]:
     """Return the ids of the responses of a step with the median and with the greatest mean |A|."""
     means = sorted(
         (
-            float(np.abs(to_weight_inputs(scored, step, run.recipe.train.extrapolation).advantage_T).mean()),
+            float(np.abs(to_weight_inputs(scored, step).advantage_T).mean()),
             response.sample_id,
         )
         for scored in read_scored(run, step)

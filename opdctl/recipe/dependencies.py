@@ -52,6 +52,12 @@ ADDED_KEYS: dict[str, Any] = {
 }
 """Patterns of the keys that were added to version 5 of the artifacts, with the values by which older artifacts were
 made. A fingerprint contains them only if they have another value, so that older artifacts keep theirs."""
+ADDED_PARAMETERS: dict[str, dict[str, Any]] = {
+    "iw_opd": {"floor": 1.0},
+    "prefix_ratio": {"floor": 0.0, "gamma": 1.0, "normalize": "response"},
+}
+"""Parameters that were added to token weights since version 5, with the values that older runs used. A recorded recipe
+without them has these values, and a fingerprint contains them only if they differ."""
 IMMUTABLE_KEYS = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
 """Keys that no fork of a run can change: every artifact of the run depends on them. The remaining keys can change in a
 fork."""
@@ -82,12 +88,20 @@ def fingerprint_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage not in ("eval", "continuations"):
         keys = [key for key in keys if not is_mutable(key)]
     flat = recipe.flat()
+<<<<<<< HEAD
     return {key: flat[key] for key in keys if not key.startswith(excluded) and not _is_as_before(key, flat[key])}
 
 
 def _is_as_before(key: str, value: Any) -> bool:
     """Whether a setting was added later and has the value by which older artifacts were made."""
     return any(re.fullmatch(pattern, key) and value == before for pattern, before in ADDED_KEYS.items())
+=======
+    unset = [key for key in keys if ADDED_KEYS.fullmatch(key) and flat[key] in ([], AUTO)]
+    for section in ("weight", "weight.times"):
+        parameters = ADDED_PARAMETERS.get(flat.get(f"{section}.name", ""), {})
+        unset += [key for name, value in parameters.items() if flat[key := f"{section}.{name}"] == value]
+    return {key: flat[key] for key in keys if not key.startswith(excluded) and key not in unset}
+>>>>>>> d1e00fd (Token weights follow the paper and its code: floor, ratios over responses at a position, curriculum, confidence)
 
 
 def scorer_fingerprint_settings(recipe: Recipe, name: str) -> dict[str, Any]:

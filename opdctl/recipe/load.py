@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.components import required_columns, unmet_requirements
+from opdctl.recipe.dependencies import ADDED_PARAMETERS
 from opdctl.recipe.schema import (
     DEFAULT_COMPONENTS,
     Component,
@@ -63,6 +64,21 @@ def _validate(merged: Mapping[str, Any]) -> tuple[Recipe | None, list[tuple[str,
     if recipe is not None:
         errors += combination_errors(recipe)
     return recipe, errors
+
+
+def load_recorded_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe that a run recorded, with `overrides`.
+
+    It contains every default. A parameter that it lacks did not exist yet, and has the value that the run used.
+
+    Raises:
+        OpdctlError: the file cannot be read, or the recipe is invalid.
+    """
+    weight = _read(file).get("weight", {})
+    added = ADDED_PARAMETERS.get(weight.get("name"), {})
+    times = weight.get("times", {}).get("name")
+    added = added | ({"times": {"name": times, **ADDED_PARAMETERS.get(times, {})}} if times else {})
+    return load_recipe([file], overrides, {"weight": {"name": weight["name"], **added}} if added else {})
 
 
 def default_eval_recipe(model: str, overrides: Sequence[str] = ()) -> Recipe:

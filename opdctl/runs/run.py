@@ -19,7 +19,7 @@ from opdctl.data.order import epoch_order
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
-from opdctl.recipe.load import load_recipe
+from opdctl.recipe.load import load_recorded_recipe
 from opdctl.recipe.schema import Recipe, is_data_file
 from opdctl.registry import plugin_file
 from opdctl.runs.layout import list_steps, step_name
@@ -416,4 +416,4 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path} has no recipe.toml{did_you_mean(path.name, runs)}",
             hint="give the path of a run; `opdctl train --recipe FILE` starts one",
         )
-    return load_recipe([path / "recipe.toml"], overrides)
+    return load_recorded_recipe(path / "recipe.toml", overrides)

@@ -120,15 +120,15 @@ def target_logprobs(scored: ScoredResponse, extrapolation: float) -> Logprobs:
     return extrapolation * teacher + (1 - extrapolation) * scored.reference.logprobs
 
 
-def to_weight_inputs(scored: ScoredResponse, step: int, extrapolation: float) -> ResponseTokens:
+def to_weight_inputs(scored: ScoredResponse, step: int) -> ResponseTokens:
     """Return a response's tokens as the input of token weights, float64."""
-    response, teacher = scored.response, scored.teacher
     columns = {name: value for name in COLUMN_SETTINGS if (value := _stored_column(scored, name)) is not None}
-    student_logp_T = response.logprobs.astype(np.float64)
+    student_logp_T = scored.response.logprobs.astype(np.float64)
+    teacher_logp_T = scored.teacher.logprobs.astype(np.float64)
     return ResponseTokens(
         student_logp_T,
-        teacher.logprobs.astype(np.float64),
-        target_logprobs(scored, extrapolation).astype(np.float64) - student_logp_T,
+        teacher_logp_T,
+        teacher_logp_T - student_logp_T,
         step,
         {name: value.astype(np.float64) if value.dtype == np.float32 else value for name, value in columns.items()},
     )

@@ -78,7 +78,7 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """Weight a step's tokens and split its responses into micro-batches of one teacher each, by the token budget."""
     # Some weights depend on all responses of the step, so they are computed before the split.
-    weights = weigh(weight, [to_weight_inputs(sample, step, recipe.train.extrapolation) for sample in scored])
+    weights = weigh(weight, [to_weight_inputs(sample, step) for sample in scored])
     lengths = [len(sample.response.response_ids) for sample in scored]
     denominators = _loss_denominators(lengths, recipe.train.aggregate)
     batches = []

@@ -21,7 +21,7 @@ from opdctl.data.toy import sort12
 from opdctl.engines.pool import open_engine_pool
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
-from opdctl.losses.token_weights import IwOpd, weigh
+from opdctl.losses.token_weights import IwOpd, ResponseTokens, weigh
 from opdctl.models import logprobs
 from opdctl.models.loading import load_model
 from opdctl.pipeline import rollout, score
@@ -150,7 +150,7 @@ def test_gradient_matches_the_formula_on_full_logits(stored, name, aggregate):
         }
         student_top = torch.from_numpy(sample.response.top_ids[:, :5].astype(np.int64))
         loss = reference_loss(name, logp["student"], logp["teacher"].detach(), ids[len(prompt) :], student_top)
-        weight = torch.from_numpy(IwOpd(0.5)(to_weight_inputs(sample, 0, 1.0)))
+        weight = torch.from_numpy(IwOpd(0.5)(to_weight_inputs(sample, 0)))
         divisor = count if aggregate == "token" else len(response) * len(samples)
         ((weight * loss).sum() / divisor).backward()
     gradients = gradient(with_recipe(stored, *CASES[name], f"train.aggregate={aggregate}"))[1]
@@ -170,24 +170,17 @@ def test_gradient_is_independent_of_micro_batches_and_chunks(stored, name, monke
         assert_close(gradients, expected)
 
 
-def test_extrapolation_changes_target_and_weight(stored):
-    """The advantage is λ (log T - log R) - (log S - log R), both in the loss and in the IW-OPD weight."""
-    samples = list(read_scored(stored, 0))
-    for sample in samples:
-        assert sample.reference is not None
-        s, t, r = (x.logprobs.astype(float) for x in (sample.response, sample.teacher, sample.reference))
-        np.testing.assert_allclose(to_weight_inputs(sample, 0, 1.25).advantage_T, 1.25 * (t - r) - (s - r), atol=1e-5)
-        np.testing.assert_array_equal(to_weight_inputs(sample, 0, 1.0).advantage_T, t - s)
+def test_extrapolation_changes_the_target_and_not_the_weight(stored):
+    """The advantage of the loss is λ (log T - log R) - (log S - log R), that of the weight log T - log S."""
     run = with_recipe(stored, "train.extrapolation=1.25")
-    batches = Trainer(run, "cpu").make_micro_batches(0, list(read_scored(run, 0)))
-    weights, targets = (
-        {s.response.sample_id: v for b in batches for s, v in zip(b.samples, b.padded.split(column(b)), strict=True)}
-        for column in (lambda b: b.weight_N, lambda b: b.target_logp_N)
-    )
-    for sample in samples:
-        name = sample.response.sample_id
-        np.testing.assert_allclose(targets[name], target_logprobs(sample, 1.25), atol=1e-6)
-        np.testing.assert_allclose(weights[name], IwOpd(0.5)(to_weight_inputs(sample, 0, 1.25)), atol=1e-6)
+    samples = {sample.response.sample_id: sample for sample in read_scored(run, 0)}
+    for batch in Trainer(run, "cpu").make_micro_batches(0, list(samples.values())):
+        columns = zip(batch.samples, *map(batch.padded.split, (batch.weight_N, batch.target_logp_N)), strict=True)
+        for sample, weight, target in columns:
+            assert sample.reference is not None
+            s, t, r = (x.logprobs.astype(float) for x in (sample.response, sample.teacher, sample.reference))
+            np.testing.assert_allclose(np.array(target) - s, 1.25 * (t - r) - (s - r), atol=1e-5)
+            np.testing.assert_allclose(weight, IwOpd(0.5)(ResponseTokens(s, t, t - s)), atol=1e-6)
 
 
 def test_student_as_reference_scales_the_advantage(tmp_path):
@@ -195,8 +188,8 @@ def test_student_as_reference_scales_the_advantage(tmp_path):
     overrides = ["reference.model=toy:student", "reference.dtype=float32", "train.extrapolation=1.5", "train.steps=1"]
     assert invoke("train", "--recipe", QUICKSTART, *sets(*overrides), "--output", tmp_path / "run").code == 0
     for sample in read_scored(Run.load(tmp_path / "run"), 0):
-        plain, extrapolated = to_weight_inputs(sample, 0, 1.0).advantage_T, to_weight_inputs(sample, 0, 1.5).advantage_T
-        np.testing.assert_allclose(extrapolated, 1.5 * plain, atol=1e-3)
+        extrapolated = target_logprobs(sample, 1.5) - sample.response.logprobs
+        np.testing.assert_allclose(extrapolated, 1.5 * to_weight_inputs(sample, 0).advantage_T, atol=1e-3)
 
 
 # ── From recipe to student ───────────────────────────────────────────────────────────────────────────────────────────
@@ -228,7 +221,7 @@ def test_every_objective_trains(name, tmp_path):
 
 def test_step_weights_are_computed_before_batching(stored):
     """tip keeps half of the tokens of the step, not half of each micro-batch."""
-    step = [to_weight_inputs(sample, 0, 1.0) for sample in read_scored(stored, 0)]
+    step = [to_weight_inputs(sample, 0) for sample in read_scored(stored, 0)]
     run = with_recipe(stored, "weight.name=tip", "train.tokens_per_micro_batch=200")
     batches = Trainer(run, "cpu").make_micro_batches(0, list(read_scored(run, 0)))
     assert len(batches) > 3
@@ -292,7 +285,7 @@ def test_each_response_is_scored_by_the_teacher_of_its_prompt(two_teachers, tmp_
     scored = list(read_scored(run, 0))
     assert {sample.response.teacher for sample in scored} == {"teacher-a", "teacher-b"}
     for sample in scored:
-        size = np.abs(to_weight_inputs(sample, 0, 1.0).advantage_T).max()
+        size = np.abs(to_weight_inputs(sample, 0).advantage_T).max()
         assert (size < 1e-4) == (sample.response.teacher == "teacher-a")
     parts = [stage.manifest()["parts"] for stage in run.score_stages(0).values()]
     assert sum(part["rows"] for stage in parts for part in stage) == len(scored) == 8

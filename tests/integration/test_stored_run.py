@@ -15,6 +15,7 @@ from opdctl.artifacts.records import Response
 from opdctl.artifacts.tables import read_rows
 from opdctl.errors import ExitCode
 from opdctl.evaluation.results import load_evaluation
+from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 from opdctl.runs.status import collect_status
@@ -91,6 +92,12 @@ def test_analysis_of_the_stored_run(stored: Path) -> None:
     report = Path(result.json()["report"])
     assert report.stat().st_size > 10_000
     assert {name: data for name, data in contents(stored).items() if not name.startswith("analysis/")} == before
+
+
+def test_update_of_the_stored_run_keeps_its_fingerprint() -> None:
+    """A key that was added since must not appear in it, or the run could not continue from its trainer state."""
+    run = Run.load(STORED)
+    assert fingerprint_settings(run.recipe, "update") == run.update(0)["settings"]
 
 
 def test_stored_run_is_not_changed_by_reading() -> None:

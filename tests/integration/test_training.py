@@ -58,7 +58,7 @@ def test_stored_logprobs_are_those_of_the_models(finished_run):
 
 
 def advantages(output: Path) -> np.ndarray:
-    return np.concatenate([to_weight_inputs(sample, 0, 1.0).advantage_T for sample in read_scored(Run.load(output), 0)])
+    return np.concatenate([to_weight_inputs(sample, 0).advantage_T for sample in read_scored(Run.load(output), 0)])
 
 
 def test_teacher_equal_to_the_student_gives_no_advantage(tmp_path):

@@ -50,6 +50,12 @@ def weight_arm(name: str, **parameters: float) -> Arm:
     return Arm(label, (f"weight.name={name}", *(f"weight.{key}={value}" for key, value in parameters.items())))
 
 
+def prefix_ratio_arm(alpha: float) -> Arm:
+    """Return an arm with the ratio normalized within each response."""
+    arm = weight_arm("prefix_ratio", alpha=alpha)
+    return Arm(arm.name, (*arm.settings, "weight.normalize=response"))
+
+
 def objective_arm(label: str, *settings: str) -> Arm:
     """Return an arm with uniform weights and another objective."""
     return Arm(label, ("weight.name=uniform", *settings))
@@ -65,7 +71,7 @@ ARMS = (
     IW_OPD,
     weight_arm("iw_opd", gamma=1.0),
     weight_arm("linear_decay", gamma=0.5),
-    *(weight_arm("prefix_ratio", alpha=alpha) for alpha in (0.03, 0.1, 0.3)),
+    *map(prefix_ratio_arm, (0.03, 0.1, 0.3)),
     PREFIX,
     SUFFIX,
     objective_arm("reverse_kl, whole vocabulary", "objective.name=reverse_kl", "objective.support=full"),

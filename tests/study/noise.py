@@ -89,7 +89,7 @@ def score_responses(student: Student, scale: Scale, scorer: str, dtype: str) -> 
         run_command("score-teacher", "--output", folder)
         run = Run.load(Path(folder))
         rows = list(read_scored(run, 0))
-        tokens = [to_weight_inputs(row, 0, 1.0) for row in rows]
+        tokens = [to_weight_inputs(row, 0) for row in rows]
         weight = WEIGHTS.get("iw_opd")()
         return ScoredBatch(
             [np.abs(response.advantage_T) for response in tokens],

@@ -85,6 +85,6 @@ def error_onset(run: Run, student: Student, rows: Sequence[ScoredResponse]) -> f
 
 def prefix_signal(rows: Sequence[ScoredResponse]) -> float:
     """Return the fraction of sum |A| on the first 30 % of the tokens of each response."""
-    abs_advantages = [np.abs(to_weight_inputs(row, 0, 1.0).advantage_T) for row in rows]
+    abs_advantages = [np.abs(to_weight_inputs(row, 0).advantage_T) for row in rows]
     on_prefix = sum(a_T[: int(np.ceil(PREFIX_FRACTION * len(a_T)))].sum() for a_T in abs_advantages)
     return float(on_prefix / sum(a_T.sum() for a_T in abs_advantages))

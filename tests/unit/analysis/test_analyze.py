@@ -25,7 +25,7 @@ def test_planted_numbers_come_back(run):
     # two responses of ten tokens: |A| = 2 on the first three tokens, 0.5 on the others, A negative
     advantage = np.array([-2.0] * 3 + [-0.5] * 7)
     plant(run, 0, [advantage, advantage])
-    analysis = analyze.analyze_run(run)
+    analysis = analyze.analyze_run(run, "prefix_ratio:alpha=0.1:normalize=response")
     (phase,) = analysis.summary()["phases"]
     assert (phase["responses"], phase["tokens"]) == (2, 20)
     assert phase["abs_advantage"] == phase["k1"] == pytest.approx(0.95)  # (6 + 3.5) / 10
@@ -39,7 +39,9 @@ def test_planted_numbers_come_back(run):
     assert position.mean("teacher_prefix_logp")[[2, 9]].tolist() == pytest.approx([-3 - 6, -10 - 9.5])
     # prefix_ratio: exp(0.1 · Σ of A before), mean 1
     ratio = np.exp(0.1 * (np.cumsum(advantage) - advantage))
-    np.testing.assert_allclose(position.mean("prefix_ratio alpha=0.1"), ratio / ratio.mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        position.mean("prefix_ratio alpha=0.1 normalize=response"), ratio / ratio.mean(), rtol=1e-6
+    )
 
 
 def test_entropies_and_overlap_are_analyzed_if_stored(tmp_path):

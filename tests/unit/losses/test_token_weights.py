@@ -1,93 +1,25 @@
-"""Token weights: values by hand, a plain reference of each formula, and invariants."""
+"""Token weights: values by hand, and invariants. Their formulas are tested in test_authors_formulas.py."""
 
 import inspect
 import math
-import random
-from fractions import Fraction
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, note, settings
+from helpers.token_weights import EXTREME_STEPS, STEPS, assert_close, blank, tokens, weights_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.losses.token_weights import COLUMN_SETTINGS, Product, ResponseTokens, Uniform, Weight, build_weight, weigh
+from opdctl.losses.token_weights import COLUMN_SETTINGS, Product, Uniform, build_weight, weigh
 from opdctl.registry import WEIGHTS
 
-K = 16
 LN2, LN3 = math.log(2), math.log(3)
-
-
-def tokens(advantage, teacher=None, step=0, **columns):
-    """Return a response from plain lists, as read-only arrays. The teacher's log-probs default to -1."""
-    teacher_T = np.full(len(advantage), -1.0) if teacher is None else np.array(teacher, float)
-    advantage_T, columns = np.array(advantage, float), {name: np.array(value) for name, value in columns.items()}
-    for value in (advantage_T, teacher_T, *columns.values()):
-        value.flags.writeable = False
-    return ResponseTokens(teacher_T - advantage_T, teacher_T, advantage_T, step, columns)
-
-
-def blank(length, step=0):
-    return tokens(np.zeros(length), step=step)
-
-
-def weights_of(name, step, **params):
-    """Return the weights of the responses of a step, as lists."""
-    return [weight_T.tolist() for weight_T in weigh(WEIGHTS.build(name, params), step)]
-
-
-def assert_close(weights, expected, tolerance=1e-10):
-    for weight_T, expected_T in zip(weights, expected, strict=True):
-        np.testing.assert_allclose(weight_T, expected_T, rtol=tolerance, atol=tolerance)
-        assert len(weight_T) == len(expected_T)
-
-
-def response_of(stored, step, length, sizes, pairs, pick):
-    """Return a response with values from `sizes` and `pairs`, and the columns that the settings `stored` store.
-
-    For the pair (a, b) of a token, the log-prob of the student's k-th id is -(a + b k).
-    """
-
-    def some(values):
-        return np.array(pick(values, k=length))
-
-    ids_TK = np.tile(np.arange(K), (length, 1))
-    advantage_T, teacher_T = some(sizes) * some([-1, 1]), -some(sizes)
-    columns = {"student_entropies": some(sizes), "teacher_entropies": some(sizes), "student_top_ids": ids_TK}
-    columns["teacher_top_ids"] = ids_TK[:, ::-1] + some(range(1 - K, K))[:, None].astype(int)
-    for name in ("student_top_logprobs", "teacher_student_top_logprobs"):
-        a_T, b_T = np.array(pick(pairs, k=length)).reshape(-1, 2).T
-        columns[name] = -(a_T[:, None] + b_T[:, None] * ids_TK)
-    return tokens(
-        advantage_T, teacher_T, step, **{name: x for name, x in columns.items() if COLUMN_SETTINGS[name] in stored}
-    )
-
-
-@st.composite
-def steps_of(draw, size, pair):
-    """Draw a function from the stored settings to the responses of a step."""
-    sizes, pairs = draw(st.lists(size, min_size=1, max_size=5)), draw(st.lists(pair, min_size=1, max_size=3))
-    lengths = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 80]), max_size=5))
-    step, seed = draw(st.integers(0, 130)), draw(st.integers(0, 999))
-
-    def make(stored=()):
-        note(f"step {step}, seed {seed}, lengths {lengths}, of {sizes} and {pairs}")
-        pick = random.Random(seed).choices
-        return [response_of(stored, step, length, sizes, pairs, pick) for length in lengths]
-
-    return make
-
-
-# Eighths have ties and exact sums. The probabilities of the top tokens are (1 - r) r^k.
-STEPS = steps_of(
-    st.integers(0, 40).map(lambda n: n / 8),
-    st.sampled_from([0.1, 0.3, 0.5, 0.8, 0.9]).map(lambda r: (-math.log(1 - r), -math.log(r))),
-)
-EXTREME = st.sampled_from([0.0, 5e-324, 1e-310, 1.0, 1e300]) | st.floats(0, 1e300)
-EXTREME_STEPS = steps_of(EXTREME, st.tuples(EXTREME, EXTREME))
 EVERY = [(name, {}) for name in WEIGHTS.names()] + [
     ("iw_opd", {"signed": True}),
+    ("prefix_ratio", {"alpha": 1.0, "floor": 1.0}),
+    ("prefix_ratio", {"alpha": 1.0, "normalize": "response"}),
     ("prefix_curriculum", {"mode": "mask", "schedule": "linear"}),
     ("tip", {"top_k": 0}),
 ]
@@ -96,7 +28,7 @@ POSITION = ["linear_decay", "position_sigmoid", "prefix_only", "suffix_only", "p
 
 # ── By hand ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SIGNED = {"signed": True}
+SIGNED, WITHIN = {"signed": True}, {"normalize": "response"}
 SURPRISE = tokens([0] * 4, [-LN2, -2 * LN2, -3 * LN2, 0])
 TOP = {"student_top_ids": [[1, 2, 3]] * 5, "teacher_top_ids": [[2, 1, 9], [7, 1, 2], [1, 2, 3], [3, 8, 1], [1, 3, 2]]}
 BY_HAND = [
@@ -110,21 +42,28 @@ BY_HAND = [
     ("iw_opd", SIGNED, tokens([-1, 3]), [1.5, 1.5]),  # total 2; 0, -1/2 clipped to 0
     ("iw_opd", SIGNED, tokens([1, -1]), [1.5, 1.5]),  # total 0: the fraction is 0
     ("iw_opd", SIGNED, tokens([3, -1, -2]), [1.5, 1.5, 1.5]),  # the same
+    ("iw_opd", SIGNED, tokens([0.1, 0.2, -0.3]), [1.5, 1.5, 1.5]),  # in float64 their sum is 5.6e-17: rounding
+    ("iw_opd", SIGNED, tokens([0.1, 0.2, -0.29999]), [1.5, 1, 1]),  # total 1e-5: 0, 1e4 and 3e4
+    # the surrogate alone: 1 - fraction
+    ("iw_opd", {"floor": 0.0, "gamma": 1.0}, tokens([-1, 0, 3, -4]), [1, 0.875, 0.875, 0.5]),
+    ("iw_opd", {"floor": 0.25}, tokens([0, 0]), [0.75, 0.75]),
     # r = 1, 2, 1, of mean 4/3; the last A precedes no token
-    ("prefix_ratio", {"alpha": 1.0}, tokens([LN2, -LN2, 9]), [0.75, 1.5, 0.75]),
+    ("prefix_ratio", {"alpha": 1.0, **WITHIN}, tokens([LN2, -LN2, 9]), [0.75, 1.5, 0.75]),
     # r = 1, 2^-1, 2^1, of mean 7/6
-    ("prefix_ratio", {"alpha": 0.5}, tokens([-2 * LN2, 4 * LN2, 0]), [6 / 7, 3 / 7, 12 / 7]),
+    ("prefix_ratio", {"alpha": 0.5, **WITHIN}, tokens([-2 * LN2, 4 * LN2, 0]), [6 / 7, 3 / 7, 12 / 7]),
+    # blended: 1 + 2 r
+    ("prefix_ratio", {"alpha": 1.0, "floor": 1.0, "gamma": 2.0, **WITHIN}, tokens([LN2, -LN2, 9]), [2.5, 4, 2.5]),
     # -log p = 1, 2, 3, 0 in ln 2; the windows of two are empty, {1}, {1, 2}, {2, 3}; their worst half 1, 2, 3:
     # exp(-Q) = 1/2, 1/4, 1/8; the last is below 0.2
     ("teacher_confidence", {"alpha": 1.0, "window": 2, "q": 0.5, "w_min": 0.2}, SURPRISE, [1, 0.5, 0.25, 0.2]),
     # the same with alpha 2 and the mean of each window: Q = 1, 3/2, 5/2 in ln 2, exp(-2 Q) = 2^-2, 2^-3, 2^-5
     ("teacher_confidence", {"alpha": 2.0, "window": 2, "q": 0.0, "w_min": 0.0}, SURPRISE, [1, 1 / 4, 1 / 8, 1 / 32]),
-    # the worst 0.3 of 8, 9 and 10 are three tokens, although (1 - 0.7) * 10 > 3; one, two and three are ln 2, not 0
+    # the worst 0.1 of 9 and of 10 are one token, although (1 - 0.9) * 10 < 1; of 19 still one, of 20 two
     (
         "teacher_confidence",
-        {"alpha": 1.0, "q": 0.7},
-        tokens([0] * 11, [0.0] * 7 + [-LN2] * 4),
-        [1] * 8 + [2 ** (-1 / 3), 2 ** (-2 / 3), 1 / 2],
+        {},
+        tokens([0] * 21, [0.0] * 8 + [-LN2] + [0.0] * 12),
+        [1] * 9 + [1 / 2] * 11 + [2**-0.5],
     ),
     # overlap of two ids 1, 1/2, 1, 0, 1/2; tokens below 0.7 up to t: 0, 1, 1, 2, 3; 1 - 0.4 n: 1, 0.6, 0.6, 0.2, -0.2
     ("prune", {"drop": 0.4, "top_k": 2}, tokens([0] * 5, **TOP), [1.5, 1.1, 1.1, 0.7, 0.5]),
@@ -140,7 +79,8 @@ BY_HAND = [
     ("suffix_only", {"fraction": 0.0}, blank(2), [0, 0]),
     ("prefix_boost", {}, blank(5), [1.5, 1.5, 1, 1, 1]),
     ("prefix_boost", {"fraction": 0.5, "multiplier": 0.25}, blank(2), [0.25, 1]),
-    ("prefix_curriculum", {}, blank(4, step=50), [1.5, 1.5, 1.5, 1]),  # half-way from 0.3 to 1 is 0.65: 2.6 of 4 tokens
+    # half-way from 0.3 to 1 is 0.65: 2.6 of 4 tokens
+    ("prefix_curriculum", {"steps": 101}, blank(4, step=50), [1.5, 1.5, 1.5, 1]),
 ]
 
 
@@ -151,12 +91,30 @@ def test_one_response_by_hand(name, params, response, expected):
 
 # Of 20 tokens, at steps 0 to 5. Cosine: (1 - cos(pi/4)) / 2 = 0.1464 is 2.93, (1 - cos(3 pi/4)) / 2 = 0.8536 17.07.
 @pytest.mark.parametrize(("schedule", "kept"), [("linear", [0, 5, 10, 15, 20, 20]), ("cosine", [0, 3, 10, 18, 20, 20])])
-def test_curriculum_grows_over_its_steps(schedule, kept):
-    params = {"schedule": schedule, "start": 0.0, "end": 1.0, "steps": 4}
+def test_curriculum_reaches_its_end_at_its_last_step(schedule, kept):
+    params = {"schedule": schedule, "start": 0.0, "end": 1.0, "steps": 5}
     step = [blank(20, step) for step in range(6)]
     assert weights_of("prefix_curriculum", step, mode="mask", **params) == [[1] * n + [0] * (20 - n) for n in kept]
     boosted = weights_of("prefix_curriculum", step, mode="boost", multiplier=3.0, **params)
     assert boosted == [[3] * n + [1] * (20 - n) for n in kept]
+
+
+def test_curriculum_of_one_step_has_its_end_value():
+    assert weights_of("prefix_curriculum", [blank(4)], mode="mask", end=0.75, steps=1) == [[1, 1, 1, 0]]
+
+
+# Ratios exp(Σ A before) = 1, 2, 8 and 1, 1/2 and 1: of the three responses the mean at the first position is 1, of the
+# two longer ones at the second 5/4, and of the longest alone at the third 8.
+RAGGED = [tokens([LN2, 2 * LN2, 5]), tokens([-LN2, 3]), tokens([7]), tokens([])]
+
+
+def test_prefix_ratio_over_the_responses_by_hand():
+    by_position = [[1, 8 / 5, 1], [1, 2 / 5], [1], []]
+    assert_close(weights_of("prefix_ratio", RAGGED, alpha=1.0), by_position)
+    blended = [[1 + 0.5 * ratio for ratio in ratios] for ratios in by_position]
+    assert_close(weights_of("prefix_ratio", RAGGED, alpha=1.0, floor=1.0, gamma=0.5), blended)
+    within = [[3 / 11, 6 / 11, 24 / 11], [4 / 3, 2 / 3], [1], []]
+    assert_close(weights_of("prefix_ratio", RAGGED, alpha=1.0, normalize="response"), within)
 
 
 # Entropies 0, 1, 2, 4 are 0, 1/4, 1/2, 1 of their range; |A| = 4, 0, 1, 2 are 1, 0, 1/4, 1/2.
@@ -216,133 +174,6 @@ def test_fire_keeps_the_response_at_the_percentile():
     assert_close(weights_of("fire", step, percentile=28), [[0]] * 7 + [[1]] * 19)
 
 
-# ── By the formula ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def first(fraction, length):
-    """Return ceil(fraction · length) for the exact decimal fraction."""
-    return math.ceil(Fraction(str(fraction)) * length)
-
-
-def iw_opd(t, gamma, signed):
-    spend = [a if signed else abs(a) for a in t.advantage_T.tolist()]
-    shares = [math.fsum(spend[:k]) / (math.fsum(spend) or math.inf) for k in range(len(t))]
-    return [1 + gamma * (1 - min(max(share, 0), 1)) for share in shares]
-
-
-def prefix_ratio(t, alpha):
-    ratios = [math.exp(alpha * math.fsum(t.advantage_T[:k])) for k in range(len(t))]
-    return [ratio / (math.fsum(ratios) / len(t)) for ratio in ratios]
-
-
-def teacher_confidence(t, alpha, window, q, w_min):
-    weights = [1.0][: len(t)]
-    for k in range(1, len(t)):
-        surprise = sorted(-logp for logp in t.teacher_logp_T[max(0, k - window) : k].tolist())
-        worst = surprise[-max(1, math.ceil((1 - Fraction(str(q))) * len(surprise))) :]
-        weights.append(max(w_min, math.exp(-alpha * math.fsum(worst) / len(worst))))
-    return weights
-
-
-def prune(t, drop, tau, base, top_k):
-    weights, drifted = [], 0
-    for student, teacher in zip(t.columns["student_top_ids"], t.columns["teacher_top_ids"], strict=True):
-        drifted += len({*student[:top_k].tolist()} & {*teacher[:top_k].tolist()}) < Fraction(str(tau)) * top_k
-        weights.append(min(max(1 - drop * drifted, 0), 1) + base)
-    return weights
-
-
-def linear_decay(t, gamma):
-    return [1 + gamma * (1 - k / (len(t) - 1 or 1)) for k in range(len(t))]
-
-
-def position_sigmoid(t, w_min, tau, scale):
-    return [w_min + (1 - w_min) / (1 + math.exp((tau - k / len(t)) / scale)) for k in range(1, len(t) + 1)]
-
-
-def prefix_boost(t, fraction, multiplier, outside=1):
-    return [multiplier if k < first(fraction, len(t)) else outside for k in range(len(t))]
-
-
-def prefix_curriculum(t, mode, schedule, start, end, steps, multiplier):
-    progress = min(t.step, steps) / steps
-    grown = progress if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * progress)
-    fraction = round(start + (end - start) * grown, 12)  # a rounding error could add a token
-    return prefix_boost(t, fraction, multiplier) if mode == "boost" else prefix_boost(t, fraction, 1, 0)
-
-
-SHARE, SIZE = st.integers(0, 100).map(lambda n: n / 100), st.floats(0, 5)
-CURRICULUM = {"mode": st.sampled_from(["boost", "mask"]), "schedule": st.sampled_from(["cosine", "linear"])}
-CURRICULUM |= {"start": SHARE, "end": SHARE, "steps": st.integers(1, 120), "multiplier": SIZE}
-CONFIDENCE = {"alpha": st.floats(0, 2), "window": st.integers(1, 70), "q": SHARE, "w_min": st.floats(0, 1)}
-FORMULAS = [
-    ("uniform", lambda t: [1] * len(t), STEPS, {}),
-    ("iw_opd", iw_opd, EXTREME_STEPS, {"gamma": SIZE, "signed": st.just(False)}),
-    ("iw_opd", iw_opd, STEPS, {"gamma": SIZE, "signed": st.just(True)}),
-    ("prefix_ratio", prefix_ratio, STEPS, {"alpha": st.floats(0, 0.5)}),
-    ("teacher_confidence", teacher_confidence, STEPS, CONFIDENCE),
-    ("prune", prune, STEPS, {"drop": SHARE, "tau": SHARE, "base": SIZE, "top_k": st.integers(1, K)}),
-    ("linear_decay", linear_decay, STEPS, {"gamma": SIZE}),
-    ("position_sigmoid", position_sigmoid, STEPS, {"w_min": SHARE, "tau": SHARE, "scale": st.floats(0.002, 5)}),
-    ("prefix_only", lambda t, fraction: prefix_boost(t, fraction, 1, 0), STEPS, {"fraction": SHARE}),
-    ("suffix_only", lambda t, fraction: prefix_boost(t, fraction, 1, 0)[::-1], STEPS, {"fraction": SHARE}),
-    ("prefix_boost", prefix_boost, STEPS, {"fraction": SHARE, "multiplier": SIZE}),
-    ("prefix_curriculum", prefix_curriculum, STEPS, CURRICULUM),
-]
-
-
-@pytest.mark.parametrize(("name", "formula", "steps", "params"), FORMULAS)
-@given(data=st.data())
-def test_weight_matches_its_formula(name, formula, steps, params, data):
-    params, step = data.draw(st.fixed_dictionaries(params)), data.draw(steps)(COLUMN_SETTINGS.values())
-    assert_close(weights_of(name, step, **params), [formula(t, **params) for t in step], 1e-9)
-
-
-def kl_to_teacher(t, k, top_k):
-    logps = [t.columns[name][k, :top_k].tolist() for name in ("student_top_logprobs", "teacher_student_top_logprobs")]
-    student, teacher = ([*each, math.log(max(1 - math.fsum(map(math.exp, each)), 1e-6))] for each in logps)
-    return max(0.0, math.fsum(math.exp(s) * (s - other) for s, other in zip(student, teacher, strict=True)))
-
-
-def of_range(values):
-    low, high = min(values, default=0), max(values, default=0)
-    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
-
-
-@given(STEPS, SHARE, st.integers(0, K))
-def test_tip_matches_its_formula(step, rho, top_k):
-    step = step(COLUMN_SETTINGS.values())
-    entropy = of_range([h for t in step for h in t.columns["student_entropies"].tolist()])
-    apart = [kl_to_teacher(t, k, top_k) if top_k else abs(t.advantage_T[k]) for t in step for k in range(len(t))]
-    scores = [h + d - h * d for h, d in zip(entropy, of_range(apart), strict=True)]
-    count = first(rho, len(scores))
-    least = sorted(scores, reverse=True)[count - 1] if count else math.inf
-    flat_weights = [weight for weights in weights_of("tip", step, rho=rho, top_k=top_k) for weight in weights]
-    assert sum(flat_weights) >= count
-    assert {*flat_weights} <= {0, 1}
-    for weight, score in zip(flat_weights, scores, strict=True):
-        assert weight == (score > least) or abs(score - least) < 1e-9  # within rounding of the threshold
-
-
-@given(STEPS, SIZE, SIZE, st.integers(0, 100))
-def test_fire_matches_its_formula(step, alpha, beta, percentile):
-    step = step(COLUMN_SETTINGS.values())
-    means = {i: math.fsum(t.teacher_logp_T) / len(t) for i, t in enumerate(step) if len(t)}
-    ranked = sorted(means.values())
-    below, part = divmod(Fraction(percentile, 100) * (len(ranked) - 1), 1)
-    least = ranked[below] + float(part) * (ranked[below + (part > 0)] - ranked[below]) if ranked else 0
-    kept = [i for i, mean in means.items() if mean >= least]
-    entropies = [[t.columns[name].tolist() for t in step] for name in ("teacher_entropies", "student_entropies")]
-    top_t, top_s = (max((h for each in entropy for h in each), default=0) or 1 for entropy in entropies)
-    expected = [
-        [(1 + alpha * (1 - t / top_t)) * (1 + beta * s / top_s) * (i in kept) for t, s in zip(*each, strict=True)]
-        for i, each in enumerate(zip(*entropies, strict=True))
-    ]
-    mean = math.fsum(weight for i in kept for weight in expected[i]) / (sum(len(step[i]) for i in kept) or 1)
-    weights = weights_of("fire", step, alpha=alpha, beta=beta, percentile=percentile)
-    assert_close(weights, [[weight / mean for weight in each] for each in expected], 1e-9)
-
-
 # ── Invariants ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -366,12 +197,14 @@ def test_weights_do_not_depend_on_order_or_other_responses(name, params, step, d
     step = step(weight.needs)
     order, weights = data.draw(st.permutations(range(len(step)))), weigh(weight, step)
     assert_close(weigh(weight, [step[i] for i in order]), [weights[i] for i in order])
-    if type(weight).weigh_step is Weight.weigh_step:
+    if not weight.needs_full_step:
         assert_close([weigh(weight, [response])[0] for response in step], weights, 0)
 
 
-@pytest.mark.parametrize(("name", "params"), [("tip", {"top_k": 0}), ("fire", {"percentile": 0})])
-def test_tip_and_fire_depend_on_all_responses_of_the_step(name, params):
+@pytest.mark.parametrize(
+    ("name", "params"), [("tip", {"top_k": 0}), ("fire", {"percentile": 0}), ("prefix_ratio", {"alpha": 1.0})]
+)
+def test_relative_weights_depend_on_all_responses_of_the_step(name, params):
     one, other, third = (
         tokens(x, student_entropies=x, teacher_entropies=x) for x in ([1.0, 2.0], [7.0, 9.0], [0.0, 0.5])
     )
@@ -407,12 +240,15 @@ def test_iw_opd_is_invariant_to_scale_and_sign(step, extreme, power, signed):
 
 
 @given(EXTREME_STEPS, st.floats(0, 10))
-def test_prefix_ratio_has_mean_one_in_each_response(step, alpha):
-    for weights in filter(None, weights_of("prefix_ratio", step(), alpha=alpha)):
+def test_prefix_ratio_has_mean_one_in_each_response_or_at_each_position(step, alpha):
+    for weights in filter(None, weights_of("prefix_ratio", step(), alpha=alpha, normalize="response")):
         assert math.fsum(weights) / len(weights) == pytest.approx(1)
+    for weights in zip_longest(*weights_of("prefix_ratio", step(), alpha=alpha)):
+        present = [weight for weight in weights if weight is not None]
+        assert math.fsum(present) / len(present) == pytest.approx(1)
 
 
-@given(EXTREME_STEPS, SIZE, SIZE, st.floats(0, 100))
+@given(EXTREME_STEPS, st.floats(0, 5), st.floats(0, 5), st.floats(0, 100))
 def test_fire_has_mean_one_over_the_kept_tokens(step, alpha, beta, percentile):
     step = step(COLUMN_SETTINGS.values())
     weights = weights_of("fire", step, alpha=alpha, beta=beta, percentile=percentile)
@@ -484,7 +320,8 @@ def test_parameter_of_the_wrong_type(name, key, default):
 
 
 RANGES = """
-0 inf iw_opd.gamma linear_decay.gamma prefix_ratio.alpha teacher_confidence.alpha prune.drop prune.base tip.top_k
+0 inf iw_opd.gamma iw_opd.floor linear_decay.gamma prefix_ratio.alpha prefix_ratio.floor prefix_ratio.gamma
+0 inf teacher_confidence.alpha prune.drop prune.base tip.top_k
 0 inf prefix_boost.multiplier prefix_curriculum.multiplier fire.alpha fire.beta
 0 1 teacher_confidence.q teacher_confidence.w_min prune.tau position_sigmoid.w_min position_sigmoid.tau tip.rho
 0 1 prefix_only.fraction suffix_only.fraction prefix_boost.fraction prefix_curriculum.start prefix_curriculum.end

@@ -13,7 +13,7 @@ from opdctl.recipe.dependencies import (
     scorer_fingerprint_settings,
     unaffected_stages,
 )
-from opdctl.recipe.load import load_recipe
+from opdctl.recipe.load import load_recipe, load_recorded_recipe
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,32 @@ def test_key_that_older_artifacts_lack_is_in_a_fingerprint_if_it_is_set(
     assert not is_mutable(key)
 
 
+@pytest.mark.parametrize(
+    ("weight", "older"),
+    [
+        ("weight={name='iw_opd'}", "weight={name='iw_opd', floor=1.0}"),
+        ("weight={name='prefix_ratio', alpha=0.1, normalize='response'}", "weight={name='prefix_ratio', alpha=0.1}"),
+        ("weight={name='tip', times={name='iw_opd'}}", "weight={name='tip', times={name='iw_opd', floor=1.0}}"),
+    ],
+)
+def test_parameters_that_older_runs_lack_are_not_in_their_fingerprints(
+    smallest: Path, tmp_path: Path, weight: str, older: str
+) -> None:
+    """A run that recorded no floor, or no normalization, has the fingerprint of the value that it used."""
+    recorded = tmp_path / "recipe.toml"
+    recorded.write_text(f"{smallest.read_text()}\n{older}\n")
+    settings = fingerprint_settings(load_recorded_recipe(recorded), "update")
+    assert settings == fingerprint_settings(load_recipe([smallest], [weight]), "update")
+    assert not any(key.endswith(("floor", "normalize")) for key in settings)
+
+
+def test_changed_parameters_are_in_the_fingerprint(smallest: Path) -> None:
+    changed = fingerprint_settings(load_recipe([smallest], ["weight.floor=0.0"]), "update")
+    assert changed["weight.floor"] == 0.0
+    ratio = fingerprint_settings(load_recipe([smallest], ["weight.name=prefix_ratio"]), "update")
+    assert ratio["weight.normalize"] == "position"
+
+
 def test_fingerprint_of_a_teacher_excludes_other_teachers(smallest: Path) -> None:
     smallest.write_text(smallest.read_text().replace('teacher.model = "toy:teacher"', ""))
     teachers = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teacher", "prompts.teacher_column=domain"]
@@ -103,9 +129,9 @@ def test_new_weight_affects_updates_only(smallest: Path) -> None:
     }
     assert differing == {"update"}
     changes = changed_settings(old.flat(), new.flat())
-    assert changes[:2] == [("weight.gamma", 0.5, None), ("weight.name", "iw_opd", "uniform")]
+    assert changes[1:3] == [("weight.gamma", 0.5, None), ("weight.name", "iw_opd", "uniform")]
     line = "weight.name 'iw_opd' → 'uniform' affects updates; rollouts and scores can be reused"
-    assert describe_changes(changes).splitlines()[1] == line
+    assert describe_changes(changes).splitlines()[2] == line
 
 
 @pytest.mark.parametrize(

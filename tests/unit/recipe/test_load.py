@@ -95,14 +95,14 @@ def test_set_must_be_key_equals_value(smallest: Path, override: str) -> None:
 def test_new_weight_drops_the_previous_parameters(smallest: Path) -> None:
     before = load_recipe([smallest], ["weight.gamma=0.25"])
     after = load_recipe([smallest], ["weight.name=iw_opd", "weight.gamma=0.25", "weight.name=uniform"])
-    assert before.weight.params == {"gamma": 0.25, "signed": False}
+    assert before.weight.params == {"gamma": 0.25, "floor": 1.0, "signed": False}
     assert (after.weight.name, after.weight.params) == ("uniform", {})
 
 
 def test_same_weight_keeps_its_parameters(smallest: Path) -> None:
     named = load_recipe([smallest], ["weight.name=iw_opd", "weight.gamma=0.25", "weight.name=iw_opd"])
     default = load_recipe([smallest], ["weight.gamma=0.25", "weight.name=iw_opd"])
-    assert named.weight.params == default.weight.params == {"gamma": 0.25, "signed": False}
+    assert named.weight.params == default.weight.params == {"gamma": 0.25, "floor": 1.0, "signed": False}
 
 
 def test_second_weight_is_independent_of_the_first(smallest: Path) -> None:

@@ -51,5 +51,5 @@ def test_weights_in_training_and_in_the_analysis_are_equal(scored_run, micro_bat
         for sample, weight_T in zip(batch.samples, batch.padded.split(batch.weight_N), strict=True)
     }
     for sample in read_scored(scored_run, 0):
-        expected = IwOpd(0.5)(to_weight_inputs(sample, 0, 1.0))
+        expected = IwOpd(0.5)(to_weight_inputs(sample, 0))
         np.testing.assert_allclose(weights[sample.response.sample_id].numpy(), expected, rtol=0, atol=1e-6)
