@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opdctl.recipe.schema import AUTO, Recipe, model_key
@@ -88,20 +88,16 @@ def fingerprint_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage not in ("eval", "continuations"):
         keys = [key for key in keys if not is_mutable(key)]
     flat = recipe.flat()
-<<<<<<< HEAD
-    return {key: flat[key] for key in keys if not key.startswith(excluded) and not _is_as_before(key, flat[key])}
-
-
-def _is_as_before(key: str, value: Any) -> bool:
-    """Whether a setting was added later and has the value by which older artifacts were made."""
-    return any(re.fullmatch(pattern, key) and value == before for pattern, before in ADDED_KEYS.items())
-=======
-    unset = [key for key in keys if ADDED_KEYS.fullmatch(key) and flat[key] in ([], AUTO)]
-    for section in ("weight", "weight.times"):
-        parameters = ADDED_PARAMETERS.get(flat.get(f"{section}.name", ""), {})
-        unset += [key for name, value in parameters.items() if flat[key := f"{section}.{name}"] == value]
+    unset = [key for key in keys if _is_as_before(key, flat)]
     return {key: flat[key] for key in keys if not key.startswith(excluded) and key not in unset}
->>>>>>> d1e00fd (Token weights follow the paper and its code: floor, ratios over responses at a position, curriculum, confidence)
+
+
+def _is_as_before(key: str, flat: Mapping[str, Any]) -> bool:
+    """Whether a setting was added later and has the value by which older artifacts were made."""
+    section, _, name = key.rpartition(".")
+    parameters = ADDED_PARAMETERS.get(flat[f"{section}.name"], {}) if section in ("weight", "weight.times") else {}
+    added = [before for pattern, before in ADDED_KEYS.items() if re.fullmatch(pattern, key)]
+    return flat[key] in added or (name in parameters and parameters[name] == flat[key])
 
 
 def scorer_fingerprint_settings(recipe: Recipe, name: str) -> dict[str, Any]:
