@@ -237,7 +237,9 @@ def _models(run: Run, responses: Sequence[Response]) -> list[str]:
 
 def _stage(run: Run, step: int, name: str, benchmark: Benchmark, responses: Sequence[Response]) -> StageDir:
     digest = run.student_digest(run.policy_version(step)) if name == "student" else run.digests[name]
-    settings = fingerprint_settings(run.recipe, "continuations") | {"grader": benchmark.grader.name}
+    settings = (
+        fingerprint_settings(run.recipe, "continuations") | {"grader": benchmark.grader.name} | benchmark.grader.rules
+    )
     return open_stage_dir(
         continuations_path(run, step) / name,
         stage="continuations",

@@ -1,8 +1,8 @@
 """HumanEval+ and MBPP+: model-generated code, graded by the package evalplus in a sandbox.
 
-Each response runs in a separate process tree: in namespaces without a network and without a view of other processes, as
-the user nobody if opdctl runs as root, with an empty environment and limits on time, memory, files and processes. If
-the system does not support that, no code is run.
+Each response runs in a separate process tree: in namespaces without a network, from which it can signal no other
+process, as the user nobody if opdctl runs as root, with an empty environment and limits on time, memory, files and
+processes. If the system does not support that, no code is run.
 """
 
 import contextlib
@@ -25,7 +25,9 @@ from opdctl.errors import OpdctlError
 from opdctl.evaluation import code_sandbox
 from opdctl.evaluation.graders import Grade, Votes
 
-CODE_TIMEOUT_SECONDS = 90  # of one response with all its tests; EvalPlus itself stops after 60
+CODE_TIMEOUT_SECONDS = 300
+"""Time limit of one response: the extraction of its code, the reference solution, and two checks, which EvalPlus itself
+ends after min(60, the sum of the inputs' limits) + 2 seconds each (`evalplus.eval.untrusted_check`)."""
 NOBODY_ID = 65534
 TASK_KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 Dataset = Literal["humaneval", "mbpp"]
@@ -73,7 +75,7 @@ def _problem(dataset: Dataset, task: Any, location: str) -> Problem:
             hint=f"give the file {RELEASES[dataset][0]}.jsonl that EvalPlus publishes",
         )
     gold = json.dumps({"dataset": dataset} | {key: task[key] for key in TASK_KEYS})
-    return Problem(task["task_id"], f"```python\n{task['prompt'].strip()}\n```", gold)
+    return Problem(task["task_id"], task["prompt"].strip() + "\n", gold)  # as `evalplus.codegen` asks it
 
 
 def _download_tasks(dataset: Dataset) -> Path:
@@ -110,6 +112,16 @@ class Code:
 
     name: str = "code"
     runs_code: bool = True
+    package: str = "evalplus"
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Version 1 read the last block of code only, and had the limits of EvalPlus 0.3.1."""
+        return {
+            "grader_version": 2,
+            "min_time_limit_seconds": code_sandbox.MIN_TIME_LIMIT_SECONDS,
+            "gt_time_limit_factor": code_sandbox.GT_TIME_LIMIT_FACTOR,
+        }
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         """Grade (task, response) pairs.
@@ -143,7 +155,7 @@ CODE_GRADER = Code()
 def _grade(gold: str, response: str) -> Grade:
     task = json.loads(gold)
     answer = response.rpartition("</think>")[2]
-    if f"def {task['entry_point']}" not in answer:
+    if task["entry_point"] not in answer:
         return Grade(None, False, "no_answer")
     try:
         process = _run_sandbox({"task": task, "response": answer})
@@ -153,6 +165,8 @@ def _grade(gold: str, response: str) -> Grade:
         result = json.loads(process.stdout)
     except ValueError:
         return Grade(answer, False, "crash")
+    if task["entry_point"] not in result["code"]:
+        return Grade(None, False, "no_answer")
     verdict = "timeout" if result["status"] == "timeout" else "ok"
     return Grade(result["code"], result["status"] == "pass", verdict)
 

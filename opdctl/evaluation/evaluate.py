@@ -1,5 +1,6 @@
 """eval: a model answers a benchmark's problems, several times each, and the answers are graded."""
 
+import importlib.metadata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
         "template_arguments": settings.template_arguments,
         "limit": settings.limit,
         "grader": benchmark.grader.name,
+        **benchmark.grader.rules,
         "seed": recipe.seed,
         "engine": recipe.rollout.engine,
         "dtype": recipe.student.dtype,
@@ -189,13 +191,15 @@ def _check_code_execution(benchmark: Benchmark, settings: Eval) -> None:
 
 
 def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], target: EvalTarget) -> StageDir:
+    rules = {f"eval.{key}": value for key, value in benchmark.grader.rules.items()}
+    samples = {"eval.samples": benchmark.samples_per_problem(run.recipe.eval)}
     return open_stage_dir(
         run.evaluation_path(benchmark.name, target.name),
         stage="eval",
         num_parts=min(run.recipe.eval.num_parts, len(problems)),
         suffix=".parquet",
         fingerprint=Fingerprint(
-            fingerprint_settings(run.recipe, "eval") | {"eval.samples": benchmark.samples_per_problem(run.recipe.eval)},
+            fingerprint_settings(run.recipe, "eval") | samples | rules,
             {"model": target.digest, "problems": _problems_digest(problems)},
         ),
         rerun_command=f"{run.command_line('eval')} --bench {benchmark.name} {target.options}",
@@ -262,10 +266,17 @@ def _answer_problems(
             completions = engine.generate(requests, settings, settings.batch_size, on_progress)
             return rows_part(_grade(benchmark, target.model, asked, completions), GradedResponse)
 
-        return engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p}, make_part
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+        return engine.logprob_metadata | sampling | _grader_package(benchmark), make_part
 
     title = f"eval {benchmark.name}, {target.name}"
     return make_missing_parts(stage, title, samples * len(problems), prepare, wait=wait)
+
+
+def _grader_package(benchmark: Benchmark) -> dict[str, str]:
+    """Return the version of the package that compares the answers, for the manifest."""
+    package = benchmark.grader.package
+    return {package: importlib.metadata.version(package)} if package else {}
 
 
 def _render_once(

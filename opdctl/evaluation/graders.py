@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ MAX_TASKS_PER_WORKER = 1000
 BOX_OR_BRACE_PATTERN = re.compile(r"\\boxed\s*\{|\\\\|\\[{}]|[{}]")
 GRADABLE_VERDICTS = ("ok", "unparsable")
 """Verdicts of answers that can be compared with other answers."""
+BOX_RULES: dict[str, Any] = {"grader_version": 2}
+"""Rules of the graders that read a \\boxed. Version 1 read the last closed one, even if an open one followed."""
 Votes = list[list[str | None]]
 
 
@@ -37,13 +39,23 @@ class Grade:
 
 
 class Grader(Protocol):
-    """Extracts answers and compares them with the gold answers. runs_code: the answers are programs that it runs."""
+    """Extracts answers and compares them with the gold answers.
+
+    rules: what else decides a grade, by protocol key. Without the key `grader_version` the version is 1, as in older
+    summaries. runs_code: the answers are programs that it runs. package: the one that compares the answers.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
+    def rules(self) -> dict[str, Any]: ...
+
+    @property
     def runs_code(self) -> bool: ...
+
+    @property
+    def package(self) -> str | None: ...
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         """Grade (gold answer, response) pairs."""
@@ -67,8 +79,10 @@ class Text:
     """Compares the extracted text with the gold answer, character by character."""
 
     extract: Callable[[str], str | None]
+    rules: dict[str, Any] = field(default_factory=dict)
     name: str = "text"
     runs_code: bool = False
+    package: None = None
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         answers = [(gold, self.extract(response)) for gold, response in pairs]
@@ -85,8 +99,10 @@ class Text:
 class Mathematics:
     """Compares the last \\boxed of a response with the gold answer by its mathematical value."""
 
+    rules: dict[str, Any] = field(default_factory=BOX_RULES.copy)
     name: str = "mathematics"
     runs_code: bool = False
+    package: str = "math-verify"
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         answers = [last_boxed(response) for _, response in pairs]
@@ -138,26 +154,25 @@ class _AnswerClusters:
 
 
 def last_boxed(response: str) -> str | None:
-    """Return the content of the last complete \\boxed{…} after any </think>, or None.
+    """Return the content of the last \\boxed{…} after any </think>, or None if there is none or it is never closed.
 
-    One pass over the text, so unclosed braces do not make it slow.
+    One pass over the text, so unclosed braces do not make it slow. A \\boxed without a brace is text.
     """
     text = response.rpartition("</think>")[2]
-    opened: list[int | None] = []  # start of a box's content; None for any other brace
-    last: tuple[int, int] | None = None
+    start, end, depth = None, None, 0  # of the last box's content; open braces since its start
     for match in BOX_OR_BRACE_PATTERN.finditer(text):
-        if match[0] == "}":
-            start = opened.pop() if opened else None
-            if start is not None and (last is None or start > last[0]):
-                last = (start, match.start())
-        elif match[0] not in ("\\{", "\\}", "\\\\"):  # escaped ones are text
-            opened.append(match.end() if match[0].startswith("\\") else None)
+        if match[0].startswith("\\boxed"):
+            start, end, depth = match.end(), None, 1
+        elif match[0] in "{}":
+            depth += 1 if match[0] == "{" else -1
+            if depth == 0 and end is None:
+                end = match.start()
     # White space, dollar signs and a trailing period around an answer do not belong to it.
-    return text[slice(*last)].strip(" \t\n$").rstrip(" \t\n$.\\") if last else None
+    return None if start is None or end is None else text[start:end].strip(" \t\n$").rstrip(" \t\n$.\\")
 
 
 MATH_GRADER = Mathematics()
-BOXED_TEXT_GRADER = Text(last_boxed)
+BOXED_TEXT_GRADER = Text(last_boxed, BOX_RULES)
 
 
 # ── Worker processes ─────────────────────────────────────────────────────────────────────────────────────────────────

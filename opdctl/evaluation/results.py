@@ -24,10 +24,14 @@ PROTOCOL_KEYS = (
     "suffix",
     "template_arguments",
     "grader",
+    "grader_version",
+    "min_time_limit_seconds",
+    "gt_time_limit_factor",
     "engine",
     "dtype",
 )
-"""Keys of the protocol that must be equal for two accuracies to be comparable. A protocol may lack eos_token_ids."""
+"""Keys of the protocol that must be equal for two accuracies to be comparable. A protocol may lack eos_token_ids and
+what belongs to other graders; that of an older summary has no grader_version."""
 
 
 @dataclass(frozen=True)

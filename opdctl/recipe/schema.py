@@ -289,8 +289,12 @@ class Eval(Sampling):
     """Evaluate every N steps, and before and after training; 0 disables all of these."""
     suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Text that is appended to the problems of a benchmark with boxed answers."""
-    code_suffix: str = "\nSolve this in one Python code block that holds the whole program."
-    """Text that is appended to the problems of a benchmark with code as the answer."""
+    code_suffix: str = (
+        "\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end.\n"
+        "You need to think first then write the Python code."
+    )
+    """Text that is appended to the problems of a benchmark with code as the answer. The default is that of RUCBM/G-OPD,
+    on which the authors' code is built."""
     template_arguments: dict[str, bool | int | str] = {"enable_thinking": False}
     """Arguments of the chat template. Templates ignore unknown arguments."""
     batch_size: int = Field(default=256, gt=0)

@@ -7,24 +7,12 @@ import subprocess
 from typing import Any
 
 import pytest
+from helpers.code_sandbox import needs_sandbox
 
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import code_execution, code_sandbox
 from opdctl.evaluation.code_execution import CODE_GRADER, SELF_TEST_TASK
 from opdctl.evaluation.graders import Grade
-
-
-def sandbox_problem() -> str:
-    """Return why there is no sandbox on this system, or ""."""
-    try:
-        code_execution._check_sandbox()
-    except OpdctlError as error:
-        return error.message
-    return ""
-
-
-PROBLEM = sandbox_problem()
-needs_sandbox = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
 
 ADD = SELF_TEST_TASK | {
     "task_id": "HumanEval/900",
@@ -68,7 +56,6 @@ def graded(body: str, task: dict[str, Any] = SELF_TEST_TASK) -> Grade:
     [
         (ADD, "def add(x):\n    return sum(x)", True),
         (ADD, "Here it is:\n```python\ndef add(x):\n    return sum(x)\n```\nDone.", True),
-        (ADD, "```python\ndef add(x):\n    return 0\n```\nno:\n```\ndef add(x):\n    return sum(x)\n```", True),
         (
             ADD,
             "```python\ndef add(x):\n    return sum(x)\nprint(add(input()))\n```",

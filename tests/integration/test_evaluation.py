@@ -1,17 +1,21 @@
 """`opdctl eval` from end to end: its target, the protocol, resuming, workers, and the models of a run."""
 
+import importlib.metadata
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.commands import QUICKSTART, contents, invoke, sets
+from helpers.commands import QUICKSTART, ROOT, contents, invoke, sets
 from helpers.evaluations import SHORT_EVAL, TRANSFORMERS, evaluate_toy, evaluation_path
 
 from opdctl.artifacts import files, leases
 from opdctl.artifacts.records import GradedResponse
+from opdctl.artifacts.stage_dir import Fingerprint
 from opdctl.artifacts.versions import SCHEMA_VERSION
 from opdctl.data.toy import sort12
 from opdctl.evaluation.results import load_evaluation
@@ -51,6 +55,16 @@ def test_model_without_a_run() -> None:
     again = evaluate_toy()
     assert again.code == 0
     assert "nothing to do" in again.err
+
+
+def test_evaluation_of_a_published_student_is_planned_without_a_run() -> None:
+    text = (ROOT / "docs" / "eval.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^opdctl (eval --model IW-OPD/.*)$", text, flags=re.MULTILINE)
+    result = invoke(*shlex.split(line), "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert [each["bench"] for each in result.json()["benches"]] == ["aime24", "aime25", "hmmt25_feb", "hmmt25_nov"]
+    for each in result.json()["benches"]:
+        assert (each["problems"], each["responses"], each["max_response_tokens"]) == (30, 960, 960 * 16384)
 
 
 def test_responses_depend_on_the_seed_only(complete: Path, tmp_path: Path) -> None:
@@ -148,6 +162,22 @@ def test_local_file_is_evaluated_under_its_name() -> None:
     assert (result.json()["bench"], result.json()["problems"]) == ("mine", 2)
     assert result.json()["verdicts"] == {"no_answer": 8}
     assert result.json()["benchmark"]["source"] == str(Path("mine.csv").resolve())
+
+
+def test_evaluation_that_was_graded_by_older_rules_is_not_continued() -> None:
+    Path("mine.csv").write_text("problem,answer\nab,7\n")
+    options = [word for setting in (*SHORT_EVAL, "eval.suffix=") for word in ("--set", setting)]
+    command = ("eval", "--model", "toy:student", "--bench", "mine.csv", *options)
+    assert invoke(*command).code == 0
+    (path,) = Path("eval/mine").glob("*/manifest.json")
+    manifest = files.read_json(path)
+    assert manifest["settings"].pop("eval.grader_version") == 2
+    assert manifest["logprob_metadata"]["math-verify"] == importlib.metadata.version("math-verify")
+    manifest["fingerprint"] = Fingerprint(manifest["settings"], manifest["inputs"]).digest
+    files.write_json(path, manifest)
+    result = invoke(*command)
+    assert (result.code, result.kind) == (4, "settings_mismatch")
+    assert "eval.grader_version None → 2" in result.err
 
 
 def test_workers_share_the_parts(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

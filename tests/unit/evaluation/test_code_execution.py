@@ -21,7 +21,7 @@ def test_problems_of_a_local_evalplus_file(tmp_path: Path, name: str) -> None:
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     problems = find_benchmark("humaneval_plus", Eval()).problems(None, path)
     assert [problem.id for problem in problems] == ["HumanEval/900", "HumanEval/901"]
-    assert problems[0].text == f"```python\n{TASKS[0]['prompt'].strip()}\n```"
+    assert problems[0].text == "def echo(x):\n"
     assert json.loads(problems[1].answer or "") == {"dataset": "humaneval"} | {key: TASKS[1][key] for key in TASK_KEYS}
 
 

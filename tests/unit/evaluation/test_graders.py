@@ -21,7 +21,14 @@ def boxed(answer: str) -> str:
         (r"first \boxed{1}, then \boxed{2} and no more", "2"),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{\boxed{3}}", "3"),
-        (r"\boxed{a} then \boxed{b", "a"),
+        (r"\boxed{\boxed{3} + 1}", "3"),
+        (r"\boxed{a} then \boxed{b", None),  # the last box decides, even if it is open
+        (r"\boxed{a \boxed{b}", "b"),
+        (r"\boxed{b} then \boxed", "b"),  # no box without a brace
+        (r"\boxed{b} then \fbox{c}", "b"),
+        (r"\boxed {b}", "b"),
+        (r"\\boxed{b}", None),  # a line break
+        (r"\boxed{\left\{ 1 \right.} } } {", r"\left\{ 1 \right"),
         (r"\boxed{b", None),
         (r"\boxed{}", ""),
         ("no box", None),
@@ -40,7 +47,7 @@ def boxed(answer: str) -> str:
         ("\\boxed{x\n+ 1}", "x\n+ 1"),
     ],
 )
-def test_last_complete_box_after_the_thinking_is_the_answer(response: str, answer: str | None) -> None:
+def test_last_box_after_the_thinking_is_the_answer(response: str, answer: str | None) -> None:
     assert last_boxed(response) == answer
 
 

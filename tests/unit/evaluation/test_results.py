@@ -71,6 +71,13 @@ def test_different_protocol_is_reported(tmp_path: Path) -> None:
     assert comparison["protocol_differences"] == ["temperature"]
 
 
+def test_grades_by_older_rules_are_reported(tmp_path: Path) -> None:
+    older = {key: value for key, value in PROTOCOL.items() if key != "grader_version"}
+    other = plant_evaluation(tmp_path / "other", OTHER, protocol=older)
+    (comparison,) = compare_evaluations(plant_evaluation(tmp_path / "one", ONE), other)
+    assert comparison["protocol_differences"] == ["grader_version"]
+
+
 def test_corrupt_part_is_not_compared(tmp_path: Path) -> None:
     one, other = plant_evaluation(tmp_path / "one", ONE), plant_evaluation(tmp_path / "other", OTHER)
     part = next(other.glob("part-*"))
