@@ -1,8 +1,8 @@
 """Contamination: the fraction of a benchmark's word n-grams that occur in the training prompts. Imports no torch.
 
 A problem counts as contaminated if at least half of its 8-grams occur in the prompts. The threshold is that of Tülu 3
-(arXiv 2411.15124), which counts the tokens in 8-grams that are shared with one training document. A single shared 8-gram
-is often only a common phrase. A problem with fewer than 8 words is one n-gram.
+(arXiv 2411.15124), which counts the tokens in 8-grams that are shared with one training document. One shared 8-gram is
+often only a common phrase. A problem with fewer than 8 words is one n-gram.
 """
 
 import re

@@ -73,7 +73,10 @@ def test_hub_request_has_the_pinned_revision(monkeypatch: pytest.MonkeyPatch) ->
     (problem,) = registered("gsm8k").problems(None, None)
     assert (problem.id, problem.text, problem.answer) == ("0", "1+1?", "2")
     assert asked == [
-        (("openai/gsm8k", "main"), {"split": "test", "revision": "740312add88f781978c0658806c59bc2815b9866"})
+        (
+            ("openai/gsm8k", "main"),
+            {"data_files": None, "split": "test", "revision": "740312add88f781978c0658806c59bc2815b9866"},
+        )
     ]
 
 
