@@ -1,6 +1,7 @@
 """Loading a recipe: merge files and `--set`, import plugins, validate, and resolve defaults and paths."""
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from opdctl.recipe.components import required_columns, unmet_requirements
 from opdctl.recipe.dependencies import ADDED_PARAMETERS
 from opdctl.recipe.schema import (
     DEFAULT_COMPONENTS,
+    DEFAULT_NAME,
     Component,
     Model,
     ObjectiveSettings,
@@ -38,6 +40,7 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapp
         _merge(merged, _read(file), str(file), origin)
     for override in overrides:
         _merge(merged, _parse_override(override), "--set", origin)
+    merged.setdefault("name", _derive_name(files, overrides))
     default_origin = str(files[-1]) if files else "--set"
     if isinstance(plugins := merged.get("plugins"), list):
         try:
@@ -50,7 +53,18 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapp
         lines = [f"{_origin(key, origin, default_origin)}: {key}: {text}" for key, text in errors]
         count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
         raise OpdctlError("invalid_recipe", "\n".join(lines), hint=f"correct the recipe ({count}); nothing was run")
-    return _with_absolute_paths(_with_component_defaults(recipe))
+    return _with_absolute_paths(_with_component_defaults(_with_default_reference(recipe)))
+
+
+def _derive_name(files: Sequence[Path], overrides: Sequence[str]) -> str:
+    """Return the name of a recipe that has none: the names of its files, and the seed if `--set` sets it.
+
+    A base recipe with several overlays, or with several seeds, thereby has a run directory for each.
+    """
+    names = [file.stem for file in files]
+    seeds = [value for override in overrides if isinstance(value := _parse_override(override).get("seed"), int)]
+    names += [f"seed-{seed}" for seed in seeds[-1:]]
+    return re.sub("[^A-Za-z0-9._-]", "-", "-".join(names)).lstrip("._-") or DEFAULT_NAME
 
 
 def _validate(merged: Mapping[str, Any]) -> tuple[Recipe | None, list[tuple[str, str]]]:
@@ -85,6 +99,15 @@ def default_eval_recipe(model: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe for the evaluation of a model without a run. Its teacher, prompts and training are never used."""
     unused = {"teacher": {"model": model}, "prompts": {"source": "toy:sort12", "limit": 1024}, "train": {"steps": 1}}
     return load_recipe([], overrides, {"name": "eval", "student": {"model": model}} | unused)
+
+
+def _with_default_reference(recipe: Recipe) -> Recipe:
+    """Return the recipe with the initial student as the reference model, if it needs one and names none."""
+    if recipe.train.extrapolation == 1 or recipe.reference is not None:
+        return recipe
+    # A server of the student is that of the student's rollouts.
+    reference = recipe.student.model_copy(update={"server": None, "served_name": None})
+    return recipe.model_copy(update={"reference": reference})
 
 
 def _with_component_defaults(recipe: Recipe) -> Recipe:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AUTO = "auto"
+DEFAULT_NAME = "run"
+"""The name of a recipe without files."""
 TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
 TEACHER_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -219,7 +221,7 @@ class Train(Section):
     """`token`: the loss is the mean over all tokens of the step. `response`: it is the mean over responses of the mean
     over their tokens."""
     extrapolation: float = 1.0
-    """λ of reward extrapolation: the target is λ log T + (1 - λ) log R. Any value but 1 needs a [reference] model R."""
+    """λ of reward extrapolation: the target is λ log T + (1 - λ) log R. Any value but 1 uses R, the [reference]."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -420,8 +422,9 @@ class Hardware(Section):
 class Recipe(Section):
     """A complete run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """The name of the run. The default run directory is runs/<name>."""
+    name: str = Field(default=DEFAULT_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The name of the run. The default run directory is runs/<name>. If unset, it consists of the names of the recipe's
+    files, joined by `-`, and of `seed-N` if `--set seed=N` is given."""
     seed: int = Field(default=0, ge=0)
     """The seed of all random numbers: prompts, responses, dropout."""
     plugins: list[str] = []
@@ -433,7 +436,8 @@ class Recipe(Section):
     teachers: dict[str, Model] = {}
     """Several teachers, by name."""
     reference: Model | None = None
-    """R of reward extrapolation: the initial student, or the teacher's base model. It also scores every response."""
+    """R of reward extrapolation, for example the teacher's base model. It also scores every response. If unset and
+    `train.extrapolation` is not 1, it is the initial student."""
     prompts: Prompts
     rollout: Rollout = Rollout()
     score: Score = Score()

@@ -139,8 +139,6 @@ def _teacher_errors(recipe: Recipe) -> Errors:
     if not recipe.teachers and recipe.prompts.teacher_column is not None:
         errors.append(("prompts.teacher_column", "requires [teachers]"))
     if recipe.train.extrapolation != 1:
-        if recipe.reference is None:
-            errors.append(("train.extrapolation", f"{recipe.train.extrapolation} requires a [reference] model"))
         objective = _valid_objective(recipe)
         if objective is not None and objective.support != "sampled":
             text = f"objective `{recipe.objective.name}` does not support a reference model"

@@ -113,7 +113,7 @@ def test_pieces_of_recipes_are_valid(page, tmp_path):
         files = [tmp_path / "base.toml", tmp_path / "piece.toml"]
         files[0].write_text(re.sub(r"\[teacher\]\n(.+\n)+", "", base) if "teachers" in keys else base)
         files[1].write_text(text)
-        load_recipe(files[1:] if {"name", "student", "train"} <= keys.keys() else files)
+        load_recipe(files[1:] if {"student", "prompts", "train"} <= keys.keys() else files)
 
 
 def shown_commands() -> list[tuple[str, str]]:

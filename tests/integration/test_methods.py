@@ -154,8 +154,8 @@ def test_gradient_matches_the_formula_on_full_logits(stored, name, aggregate):
         divisor = count if aggregate == "token" else len(response) * len(samples)
         ((weight * loss).sum() / divisor).backward()
     gradients = gradient(with_recipe(stored, *CASES[name], f"train.aggregate={aggregate}"))[1]
-    # Stored log-probs are float32: the tail outside the student's top 5 has few digits.
-    tolerance = 1e-4 if name == "reverse_student" else 2e-5
+    # Stored log-probs are float32, and the tail outside the student's top 5 has few digits.
+    tolerance = 1e-4 if name == "reverse_student" else 4e-5
     assert_close(gradients, {n: p.grad for n, p in models["student"].named_parameters()}, tolerance)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
@@ -91,7 +92,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_command_of_a_recipe_resolves(path: Path, checkout: Path) -> None:
     result = invoke(*words_of(path), "--dry-run", "--json")
     assert result.code == 0, result.err
-    assert Path(result.json()["run_dir"]) == Path("runs") / path.stem
+    assert Path(result.json()["run_dir"]) == Path("runs") / "-".join(file.stem for file in files_of(path))
     assert files_of(path)[-1] == path
     recipe = load_recipe(files_of(path))
     assert isinstance(build_token_weight(recipe), Weight)
@@ -168,10 +169,30 @@ def test_settings_of_the_variants() -> None:
     plain, weighted = recipe_of("exopd"), recipe_of("iw_exopd")
     assert (plain.weight.name, plain.train.extrapolation) == ("uniform", 1.25)
     assert (weighted.weight.name, weighted.train.extrapolation) == ("iw_opd", 1.25)
-    assert plain.reference is not None
-    assert plain.reference.model == plain.student.model
+    assert plain.reference == plain.student
     assert recipe_of("code").eval.allow_code_execution
     assert recipe_of("lora_one_gpu").lora.rank > 0
+
+
+def test_reference_of_extrapolation_is_the_student_of_the_pair(checkout: Path) -> None:
+    names = ("cross_scale", "pairs/4b-to-1.7b", "variants/exopd")
+    recipe = load_recipe([find_recipe(name) for name in names])
+    assert recipe.reference == recipe.student
+    assert recipe.reference.model == "Qwen/Qwen3-1.7B"
+    options = [word for name in names for word in ("--recipe", name)]
+    plans = [
+        invoke("train", *options, *extra, "--dry-run", "--json").json()
+        for extra in ([], ["--set", "train.extrapolation=1.0"])
+    ]
+    assert [plan["parameters"].get("reference") for plan in plans] == [PAIRS["4b-to-1.7b"][0], None]
+    assert ["score reference" in plan["stages"] for plan in plans] == [True, False]
+    assert plans[0]["gpu_hours"] > plans[1]["gpu_hours"]
+
+
+@pytest.mark.parametrize("overlay", [path for path in RECIPES if path not in BASE_RECIPES], ids=lambda path: path.stem)
+def test_overlay_has_no_name(overlay: Path) -> None:
+    """With a name, the runs of an overlay on several pairs would have one directory."""
+    assert "name" not in tomllib.loads(overlay.read_text())
 
 
 def test_prompts_script(tmp_path: Path) -> None:

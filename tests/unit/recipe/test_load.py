@@ -1,6 +1,7 @@
 """Loading recipes: files, `--set`, merging, and defaults."""
 
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.recipe.load import default_eval_recipe, load_recipe, with_benchmarks
-from opdctl.recipe.schema import Recipe
+from opdctl.recipe.schema import Model, Recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 
@@ -135,7 +136,45 @@ def test_with_benchmarks_replaces_the_benchmarks(smallest: Path) -> None:
 
 def test_default_eval_recipe() -> None:
     recipe = default_eval_recipe("toy:student", ["eval.samples=2"])
-    assert (recipe.student.model, recipe.eval.samples) == ("toy:student", 2)
+    assert (recipe.name, recipe.student.model, recipe.eval.samples) == ("eval", "toy:student", 2)
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "name"),
+    [
+        (["base.toml"], [], "base"),
+        (["base.toml", "pairs/4b-to-0.6b.toml", "weights/prefix_30.toml"], [], "base-4b-to-0.6b-prefix_30"),
+        (["base.toml"], ["seed=3", "train.steps=2", "seed=4"], "base-seed-4"),
+        (["base.toml", "my weight (2).toml"], [], "base-my-weight--2-"),
+        (["_base.toml"], [], "base"),
+        (["é.toml"], [], "run"),
+        (["base.toml"], ["name=mine", "seed=3"], "mine"),
+        (["base.toml", "named.toml"], ["seed=3"], "named"),
+        ([], ["seed=3"], "seed-3"),
+        ([], [], "run"),
+    ],
+)
+def test_name_consists_of_those_of_the_files(tmp_path: Path, files: list[str], overrides: list[str], name: str) -> None:
+    paths = [tmp_path / file for file in files]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("name = 'named'" if path.stem == "named" else "")
+    base = {key: value for key, value in tomllib.loads(SMALLEST).items() if key != "name"}
+    recipe = load_recipe(paths, overrides, base)
+    assert recipe.name == name
+    copy = tmp_path / "recipe.toml"
+    copy.write_text(recipe.to_toml())
+    assert load_recipe([copy], ["seed=9"]).name == name
+
+
+def test_reference_of_extrapolation_is_the_initial_student(smallest: Path) -> None:
+    student = ["student.dtype=float32", "student.revision=abc", "student.server=http://a:1/v1", "student.served_name=s"]
+    recipe = load_recipe([smallest], [*student, "train.extrapolation=1.25"])
+    assert recipe.reference == Model(model="toy:student", dtype="float32", revision="abc")
+    assert list(recipe.scorers()) == ["teacher", "reference"]
+    named = load_recipe([smallest], [*student, "train.extrapolation=1.25", "reference.model=toy:teacher"])
+    assert named.reference == Model(model="toy:teacher")
+    assert load_recipe([smallest], student).reference is None
 
 
 def test_local_paths_become_absolute(smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
