@@ -46,6 +46,9 @@ MUTABLE_MODEL_KEYS = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(
 ADDED_KEYS: dict[str, Any] = {
     r"rollout\.eos_token_ids": [],
     r"(student|teacher|teachers\.[^.]+|reference)\.tokenizer": AUTO,
+    r"train\.denominator": "all",
+    r"train\.decay_vectors": False,
+    r"weight\.modulates": "loss",
     r"continuations\.max_tokens": None,
     r"continuations\.prefix_percents": list(range(0, 100, 10)),
     r"continuations\.prefix_tokens": [],

@@ -115,7 +115,7 @@ def _with_component_defaults(recipe: Recipe) -> Recipe:
     weight, objective = recipe.weight, recipe.objective
     times = weight.times and Component(name=weight.times.name, **_parameters(WEIGHTS, weight.times))
     update: dict[str, Any] = {
-        "weight": WeightSettings(name=weight.name, times=times, **_parameters(WEIGHTS, weight)),
+        "weight": weight.model_copy(update={"times": times, **_parameters(WEIGHTS, weight)}),
         "objective": ObjectiveSettings(name=objective.name, **_parameters(OBJECTIVES, objective)),
     }
     for key, value in unmet_requirements(recipe, required_columns(recipe)).items():
@@ -202,7 +202,7 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
             default = DEFAULT_COMPONENTS.get(key)
             if default is not None and "name" in value and value["name"] != into[name].get("name", default):
                 # A new component does not inherit the parameters of the previous one.
-                into[name] = {k: v for k, v in into[name].items() if k == "times"}
+                into[name] = {k: v for k, v in into[name].items() if k in WeightSettings.model_fields}
             _merge(into[name], value, source, origin, f"{key}.")
         elif value is False and isinstance(into.get(name), dict):
             del into[name]  # remove the section of an earlier file

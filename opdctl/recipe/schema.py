@@ -201,6 +201,9 @@ class WeightSettings(Component):
     """The token weight. Its parameters are further keys of this section."""
     times: Component | None = None
     """A second weight; the two weights are multiplied."""
+    modulates: Literal["loss", "extrapolation"] = "loss"
+    """What the weight multiplies: a token's loss, or λ of reward extrapolation (`train.extrapolation`). In the latter
+    case the losses have weight 1."""
 
 
 class ObjectiveSettings(Component):
@@ -220,6 +223,9 @@ class Train(Section):
     aggregate: Literal["token", "response"] = "token"
     """`token`: the loss is the mean over all tokens of the step. `response`: it is the mean over responses of the mean
     over their tokens."""
+    denominator: Literal["all", "selected"] = "all"
+    """The tokens that `aggregate` averages over: `all`, or only those of weight > 0, which the weight has `selected`.
+    The latter leaves responses without such a token out of the mean over responses."""
     extrapolation: float = 1.0
     """λ of reward extrapolation: the target is λ log T + (1 - λ) log R. Any value but 1 uses R, the [reference]."""
     learning_rate: float = Field(default=1e-5, gt=0)
@@ -234,7 +240,9 @@ class Train(Section):
     betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """The two betas of AdamW, each in [0, 1)."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay; it applies to matrices only."""
+    """Decoupled weight decay of matrices."""
+    decay_vectors: bool = False
+    """Apply the weight decay to vectors too: norms and biases."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Threshold of gradient-norm clipping."""
     tokens_per_micro_batch: int = Field(default=16384, gt=0)

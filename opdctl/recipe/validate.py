@@ -5,9 +5,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opdctl.errors import did_you_mean
-from opdctl.losses.objectives import Objective, PolicyGradient
+from opdctl.losses.objectives import Objective, PolicyGradient, Power
 from opdctl.recipe.components import build_objective
-from opdctl.recipe.schema import AUTO, DEFAULT_COMPONENTS, TEACHER_NAME_PATTERN, Recipe, Section, is_data_file
+from opdctl.recipe.schema import (
+    AUTO,
+    DEFAULT_COMPONENTS,
+    TEACHER_NAME_PATTERN,
+    Component,
+    Recipe,
+    Section,
+    WeightSettings,
+    is_data_file,
+)
 from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry
 
 Errors = list[tuple[str, str]]
@@ -76,7 +85,7 @@ def _parameter_errors(merged: Mapping[str, Any]) -> Errors:
             continue
         name = values.get("name", DEFAULT_COMPONENTS[section] or None)
         if isinstance(name, str):
-            other_keys = ("name", "times") if section == "weight" else ("name",)
+            other_keys = WeightSettings.model_fields if section == "weight" else Component.model_fields
             params = {key: value for key, value in values.items() if key not in other_keys}
             errors += [(f"{section}.{key}".rstrip("."), text) for key, text in registry.validate(name, params)]
     return errors
@@ -143,6 +152,11 @@ def _teacher_errors(recipe: Recipe) -> Errors:
         if objective is not None and objective.support != "sampled":
             text = f"objective `{recipe.objective.name}` does not support a reference model"
             errors.append(("train.extrapolation", text))
+        if isinstance(objective, Power):
+            text = f"objective `{recipe.objective.name}` does not support it: an extrapolated log-prob can exceed 0"
+            errors.append(("train.extrapolation", text))
+    elif recipe.weight.modulates == "extrapolation":
+        errors.append(("weight.modulates", "`extrapolation` requires train.extrapolation other than 1"))
     return errors
 
 

@@ -10,7 +10,7 @@ from opdctl import console
 from opdctl.artifacts.records import Logprobs, Response, ScoredResponse, TokenScores
 from opdctl.artifacts.tables import read_rows, read_scores
 from opdctl.errors import OpdctlError
-from opdctl.losses.token_weights import COLUMN_SETTINGS, ResponseTokens
+from opdctl.losses.token_weights import COLUMN_SETTINGS, Floats, ResponseTokens
 from opdctl.models.directory import ModelDir
 from opdctl.runs.run import REFERENCE, Run
 
@@ -107,17 +107,18 @@ def _check_columns(response: Response, name: str, record: Response | TokenScores
             )
 
 
-def target_logprobs(scored: ScoredResponse, extrapolation: float) -> Logprobs:
+def target_logprobs(scored: ScoredResponse, extrapolation: float, weight_T: Floats | None = None) -> Logprobs:
     """Return the target log-probs, [T], in nats: the teacher's, or λ log T + (1 - λ) log R with λ = `extrapolation`.
 
     The latter minus log S is λ (log T - log R) - (log S - log R), the advantage of reward extrapolation
-    (arXiv 2602.12125).
+    (arXiv 2602.12125). weight_T: factors of λ for each token; the target is then λ w (log T - log R) + log R.
     """
     teacher = scored.teacher.logprobs
     if extrapolation == 1:
         return teacher
     assert scored.reference is not None  # recipe validation requires it
-    return extrapolation * teacher + (1 - extrapolation) * scored.reference.logprobs
+    factor = extrapolation if weight_T is None else extrapolation * weight_T
+    return np.asarray(factor * teacher + (1 - factor) * scored.reference.logprobs, np.float32)
 
 
 def to_weight_inputs(scored: ScoredResponse, step: int) -> ResponseTokens:

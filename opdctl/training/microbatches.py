@@ -16,7 +16,7 @@ from opdctl.artifacts.records import ScoredResponse
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Floats, Weight, weigh
 from opdctl.models.batching import PaddedBatch, by_token_budget, pad_batch
-from opdctl.recipe.schema import Recipe
+from opdctl.recipe.schema import Recipe, Train
 from opdctl.runs.scored_responses import target_logprobs, to_weight_inputs
 
 
@@ -24,7 +24,8 @@ from opdctl.runs.scored_responses import target_logprobs, to_weight_inputs
 class MicroBatch:
     """Complete responses to prompts of one teacher, padded, with the stored values of their tokens.
 
-    Log-probs are in nats. loss_scale_N: the factor of a token's loss in the step's loss: weight / denominator.
+    Log-probs are in nats. weight_N: the token weights. loss_scale_N: the factor of a token's loss in the step's loss:
+    weight / denominator, or 1 / denominator if the weight modulates the extrapolation, which is in target_logp_N.
     support_ids_NK, teacher_logp_NK: the ids of a top-k objective and the teacher's log-probs of them.
     """
 
@@ -79,30 +80,35 @@ def make_micro_batches(
     """Weight a step's tokens and split its responses into micro-batches of one teacher each, by the token budget."""
     # Some weights depend on all responses of the step, so they are computed before the split.
     weights = weigh(weight, [to_weight_inputs(sample, step) for sample in scored])
+    factors = [np.ones(len(w)) for w in weights] if recipe.weight.modulates == "extrapolation" else weights
+    denominators = _loss_denominators(factors, recipe.train)
     lengths = [len(sample.response.response_ids) for sample in scored]
-    denominators = _loss_denominators(lengths, recipe.train.aggregate)
     batches = []
     for teacher in recipe.teacher_models():
         rows = [i for i, sample in enumerate(scored) if sample.response.teacher == teacher]
         sizes = [len(scored[i].response.prompt_ids) + lengths[i] for i in rows]
         for indices in by_token_budget(sizes, recipe.train.tokens_per_micro_batch):
             batch_rows = [rows[i] for i in indices]
-            loss_scales = [weights[i] / denominators[i] for i in batch_rows]
+            loss_scales = [factors[i] / denominators[i] for i in batch_rows]
             samples, batch_weights = [scored[i] for i in batch_rows], [weights[i] for i in batch_rows]
             batches.append(_micro_batch(recipe, samples, batch_weights, loss_scales, objective, device))
     return batches
 
 
-def _loss_denominators(lengths: list[int], aggregate: str) -> list[int]:
-    """Return for each response the denominator of its tokens' losses.
+def _loss_denominators(factors: Sequence[Floats], settings: Train) -> list[int]:
+    """Return for each response the denominator of its tokens' losses. factors: those of the losses, [T] each.
 
-    `token`: the number of tokens of the step, so the gradient does not depend on the micro-batches; a mean of their
-    means would. `response`: the response's length times the number of responses.
+    With the aggregate `token`, it is the number of tokens of the step, so the gradient does not depend on the
+    micro-batches; a mean of their means would. With `response`, it is the number of tokens of the response times the
+    number of responses. The denominator `selected` counts tokens of factor > 0, and responses that have such a token
+    (TIP, arXiv 2604.14084, Eq. 7).
     """
-    if aggregate == "token":
-        return [max(sum(lengths), 1)] * len(lengths)
-    num_responses = sum(length > 0 for length in lengths)
-    return [max(length, 1) * max(num_responses, 1) for length in lengths]
+    selected = settings.denominator == "selected"
+    counts = [int(np.count_nonzero(factor_T)) if selected else len(factor_T) for factor_T in factors]
+    if settings.aggregate == "token":
+        return [max(sum(counts), 1)] * len(counts)
+    num_responses = sum(count > 0 for count in counts)
+    return [max(count, 1) * max(num_responses, 1) for count in counts]
 
 
 def _micro_batch(
@@ -126,12 +132,14 @@ def _micro_batch(
         ids_NK = column([response.top_ids for response in responses], np.int64)
         logp_NK = column([teacher.student_top_logprobs for teacher in teachers])
     top_k = getattr(objective, "top_k", None)  # the stored columns may be wider
+    factors = weights if recipe.weight.modulates == "extrapolation" else [None] * len(samples)
+    targets = [target_logprobs(s, recipe.train.extrapolation, w) for s, w in zip(samples, factors, strict=True)]
     return MicroBatch(
         samples=samples,
         padded=_pad(samples, device),
         rollout_logp_N=column([response.logprobs for response in responses]),
         teacher_logp_N=column([teacher.logprobs for teacher in teachers]),
-        target_logp_N=column([target_logprobs(sample, recipe.train.extrapolation) for sample in samples]),
+        target_logp_N=column(targets),
         weight_N=column(weights),
         loss_scale_N=column(loss_scales),
         support_ids_NK=None if ids_NK is None else ids_NK[:, :top_k],

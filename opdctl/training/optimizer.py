@@ -24,11 +24,15 @@ def learning_rate(settings: Train, step: int) -> float:
 
 
 def make_adamw(model: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
-    """Return AdamW for the trainable parameters. Weight decay applies to matrices only, not to norms and biases."""
+    """Return AdamW for the trainable parameters. Weight decay applies to matrices, and to vectors on request."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    vector_decay = settings.weight_decay if settings.decay_vectors else 0.0
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": vector_decay},
+        ],
         lr=settings.learning_rate,
         betas=(settings.betas[0], settings.betas[1]),
         fused=True,  # no temporary copies of all parameters

@@ -17,11 +17,13 @@ import torch
 from helpers.commands import QUICKSTART, invoke, sets, small_recipe
 from transformers import AutoModelForCausalLM
 
+from opdctl.artifacts.records import Response, ScoredResponse, TokenScores
 from opdctl.data.toy import sort12
 from opdctl.engines.pool import open_engine_pool
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
-from opdctl.losses.token_weights import IwOpd, ResponseTokens, weigh
+from opdctl.losses.objectives import PolicyGradient
+from opdctl.losses.token_weights import IwOpd, weigh
 from opdctl.models import logprobs
 from opdctl.models.loading import load_model
 from opdctl.pipeline import rollout, score
@@ -29,6 +31,7 @@ from opdctl.registry import OBJECTIVES, WEIGHTS
 from opdctl.runs.open import open_run
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored, target_logprobs, to_weight_inputs
+from opdctl.training.microbatches import make_micro_batches
 from opdctl.training.trainer import Trainer
 
 EVERYTHING = ("rollout.entropy=true", "rollout.top_k=20", "score.entropy=true", "score.top_k=20")
@@ -170,17 +173,67 @@ def test_gradient_is_independent_of_micro_batches_and_chunks(stored, name, monke
         assert_close(gradients, expected)
 
 
-def test_extrapolation_changes_the_target_and_not_the_weight(stored):
-    """The advantage of the loss is λ (log T - log R) - (log S - log R), that of the weight log T - log S."""
-    run = with_recipe(stored, "train.extrapolation=1.25")
-    samples = {sample.response.sample_id: sample for sample in read_scored(run, 0)}
-    for batch in Trainer(run, "cpu").make_micro_batches(0, list(samples.values())):
-        columns = zip(batch.samples, *map(batch.padded.split, (batch.weight_N, batch.target_logp_N)), strict=True)
-        for sample, weight, target in columns:
-            assert sample.reference is not None
-            s, t, r = (x.logprobs.astype(float) for x in (sample.response, sample.teacher, sample.reference))
-            np.testing.assert_allclose(np.array(target) - s, 1.25 * (t - r) - (s - r), atol=1e-5)
-            np.testing.assert_allclose(weight, IwOpd(0.5)(ResponseTokens(s, t, t - s)), atol=1e-6)
+EXTRAPOLATED = {
+    "exopd": ["weight.name=uniform"],
+    "iw_exopd": [],
+    "modulated": ["weight.modulates=extrapolation"],
+}
+
+
+def extrapolated_advantage(name: str, logp_T: list[float], teacher_T: list[float], reference_T: list[float]) -> Any:
+    """Return w A of each token, λ = 1.25: A = λ (log T - log R) - (log S - log R), and the weight of log T - log S.
+
+    exopd: w is 1. iw_exopd: w is that of IW-OPD. modulated: w multiplies λ instead of A.
+    """
+    plain = [abs(t - s) for s, t in zip(logp_T, teacher_T, strict=True)]
+    weighted = []
+    for k, (s, t, r) in enumerate(zip(logp_T, teacher_T, reference_T, strict=True)):
+        weight = 1.0 if name == "exopd" else 1 + 0.5 * (1 - sum(plain[:k]) / sum(plain))
+        if name == "modulated":
+            weighted.append(1.25 * weight * (t - r) - (s - r))
+        else:
+            weighted.append(weight * (1.25 * (t - r) - (s - r)))
+    return torch.tensor(weighted, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", EXTRAPOLATED)
+def test_gradient_of_extrapolation_matches_the_formula(stored, name):
+    """Σ w A ∇ log p over all tokens, one response at a time, in float64."""
+    student, teacher = (load_model(stored.models[role], device="cpu").double() for role in ("student", "teacher"))
+    samples = list(read_scored(stored, 0))
+    count = sum(len(sample.response.response_ids) for sample in samples)
+    for sample in samples:
+        assert sample.reference is not None
+        prompt = sample.response.prompt_ids
+        ids = torch.from_numpy(np.concatenate([prompt, sample.response.response_ids]).astype(np.int64))
+        logp, target = (
+            model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(-1, ids[len(prompt) :, None])[:, 0]
+            for model in (student, teacher)
+        )
+        # The reference is bfloat16, so its log-probs are the stored ones.
+        weighted = extrapolated_advantage(name, logp.tolist(), target.tolist(), sample.reference.logprobs.tolist())
+        (-(weighted * logp).sum() / count).backward()
+    gradients = gradient(with_recipe(stored, "train.extrapolation=1.25", *EXTRAPOLATED[name]))[1]
+    assert_close(gradients, {n: p.grad for n, p in student.named_parameters()}, 4e-5)
+
+
+def test_extrapolation_by_hand():
+    """log S = -2, log T = -1 and -4, log R = -3: A = 1 and -2, w = 1.5 and 4/3 of iw_opd; λ = 2."""
+    settings = ["reference.model=toy:student", "train.extrapolation=2.0", "weight.gamma=0.5"]
+    names = {"sample_id": "a", "prompt_id": "a", "source": "", "teacher": "teacher", "finish_reason": "stop"}
+    columns = {"prompt_ids": np.array([2]), "response_ids": np.array([3, 3]), "logprobs": np.float32([-2, -2])}
+    response = Response(**names, **columns, policy_version=0, answer=None)
+    scores = [TokenScores(np.array(logp, np.float32)) for logp in ([-1, -4], [-3, -3])]
+    scored = [ScoredResponse(response, *scores)]
+    targets = {}
+    for modulates in ("loss", "extrapolation"):
+        recipe = small_recipe(*settings, f"weight.modulates={modulates}")
+        (batch,) = make_micro_batches(recipe, 0, scored, IwOpd(0.5), PolicyGradient(), "cpu")
+        assert batch.weight_N.tolist() == pytest.approx([1.5, 4 / 3])
+        targets[modulates] = batch.target_logp_N.tolist(), (2 * batch.loss_scale_N).tolist()
+    # 2 (log T - log R) + log R = 1 and -5, weighted by w; with w in the factor 3 · 2 - 3 and 8/3 · -1 - 3
+    assert targets["loss"] == ([1, -5], pytest.approx([1.5, 4 / 3]))
+    assert targets["extrapolation"] == (pytest.approx([3, -17 / 3]), [1, 1])
 
 
 def test_student_as_reference_scales_the_advantage(tmp_path):

@@ -69,6 +69,8 @@ def test_fingerprints_exclude_mutable_settings(smallest: Path) -> None:
         ("student.tokenizer=file", "rollout"),
         ("student.tokenizer=file", "eval"),
         ("teacher.tokenizer=class", "score"),
+        ("train.denominator=selected", "update"),
+        ("train.decay_vectors=true", "update"),
     ],
 )
 def test_key_that_older_artifacts_lack_is_in_a_fingerprint_if_it_is_set(

@@ -144,6 +144,20 @@ def test_teacher_column_requires_several_teachers(smallest: Path) -> None:
     assert "prompts.teacher_column" in load_error([smallest], "prompts.teacher_column=domain").message
 
 
-def test_extrapolation_requires_the_sampled_token(smallest: Path) -> None:
-    (line,) = error_lines([smallest], "train.extrapolation=1.25", "objective.name=jsd")
-    assert line.startswith("--set: train.extrapolation: objective `jsd` ")
+@pytest.mark.parametrize("objective", ["jsd", "power"])  # power is bounded for log-probs only
+def test_extrapolation_requires_a_fitting_objective(smallest: Path, objective: str) -> None:
+    (line,) = error_lines([smallest], "train.extrapolation=1.25", f"objective.name={objective}")
+    assert line.startswith(f"--set: train.extrapolation: objective `{objective}` ")
+
+
+def test_weight_modulates_the_extrapolation_only_if_there_is_one(smallest: Path) -> None:
+    (line,) = error_lines([smallest], "weight.modulates=extrapolation")
+    assert line.startswith("--set: weight.modulates: `extrapolation` requires train.extrapolation")
+    recipe = load_recipe([smallest], ["train.extrapolation=1.25", "weight.modulates=extrapolation"])
+    assert (recipe.weight.modulates, recipe.weight.params["gamma"]) == ("extrapolation", 0.5)
+
+
+def test_new_weight_keeps_what_is_no_parameter_of_it(smallest: Path) -> None:
+    settings = ["train.extrapolation=1.25", "weight.modulates=extrapolation"]
+    recipe = load_recipe([smallest], [*settings, "weight.gamma=0.7", "weight.name=linear_decay"])
+    assert (recipe.weight.modulates, recipe.weight.params) == ("extrapolation", {"gamma": 0.5})

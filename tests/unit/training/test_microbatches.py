@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from helpers.planted import plant, planted_run
 
-from opdctl.losses.token_weights import IwOpd
+from opdctl.losses.objectives import PolicyGradient
+from opdctl.losses.token_weights import IwOpd, Weight
 from opdctl.runs.scored_responses import read_scored, to_weight_inputs
-from opdctl.training.microbatches import micro_batches_of_rank, split_in_half
+from opdctl.training.microbatches import make_micro_batches, micro_batches_of_rank, split_in_half
 from opdctl.training.trainer import Trainer
 
 
@@ -42,6 +44,39 @@ def test_splitting_keeps_every_response_and_token(micro_batches):
 def test_token_loss_scales_are_weights_over_the_number_of_tokens(micro_batches):
     (batch,) = micro_batches
     torch.testing.assert_close(batch.loss_scale_N, batch.weight_N / len(batch.weight_N))
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedWeights(Weight):
+    """The weights that a test gives."""
+
+    weights: tuple[tuple[float, ...], ...]
+
+    def weigh_step(self, responses):
+        return [np.array(weight_T, float) for weight_T in self.weights]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], [[1 / 9, 2 / 9, 0, 0], [3 / 9, 0], [0, 0, 0]]),
+        (["denominator=selected"], [[1 / 3, 2 / 3, 0, 0], [1, 0], [0, 0, 0]]),
+        (["aggregate=response"], [[1 / 12, 2 / 12, 0, 0], [3 / 6, 0], [0, 0, 0]]),
+        # two tokens of the first response, one of the second, none of the third: 2 responses
+        (["aggregate=response", "denominator=selected"], [[1 / 4, 2 / 4, 0, 0], [3 / 2, 0], [0, 0, 0]]),
+    ],
+)
+def test_denominators_by_hand(settings, expected, tmp_path):
+    run = planted_run(tmp_path / "run", *(f"train.{setting}" for setting in settings))
+    plant(run, 0, [np.ones(4), np.ones(2), np.ones(3)])
+    weight, scored = FixedWeights(((1, 2, 0, 0), (3, 0), (0, 0, 0))), list(read_scored(run, 0))
+    batches = make_micro_batches(run.recipe, 0, scored, weight, PolicyGradient(), "cpu")
+    scales = {}
+    for batch in batches:
+        pairs = zip(batch.samples, batch.padded.split(batch.loss_scale_N), strict=True)
+        scales |= {sample.response.sample_id: scale_T.tolist() for sample, scale_T in pairs}
+    for sample, scale_T in zip(scored, expected, strict=True):
+        assert scales[sample.response.sample_id] == pytest.approx(scale_T)
 
 
 def test_weights_in_training_and_in_the_analysis_are_equal(scored_run, micro_batches):

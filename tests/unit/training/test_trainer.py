@@ -1,6 +1,7 @@
 """The gradient of an update: the formula on full logits, whatever the micro-batches."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from opdctl.models.loading import load_model
+from opdctl.recipe.schema import WeightSettings
 from opdctl.runs.scored_responses import read_scored
 from opdctl.training.trainer import Trainer
 
@@ -37,6 +39,18 @@ def with_settings(run, **settings):
 def test_gradient_does_not_depend_on_the_micro_batches(scored_run, budget):
     split = with_settings(scored_run, tokens_per_micro_batch=budget)
     assert_same_gradient(gradient(split), gradient(scored_run))
+
+
+def test_denominator_of_the_selected_tokens_belongs_to_the_step(scored_run):
+    """Divided by the selected tokens of the whole step, whatever the micro-batches."""
+    weight = WeightSettings(name="prefix_only", fraction=0.3)
+    prefix = dataclasses.replace(scored_run, recipe=scored_run.recipe.model_copy(update={"weight": weight}))
+    selecting = with_settings(prefix, denominator="selected")
+    expected = gradient(selecting)
+    assert_same_gradient(gradient(with_settings(selecting, tokens_per_micro_batch=120)), expected)
+    lengths = [len(sample.response.response_ids) for sample in read_scored(scored_run, 0)]
+    ratio = sum(lengths) / sum(math.ceil(round(0.3 * length, 9)) for length in lengths)
+    assert_same_gradient({name: ratio * grad for name, grad in gradient(prefix).items()}, expected)
 
 
 def test_gradient_checkpointing_recomputes_and_keeps_the_gradient(scored_run, monkeypatch):
