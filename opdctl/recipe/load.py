@@ -203,6 +203,9 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
             if default is not None and "name" in value and value["name"] != into[name].get("name", default):
                 # A new component does not inherit the parameters of the previous one.
                 into[name] = {k: v for k, v in into[name].items() if k in WeightSettings.model_fields}
+            if key == "prompts" and value.get("source", into[name].get("source")) != into[name].get("source"):
+                # Revision and file are those of the previous source.
+                into[name] = {k: v for k, v in into[name].items() if k not in ("revision", "data_files")}
             _merge(into[name], value, source, origin, f"{key}.")
         elif value is False and isinstance(into.get(name), dict):
             del into[name]  # remove the section of an earlier file

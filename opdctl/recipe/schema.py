@@ -80,7 +80,8 @@ class Prompts(Section):
     """The prompts and their columns."""
 
     source: str
-    """`toy:sort12`, `toy:perm`, a `.jsonl`, `.parquet` or `.csv` file, or a hub dataset id."""
+    """`toy:sort12`, `toy:perm`, a `.jsonl`, `.parquet` or `.csv` file, or a hub dataset id. A later file or
+    `--set` with another source also removes `revision` and `data_files`, which belong to the previous one."""
     split: str = "train"
     """The split of a toy task or a hub dataset."""
     revision: str | None = None

@@ -7,18 +7,21 @@ import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import datasets
 import pytest
 from helpers.commands import ROOT, invoke
 
+from opdctl.data.prompts import Problem, load_problems
 from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Weight
 from opdctl.recipe.components import build_objective, build_token_weight
 from opdctl.recipe.library import find_recipe
 from opdctl.recipe.load import load_recipe
-from opdctl.recipe.schema import Recipe
+from opdctl.recipe.schema import Eval, Prompts, Recipe
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.toml"))
@@ -195,17 +198,62 @@ def test_overlay_has_no_name(overlay: Path) -> None:
     assert "name" not in tomllib.loads(overlay.read_text())
 
 
-def test_prompts_script(tmp_path: Path) -> None:
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+THINK = "\nYou need to think first then write the Python code."
+
+
+def test_prompts_script_makes_the_prompts_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question occurs once, with its first answer, if any of its occurrences is difficult enough."""
+    script = prompts_script()
+    questions = [("a?", 5.0, 1), ("b?", 6.0, 2), ("c?", 5.5, 3), ("a?", 7.0, 9), ("b?", 8.0, 2)]
+    turns = [{"role": "system", "content": "Act so."}, {"role": "user", "content": "Add two numbers."}]
+    sources = {
+        "math": [{"question": q, "difficulty": d, "final_answer": a, "topic": ""} for q, d, a in questions],
+        "code": [{"ability": ability, "prompt": turns} for ability in ("math", "code")],
+    }
+    for name, rows in sources.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    options = [word for name in sources for word in (f"--{name}", str(tmp_path / name))]
+    monkeypatch.setattr("sys.argv", ["prompts.py", "--out", str(tmp_path / "data"), *options])
+    script.main()
+
+    columns = {"id_column": "id", "answer_column": "answer"}
+    made = {}
+    for name in ("math", "code", "math-code"):
+        # Prompts that end with the instruction of the evaluation do not get it again.
+        settings = Prompts(source=str(tmp_path / "data" / f"{name}.jsonl"), suffix=BOXED if name == "math" else "")
+        made[name] = load_problems(settings.model_copy(update=columns))
+    assert made["math"] == [Problem("math-0", f"a?{BOXED}", "1"), Problem("math-1", f"b?{BOXED}", "2")]
+    assert made["code"] == [Problem("code-1", f"Add two numbers.{THINK}", None)]
+    assert made["math-code"] == made["math"] + made["code"]
+    domains = [json.loads(line)["domain"] for line in (tmp_path / "data/math-code.jsonl").read_text().splitlines()]
+    assert domains == ["math", "math", "code"]
+    assert (Eval().suffix, script.BOXED_INSTRUCTION) == (BOXED, BOXED)
+
+
+def test_prompts_script_pins_the_revisions_of_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    script, asked = prompts_script(), {}
+
+    def load_dataset(source: str, split: str, revision: str | None) -> datasets.Dataset:
+        asked[source] = revision
+        return datasets.Dataset.from_list([{"question": "?"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in (script.MATH, script.CODE, "mirror/of-it"):
+        assert list(script.read(source, ["question"])) == [{"question": "?"}]
+    assert {len(asked[source]) for source in (script.MATH, script.CODE)} == {40}
+    assert asked["mirror/of-it"] is None
+
+
+def prompts_script() -> ModuleType:
     spec = spec_from_file_location("recipe_prompts", FOLDER / "prompts.py")
     assert spec is not None
     assert spec.loader is not None
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
-    turns = [{"role": "system", "content": "Act so."}, {"role": "user", "content": "Add two numbers."}]
-    problems = list(script.code([{"ability": "math", "prompt": turns}, {"ability": "code", "prompt": turns}]))
-    assert problems == [{"id": "code-1", "domain": "code", "prompt": "Add two numbers.", "answer": None}]
-    rows = [{"difficulty": d, "question": "1 + 1?", "final_answer": 2} for d in (5.5, 6.0)]
-    assert list(script.math(rows)) == [{"id": "math-1", "domain": "math", "prompt": "1 + 1?", "answer": "2"}]
+    return script
 
 
 def test_base_recipes() -> None:

@@ -106,6 +106,22 @@ def test_same_weight_keeps_its_parameters(smallest: Path) -> None:
     assert named.weight.params == default.weight.params == {"gamma": 0.25, "floor": 1.0, "signed": False}
 
 
+def test_new_source_drops_revision_and_file_of_the_previous_one(smallest: Path, tmp_path: Path) -> None:
+    hub, local = tmp_path / "hub.toml", tmp_path / "local.toml"
+    hub.write_text("[prompts]\nsource = 'a/b'\nrevision = 'c'\ndata_files = 'd.parquet'\nlimit = 2000\n")
+    local.write_text("[prompts]\nsource = 'p.jsonl'\n")
+
+    def location(files: list[Path], *overrides: str) -> tuple[object, ...]:
+        prompts = load_recipe(files, overrides).prompts
+        return prompts.source, prompts.revision, prompts.data_files, prompts.limit
+
+    assert location([smallest, hub], "prompts.source=a/b") == ("a/b", "c", "d.parquet", 2000)
+    assert location([smallest, hub, local]) == ("p.jsonl", None, None, 2000)
+    assert location([smallest, local, hub]) == ("a/b", "c", "d.parquet", 2000)
+    changed = ["prompts.source=e/f", "prompts.revision=g"]
+    assert location([smallest, hub], *changed) == ("e/f", "g", None, 2000)
+
+
 def test_second_weight_is_independent_of_the_first(smallest: Path) -> None:
     both = load_recipe(
         [smallest], ["weight.times.name=prefix_only", "weight.times.fraction=0.2", "weight.name=uniform"]
