@@ -96,6 +96,17 @@ def broadcast_object(value: _T) -> _T:
     return values[0]
 
 
+def gather_objects(value: _T) -> list[_T]:
+    """Return the values of all ranks, in order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    import torch
+
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     all_reduce_sum({})

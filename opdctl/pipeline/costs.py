@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from opdctl.errors import OpdctlError
 from opdctl.models import CHUNK_LOGITS
 from opdctl.models.directory import ModelDir
-from opdctl.recipe.components import build_objective
+from opdctl.recipe.components import build_objective, reads_trainer_logprobs
 from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Sampling
 
 if TYPE_CHECKING:
@@ -303,6 +303,9 @@ def update_cost(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -
     passes = 3 - lora + settings.gradient_checkpointing
     flops, head_flops = passes * body, (3 - lora) * head
     update = _seconds(hardware, recipe.student.dtype, flops, head_flops, hardware.train_gpus)
+    updates = settings.updates_per_step * update
+    if reads_trainer_logprobs(recipe):
+        updates += _seconds(hardware, recipe.student.dtype, body, head, hardware.train_gpus)
     memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape)
     # Every process makes all micro-batches: ids, positions and stored log-probs of all the step's tokens.
     memory["step's tokens"] = responses * (8 * tokens + COLUMN_BYTES * response)
@@ -310,7 +313,7 @@ def update_cost(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -
         memory["teacher's output matrix"] = 4 * head_parameters(teacher)
         memory["logits"] *= 3  # also the teacher's, and the gradient with respect to all logits
         memory["activations"] += 4 * teacher.hidden_size * _batch_tokens(recipe, settings.tokens_per_micro_batch)
-    return StageCost(hardware.train_gpus, memory, settings.updates_per_step * update)
+    return StageCost(hardware.train_gpus, memory, updates)
 
 
 def _trained_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:

@@ -14,6 +14,11 @@ def build_token_weight(recipe: Recipe) -> Weight:
     return build_weight(weight.name, weight.params, (weight.times.name, weight.times.params) if weight.times else None)
 
 
+def reads_trainer_logprobs(recipe: Recipe) -> bool:
+    """Whether an update first computes the trainer's log-probs of all responses, because the weight reads them."""
+    return recipe.weight.logprobs == "trainer" and build_token_weight(recipe).reads_student_logprobs
+
+
 def build_objective(recipe: Recipe) -> Objective:
     """Build the recipe's objective."""
     return OBJECTIVES.build(recipe.objective.name, recipe.objective.params)

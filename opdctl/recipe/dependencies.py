@@ -48,6 +48,7 @@ ADDED_KEYS: dict[str, Any] = {
     r"(student|teacher|teachers\.[^.]+|reference)\.tokenizer": AUTO,
     r"train\.denominator": "all",
     r"train\.decay_vectors": False,
+    r"weight\.logprobs": "rollout",
     r"weight\.modulates": "loss",
     r"continuations\.max_tokens": None,
     r"continuations\.prefix_percents": list(range(0, 100, 10)),

@@ -202,6 +202,9 @@ class WeightSettings(Component):
     """The token weight. Its parameters are further keys of this section."""
     times: Component | None = None
     """A second weight; the two weights are multiplied."""
+    logprobs: Literal["rollout", "trainer"] = "rollout"
+    """Whose log-probs of the student the weight reads: those that the rollout stored, or the trainer's own before the
+    first update of the step, which take another forward pass."""
     modulates: Literal["loss", "extrapolation"] = "loss"
     """What the weight multiplies: a token's loss, or λ of reward extrapolation (`train.extrapolation`). In the latter
     case the losses have weight 1."""

@@ -121,10 +121,14 @@ def target_logprobs(scored: ScoredResponse, extrapolation: float, weight_T: Floa
     return np.asarray(factor * teacher + (1 - factor) * scored.reference.logprobs, np.float32)
 
 
-def to_weight_inputs(scored: ScoredResponse, step: int) -> ResponseTokens:
-    """Return a response's tokens as the input of token weights, float64."""
+def to_weight_inputs(scored: ScoredResponse, step: int, student_logprobs: Logprobs | None = None) -> ResponseTokens:
+    """Return a response's tokens as the input of token weights, float64.
+
+    student_logprobs: the student's log-probs of the tokens, [T], in nats; by default those that the rollout stored.
+    """
+    student_logprobs = scored.response.logprobs if student_logprobs is None else student_logprobs
     columns = {name: value for name in COLUMN_SETTINGS if (value := _stored_column(scored, name)) is not None}
-    student_logp_T = scored.response.logprobs.astype(np.float64)
+    student_logp_T = student_logprobs.astype(np.float64)
     teacher_logp_T = scored.teacher.logprobs.astype(np.float64)
     return ResponseTokens(
         student_logp_T,

@@ -95,11 +95,11 @@ def log_untrained_matrices(model: PreTrainedModel, settings: Lora, text: tuple[s
         console.info(f"lora.target_modules: {ALL_LINEAR} does not include {', '.join(sorted(untrained))}")
 
 
-def enable_dropout(model: PreTrainedModel) -> None:
-    """Enable the dropout of adapters. The model itself remains without dropout."""
+def set_dropout(model: PreTrainedModel, enabled: bool) -> None:
+    """Enable or disable the dropout of adapters. The model itself remains without dropout."""
     for name, module in model.named_modules():
         if "lora_dropout" in name:
-            module.train()
+            module.train(enabled)
 
 
 def _check_injected(model: PreTrainedModel, expected: set[str], layers: set[str]) -> None:

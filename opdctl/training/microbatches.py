@@ -3,8 +3,9 @@
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from opdctl.artifacts.records import ScoredResponse
+from opdctl.artifacts.records import Logprobs, ScoredResponse
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Floats, Weight, weigh
 from opdctl.models.batching import PaddedBatch, by_token_budget, pad_batch
@@ -75,11 +76,22 @@ def micro_batches_of_rank(batches: Sequence[MicroBatch], rank: int, world_size: 
 
 
 def make_micro_batches(
-    recipe: Recipe, step: int, scored: Sequence[ScoredResponse], weight: Weight, objective: Objective, device: str
+    recipe: Recipe,
+    step: int,
+    scored: Sequence[ScoredResponse],
+    weight: Weight,
+    objective: Objective,
+    device: str,
+    old_logprobs: Mapping[str, Logprobs] | None = None,
 ) -> list[MicroBatch]:
-    """Weight a step's tokens and split its responses into micro-batches of one teacher each, by the token budget."""
+    """Weight a step's tokens and split its responses into micro-batches of one teacher each, by the token budget.
+
+    old_logprobs: the trainer's log-probs of each response by its id, [T], in nats. The weights then read these instead
+    of the stored ones, and the micro-batches contain them.
+    """
+    own = [old_logprobs[sample.response.sample_id] if old_logprobs else None for sample in scored]
     # Some weights depend on all responses of the step, so they are computed before the split.
-    weights = weigh(weight, [to_weight_inputs(sample, step) for sample in scored])
+    weights = weigh(weight, [to_weight_inputs(sample, step, logp) for sample, logp in zip(scored, own, strict=True)])
     factors = [np.ones(len(w)) for w in weights] if recipe.weight.modulates == "extrapolation" else weights
     denominators = _loss_denominators(factors, recipe.train)
     lengths = [len(sample.response.response_ids) for sample in scored]
@@ -91,7 +103,9 @@ def make_micro_batches(
             batch_rows = [rows[i] for i in indices]
             loss_scales = [factors[i] / denominators[i] for i in batch_rows]
             samples, batch_weights = [scored[i] for i in batch_rows], [weights[i] for i in batch_rows]
-            batches.append(_micro_batch(recipe, samples, batch_weights, loss_scales, objective, device))
+            batch = _micro_batch(recipe, samples, batch_weights, loss_scales, objective, device)
+            old_logp_N = _column([own[i] for i in batch_rows], device) if old_logprobs else None
+            batches.append(replace(batch, old_logp_N=old_logp_N))
     return batches
 
 
@@ -119,17 +133,14 @@ def _micro_batch(
     objective: Objective,
     device: str,
 ) -> MicroBatch:
-    def column(values: Sequence[npt.NDArray[np.generic] | None], dtype: type = np.float32) -> Tensor:
-        stored = [value for value in values if value is not None]  # recipe validation ensures that all are stored
-        return torch.from_numpy(np.concatenate(stored).astype(dtype)).to(device)
-
+    column = partial(_column, device=device)
     responses, teachers = [sample.response for sample in samples], [sample.teacher for sample in samples]
     ids_NK, logp_NK = None, None
     if objective.support == "teacher":
-        ids_NK = column([teacher.top_ids for teacher in teachers], np.int64)
+        ids_NK = column([teacher.top_ids for teacher in teachers], dtype=np.int64)
         logp_NK = column([teacher.top_logprobs for teacher in teachers])
     elif objective.support == "student":
-        ids_NK = column([response.top_ids for response in responses], np.int64)
+        ids_NK = column([response.top_ids for response in responses], dtype=np.int64)
         logp_NK = column([teacher.student_top_logprobs for teacher in teachers])
     top_k = getattr(objective, "top_k", None)  # the stored columns may be wider
     factors = weights if recipe.weight.modulates == "extrapolation" else [None] * len(samples)
@@ -145,3 +156,8 @@ def _micro_batch(
         support_ids_NK=None if ids_NK is None else ids_NK[:, :top_k],
         teacher_logp_NK=None if logp_NK is None else logp_NK[:, :top_k],
     )
+
+
+def _column(values: Sequence[npt.NDArray[np.generic] | None], device: str, dtype: type = np.float32) -> Tensor:
+    stored = [value for value in values if value is not None]  # recipe validation ensures that all are stored
+    return torch.from_numpy(np.concatenate(stored).astype(dtype)).to(device)

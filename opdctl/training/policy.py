@@ -17,7 +17,7 @@ from opdctl.models.inspection import load_on_meta_device
 from opdctl.models.loading import load_model
 from opdctl.models.self_check import LOGPROB_TOLERANCE, scoring_difference
 from opdctl.recipe.schema import Recipe
-from opdctl.training.adapters import check_adapters, enable_dropout, inject_adapters, log_untrained_matrices
+from opdctl.training.adapters import check_adapters, inject_adapters, log_untrained_matrices, set_dropout
 from opdctl.training.export import check_exportable, text_prefixes
 
 
@@ -45,7 +45,7 @@ def load_policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedMod
     _select_trained_weights(model, student, recipe)
     if recipe.lora.rank:
         check_adapters(model)
-        enable_dropout(model)
+        set_dropout(model, True)
         log_untrained_matrices(model, recipe.lora, text_prefixes(model))
     if recipe.train.gradient_checkpointing:
         _enable_gradient_checkpointing(model)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,18 +17,20 @@ from torch import Tensor
 
 from opdctl import console, distributed
 from opdctl.artifacts import directories, files
-from opdctl.artifacts.records import ScoredResponse, sample_seed
+from opdctl.artifacts.records import Logprobs, ScoredResponse, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint
 from opdctl.artifacts.versions import versioned
 from opdctl.errors import OpdctlError, is_out_of_memory
 from opdctl.losses.objectives import TokenBatch
+from opdctl.losses.token_weights import Uniform, Weight
 from opdctl.models.loading import load_head
 from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
-from opdctl.recipe.components import build_objective, build_token_weight
+from opdctl.recipe.components import build_objective, build_token_weight, reads_trainer_logprobs
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish
+from opdctl.training.adapters import set_dropout
 from opdctl.training.export import export_student
 from opdctl.training.metrics import (
     ROLLOUT_CORRECTION_SQUARED,
@@ -40,6 +42,7 @@ from opdctl.training.metrics import (
 from opdctl.training.microbatches import MicroBatch, make_micro_batches, micro_batches_of_rank, split_in_half
 from opdctl.training.optimizer import learning_rate, make_adamw
 
+_T = TypeVar("_T")
 MAX_OOM_SPLITS = 6  # how often micro-batches are halved after an out-of-memory error
 LAST_UPDATE_METRICS = ("loss", "ratio", "clip_fraction", "dual_clip_fraction")
 """Metrics of a step's last update. The others describe the policy before the first one."""
@@ -118,10 +121,63 @@ class Trainer:
     def make_micro_batches(self, step: int, scored: list[ScoredResponse]) -> list[MicroBatch]:
         """Weight a step's tokens, split the responses into micro-batches, and return those of this rank."""
         check_ids([sample.response for sample in scored], self._run.student)
+        old_logprobs = self._old_logprobs(step, scored) if reads_trainer_logprobs(self._run.recipe) else None
+        return self._batches_of_rank(step, scored, self._weight, old_logprobs)
+
+    def _batches_of_rank(
+        self,
+        step: int,
+        scored: list[ScoredResponse],
+        weight: Weight,
+        old_logprobs: Mapping[str, Logprobs] | None = None,
+    ) -> list[MicroBatch]:
         settings = self._settings.model_copy(update={"tokens_per_micro_batch": self._token_budget})
         recipe = self._run.recipe.model_copy(update={"train": settings})
-        batches = make_micro_batches(recipe, step, scored, self._weight, self._objective, self._device)
+        batches = make_micro_batches(recipe, step, scored, weight, self._objective, self._device, old_logprobs)
         return micro_batches_of_rank(batches, distributed.rank(), distributed.world_size())
+
+    def _old_logprobs(self, step: int, scored: list[ScoredResponse]) -> dict[str, Logprobs]:
+        """Return the log-probs of all responses under the student before the step's updates, by sample id, [T] each.
+
+        Every rank computes those of its micro-batches, without gradient and without dropout.
+
+        Raises:
+            OpdctlError: one is not finite; memory is insufficient.
+        """
+        set_dropout(self._model, False)
+        _, own = self._with_smaller_batches(self._logprobs_of, self._batches_of_rank(step, scored, Uniform()))
+        set_dropout(self._model, True)
+        logprobs = {name: logp_T for of_rank in distributed.gather_objects(own) for name, logp_T in of_rank.items()}
+        if wrong := [name for name, logp_T in logprobs.items() if not np.isfinite(logp_T).all()]:
+            raise _non_finite_error(self._run, "a log-prob of the trainer is not finite", wrong)
+        return logprobs
+
+    def _logprobs_of(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, Logprobs]]:
+        """Return the micro-batches, and the log-probs of their responses by sample id."""
+        logprobs: dict[str, Logprobs] = {}
+        for batch in batches:
+            for sample, logp_T in zip(batch.samples, batch.padded.split(self._logp_N(batch)), strict=True):
+                logprobs[sample.response.sample_id] = logp_T.numpy()
+        return batches, logprobs
+
+    @torch.no_grad()
+    def _logp_N(self, batch: MicroBatch) -> Tensor:
+        """Return the log-probs of a micro-batch's response tokens, [N], in CPU memory."""
+        logps: list[Tensor] = []
+
+        def keep_logp(chunk: Chunk) -> None:
+            logps.append(chunk.selected_logp_CK[:, 0].cpu())
+
+        hidden_ND, ids_N = self._response_states(batch)
+        head = output_head(self._model, self._run.student.vocab_size)
+        map_vocab_chunks(head, hidden_ND, ids_N[:, None], keep_logp)
+        return torch.cat(logps)
+
+    def _response_states(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return the hidden state that predicts each response token, [N, D], and the token's id, [N]."""
+        padded, dtype = batch.padded, self._run.recipe.student.dtype
+        with torch.autocast(self._device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
 
     def _step_metrics(
         self, step: int, scored: list[ScoredResponse], update_metrics: dict[str, Any], seconds: Mapping[str, float]
@@ -145,7 +201,7 @@ class Trainer:
         metrics: dict[str, Any] = {}
         for _ in range(self._settings.updates_per_step):
             rate = self._set_learning_rate(step)
-            batches, sums = self._accumulate_gradients(batches)
+            batches, sums = self._with_smaller_batches(self._backward_all, batches)
             norm = self._optimizer_step()
             sums = distributed.all_reduce_sum(sums)
             num_tokens = max(sums.pop("tokens"), 1)
@@ -157,18 +213,19 @@ class Trainer:
             metrics["effective_sample_size"] = metrics["rollout_correction"] ** 2 / max(mean_square, 1e-30)
         return metrics
 
-    def _accumulate_gradients(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
-        """Accumulate the gradient of the micro-batches; after an out-of-memory error, of smaller ones.
+    def _with_smaller_batches(
+        self, function: Callable[[list[MicroBatch]], tuple[list[MicroBatch], _T]], batches: list[MicroBatch]
+    ) -> tuple[list[MicroBatch], _T]:
+        """Return what the function returns for the micro-batches; after an out-of-memory error, for smaller ones.
 
-        The gradient does not depend on their size. Return the micro-batches with the old policy's log-probs, and the
-        sums of the metrics.
+        Neither gradient nor log-probs depend on their size.
 
         Raises:
             OpdctlError: memory does not suffice for micro-batches of one response.
         """
         for _ in range(MAX_OOM_SPLITS + 1):
             try:
-                return self._backward_all(batches)
+                return function(batches)
             except (RuntimeError, MemoryError) as error:
                 # Other ranks wait in the collectives of a sharded layer and cannot be notified.
                 if distributed.world_size() > 1 or not is_out_of_memory(error):
@@ -186,6 +243,7 @@ class Trainer:
         )
 
     def _backward_all(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
+        """Accumulate the gradient. Return the micro-batches with the old policy's log-probs, and the metrics' sums."""
         with_old_logp, sums = [], dict[str, float]()
         for batch in batches:
             old_logp_N, batch_sums = self._backward(batch)
@@ -213,9 +271,8 @@ class Trainer:
         Raises:
             OpdctlError: the loss is not finite.
         """
-        padded, sums, run = batch.padded, MetricSums(), self._run
-        with torch.autocast(self._device, torch.bfloat16, enabled=run.recipe.student.dtype == "bfloat16"):
-            hidden_ND, ids_N = response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
+        sums, run = MetricSums(), self._run
+        hidden_ND, ids_N = self._response_states(batch)
         teacher_hidden_ND = self._teacher_states(batch)
 
         def chunk_loss(chunk: Chunk) -> Tensor:

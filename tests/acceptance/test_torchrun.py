@@ -76,6 +76,17 @@ def test_two_processes_report_the_metrics_of_one(one_process, two_processes):
                 assert step[name] == pytest.approx(expected_step[name], rel=1e-3, abs=1e-5), name
 
 
+def test_weights_of_two_processes_by_their_own_log_probs_are_those_of_one(tmp_path):
+    """A weight relative to all responses of the step, whose log-probs each process computes for its own ones."""
+    settings = (*SETTINGS, "weight.name=prefix_ratio", "weight.alpha=0.1", "weight.logprobs=trainer")
+    settings += ("weight.times={name='prefix_only', fraction=0.5}", "train.denominator=selected")
+    assert train(tmp_path / "one", *settings).code == 0
+    torchrun(tmp_path / "two", *settings)
+    assert max_difference(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3)) < 1e-5
+    one, two = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    assert json.loads(one[0])["weight"] == pytest.approx(json.loads(two[0])["weight"], rel=1e-5)
+
+
 def test_both_processes_save_shards_and_one_prints(launched):
     path, done = launched
     assert len(done.stdout.splitlines()) == 1

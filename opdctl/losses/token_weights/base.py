@@ -81,6 +81,11 @@ class Weight:
         """Whether the weights of a response depend on the other responses of the step."""
         return type(self).weigh_step is not Weight.weigh_step
 
+    @property
+    def reads_student_logprobs(self) -> bool:
+        """Whether the weights depend on the student's log-probs of the sampled tokens; see `weight.logprobs`."""
+        return True
+
     def __call__(self, tokens: ResponseTokens) -> Floats:
         """Return the weights of the tokens of one response, [T], finite and at least 0."""
         raise NotImplementedError(f"{self} has no weights for a single response: call `weigh_step`")
@@ -104,6 +109,10 @@ class Product(Weight):
     @property
     def needs_full_step(self) -> bool:
         return self.first.needs_full_step or self.second.needs_full_step
+
+    @property
+    def reads_student_logprobs(self) -> bool:
+        return self.first.reads_student_logprobs or self.second.reads_student_logprobs
 
     def weigh_step(self, responses: Sequence[ResponseTokens]) -> list[Floats]:
         first, second = self.first.weigh_step(responses), self.second.weigh_step(responses)

@@ -16,6 +16,8 @@ from opdctl.registry import WEIGHTS
 class Uniform(Weight):
     """Weight 1 for every token: standard on-policy distillation."""
 
+    reads_student_logprobs = False
+
     def __call__(self, tokens: ResponseTokens) -> Floats:
         return np.ones(len(tokens))
 
@@ -101,6 +103,7 @@ class TeacherConfidence(Weight):
     window: int = 64
     q: float = 0.9
     w_min: float = 0.0
+    reads_student_logprobs = False
 
     def __post_init__(self) -> None:
         check_range("alpha", self.alpha, ge=0)
@@ -132,6 +135,7 @@ class Prune(Weight):
     tau: float = 0.7
     base: float = 0.5
     top_k: int = 16
+    reads_student_logprobs = False
 
     def __post_init__(self) -> None:
         check_range("drop", self.drop, ge=0)

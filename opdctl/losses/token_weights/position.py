@@ -11,9 +11,15 @@ from opdctl.losses.token_weights.base import Floats, ResponseTokens, Weight, num
 from opdctl.registry import WEIGHTS
 
 
+class PositionWeight(Weight):
+    """The base class of these weights."""
+
+    reads_student_logprobs = False
+
+
 @WEIGHTS.register("linear_decay", "arXiv 2606.22600")
 @dataclass(frozen=True)
-class LinearDecay(Weight):
+class LinearDecay(PositionWeight):
     """Falls linearly from 1 + gamma at the first token to 1 at the last."""
 
     gamma: float = 0.5
@@ -27,7 +33,7 @@ class LinearDecay(Weight):
 
 @WEIGHTS.register("position_sigmoid", "PW-OPSD, arXiv 2605.21606")
 @dataclass(frozen=True)
-class PositionSigmoid(Weight):
+class PositionSigmoid(PositionWeight):
     """w_min + (1 - w_min) sigmoid((t/n - tau) / scale), which rises with the position t of n tokens."""
 
     w_min: float = 0.25
@@ -46,7 +52,7 @@ class PositionSigmoid(Weight):
 
 @WEIGHTS.register("prefix_only", "arXiv 2606.22600")
 @dataclass(frozen=True)
-class PrefixOnly(Weight):
+class PrefixOnly(PositionWeight):
     """1 for the first ceil(fraction n) of n tokens, else 0."""
 
     fraction: float = 0.3
@@ -60,7 +66,7 @@ class PrefixOnly(Weight):
 
 @WEIGHTS.register("suffix_only", "arXiv 2606.22600")
 @dataclass(frozen=True)
-class SuffixOnly(Weight):
+class SuffixOnly(PositionWeight):
     """1 for the last ceil(fraction n) of n tokens, else 0."""
 
     fraction: float = 0.3
@@ -74,7 +80,7 @@ class SuffixOnly(Weight):
 
 @WEIGHTS.register("prefix_boost", "arXiv 2606.22600")
 @dataclass(frozen=True)
-class PrefixBoost(Weight):
+class PrefixBoost(PositionWeight):
     """`multiplier` for the first ceil(fraction n) of n tokens, else 1."""
 
     fraction: float = 0.3
@@ -90,7 +96,7 @@ class PrefixBoost(Weight):
 
 @WEIGHTS.register("prefix_curriculum", "arXiv 2606.22600")
 @dataclass(frozen=True)
-class PrefixCurriculum(Weight):
+class PrefixCurriculum(PositionWeight):
     """prefix_boost (mode "mask": prefix_only) with a fraction that grows from `start` to `end` over `steps` steps.
 
     The first step has the fraction `start`, the last of the `steps`, and every later one, `end`.

@@ -32,6 +32,10 @@ class Tip(Weight):
         top = {"rollout.top_k": self.top_k, "score.student_top_k": True} if self.top_k else {}
         return {"rollout.entropy": True, **top}
 
+    @property
+    def reads_student_logprobs(self) -> bool:
+        return not self.top_k
+
     def weigh_step(self, responses: Sequence[ResponseTokens]) -> list[Floats]:
         entropies = (tokens.column("student_entropies") for tokens in responses)
         entropy_N = _min_max_scale(np.concatenate([np.zeros(0), *entropies]))
@@ -61,6 +65,7 @@ class Fire(Weight):
     alpha: float = 1.0
     beta: float = 1.0
     percentile: float = 20.0
+    reads_student_logprobs = False
 
     def __post_init__(self) -> None:
         check_range("alpha", self.alpha, ge=0)

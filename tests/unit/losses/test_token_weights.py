@@ -286,6 +286,19 @@ def test_each_weight_needs_what_it_reads():
     assert WEIGHTS.build("tip", {"top_k": 0}).needs == {"rollout.entropy": True}
 
 
+@pytest.mark.parametrize(("name", "params"), EVERY)
+def test_each_weight_says_whether_it_reads_the_students_log_probs(name, params):
+    """If it does not, other log-probs of the student change nothing."""
+    columns = {"student_entropies": [0.5, 1, 2], "teacher_entropies": [1, 2, 3]}
+    columns |= {"student_top_ids": [[1, 2]] * 3, "teacher_top_ids": [[2, 3]] * 3}
+    columns |= {"student_top_logprobs": [[-1, -2]] * 3, "teacher_student_top_logprobs": [[-2, -1], [-1, -3], [-1, -2]]}
+    weight = WEIGHTS.build(name, params)
+    steps = [[tokens(a, [-1, -2, -3], **columns), tokens([5, 0, 1], **columns)] for a in ([-9, 4, 2], [1, -4, 2])]
+    first, second = (np.concatenate(weigh(weight, step)).tolist() for step in steps)
+    assert (first != second) == weight.reads_student_logprobs
+    assert Product(weight, Uniform()).reads_student_logprobs == weight.reads_student_logprobs
+
+
 @pytest.mark.parametrize("weights", [[1, math.nan], [1, math.inf], [1, -1e-300], [1], [1, 1, 1], [[1, 1]], []])
 def test_invalid_weights_are_rejected(weights):
     weight = SimpleNamespace(weigh_step=lambda responses: [np.ones(1), np.array(weights, float)])

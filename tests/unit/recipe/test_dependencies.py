@@ -69,6 +69,7 @@ def test_fingerprints_exclude_mutable_settings(smallest: Path) -> None:
         ("student.tokenizer=file", "rollout"),
         ("student.tokenizer=file", "eval"),
         ("teacher.tokenizer=class", "score"),
+        ("weight.logprobs=trainer", "update"),
         ("train.denominator=selected", "update"),
         ("train.decay_vectors=true", "update"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+from opdctl.errors import OpdctlError
 from opdctl.models.loading import load_model
 from opdctl.recipe.schema import WeightSettings
 from opdctl.runs.scored_responses import read_scored
@@ -78,3 +79,95 @@ def test_gradient_is_that_of_the_formula_on_full_logits(scored_run):
         weight = 1 + 0.5 * (1 - spent / advantage.abs().sum())
         (-(weight * advantage * logp).sum() / tokens).backward()
     assert_same_gradient(gradient(scored_run), {name: p.grad for name, p in model.named_parameters()})
+
+
+# ── Weights by the trainer's own log-probs ───────────────────────────────────────────────────────────────────────────
+
+
+def with_weight(run, **settings):
+    """Return the run with another [weight], and several micro-batches."""
+    recipe = run.recipe.model_copy(update={"weight": WeightSettings(**settings)})
+    return with_settings(dataclasses.replace(run, recipe=recipe), tokens_per_micro_batch=160)
+
+
+def with_logprobs(samples, logprobs):
+    """Return the samples with other log-probs of the rollout."""
+    return [
+        dataclasses.replace(sample, response=dataclasses.replace(sample.response, logprobs=logp_T))
+        for sample, logp_T in zip(samples, logprobs, strict=True)
+    ]
+
+
+def batches_of(run, samples):
+    return Trainer(run, "cpu").make_micro_batches(0, samples)
+
+
+WEIGHTS_READING_LOGPROBS = [{"name": "iw_opd"}, {"name": "prefix_ratio", "alpha": 0.1}]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS_READING_LOGPROBS, ids=lambda weight: weight["name"])
+def test_update_is_the_same_if_rollout_and_trainer_have_the_same_log_probs(scored_run, weight):
+    own, stored = (with_weight(scored_run, **weight, logprobs=name) for name in ("trainer", "rollout"))
+    samples = list(read_scored(scored_run, 0))
+    trainer = Trainer(own, "cpu")
+    logprobs = trainer._old_logprobs(0, samples)
+    planted = with_logprobs(samples, [logprobs[sample.response.sample_id] for sample in samples])
+    gradients = []
+    for run in (own, stored):
+        trainer = Trainer(run, "cpu")
+        for batch in trainer.make_micro_batches(0, planted):
+            trainer._backward(batch)
+        gradients.append({name: parameter.grad for name, parameter in trainer._model.named_parameters()})
+    for name, grad in gradients[0].items():
+        assert torch.equal(grad, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("weight", WEIGHTS_READING_LOGPROBS, ids=lambda weight: weight["name"])
+def test_log_probs_of_the_rollout_do_not_enter_the_trainers_weights(scored_run, weight):
+    samples = list(read_scored(scored_run, 0))
+    noise = np.random.default_rng(0)
+    noisy = [s.response.logprobs + noise.normal(0, 1, len(s.response.logprobs)).astype(np.float32) for s in samples]
+    planted = with_logprobs(samples, noisy)
+    for name in ("trainer", "rollout"):
+        run = with_weight(scored_run, **weight, logprobs=name)
+        pairs = zip(batches_of(run, samples), batches_of(run, planted), strict=True)
+        assert all(torch.equal(one.weight_N, other.weight_N) for one, other in pairs) == (name == "trainer")
+
+
+def test_trainers_log_probs_are_those_of_the_first_backward_pass(scored_run):
+    trainer = Trainer(with_weight(scored_run, name="iw_opd", logprobs="trainer"), "cpu")
+    batches = trainer.make_micro_batches(0, list(read_scored(scored_run, 0)))
+    assert len(batches) > 2
+    for batch in batches:
+        assert torch.equal(trainer._backward(dataclasses.replace(batch, old_logp_N=None))[0], batch.old_logp_N)
+        assert (batch.old_logp_N - batch.rollout_logp_N).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weight", [{"name": "linear_decay"}, {"name": "iw_opd", "logprobs": "rollout"}])
+def test_no_forward_pass_without_need(scored_run, weight, monkeypatch):
+    monkeypatch.delattr(Trainer, "_old_logprobs")
+    batches = batches_of(with_weight(scored_run, **{"logprobs": "trainer", **weight}), list(read_scored(scored_run, 0)))
+    assert all(batch.old_logp_N is None for batch in batches)
+
+
+def test_old_log_probs_are_computed_without_dropout(scored_run):
+    lora = scored_run.recipe.lora.model_copy(update={"rank": 2, "dropout": 0.5})
+    run = with_weight(scored_run, name="iw_opd", logprobs="trainer")
+    trainer = Trainer(dataclasses.replace(run, recipe=run.recipe.model_copy(update={"lora": lora})), "cpu")
+    for name, parameter in trainer._model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    samples = list(read_scored(scored_run, 0))
+    first, second = trainer._old_logprobs(0, samples), trainer._old_logprobs(0, samples)
+    assert all(np.array_equal(logp_T, second[name]) for name, logp_T in first.items())
+    batch = trainer.make_micro_batches(0, samples)[0]
+    assert not torch.equal(trainer._logp_N(batch), trainer._logp_N(batch))  # training has dropout again
+
+
+def test_log_prob_of_the_trainer_that_is_not_finite(scored_run):
+    trainer = Trainer(with_weight(scored_run, name="iw_opd", logprobs="trainer"), "cpu")
+    with torch.no_grad():
+        trainer._model.get_input_embeddings().weight.fill_(math.nan)
+    with pytest.raises(OpdctlError) as caught:
+        trainer.make_micro_batches(0, list(read_scored(scored_run, 0)))
+    assert caught.value.kind == "nonfinite_value"
