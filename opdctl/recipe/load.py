@@ -207,8 +207,8 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
                 # Revision and file are those of the previous source.
                 into[name] = {k: v for k, v in into[name].items() if k not in ("revision", "data_files")}
             _merge(into[name], value, source, origin, f"{key}.")
-        elif value is False and isinstance(into.get(name), dict):
-            del into[name]  # remove the section of an earlier file
+        elif value is False and isinstance(into.get(name), dict | str):
+            del into[name]  # remove the section, or the text, of an earlier file
         else:
             into[name] = value
         origin[key] = source

@@ -1,8 +1,8 @@
 """The schema of a recipe, with the default of every key. Imports no torch.
 
 A recipe is one complete run in TOML. `load_recipe` merges files and `--set a.b=c` key by key, and later values override
-earlier ones; `section = false` removes a section of an earlier file. The default of a key is the recommended setting.
-The docstring below a key is its documentation.
+earlier ones; `key = false` removes a section or a text of an earlier file. The default of a key is the recommended
+setting. The docstring below a key is its documentation.
 """
 
 import re

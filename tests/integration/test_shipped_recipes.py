@@ -36,15 +36,18 @@ PAIRS = {  # of the paper: student and teacher parameters
     "235b-to-30b": (30_532_122_624, 235_093_634_560),
 }
 EXPECTED_WEIGHTS = {
-    "all_tokens": {"name": "uniform"},
+    "opd": {"name": "uniform"},
+    "iw_opd": {"name": "iw_opd", "gamma": 0.5, "floor": 1.0, "signed": False},
     "prefix_30": {"name": "prefix_only", "fraction": 0.3},
     "suffix_30": {"name": "suffix_only", "fraction": 0.3},
     "prefix_boost": {"name": "prefix_boost", "fraction": 0.3, "multiplier": 1.5},
     "linear_decay": {"name": "linear_decay", "gamma": 0.5},
     "curriculum": {"name": "prefix_curriculum", "start": 0.3, "end": 1.0, "steps": 165},
-    "signed_share": {"name": "iw_opd", "gamma": 0.5, "signed": True},
-    "prefix_ratio": {"name": "prefix_ratio", "alpha": 0.1},
-    "teacher_confidence": {"name": "teacher_confidence"},
+    "signed_share": {"name": "iw_opd", "gamma": 0.5, "floor": 1.0, "signed": True},
+    "surrogate": {"name": "iw_opd", "gamma": 1.0, "floor": 0.0, "signed": False},
+    "prefix_ratio": {"name": "prefix_ratio", "alpha": 0.001, "gamma": 1.0, "floor": 0.0, "normalize": "position"},
+    "prefix_ratio_blend": {"name": "prefix_ratio", "gamma": 0.5, "floor": 1.0, "normalize": "position"},
+    "teacher_confidence": {"name": "teacher_confidence", "alpha": 1.0, "window": 64, "q": 0.9, "w_min": 0.0},
 }
 
 
@@ -154,7 +157,10 @@ def test_cross_scale_has_the_settings_of_the_paper() -> None:
         1,
         1,
     )
-    assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.warmup_steps) == (1e-5, 0.01, 0)
+    train = recipe.train
+    assert (train.learning_rate, train.weight_decay, train.decay_vectors, train.warmup_steps) == (1e-5, 0.01, True, 0)
+    assert (recipe.seed, train.aggregate, train.denominator) == (42, "response", "all")
+    assert recipe.prompts.suffix == recipe.eval.suffix
     assert (recipe.prompts.max_tokens, recipe.rollout.max_tokens, recipe.eval.max_tokens) == (2048, 16384, 16384)
     assert (recipe.eval.every_steps, recipe.train.keep_every_steps) == (10, 50)
     assert {find_benchmark(name, recipe.eval).samples_per_problem(recipe.eval) for name in recipe.eval.bench} == {32}
@@ -173,7 +179,10 @@ def test_settings_of_the_variants() -> None:
     assert (plain.weight.name, plain.train.extrapolation) == ("uniform", 1.25)
     assert (weighted.weight.name, weighted.train.extrapolation) == ("iw_opd", 1.25)
     assert plain.reference == plain.student
+    plain, weighted = recipe_of("iw_exopd"), recipe_of("iw_exopd_lambda")
+    assert (plain.weight.modulates, weighted.weight.modulates) == ("loss", "extrapolation")
     assert recipe_of("code").eval.allow_code_execution
+    assert recipe_of("code").eval.code_suffix.endswith(recipe_of("code").prompts.suffix)
     assert recipe_of("lora_one_gpu").lora.rank > 0
 
 

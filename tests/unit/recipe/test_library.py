@@ -9,7 +9,7 @@ from opdctl.recipe.library import LIBRARY, describe_recipe, find_recipe, recipe_
 def test_complete_recipes_come_first():
     names = recipe_names()
     assert names[:2] == ["cross_scale", "quickstart"]
-    assert {"pairs/4b-to-4b", "variants/perm", "weights/all_tokens"} < set(names)
+    assert {"pairs/4b-to-4b", "variants/perm", "weights/opd"} < set(names)
 
 
 @pytest.mark.parametrize("name", recipe_names())
