@@ -3,11 +3,12 @@
 One pass over the parts, with one part or one step in memory at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from opdctl import console
 from opdctl.analysis import samples
+from opdctl.analysis.correlations import TokenSample
 from opdctl.analysis.position_bias import assess_bias
 from opdctl.analysis.position_sums import Batch, PositionStats, split_by_tokens
 from opdctl.analysis.results import Analysis, Phase, summarize_step
@@ -43,13 +44,14 @@ def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseCh
     if skipped:
         console.warn(f"steps with incomplete scores are skipped: {', '.join(map(str, skipped))}")
     all_steps, results = Phase(_step_range(steps), PositionStats()), []
-    phases = _quarters(steps) if phase_choice == "quarters" else _ends(run, steps)
+    phases = (_quarters if phase_choice == "quarters" else _ends)(run, steps)
     with console.progress("analyze-position", len(steps)) as advance:
         for step in steps:
-            numbers = _position_stats(run, step, weights, all_steps.numbers.responses)
-            for phase_steps, phase in [(steps, all_steps), *phases]:
-                if step in phase_steps:
-                    phase.numbers.merge(numbers)
+            phases_of_step = [phase for phase_steps, phase in phases if step in phase_steps]
+            token_samples = [phase.sample for phase in phases_of_step if phase.sample]
+            numbers = _position_stats(run, step, weights, all_steps.numbers.responses, token_samples)
+            for phase in (all_steps, *phases_of_step):
+                phase.numbers.merge(numbers)
             results.append(summarize_step(step, numbers))
             advance(1)
     summaries = sorted(run.path.glob("continuations/step-*/summary.json"))
@@ -83,17 +85,23 @@ def _is_scored(run: Run, step: int) -> bool:
     )
 
 
-def _quarters(steps: list[int]) -> list[tuple[list[int], Phase]]:
+def _quarters(run: Run, steps: list[int]) -> list[tuple[list[int], Phase]]:
     """Return the first and the last quarter of the steps, at least one step each."""
     quarter = max(1, len(steps) // 4)
     parts = [steps[:quarter], steps[-quarter:]] if len(steps) > 1 else [steps]
-    return [(part, Phase(_step_range(part), PositionStats())) for part in parts]
+    return [(part, _empty_phase(run, _step_range(part), part)) for part in parts]
 
 
 def _ends(run: Run, steps: list[int]) -> list[tuple[list[int], Phase]]:
     """Return the first and the last step, named by the students that drew their responses."""
     ends = dict.fromkeys((steps[0], steps[-1]))
-    return [([step], Phase(_student_name(run.policy_version(step), step), PositionStats())) for step in ends]
+    return [([step], _empty_phase(run, _student_name(run.policy_version(step), step), [step])) for step in ends]
+
+
+def _empty_phase(run: Run, name: str, steps: list[int]) -> Phase:
+    manifests = [manifest for step in steps if (manifest := run.rollout_stage(step).manifest())]
+    tokens = sum(part["tokens"] for manifest in manifests for part in manifest["parts"])
+    return Phase(name, PositionStats(), TokenSample(tokens))
 
 
 def _student_name(updates: int, step: int) -> str:
@@ -112,15 +120,23 @@ def _step_range(steps: list[int]) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}–{steps[-1]}"
 
 
-def _position_stats(run: Run, step: int, weights: Mapping[str, Weight], num_earlier: int) -> PositionStats:
-    """Return the sums of a step. num_earlier: responses of the run before this step."""
+def _position_stats(
+    run: Run, step: int, weights: Mapping[str, Weight], num_earlier: int, token_samples: Sequence[TokenSample]
+) -> PositionStats:
+    """Return the sums of a step, and add its tokens to the samples. num_earlier: responses of the run before it."""
     total = PositionStats()
     for group in samples.response_groups(run, step, weights):
         responses = [to_weight_inputs(scored, step) for scored in group]
-        weights_by_name = {name: weigh(weight, responses) for name, weight in weights.items()}
+        by_step = {name: weigh(weight, responses) for name, weight in weights.items() if weight.needs_full_step}
         for part in split_by_tokens(responses, CHUNK_TOKENS):
             batch = Batch(responses[part], num_earlier + total.responses)
-            total.merge(PositionStats.of(batch, {name: weight_RT[part] for name, weight_RT in weights_by_name.items()}))
+            for sample in token_samples:
+                sample.add(batch, [scored.response.response_ids for scored in group[part]])
+            weights_by_name = {
+                name: by_step[name][part] if name in by_step else weigh(weight, batch.responses)
+                for name, weight in weights.items()
+            }
+            total.merge(PositionStats.of(batch, weights_by_name))
     return total
 
 

@@ -27,6 +27,11 @@ METHOD_NOTES = (
     "whether a student learns more with it can only be found by training.",
 )
 
+CORRELATIONS_NOTE = (
+    "Rank correlations with |A|; a partial one controls for all other properties. |A| is computed from the two "
+    "log-probs, so its correlations with these are in part by construction."
+)
+
 
 def overview(analysis: Analysis) -> str:
     """Return the size of the analyzed run in a sentence."""
@@ -105,6 +110,8 @@ def figure_captions(analysis: Analysis) -> dict[str, str]:
         "prefix_ratio": _effective_sample_size_caption(analysis, prefix_ratios=True),
         "entropy": "; ".join(_entropy_caption(phase) for phase in analysis.phases) + ".",
     }
+    if analysis.has_correlations():
+        captions["correlations"] = " ".join([CORRELATIONS_NOTE, *map(_correlations_caption, analysis.phases)])
     if analysis.samples:
         captions["one_response"] = _response_caption(analysis.samples[0])
     if len(analysis.steps) > 1:
@@ -166,6 +173,21 @@ def _entropy_caption(phase: Phase) -> str:
     means, names = overall_means(phase.numbers.overall), ("student_entropy", "teacher_entropy", "top_k_overlap")
     parts = [f"{name.replace('_', ' ')} {means[name].format('.3f')}" for name in names if name in means]
     return f"{phase.name}: {', '.join(parts)}"
+
+
+def _correlations_caption(phase: Phase) -> str:
+    sampled = phase.sample.sampled if phase.sample else 0
+    parts = [f"{phase.name}, {sampled:,} of {phase.numbers.tokens:,} tokens"]
+    for each in phase.correlations:
+        if not math.isnan(each.raw.value):
+            partial = "" if math.isnan(each.partial.value) else f", partial {each.partial.format('+.2f')}"
+            parts.append(f"{property_title(each.name)} {each.raw.format('+.2f')}{partial}")
+    return f"{'; '.join(parts)}."
+
+
+def property_title(name: str) -> str:
+    """Return the name of a property of the tokens for a figure or a caption."""
+    return name.replace("logp", "log-prob").replace("_", " ")
 
 
 def _response_caption(sample: Sample) -> str:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from opdctl.analysis.captions import property_title
 from opdctl.analysis.position_bias import PREFIX_PERCENT
 from opdctl.analysis.position_sums import BINS
 from opdctl.analysis.results import Analysis, Phase, continuation_rows
@@ -51,6 +52,7 @@ def draw_figures(analysis: Analysis) -> dict[str, Figure]:
         "weights": (True, weights_figure),
         "prefix_ratio": (bool(_prefix_ratios(analysis)), prefix_ratio_figure),
         "one_response": (bool(analysis.samples), one_response_figure),
+        "correlations": (analysis.has_correlations(), correlations_figure),
         "continuations": (bool(analysis.continuations), continuations_figure),
         "accuracy": (analysis.accuracy is not None, accuracy_figure),
     }
@@ -296,6 +298,28 @@ def one_response_figure(analysis: Analysis) -> Figure:
             axis.legend(fontsize=8.5, loc="upper right")
     for axis in axes:
         axis.set_xlabel("token position")
+    return figure
+
+
+# ── Properties of the tokens ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def correlations_figure(analysis: Analysis) -> Figure:
+    """Rank correlations of the discrepancy with properties of the tokens, raw and partial."""
+    figure, axes = _panels(len(analysis.phases), sharey=True)
+    for axis, phase in zip(axes, analysis.phases, strict=True):
+        row = np.arange(len(phase.correlations))
+        for kind, color, offset in (("raw", ORANGE, -0.13), ("partial", BLUE, 0.13)):
+            estimates = [getattr(correlation, kind) for correlation in phase.correlations]
+            axis.plot([each.value for each in estimates], row + offset, "o", color=color, ms=5, label=kind)
+            axis.hlines(
+                row + offset, [each.low for each in estimates], [each.high for each in estimates], color=color, lw=2
+            )
+        axis.axvline(0, color=GREY, lw=1)
+        axis.set(title=phase.name, xlabel="rank correlation with |A|", xlim=(-1.03, 1.03))
+        axis.set_yticks(row, [property_title(correlation.name) for correlation in phase.correlations])
+    axes[0].invert_yaxis()  # shared by the panels
+    axes[0].legend(loc="lower right")
     return figure
 
 

@@ -32,6 +32,7 @@ FIGURE_TITLES = {
     "weights": "Token weights by position",
     "prefix_ratio": "The ideal prefix ratio for several exponents",
     "one_response": "One response, token by token",
+    "correlations": "Rank correlation of the discrepancy with properties of the tokens",
     "continuations": "Accuracy from the student’s prefixes",
     "accuracy": "Accuracy by step",
 }
@@ -136,6 +137,7 @@ def _table_sections(analysis: Analysis) -> list[dict[str, Any]]:
         "weights": "Token weights: mean, effective sample size, weighted signal in the first 30%",
         "relative": "By twentieths of the response",
         "steps": "By training step",
+        "correlations": "Rank correlation of |A| with properties of the tokens",
         "continuations": "Continuations",
     }
     all_tables = analysis.tables()

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from opdctl.analysis.correlations import Correlation, TokenSample
 from opdctl.analysis.position_bias import PositionBias, effective_sample_size, prefix_fraction
 from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, PositionStats
 from opdctl.analysis.samples import Sample
@@ -18,10 +20,16 @@ TableColumns = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Phase:
-    """A range of training steps and its numbers."""
+    """A range of training steps, its numbers, and a sample of its tokens if correlations are computed."""
 
     name: str
     numbers: PositionStats
+    sample: TokenSample | None = None
+
+    @cached_property
+    def correlations(self) -> list[Correlation]:
+        """The rank correlations of |A| with properties of the tokens."""
+        return self.sample.correlations() if self.sample else []
 
     def prefix_fraction(self) -> Estimate:
         """Return the fraction of the signal in the first 30% of the responses."""
@@ -110,6 +118,10 @@ class Analysis:
         one = Estimate(1.0, 1.0, 1.0) if first.value else estimate_ratio(first, first)
         return [one, *(estimate_ratio(k1, first) for k1 in others)]
 
+    def has_correlations(self) -> bool:
+        """Whether |A| and at least one property of the tokens are not constant."""
+        return any(np.isfinite(each.raw.value) for phase in self.phases for each in phase.correlations)
+
     def summary(self) -> dict[str, Any]:
         """Return the main numbers as JSON values."""
         return {
@@ -134,6 +146,7 @@ class Analysis:
             | _estimate_columns("k1_relative", self.relative_kl()),
             "steps_relative": concat_tables([_signal_by_bin(step) for step in self.steps]),
             "weights": self.weight_table(),
+            "correlations": concat_tables([_correlation_table(phase) for phase in self.phases]),
         }
         if self.continuations:
             tables["continuations"] = to_columns(
@@ -190,6 +203,13 @@ def _cumulative_signal_table(phase: Phase) -> TableColumns:
     estimates = phase.cumulative_signal()
     table: TableColumns = {"phase": [phase.name] * len(estimates), "percent": list(range(len(estimates)))}
     return table | _estimate_columns("cumulative_signal", estimates)
+
+
+def _correlation_table(phase: Phase) -> TableColumns:
+    values = phase.correlations
+    table: TableColumns = {"phase": [phase.name] * len(values), "property": [each.name for each in values]}
+    table |= _estimate_columns("correlation", [each.raw for each in values])
+    return table | _estimate_columns("partial_correlation", [each.partial for each in values])
 
 
 def _step_row(step: StepResult) -> TableColumns:

@@ -60,6 +60,21 @@ def test_entropies_and_overlap_are_analyzed_if_stored(tmp_path):
     assert mean("top_k_overlap").tolist() == [1.0, 0.5]
 
 
+def test_correlations_are_those_of_the_tokens_of_a_phase(run):
+    # |A| rises along the response at step 0, and falls at step 1; responses of 10 tokens at least
+    rising = [-np.arange(1.0, n + 1) for n in range(10, 40)]
+    plant(run, 0, rising)
+    plant(run, 1, [advantage[::-1] for advantage in rising])
+    table = analyze.analyze_run(run).tables()["correlations"]
+    rows = {(phase, name): n for n, (phase, name) in enumerate(zip(table["phase"], table["property"], strict=True))}
+    first, last = rows["step 0", "position"], rows["step 1", "position"]
+    assert table["correlation"][first] == pytest.approx(1.0)
+    assert table["correlation"][last] < -0.3
+    assert table["correlation"][rows["step 0", "teacher_logp"]] == pytest.approx(-1.0)  # A = log T - log S, S constant
+    assert np.isnan(table["correlation"][rows["step 0", "student_logp"]])
+    assert np.isnan(table["correlation"][rows["step 0", "token_frequency"]])  # all tokens have the same id
+
+
 def test_relative_positions_are_fractions_of_the_length(run):
     # responses of 2 and of 20 tokens: the first half of each has all the signal
     plant(run, 0, [np.array([1.0, 0.0]), np.array([1.0] * 10 + [0.0] * 10)])

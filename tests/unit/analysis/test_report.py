@@ -47,12 +47,12 @@ def test_tables_and_figures_are_written_in_both_formats(tmp_path):
     written = report.write_report(folder, analyze.analyze_run(run))
     assert {path.stem for path in (folder / "figures").glob("*.png")} == {
         *("position", "cumulative_signal", "steps", "heatmap", "prefix_logp", "weights", "prefix_ratio"),
-        "one_response",
+        *("one_response", "correlations"),
     }
     assert {str(path) for path in (folder / "figures").iterdir()} == set(written["figures"])
     for path in map(Path, written["figures"]):
         assert path.read_bytes().startswith({".png": b"\x89PNG\r", ".svg": b"<?xml"}[path.suffix])
-    for name in ("position", "relative", "cumulative_signal", "steps", "steps_relative", "weights"):
+    for name in ("position", "relative", "cumulative_signal", "steps", "steps_relative", "weights", "correlations"):
         with (folder / "tables" / f"{name}.csv").open(newline="") as file:
             rows = list(csv.reader(file))
         table = pq.read_table(folder / "tables" / f"{name}.parquet")
