@@ -76,7 +76,8 @@ def _parse_weight(item: str) -> Component:
 def _recipe_label(component: Component) -> str:
     """Return the label of a recipe's weight, whose parameters are all given: those that differ from the defaults."""
     (entry,) = (entry for entry in WEIGHTS.entries() if entry.name == component.name)
-    text = _label(component.name, {k: v for k, v in component.params.items() if v != entry.parameters[k]})
+    params = component.params
+    text = _label(component.name, {k: params[k] for k, v in entry.parameters.items() if params.get(k, v) != v})
     times = getattr(component, "times", None)
     return f"{text} × {_recipe_label(times)}" if times else text
 
