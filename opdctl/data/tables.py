@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from opdctl.errors import OpdctlError, did_you_mean, summarize_exception
 
 TableRow = dict[str, Any]
+BATCH_ROWS = 128
+"""Rows of a Parquet file that are Python objects at the same time: a row of a code data set has 64 KB of test cases."""
 
 
 def read_table(path: Path) -> Iterator[TableRow]:
@@ -58,7 +60,7 @@ def _read_csv(path: Path) -> Iterator[TableRow]:
 def _read_parquet(path: Path) -> Iterator[TableRow]:
     try:
         file = pq.ParquetFile(path)
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(BATCH_ROWS):
             yield from batch.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise OpdctlError("invalid_data", f"{path}: not readable as Parquet: {error}") from error
