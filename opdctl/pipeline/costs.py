@@ -1,4 +1,4 @@
-"""Cost model: parameters, memory, FLOPs and time of each stage. Imports no torch.
+"""Cost model: memory, FLOPs and time of each stage. Imports no torch.
 
 docs/scaling.md states the formulas and compares them with measurements on a CPU; nothing was measured on GPUs. Lengths
 are upper bounds: every prompt and response has its maximum length. Memory is in bytes per GPU, itemized by purpose.
@@ -8,16 +8,20 @@ Seconds are those of one step on all GPUs of the stage.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from opdctl.errors import OpdctlError
 from opdctl.models import CHUNK_LOGITS
-from opdctl.models.directory import ModelDir
+from opdctl.models.shapes import (
+    active_parameters,
+    adapter_parameters,
+    attention_parameters,
+    block_parameters,
+    count_parameters,
+    feed_forward_parameters,
+    head_parameters,
+)
 from opdctl.recipe.components import build_objective, reads_trainer_logprobs
 from opdctl.recipe.schema import Hardware, ModelShape, Recipe, Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GRADIENT_BYTES, MOMENT_BYTES = 4, 8  # per parameter: float32, and AdamW's two moments
@@ -43,89 +47,6 @@ def sum_known(values: Iterable[float | None]) -> float | None:
 
 
 # ── A model ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_shape(model: ModelDir) -> ModelShape | None:
-    """Return the shape of a model by its config; None if there is no config here, or it lacks a size.
-
-    Of a size that differs between layers, it is the largest.
-    """
-    try:
-        config = model.text_config
-    except OpdctlError:
-        return None
-
-    def first(*names: str) -> Any:
-        return next((value for name in names if (value := _largest_of_layers(config, name))), None)
-
-    layers, hidden, heads = (first(name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    if not (layers and hidden and heads and first("vocab_size")):
-        return None
-    experts = first("num_experts", "num_local_experts", "n_routed_experts") or 1
-    inner = ("moe_intermediate_size", "intermediate_size") if experts > 1 else ("intermediate_size",)
-    return ModelShape(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=first("num_key_value_heads") or heads,
-        head_dim=first("head_dim") or hidden // heads,
-        intermediate_size=first(*inner) or 4 * hidden,
-        vocab_size=first("vocab_size"),
-        num_experts=experts,
-        num_experts_per_tok=first("num_experts_per_tok") or 1,
-        tie_word_embeddings=bool(first("tie_word_embeddings")),
-    )
-
-
-def _largest_of_layers(config: "PreTrainedConfig", name: str) -> Any:
-    """Return a value of a config; the largest one if the config has one for each layer."""
-    if name in (config.per_layer_attributes or ()):
-        return max(getattr(layer, name, None) or 0 for layer in config.per_layer_config)
-    value = getattr(config, name, None)
-    return max(value, default=None) if isinstance(value, list) else value
-
-
-def _attention_parameters(shape: ModelShape) -> int:
-    return shape.hidden_size * shape.head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
-
-
-def _feed_forward_parameters(shape: ModelShape, experts: int) -> int:
-    router = shape.hidden_size * shape.num_experts if shape.num_experts > 1 else 0
-    return 3 * shape.hidden_size * shape.intermediate_size * experts + router
-
-
-def block_parameters(shape: ModelShape) -> int:
-    """Return the number of parameters of one layer, norms included."""
-    norms = 2 * shape.hidden_size + 2 * shape.head_dim
-    return _attention_parameters(shape) + _feed_forward_parameters(shape, shape.num_experts) + norms
-
-
-def head_parameters(shape: ModelShape) -> int:
-    return shape.vocab_size * shape.hidden_size
-
-
-def parameters(shape: ModelShape) -> int:
-    """Return the number of parameters of a decoder with gated feed-forward layers and query and key norms."""
-    matrices = 1 if shape.tie_word_embeddings else 2
-    return shape.num_hidden_layers * block_parameters(shape) + matrices * head_parameters(shape) + shape.hidden_size
-
-
-def active_parameters(shape: ModelShape) -> int:
-    """Return the number of parameters of the layers' matrices that process one token."""
-    return shape.num_hidden_layers * (
-        _attention_parameters(shape) + _feed_forward_parameters(shape, shape.num_experts_per_tok)
-    )
-
-
-def adapter_parameters(shape: ModelShape, rank: int) -> int:
-    """Return the number of parameters of LoRA adapters on every linear layer except the output matrix."""
-    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    attention = 2 * (shape.hidden_size + queries) + 2 * (shape.hidden_size + keys)
-    return (
-        shape.num_hidden_layers
-        * rank
-        * (attention + 3 * shape.num_experts * (shape.hidden_size + shape.intermediate_size))
-    )
 
 
 def cache_bytes(shape: ModelShape, dtype_bytes: int, num_gpus: int = 1) -> int:
@@ -205,7 +126,7 @@ def _chunk_bytes(shape: ModelShape, tokens: int) -> int:
 
 def _engine_memory(shape: ModelShape, dtype: str, num_gpus: int) -> dict[str, int]:
     """Return the memory of an engine's weights on each of `num_gpus` GPUs, with a float32 output matrix."""
-    memory = {"weights": parameters(shape) * DTYPE_BYTES[dtype] // num_gpus}
+    memory = {"weights": count_parameters(shape) * DTYPE_BYTES[dtype] // num_gpus}
     if dtype != "float32":
         memory["output matrix"] = 4 * head_parameters(shape) // num_gpus
     return memory
@@ -254,8 +175,8 @@ def _decoding_seconds(
     dtype_bytes = DTYPE_BYTES[dtype]
     inactive = 1 - shape.num_experts_per_tok / shape.num_experts
     used_experts = 1 - inactive**concurrent if shape.num_experts > 1 else 1.0  # as a fraction of all experts
-    experts = shape.num_hidden_layers * _feed_forward_parameters(shape, shape.num_experts)
-    layers = shape.num_hidden_layers * _attention_parameters(shape) + used_experts * experts
+    experts = shape.num_hidden_layers * feed_forward_parameters(shape, shape.num_experts)
+    layers = shape.num_hidden_layers * attention_parameters(shape) + used_experts * experts
     caches = concurrent * context * cache_bytes(shape, dtype_bytes)
     bytes_read = dtype_bytes * layers + 4 * head_parameters(shape) + caches
     reading = bytes_read / (1e9 * hardware.bandwidth_gbs * hardware.utilization * num_gpus)
@@ -321,7 +242,7 @@ def _trained_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     gpus, lora, dtype_bytes = recipe.hardware.train_gpus, recipe.lora.rank, DTYPE_BYTES[recipe.student.dtype]
     is_sharded = gpus > 1 or recipe.train.cpu_offload
     is_bfloat16 = recipe.student.dtype == "bfloat16"
-    num_parameters, head, block = parameters(shape), head_parameters(shape), block_parameters(shape)
+    num_parameters, head, block = count_parameters(shape), head_parameters(shape), block_parameters(shape)
     trained = adapter_parameters(shape, lora) if lora else num_parameters
     weights = dtype_bytes * num_parameters + 4 * trained if lora else 4 * num_parameters
     memory = {

@@ -17,6 +17,7 @@ from opdctl.data.prompts import load_local_problems
 from opdctl.environment import resolve_device
 from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.models.directory import ModelDir
+from opdctl.models.shapes import count_parameters, read_shape
 from opdctl.pipeline import costs
 from opdctl.pipeline.costs import DTYPE_BYTES, STATE_BYTES, StageCost, if_known, sum_known
 from opdctl.pipeline.pruning import is_kept
@@ -133,9 +134,7 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
         from opdctl.training.policy import check_trainable
 
         check_trainable(models["student"], recipe)
-    shapes = {
-        name: if_known(costs.read_shape, models.get(name)) or model.shape for name, model in recipe.models().items()
-    }
+    shapes = {name: if_known(read_shape, models.get(name)) or model.shape for name, model in recipe.models().items()}
     prompts = _plan_prompts(recipe, models)
     print_lines(lines)
     return Plan(
@@ -173,7 +172,7 @@ def _count_prompts(recipe: Recipe, models: Mapping[str, ModelDir]) -> int | None
 def _plan_artifacts(recipe: Recipe, models: Mapping[str, ModelDir], shapes: ModelShapes) -> ArtifactPlan:
     parameters = {
         # Those stored in a local model; otherwise those of its shape.
-        name: models[name].weights.num_parameters if name in models else if_known(costs.parameters, shape)
+        name: models[name].weights.num_parameters if name in models else if_known(count_parameters, shape)
         for name, shape in shapes.items()
     }
     rollout, scores = _step_bytes(recipe, shapes)
@@ -208,7 +207,7 @@ def check_space(run: Run, stages: Collection[str]) -> None:
     """
     required_bytes = update_bytes(run) if "update" in stages else 0
     files.require_space(run.path, required_bytes, "the next student with its checkpoint")
-    rollout, scores = _step_bytes(run.recipe, {name: costs.read_shape(model) for name, model in run.models.items()})
+    rollout, scores = _step_bytes(run.recipe, {name: read_shape(model) for name, model in run.models.items()})
     worst_case_bytes = required_bytes + rollout * ("rollout" in stages) + (scores or 0) * ("score" in stages)
     if worst_case_bytes > (free := files.free_space(run.path)):
         needed = files.format_bytes(worst_case_bytes)

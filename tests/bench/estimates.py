@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.pool import open_engine_pool
 from opdctl.engines.transformers import TransformersEngine
+from opdctl.models.shapes import head_parameters
 from opdctl.pipeline import costs, rollout, score
 from opdctl.pipeline.plan import make_plan
 from opdctl.recipe.load import load_recipe
@@ -155,7 +156,7 @@ def estimate(stage: str, recipe: Recipe) -> tuple[int, float]:
     }[stage]()
     response_tokens = recipe.responses_per_step() * recipe.rollout.max_tokens
     body = costs.forward_flops(SHAPE, recipe.responses_per_step() * PROMPT_TOKENS + response_tokens, 0)
-    head = 2 * costs.head_parameters(SHAPE) * response_tokens
+    head = 2 * head_parameters(SHAPE) * response_tokens
     if stage != "update":
         return cost.bytes, body + head
     is_lora = recipe.lora.rank > 0

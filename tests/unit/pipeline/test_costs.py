@@ -5,13 +5,10 @@ import pytest
 import torch
 from bench.qwen3 import build_model
 from helpers.commands import ROOT
-from helpers.engines import directory
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, Gemma3nTextConfig, Gemma4TextConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from opdctl.models.directory import ModelDir
+from opdctl.models.shapes import active_parameters, adapter_parameters
 from opdctl.pipeline import costs
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import ModelShape, Recipe
@@ -40,56 +37,6 @@ def student(*overrides: str) -> ModelShape:
     shape = paper(*overrides).student.shape
     assert shape is not None
     return shape
-
-
-@settings(max_examples=15)
-@given(
-    layers=st.integers(1, 3),
-    hidden=st.integers(1, 8).map(lambda n: 8 * n),
-    kv_heads=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    inner=st.integers(1, 40),
-    experts=st.sampled_from([1, 4]),
-    tied=st.booleans(),
-)
-def test_parameters_equal_the_models(layers, hidden, kv_heads, groups, inner, experts, tied):
-    shape = ModelShape(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=kv_heads * groups,
-        num_key_value_heads=kv_heads,
-        head_dim=16,
-        intermediate_size=inner,
-        vocab_size=50,
-        num_experts=experts,
-        num_experts_per_tok=min(2, experts),
-        tie_word_embeddings=tied,
-    )
-    with torch.device("meta"):
-        model = build_model(shape)
-    assert costs.parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_shape_is_read_from_the_config():
-    for name, parameters in (("toy:student", 110_528), ("toy:teacher", 365_664)):
-        shape = costs.read_shape(directory(name))
-        assert shape is not None
-        assert costs.parameters(shape) == parameters
-
-
-@pytest.mark.parametrize(
-    ("config", "head_dim", "intermediate_size"),
-    [
-        (Gemma4TextConfig(num_hidden_layers=6, head_dim=16, global_head_dim=32, intermediate_size=48), 32, 48),
-        (Gemma3nTextConfig(num_hidden_layers=6, head_dim=16, intermediate_size=[48, 96, 48, 48, 48, 48]), 16, 96),
-    ],
-    ids=["head_dim", "intermediate_size"],
-)
-def test_largest_size_of_the_layers_counts(config, head_dim, intermediate_size, tmp_path):
-    config.save_pretrained(tmp_path)
-    shape = costs.read_shape(ModelDir(tmp_path, "float32"))
-    assert shape is not None
-    assert (shape.head_dim, shape.intermediate_size) == (head_dim, intermediate_size)
 
 
 @pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])
@@ -143,7 +90,7 @@ def test_adapter_parameters_equal_pefts():
     model = build_model(DENSE)
     peft.inject_adapter_in_model(peft.LoraConfig(r=5, target_modules="all-linear", task_type="CAUSAL_LM"), model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert costs.adapter_parameters(DENSE, 5) == trained
+    assert adapter_parameters(DENSE, 5) == trained
 
 
 def test_memory_of_the_papers_update_by_hand():
@@ -164,7 +111,7 @@ def test_update_time_is_that_of_the_matrix_products():
     recipe = paper("train.gradient_checkpointing=false", "hardware.utilization=1.0")
     shape = student()
     tokens, responses = 1024 * 18_432, 1024 * 16_384
-    layers = 3 * tokens * (2 * costs.active_parameters(shape) + 4 * 36 * 4096 * 9216)
+    layers = 3 * tokens * (2 * active_parameters(shape) + 4 * 36 * 4096 * 9216)
     head = 3 * 2 * 151_936 * 2560 * responses
     expected = (layers / 989e12 + head / 67e12) / 32
     assert costs.update_cost(recipe, shape, None).seconds == pytest.approx(expected)
@@ -209,7 +156,7 @@ def test_generation_samples_as_many_responses_together_as_caches_fit():
     assert stage.bytes <= 0.9 * 80 * 2**30
     assert costs.rollout_cost(paper(*overrides, "vllm.max_num_seqs=8"), student()).concurrent_responses == 8
     # A decoding step of 24 responses reads the weights, the float32 output matrix and the caches, half full on average.
-    layers = 2 * (costs.active_parameters(student()))
+    layers = 2 * (active_parameters(student()))
     read = layers + 4 * 151_936 * 2560 + 24 * (2048 + 8192) * 147_456
     decoding = 1024 / 24 * 16_384 * read / (3350e9 * 0.4)
     prefill = costs.forward_flops(student(), 1024 * 2048, 1024) / (989e12 * 0.4)
