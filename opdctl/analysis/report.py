@@ -15,7 +15,7 @@ import numpy as np
 
 from opdctl.analysis import captions, figures
 from opdctl.analysis.position_bias import PREFIX_PERCENT, PositionBias
-from opdctl.analysis.results import Analysis, TableColumns, table_rows, to_columns
+from opdctl.analysis.results import Analysis, TableColumns, table_rows
 from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
 from opdctl.artifacts import files, tables
 from opdctl.evaluation.statistics import Estimate
@@ -46,7 +46,7 @@ def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     }
     for name in ("figures", "tables"):
         files.remove_directory(folder / name)
-    figure_paths = _write_images(folder / "figures", images)
+    figure_paths = write_images(folder / "figures", images)
     table_paths = [
         path
         for name, table in analysis.tables().items()
@@ -64,19 +64,7 @@ def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def write_comparison(folder: Path, comparisons: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Write the figure and the table of compared runs for each benchmark and return their paths."""
-    paths = []
-    for comparison in comparisons:
-        figure = figures.comparison_figure(comparison)
-        images = {kind: figures.figure_bytes(figure, kind) for kind in IMAGE_KINDS}
-        paths += _write_images(folder, {comparison["bench"]: images})
-        points = [{"setting": s["label"], **point} for s in comparison["settings"] for point in s["curve"]]
-        paths += tables.write_table(folder / comparison["bench"], to_columns(points))
-    return paths
-
-
-def _write_images(folder: Path, images: Mapping[str, Mapping[str, bytes]]) -> list[Path]:
+def write_images(folder: Path, images: Mapping[str, Mapping[str, bytes]]) -> list[Path]:
     """Write images, by name and kind, and return their paths."""
     contents = {folder / f"{name}.{kind}": data for name, kinds in images.items() for kind, data in kinds.items()}
     for path, data in contents.items():

@@ -71,12 +71,13 @@ class ScoresRecord(TypedDict):
 
 class ModelRecord(TypedDict):
     """A model at the start of the run. file_stats: size and modification time of each file, which need no new hash
-    while both are the same."""
+    while both are the same. parameters: their number, if the weights are in the directory."""
 
     path: str
     digest: Digest
     tokenizer: Digest
     file_stats: dict[str, list[int]]
+    parameters: NotRequired[Count]
 
 
 PromptOrder = Literal["numpy", "random_sampler"]

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from opdctl import console
 from opdctl.artifacts import files
 from opdctl.artifacts.records import GradedResponse
 from opdctl.artifacts.stage_dir import recorded_stage
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import statistics
+from opdctl.evaluation.statistics import Estimate
 from opdctl.runs.layout import list_steps
 
 PROTOCOL_KEYS = (
@@ -41,6 +43,11 @@ class Evaluation:
     path: Path
     summary: Mapping[str, Any]
 
+    @property
+    def accuracy(self) -> Estimate:
+        """The mean accuracy, with the interval over problems."""
+        return Estimate(float(self.summary["avg"]), *map(float, self.summary["ci"]))
+
     def rows(self) -> list[GradedResponse]:
         """Return the graded responses.
 
@@ -64,6 +71,10 @@ class Evaluation:
         """Whether both evaluations are on the same problems, with the same gold answers."""
         return bool(self.summary["benchmark"]["digest"] == other.summary["benchmark"]["digest"])
 
+    def has_same_protocol(self, other: "Evaluation") -> bool:
+        """Whether the accuracies are comparable: the problems and the complete protocol are the same."""
+        return self.has_same_problems(other) and bool(self.summary["protocol"] == other.summary["protocol"])
+
     def protocol_differences(self, other: "Evaluation") -> list[str]:
         """Return the protocol keys whose values differ."""
         protocols = self.summary["protocol"], other.summary["protocol"]
@@ -83,6 +94,29 @@ def load_evaluation(path: Path) -> Evaluation:
             hint="give a run, or a finished evaluation such as runs/NAME/eval/BENCH/step-00064",
         )
     return Evaluation(path, files.read_json(path / "summary.json"))
+
+
+def load_student_evaluations(path: Path) -> dict[str, dict[int, Evaluation]]:
+    """Return the evaluations of the students of the run in `path`, by benchmark and step.
+
+    Those of a benchmark have the protocol of the newest one; a warning names the others.
+    """
+    by_bench = {}
+    for bench in sorted({summary.parent.parent.name for summary in path.glob("eval/*/step-*/summary.json")}):
+        directories = list_steps(path / "eval" / bench)
+        evaluations = {
+            step: load_evaluation(directory)
+            for step, directory in directories.items()
+            if (directory / "summary.json").exists()
+        }
+        if not evaluations:
+            continue
+        newest = evaluations[max(evaluations)]
+        by_bench[bench] = {step: each for step, each in evaluations.items() if each.has_same_protocol(newest)}
+        if skipped := sorted(evaluations.keys() - by_bench[bench].keys()):
+            steps = ", ".join(map(str, skipped))
+            console.warn(f"{path}: {bench}: skipped, since their protocol is not that of the newest: steps {steps}")
+    return by_bench
 
 
 def latest_by_benchmark(path: Path) -> dict[str, Evaluation]:

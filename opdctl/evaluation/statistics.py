@@ -1,4 +1,4 @@
-"""The statistics of an evaluation: accuracies with their intervals, and the comparison of two evaluations.
+"""The statistics of evaluations: accuracies with their intervals, and comparisons of evaluations and of training runs.
 
 The samples of one problem are not independent, so the unit is the problem. There are two intervals. That of
 `problem_bootstrap` covers the accuracy on other problems of the same kind: it resamples problems, each with all its
@@ -35,6 +35,10 @@ class Estimate:
         if math.isnan(self.value):
             return "–"
         return f"{self.value:{spec}} {self.format_interval(spec)}".rstrip()
+
+    def clip(self, low: float, high: float) -> "Estimate":
+        """Return the estimate with an interval within these bounds."""
+        return Estimate(self.value, max(self.low, low), min(self.high, high))
 
     def format_interval(self, spec: str = ".1%") -> str:
         """Return "[low, high]", or "" without an interval."""
@@ -197,7 +201,7 @@ def compare_paired(one: Sequence[float], other: Sequence[float]) -> Comparison:
 
 def _permutation_p_value(x_P: np.ndarray) -> float:
     changed_P = x_P[x_P != 0]
-    if not len(changed_P):
+    if len(changed_P) < 2:  # both signs of a single difference are equally extreme
         return 1.0
     test = stats.permutation_test(
         (changed_P,), _mean, permutation_type="samples", n_resamples=PERMUTATIONS, rng=np.random.default_rng(0)
@@ -207,3 +211,49 @@ def _permutation_p_value(x_P: np.ndarray) -> float:
 
 def _mean(x: np.ndarray, axis: int) -> np.ndarray:
     return x.mean(axis=axis)
+
+
+# ── Several benchmarks, several training runs ────────────────────────────────────────────────────────────────────────
+
+
+def combine_independent(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """Return the weighted sum of independent estimates, such as those on different benchmarks.
+
+    The interval combines the squared distances of each estimate to its bounds (Zou and Donner 2008, "MOVER"). It needs
+    no standard errors, and keeps the asymmetry of intervals near 0 and 1. One estimate of weight 1 is unchanged.
+    """
+    value = sum(weight * each.value for weight, each in zip(weights, estimates, strict=True))
+    below, above = (
+        math.sqrt(sum((weight * distance) ** 2 for weight, distance in zip(weights, distances, strict=True)))
+        for distances in ([e.value - e.low for e in estimates], [e.high - e.value for e in estimates])
+    )
+    return Estimate(value, value - below, value + above)
+
+
+def mean_of_runs(values: Sequence[float]) -> Estimate:
+    """Return the mean over at least two training runs, with Student's t interval. The unit is the run."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return _t_interval(float(np.mean(values)), error, len(values) - 1)
+
+
+def mean_accuracy(runs: Sequence[Estimate]) -> Estimate:
+    """Return the mean accuracy of training runs, with Student's t interval; that of a single run is its own."""
+    if len(runs) == 1:
+        return runs[0]
+    return mean_of_runs([run.value for run in runs]).clip(0, 1)
+
+
+def compare_runs(one: Sequence[float], other: Sequence[float]) -> Estimate:
+    """Return the mean of `other` minus that of `one`, each at least two unpaired runs, with Welch's interval."""
+    variance_one, variance_other = (float(np.var(values, ddof=1)) / len(values) for values in (one, other))
+    variance = variance_one + variance_other
+    difference = float(np.mean(other) - np.mean(one))
+    if not variance:
+        return Estimate(difference, difference, difference)
+    degrees = variance**2 / (variance_one**2 / (len(one) - 1) + variance_other**2 / (len(other) - 1))
+    return _t_interval(difference, math.sqrt(variance), degrees)
+
+
+def _t_interval(value: float, error: float, degrees: float) -> Estimate:
+    half_width = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * error
+    return Estimate(value, value - half_width, value + half_width)

@@ -220,8 +220,9 @@ def _warn_of_identical_models(recipe: Recipe, records: Mapping[str, Mapping[str,
 
 def _model_record(model: ModelDir) -> dict[str, Any]:
     """Return the entry of a model in run.json."""
-    names = {"path": str(model.path), "digest": model.digest(), "tokenizer": model.tokenizer_digest}
-    return {**names, "file_stats": _file_stats(model)}
+    record = {"path": str(model.path), "digest": model.digest(), "tokenizer": model.tokenizer_digest}
+    stored = {"parameters": model.weights.num_parameters} if model.weights.files else {}
+    return {**record, "file_stats": _file_stats(model), **stored}
 
 
 def _file_stats(model: ModelDir) -> dict[str, list[int]]:

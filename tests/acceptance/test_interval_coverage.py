@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binomtest
 
 from opdctl.evaluation import statistics
-from opdctl.evaluation.statistics import compare_paired, problem_bootstrap, sampling_interval
+from opdctl.evaluation.statistics import combine_independent, compare_paired, problem_bootstrap, sampling_interval
 
 SIMULATIONS = 2000
 COVERAGE = (0.935, 0.965)  # 95 % ± 1.5 %
@@ -74,3 +74,16 @@ def test_comparison_of_equal_models_covers_0_and_rejects_5_percent(
         rejected += comparison.p_value <= 0.05
     assert COVERAGE[0] <= covered / SIMULATIONS <= COVERAGE[1]
     assert rejected / SIMULATIONS <= 0.065
+
+
+def test_average_over_benchmarks_covers_95_percent() -> None:
+    # three benchmarks of 30 problems, 32 samples each: a hard one, a medium one, and one with few problems in between
+    rng = np.random.default_rng(19)
+    benchmarks = [(0.3, 2), (1, 1), (0.5, 0.7)]
+    truth = np.mean([a / (a + b) for a, b in benchmarks])
+    covered = 0
+    for seed in range(SIMULATIONS):
+        accuracies = [rng.binomial(32, rng.beta(a, b, 30)) / 32 for a, b in benchmarks]
+        average = combine_independent([problem_bootstrap(each, seed=seed) for each in accuracies], [1 / 3] * 3)
+        covered += average.low <= truth <= average.high
+    assert COVERAGE[0] <= covered / SIMULATIONS <= 0.97

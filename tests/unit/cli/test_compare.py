@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import invoke
-from helpers.evaluations import PROTOCOL, plant_curve, plant_evaluation
+from helpers.evaluations import PROTOCOL, plant_curve, plant_evaluation, plant_run
 
 ONE = {"a": [True, False], "b": [False, False], "c": [True, True], "d": [False, False]}
 OTHER = {"a": [True, True], "b": [True, False], "c": [True, True], "d": [True, True]}
@@ -46,7 +46,7 @@ def test_missing_evaluation_is_rejected(evaluations: tuple[Path, Path], tmp_path
     assert (result.code, result.kind) == (2, "missing_evaluation")
 
 
-@pytest.mark.parametrize("option", [["--target", "0.5"], ["--output", "figures"]])
+@pytest.mark.parametrize("option", [["--target", "0.5"], ["--output", "figures"], ["--table"]])
 def test_options_of_curves_are_rejected_for_evaluations(evaluations: tuple[Path, Path], option: list[str]) -> None:
     result = invoke("compare", *evaluations, *option)
     assert (result.code, result.kind) == (2, "missing_run")
@@ -91,3 +91,92 @@ def test_two_runs_have_both_comparisons(tmp_path: Path) -> None:
     assert [each["difference"] for each in result.json()["evaluations"]] == [pytest.approx(0.5)]
     assert [each["label"] for each in result.json()["curves"][0]["settings"]] == ["uniform", "iw_opd"]
     assert invoke("compare", *paths, "--bench", "perm").kind == "missing_evaluation"
+
+
+# ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> list[Path]:
+    """Two settings with two seeds each on two benchmarks."""
+    return [
+        plant_run(
+            tmp_path / f"{weight}-{seed}",
+            {"perm": {4: "10", 8: "10"}, "sort12": {4: "11", 8: "10" if weight == "uniform" else "11"}},
+            f"weight.name={weight}",
+            f"seed={seed}",
+        )
+        for weight in ("uniform", "iw_opd")
+        for seed in (0, 1)
+    ]
+
+
+def test_table_is_printed_on_stderr(seeds: list[Path]) -> None:
+    result = invoke("compare", *seeds, "--table")
+    assert (result.code, result.out) == (0, "")
+    for text in ("sort12", "Avg", "50.0 ± 0.0", "difference to uniform", "+50.0 [+50.0, +50.0]", "paired by seed"):
+        assert text in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "part"),
+    [
+        ("csv", "setting,benchmark,problems,", "iw_opd,Avg,4,0 1,8 8,2,0.75,0.0,"),
+        ("markdown", "| setting | step |", "| iw_opd | 8 | 2 |"),
+        ("latex", "% \\usepackage{booktabs}", r"iw\_opd & 8 & 2 &"),
+    ],
+)
+def test_formats_go_to_stdout_and_to_files(seeds: list[Path], tmp_path: Path, name: str, first: str, part: str) -> None:
+    result = invoke("compare", *seeds, "--table", "--format", name, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert result.out.startswith(first)
+    assert part in result.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"results.{kind}" for kind in ("csv", "md", "tex")}
+    assert result.out in [path.read_text() for path in (tmp_path / "out").iterdir()]
+
+
+def test_json_has_the_table(seeds: list[Path]) -> None:
+    table = invoke("compare", *seeds, "--table", "--at", "best", "--bench", "sort12", "--json").json()["table"]
+    assert (table["at"], table["baseline"]) == ("best", "uniform")
+    records = table["records"]
+    assert [record["steps"] for record in records] == [[4, 4], [4, 4]]  # step 4 is the earliest of the best
+    assert [record["benchmark"] for record in records] == ["sort12"] * 2
+    assert records[1]["difference"] == 0
+
+
+def test_single_run_has_a_table(tmp_path: Path) -> None:
+    run = plant_run(tmp_path / "run", {"sort12": {8: "10"}}, "name=alone")
+    result = invoke("compare", run, "--table", "--format", "markdown")
+    assert result.code == 0, result.err
+    assert "| alone | 8 | 1 | 50.0 [0.0, 100.0] |" in result.out
+
+
+def test_options_of_the_table_are_checked(seeds: list[Path], tmp_path: Path) -> None:
+    for options, kind, part in (
+        (["--at", "best"], "invalid_usage", "--at"),
+        (["--format", "csv"], "invalid_usage", "--format"),
+        (["--table", "--at", "newest"], "invalid_usage", "--at newest"),
+        (["--table", "--at", "-1"], "invalid_usage", "--at -1"),
+        (["--table", "--target", "0.5"], "invalid_usage", "--target"),
+        (["--table", "--format", "csv", "--json"], "invalid_usage", "--json"),
+        (["--table", "--at", "5"], "missing_evaluation", f"{seeds[0]}: step 5"),
+        (["--table", "--bench", "perm,aime24"], "missing_evaluation", "--bench perm,aime24"),
+    ):
+        result = invoke("compare", *seeds, *options, "--output", tmp_path / "out")
+        assert (result.code, result.kind) == (2, kind), result.err
+        assert part in result.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_figure_by_size_is_written_for_different_models(tmp_path: Path) -> None:
+    students = {"small": "toy:student", "large": "toy:teacher"}
+    paths = [
+        plant_run(tmp_path / name, {"perm": {8: "10"}, "sort12": {8: "11"}}, f"student.model={model}")
+        for name, model in students.items()
+    ]
+    curves = invoke("compare", *paths, "--output", tmp_path / "out")
+    assert curves.code == 0, curves.err
+    names = {path.stem for path in (tmp_path / "out").iterdir()}
+    assert names == {"perm", "sort12", "Avg", "by_size"}
+    table = invoke("compare", *paths, "--table", "--output", tmp_path / "table", "--json")
+    assert {Path(path).stem for path in table.json()["files"]} == {"results", "by_size"}

@@ -8,7 +8,14 @@ from helpers.evaluations import change_protocol, plant_curve
 from scipy import stats
 
 from opdctl.errors import OpdctlError
-from opdctl.evaluation.learning_curves import accuracy_curve, compare_curves
+from opdctl.evaluation import learning_curves
+from opdctl.evaluation.compared_runs import load_compared_runs
+from opdctl.evaluation.learning_curves import accuracy_curve
+
+
+def compare_curves(paths, target=None, benches=None):
+    runs, columns = load_compared_runs(paths, benches)
+    return [learning_curves.compare_curves(runs, column, target) for column in columns]
 
 
 @pytest.fixture
@@ -59,8 +66,7 @@ def test_incomparable_runs_are_rejected(runs, tmp_path):
     without_evaluations = plant_curve(tmp_path / "none", {})
     other_steps = plant_curve(tmp_path / "steps", {4: 0.1}, "weight.name=uniform", "seed=2")
     for paths, kind, part in (
-        ([runs[0]], "invalid_usage", "two distinct runs"),
-        ([runs[0], runs[0]], "invalid_usage", "two distinct runs"),
+        ([runs[0], runs[0]], "invalid_usage", "a run occurs twice"),
         ([runs[0], other], "different_problems", str(other / "eval/sort12/step-00000")),
         ([runs[0], without_evaluations], "missing_evaluation", str(without_evaluations)),
         ([runs[0], other_steps], "missing_evaluation", str(other_steps)),

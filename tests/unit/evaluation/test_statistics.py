@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from opdctl.evaluation import statistics
 from opdctl.evaluation.statistics import (
     Estimate,
+    combine_independent,
     compare_paired,
+    compare_runs,
     estimate_ratio,
     k_values,
     maj_at_k,
+    mean_of_runs,
     pass_at_k,
     problem_bootstrap,
     sampling_interval,
@@ -163,6 +167,13 @@ def test_equal_evaluations_and_a_single_problem_have_p_1() -> None:
     assert compare_paired([0.0], [1.0]) == statistics.Comparison(1.0, (-1.0, 1.0), 1.0)
 
 
+def test_single_differing_problem_has_p_1() -> None:
+    found = compare_paired([1, 0, 0, 0], [1, 1, 0, 0])
+    # the standard error of 0, 1, 0, 0 is 0.25, t with 3 degrees of freedom 3.182446
+    assert (found.difference, found.p_value) == (0.25, 1)
+    assert found.ci == pytest.approx((0.25 - 0.25 * 3.182446, 1.0), abs=1e-5)
+
+
 def test_swapping_the_evaluations_changes_the_sign() -> None:
     rng = np.random.default_rng(5)
     one, other = rng.random(30), rng.random(30)
@@ -170,6 +181,40 @@ def test_swapping_the_evaluations_changes_the_sign() -> None:
     assert turned.difference == pytest.approx(-found.difference)
     assert turned.ci == pytest.approx((-found.ci[1], -found.ci[0]))
     assert turned.p_value == pytest.approx(found.p_value, abs=0.02)
+
+
+# ── Several benchmarks, several training runs ────────────────────────────────────────────────────────────────────────
+
+
+def test_combined_interval_by_hand() -> None:
+    found = combine_independent([Estimate(0.5, 0.3, 0.6), Estimate(0.2, 0.1, 0.6)], [0.5, 0.5])
+    # below: sqrt(0.1² + 0.05²) = 0.1118034; above: sqrt(0.05² + 0.2²) = 0.2061553
+    assert (found.value, found.low, found.high) == pytest.approx((0.35, 0.35 - 0.1118034, 0.35 + 0.2061553))
+    alone = combine_independent([Estimate(0.5, 0.3, 0.6)], [1.0])
+    assert (alone.value, alone.low, alone.high) == pytest.approx((0.5, 0.3, 0.6))
+
+
+def test_mean_of_runs_by_hand() -> None:
+    # standard deviation 0.1, t with 2 degrees of freedom 4.302653
+    found = mean_of_runs([0.4, 0.5, 0.6])
+    half_width = 4.302653 * 0.1 / 3**0.5
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 - half_width, 0.5 + half_width))
+
+
+def test_comparison_of_runs_is_welchs() -> None:
+    one, other = [0.4, 0.5, 0.6], [0.55, 0.85]
+    found = compare_runs(one, other)
+    # variances 0.01 / 3 and 0.045 / 2; degrees of freedom 0.0258333² / (0.0033333² / 2 + 0.0225² / 1)
+    degrees = 0.0258333**2 / (0.0033333**2 / 2 + 0.0225**2)
+    half_width = float(stats.t.ppf(0.975, degrees)) * 0.0258333**0.5
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.2 - half_width, 0.2 + half_width), abs=1e-4)
+    reference = stats.ttest_ind(other, one, equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+
+
+def test_runs_without_spread_have_no_width() -> None:
+    found = compare_runs([0.5, 0.5], [0.75, 0.75])
+    assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
 
 
 # ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
