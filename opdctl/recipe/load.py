@@ -114,8 +114,10 @@ def _with_component_defaults(recipe: Recipe) -> Recipe:
     """Add the parameters of the components and the columns that they need, so that new defaults cannot change a run."""
     weight, objective = recipe.weight, recipe.objective
     times = weight.times and Component(name=weight.times.name, **_parameters(WEIGHTS, weight.times))
+    # A new object, in which the parameters are in the order of their definition, wherever they were set.
+    fields = {name: getattr(weight, name) for name in WeightSettings.model_fields} | {"times": times}
     update: dict[str, Any] = {
-        "weight": weight.model_copy(update={"times": times, **_parameters(WEIGHTS, weight)}),
+        "weight": WeightSettings(**fields, **_parameters(WEIGHTS, weight)),
         "objective": ObjectiveSettings(name=objective.name, **_parameters(OBJECTIVES, objective)),
     }
     for key, value in unmet_requirements(recipe, required_columns(recipe)).items():

@@ -109,6 +109,15 @@ def test_changed_parameters_are_in_the_fingerprint(smallest: Path) -> None:
     assert ratio["weight.normalize"] == "position"
 
 
+@pytest.mark.parametrize("overrides", [[], ["weight.signed=true", "weight.gamma=0.7"], ["weight.times.name=iw_opd"]])
+def test_recorded_recipe_is_recorded_again_unchanged(smallest: Path, tmp_path: Path, overrides: list[str]) -> None:
+    """Every command that opens a run compares the text, and rewrites another one."""
+    text = load_recipe([smallest], overrides).to_toml()
+    recorded = tmp_path / "recipe.toml"
+    recorded.write_text(text)
+    assert load_recorded_recipe(recorded).to_toml() == text
+
+
 def test_fingerprint_of_a_teacher_excludes_other_teachers(smallest: Path) -> None:
     smallest.write_text(smallest.read_text().replace('teacher.model = "toy:teacher"', ""))
     teachers = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teacher", "prompts.teacher_column=domain"]
