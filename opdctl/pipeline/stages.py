@@ -101,7 +101,7 @@ def follow_stage(run: Run, device: str, name: StageName, scorers: Collection[str
 
 
 def resolve_step(run: Run, step: int | None) -> int:
-    """Return the step to work on: the current one by default, the last if all are done.
+    """Return the step to work on: the current one by default; the last if all are done, in a fork at least its first.
 
     In a finished run, `step` may also be the number of updates: the final student then samples the responses of the
     step that would follow.
@@ -111,7 +111,7 @@ def resolve_step(run: Run, step: int | None) -> int:
     """
     steps = run.sampling_steps()
     if step is None:
-        return min(run.current_step(), run.recipe.train.steps - 1)
+        return max(run.start_step, min(run.current_step(), run.recipe.train.steps - 1))
     if step not in steps:
         raise OpdctlError("invalid_usage", f"--step {step}: {run.path} has steps {steps[0]} to {steps[-1]}")
     if not run.can_sample(step):

@@ -95,6 +95,15 @@ def test_fork_reuses_these_responses(sampled: Path, tmp_path: Path) -> None:
     assert contents(fork / rollout) == contents(sampled / rollout)
 
 
+def test_fork_of_a_finished_run_has_the_step_only(sampled: Path, tmp_path: Path) -> None:
+    fork = tmp_path / "fork"
+    assert invoke("run", "fork", sampled, fork, "--set", "weight.gamma=0.7").code == 0
+    for command in ("rollout", "score-teacher"):
+        result = invoke(command, "--output", fork, "--json")
+        assert result.code == 0, result.err
+        assert (result.json()["step"], result.json()["parts_made"]) == (FINAL, 0)
+
+
 @pytest.mark.parametrize("command", ["rollout", "score-teacher"])
 def test_steps_beyond_the_final_student_are_rejected(finished_run: Path, command: str) -> None:
     result = invoke(command, "--output", finished_run, "--step", FINAL + 1)
