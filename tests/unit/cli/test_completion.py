@@ -65,6 +65,7 @@ def test_completed_settings_are_valid():
     for setting in offered:
         section, _, key = setting.partition("=")[0].partition(".")
         needs = ["train.decay_steps=9"] if setting.startswith("train.lr_scheduler_type") else []
+        needs += ["train.extrapolation=1.25"] if setting.startswith("weight.modulates") else []
         if section not in ("weight", "objective") or key not in own:
             load_recipe([QUICKSTART], [*needs, setting])
 
