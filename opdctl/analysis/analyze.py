@@ -10,8 +10,9 @@ from opdctl import console
 from opdctl.analysis import samples
 from opdctl.analysis.correlations import TokenSample
 from opdctl.analysis.position_bias import assess_bias
+from opdctl.analysis.position_quantiles import PositionHistogram
 from opdctl.analysis.position_sums import Batch, PositionStats, split_by_tokens
-from opdctl.analysis.results import Analysis, Phase, summarize_step
+from opdctl.analysis.results import Analysis, Phase, is_prefix_ratio, summarize_step
 from opdctl.analysis.samples import CHUNK_TOKENS, Sample
 from opdctl.analysis.shown_weights import chosen_weights
 from opdctl.artifacts import files
@@ -44,12 +45,11 @@ def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseCh
     if skipped:
         console.warn(f"steps with incomplete scores are skipped: {', '.join(map(str, skipped))}")
     all_steps, results = Phase(_step_range(steps), PositionStats()), []
-    phases = (_quarters if phase_choice == "quarters" else _ends)(run, steps)
+    phases = (_quarters if phase_choice == "quarters" else _ends)(run, steps, list(filter(is_prefix_ratio, weights)))
     with console.progress("analyze-position", len(steps)) as advance:
         for step in steps:
             phases_of_step = [phase for phase_steps, phase in phases if step in phase_steps]
-            token_samples = [phase.sample for phase in phases_of_step if phase.sample]
-            numbers = _position_stats(run, step, weights, all_steps.numbers.responses, token_samples)
+            numbers = _add_step(run, step, weights, all_steps.numbers.responses, phases_of_step)
             for phase in (all_steps, *phases_of_step):
                 phase.numbers.merge(numbers)
             results.append(summarize_step(step, numbers))
@@ -85,23 +85,23 @@ def _is_scored(run: Run, step: int) -> bool:
     )
 
 
-def _quarters(run: Run, steps: list[int]) -> list[tuple[list[int], Phase]]:
+def _quarters(run: Run, steps: list[int], ratios: Sequence[str]) -> list[tuple[list[int], Phase]]:
     """Return the first and the last quarter of the steps, at least one step each."""
     quarter = max(1, len(steps) // 4)
     parts = [steps[:quarter], steps[-quarter:]] if len(steps) > 1 else [steps]
-    return [(part, _empty_phase(run, _step_range(part), part)) for part in parts]
+    return [(part, _empty_phase(run, _step_range(part), part, ratios)) for part in parts]
 
 
-def _ends(run: Run, steps: list[int]) -> list[tuple[list[int], Phase]]:
+def _ends(run: Run, steps: list[int], ratios: Sequence[str]) -> list[tuple[list[int], Phase]]:
     """Return the first and the last step, named by the students that drew their responses."""
-    ends = dict.fromkeys((steps[0], steps[-1]))
-    return [([step], _empty_phase(run, _student_name(run.policy_version(step), step), [step])) for step in ends]
+    names = {step: _student_name(run.policy_version(step), step) for step in (steps[0], steps[-1])}
+    return [([step], _empty_phase(run, name, [step], ratios)) for step, name in names.items()]
 
 
-def _empty_phase(run: Run, name: str, steps: list[int]) -> Phase:
+def _empty_phase(run: Run, name: str, steps: list[int], ratios: Sequence[str]) -> Phase:
     manifests = [manifest for step in steps if (manifest := run.rollout_stage(step).manifest())]
     tokens = sum(part["tokens"] for manifest in manifests for part in manifest["parts"])
-    return Phase(name, PositionStats(), TokenSample(tokens))
+    return Phase(name, PositionStats(), TokenSample(tokens), {ratio: PositionHistogram() for ratio in ratios})
 
 
 def _student_name(updates: int, step: int) -> str:
@@ -120,22 +120,23 @@ def _step_range(steps: list[int]) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}–{steps[-1]}"
 
 
-def _position_stats(
-    run: Run, step: int, weights: Mapping[str, Weight], num_earlier: int, token_samples: Sequence[TokenSample]
+def _add_step(
+    run: Run, step: int, weights: Mapping[str, Weight], num_earlier: int, phases: Sequence[Phase]
 ) -> PositionStats:
-    """Return the sums of a step, and add its tokens to the samples. num_earlier: responses of the run before it."""
+    """Return the sums of a step, and add its tokens to the phases. num_earlier: responses of the run before it."""
     total = PositionStats()
     for group in samples.response_groups(run, step, weights):
         responses = [to_weight_inputs(scored, step) for scored in group]
         by_step = {name: weigh(weight, responses) for name, weight in weights.items() if weight.needs_full_step}
         for part in split_by_tokens(responses, CHUNK_TOKENS):
             batch = Batch(responses[part], num_earlier + total.responses)
-            for sample in token_samples:
-                sample.add(batch, [scored.response.response_ids for scored in group[part]])
+            token_ids = [scored.response.response_ids for scored in group[part]]
             weights_by_name = {
                 name: by_step[name][part] if name in by_step else weigh(weight, batch.responses)
                 for name, weight in weights.items()
             }
+            for phase in phases:
+                phase.add_tokens(batch, token_ids, weights_by_name)
             total.merge(PositionStats.of(batch, weights_by_name))
     return total
 

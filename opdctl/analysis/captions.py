@@ -2,14 +2,22 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_RESPONSES, PREFIX_PERCENT, PositionBias
 from opdctl.analysis.position_sums import GROUPS
-from opdctl.analysis.results import Analysis, Phase, continuation_rows, overall_means, table_rows
+from opdctl.analysis.results import (
+    Analysis,
+    Phase,
+    continuation_rows,
+    is_prefix_ratio,
+    overall_means,
+    ratio_table,
+    table_rows,
+)
 from opdctl.analysis.samples import Sample
 from opdctl.evaluation.statistics import Estimate
 
@@ -27,6 +35,13 @@ METHOD_NOTES = (
     "whether a student learns more with it can only be found by training.",
 )
 
+LOW_RATIO = 0.01
+"""A median prefix ratio below this is reported with the first token at which it is."""
+PREFIX_RATIO_NOTE = (
+    "Lines are the medians of the prefix ratio over the responses at a position, bands their 10% and 90% quantiles; "
+    "their mean is 1 unless the ratio is normalized otherwise. Below, the effective sample size as a fraction of these "
+    "responses."
+)
 CORRELATIONS_NOTE = (
     "Rank correlations with |A|; a partial one controls for all other properties. |A| is computed from the two "
     "log-probs, so its correlations with these are in part by construction."
@@ -103,13 +118,15 @@ def figure_captions(analysis: Analysis) -> dict[str, str]:
     """Return the caption of each figure by its name."""
     draw = final_student_sentence(analysis)
     captions = {
-        "position": " ".join([*map(phase_sentence, analysis.phases), draw]),
+        "position": " ".join(filter(None, [*map(phase_sentence, analysis.phases), draw])),
         "cumulative_signal": f"{bias_sentence(analysis.bias)} {_half_signal_caption(analysis.all_steps)}",
-        "prefix_logp": " ".join([*map(_prefix_logp_caption, analysis.phases), draw]),
-        "weights": _effective_sample_size_caption(analysis, prefix_ratios=False),
-        "prefix_ratio": _effective_sample_size_caption(analysis, prefix_ratios=True),
+        "prefix_logp": " ".join(filter(None, [*map(_prefix_logp_caption, analysis.phases), draw])),
+        "weights": _weights_caption(analysis),
         "entropy": "; ".join(_entropy_caption(phase) for phase in analysis.phases) + ".",
     }
+    if ratios := analysis.prefix_ratios():
+        by_phase = [_prefix_ratio_caption(phase, ratios) for phase in analysis.phases]
+        captions["prefix_ratio"] = " ".join([PREFIX_RATIO_NOTE, *by_phase])
     if analysis.has_correlations():
         captions["correlations"] = " ".join([CORRELATIONS_NOTE, *map(_correlations_caption, analysis.phases)])
     if analysis.samples:
@@ -147,8 +164,7 @@ def _half_signal_caption(phase: Phase) -> str:
 
 
 def _prefix_logp_caption(phase: Phase) -> str:
-    sums = phase.numbers.position
-    positions = np.flatnonzero(sums.responses_L >= max(2, phase.numbers.responses // 10))
+    sums, positions = phase.numbers.position, phase.shown_positions()
     if not len(positions):
         return f"{phase.name}: too few responses."
     last = positions[-1]
@@ -159,14 +175,36 @@ def _prefix_logp_caption(phase: Phase) -> str:
     )
 
 
-def _effective_sample_size_caption(analysis: Analysis, *, prefix_ratios: bool) -> str:
-    rows = [row for row in table_rows(analysis.weight_table()) if _is_prefix_ratio(row["weight"]) == prefix_ratios]
-    sizes = ", ".join(f"{row['weight']} {row['effective_sample_size']:.1%}" for row in rows)
-    return f"Effective sample size as a fraction of the tokens: {sizes}."
+def _weights_caption(analysis: Analysis) -> str:
+    rows = [row for row in table_rows(analysis.weight_table()) if not is_prefix_ratio(row["weight"])]
+    sizes = [f"{row['weight']} {row['effective_sample_size']:.1%}" for row in rows]
+    parts = [f"Effective sample size as a fraction of the tokens: {', '.join(sizes)}."]
+    for name in analysis.weights:
+        unsigned = name.replace(" signed=true", "")
+        if unsigned != name and unsigned in analysis.weights:
+            differences = [_greatest_difference(phase, name, unsigned) for phase in analysis.phases]
+            phases = ", ".join(f"{d:.3f} ({p.name})" for d, p in zip(differences, analysis.phases, strict=True))
+            parts.append(f"The means of {name} and {unsigned} at a position differ by at most {phases}.")
+    return " ".join(parts)
 
 
-def _is_prefix_ratio(label: str) -> bool:
-    return label.startswith("prefix_ratio")
+def _greatest_difference(phase: Phase, a: str, b: str) -> float:
+    sums, positions = phase.numbers.position, phase.shown_positions()
+    return float(np.abs(sums.mean(a)[positions] - sums.mean(b)[positions]).max(initial=0.0))
+
+
+def _prefix_ratio_caption(phase: Phase, names: Sequence[str]) -> str:
+    parts = []
+    for name in names:
+        table = ratio_table(phase, name)
+        if not table["position"]:
+            return f"{phase.name}: too few responses."
+        low = [
+            position for position, ratio in zip(table["position"], table["median"], strict=True) if ratio < LOW_RATIO
+        ]
+        median = f"below {LOW_RATIO} from token {low[0]}" if low else f"{table['median'][-1]:.3g}"
+        parts.append(f"{name} {median}, effective sample size {table['effective_sample_size'][-1]:.1%}")
+    return f"{phase.name}, median at token {table['position'][-1]}: {'; '.join(parts)}."
 
 
 def _entropy_caption(phase: Phase) -> str:

@@ -19,11 +19,12 @@ from matplotlib.ticker import PercentFormatter
 from opdctl.analysis.captions import property_title
 from opdctl.analysis.position_bias import PREFIX_PERCENT
 from opdctl.analysis.position_sums import BINS
-from opdctl.analysis.results import Analysis, Phase, continuation_rows
+from opdctl.analysis.results import Analysis, Phase, continuation_rows, ratio_table
 from opdctl.evaluation.statistics import Estimate
 
 ORANGE, BLUE, GREY, BLACK = "#c2410c", "#1d4ed8", "#64748b", "#0f172a"
 COLORS = (ORANGE, BLUE, "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f")
+MIN_SHOWN_RATIO = 1e-4
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -51,7 +52,7 @@ def draw_figures(analysis: Analysis) -> dict[str, Figure]:
         "prefix_logp": (True, prefix_logp_figure),
         "entropy": (bool(_optional_quantities(analysis)), entropy_figure),
         "weights": (True, weights_figure),
-        "prefix_ratio": (bool(_prefix_ratios(analysis)), prefix_ratio_figure),
+        "prefix_ratio": (_has_ratios(analysis), prefix_ratio_figure),
         "one_response": (bool(analysis.samples), one_response_figure),
         "correlations": (analysis.has_correlations(), correlations_figure),
         "continuations": (bool(analysis.continuations), continuations_figure),
@@ -90,8 +91,7 @@ def _plot_estimates(axis: Axes, x: Any, estimates: Sequence[Estimate], color: st
 
 
 def _plot_by_position(axis: Axes, phase: Phase, name: str, color: str, label: str | None, **line: Any) -> None:
-    sums = phase.numbers.position
-    positions = np.flatnonzero(sums.responses_L >= max(2, phase.numbers.responses // 10))  # else too noisy
+    sums, positions = phase.numbers.position, phase.shown_positions()
     mean, half = sums.mean(name)[positions], sums.half_width(name)[positions]
     _plot_band(axis, positions + 1, mean, mean - half, mean + half, color, label, **line)
 
@@ -303,18 +303,44 @@ def _format_parameters(count: float) -> str:
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _prefix_ratios(analysis: Analysis) -> list[str]:
-    return [name for name in analysis.weights if name.startswith("prefix_ratio")]
+def _has_ratios(analysis: Analysis) -> bool:
+    """Whether prefix ratios are shown, and enough responses reach a position."""
+    return bool(analysis.prefix_ratios()) and any(len(phase.shown_positions()) for phase in analysis.phases)
 
 
 def prefix_ratio_figure(analysis: Analysis) -> Figure:
-    """The ideal prefix ratio by position for several exponents (Figure 4a)."""
-    return _weights_by_position(analysis, _prefix_ratios(analysis))
+    """The ideal prefix ratio by position for several exponents, and its effective sample size (Figure 4a)."""
+    names = analysis.prefix_ratios()
+    figure, axes = _panels(2 * len(names), 3.2, rows=2, sharex=True, sharey="row")
+    for name, ratio, size in zip(names, axes[: len(names)], axes[len(names) :], strict=True):
+        for phase, color in _phase_colors(analysis):
+            table = ratio_table(phase, name)
+            position = table["position"]
+            _plot_band(ratio, position, table["median"], table["low"], table["high"], color, phase.name)
+            size.plot(position, table["effective_sample_size"], color=color, lw=1.4)
+        _set_ratio_scale(ratio)
+        ratio.set(title=name, xscale="log")
+        ratio.xaxis.set_major_formatter("{x:g}")
+        size.set(xlabel="token position", ylim=(0, 1.02))
+        size.yaxis.set_major_formatter(PercentFormatter(1))
+    axes[0].set(ylabel="ratio: median, 10–90%")
+    axes[len(names)].set(ylabel="effective sample size")
+    axes[len(names)].legend(
+        axes[0].get_lines(), [phase.name for phase in analysis.phases], fontsize=8.5, loc="lower left"
+    )
+    return figure
+
+
+def _set_ratio_scale(axis: Axes) -> None:
+    """Show ratios on a log axis from MIN_SHOWN_RATIO: those of a great alpha are 0 after some tokens."""
+    greatest = max((float(np.max(line.get_ydata(), initial=1.0)) for line in axis.get_lines()), default=1.0)
+    axis.set(yscale="log", ylim=(MIN_SHOWN_RATIO, 10 * greatest))
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def weights_figure(analysis: Analysis) -> Figure:
     """Each token weight by position (Figure 4c)."""
-    ratios = _prefix_ratios(analysis)
+    ratios = analysis.prefix_ratios()
     return _weights_by_position(analysis, [name for name in analysis.weights if name not in ratios] or ratios)
 
 
@@ -322,15 +348,20 @@ def _weights_by_position(analysis: Analysis, names: Sequence[str]) -> Figure:
     figure, axes = _panels(len(analysis.phases), sharey=True)
     for axis, (phase, _) in zip(axes, _phase_colors(analysis), strict=True):
         for name, color in zip(names, cycle(COLORS), strict=False):
-            _plot_by_position(axis, phase, name, color, name)
+            _plot_by_position(axis, phase, name, color, name, ls=_line_style(name))
         axis.set(title=phase.name, xlabel="token position in the response", ylabel="mean weight")
     axes[0].legend(fontsize=8.5, loc="upper right")
     return figure
 
 
+def _line_style(name: str) -> str:
+    """Return the style of a weight's line: signed weights are often equal to the unsigned ones below them."""
+    return "--" if "signed=true" in name else "-"
+
+
 def one_response_figure(analysis: Analysis) -> Figure:
     """One response, token by token: advantage, weights and prefix ratios (Figure 4b)."""
-    sample, ratios = analysis.samples[0], _prefix_ratios(analysis)
+    sample, ratios = analysis.samples[0], analysis.prefix_ratios()
     figure, axes = _panels(3 if ratios else 2)
     position_T = np.arange(1, len(sample.tokens) + 1)
     axes[0].vlines(position_T, 0, sample.tokens.advantage_T, color=ORANGE, lw=1.2)
@@ -338,12 +369,14 @@ def one_response_figure(analysis: Analysis) -> Figure:
     weights = [name for name in analysis.weights if name not in ratios]
     for axis, names, title in ((axes[1], weights, "Weights"), (axes[-1], ratios, "Prefix ratios")):
         for name, color in zip(names, cycle(COLORS), strict=False):
-            axis.plot(position_T, sample.weights[name], color=color, lw=1.2, label=name)
+            axis.plot(position_T, sample.weights[name], color=color, lw=1.2, ls=_line_style(name), label=name)
         if names:
             axis.set(title=title, ylabel="weight")
-            axis.legend(fontsize=8.5, loc="upper right")
+            axis.legend(fontsize=8.5)
     for axis in axes:
         axis.set_xlabel("token position")
+    if ratios:
+        _set_ratio_scale(axes[-1])
     return figure
 
 

@@ -1,35 +1,57 @@
 """The results of analyze-position and their tables. Reads and writes no files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from opdctl.analysis.correlations import Correlation, TokenSample
 from opdctl.analysis.position_bias import PositionBias, effective_sample_size, prefix_fraction
-from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, PositionStats
+from opdctl.analysis.position_quantiles import PositionHistogram
+from opdctl.analysis.position_sums import BINS, PERCENT, Batch, BinnedSums, Ints, PositionStats, concatenate
 from opdctl.analysis.samples import Sample
 from opdctl.evaluation.statistics import Estimate, estimate_ratio
 from opdctl.losses.token_weights import Floats
 
 TableColumns = dict[str, list[Any]]
 """A table: columns of equal length by name."""
+RATIO_QUANTILES = {"median": 0.5, "low": 0.1, "high": 0.9}
+"""The quantiles of a prefix ratio over the responses at a position, by column."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A range of training steps, its numbers, and a sample of its tokens if correlations are computed."""
+    """A range of training steps and its numbers.
+
+    sample: of its tokens, for correlations. ratios: the distribution of each prefix ratio by position.
+    """
 
     name: str
     numbers: PositionStats
     sample: TokenSample | None = None
+    ratios: Mapping[str, PositionHistogram] = field(default_factory=dict)
+
+    def add_tokens(
+        self, batch: Batch, token_ids: Sequence[npt.NDArray[np.int32]], weights: Mapping[str, Sequence[Floats]]
+    ) -> None:
+        """Add the tokens of responses to the sample and to the distributions. token_ids, weights: [T] per response."""
+        if self.sample:
+            self.sample.add(batch, token_ids)
+        for name, histogram in self.ratios.items():
+            histogram.add(batch, concatenate(weights[name]))
 
     @cached_property
     def correlations(self) -> list[Correlation]:
         """The rank correlations of |A| with properties of the tokens."""
         return self.sample.correlations() if self.sample else []
+
+    def shown_positions(self) -> Ints:
+        """Return the token positions, from 0, that a tenth of the responses and at least two reach: others are too
+        noisy."""
+        return np.flatnonzero(self.numbers.position.responses_L >= max(2, self.numbers.responses // 10))
 
     def prefix_fraction(self) -> Estimate:
         """Return the fraction of the signal in the first 30% of the responses."""
@@ -39,6 +61,26 @@ class Phase:
         """Return the fraction of the signal in the first 0%, 1%, …, 100% of the responses."""
         signal_GQ = signal_by_percent(self.numbers)
         return [Estimate(0.0, 0.0, 0.0), *(prefix_fraction(signal_GQ, percent + 1) for percent in range(PERCENT))]
+
+
+def is_prefix_ratio(label: str) -> bool:
+    """Whether a token weight is the ideal prefix ratio, or a product of it."""
+    return label.startswith("prefix_ratio")
+
+
+def ratio_table(phase: Phase, name: str) -> TableColumns:
+    """Return the distribution of a prefix ratio over the responses at each position that is shown.
+
+    effective_sample_size: (Σ r)² / (n Σ r²) over the n responses that reach the position.
+    """
+    positions, sums, histogram = phase.shown_positions(), phase.numbers.position, phase.ratios[name]
+    responses_L, (total_L, square_L, _) = sums.responses_L[positions], sums.values[name][:, positions]
+    size_L = np.divide(total_L**2, responses_L * square_L, out=np.zeros(len(total_L)), where=square_L > 0)
+    table: TableColumns = {"phase": [phase.name] * len(positions), "weight": [name] * len(positions)}
+    table |= {"position": (positions + 1).tolist(), "responses": responses_L.astype(int).tolist()}
+    for column, fraction in RATIO_QUANTILES.items():
+        table[column] = histogram.quantile(fraction)[positions].tolist()
+    return table | {"effective_sample_size": size_L.tolist()}
 
 
 def signal_by_percent(numbers: PositionStats, name: str = "signal") -> Floats:
@@ -118,6 +160,10 @@ class Analysis:
         one = Estimate(1.0, 1.0, 1.0) if first.value else estimate_ratio(first, first)
         return [one, *(estimate_ratio(k1, first) for k1 in others)]
 
+    def prefix_ratios(self) -> list[str]:
+        """Return the names of the weights that are prefix ratios."""
+        return [name for name in self.weights if is_prefix_ratio(name)]
+
     def has_correlations(self) -> bool:
         """Whether |A| and at least one property of the tokens are not constant."""
         return any(np.isfinite(each.raw.value) for phase in self.phases for each in phase.correlations)
@@ -148,6 +194,10 @@ class Analysis:
             "weights": self.weight_table(),
             "correlations": concat_tables([_correlation_table(phase) for phase in self.phases]),
         }
+        if ratios := self.prefix_ratios():
+            tables["prefix_ratio"] = concat_tables(
+                [ratio_table(phase, name) for phase in self.phases for name in ratios]
+            )
         if self.continuations:
             tables["continuations"] = to_columns(
                 [row for summary in self.continuations for row in continuation_rows(summary)]

@@ -75,6 +75,17 @@ def test_correlations_are_those_of_the_tokens_of_a_phase(run):
     assert np.isnan(table["correlation"][rows["step 0", "token_frequency"]])  # all tokens have the same id
 
 
+def test_prefix_ratios_have_quantiles_and_sample_sizes_by_position(run):
+    # exp(A) of the first token is 3, 1 and 1/3: r of the second token is 27/13, 9/13 and 3/13
+    plant(run, 0, [np.array([np.log(ratio), 0.0]) for ratio in (3, 1, 1 / 3)] * 10)
+    table = analyze.analyze_run(run, "prefix_ratio:alpha=1,uniform").tables()["prefix_ratio"]
+    assert (table["weight"], table["position"]) == (["prefix_ratio alpha=1"] * 2, [1, 2])
+    assert table["responses"] == [30, 30]
+    assert [table[name][1] for name in ("low", "median", "high")] == pytest.approx([3 / 13, 9 / 13, 27 / 13], rel=0.2)
+    assert table["effective_sample_size"] == pytest.approx([1.0, 9 / (3 * (27**2 + 9**2 + 3**2) / 13**2)])
+    assert table["median"][0] == pytest.approx(1.0, rel=2e-3)
+
+
 def test_relative_positions_are_fractions_of_the_length(run):
     # responses of 2 and of 20 tokens: the first half of each has all the signal
     plant(run, 0, [np.array([1.0, 0.0]), np.array([1.0] * 10 + [0.0] * 10)])

@@ -52,7 +52,16 @@ def test_tables_and_figures_are_written_in_both_formats(tmp_path):
     assert {str(path) for path in (folder / "figures").iterdir()} == set(written["figures"])
     for path in map(Path, written["figures"]):
         assert path.read_bytes().startswith({".png": b"\x89PNG\r", ".svg": b"<?xml"}[path.suffix])
-    for name in ("position", "relative", "cumulative_signal", "steps", "steps_relative", "weights", "correlations"):
+    for name in (
+        "position",
+        "relative",
+        "cumulative_signal",
+        "steps",
+        "steps_relative",
+        "weights",
+        "correlations",
+        "prefix_ratio",
+    ):
         with (folder / "tables" / f"{name}.csv").open(newline="") as file:
             rows = list(csv.reader(file))
         table = pq.read_table(folder / "tables" / f"{name}.parquet")
