@@ -1,0 +1,77 @@
+"""docs/paper.md: every command resolves, and its numbers of runs and of GPU-hours are those of `--dry-run`."""
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from helpers.commands import ROOT, invoke
+from helpers.documents import code_blocks
+
+PAGE = ROOT / "docs" / "paper.md"
+STORED_RUN = ROOT / "tests" / "data" / "run-v5"
+PRINT_COMMANDS = r"""opdctl() { printf '%s\t' "$@"; echo; }"""
+DRY_RUN = ("train", "rollout", "score-teacher", "eval", "run continuations")
+"""The commands of the page that have `--dry-run`. The others read finished runs only."""
+
+
+@cache
+def commands(block: str) -> list[list[str]]:
+    """Return the arguments of each command that bash runs for a block, with its loops and braces expanded."""
+    script = f"{PRINT_COMMANDS}\n{block}"
+    result = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    return [line.split("\t")[:-1] for line in result.stdout.splitlines()]
+
+
+BLOCKS = code_blocks(PAGE, "sh")
+TRAINING_BLOCKS = [block for block in BLOCKS if "opdctl train" in block]
+OTHER_COMMANDS = [words for block in BLOCKS for words in commands(block) if words[0] != "train"]
+
+
+@cache
+def plan(words: tuple[str, ...]) -> tuple[str, float]:
+    """Return the run directory and the GPU-hours of a training, by `--dry-run`."""
+    result = invoke(*words, "--dry-run", "--json")
+    assert result.code == 0, result.err
+    return result.json()["run_dir"], result.json()["gpu_hours"]
+
+
+def test_runs_and_gpu_hours_of_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    programme: dict[str, float] = {}
+    for block in TRAINING_BLOCKS:
+        runs = dict(plan(tuple(words)) for words in commands(block))
+        assert len(runs) == len(commands(block)), "two commands have one run directory"
+        assert f"```sh\n{block}```\n\n{len(runs)} runs, at most {sum(runs.values()):,.0f} GPU-hours" in PAGE.read_text()
+        assert not runs.keys() & programme.keys()
+        programme |= runs
+    mathematics = {run: hours for run, hours in programme.items() if "code" not in run}
+    hours = sum(mathematics.values())
+    assert f"{len(mathematics)} runs for mathematics, at most {hours:,.0f} GPU-hours" in PAGE.read_text()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which every run of the page is a copy of a stored run, with its seed and weight."""
+    directory = tmp_path_factory.mktemp("runs")
+    names = {word for words in OTHER_COMMANDS for word in words if word.startswith("runs/")}
+    for name in names:
+        shutil.copytree(STORED_RUN, directory / name)
+        weight, seed = re.fullmatch(r"runs/cross_scale-(.+)-seed-(\d+)", name).groups()  # type: ignore[union-attr]
+        recipe = (directory / name / "recipe.toml").read_text()
+        recipe = re.sub(r"^seed = \d+", f"seed = {seed}", recipe, flags=re.MULTILINE)
+        gamma = sum(map(ord, weight)) / 1000  # another setting for each weight
+        (directory / name / "recipe.toml").write_text(re.sub(r"^gamma = .+", f"gamma = {gamma}", recipe, flags=re.M))
+    return directory
+
+
+@pytest.mark.parametrize("words", OTHER_COMMANDS, ids=lambda words: " ".join(words)[:60])
+def test_command_runs_on_a_stored_run(words: list[str], finished_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished_runs)
+    words = ["2" if each in ("165", "10") else each for each in words]  # updates of the stored run
+    name = " ".join(words[:2]) if words[0] == "run" else words[0]
+    result = invoke(*words, *(["--dry-run"] if name in DRY_RUN else []))
+    assert result.code == 0, result.err
