@@ -53,24 +53,26 @@ def test_runs_and_gpu_hours_of_each_block(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which every run of the page is a copy of a stored run, with its seed and weight."""
-    directory = tmp_path_factory.mktemp("runs")
-    names = {word for words in OTHER_COMMANDS for word in words if word.startswith("runs/")}
-    for name in names:
-        shutil.copytree(STORED_RUN, directory / name)
-        weight, seed = re.fullmatch(r"runs/cross_scale-(.+)-seed-(\d+)", name).groups()  # type: ignore[union-attr]
-        recipe = (directory / name / "recipe.toml").read_text()
-        recipe = re.sub(r"^seed = \d+", f"seed = {seed}", recipe, flags=re.MULTILINE)
-        gamma = sum(map(ord, weight)) / 1000  # another setting for each weight
-        (directory / name / "recipe.toml").write_text(re.sub(r"^gamma = .+", f"gamma = {gamma}", recipe, flags=re.M))
-    return directory
+def named_runs(words: list[str]) -> list[str]:
+    return [word for word in words if word.startswith("runs/")]
 
 
-@pytest.mark.parametrize("words", OTHER_COMMANDS, ids=lambda words: " ".join(words)[:60])
-def test_command_runs_on_a_stored_run(words: list[str], finished_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(finished_runs)
+def describe_as(run: Path) -> None:
+    """Give a copy of the stored run the seed and a weight of its name, so that it can be compared with others."""
+    weight, seed = run.name.removeprefix("cross_scale-").split("-seed-")
+    gamma = sum(map(ord, weight)) / 1000  # another setting for each weight
+    recipe = (run / "recipe.toml").read_text()
+    recipe = re.sub(r"^seed = .+", f"seed = {seed}", recipe, flags=re.MULTILINE)
+    (run / "recipe.toml").write_text(re.sub(r"^gamma = .+", f"gamma = {gamma}", recipe, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("words", OTHER_COMMANDS, ids=" ".join)
+def test_command_runs_on_stored_runs(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in named_runs(words):
+        shutil.copytree(STORED_RUN, tmp_path / name)
+        if words[0] == "compare":
+            describe_as(tmp_path / name)
     words = ["2" if each in ("165", "10") else each for each in words]  # updates of the stored run
     name = " ".join(words[:2]) if words[0] == "run" else words[0]
     result = invoke(*words, *(["--dry-run"] if name in DRY_RUN else []))
