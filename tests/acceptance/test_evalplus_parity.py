@@ -22,15 +22,10 @@ DATA = Path(__file__).parents[1] / "data" / "code-responses"
 FILES = {"humaneval": DATA / "HumanEvalPlus.jsonl", "mbpp": DATA / "MbppPlus.jsonl"}
 RESPONSES: list[dict[str, Any]] = tomllib.loads((DATA / "responses.toml").read_text("utf-8"))["response"]
 COMMANDS = """\
-import sys
-from evalplus.evaluate import evaluate
-from evalplus.sanitize import script
-dataset, samples, min_time_limit, gt_time_limit_factor = sys.argv[1:]
-script(samples)
-sanitized = samples.replace(".jsonl", "-sanitized.jsonl")
-evaluate(dataset, sanitized, min_time_limit=float(min_time_limit), gt_time_limit_factor=float(gt_time_limit_factor))
+evalplus.sanitize --samples "$2"
+evalplus.evaluate --dataset "$1" --samples "${2%.jsonl}-sanitized.jsonl" \\
+  --min-time-limit "$3" --gt-time-limit-factor "$4"
 """
-"""The commands `evalplus.sanitize` and `evalplus.evaluate`, without the package fire, which calls these functions."""
 
 
 def start_evalplus(dataset: str, golds: Mapping[str, str], directory: Path) -> subprocess.Popen[str]:
@@ -44,10 +39,11 @@ def start_evalplus(dataset: str, golds: Mapping[str, str], directory: Path) -> s
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     rules = CODE_GRADER.rules
     limits = [str(rules["min_time_limit_seconds"]), str(rules["gt_time_limit_factor"])]
+    program_path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
     overrides = {"HUMANEVAL_OVERRIDE_PATH": str(FILES["humaneval"]), "MBPP_OVERRIDE_PATH": str(FILES["mbpp"])}
     return subprocess.Popen(
-        [sys.executable, "-c", COMMANDS, dataset, str(path), *limits],
-        env={**os.environ, **overrides, "XDG_CACHE_HOME": str(directory)},
+        ["bash", "-euc", COMMANDS, "bash", dataset, str(path), *limits],
+        env={**os.environ, **overrides, "XDG_CACHE_HOME": str(directory), "PATH": program_path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
