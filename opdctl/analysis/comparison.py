@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opdctl.analysis import figures
 from opdctl.analysis.by_size import by_size_rows, size_axis
+from opdctl.analysis.comparison_figures import by_size_figure, comparison_figure
+from opdctl.analysis.plotting import figure_bytes
 from opdctl.analysis.report import IMAGE_KINDS, write_images
 from opdctl.analysis.result_formats import FORMATS
 from opdctl.analysis.results import to_columns
@@ -20,7 +21,7 @@ def write_curves(folder: Path, comparisons: Sequence[Mapping[str, Any]]) -> list
     paths = []
     for comparison in comparisons:
         points = [{"setting": s["label"], **point} for s in comparison["settings"] for point in s["curve"]]
-        paths += _write(folder / comparison["bench"], figures.comparison_figure(comparison), points)
+        paths += _write(folder / comparison["bench"], comparison_figure(comparison), points)
     return paths
 
 
@@ -37,9 +38,9 @@ def write_by_size(folder: Path, table: ResultTable) -> list[Path]:
     rows = by_size_rows(table)
     if not rows:
         return []
-    return _write(folder / "by_size", figures.by_size_figure(rows, size_axis(rows), table.columns[-1].name), rows)
+    return _write(folder / "by_size", by_size_figure(rows, size_axis(rows), table.columns[-1].name), rows)
 
 
 def _write(path: Path, figure: Any, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    images = {kind: figures.figure_bytes(figure, kind) for kind in IMAGE_KINDS}
+    images = {kind: figure_bytes(figure, kind) for kind in IMAGE_KINDS}
     return [*write_images(path.parent, {path.name: images}), *tables.write_table(path, to_columns(rows))]

@@ -1,10 +1,8 @@
-"""The figures of analyze-position and of compared runs, as PNG for documents and as SVG for the report.
+"""The figures of analyze-position.
 
 This module plots numbers and computes none. Figure numbers in parentheses are those of arXiv 2606.22600.
 """
 
-import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
 from operator import itemgetter
@@ -17,29 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from opdctl.analysis.captions import property_title
+from opdctl.analysis.comparison_figures import learning_curves_figure
+from opdctl.analysis.plotting import BLACK, BLUE, COLORS, GREY, ORANGE, STYLE, make_panels, plot_band, plot_estimates
 from opdctl.analysis.position_bias import PREFIX_PERCENT
 from opdctl.analysis.position_sums import BINS
 from opdctl.analysis.results import Analysis, Phase, continuation_rows, ratio_table
-from opdctl.evaluation.statistics import Estimate
 
-ORANGE, BLUE, GREY, BLACK = "#c2410c", "#1d4ed8", "#64748b", "#0f172a"
-COLORS = (ORANGE, BLUE, "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f")
 MIN_SHOWN_RATIO = 1e-4
-STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.edgecolor": "#94a3b8",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e2e8f0",
-    "legend.frameon": False,
-    "text.parse_math": False,  # show dollar signs in names
-    "svg.fonttype": "none",
-    "svg.hashsalt": "opdctl",  # reproducible ids
-}
 
 
 def draw_figures(analysis: Analysis) -> dict[str, Figure]:
@@ -62,38 +44,13 @@ def draw_figures(analysis: Analysis) -> dict[str, Figure]:
         return {name: draw(analysis) for name, (has_numbers, draw) in figures.items() if has_numbers}
 
 
-def figure_bytes(figure: Figure, kind: str) -> bytes:
-    """Return a figure as "png" or "svg", reproducible byte for byte."""
-    buffer = io.BytesIO()
-    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format=kind, dpi=120, metadata=metadata)
-    return buffer.getvalue()
-
-
-def _panels(count: int, height: float = 3.6, rows: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, row by row. height: of a row, in inches."""
-    figure = Figure(figsize=(12.5, height * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, count // rows, squeeze=False, **shared).flat)
-
-
-def _plot_band(axis: Axes, x: Any, mean: Any, low: Any, high: Any, color: str, label: str | None, **line: Any) -> None:
-    axis.plot(x, mean, color=color, lw=1.4, label=label, **line)
-    axis.fill_between(x, low, high, color=color, alpha=0.16, lw=0)
-
-
-def _plot_estimates(axis: Axes, x: Any, estimates: Sequence[Estimate], color: str, label: str | None) -> None:
-    mean, low, high = ([getattr(estimate, name) for estimate in estimates] for name in ("value", "low", "high"))
-    _plot_band(axis, x, mean, low, high, color, label)
-
-
 # ── By position ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _plot_by_position(axis: Axes, phase: Phase, name: str, color: str, label: str | None, **line: Any) -> None:
     sums, positions = phase.numbers.position, phase.shown_positions()
     mean, half = sums.mean(name)[positions], sums.half_width(name)[positions]
-    _plot_band(axis, positions + 1, mean, mean - half, mean + half, color, label, **line)
+    plot_band(axis, positions + 1, mean, mean - half, mean + half, color, label, **line)
 
 
 def _phase_colors(analysis: Analysis) -> Iterator[tuple[Phase, str]]:
@@ -108,7 +65,7 @@ def position_figure(analysis: Analysis) -> Figure:
         "k1": ("Reverse KL, sampled (k1)", "mean −A (nats)"),
         recipe_weight: (f"Token weight: {recipe_weight}", "mean weight"),
     }
-    figure, axes = _panels(len(panels))
+    figure, axes = make_panels(len(panels))
     for axis, (name, (title, label)) in zip(axes, panels.items(), strict=True):
         for phase, color in _phase_colors(analysis):
             _plot_by_position(axis, phase, name, color, phase.name)
@@ -119,7 +76,7 @@ def position_figure(analysis: Analysis) -> Figure:
 
 def prefix_logp_figure(analysis: Analysis) -> Figure:
     """Log-prob of the student's prefixes under student and teacher (Figure 3c)."""
-    figure, axes = _panels(len(analysis.phases), sharey=True)
+    figure, axes = make_panels(len(analysis.phases), sharey=True)
     for axis, (phase, _) in zip(axes, _phase_colors(analysis), strict=True):
         _plot_by_position(axis, phase, "student_prefix_logp", BLUE, "student")
         _plot_by_position(axis, phase, "teacher_prefix_logp", ORANGE, "teacher")
@@ -137,7 +94,7 @@ def _optional_quantities(analysis: Analysis) -> list[str]:
 def entropy_figure(analysis: Analysis) -> Figure:
     """Entropies and top-k overlap by position."""
     names = _optional_quantities(analysis)
-    figure, axes = _panels(len(names))
+    figure, axes = make_panels(len(names))
     for axis, name in zip(axes, names, strict=True):
         for phase, color in _phase_colors(analysis):
             _plot_by_position(axis, phase, name, color, phase.name)
@@ -152,17 +109,17 @@ def entropy_figure(analysis: Analysis) -> Figure:
 
 def cumulative_signal_figure(analysis: Analysis) -> Figure:
     """Cumulative signal and mean |A| by relative position, with the change point."""
-    figure, (cumulative, level) = _panels(2)
+    figure, (cumulative, level) = make_panels(2)
     percent = np.arange(101)
     cumulative.plot(percent, percent / 100, color=GREY, lw=1, ls="--", label="no bias")
     phases = _phase_colors(analysis) if len(analysis.phases) > 1 else ()
     for phase, color in [(analysis.all_steps, BLACK), *phases]:
-        _plot_estimates(cumulative, percent, phase.cumulative_signal(), color, phase.name)
+        plot_estimates(cumulative, percent, phase.cumulative_signal(), color, phase.name)
         sums = phase.numbers.relative
         if len(sums.tokens_L):
             middle = (np.arange(len(sums.tokens_L)) + 0.5) * 100 / BINS
             mean, half = sums.mean("abs_advantage"), sums.half_width("abs_advantage")
-            _plot_band(level, middle, mean, mean - half, mean + half, color, phase.name)
+            plot_band(level, middle, mean, mean - half, mean + half, color, phase.name)
     cumulative.axvline(PREFIX_PERCENT, color=GREY, lw=0.8, ls=":")
     if change := analysis.bias.change_point:
         for axis in (cumulative, level):
@@ -181,7 +138,7 @@ def cumulative_signal_figure(analysis: Analysis) -> Figure:
 
 def heatmap_figure(analysis: Analysis) -> Figure:
     """Mean |A| by step and relative position, relative to the mean of the step."""
-    figure, (axis,) = _panels(1, 3.4)
+    figure, (axis,) = make_panels(1, 3.4)
     signal_LI = np.stack([step.signal_L for step in analysis.steps], axis=1)
     # Without the division, the first steps would take up the complete color scale.
     scaled_LI = signal_LI / np.maximum(np.nanmean(signal_LI, axis=0, keepdims=True), 1e-12)
@@ -201,13 +158,13 @@ def heatmap_figure(analysis: Analysis) -> Figure:
 
 def steps_figure(analysis: Analysis) -> Figure:
     """Reverse KL, also relative to the first step, discrepancy, and signal in the prefix by step (Figure 3a)."""
-    figure, (kl, relative, level, prefix) = _panels(4, rows=2)
+    figure, (kl, relative, level, prefix) = make_panels(4, rows=2)
     steps, numbers = analysis.steps, [step.step for step in analysis.steps]
     for name, color in (("k1", ORANGE), ("k3", BLUE)):
-        _plot_estimates(kl, numbers, [step.means[name] for step in steps], color, name)
-    _plot_estimates(relative, numbers, analysis.relative_kl(), ORANGE, None)
-    _plot_estimates(level, numbers, [step.means["abs_advantage"] for step in steps], ORANGE, None)
-    _plot_estimates(prefix, numbers, [step.prefix_fraction for step in steps], ORANGE, None)
+        plot_estimates(kl, numbers, [step.means[name] for step in steps], color, name)
+    plot_estimates(relative, numbers, analysis.relative_kl(), ORANGE, None)
+    plot_estimates(level, numbers, [step.means["abs_advantage"] for step in steps], ORANGE, None)
+    plot_estimates(prefix, numbers, [step.prefix_fraction for step in steps], ORANGE, None)
     relative.axhline(1, color=GREY, lw=1, ls="--")
     prefix.axhline(PREFIX_PERCENT / 100, color=GREY, lw=1, ls="--")
     kl.set(title="Reverse KL", ylabel="nats per token")
@@ -226,78 +183,7 @@ def accuracy_figure(analysis: Analysis) -> Figure:
     """Accuracy of the students by step, with that of the teachers."""
     assert analysis.accuracy is not None
     setting = {"label": "student", "curve": analysis.accuracy["curve"]}
-    return _learning_curves(analysis.accuracy["bench"], [setting], analysis.accuracy["teachers"])
-
-
-def comparison_figure(comparison: Mapping[str, Any]) -> Figure:
-    """Accuracy by step of several settings, with intervals over their seeds (Figures 1a and 2a)."""
-    with matplotlib.rc_context(STYLE):
-        return _learning_curves(comparison["bench"], comparison["settings"], {}, comparison["target"])
-
-
-def _learning_curves(
-    bench: str, settings: Sequence[Mapping[str, Any]], teachers: Mapping[str, float], target: float | None = None
-) -> Figure:
-    figure, (axis,) = _panels(1)
-    for setting, color in zip(settings, cycle(COLORS), strict=False):
-        curve = setting["curve"]
-        step, mean, low, high = ([point[name] for point in curve] for name in ("step", "accuracy", "low", "high"))
-        seeds = curve[0]["seeds"]
-        label = setting["label"] + (f", {seeds} seeds" if seeds > 1 else "")
-        _plot_band(axis, step, mean, low, high, color, label, marker="o", markersize=3.5)
-    for name, value in teachers.items():
-        axis.axhline(value, color=GREY, lw=1, ls="--", label=name)
-    if target is not None:
-        axis.axhline(target, color=GREY, lw=0.8, ls=":", label=f"target {target:.1%}")
-    axis.set(title=f"Accuracy on {bench}", xlabel="training step", ylabel="accuracy", ylim=(0, 1.02))
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axis.legend(loc="best")
-    return figure
-
-
-def by_size_figure(rows: Sequence[Mapping[str, Any]], x: str, accuracy: str) -> Figure:
-    """Final accuracy and relative gain by the size of the student, or by compression (Figure 2b).
-
-    rows: those of the table `by_size`. x: `student_parameters` or `compression`. accuracy: what the accuracy is of.
-    """
-    is_by_student = x == "student_parameters"
-    has_teachers = is_by_student and len({row["teacher"] for row in rows}) > 1
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row[x]):
-        label = f"{row['setting']}, {row['teacher']}" if has_teachers else row["setting"]
-        lines.setdefault(label, []).append(row)
-    ticks = {row[x]: _size_label(row, is_by_student, not has_teachers) for row in rows}
-    titles = {"accuracy": f"Accuracy: {accuracy}", "gain": "Relative gain over the baseline"}
-    quantities = [name for name in titles if any(row[name] is not None for row in rows)]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(len(quantities))
-        for axis, name in zip(axes, quantities, strict=True):
-            for (label, rows_of_line), color in zip(lines.items(), cycle(COLORS), strict=False):
-                points = [row for row in rows_of_line if row[name] is not None]
-                size, mean, low, high = (
-                    [row[key] for row in points] for key in (x, name, f"{name}_low", f"{name}_high")
-                )
-                if points:
-                    _plot_band(axis, size, mean, low, high, color, label, marker="o", markersize=3.5)
-            axis.set(title=titles[name], xlabel=x.replace("_", " "), ylabel=name, xscale="log")
-            axis.set_xticks([*ticks], [*ticks.values()])
-            axis.minorticks_off()
-            axis.yaxis.set_major_formatter(PercentFormatter(1))
-        axes[0].legend(loc="best")
-    return figure
-
-
-def _size_label(row: Mapping[str, Any], has_parameters: bool, has_compression: bool) -> str:
-    """Return the parameters of the student, such as 596M, and below them the compression if it is known."""
-    parameters = [_format_parameters(row["student_parameters"])] * has_parameters
-    compression = [f"{row['compression']:.1f}×"] if has_compression and row["compression"] else []
-    return "\n".join([*parameters, *compression])
-
-
-def _format_parameters(count: float) -> str:
-    """Return a number of parameters with three digits: _format_parameters(596e6) is "596M"."""
-    power = min(int(math.log10(count)) // 3, 4)
-    return f"{count / 1000**power:.3g}{('', 'K', 'M', 'B', 'T')[power]}"
+    return learning_curves_figure(analysis.accuracy["bench"], [setting], analysis.accuracy["teachers"])
 
 
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -311,12 +197,12 @@ def _has_ratios(analysis: Analysis) -> bool:
 def prefix_ratio_figure(analysis: Analysis) -> Figure:
     """The ideal prefix ratio by position for several exponents, and its effective sample size (Figure 4a)."""
     names = analysis.prefix_ratios()
-    figure, axes = _panels(2 * len(names), 3.2, rows=2, sharex=True, sharey="row")
+    figure, axes = make_panels(2 * len(names), 3.2, rows=2, sharex=True, sharey="row")
     for name, ratio, size in zip(names, axes[: len(names)], axes[len(names) :], strict=True):
         for phase, color in _phase_colors(analysis):
             table = ratio_table(phase, name)
             position = table["position"]
-            _plot_band(ratio, position, table["median"], table["low"], table["high"], color, phase.name)
+            plot_band(ratio, position, table["median"], table["low"], table["high"], color, phase.name)
             size.plot(position, table["effective_sample_size"], color=color, lw=1.4)
         _set_ratio_scale(ratio)
         ratio.set(title=name, xscale="log")
@@ -345,7 +231,7 @@ def weights_figure(analysis: Analysis) -> Figure:
 
 
 def _weights_by_position(analysis: Analysis, names: Sequence[str]) -> Figure:
-    figure, axes = _panels(len(analysis.phases), sharey=True)
+    figure, axes = make_panels(len(analysis.phases), sharey=True)
     for axis, (phase, _) in zip(axes, _phase_colors(analysis), strict=True):
         for name, color in zip(names, cycle(COLORS), strict=False):
             _plot_by_position(axis, phase, name, color, name, ls=_line_style(name))
@@ -362,7 +248,7 @@ def _line_style(name: str) -> str:
 def one_response_figure(analysis: Analysis) -> Figure:
     """One response, token by token: advantage, weights and prefix ratios (Figure 4b)."""
     sample, ratios = analysis.samples[0], analysis.prefix_ratios()
-    figure, axes = _panels(3 if ratios else 2)
+    figure, axes = make_panels(3 if ratios else 2)
     position_T = np.arange(1, len(sample.tokens) + 1)
     axes[0].vlines(position_T, 0, sample.tokens.advantage_T, color=ORANGE, lw=1.2)
     axes[0].set(title="Advantage A", ylabel="nats")
@@ -385,7 +271,7 @@ def one_response_figure(analysis: Analysis) -> Figure:
 
 def correlations_figure(analysis: Analysis) -> Figure:
     """Rank correlations of the discrepancy with properties of the tokens, raw and partial."""
-    figure, axes = _panels(len(analysis.phases), sharey=True)
+    figure, axes = make_panels(len(analysis.phases), sharey=True)
     for axis, phase in zip(axes, analysis.phases, strict=True):
         row = np.arange(len(phase.correlations))
         for kind, color, offset in (("raw", ORANGE, -0.13), ("partial", BLUE, 0.13)):
@@ -451,7 +337,7 @@ def _plot_any_prefix(axis: Axes, rows: Sequence[Mapping[str, Any]], unit: str, m
     """Plot a model's accuracy from any prefix, with its interval."""
     columns = (unit, "accuracy", "low", "high")
     length, mean, low, high = ([row[name] for row in rows if row["prefix"] == "any"] for name in columns)
-    _plot_band(axis, length, mean, low, high, color, model, marker="o", markersize=3.5)
+    plot_band(axis, length, mean, low, high, color, model, marker="o", markersize=3.5)
 
 
 def _plot_prefixes_of_kind(

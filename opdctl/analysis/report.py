@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 
 from opdctl.analysis import captions, figures
+from opdctl.analysis.plotting import figure_bytes
 from opdctl.analysis.position_bias import PREFIX_PERCENT, PositionBias
 from opdctl.analysis.results import Analysis, TableColumns, table_rows
 from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
@@ -41,7 +42,7 @@ FIGURE_TITLES = {
 def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     """Write report.html, summary.json, figures and tables under `folder` and return their paths and the summary."""
     images = {
-        name: {kind: figures.figure_bytes(figure, kind) for kind in IMAGE_KINDS}
+        name: {kind: figure_bytes(figure, kind) for kind in IMAGE_KINDS}
         for name, figure in figures.draw_figures(analysis).items()
     }
     for name in ("figures", "tables"):

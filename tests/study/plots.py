@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import Interval, Results, area
 
-from opdctl.analysis.figures import COLORS, GREY, STYLE, figure_bytes
+from opdctl.analysis.plotting import COLORS, GREY, STYLE, figure_bytes
 
 WINDOW = 3
 """Steps of the running mean of an accuracy curve."""

@@ -89,7 +89,7 @@ def importers(*modules: str) -> set[str]:
         (["vllm"], ("engines.vllm",)),
         (["rich"], ("console", "cli.")),
         (["typer"], ("cli.",)),
-        (["matplotlib"], ("analysis.figures",)),
+        (["matplotlib"], ("analysis.figures", "analysis.comparison_figures", "analysis.plotting")),
         (["pickle"], ()),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
