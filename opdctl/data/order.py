@@ -13,9 +13,10 @@ UINT32_RANGE = 2**32
 def epoch_order(rule: PromptOrder, num_prompts: int, seed: int, epoch: int) -> tuple[int, ...]:
     """Return the indices of the prompts in the order of an epoch.
 
-    `random_sampler` is the order of `torch.utils.data.RandomSampler` with one generator for all epochs, as in verl. The
-    sampler draws a second permutation at the end of an epoch and uses none of it, so epoch e has permutation 2e. (Later
-    versions of verl take the sampler of torchdata: epoch e has permutation 2e + 1 with worker processes, else e.)
+    `random_sampler` is the order of `torch.utils.data.RandomSampler` with one generator for all epochs, as in G-OPD's
+    fork of verl, on which the code of arXiv 2606.22600 is built. The sampler draws a second permutation at the end of
+    an epoch and uses none of it, so epoch e has permutation 2e. (Later versions of verl take the sampler of torchdata:
+    epoch e has permutation 2e + 1 with worker processes, else e.)
     `numpy` is the order of runs that opdctl 0.2.0 started: their file is in the order of epoch 0.
     """
     if rule == "random_sampler":
