@@ -19,8 +19,8 @@ from opdctl.recipe.schema import Section
 from opdctl.registry import OBJECTIVES, WEIGHTS
 
 DOCS = ROOT / "docs"
-EXECUTED = {"sh": {"quickstart.md", "extending.md"}, "python": {"notebook.md", "extending.md"}}
-"""The pages whose blocks test_tutorials.py runs, by language."""
+EXECUTED = {"sh": {"quickstart.md", "extending.md", "paper.md"}, "python": {"notebook.md", "extending.md"}}
+"""The pages whose blocks a test runs, by language: test_tutorials.py, and for paper.md integration/test_paper.py."""
 
 
 # ── Reference ────────────────────────────────────────────────────────────────────────────────────────────────────────
