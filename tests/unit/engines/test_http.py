@@ -170,7 +170,8 @@ def test_retry_pauses_grow_up_to_a_maximum(monkeypatch):
         assert seconds <= min(pauses) < max(pauses) <= seconds + 1
 
 
-def test_an_outage_is_one_warning(server, warnings):
+def test_an_outage_is_one_warning(server, warnings, monkeypatch):
+    monkeypatch.setattr(http, "FIRST_RETRY_PAUSE_SECONDS", 0.5)  # all requests fail before one succeeds again
     server.set(first(Answer(503, b""), count=8))
     assert post_all(server, 8, concurrency=8) == list(range(8))
     assert len(warnings) == 1
