@@ -20,6 +20,7 @@ CONFIDENCE_LEVEL = 0.95
 MIN_DIFFERING_PROBLEMS = 5  # with fewer problems that are not all correct or not all incorrect, bootstrap fails
 BOOTSTRAP_RESAMPLES = 2000
 PERMUTATIONS = 9999
+NEGLIGIBLE = 1e-20  # a probability; the sum of all such terms of maj@k is far below its rounding error
 
 
 @dataclass(frozen=True)
@@ -161,23 +162,31 @@ def maj_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool], k: int) 
 def _majority_probability(correct: int, incorrect: tuple[int, ...], abstentions: int, k: int) -> float:
     """Return the fraction of the k-subsets in which the correct class wins; a tie with t others counts 1 / (t + 1).
 
-    correct, incorrect: sizes of the classes. For each number r of correct votes, ways[d, t] counts the choices of d
-    samples from the incorrect classes, with at most r of each and exactly r of t of them. The classes are added one by
-    one.
+    correct, incorrect: sizes of the classes, ascending. If each sample is chosen independently with the probability
+    k / n, all subsets of k are equally likely; given their size, the numbers of chosen samples are those of a k-subset.
+    No binomial coefficient of a large number occurs. For each number r of correct votes, ways[d, t] is the probability
+    of d chosen samples in the classes that have at least r, with at most r of each and exactly r of t of them.
     """
+    n = correct + sum(incorrect) + abstentions
     total = 0.0
+    probability_of_r = stats.binom.pmf(np.arange(min(correct, k) + 1), correct, k / n)
     for r in range(1, min(correct, k) + 1):
-        ways = np.zeros((k - r + 1, len(incorrect) + 1))
+        if probability_of_r[r] < NEGLIGIBLE:
+            continue
+        large = [size for size in incorrect if size >= r]
+        ways = np.zeros((k - r + 1, min(len(large), k // r - 1) + 1))
         ways[0, 0] = 1
-        for size in incorrect:
+        for size in large:
+            p = stats.binom.pmf(np.arange(r + 1), size, k / n)
             added = np.zeros_like(ways)
-            for chosen in range(min(size, r, k - r) + 1):
+            for chosen in range(min(r, k - r) + 1):
                 tied = int(chosen == r)
-                added[chosen:, tied:] += math.comb(size, chosen) * ways[: k - r + 1 - chosen, : ways.shape[1] - tied]
+                added[chosen:, tied:] += p[chosen] * ways[: k - r + 1 - chosen, : ways.shape[1] - tied]
             ways = added
         by_size = ways @ (1 / np.arange(1, ways.shape[1] + 1))
-        total += math.comb(correct, r) * sum(by_size[d] * math.comb(abstentions, k - r - d) for d in range(k - r + 1))
-    return float(total / math.comb(correct + sum(incorrect) + abstentions, k))
+        others = stats.binom.pmf(np.arange(k - r, -1, -1), n - correct - sum(large), k / n)
+        total += float(probability_of_r[r] * (by_size @ others))
+    return min(total / float(stats.binom.pmf(k, n, k / n)), 1.0)
 
 
 def compare_paired(one: Sequence[float], other: Sequence[float]) -> Comparison:

@@ -146,6 +146,20 @@ def test_maj_at_k_of_many_samples() -> None:
     assert 0.5 < maj_at_k(sampled, correct, 16) < 1
 
 
+@pytest.mark.parametrize("k", [1, 256, 1024, 2000])
+def test_maj_at_k_of_thousands_of_samples(k: int) -> None:
+    # exchangeable classes win equally often; so do the votes of a single sample
+    sampled = [name for name in ("right", "a", "b", "c") for _ in range(500)]
+    assert maj_at_k(sampled, [name == "right" for name in sampled], k) == pytest.approx(1 / 4)
+
+
+def test_maj_at_k_of_two_classes_is_hypergeometric() -> None:
+    # 1,000 of 2,050 samples are correct; of 51 votes at least 26 are; no ties
+    sampled = ["right"] * 1000 + ["a"] * 1050
+    expected = stats.hypergeom.sf(25, 2050, 1000, 51)
+    assert maj_at_k(sampled, [name == "right" for name in sampled], 51) == pytest.approx(expected)
+
+
 def test_correct_answers_in_different_notations_are_one_class() -> None:
     assert maj_at_k(["0.5", "1/2", "7", "7", "8"], [True, True, False, False, False], 5) == pytest.approx(0.5)
 
