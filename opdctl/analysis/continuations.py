@@ -353,7 +353,8 @@ def _accuracy(rows: Sequence[GradedResponse]) -> dict[str, Any]:
     by_problem: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         by_problem[row.problem_id].append(row.correct)
-    accuracy = statistics.problem_bootstrap([float(np.mean(correct)) for correct in by_problem.values()])
+    accuracies = [float(np.mean(correct)) for correct in by_problem.values()]
+    accuracy = statistics.problem_interval(accuracies, samples=len(rows) / len(by_problem))
     return {
         "responses": len({_prefix_id(row.sample_id) for row in rows}),
         "problems": len(by_problem),

@@ -174,7 +174,10 @@ class BinnedSums:
             return self.values[name][0] / self.tokens_L
 
     def half_width(self, name: str) -> Floats:
-        """Return half the width of the 95% interval of each mean, by Student's t, [L]; NaN below two responses."""
+        """Return half the width of the 95% interval of each mean, by Student's t, [L]; NaN below two responses.
+
+        It is too narrow if few responses have most of the mean; docs/analysis.md has its coverage.
+        """
         mean_L, n_L = self.mean(name), self.responses_L
         _, square_L, product_L = self.values[name]
         with np.errstate(divide="ignore", invalid="ignore"):

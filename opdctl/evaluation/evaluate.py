@@ -364,7 +364,7 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
     votes = [[row.vote for row in samples] for samples in by_problem.values()]
     samples_per_problem = min(map(len, correct))
     k_values = statistics.k_values(samples_per_problem)
-    avg = statistics.problem_bootstrap([float(np.mean(samples)) for samples in correct])
+    avg = statistics.problem_interval([float(np.mean(samples)) for samples in correct], samples_per_problem)
     same_problems = statistics.sampling_interval(correct)
     pass_at = {k: [statistics.pass_at_k(samples, k) for samples in correct] for k in k_values}
     maj_at = {
@@ -378,8 +378,8 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
         "avg": avg.value,
         "ci": [avg.low, avg.high],
         "ci_same_problems": [same_problems.low, same_problems.high] if same_problems else None,
-        "pass_at": _estimates(pass_at),
-        "maj_at": _estimates(maj_at),
+        "pass_at": _estimates(pass_at, samples_per_problem),
+        "maj_at": _estimates(maj_at, samples_per_problem),
         "truncated_fraction": sum(row.finish_reason == "length" for row in rows) / len(rows),
         "response_length": float(np.mean(lengths)),
         "response_lengths": {f"p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)} | {"max": max(lengths)},
@@ -396,6 +396,6 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
     }
 
 
-def _estimates(by_k: dict[int, list[float]]) -> dict[str, dict[str, Any]]:
-    estimates = {k: statistics.problem_bootstrap(values) for k, values in by_k.items()}
+def _estimates(by_k: dict[int, list[float]], samples: int) -> dict[str, dict[str, Any]]:
+    estimates = {k: statistics.problem_interval(values, samples) for k, values in by_k.items()}
     return {str(k): {"mean": each.value, "ci": [each.low, each.high]} for k, each in estimates.items()}

@@ -91,7 +91,7 @@ def _mean_steps_to(seeds: Sequence[Curve], target: float) -> dict[str, Any]:
 def _mean_curve(seeds: Sequence[Curve]) -> list[dict[str, Any]]:
     """Return a setting's mean accuracy at each step that all its seeds have, with a 95 % interval.
 
-    The interval is Student's t over the seeds. That of a single seed is the interval over its problems.
+    The interval is Student's t over the seeds. That of a single seed, or of equal ones, is over the problems.
     """
     points = []
     for step in sorted(set.intersection(*(set(seed) for seed in seeds))):

@@ -2,8 +2,8 @@
 
 The unit of an interval is the seed (one training run) where there are at least two: Student's t over the seeds. Two
 settings with the same seeds are paired by seed, since these have the same prompts in the same order; other seeds have
-Welch's interval. If either setting has a single seed, the means over the seeds are paired by problem: the interval
-covers other problems of the same kind, but not other seeds.
+Welch's interval. If either setting has a single seed, or the seeds do not differ, the means over the seeds are paired
+by problem: the interval covers other problems of the same kind, but not other seeds.
 """
 
 import math
@@ -188,9 +188,9 @@ def _compare(
     one: Sequence[ModelResult], other: Sequence[ModelResult], columns: Sequence[ResultColumn]
 ) -> tuple[dict[str, Estimate], Pairing]:
     """Return the difference of `other` minus `one` on each column, and how they are paired."""
+    by_problem = {bench: _compare_by_problem(bench, one, other) for bench in one[0].evaluations}
     if min(len(one), len(other)) < 2:
-        by_bench = {bench: _compare_by_problem(bench, one, other) for bench in one[0].evaluations}
-        return {column.name: column.combine(by_bench) for column in columns}, "paired by problem"
+        return {column.name: column.combine(by_problem) for column in columns}, "paired by problem"
     by_seed_one, by_seed_other = ({model.run.recipe.seed: model for model in models} for models in (one, other))
     is_paired = by_seed_one.keys() == by_seed_other.keys() and len(by_seed_one) == len(one) == len(other)
     differences = {}
@@ -201,7 +201,8 @@ def _compare(
         else:
             values = ([model.accuracy(column).value for model in models] for models in (one, other))
             difference = statistics.compare_runs(*values)
-        differences[column.name] = difference.clip(-1, 1)
+        has_interval = not math.isnan(difference.low)
+        differences[column.name] = difference.clip(-1, 1) if has_interval else column.combine(by_problem)
     return differences, "paired by seed" if is_paired else "unpaired seeds"
 
 

@@ -1,8 +1,8 @@
 """The statistics of evaluations: accuracies with their intervals, and comparisons of evaluations and of training runs.
 
 The samples of one problem are not independent, so the unit is the problem. There are two intervals. That of
-`problem_bootstrap` covers the accuracy on other problems of the same kind: it resamples problems, each with all its
-samples. That of `sampling_interval` covers new samples of the same problems.
+`problem_interval` covers the accuracy on other problems of the same kind. That of `sampling_interval` covers new
+samples of the same problems. docs/eval.md has their coverage, by simulation.
 
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
+from opdctl.losses.token_weights import Floats
+
 CONFIDENCE_LEVEL = 0.95
-MIN_DIFFERING_PROBLEMS = 5  # with fewer problems that are not all correct or not all incorrect, bootstrap fails
-BOOTSTRAP_RESAMPLES = 2000
+Z = float(stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2))
+FEW = (1.0, 5.0)  # problems: up to the first number their variance is not used, from the second one on it is
 PERMUTATIONS = 9999
 NEGLIGIBLE = 1e-20  # a probability; the sum of all such terms of maj@k is far below its rounding error
+ROUNDING = 1e-12  # accuracies that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -72,68 +76,71 @@ class Comparison:
     p_value: float
 
 
-def problem_bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
+def problem_interval(values: Sequence[float], samples: float) -> Estimate:
     """Return the mean of one value in [0, 1] per problem, with the interval for other problems of the same kind.
 
-    The interval is a studentized bootstrap over problems (Efron and Tibshirani 1993, section 12.5) on the scale of
-    log-odds. In 2,000 simulated evaluations of 30 to 500 problems with accuracies of 9 to 80 %, it covered the true
-    value in 94.5 to 95.3 %, a percentile bootstrap in 89 to 95 %. If fewer than MIN_DIFFERING_PROBLEMS problems have a
-    nonzero value, or a value below 1, it is Jeffreys' interval. In 1,500 simulated evaluations of 30 to 256 problems,
-    of which 0.4 to 10 % differed from the others, that covered the true value in 93 to 98 %. One problem has [0, 1].
+    samples: the mean number of samples per problem. One problem has the interval [0, 1].
     """
-    x_P = np.asarray(values, np.float64)
-    mean = float(x_P.mean())
-    if len(x_P) < 2:
-        return Estimate(mean, 0.0, 1.0)
-    if np.ptp(x_P) == 0:
-        return _estimate_of_equal_values(mean, len(x_P))
-    if min(np.count_nonzero(x_P), np.count_nonzero(x_P - 1)) < MIN_DIFFERING_PROBLEMS:
-        low, high = stats.beta.interval(CONFIDENCE_LEVEL, x_P.sum() + 0.5, (1 - x_P).sum() + 0.5)
-        return Estimate(mean, float(low), float(high))
-    x_JP = x_P[np.random.default_rng(seed).integers(0, len(x_P), (BOOTSTRAP_RESAMPLES, len(x_P)))]
-    mean_J, error_J = x_JP.mean(1), x_JP.std(1, ddof=1) / math.sqrt(len(x_P))
-    is_usable_J = (error_J > 0) & (mean_J > 0) & (mean_J < 1)
-    mean_J, error_J = mean_J[is_usable_J], error_J[is_usable_J]
-    t_J = (_logit(mean_J) - _logit(mean)) * mean_J * (1 - mean_J) / error_J
-    error = float(x_P.std(ddof=1)) / math.sqrt(len(x_P)) / (mean * (1 - mean))
-    t_high, t_low = np.quantile(t_J, [(1 + CONFIDENCE_LEVEL) / 2, (1 - CONFIDENCE_LEVEL) / 2])
-    return Estimate(mean, _sigmoid(_logit(mean) - t_high * error), _sigmoid(_logit(mean) - t_low * error))
+    x_JP = np.asarray([values], np.float64)
+    low_J, high_J = problem_bounds(x_JP, samples) if len(values) > 1 else (np.zeros(1), np.ones(1))
+    return Estimate(float(x_JP.mean()), float(low_J[0]), float(high_J[0]))
 
 
-def _estimate_of_equal_values(value: float, problems: int) -> Estimate:
-    """Return the exact binomial interval if all problems are correct or all incorrect; there is none for other values.
+def problem_bounds(x_JP: Floats, samples: float) -> tuple[Floats, Floats]:
+    """Return the bounds of `problem_interval`, [J], for J evaluations of at least two problems.
 
-    The bootstrap variance of equal values is 0, but the uncertainty is not.
+    Agresti and Coull's interval with the effective number of trials (Korn and Graubard 1998): that of a binomial
+    variable with the variance between problems, multiplied by the squared ratio of Student's t to the normal quantile.
+    It is at least the number of problems and at most that of all samples. If the problems are worth few correct ones,
+    or few incorrect ones, the next one may be of a kind that none of them is; then each counts as a single trial.
     """
-    if value not in (0, 1):
-        return Estimate(value, value, value)
-    exact = stats.binomtest(int(value * problems), problems).proportion_ci(CONFIDENCE_LEVEL)
-    return Estimate(value, float(exact.low), float(exact.high))
+    problems, mean_J = x_JP.shape[-1], x_JP.mean(-1)
+    t_ratio = stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, problems - 1) / Z
+    variance_J, binomial_J = x_JP.var(-1, ddof=1) * t_ratio**2, mean_J * (1 - mean_J)
+    ratio_J = np.divide(variance_J, binomial_J, out=np.ones_like(mean_J), where=binomial_J > 0).clip(1 / samples, 1)
+    few_J = _weight_of_few(_problems_worth(x_JP))
+    return _binomial_bounds(mean_J, problems / (few_J + (1 - few_J) * ratio_J))
 
 
-def _logit(p: float | np.ndarray) -> float | np.ndarray:
-    return np.log(p) - np.log1p(-p)
+def _binomial_bounds(mean: Floats, trials: Floats) -> tuple[Floats, Floats]:
+    """Return the interval of Agresti and Coull (1998): Z² / 2 successes and failures are added to the trials."""
+    center = (mean * trials + Z**2 / 2) / (trials + Z**2)
+    half_width = Z * np.sqrt(center * (1 - center) / (trials + Z**2))
+    return np.maximum(center - half_width, 0), np.minimum(center + half_width, 1)
 
 
-def _sigmoid(logit: float) -> float:
-    return float(1 / (1 + np.exp(-logit)))
+def _problems_worth(x_JP: Floats) -> Floats:
+    """Return the sum of the values or of their complements, whichever is smaller: 32 values of 1/32 are worth one."""
+    sum_J = x_JP.sum(-1)
+    return np.minimum(sum_J, x_JP.shape[-1] - sum_J)
+
+
+def _weight_of_few(count: Floats) -> Floats:
+    """Return 1 up to FEW[0], 0 from FEW[1] on, and linear values in between, so that no interval jumps."""
+    return ((FEW[1] - count) / (FEW[1] - FEW[0])).clip(0, 1)
 
 
 def sampling_interval(correct: Sequence[Sequence[bool]]) -> Estimate | None:
-    """Return Avg@n with the interval for new samples of the same problems; None if a problem has one sample only.
-
-    A normal interval with the unbiased binomial variance of each problem, plus the variance of one further sample: if
-    all samples of every problem agree, the next one may still differ. With at least two samples per problem, it covered
-    the true value in 95 % of 4,000 simulated evaluations.
-    """
-    n_P = np.array([len(samples) for samples in correct])
-    x_P = np.array([np.mean(samples) for samples in correct])
-    if n_P.min() < 2:
+    """Return Avg@n with the interval for new samples of the same problems; None if a problem has one sample only."""
+    samples_P = np.array([len(samples) for samples in correct])
+    if samples_P.min() < 2:
         return None
-    variance = float((x_P * (1 - x_P) / (n_P - 1)).sum()) / len(n_P) ** 2 + 1 / float(n_P.sum()) ** 2
-    half_width = float(stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2)) * math.sqrt(variance)
-    mean = float(x_P.mean())
-    return Estimate(mean, max(mean - half_width, 0.0), min(mean + half_width, 1.0))
+    x_JP = np.array([[np.mean(samples) for samples in correct]])
+    low_J, high_J = sampling_bounds(x_JP, samples_P)
+    return Estimate(float(x_JP.mean()), float(low_J[0]), float(high_J[0]))
+
+
+def sampling_bounds(x_JP: Floats, samples_P: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Return the bounds of `sampling_interval`, [J], for J evaluations with at least two samples per problem.
+
+    Agresti and Coull's interval with the effective number of trials: that of a binomial variable with the unbiased
+    variance within problems, plus the variance of one further sample: if all samples of every problem agree, the next
+    one may still differ. It is at least the number of samples.
+    """
+    problems, mean_J = x_JP.shape[-1], x_JP.mean(-1)
+    variance_J = (x_JP * (1 - x_JP) / (samples_P - 1)).sum(-1) / problems**2 + 1 / float(samples_P.sum()) ** 2
+    samples = problems**2 / float((1 / samples_P).sum())
+    return _binomial_bounds(mean_J, np.maximum(mean_J * (1 - mean_J) / variance_J, samples))
 
 
 def k_values(samples: int) -> list[int]:
@@ -192,20 +199,34 @@ def _majority_probability(correct: int, incorrect: tuple[int, ...], abstentions:
 def compare_paired(one: Sequence[float], other: Sequence[float]) -> Comparison:
     """Return the mean of `other` minus `one`, two accuracies per problem, paired by problem.
 
-    The interval is Student's t of the differences. It covered the true value in 94 to 96 % of 2,000 simulated pairs.
     The p-value is that of a permutation test with random signs of the differences. A single problem has the interval
     [-1, 1] and p-value 1.
     """
-    x_P = np.asarray(other, np.float64) - np.asarray(one, np.float64)
-    difference = float(x_P.mean())
-    if len(x_P) < 2:
+    one_JP, other_JP = np.asarray([one], np.float64), np.asarray([other], np.float64)
+    difference = float((other_JP - one_JP).mean())
+    if len(one) < 2:
         return Comparison(difference, (-1.0, 1.0), 1.0)
-    if np.ptp(x_P) == 0:
-        ci = (difference, difference)
-    else:
-        interval = stats.ttest_1samp(x_P, 0).confidence_interval(CONFIDENCE_LEVEL)
-        ci = (max(float(interval.low), -1.0), min(float(interval.high), 1.0))
-    return Comparison(difference, ci, _permutation_p_value(x_P))
+    low_J, high_J = paired_bounds(one_JP, other_JP)
+    return Comparison(difference, (float(low_J[0]), float(high_J[0])), _permutation_p_value((other_JP - one_JP)[0]))
+
+
+def paired_bounds(one_JP: Floats, other_JP: Floats) -> tuple[Floats, Floats]:
+    """Return the bounds of the differences of J pairs of evaluations, [J], on at least two problems.
+
+    Student's t of the differences x. If few problems differ, or both evaluations are worth few correct or few incorrect
+    problems, a difference of 1 and one of -1 are added (Bonett and Price 2012), as for binary outcomes; also if all
+    problems differ equally. The effective number of problems that differ is (Σ|x|)² / Σx².
+    """
+    x_JP = other_JP - one_JP
+    square_J, absolute_J = (x_JP**2).sum(-1), np.abs(x_JP).sum(-1)
+    differing_J = np.divide(absolute_J**2, square_J, out=np.zeros_like(square_J), where=square_J > 0)
+    worth_J = np.maximum(_problems_worth(one_JP), _problems_worth(other_JP))
+    added_J = np.where(np.ptp(x_JP, -1) < ROUNDING, 1, _weight_of_few(np.minimum(differing_J, worth_J)))
+    n_J = x_JP.shape[-1] + 2 * added_J
+    mean_J = x_JP.sum(-1) / n_J
+    variance_J = ((square_J + 2 * added_J) / n_J - mean_J**2).clip(0) / (n_J - 1)
+    half_width_J = stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, x_JP.shape[-1] - 1) * np.sqrt(variance_J)
+    return np.maximum(mean_J - half_width_J, -1), np.minimum(mean_J + half_width_J, 1)
 
 
 def _permutation_p_value(x_P: np.ndarray) -> float:
@@ -240,29 +261,37 @@ def combine_independent(estimates: Sequence[Estimate], weights: Sequence[float])
 
 
 def mean_of_runs(values: Sequence[float]) -> Estimate:
-    """Return the mean over at least two training runs, with Student's t interval. The unit is the run."""
+    """Return the mean over at least two training runs, with Student's t interval. The unit is the run.
+
+    Equal values have no interval: they are equal because accuracies are rounded, and do not show that runs are alike.
+    """
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return _t_interval(float(np.mean(values)), error, len(values) - 1)
 
 
 def mean_accuracy(runs: Sequence[Estimate]) -> Estimate:
-    """Return the mean accuracy of training runs, with Student's t interval; that of a single run is its own."""
-    if len(runs) == 1:
+    """Return the mean accuracy of training runs, with Student's t interval; that of the first if all are equal."""
+    if max(run.value for run in runs) - min(run.value for run in runs) < ROUNDING:
         return runs[0]
     return mean_of_runs([run.value for run in runs]).clip(0, 1)
 
 
 def compare_runs(one: Sequence[float], other: Sequence[float]) -> Estimate:
-    """Return the mean of `other` minus that of `one`, each at least two unpaired runs, with Welch's interval."""
+    """Return the mean of `other` minus that of `one`, each at least two unpaired runs, with Welch's interval.
+
+    There is no interval if the values do not differ within `one` and within `other`.
+    """
     variance_one, variance_other = (float(np.var(values, ddof=1)) / len(values) for values in (one, other))
     variance = variance_one + variance_other
     difference = float(np.mean(other) - np.mean(one))
-    if not variance:
-        return Estimate(difference, difference, difference)
+    if math.sqrt(variance) < ROUNDING:
+        return Estimate(difference, math.nan, math.nan)
     degrees = variance**2 / (variance_one**2 / (len(one) - 1) + variance_other**2 / (len(other) - 1))
     return _t_interval(difference, math.sqrt(variance), degrees)
 
 
 def _t_interval(value: float, error: float, degrees: float) -> Estimate:
+    if error < ROUNDING:
+        return Estimate(value, math.nan, math.nan)
     half_width = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * error
     return Estimate(value, value - half_width, value + half_width)

@@ -33,11 +33,11 @@ def table(tmp_path: Path) -> ResultTable:
 def test_text_has_means_spreads_and_differences(table: ResultTable) -> None:
     layout = lay_out(table)
     assert layout.header == ("setting", "step", "seeds", "perm", "sort12", "Avg")
-    # sort12: uniform 1/8 and 2/8, iw_opd 3/8 and 4/8; each difference is 2/8
+    # sort12: uniform 1/8 and 2/8, iw_opd 3/8 and 4/8; each difference is 2/8, so the interval is that over problems
     assert layout.text_rows() == [
         ["uniform", "8", "2", "50.0 ± 0.0", "18.8 ± 8.8", "34.4 ± 4.4"],
         ["iw_opd", "8", "2", "50.0 ± 0.0", "43.8 ± 8.8", "46.9 ± 4.4"],
-        ["difference to uniform", "", "", "+0.0 [+0.0, +0.0]", "+25.0 [+25.0, +25.0]", "+12.5 [+12.5, +12.5]"],
+        ["difference to uniform", "", "", "+0.0 [−100.0, +100.0]", "+25.0 [−19.0, +62.6]", "+12.5 [−42.1, +65.9]"],
         ["toy:teacher (teacher)", "–", "2", "100.0 ± 0.0", "87.5 ± 0.0", "93.8 ± 0.0"],
     ]
     assert "Differences in points [95% interval, paired by seed]." in layout.notes
@@ -51,7 +51,12 @@ def test_csv_has_unrounded_fractions(table: ResultTable) -> None:
     assert float(row["sd"]) == pytest.approx(0.0883883476)
     assert float(row["low"]) == 0  # clipped
     assert float(row["high"]) == 1
-    assert [row[f"difference{bound}"] for bound in ("", "_low", "_high")] == ["0.25"] * 3
+    assert row["difference"] == "0.25"
+    # by problem 0, 1/2, 1, 1/2 and 4 times 0: 2² / 1.5 differ, so 1 and -1 are added (5 - 8/3) / 4 times; t 2.364624
+    n = 8 + 2 * 7 / 12
+    half_width = 2.364624 * (((1.5 + 2 * 7 / 12) / n - (2 / n) ** 2) / (n - 1)) ** 0.5
+    bounds = [float(row[f"difference_{bound}"]) for bound in ("low", "high")]
+    assert bounds == pytest.approx([2 / n - half_width, 2 / n + half_width], abs=1e-6)
     baseline = next(row for row in rows if row["setting"] == "uniform")
     assert (baseline["difference"], baseline["pairing"]) == ("", "")
 
@@ -63,7 +68,7 @@ def test_markdown_has_the_best_means_in_bold(table: ResultTable) -> None:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| uniform | 8 | 2 | **50.0** ± 0.0 | 18.8 ± 8.8 | 34.4 ± 4.4 |",
         "| iw_opd | 8 | 2 | **50.0** ± 0.0 | **43.8** ± 8.8 | **46.9** ± 4.4 |",
-        "| difference to uniform |  |  | +0.0 [+0.0, +0.0] | +25.0 [+25.0, +25.0] | +12.5 [+12.5, +12.5] |",
+        "| difference to uniform |  |  | +0.0 [−100.0, +100.0] | +25.0 [−19.0, +62.6] | +12.5 [−42.1, +65.9] |",
         "| toy:teacher (teacher) | – | 2 | 100.0 ± 0.0 | 87.5 ± 0.0 | 93.8 ± 0.0 |",  # no setting: never bold
     ]
     assert lines[-1].endswith("Avg: the mean over the other columns.")
@@ -78,7 +83,7 @@ def test_latex_is_a_tabular(table: ResultTable) -> None:
         r"\midrule",
         r"uniform & 8 & 2 & \textbf{50.0} $\pm$ 0.0 & 18.8 $\pm$ 8.8 & 34.4 $\pm$ 4.4 \\",
         r"iw\_opd & 8 & 2 & \textbf{50.0} $\pm$ 0.0 & \textbf{43.8} $\pm$ 8.8 & \textbf{46.9} $\pm$ 4.4 \\",
-        r"difference to uniform &  &  & +0.0 [+0.0, +0.0] & +25.0 [+25.0, +25.0] & +12.5 [+12.5, +12.5] \\",
+        r"difference to uniform &  &  & +0.0 [$-$100.0, +100.0] & +25.0 [$-$19.0, +62.6] & +12.5 [$-$42.1, +65.9] \\",
         r"toy:teacher (teacher) & -- & 2 & 100.0 $\pm$ 0.0 & 87.5 $\pm$ 0.0 & 93.8 $\pm$ 0.0 \\",
         r"\bottomrule",
         r"\end{tabular}",

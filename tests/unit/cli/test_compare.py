@@ -114,7 +114,7 @@ def seeds(tmp_path: Path) -> list[Path]:
 def test_table_is_printed_on_stderr(seeds: list[Path]) -> None:
     result = invoke("compare", *seeds, "--table")
     assert (result.code, result.out) == (0, "")
-    for text in ("sort12", "Avg", "50.0 ± 0.0", "difference to uniform", "+50.0 [+50.0, +50.0]", "paired by seed"):
+    for text in ("sort12", "Avg", "50.0 ± 0.0", "difference to uniform", "+50.0 [−100.0, +100.0]", "paired by seed"):
         assert text in result.err
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 from opdctl.errors import OpdctlError
 from opdctl.evaluation.compared_runs import load_compared_runs, make_columns
 from opdctl.evaluation.result_table import ResultTable, tabulate_results
+from opdctl.evaluation.statistics import Estimate, combine_independent, compare_paired
 
 UNIFORM = "weight.name=uniform"
 
@@ -99,6 +100,18 @@ def test_other_seeds_are_not_paired(tmp_path: Path) -> None:
     assert (difference.value, difference.low, difference.high) == pytest.approx((0.1875, *reference))
 
 
+@pytest.mark.parametrize("other_seeds", [(0, 1), (2, 3)])
+def test_seeds_that_do_not_differ_are_paired_by_problem(tmp_path: Path, other_seeds: tuple[int, int]) -> None:
+    uniform = plant_seeds(tmp_path, "u", {0: "11000000", 1: "11000000"}, UNIFORM)
+    iw_opd = plant_seeds(tmp_path, "i", dict.fromkeys(other_seeds, "11110000"))
+    row = tabulate(*uniform, *iw_opd).rows[1]
+    difference = row.cells["sort12"].difference
+    expected = compare_paired([1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]).ci
+    assert difference is not None
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.25, *expected))
+    assert (row.cells["sort12"].mean.low, row.cells["sort12"].mean.high) == (0, 1)  # that of the planted summary
+
+
 def test_single_seed_is_paired_by_problem_with_the_mean_over_the_others(tmp_path: Path) -> None:
     uniform = plant_seeds(tmp_path, "u", {0: "1000"}, UNIFORM)
     iw_opd = plant_seeds(tmp_path, "i", {0: "1100", 1: "1110"})
@@ -107,19 +120,18 @@ def test_single_seed_is_paired_by_problem_with_the_mean_over_the_others(tmp_path
     assert (one.cells["sort12"].mean.low, one.cells["sort12"].mean.high) == (0, 1)  # that of the planted summary
     assert other.pairing == "paired by problem"
     difference = other.cells["sort12"].difference
-    # differences by problem 0, 1, 0.5, 0: mean 0.375, standard error 0.239357, t with 3 degrees of freedom 3.182446
+    expected = compare_paired([1, 0, 0, 0], [1, 1, 0.5, 0]).ci
     assert difference is not None
-    assert (difference.value, difference.low) == pytest.approx((0.375, 0.375 - 3.182446 * 0.239357), abs=1e-5)
-    assert difference.high == 1
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.375, *expected))
 
 
 def test_difference_of_the_average_combines_the_benchmarks(tmp_path: Path) -> None:
     one = plant_run(tmp_path / "one", {"perm": {8: "1100"}, "sort12": {8: "1000"}}, UNIFORM)
     other = plant_run(tmp_path / "other", {"perm": {8: "1100"}, "sort12": {8: "1100"}})
     difference = tabulate(one, other).rows[1].cells["Avg"].difference
-    # perm: 0 without width; sort12, where a single problem differs: 0.25, standard error 0.25
-    assert difference is not None
-    assert (difference.value, difference.low) == pytest.approx((0.125, 0.125 - 3.182446 * 0.25 / 2), abs=1e-5)
+    perm = Estimate(0, *compare_paired([1, 1, 0, 0], [1, 1, 0, 0]).ci)
+    sort12 = Estimate(0.25, *compare_paired([1, 0, 0, 0], [1, 1, 0, 0]).ci)
+    assert difference == combine_independent([perm, sort12], [0.5, 0.5])
 
 
 def test_average_over_seeds_is_that_of_each_seed(tmp_path: Path) -> None:
