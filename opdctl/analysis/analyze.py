@@ -11,7 +11,7 @@ from opdctl.analysis import samples
 from opdctl.analysis.correlations import TokenSample
 from opdctl.analysis.position_bias import assess_bias
 from opdctl.analysis.position_quantiles import PositionHistogram
-from opdctl.analysis.position_sums import Batch, PositionStats, split_by_tokens
+from opdctl.analysis.position_sums import Batch, PositionStats, PromptGroups, split_by_tokens
 from opdctl.analysis.results import Analysis, Phase, is_prefix_ratio, summarize_step
 from opdctl.analysis.samples import CHUNK_TOKENS, Sample
 from opdctl.analysis.shown_weights import chosen_weights
@@ -44,12 +44,12 @@ def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseCh
         )
     if skipped:
         console.warn(f"steps with incomplete scores are skipped: {', '.join(map(str, skipped))}")
-    all_steps, results = Phase(_step_range(steps), PositionStats()), []
+    all_steps, results, groups = Phase(_step_range(steps), PositionStats()), [], PromptGroups()
     phases = (_quarters if phase_choice == "quarters" else _ends)(run, steps, list(filter(is_prefix_ratio, weights)))
     with console.progress("analyze-position", len(steps)) as advance:
         for step in steps:
             phases_of_step = [phase for phase_steps, phase in phases if step in phase_steps]
-            numbers = _add_step(run, step, weights, all_steps.numbers.responses, phases_of_step)
+            numbers = _add_step(run, step, weights, groups, phases_of_step)
             for phase in (all_steps, *phases_of_step):
                 phase.numbers.merge(numbers)
             results.append(summarize_step(step, numbers))
@@ -121,15 +121,16 @@ def _step_range(steps: list[int]) -> str:
 
 
 def _add_step(
-    run: Run, step: int, weights: Mapping[str, Weight], num_earlier: int, phases: Sequence[Phase]
+    run: Run, step: int, weights: Mapping[str, Weight], groups: PromptGroups, phases: Sequence[Phase]
 ) -> PositionStats:
-    """Return the sums of a step, and add its tokens to the phases. num_earlier: responses of the run before it."""
+    """Return the sums of a step, and add its tokens to the phases."""
     total = PositionStats()
     for group in samples.response_groups(run, step, weights):
         responses = [to_weight_inputs(scored, step) for scored in group]
         by_step = {name: weigh(weight, responses) for name, weight in weights.items() if weight.needs_full_step}
         for part in split_by_tokens(responses, CHUNK_TOKENS):
-            batch = Batch(responses[part], num_earlier + total.responses)
+            group_R = groups.assign(scored.response.prompt_id for scored in group[part])
+            batch = Batch(responses[part], group_R)
             token_ids = [scored.response.response_ids for scored in group[part]]
             weights_by_name = {
                 name: by_step[name][part] if name in by_step else weigh(weight, batch.responses)

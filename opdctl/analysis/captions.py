@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_RESPONSES, PREFIX_PERCENT, PositionBias
+from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_PROMPTS, PREFIX_PERCENT, PositionBias
 from opdctl.analysis.position_sums import GROUPS
 from opdctl.analysis.results import (
     Analysis,
@@ -24,13 +24,13 @@ from opdctl.evaluation.statistics import Estimate
 METHOD_NOTES = (
     f"Fraction of the signal: Σ|A| over the first {PREFIX_PERCENT}% of each response's tokens, divided by Σ|A| over "
     f"all tokens. Without a position bias its expectation is {PREFIX_PERCENT}%, whatever the lengths and the mean |A| "
-    "of the responses. The interval is Fieller's. Its unit is the response, or a group of responses if there are more "
-    f"than {GROUPS}.",
-    f"Position bias: the fraction is tested against {PREFIX_PERCENT}% if there are at least {MIN_RESPONSES} responses. "
+    "of the responses. The interval is Fieller's. Its unit is the prompt with all of its responses, or a group of "
+    f"prompts if there are more than {GROUPS}.",
+    f"Position bias: the fraction is tested against {PREFIX_PERCENT}% if there are at least {MIN_PROMPTS} prompts. "
     f"A bias is reported if p < {1 - BIAS_CONFIDENCE_LEVEL:.2g}: early if the fraction is greater, late if it is less. "
     "The test covers all steps together.",
     "Change point: the position that best divides the response into two parts with different mean |A|, by least "
-    "squares. Its interval is that of the percentiles over resampled responses. It is reported if the difference "
+    "squares. Its interval is that of the percentiles over resampled prompts. It is reported if the difference "
     "exceeds 99% of the differences under random signs. It can serve as the fraction of prefix_only and prefix_boost; "
     "whether a student learns more with it can only be found by training.",
 )
@@ -55,7 +55,7 @@ def overview(analysis: Analysis) -> str:
     steps = "1 step" if len(analysis.steps) == 1 else f"{len(analysis.steps)} steps"
     return (
         f"{steps}, {numbers.responses:,} responses, {numbers.tokens:,} tokens; "
-        f"token weight {analysis.weights[0]}{skipped}. All intervals are 95% intervals over responses."
+        f"token weight {analysis.weights[0]}{skipped}. All intervals are 95% intervals over responses or over prompts."
     )
 
 

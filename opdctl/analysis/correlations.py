@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from opdctl.analysis.position_bias import MIN_RESPONSES, resample_groups
+from opdctl.analysis.position_bias import MIN_PROMPTS, resample_groups
 from opdctl.analysis.position_sums import GROUPS, Batch, concatenate
 from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
 from opdctl.losses.token_weights import Floats
@@ -34,7 +34,7 @@ class Correlation:
 
 
 class TokenSample:
-    """A random sample of tokens, with |A|, their properties, and the groups of their responses.
+    """A random sample of tokens, with |A|, their properties, and the groups of their prompts.
 
     How the tokens are divided into batches does not change the sample.
     """
@@ -52,7 +52,7 @@ class TokenSample:
         size = max(len(self._count_V), int(id_N.max(initial=-1)) + 1)
         self._count_V = np.pad(self._count_V, (0, size - len(self._count_V))) + np.bincount(id_N, minlength=size)
         kept = np.flatnonzero(self._rng.random(len(id_N)) < self._fraction)
-        columns = _properties(batch) | {"id": id_N, "group": (batch.first + batch.response_N) % GROUPS}
+        columns = _properties(batch) | {"id": id_N, "group": batch.group_R[batch.response_N]}
         self._batches.append({name: value_N[kept] for name, value_N in columns.items()})
 
     @property
@@ -68,8 +68,8 @@ class TokenSample:
     def correlations(self) -> list[Correlation]:
         """Return the correlation of |A| with each property: Spearman's, and the partial one of the ranks.
 
-        The intervals are those of the percentiles over resampled groups of responses. There are none for fewer than
-        MIN_RESPONSES responses.
+        The intervals are those of the percentiles over resampled groups of prompts. There are none for fewer than
+        MIN_PROMPTS prompts.
         """
         if not self.sampled:
             return []
@@ -81,7 +81,7 @@ class TokenSample:
         products = [np.bincount(group_N, a_N * b_N, minlength=GROUPS) for a_N in rank_XN for b_N in rank_XN]
         moments_GX = np.stack(products, axis=1, dtype=np.float64)[np.bincount(group_N, minlength=GROUPS) > 0]
         total = _raw_and_partial(moments_GX.sum(0, keepdims=True))
-        has_interval = len(moments_GX) >= MIN_RESPONSES
+        has_interval = len(moments_GX) >= MIN_PROMPTS
         resampled = _raw_and_partial(resample_groups(moments_GX)) if has_interval else np.full_like(total, np.nan)
         return [
             Correlation(name, *(_estimate(total[kind, 0, x], resampled[kind, :, x]) for kind in range(2)))

@@ -2,7 +2,7 @@
 
 The signal of a token is |A|. Without a bias, the first 30% of each response contain 30% of its signal in expectation,
 whatever its length, its total signal and the correlation of its tokens. That is the null hypothesis. The unit of the
-test is the response.
+test is the prompt: responses to one prompt may all have their signal in the same place.
 
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
@@ -22,8 +22,8 @@ PREFIX_PERCENT = 30
 """The first percent of a response that are its prefix."""
 BIAS_CONFIDENCE_LEVEL = 0.99
 """The confidence level of the tests of a bias and of a change point."""
-MIN_RESPONSES = 20
-"""The least number of responses that are tested."""
+MIN_PROMPTS = 20
+"""The least number of prompts whose responses are tested."""
 GROUP_RESAMPLES = 2000
 """Bootstrap samples of the groups, and random signs of the test of a change point."""
 ROUNDING_ERROR = 1e-9  # relative to the signal: smaller differences are rounding errors of a uniform signal
@@ -66,13 +66,13 @@ def assess_bias(profile: SignalProfile) -> PositionBias:
     """Test whether a signal depends on the position in the response."""
     nonempty_G = profile.responses_G > 0
     signal_GQ, tokens_G = profile.signals["signal"][nonempty_G], profile.tokens_G[nonempty_G]
-    responses = int(profile.responses_G.sum())
     if not signal_GQ.sum() > 0:
         return PositionBias("unknown", "teacher and student agree on every token, so there is no signal")
     fraction = prefix_fraction(signal_GQ)
-    if responses < MIN_RESPONSES:
-        return PositionBias("unknown", f"{responses} responses are too few, {MIN_RESPONSES} are required", fraction)
-    if tokens_G.sum() <= responses:
+    if len(signal_GQ) < MIN_PROMPTS:
+        why = f"responses to {len(signal_GQ)} prompts are too few, {MIN_PROMPTS} prompts are required"
+        return PositionBias("unknown", why, fraction)
+    if tokens_G.sum() <= profile.responses_G.sum():
         return PositionBias("unknown", "every response has a single token")
     p_value = _prefix_fraction_p_value(signal_GQ)
     change_point = find_change_point(signal_GQ, tokens_G)

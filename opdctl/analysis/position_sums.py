@@ -1,12 +1,13 @@
 """Sums by token position that can be added up, so that a run of any size fits in memory. No files, no model, no torch.
 
 A token's quantities are summed by its position, by its relative position, and over all tokens. The tokens of a response
-are correlated, so the unit of each interval is the response, not the token.
+are correlated, so the unit of the interval of a mean is the response, not the token. The responses to one prompt are
+correlated too, so the unit of everything that is computed from groups is the prompt.
 
 Shape suffixes: see Notation in CONTRIBUTING.md. A segment is the tokens of one response in one bin.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -24,7 +25,7 @@ BINS = 20
 PERCENT = 100
 """Bins of a signal's profile. A response may have fewer tokens: a token is then divided among several bins."""
 GROUPS = 500
-"""Groups of responses, assigned round-robin. A bootstrap resamples groups, so its cost does not grow with the run."""
+"""Groups of prompts, assigned round-robin. A bootstrap resamples groups, so its cost does not grow with the run."""
 RESERVED_NAMES = (
     *("abs_advantage", "k1", "k3", "student_prefix_logp", "teacher_prefix_logp"),
     *("student_entropy", "teacher_entropy", "top_k_overlap", "signal"),
@@ -33,12 +34,27 @@ RESERVED_NAMES = (
 MAX_LOG_RATIO_K3 = 60.0  # nats: exp of a greater value would dominate the mean of k3
 
 
+class PromptGroups:
+    """Assigns the prompts of a run to groups: the n-th one, in the order of their first responses, to n mod GROUPS.
+
+    So all responses to a prompt are in one group, those of later steps included.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def assign(self, prompt_ids: Iterable[str]) -> Ints:
+        """Return the groups of the next responses of the run, [R]. prompt_ids: the prompt of each."""
+        numbers = [self._numbers.setdefault(prompt_id, len(self._numbers)) for prompt_id in prompt_ids]
+        return np.array(numbers, np.int64) % GROUPS
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Complete responses with their tokens concatenated; `first` is the index of the first response in the run."""
+    """Complete responses with their tokens concatenated. group_R: the group of each response's prompt."""
 
     responses: Sequence[ResponseTokens]
-    first: int = 0
+    group_R: Ints
 
     @cached_property
     def length_R(self) -> Ints:
@@ -197,7 +213,7 @@ def _add_padded(a: Floats, b: Floats) -> Floats:
 
 @dataclass
 class SignalProfile:
-    """The distribution of signals over the response: sums by hundredths of the response and by groups of responses."""
+    """The distribution of signals over the response: sums by hundredths of the response and by groups of prompts."""
 
     responses_G: Floats = field(default_factory=lambda: np.zeros(GROUPS))
     tokens_G: Floats = field(default_factory=lambda: np.zeros(GROUPS))
@@ -208,15 +224,15 @@ class SignalProfile:
 
     def count(self, batch: Batch) -> None:
         counts_R2 = np.stack([np.ones(len(batch.responses)), batch.length_R], axis=1)
-        self.responses_G, self.tokens_G = _sum_by_group(counts_R2, batch.first).T
+        self.responses_G, self.tokens_G = _sum_by_group(counts_R2, batch).T
 
     def add(self, name: str, value_N: Floats, batch: Batch) -> None:
-        self.signals[name] = _sum_by_group(batch.by_percent(value_N), batch.first)
+        self.signals[name] = _sum_by_group(batch.by_percent(value_N), batch)
 
     def add_weight(self, name: str, weight_N: Floats, batch: Batch) -> None:
         self.add(name, weight_N * np.abs(batch.advantage_N), batch)
         moments_R2 = np.stack([batch.total_R(weight_N), batch.total_R(weight_N**2)], axis=1)
-        self.moments[name] = _sum_by_group(moments_R2, batch.first)
+        self.moments[name] = _sum_by_group(moments_R2, batch)
 
     def merge(self, other: "SignalProfile") -> None:
         self.responses_G, self.tokens_G = self.responses_G + other.responses_G, self.tokens_G + other.tokens_G
@@ -225,11 +241,11 @@ class SignalProfile:
                 sums[name] = sums[name] + value if name in sums else value
 
 
-def _sum_by_group(value_RX: Floats, first: int) -> Floats:
-    """Sum the rows by group, [G, X]: response i of the run belongs to group i mod GROUPS."""
-    before = first % GROUPS
-    after = -(before + len(value_RX)) % GROUPS
-    return np.pad(value_RX, ((before, after), (0, 0))).reshape(-1, GROUPS, value_RX.shape[1]).sum(0)
+def _sum_by_group(value_RX: Floats, batch: Batch) -> Floats:
+    """Sum the rows by group, [G, X]."""
+    sums_GX = np.zeros((GROUPS, value_RX.shape[1]))
+    np.add.at(sums_GX, batch.group_R, value_RX)
+    return sums_GX
 
 
 @dataclass

@@ -28,8 +28,9 @@ def plant(
     student_logp: float = -1.0,
     student: Mapping[str, np.ndarray] | None = None,
     teacher: Mapping[str, np.ndarray] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> None:
-    """Write a step's artifacts with these advantages.
+    """Write a step's artifacts with these advantages. prompts: the prompt id of each response; by default all differ.
 
     student, teacher: further columns of every response; the responses then have equal lengths.
     """
@@ -40,7 +41,7 @@ def plant(
     rows = [
         Response(
             sample_id=name,
-            prompt_id=name,
+            prompt_id=prompt,
             prompt_ids=np.array([2], np.int32),
             response_ids=np.full(len(advantage), TOKEN_ID, np.int32),
             logprobs=np.full(len(advantage), student_logp, np.float32),
@@ -51,7 +52,7 @@ def plant(
             answer=None,
             **(student or {}),
         )
-        for name, advantage in zip(names, advantages, strict=True)
+        for name, prompt, advantage in zip(names, prompts or names, advantages, strict=True)
     ]
     scores = [TokenScores((a + student_logp).astype(np.float32), **(teacher or {})) for a in advantages]
     plant_rows(run, step, rows, scores)

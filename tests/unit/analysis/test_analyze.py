@@ -44,6 +44,17 @@ def test_planted_numbers_come_back(run):
     )
 
 
+def test_responses_to_a_prompt_in_all_steps_are_one_unit(run):
+    prompts = [f"prompt-{number}" for number in range(19)]
+    for step in range(2):
+        plant(run, step, [np.array([-1.0, -0.5])] * 38, prompts=[*prompts, *prompts])
+    analysis = analyze.analyze_run(run)
+    assert "19 prompts are too few" in analysis.bias.reason
+    profile = analysis.all_steps.numbers.profile
+    assert profile.responses_G[profile.responses_G > 0].tolist() == [4] * 19
+    assert all(np.isnan(each.raw.low) for each in analysis.phases[0].correlations)
+
+
 def test_entropies_and_overlap_are_analyzed_if_stored(tmp_path):
     run = planted_run(
         tmp_path / "run", "rollout.entropy=true", "score.entropy=true", "rollout.top_k=2", "score.top_k=2"

@@ -51,7 +51,7 @@ def test_change_point_sentence():
 )
 def test_phase_sentence(advantage, text):
     tokens = ResponseTokens(np.zeros(len(advantage)), advantage, advantage)
-    assert captions.phase_sentence(Phase("steps 0–1", PositionStats.of(Batch([tokens]), {}))) == text
+    assert captions.phase_sentence(Phase("steps 0–1", PositionStats.of(Batch([tokens], np.zeros(1, int)), {}))) == text
 
 
 def test_continuations_sentence():

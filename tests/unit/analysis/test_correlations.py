@@ -29,7 +29,7 @@ def correlate(responses: Responses, ids: Ids, cuts: tuple[int, ...] = ()) -> dic
     """Return the correlations by property; cuts: where the responses are divided into batches."""
     sample = TokenSample(sum(map(len, responses)))
     for a, b in zip((0, *cuts), (*cuts, len(responses)), strict=True):
-        sample.add(Batch(responses[a:b], a), ids[a:b])
+        sample.add(Batch(responses[a:b], np.arange(a, b)), ids[a:b])
     return {each.name: each for each in sample.correlations()}
 
 
@@ -97,7 +97,7 @@ def test_large_runs_are_sampled(monkeypatch):
     complete = correlate(responses, ids)
     monkeypatch.setattr(correlations, "MAX_SAMPLED_TOKENS", 4000)
     sample = TokenSample(10_000)
-    sample.add(Batch(responses), ids)
+    sample.add(Batch(responses, np.arange(200)), ids)
     assert (sample.tokens, sample.sampled) == (10_000, pytest.approx(4000, abs=200))
     for each in sample.correlations():
         assert each.raw.value == pytest.approx(complete[each.name].raw.value, abs=0.05)

@@ -10,18 +10,18 @@ from opdctl.analysis.position_bias import (
     effective_sample_size,
     find_change_point,
 )
-from opdctl.analysis.position_sums import Batch, PositionStats, SignalProfile
+from opdctl.analysis.position_sums import GROUPS, Batch, PositionStats, SignalProfile
 from opdctl.losses.token_weights import ResponseTokens
 
 
-def profile_of(signals: list[np.ndarray]) -> SignalProfile:
-    """Return the profile of responses with these |A|."""
+def profile_of(signals: list[np.ndarray], samples: int = 1) -> SignalProfile:
+    """Return the profile of responses with these |A|, `samples` adjacent ones to each prompt."""
     responses = [ResponseTokens(np.zeros(len(a)), -a, -a) for a in signals]
-    return PositionStats.of(Batch(responses), {}).profile
+    return PositionStats.of(Batch(responses, np.arange(len(signals)) // samples % GROUPS), {}).profile
 
 
-def assess(signals: list[np.ndarray]) -> PositionBias:
-    return assess_bias(profile_of(signals))
+def assess(signals: list[np.ndarray], samples: int = 1) -> PositionBias:
+    return assess_bias(profile_of(signals, samples))
 
 
 def lengths(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -55,6 +55,27 @@ def test_at_most_one_false_positive_in_twenty(kind, count):
     results = [assess(kind(rng, count)) for _ in range(runs)]
     assert sum(each.direction != "none found" for each in results) / runs <= 0.05
     assert sum(each.change_point is not None for each in results) / runs <= 0.05
+
+
+def slopes(rng: np.random.Generator, prompts: int, samples: int) -> list[np.ndarray]:
+    """|A| rises or falls along the response, alike in all responses to a prompt; on average it is constant."""
+    slope = np.repeat(rng.uniform(-1, 1, prompts), samples)
+    return [np.maximum(1 + a * np.linspace(-1, 1, 60), 0) * rng.exponential(size=60) for a in slope]
+
+
+def bursts(rng: np.random.Generator, prompts: int, samples: int) -> list[np.ndarray]:
+    """One burst of signal, at the same place in all responses to a prompt."""
+    start = np.repeat(rng.integers(0, 60, prompts), samples)
+    return [np.isin(np.arange(60), (a + np.arange(6)) % 60) * rng.exponential() for a in start]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", [slopes, bursts])
+def test_responses_to_one_prompt_are_no_independent_evidence(kind, samples):
+    rng, runs = np.random.default_rng(samples), 150
+    results = [assess(kind(rng, 30, samples), samples) for _ in range(runs)]
+    assert sum(each.direction != "none found" for each in results) / runs <= 0.04
+    assert sum(each.change_point is not None for each in results) / runs <= 0.04
 
 
 @pytest.mark.parametrize(("late", "direction"), [(0.7, "early"), (1.5, "late")])
@@ -103,12 +124,16 @@ def test_uniform_signal_has_no_change_point():
 
 @pytest.mark.parametrize(
     ("signals", "reason"),
-    [([np.zeros(5)] * 30, "no signal"), ([np.ones(5)] * 19, "19 responses"), ([np.ones(1)] * 30, "single token")],
+    [([np.zeros(5)] * 30, "no signal"), ([np.ones(5)] * 19, "to 19 prompts"), ([np.ones(1)] * 30, "single token")],
 )
 def test_bias_is_unknown(signals, reason):
     bias = assess(signals)
     assert bias.direction == "unknown"
     assert reason in bias.reason
+
+
+def test_bias_of_many_responses_to_few_prompts_is_unknown():
+    assert "to 10 prompts" in assess([np.ones(5)] * 80, samples=8).reason
 
 
 def test_effective_sample_size_by_hand():

@@ -11,7 +11,7 @@ from opdctl.losses.token_weights import ResponseTokens
 
 
 def add(histogram: PositionHistogram, weights: list[np.ndarray]) -> PositionHistogram:
-    batch = Batch([ResponseTokens(weight_T, weight_T, weight_T) for weight_T in weights])
+    batch = Batch([ResponseTokens(weight_T, weight_T, weight_T) for weight_T in weights], np.arange(len(weights)))
     histogram.add(batch, np.concatenate([np.zeros(0), *weights]))
     return histogram
 

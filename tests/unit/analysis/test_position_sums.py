@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl.analysis.position_sums import BINS, GROUPS, PERCENT, Batch, PositionStats, split_by_tokens
+from opdctl.analysis.position_sums import (
+    BINS,
+    GROUPS,
+    PERCENT,
+    Batch,
+    PositionStats,
+    PromptGroups,
+    split_by_tokens,
+)
 from opdctl.losses.token_weights import IwOpd, ResponseTokens
 
 LENGTHS = st.lists(st.integers(0, 45), max_size=12)
@@ -16,9 +24,14 @@ def response(advantage: np.ndarray) -> ResponseTokens:
     return ResponseTokens(student, student + advantage, advantage)
 
 
-def random_batch(lengths: list[int], first: int = 0) -> Batch:
+def batch_of(responses: list[ResponseTokens]) -> Batch:
+    """Return responses to different prompts."""
+    return Batch(responses, np.arange(len(responses)) % GROUPS)
+
+
+def random_batch(lengths: list[int]) -> Batch:
     rng = np.random.default_rng(sum(lengths))
-    return Batch([response(rng.normal(size=n)) for n in lengths], first)
+    return batch_of([response(rng.normal(size=n)) for n in lengths])
 
 
 def iw_opd_weights(batch: Batch) -> dict[str, list[np.ndarray]]:
@@ -66,7 +79,7 @@ def test_means_and_intervals_equal_plain_loops(lengths):
 def test_merged_batches_equal_one_batch(first, second):
     lengths = [*first, *second]
     whole = random_batch(lengths)
-    parts = Batch(whole.responses[: len(first)]), Batch(whole.responses[len(first) :], len(first))
+    parts = [Batch(whole.responses[part], whole.group_R[part]) for part in (slice(len(first)), slice(len(first), None))]
     merged = PositionStats()
     for part in parts:
         merged.merge(PositionStats.of(part, iw_opd_weights(part)))
@@ -80,26 +93,35 @@ def test_merged_batches_equal_one_batch(first, second):
     np.testing.assert_allclose(merged.profile.moments["iw_opd"], once.profile.moments["iw_opd"])
 
 
-@given(LENGTHS, st.integers(0, 3 * GROUPS))
-def test_profile_keeps_sums_and_groups(lengths, first):
-    batch = random_batch(lengths, first)
+@given(LENGTHS, st.data())
+def test_profile_has_the_sums_of_each_group(lengths, data):
+    groups = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
+    batch = Batch(random_batch(lengths).responses, np.array(groups, int))
     profile = PositionStats.of(batch, iw_opd_weights(batch)).profile
-    totals = [np.abs(tokens.advantage_T).sum() for tokens in batch.responses]
-    assert profile.responses_G.sum() == len(lengths)
-    for number, total in enumerate(totals):
-        assert profile.signals["signal"][(first + number) % GROUPS].sum() == pytest.approx(total)
-        assert profile.tokens_G[(first + number) % GROUPS] == lengths[number]
+    totals = np.array([np.abs(tokens.advantage_T).sum() for tokens in batch.responses])
+    for group in range(GROUPS):
+        members = np.flatnonzero(batch.group_R == group)
+        assert profile.responses_G[group] == len(members)
+        assert profile.tokens_G[group] == sum(lengths[number] for number in members)
+        assert profile.signals["signal"][group].sum() == pytest.approx(totals[members].sum())
+
+
+def test_all_responses_to_a_prompt_are_in_one_group():
+    groups = PromptGroups()
+    assert groups.assign(["b", "b", "a"]).tolist() == [0, 0, 1]
+    assert groups.assign(["a", "c", "b"]).tolist() == [1, 2, 0]  # the next step, or a later epoch
+    assert groups.assign(map(str, range(GROUPS))).tolist() == [*range(3, GROUPS), 0, 1, 2]
 
 
 @given(st.integers(1, 300))
 def test_uniform_response_has_a_uniform_profile(length):
-    batch = Batch([response(np.ones(length))])
+    batch = batch_of([response(np.ones(length))])
     np.testing.assert_allclose(batch.by_percent(np.ones(length)), length / PERCENT, rtol=1e-9)
 
 
 def test_token_is_divided_among_bins():
     # three tokens with values 1, 2 and 3: the first 30% contain 0.9 of the first
-    batch = Batch([response(np.array([1.0, 2.0, 3.0]))])
+    batch = batch_of([response(np.array([1.0, 2.0, 3.0]))])
     percent = batch.by_percent(np.array([1.0, 2.0, 3.0]))[0]
     assert percent[:30].sum() == pytest.approx(0.9)
     assert percent[:50].sum() == pytest.approx(1 + 0.5 * 2)
@@ -121,7 +143,7 @@ def test_interval_of_a_mean_covers_it_if_tokens_are_correlated():
     rng, covered, covered_by_token = np.random.default_rng(0), 0, 0
     for _ in range(300):
         levels = rng.exponential(size=40)
-        batch = Batch([response(np.full(50, level)) for level in levels])
+        batch = batch_of([response(np.full(50, level)) for level in levels])
         sums = PositionStats.of(batch, {}).overall
         mean, half = sums.mean("abs_advantage")[0], sums.half_width("abs_advantage")[0]
         covered += abs(mean - 1) <= half
