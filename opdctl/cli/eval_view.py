@@ -68,8 +68,8 @@ def _print_warnings(summary: Mapping[str, Any]) -> None:
     if overlap and overlap["contaminated"]:
         shown = ", ".join([*overlap["fractions"]][:SHOWN_NAMES])
         console.warn(
-            f"{name}: the training prompts contain {overlap['contaminated']} of its {overlap['problems']} problems (at "
-            f"least half of their {overlap['ngram']}-grams): {shown}"
+            f"{name}: the training prompts contain {overlap['contaminated']} of its {overlap['problems']} problems "
+            f"(more than half of their words, in {overlap['ngram']}-grams shared with one prompt): {shown}"
         )
 
 

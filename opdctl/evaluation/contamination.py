@@ -1,8 +1,10 @@
-"""Contamination: the fraction of a benchmark's word n-grams that occur in the training prompts. Imports no torch.
+"""Contamination: how much of a benchmark's problem occurs in one of the training prompts. Imports no torch.
 
-A problem counts as contaminated if at least half of its 8-grams occur in the prompts. The threshold is that of Tülu 3
-(arXiv 2411.15124), which counts the tokens in 8-grams that are shared with one training document. One shared 8-gram is
-often only a common phrase. A problem with fewer than 8 words is one n-gram.
+The rule is that of Tülu 3 (arXiv 2411.15124, decontamination/search.py of its repository): a problem's overlap with a
+prompt is the fraction of its words that lie in word 8-grams which the two share, and a problem is contaminated if its
+greatest overlap with a single prompt exceeds one half. One shared 8-gram is often only a common phrase. Its words are
+spaCy's tokens; here, words are found by a regular expression and punctuation does not count. A problem with fewer than
+8 words, which that rule never finds, is one n-gram.
 """
 
 import re
@@ -11,24 +13,36 @@ from typing import Any
 
 NGRAM_WORDS = 8
 CONTAMINATED_FRACTION = 0.5
+"""A problem with a greater overlap is contaminated."""
 CJK_CHARS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 WORD_PATTERN = re.compile(f"[{CJK_CHARS}]|[^\\W_{CJK_CHARS}]+")  # in scripts without spaces, each character is a word
 NGram = tuple[str, ...]
 
 
 def ngram_overlap(problems: Mapping[str, str], prompts: Iterable[str]) -> dict[str, float]:
-    """Return the fraction of each problem's n-grams that occur in any prompt, by problem id.
+    """Return each problem's greatest overlap with a single prompt, by problem id.
 
     A problem without words is left out.
     """
-    ngrams = {name: {*_ngrams(words, min(NGRAM_WORDS, len(words)))} for name, words in _split_all(problems)}
-    wanted = set().union(*ngrams.values())
-    sizes = {len(ngram) for ngram in wanted}
-    present: set[NGram] = set()
+    lengths = {name: len(words) for name, text in problems.items() if (words := _split_words(text))}
+    places: dict[NGram, list[tuple[str, int]]] = {}
+    for name in lengths:
+        words = _split_words(problems[name])
+        size = min(NGRAM_WORDS, len(words))
+        for start, ngram in enumerate(_ngrams(words, size)):
+            # The bits of the n-gram's words, so that the words of all shared n-grams are a bitwise or.
+            places.setdefault(ngram, []).append((name, ((1 << size) - 1) << start))
+    sizes = {len(ngram) for ngram in places}
+    most_shared = dict.fromkeys(lengths, 0)
     for prompt in prompts:
         words = _split_words(prompt)
-        present |= wanted.intersection(ngram for size in sizes for ngram in _ngrams(words, size))
-    return {name: len(of_problem & present) / len(of_problem) for name, of_problem in ngrams.items()}
+        shared: dict[str, int] = {}
+        for ngram in places.keys() & {ngram for size in sizes for ngram in _ngrams(words, size)}:
+            for name, bits in places[ngram]:
+                shared[name] = shared.get(name, 0) | bits
+        for name, bits in shared.items():
+            most_shared[name] = max(most_shared[name], bits.bit_count())
+    return {name: most_shared[name] / length for name, length in lengths.items()}
 
 
 def measure_contamination(problems: Mapping[str, str], prompts: list[str]) -> dict[str, Any]:
@@ -39,16 +53,9 @@ def measure_contamination(problems: Mapping[str, str], prompts: list[str]) -> di
         "prompts": len(prompts),
         "problems": len(problems),
         "overlapping": len(fractions),
-        "contaminated": sum(fraction >= CONTAMINATED_FRACTION for fraction in fractions.values()),
+        "contaminated": sum(fraction > CONTAMINATED_FRACTION for fraction in fractions.values()),
         "fractions": dict(sorted(fractions.items(), key=lambda pair: -pair[1])),
     }
-
-
-def _split_all(problems: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the id and the words of each problem that has words."""
-    for name, text in problems.items():
-        if words := _split_words(text):
-            yield name, words
 
 
 def _split_words(text: str) -> list[str]:
