@@ -121,9 +121,10 @@ def find_change_point(signal_GQ: Floats, tokens_G: Floats) -> ChangePoint | None
     """Return the position at which the signal changes from one mean to another, or None without a significant change.
 
     The position is the least-squares estimate for two means (Bai 1994): the cut u with the greatest
-    |cumulative signal - u| / sqrt(u (1 - u)). Its interval is that of the percentiles over resampled groups. The
-    change is significant if this maximum exceeds its 99% quantile under random signs of the groups (wild bootstrap,
-    Wu 1986).
+    |cumulative signal - u| / sqrt(u (1 - u)). Its interval is that of the percentiles over resampled groups, wider by
+    one cut at each end: a change between two cuts is found at one of them. It extends to the end of the response if it
+    includes the outermost cut, at which a change beyond it is found. The change is significant if this maximum exceeds
+    its 99% quantile under random signs of the groups (wild bootstrap, Wu 1986).
     """
     cut_U = np.arange(MIN_SEGMENT_PERCENT, PERCENT - MIN_SEGMENT_PERCENT + 1)
     u_U, total_G = cut_U / PERCENT, signal_GQ.sum(1)
@@ -134,6 +135,8 @@ def find_change_point(signal_GQ: Floats, tokens_G: Floats) -> ChangePoint | None
         return None
     position_J = u_U[np.abs(resample_groups(gap_GU)).argmax(1)]
     low, high = np.quantile(position_J, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    low = 0.0 if low <= u_U[0] else low - 1 / PERCENT
+    high = 1.0 if high >= u_U[-1] else high + 1 / PERCENT
     cut = int(cut_U[np.abs(gap_GU.sum(0)).argmax()])
     position, tokens, signal_before = cut / PERCENT, float(tokens_G.sum()), float(signal_GQ[:, :cut].sum())
     before = signal_before / (position * tokens)

@@ -113,6 +113,18 @@ def test_interval_is_unbounded_if_one_response_has_most_of_the_signal():
     assert (bias.direction, bias.prefix_fraction.low, bias.prefix_fraction.high) == ("none found", 0.0, 1.0)
 
 
+@pytest.mark.parametrize("place", [0.04, 0.403, 0.97])
+def test_interval_of_the_change_point_is_wider_than_the_grid(place):
+    """A sharp change is found at the same cut by all bootstrap samples."""
+    rng = np.random.default_rng(5)
+    steps = [np.where(np.arange(1000) < 1000 * place, 1.0, 6.0) * rng.gamma(50, size=1000) for _ in range(40)]
+    position = assess(steps).change_point.position
+    assert 0 <= position.low <= place <= position.high <= 1
+    assert position.high - position.low >= 0.02
+    assert position.low == (0 if place < 0.05 else pytest.approx(position.value - 0.01))
+    assert position.high == (1 if place > 0.95 else pytest.approx(position.value + 0.01))
+
+
 def test_uniform_signal_has_no_change_point():
     uniform = profile_of([np.ones(50)] * 30)
     nonempty = uniform.responses_G > 0
