@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from arms import FIXED_LEARNING_RATE, IW_OPD, PREFIX, SUFFIX, UNIFORM, Arm, Student
 from plots import WINDOW, draw_figures
 from results import ConditionResult, Interval, Results, area, final, holm
 from scipy.stats import spearmanr
 
 SIGNIFICANCE_LEVEL = 0.05
+EQUIVALENCE_MARGIN = 0.02
+"""The difference in accuracy up to which an arm learns as fast as another."""
 PREFIX_KINDS = {"right so far": "correct prefixes", "gone wrong": "incorrect prefixes"}
 """The kinds of prefix in the summary of continuations, and their column titles."""
 
@@ -91,8 +94,8 @@ has {scale.steps} steps of {scale.prompts_per_step} prompts and otherwise the se
 - **Accuracy by step** is the accuracy of the sampled responses of a step. Their problems are new in that run. The area under
   the curve is the mean over steps. The final accuracy is that of the last student on {scale.test_problems} test problems.
 - **Pairing**: all arms with the same seed have the same prompts in the same order, and the same first responses.
-  Differences are paired by seed. Intervals are Student's t at 95 % over seeds; over all students, the variance within each
-  student is pooled.
+  Differences are paired by seed. Intervals are Student's t at 95 % over seeds. Over all students each student has a separate
+  variance, and the degrees of freedom are Satterthwaite's, as in Welch's test.
 - **Correction**: p-values against uniform weights are corrected for {len(scale.arms) - 1} arms (Holm).
 - **Learning rates** are selected for each arm from {format_list(f"{rate:g}" for rate in scale.learning_rates)} by the area over all students. The
   selection uses seed {format_list(scale.selection_seeds)}; nothing else does. Arms at the lowest learning rate:
@@ -100,47 +103,51 @@ has {scale.steps} steps of {scale.prompts_per_step} prompts and otherwise the se
   {at[max(scale.learning_rates)]}. Values outside this range were not tested."""
 
 
-def paper_claims(arms: dict[str, Arm]) -> list[tuple[str, Arm, Arm, int]]:
-    """Return each claim of the paper as two arms and the sign of the second minus the first that supports it.
+def paper_claims(arms: dict[str, Arm]) -> list[tuple[str, Arm, Arm, int, float]]:
+    """Return each claim of the paper: two arms, and on which side of a threshold their difference supports it.
 
-    Claims whose arms are not in the study are omitted.
+    The difference is the second arm minus the first. Sign 1: it exceeds the threshold; -1: it is less. Claims whose
+    arms are not in the study are omitted.
     """
     claims = (
-        ("IW-OPD learns faster than OPD", UNIFORM, IW_OPD, 1),
-        ("IW-OPD learns faster than a linear decay", arms.get("linear_decay gamma 0.5"), IW_OPD, 1),
+        ("IW-OPD learns faster than OPD", UNIFORM, IW_OPD, 1, 0.0),
+        ("IW-OPD learns faster than a linear decay", arms.get("linear_decay gamma 0.5"), IW_OPD, 1, 0.0),
         (
             "the prefix ratio is sensitive to alpha: 0.3 against 0.03",
             arms.get("prefix_ratio alpha 0.03"),
             arms.get("prefix_ratio alpha 0.3"),
             -1,
+            0.0,
         ),
-        ("the first 30 % of the tokens teach more than the last 30 %", SUFFIX, PREFIX, 1),
+        ("the first 30 % of the tokens teach more than the last 30 %", SUFFIX, PREFIX, 1, 0.0),
         (
             "a weight that rises with position learns more slowly than one that falls (IW-OPD)",
             IW_OPD,
             arms.get("position_sigmoid"),
             -1,
+            0.0,
         ),
-        ("the first 30 % alone learn as fast as all tokens", UNIFORM, PREFIX, 1),
+        ("the first 30 % alone learn as fast as all tokens", UNIFORM, PREFIX, 1, -EQUIVALENCE_MARGIN),
     )
-    return [(claim, baseline, arm, sign) for claim, baseline, arm, sign in claims if baseline and arm]
+    return [(claim, baseline, arm, *rest) for claim, baseline, arm, *rest in claims if baseline and arm]
 
 
-def assess_claim(difference: Interval, p: float, expected_sign: int) -> str:
-    """Return whether a difference supports a claim, by its corrected p-value."""
+def assess_claim(difference: Interval, p: float, expected_sign: int, threshold: float) -> str:
+    """Return whether a difference supports a claim. p: corrected, of the hypothesis that it equals the threshold."""
     if p >= SIGNIFICANCE_LEVEL:
         return "open"
-    return "supported here" if difference.mean * expected_sign > 0 else "contradicted here"
+    return "supported here" if (difference.mean - threshold) * expected_sign > 0 else "contradicted here"
 
 
 def claims_section(results: Results) -> str:
     claims = paper_claims({arm.name: arm for arm in results.scale.arms})
-    differences = [results.difference(baseline, arm, m) for _, baseline, arm, _ in claims for m in (area, final)]
-    corrected = holm([difference.p for difference in differences])
+    differences = [results.difference(baseline, arm, m) for _, baseline, arm, *_ in claims for m in (area, final)]
+    thresholds = [threshold for *_, threshold in claims for _ in (area, final)]
+    corrected = holm([each.p_value(threshold) for each, threshold in zip(differences, thresholds, strict=True)])
     rows = []
-    for i, (claim, *_, sign) in enumerate(claims):
+    for i, (claim, *_, sign, threshold) in enumerate(claims):
         cells = [
-            (format_interval(differences[j]), assess_claim(differences[j], corrected[j], sign))
+            (format_interval(differences[j]), assess_claim(differences[j], corrected[j], sign, threshold))
             for j in (2 * i, 2 * i + 1)
         ]
         rows.append((claim, *cells[0], *cells[1]))
@@ -151,7 +158,9 @@ def claims_section(results: Results) -> str:
     return f"""## Which claims of the paper hold here
 
 Each claim is a comparison over all students. The intervals are not corrected. The assessments use p-values corrected for all
-comparisons of this table (Holm). A claim that they do not decide is open, whatever the sign of the mean.
+comparisons of this table (Holm). A claim that they do not decide is open, whatever the sign of the mean. "As fast" is tested
+against the margin {EQUIVALENCE_MARGIN}: it is supported if the difference is significantly above -{EQUIVALENCE_MARGIN}, and contradicted if it is
+significantly below.
 
 {format_table(("claim of the paper", "area", "", "final", ""), rows)}
 
@@ -286,9 +295,9 @@ where in the response the discrepancy is, not on its amount."""
 
 def conditions_section(results: Results) -> str:
     conditions = results.conditions()
-    prefix_better = [each for each in conditions if each.prefix.low > each.suffix.high]
-    suffix_better = [each for each in conditions if each.prefix.high < each.suffix.low]
-    all_retained = [each for each in conditions if each.prefix.low <= 1 <= each.prefix.high]
+    prefix_better = [each for each in conditions if each.difference.low > 0]
+    suffix_better = [each for each in conditions if each.difference.high < 0]
+    less_retained = [each for each in conditions if each.prefix.high < 1]
     rows = [
         (
             f"{each.name}, rate {each.learning_rate:g}",
@@ -320,11 +329,11 @@ from the teacher itself (large). Each was trained for {results.scale.degrade_ste
 (67 to 83 %). For swapping there are 4, 8 and 12 swaps. In addition, `{results.scale.students[0].name}` is trained at three learning rates. Each student
 is trained on all tokens, on the first 30 % and on the last 30 %, with seeds {format_list(results.scale.condition_seeds)}, at learning rate {FIXED_LEARNING_RATE:g} unless stated
 otherwise. The gain is the mean accuracy of the last 5 steps minus that of the first step. Retained is the fraction of the
-gain of all tokens; its variance over seeds is pooled over conditions.
+gain of all tokens. Its interval is from the seeds of the condition alone, since their spread differs much, and is not corrected.
 
-The prefix retains more than the suffix, with disjoint intervals, in {len(prefix_better)} of {len(conditions)} conditions: {format_conditions(prefix_better)}. The suffix retains more in {len(suffix_better)}:
+The prefix retains more than the suffix, by the 95 % interval of their difference, in {len(prefix_better)} of {len(conditions)} conditions: {format_conditions(prefix_better)}. The suffix retains more in {len(suffix_better)}:
 {format_conditions(suffix_better)}. The rank correlation of the difference, prefix minus suffix, with the onset is {format_rank_correlation(conditions, "onset")}, and with the
-signal on the first 30 % {format_rank_correlation(conditions, "prefix_signal")}. The interval of the prefix includes the full gain in {len(all_retained)}: {format_conditions(all_retained)}.
+signal on the first 30 % {format_rank_correlation(conditions, "prefix_signal")}. The prefix retains less than the full gain in {len(less_retained)}: {format_conditions(less_retained)}.
 
 {format_table(columns, rows)}
 
@@ -332,10 +341,17 @@ signal on the first 30 % {format_rank_correlation(conditions, "prefix_signal")}.
 
 
 def format_rank_correlation(conditions: Sequence[ConditionResult], name: str) -> str:
-    """Return Spearman's correlation of prefix minus suffix with a property of the conditions."""
-    differences = [each.prefix.mean - each.suffix.mean for each in conditions]
-    result = spearmanr(differences, [getattr(each, name) for each in conditions])
-    return f"{result.statistic:+.2f} (p {format_p(float(result.pvalue))}, {len(conditions)} conditions)"
+    """Return Spearman's correlation of prefix minus suffix with a property of the conditions.
+
+    Conditions with the same initial student are not independent, so they are one observation: their mean.
+    """
+    by_student: dict[str, list[tuple[float, float]]] = {}
+    for each in conditions:
+        # Those of one name, and perm4, perm8 and perm.
+        by_student.setdefault(each.name.rstrip("0123456789"), []).append((each.difference.mean, getattr(each, name)))
+    differences, values = zip(*(np.mean(pairs, axis=0) for pairs in by_student.values()), strict=True)
+    result = spearmanr(differences, values)
+    return f"{result.statistic:+.2f} (p {format_p(float(result.pvalue))}, {len(by_student)} students)"
 
 
 def format_conditions(conditions: Sequence[ConditionResult]) -> str:

@@ -25,20 +25,39 @@ Measure = Callable[[Mapping[str, Any]], float]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over training runs with its 95 % interval, and the two-sided p-value of the hypothesis that it is 0."""
+    """A mean over training runs, its standard error, and the degrees of freedom of Student's t."""
 
     mean: float
-    low: float
-    high: float
-    p: float
+    standard_error: float
+    degrees_of_freedom: float
+
+    @property
+    def low(self) -> float:
+        return self.mean - self._half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self._half_width
+
+    @property
+    def _half_width(self) -> float:
+        """Half the width of the 95 % interval."""
+        return float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, self.degrees_of_freedom)) * self.standard_error
+
+    def p_value(self, expected: float = 0.0) -> float:
+        """Return the two-sided p-value of the hypothesis that the mean is `expected`."""
+        distance = abs(self.mean - expected)
+        if not self.standard_error:
+            return float(distance == 0)
+        return float(2 * stats.t.sf(distance / self.standard_error, self.degrees_of_freedom))
 
 
 @dataclass(frozen=True)
 class ConditionResult:
     """One condition: the student, and how much of the gain training on the prefix or the suffix alone retains.
 
-    gain: of training on all tokens. prefix, suffix: retained fractions of it. length, onset and prefix_signal: as in
-    `TrainingResult`, means over seeds.
+    gain: of training on all tokens. prefix, suffix: retained fractions of it, and their difference, paired by seed.
+    length, onset and prefix_signal: as in `TrainingResult`, means over seeds.
     """
 
     name: str
@@ -47,6 +66,7 @@ class ConditionResult:
     gain: Interval
     prefix: Interval
     suffix: Interval
+    difference: Interval
     length: float
     onset: float
     prefix_signal: float
@@ -76,19 +96,23 @@ def select_learning_rates(rows: Rows, scale: Scale) -> dict[str, float]:
 
 
 def stratified_mean(strata: Sequence[np.ndarray]) -> Interval:
-    """Return the mean of the means of the strata, by Student's t with the pooled variance within the strata."""
-    sizes = np.array([len(values) for values in strata])
-    degrees_of_freedom = int((sizes - 1).sum())
-    variance = sum(((values - values.mean()) ** 2).sum() for values in strata) / degrees_of_freedom
-    standard_error = float(np.sqrt(variance * (1 / sizes).sum())) / len(strata)
-    return t_interval(float(np.mean([values.mean() for values in strata])), standard_error, degrees_of_freedom)
+    """Return the mean of the means of the strata, each with the variance of its own values.
+
+    The strata are students, whose variances differ by a factor of 100. The degrees of freedom are Satterthwaite's
+    (1946), as in Welch's test.
+    """
+    free = np.array([len(values) - 1 for values in strata])
+    variances = np.array([values.var(ddof=1) / len(values) for values in strata]) / len(strata) ** 2
+    total = float(variances.sum())
+    degrees_of_freedom = total**2 / float((variances**2 / free).sum()) if total else float(free.sum())
+    return Interval(float(np.mean([values.mean() for values in strata])), total**0.5, degrees_of_freedom)
 
 
-def t_interval(mean: float, standard_error: float, degrees_of_freedom: int) -> Interval:
-    """Return the interval of a mean by Student's t."""
-    half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom)) * standard_error
-    p = float(2 * stats.t.sf(abs(mean) / standard_error, degrees_of_freedom)) if standard_error else float(mean == 0)
-    return Interval(mean, mean - half, mean + half, p)
+def ratio_of_means(part_S: np.ndarray, all_S: np.ndarray) -> Interval:
+    """Return the ratio of two means that are paired by seed, by the delta method."""
+    ratio = float(part_S.mean() / all_S.mean())
+    residual_S = (part_S - ratio * all_S) / all_S.mean()
+    return Interval(ratio, float(residual_S.std(ddof=1)) / len(all_S) ** 0.5, len(all_S) - 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -133,7 +157,7 @@ class Results:
         """Return the difference of each arm from uniform weights, with its p-value corrected for the number of arms."""
         arms = [arm for arm in self.scale.arms if arm != UNIFORM]
         differences = [self.difference(UNIFORM, arm, measure, [student] if student else ()) for arm in arms]
-        corrected = holm([difference.p for difference in differences])
+        corrected = holm([difference.p_value() for difference in differences])
         return {arm.name: pair for arm, pair in zip(arms, zip(differences, corrected, strict=True), strict=True)}
 
     def target(self, student: Student) -> float:
@@ -155,35 +179,19 @@ class Results:
         """Return the fraction of the gain that training on the first or the last 30 % retains, in each condition.
 
         The gain is the accuracy of the final steps minus that of the first step. The errors of the ratios follow the
-        delta method; their variance over seeds is pooled over the conditions.
+        delta method, each with the variance over its own seeds: the spread of the gains differs by a factor of 15.
         """
-        cases = self.scale.condition_cases(self.degraded)
-        num_seeds = len(self.scale.condition_seeds)
-        residuals = [
-            residual
-            for student, learning_rate in cases
-            for arm in (PREFIX, SUFFIX)
-            for residual in self._retained(student, learning_rate, arm)[1]
-        ]
-        degrees_of_freedom = 2 * len(cases) * (num_seeds - 1)
-        standard_error = float(np.sqrt(np.square(residuals).sum() / degrees_of_freedom / num_seeds))
-        return [self._condition(*case, standard_error, degrees_of_freedom) for case in cases]
+        return [self._condition(*case) for case in self.scale.condition_cases(self.degraded)]
 
-    def _condition(
-        self, student: Student, learning_rate: float, standard_error: float, degrees_of_freedom: int
-    ) -> ConditionResult:
+    def _condition(self, student: Student, learning_rate: float) -> ConditionResult:
         rows = self._condition_rows(student, learning_rate, UNIFORM)
-        prefix, suffix = (
-            t_interval(self._retained(student, learning_rate, arm)[0], standard_error, degrees_of_freedom)
-            for arm in (PREFIX, SUFFIX)
-        )
+        all_S, prefix_S, suffix_S = (self._gains_S(student, learning_rate, arm) for arm in (UNIFORM, PREFIX, SUFFIX))
         return ConditionResult(
             student.name,
             learning_rate,
             float(np.mean([row["accuracy"][0] for row in rows])),
-            stratified_mean([self._gains_S(student, learning_rate, UNIFORM)]),
-            prefix,
-            suffix,
+            stratified_mean([all_S]),
+            *(ratio_of_means(part_S, all_S) for part_S in (prefix_S, suffix_S, prefix_S - suffix_S)),
             *(float(np.nanmean([row[name] for row in rows])) for name in ("length", "onset", "prefix_signal")),
         )
 
@@ -193,12 +201,6 @@ class Results:
     def _gains_S(self, student: Student, learning_rate: float, arm: Arm) -> np.ndarray:
         rows = self._condition_rows(student, learning_rate, arm)
         return np.array([accuracy_of_final_steps(row) - row["accuracy"][0] for row in rows])
-
-    def _retained(self, student: Student, learning_rate: float, arm: Arm) -> tuple[float, np.ndarray]:
-        """Return the ratio of the mean gains of `arm` and of all tokens, and the residual of each seed, [S]."""
-        all_S, arm_S = (self._gains_S(student, learning_rate, each) for each in (UNIFORM, arm))
-        ratio = float(arm_S.mean() / all_S.mean())
-        return ratio, (arm_S - ratio * all_S) / all_S.mean()
 
     def total_seconds(self) -> float:
         """Return the sum of the seconds of all measurements."""
