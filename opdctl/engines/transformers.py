@@ -211,7 +211,10 @@ class _SampleBuffer:
 
 
 def _uniform_stream(seed: int, count: int) -> np.ndarray:
-    """Return `count` uniform numbers in [0, 1) that depend on the response's seed only."""
+    """Return `count` uniform numbers in [0, 1) that depend on the response's seed only.
+
+    They are float32, multiples of 2⁻²⁴: of several tokens whose probabilities sum to less, at most one can be sampled.
+    """
     return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float32)
 
 

@@ -17,6 +17,8 @@ AUTO = "auto"
 DEFAULT_NAME = "run"
 """The name of a recipe without files."""
 TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
+MIN_TEMPERATURE = 0.01
+"""The least temperature above 0: vLLM samples lower ones at this one, and far below it the logits overflow."""
 TEACHER_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -294,7 +296,7 @@ class Eval(Sampling):
     bench: list[str] = Field(default=["sort12"], min_length=1)
     """Benchmarks to run: registered names, or `.jsonl`, `.parquet` or `.csv` files."""
     temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature. 0 is greedy decoding, with one response to each problem."""
+    """Sampling temperature, at least 0.01. 0 is greedy decoding, with one response to each problem."""
     samples: int | None = Field(default=None, gt=0)
     """Responses to each problem. If unset, the benchmark sets the number, such as 32 for AIME and HMMT."""
     limit: int | None = Field(default=None, gt=0)

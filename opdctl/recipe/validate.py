@@ -10,6 +10,7 @@ from opdctl.recipe.components import build_objective
 from opdctl.recipe.schema import (
     AUTO,
     DEFAULT_COMPONENTS,
+    MIN_TEMPERATURE,
     TEACHER_NAME_PATTERN,
     Component,
     Recipe,
@@ -187,6 +188,9 @@ def _eval_errors(recipe: Recipe) -> Errors:
     if settings.every_steps and not settings.allow_code_execution:
         text = "runs code from the student during training: set eval.allow_code_execution, or eval.every_steps = 0"
         errors += [("eval.bench", f"`{name}` {text}") for name in settings.bench if _benchmark_runs_code(name)]
+    if 0 < settings.temperature < MIN_TEMPERATURE:
+        text = f"must be 0 or at least {MIN_TEMPERATURE}, got {settings.temperature:g}; 0 is greedy decoding"
+        errors.append(("eval.temperature", text))
     if settings.temperature == 0 and settings.samples not in (None, 1):
         errors.append(("eval.samples", "must be 1 or unset at temperature 0, where all samples are identical"))
     return errors

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.transformers import TransformersEngine, sample
-from opdctl.recipe.schema import RolloutColumns, Sampling, Score
+from opdctl.recipe.schema import MIN_TEMPERATURE, RolloutColumns, Sampling, Score
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,12 @@ def test_temperature_changes_logprobs():
     # logits log 4 and 0 at temperature 2: 2 to 1
     _, logps = sample(torch.tensor([[math.log(4), 0.0]]), torch.tensor([0.0]), 2.0, 1.0)
     assert logps.exp().item() == pytest.approx(2 / 3)
+
+
+def test_least_temperature_samples_the_most_probable_token():
+    logits = torch.tensor([[-3e4, 0.0, 3e4, 2.9e4]]).repeat(3, 1)
+    tokens, logps = sample(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), MIN_TEMPERATURE, 1.0)
+    assert (tokens.tolist(), logps.tolist()) == ([2, 2, 2], [0.0, 0.0, 0.0])
 
 
 @given(st.lists(st.floats(-60, 60), min_size=1, max_size=40), st.floats(0, 1, exclude_max=True, width=32))

@@ -60,12 +60,19 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
         (["train.lr_scheduler_type=linear"], "train.decay_steps"),
         (["train.lr_scheduler_type=cosine", "train.warmup_steps=4", "train.decay_steps=4"], "train.decay_steps"),
         (["eval.temperature=0", "eval.samples=2"], "eval.samples"),
+        (["eval.temperature=1e-39"], "eval.temperature"),
+        (["eval.temperature=0.0099"], "eval.temperature"),
         (["eval.bench=['humaneval_plus']"], "eval.bench"),
         (["objective.name=jsd", "pipeline.max_staleness=1"], "pipeline.max_staleness"),
     ],
 )
 def test_invalid_combination(smallest: Path, overrides: list[str], key: str) -> None:
     assert error_lines([smallest], *overrides)[0].startswith(f"--set: {key}: ")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_least_temperatures_are_valid(smallest: Path, temperature: float) -> None:
+    assert load_recipe([smallest], [f"eval.temperature={temperature}"]).eval.temperature == temperature
 
 
 def test_as_many_parts_as_responses_are_valid(smallest: Path) -> None:
