@@ -35,6 +35,7 @@ class TokenBatch:
     logp_N: of the sampled token, under the student. old_logp_N: under the policy before the first update of the step,
     computed by the trainer. rollout_logp_N: computed by the rollout engine. target_logp_N: under the teacher, or its
     extrapolation. student_logp_NS, teacher_logp_NS: of every token of the support; None for the support "sampled".
+    student_tail_logp_N: of all tokens outside a top-k; None for other supports.
     """
 
     logp_N: Tensor
@@ -43,6 +44,7 @@ class TokenBatch:
     target_logp_N: Tensor
     student_logp_NS: Tensor | None = None
     teacher_logp_NS: Tensor | None = None
+    student_tail_logp_N: Tensor | None = None
 
     @property
     def advantage_N(self) -> Tensor:
@@ -232,11 +234,15 @@ class Divergence(Objective):
         raise NotImplementedError
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        import torch
+
         assert tokens.student_logp_NS is not None
         assert tokens.teacher_logp_NS is not None
         student_NS, teacher_NS = tokens.student_logp_NS, tokens.teacher_logp_NS
         if self.support != "full":
-            student_NS, teacher_NS = append_tail_logprob(student_NS), append_tail_logprob(teacher_NS)
+            assert tokens.student_tail_logp_N is not None
+            student_NS = torch.cat([student_NS, tokens.student_tail_logp_N[:, None]], dim=-1)
+            teacher_NS = append_tail_logprob(teacher_NS)
         loss_N = self.divergence(student_NS, teacher_NS)
         return loss_N, {"divergence": loss_N}
 
@@ -286,7 +292,7 @@ def _log_mix(logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
 
 
 def append_tail_logprob(logp_NK: Tensor) -> Tensor:
-    """Append the log-prob of the tail, all tokens outside the top-k: [N, K + 1]."""
+    """Append the log-prob of the tail, all tokens outside the top-k: [N, K + 1]. Only the top-k is stored."""
     import torch
 
     log_mass_N = logp_NK.logsumexp(-1).clamp(max=MAX_TOP_K_LOG_MASS)

@@ -28,6 +28,8 @@ LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Names of these settings in the configs of Cohere, Falcon-H1, …; Granite, Inkling; Gemma, RecurrentGemma, xLSTM."""
+MIN_OTHERS_PROB = 1e-30
+"""Least probability of the ids outside a set: its inverse is a factor of gradients in float32."""
 SMALL_BATCH_ROWS = 32  # up to here a CPU computes weight · hiddenᵀ twice as fast as hidden · weightᵀ
 
 
@@ -109,7 +111,8 @@ class Chunk:
     """
 
     def __init__(self, rows: slice, logits_CV: Tensor, buffer_CV: Tensor, ids_CK: Tensor, gradient: bool):
-        self.rows, self._ids_CK = rows, ids_CK
+        self.rows, self._ids_CK, self._needs_gradient = rows, ids_CK, gradient
+        self._tail: tuple[Tensor, Tensor] | None = None
         # log-softmax within the two given buffers: allocating memory would dominate the time.
         max_C1 = logits_CV.amax(-1, keepdim=True)
         self._p_CV = torch.exp(logits_CV.sub_(max_C1), out=buffer_CV)
@@ -121,6 +124,20 @@ class Chunk:
         if gradient:
             self.logp_CV.requires_grad_()
             self.selected_logp_CK.requires_grad_()
+
+    def tail_logp_C(self, ids_CK: Tensor) -> Tensor:
+        """Return the log-prob of all ids but these, [C], at least log MIN_OTHERS_PROB. Call it once for a chunk.
+
+        It is the log of their sum: 1 minus the probabilities of a few ids would be a rounding error for a small tail.
+        With the chunk's `gradient`, a loss is differentiable in it.
+        """
+        with torch.no_grad():
+            p_CK = self._p_CV.gather(-1, ids_CK)
+            tail_C1 = self._p_CV.scatter_(-1, ids_CK, 0.0).sum(-1, keepdim=True)
+            self._p_CV.scatter_(-1, ids_CK, p_CK)
+            logp_C1 = tail_C1.clamp(min=MIN_OTHERS_PROB).log().requires_grad_(self._needs_gradient)
+        self._tail = ids_CK, logp_C1
+        return logp_C1.squeeze(-1)
 
     @torch.no_grad()
     def entropy_C(self) -> Tensor:
@@ -136,10 +153,19 @@ class Chunk:
     @torch.no_grad()
     def gradient(self, loss: Tensor, head: Head) -> Tensor:
         """Return the gradient of `loss` with respect to hidden · weightᵀ + bias, [C, V]. Overwrites the chunk."""
-        selected_CK, all_CV = torch.autograd.grad(loss, [self.selected_logp_CK, self.logp_CV], allow_unused=True)
+        leaves = [self.selected_logp_CK, self.logp_CV, *([self._tail[1]] if self._tail else [])]
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        selected_CK, all_CV = grads[:2]
         # d log softmax(z)_k / d z_v = [k = v] - p_v, summed over all log-probs in the loss.
-        total_C1 = sum(grad.sum(-1, keepdim=True) for grad in (selected_CK, all_CV) if grad is not None)
-        grad_CV = self._p_CV.mul_(-total_C1)
+        total_C1 = sum(grad.sum(-1, keepdim=True) for grad in grads if grad is not None)
+        if self._tail is None or grads[2] is None:
+            grad_CV = self._p_CV.mul_(-total_C1)
+        else:
+            # d log tail / d z_v = [v in the tail] p_v / tail - p_v.
+            ids_CK, tail_logp_C1 = self._tail
+            p_CK = self._p_CV.gather(-1, ids_CK)
+            grad_CV = self._p_CV.mul_(grads[2] / tail_logp_C1.exp() - total_C1)
+            grad_CV.scatter_(-1, ids_CK, -total_C1 * p_CK)
         if selected_CK is not None:
             grad_CV.scatter_add_(-1, self._ids_CK, selected_CK)
         if all_CV is not None:

@@ -298,12 +298,14 @@ class Trainer:
         self, batch: MicroBatch, chunk: Chunk, old_logp_C: Tensor, teacher_hidden_ND: Tensor | None
     ) -> TokenBatch:
         """Return the chunk's tokens as the input of the objective, with all log-probs of its support."""
-        rows, student_logp, teacher_logp = chunk.rows, None, None
+        rows, student_logp, teacher_logp, student_tail = chunk.rows, None, None, None
         if teacher_hidden_ND is not None:
             head = self._teacher_head(batch.samples[0].response.teacher)
             student_logp, teacher_logp = chunk.logp_CV, head.logits(teacher_hidden_ND[rows]).log_softmax(-1)
         elif batch.teacher_logp_NK is not None:
+            assert batch.support_ids_NK is not None
             student_logp, teacher_logp = chunk.selected_logp_CK[:, 1:], batch.teacher_logp_NK[rows]
+            student_tail = chunk.tail_logp_C(batch.support_ids_NK[rows])
         return TokenBatch(
             chunk.selected_logp_CK[:, 0],
             old_logp_C,
@@ -311,6 +313,7 @@ class Trainer:
             batch.target_logp_N[rows],
             student_logp,
             teacher_logp,
+            student_tail,
         )
 
     def _teacher_states(self, batch: MicroBatch) -> Tensor | None:

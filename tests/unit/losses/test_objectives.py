@@ -25,7 +25,8 @@ def batch(logp, target, old=None, rollout=None, student=None, teacher=None, dtyp
     """Return tokens from plain lists or tensors. They are on-policy unless `old` or `rollout` are given."""
     if old is None:
         old = logp.detach() if torch.is_tensor(logp) else logp
-    columns = (logp, old, old if rollout is None else rollout, target, student, teacher)
+    tail = None if student is None else append_tail_logprob(student)[:, -1]
+    columns = (logp, old, old if rollout is None else rollout, target, student, teacher, tail)
     return TokenBatch(*(None if column is None else torch.as_tensor(column, dtype=dtype) for column in columns))
 
 
@@ -352,6 +353,16 @@ def test_tail_logprob_is_accurate_near_zero_and_one(log_tail, log_mass, k):
         assert low == pytest.approx(LOG(-math.expm1(mass)) if mass > -1 else math.log1p(-math.exp(mass)), rel=1e-6)
 
 
+def test_tail_of_the_student_is_not_bounded():
+    # teacher 1/2, 1/5 and a tail of 3/10, student 1 - 2e-9, 1e-9, 1e-9
+    tail = torch.tensor([LOG(1e-9)], dtype=DOUBLE, requires_grad=True)
+    columns = [torch.zeros(1)] * 4, logs(1 - 2e-9, 1e-9)[None], logs(1 / 2, 1 / 5)[None]
+    loss, _ = loss_of("forward_kl", TokenBatch(*columns[0], *columns[1:], tail), support="teacher", top_k=2)
+    expected = 1 / 2 * LOG(1 / 2 / (1 - 2e-9)) + 1 / 5 * LOG(1 / 5 / 1e-9) + 3 / 10 * LOG(3 / 10 / 1e-9)
+    assert loss.item() == pytest.approx(expected)
+    assert torch.autograd.grad(loss.sum(), tail)[0].item() == pytest.approx(-3 / 10)
+
+
 @pytest.mark.parametrize("mass", [3e-7, 0.0, -1e-8, -1e-6, -LOG(2), -100.0, -1e4, -3e38])
 def test_tail_probability_has_a_minimum_and_a_finite_gradient(mass):
     logp = torch.tensor([mass, mass - 50], requires_grad=True)
@@ -367,11 +378,11 @@ def test_tail_probability_has_a_minimum_and_a_finite_gradient(mass):
 def evaluate(objective, tokens, rows) -> dict[str, torch.Tensor]:
     """Return the losses, metrics and gradients of some tokens."""
     columns = {field.name: getattr(tokens, field.name)[rows].clone() for field in dataclasses.fields(tokens)}
-    leaves = [columns[name].requires_grad_() for name in ("logp_N", "student_logp_NS")]
+    leaves = [columns[name].requires_grad_() for name in ("logp_N", "student_logp_NS", "student_tail_logp_N")]
     loss, metrics = objective(TokenBatch(**columns))
     assert {value.shape for value in (loss, *metrics.values())} == {(len(rows),)}
     gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
-    return {"loss": loss, **metrics, "by_logp": gradients[0], "by_support": gradients[1]}
+    return {"loss": loss, **metrics, "by_logp": gradients[0], "by_support": gradients[1], "by_tail": gradients[2]}
 
 
 @pytest.mark.parametrize(("name", "parameters"), EVERY)
@@ -382,7 +393,8 @@ def test_tokens_are_independent(name, parameters, order, cut, seed):
     student, teacher = (3 * torch.randn(2, 6, 5, generator=source, dtype=DOUBLE)).log_softmax(-1)
     old, rollout = student[:, 0] + 0.3 * torch.randn(2, 6, generator=source, dtype=DOUBLE)
     width = 5 if objective.support == "full" else 3
-    tokens = TokenBatch(student[:, 0], old, rollout, teacher[:, 0], student[:, :width], teacher[:, :width])
+    tail = student[:, width - 1]
+    tokens = TokenBatch(student[:, 0], old, rollout, teacher[:, 0], student[:, :width], teacher[:, :width], tail)
     single = [evaluate(objective, tokens, [row]) for row in order]
     batches = [evaluate(objective, tokens, rows) for rows in (order[:cut], order[cut:])]  # one may be empty
     for key in single[0]:

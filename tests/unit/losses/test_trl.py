@@ -31,7 +31,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl.losses.objectives import TokenBatch
+from opdctl.losses.objectives import TokenBatch, append_tail_logprob
 from opdctl.losses.token_weights import IwOpd, ResponseTokens
 from opdctl.registry import OBJECTIVES
 
@@ -159,6 +159,7 @@ def test_divergences_and_gradients_equal_trl(name, parameters, beta, top_k):
         chosen = columns[0 if name == "reverse_kl" else 1].topk(top_k).indices
         columns = [column.gather(-1, chosen) for column in columns]
     nothing = torch.zeros(len(columns[0]))
+    columns.append(append_tail_logprob(columns[0])[:, -1])
     actual = OBJECTIVES.build(name, parameters)(TokenBatch(*[nothing] * 4, *columns))[0].mean()
     torch.testing.assert_close(actual, expected)
     gradients = (torch.autograd.grad(loss, student)[0] for loss in (actual, expected))

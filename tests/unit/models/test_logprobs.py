@@ -100,6 +100,10 @@ def in_chunks_of(tokens, vocab_size=V):
     return patch.object(logprobs, "CHUNK_LOGITS", tokens * vocab_size)
 
 
+def plain_tail(logp_NV, ids_NK):
+    return logp_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1)
+
+
 def assert_near(found, want, floor=0.0):
     assert found.shape == want.shape
     assert float((found.double() - want.double()).norm()) <= 1e-5 * float(want.double().norm()) + floor
@@ -148,6 +152,58 @@ def test_a_chunk_has_at_least_one_token():
     with patch.object(logprobs, "CHUNK_LOGITS", V // 2):
         map_vocab_chunks(head, hidden_ND, ids_NK, lambda chunk: sizes.append(len(chunk.selected_logp_CK)))
     assert sizes == [1] * N
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tail_equals_the_plain_formula(kind, chunk):
+    """The tail of two of the ids, in a loss that also has the selected and all log-probs."""
+    hidden_ND, head, ids_NK = make(**KINDS[kind])
+    tail_ids_N2 = ids_NK[:, [1, 3]]
+
+    def loss(selected_CK, logp_CV, tail_C, rows):
+        by_tail = (tail_C.exp() * UPSTREAM_NK[rows, 0] + tail_C * UPSTREAM_NK[rows, 1]).sum()
+        return by_tail + ppo(selected_CK, rows) + (logp_CV.square() * TEACHER_NV[rows]).sum()
+
+    logp_NV = plain(hidden_ND, head)
+    wanted = loss(logp_NV.gather(-1, ids_NK), logp_NV, plain_tail(logp_NV, tail_ids_N2), slice(None))
+    with in_chunks_of(chunk):
+        found = map_vocab_chunks(
+            head,
+            hidden_ND,
+            ids_NK,
+            lambda part: loss(part.selected_logp_CK, part.logp_CV, part.tail_logp_C(tail_ids_N2[part.rows]), part.rows),
+        )
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    wanted_grads = torch.autograd.grad(wanted, leaves(hidden_ND, head))
+    for grad, want in zip(torch.autograd.grad(found, leaves(hidden_ND, head)), wanted_grads, strict=True):
+        assert_near(grad, want)
+
+
+@pytest.mark.parametrize(("rest", "is_exact"), [(-5.0, True), (-16.0, True), (-60.0, True), (-90.0, False)])
+def test_small_tail_has_the_gradient_of_float64(rest, is_exact):
+    """The forward KL of a teacher with 30 % outside the support, for a student with almost nothing there."""
+    teacher_3 = torch.tensor([0.5, 0.2, 0.3])
+    hidden_ND = torch.tensor([[0.0, rest, rest, rest]], requires_grad=True)
+    head, ids_NK = Head(torch.eye(4), 4), torch.tensor([[0, 1]])
+
+    def loss(selected_CK, tail_C):
+        student_C3 = torch.cat([selected_CK, tail_C[:, None]], dim=-1)
+        return (teacher_3 * (teacher_3.log() - student_C3)).sum()
+
+    found = map_vocab_chunks(
+        head, hidden_ND, ids_NK, lambda part: loss(part.selected_logp_CK, part.tail_logp_C(ids_NK))
+    )
+    logp_NV = hidden_ND.double().log_softmax(-1)
+    wanted = loss(logp_NV.gather(-1, ids_NK), plain_tail(logp_NV, ids_NK))
+    (found_grad,), (wanted_grad,) = (torch.autograd.grad(value, hidden_ND) for value in (found, wanted))
+    assert torch.isfinite(found_grad).all()
+    if is_exact:
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found_grad, wanted_grad.float(), rtol=1e-5, atol=1e-7)
+    if rest == -16:
+        assert found_grad[0].tolist() == pytest.approx([0.5, -0.2, -0.15, -0.15], abs=1e-5)
+        assert found.item() == pytest.approx(6.76, abs=0.01)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
