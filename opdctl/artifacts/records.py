@@ -116,7 +116,7 @@ class GradedResponse:
 
     extracted: the answer found in it. verdict: "ok", or why the answer could not be graded. vote: what it counts as in
     a majority vote: the gold answer if it is correct, else one spelling for all equal incorrect answers; None without
-    an answer.
+    an answer. math_verify: whether math-verify alone calls it correct; None where it was not asked, as in older rows.
     """
 
     sample_id: str
@@ -129,6 +129,7 @@ class GradedResponse:
     correct: bool
     verdict: str
     vote: str | None
+    math_verify: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

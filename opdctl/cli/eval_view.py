@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdctl import console
-from opdctl.evaluation.results import Evaluation, incorrect_responses
+from opdctl.evaluation.results import Evaluation, differing_responses, incorrect_responses
 from opdctl.evaluation.statistics import Estimate
 
 SHOWN_TAIL_CHARS = 600  # of an incorrect response
@@ -48,6 +48,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         f"responses: mean length {summary['response_length']:.0f} tokens (p50 {lengths['p50']:.0f}, p90 "
         f"{lengths['p90']:.0f}), {summary['truncated_fraction']:.1%} truncated; verdicts: {verdicts}"
     )
+    if summary.get("math_verify_differences"):  # older summaries lack the key
+        console.info(
+            f"math-verify alone: {summary['avg_math_verify']:.1%}; it differs on {summary['math_verify_differences']} "
+            "responses, which --show-failures lists"
+        )
     _print_warnings(summary)
 
 
@@ -74,9 +79,13 @@ def _print_warnings(summary: Mapping[str, Any]) -> None:
 
 
 def print_failures(evaluation: Evaluation, count: int) -> None:
-    """Print incorrect responses: the gold answer, the extracted answer, and the end of the response."""
+    """Print incorrect responses, with their end, and the answers on which the grader differs from math-verify."""
     for row in incorrect_responses(evaluation, count):
         answer = "no answer" if row.extracted is None else f"answer {row.extracted[:SHOWN_ANSWER_CHARS]!r}"
         gold = row.gold[:SHOWN_ANSWER_CHARS]
         console.info(f"{row.sample_id}: {answer}, gold {gold!r}, verdict {row.verdict}, {row.finish_reason}", "bold")
         console.info(("… " if len(row.text) > SHOWN_TAIL_CHARS else "") + row.text[-SHOWN_TAIL_CHARS:])
+    for row in differing_responses(evaluation, count):
+        answer, gold = (row.extracted or "")[:SHOWN_ANSWER_CHARS], row.gold[:SHOWN_ANSWER_CHARS]
+        verdicts = ("correct", "incorrect") if row.correct else ("incorrect", "correct")
+        console.info(f"{row.sample_id}: answer {answer!r}, gold {gold!r}: {verdicts[0]}, math-verify: {verdicts[1]}")

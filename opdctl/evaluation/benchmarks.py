@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,7 +13,7 @@ from opdctl.data.toy import TASKS
 from opdctl.data.toy.task import Task
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.evaluation import code_execution
-from opdctl.evaluation.graders import BOXED_TEXT_GRADER, MATH_GRADER, Grader, Text
+from opdctl.evaluation.graders import BOX_GRADERS, MATH_GRADER, Grader, Text
 from opdctl.recipe.schema import TABLE_SUFFIXES, TEACHER_NAME_PATTERN, Eval, is_data_file
 from opdctl.registry import BENCHMARKS
 
@@ -217,7 +217,7 @@ def find_benchmark(name: str, settings: Eval) -> Benchmark:
     """
     if not is_data_file(name):
         benchmark: Benchmark = BENCHMARKS.get(name)()
-        return benchmark
+        return replace(benchmark, grader=BOX_GRADERS[settings.grader]) if benchmark.grader is MATH_GRADER else benchmark
     stem = Path(name).stem
     if stem in BENCHMARKS.names():
         detail = f"{name}: `{stem}` is the name of a registered benchmark"
@@ -228,7 +228,7 @@ def find_benchmark(name: str, settings: Eval) -> Benchmark:
     chosen = (settings.id_column, settings.problem_column, settings.answer_column)
     defaults = (Columns.id, Columns.problem, Columns.answer)
     columns = Columns(*((column,) if column else names for column, names in zip(chosen, defaults, strict=True)))
-    return Benchmark(stem, Table(name, columns), MATH_GRADER if settings.grader == "mathematics" else BOXED_TEXT_GRADER)
+    return Benchmark(stem, Table(name, columns), BOX_GRADERS[settings.grader])
 
 
 def _toy(task: Task) -> Benchmark:

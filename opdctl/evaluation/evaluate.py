@@ -349,6 +349,7 @@ def graded_response(
         correct=grade.correct,
         verdict=grade.verdict,
         vote=vote,
+        math_verify=grade.math_verify,
     )
 
 
@@ -384,6 +385,7 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
         "response_length": float(np.mean(lengths)),
         "response_lengths": {f"p{q}": float(np.percentile(lengths, q)) for q in (10, 50, 90)} | {"max": max(lengths)},
         "verdicts": dict(sorted(Counter(row.verdict for row in rows).items())),
+        **_summarize_math_verify(rows),
         "grader_failures": [
             {
                 "sample_id": row.sample_id,
@@ -393,6 +395,16 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
             for row in rows
             if row.verdict in ("timeout", "crash")
         ],
+    }
+
+
+def _summarize_math_verify(rows: Sequence[GradedResponse]) -> dict[str, Any]:
+    """Return the accuracy by math-verify alone, and the number of responses on which the grader differs from it."""
+    if any(row.math_verify is None for row in rows):
+        return {"avg_math_verify": None, "math_verify_differences": None}
+    return {
+        "avg_math_verify": float(np.mean([bool(row.math_verify) for row in rows])),
+        "math_verify_differences": sum(row.correct != row.math_verify for row in rows),
     }
 
 

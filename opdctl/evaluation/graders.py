@@ -1,4 +1,4 @@
-"""Graders: whether a response's answer is the gold answer. math-verify compares mathematics in worker processes.
+"""Graders: whether a response's answer is the gold answer. Mathematics is compared in worker processes.
 
 math-verify can hang or crash on an answer. Each worker can be killed alone, so such an answer affects no other grade.
 It counts as incorrect, and its verdict is the reason.
@@ -26,16 +26,22 @@ GRADABLE_VERDICTS = ("ok", "unparsable")
 """Verdicts of answers that can be compared with other answers."""
 BOX_RULES: dict[str, Any] = {"grader_version": 2}
 """Rules of the graders that read a \\boxed. Version 1 read the last closed one, even if an open one followed."""
+MATH_RULES: dict[str, Any] = {"grader_version": 3}
+"""Rules of mathematics. In version 2, opdctl normalized the texts before math-verify compared them."""
 Votes = list[list[str | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """The grade of one response. verdict: ok (the answer was compared), no_answer, unparsable, timeout or crash."""
+    """The grade of one response. verdict: ok (the answer was compared), no_answer, unparsable, timeout or crash.
+
+    math_verify: whether math-verify alone calls the answer correct; None where it is not asked.
+    """
 
     extracted: str | None
     correct: bool
     verdict: str
+    math_verify: bool | None = None
 
 
 class Grader(Protocol):
@@ -97,33 +103,36 @@ class Text:
 
 @dataclass(frozen=True)
 class Mathematics:
-    """Compares the last \\boxed of a response with the gold answer by its mathematical value."""
+    """Compares the last \\boxed of a response with the gold answer by its mathematical value.
 
-    rules: dict[str, Any] = field(default_factory=BOX_RULES.copy)
+    has_typed_values: opdctl's rules decide before math-verify does; else math-verify decides alone.
+    """
+
+    rules: dict[str, Any] = field(default_factory=MATH_RULES.copy)
     name: str = "mathematics"
+    has_typed_values: bool = True
     runs_code: bool = False
     package: str = "math-verify"
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         answers = [last_boxed(response) for _, response in pairs]
         answered = [(gold, answer) for (gold, _), answer in zip(pairs, answers, strict=True) if answer is not None]
-        compared = iter(_compare_pairs(answered))
-        return [
-            Grade(None, False, "no_answer") if answer is None else Grade(answer, *next(compared)) for answer in answers
-        ]
+        graded = iter(_compare_pairs(answered, self.has_typed_values))
+        return [Grade(None, False, "no_answer", False) if answer is None else next(graded) for answer in answers]
 
     def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
         """Each round compares one answer per problem with the known clusters, for all problems at once."""
         clusters = [_AnswerClusters(gold, grades) for gold, grades in problems]
         while any(each.pending for each in clusters):
             pairs_by_problem = [each.next_pairs() for each in clusters]
-            compared = iter(_compare_pairs([pair for pairs in pairs_by_problem for pair in pairs]))
+            all_pairs = [pair for pairs in pairs_by_problem for pair in pairs]
+            compared = iter(_compare_pairs(all_pairs, self.has_typed_values))
             for each, pairs in zip(clusters, pairs_by_problem, strict=True):
-                each.assign([next(compared)[0] for _ in pairs])
+                each.assign([next(compared).correct for _ in pairs])
         return [each.votes for each in clusters]
 
     def are_parsable(self, golds: Sequence[str]) -> list[bool]:
-        arguments = [(math_answers.normalize(gold),) for gold in golds]
+        arguments = [(gold, self.has_typed_values) for gold in golds]
         return [result is True for result in _run_in_workers(math_answers.is_parsable, arguments)]
 
 
@@ -172,42 +181,40 @@ def last_boxed(response: str) -> str | None:
 
 
 MATH_GRADER = Mathematics()
-BOXED_TEXT_GRADER = Text(last_boxed, BOX_RULES)
+BOX_GRADERS: dict[str, Grader] = {
+    "mathematics": MATH_GRADER,
+    "math-verify": Mathematics(BOX_RULES.copy(), "math-verify", has_typed_values=False),
+    "text": Text(last_boxed, BOX_RULES),
+}
+"""Graders of answers in a box, by the value of eval.grader."""
 
 
 # ── Worker processes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _compare_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[bool, str]]:
-    """Return (are equal, verdict) of (gold, answer) pairs. Identical pairs are compared once."""
-    results: dict[tuple[str, str], tuple[bool, str]] = {}
-    difficult: dict[tuple[str, str], tuple[str, str]] = {}  # pair -> normalized pair
-    for gold, answer in dict.fromkeys(pairs):
-        if not answer or len(answer) > math_answers.MAX_ANSWER_CHARS:
-            results[gold, answer] = (False, "unparsable")
-            continue
-        normalized = math_answers.normalize(gold), math_answers.normalize(answer)
-        are_equal = math_answers.quick_compare(*normalized)
-        if are_equal is None:
-            difficult[gold, answer] = normalized
-        else:
-            results[gold, answer] = (are_equal, "ok")
-    computed = _run_in_workers(math_answers.is_equivalent, list(difficult.values()))
-    for pair, result in zip(difficult, computed, strict=True):
-        results[pair] = (result, "ok") if isinstance(result, bool) else (False, result)
-    return [results[pair] for pair in pairs]
+def _compare_pairs(pairs: Sequence[tuple[str, str]], has_typed_values: bool) -> list[Grade]:
+    """Return the grades of (gold, answer) pairs. Identical pairs are compared once."""
+    is_short = {pair: 0 < len(pair[1]) <= math_answers.MAX_ANSWER_CHARS for pair in pairs}
+    arguments = [(*pair, has_typed_values) for pair, short in is_short.items() if short]
+    compared = iter(_run_in_workers(math_answers.judge, arguments))
+    grades = {}
+    for pair, short in is_short.items():
+        result = next(compared) if short else "unparsable"
+        correct, plain, verdict = (False, False, result) if isinstance(result, str) else (*result, "ok")
+        grades[pair] = Grade(pair[1], correct, verdict, plain)
+    return [grades[pair] for pair in pairs]
 
 
-def _run_in_workers(function: Callable[..., bool], arguments: Iterable[tuple[str, ...]]) -> list[bool | str]:
+def _run_in_workers(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Return the function's result for each tuple of arguments, or the verdict on its failure."""
     pool = _pool(os.getpid())
     futures = [pool.schedule(function, args=list(values), timeout=MATH_TIMEOUT_SECONDS) for values in arguments]
     return [_result_or_verdict(future) for future in futures]
 
 
-def _result_or_verdict(future: Any) -> bool | str:
+def _result_or_verdict(future: Any) -> Any:
     try:
-        return bool(future.result())
+        return future.result()
     except FutureTimeoutError:
         return "timeout"
     except (ProcessExpired, MemoryError, RecursionError):

@@ -1,12 +1,7 @@
-"""Mathematical answers: normalization of a text, and whether two texts have the same value. Starts no process.
+"""Equality of mathematical answers: math-verify's verdict, and that of typed values where their rules decide.
 
-`normalize` removes what does not change the value, such as units, separators of thousands and spacing commands.
-`quick_compare` decides many pairs without algebra. `is_equivalent` splits the other answers into single values, ordered
-or not, and compares these with math-verify. It compares brackets, the number of values and number bases itself, since
-math-verify ignores most differences in them. math-verify can hang or crash, so `is_equivalent` and `is_parsable` must
-run in workers that can be killed.
-
-A percent sign counts as a unit: 10 and 10 % are the same answer to "by what percent", and 0.1 is a different one.
+`judge` returns both. math-verify can hang or crash, so `judge` and `is_parsable` must run in workers that can be
+killed.
 """
 
 import logging
@@ -14,309 +9,245 @@ import os
 import re
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from typing import Any
+
+from opdctl.evaluation.math_values import FUNCTIONS, Group, MathValue, Quantity, Relation, Words, clean, parse_answer
 
 MAX_ANSWER_CHARS = 2000  # gold answers are much shorter; a longer answer counts as unparsable
 WORKER_MEMORY_BYTES = 4 * 2**30  # address space
-UNICODE_TO_LATEX = str.maketrans(
-    {
-        "\N{MINUS SIGN}": "-",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "°": "",
-    }
+COMPARED_DIGITS = 40  # of irrational constants
+FREE_LETTERS = "abcdfghjklmnopqrstuvwxyz"  # i and e are constants
+COMMAND_OR_NAME_PATTERN = re.compile(r"\\[a-zA-Z]+|([a-zA-Z](?:\s*_\s*(?:\w|\{[^{}]*\}))?)")
+CONSTANTS_PATTERN = re.compile(
+    rf"\\(?:frac|sqrt|binom|cdot|times|pi|infty|{FUNCTIONS})(?![a-z])|(?<![a-zA-Z])[ie](?![a-zA-Z])"
 )
-SPACING_PATTERN = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])|(?<!\\)\\[,;:> ]|~|\\?\$|\\?%")
-FRACTION_COMMAND_PATTERN = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-EMPTY_SET_PATTERN = re.compile(r"\\(?:emptyset|varnothing)(?![a-zA-Z])")
-MEMBERSHIP_PATTERN = re.compile(r"\s*[a-zA-Z]\s*\\in(?![a-zA-Z])\s*(?=[(\[\\])")
-DEGREE_SIGN_PATTERN = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degrees?(?![a-zA-Z])")
-GROUPED_DIGITS_PATTERN = re.compile(r"(?<![\d.,(\[])(?<!\\\{)\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
-MISSING_BACKSLASH_PATTERN = re.compile(r"(?<![\\a-zA-Z])(?=(?:sqrt|frac)\s*\{)")
-FONT_COMMAND_PATTERN = re.compile(r"\\(?:math(?:bf|sf)|bm|boldsymbol|text(?:bf|it))\s*\{([^{}]*)\}")
-TEXT_COMMAND_PATTERN = re.compile(r"\\(?:text|textrm|mbox|mathrm|operatorname)\s*\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
-CONJUNCTION_PATTERN = re.compile(r"\s*(?:,\s*)?(?:and|or)\s*")
-UNIT_PATTERN = re.compile(r"(?<=\d)\s*(?:k?m/[hs]|[cmk]m|kg|ft|mph|lbs?)(?:\s*\^\s*\{?[23]\}?)?$")
-TRAILING_WORDS_PATTERN = re.compile(r"(?<=[\d})])\s+(?!(?:and|mod)\b)[a-zA-Z]{3,}(?:[ .]+[a-zA-Z]+)*\.?$")
-REPEATING_DECIMAL_PATTERN = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
-E_NOTATION_PATTERN = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)", re.ASCII)
-POWER_OF_TEN_PATTERN = re.compile(
-    r"([+-]?\d{1,400}(?:\.\d{1,400})?)(?:\\cdot|\\times)10\^\{?([+-]?\d{1,3})\}?", re.ASCII
-)
-DECIMAL_PATTERN = re.compile(r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})", re.ASCII)
-RATIO_PATTERN = re.compile(
-    r"([+-]?)(?:\\frac\{(\d{1,400})\}\{(\d{1,400})\}|\\frac(\d)(\d)|(\d{1,400})/(\d{1,400}))", re.ASCII
-)
-LETTER_OR_WORDS_PATTERN = re.compile(r"\(?([a-zA-Z])\)?|([a-zA-Z]{3,}(?: [a-zA-Z]+)*)")
-BASE_SUBSCRIPT_PATTERN = re.compile(r"([0-9A-Fa-f]+)\s*_\s*(?:\{\s*(\w+)\s*\}|(\d+))")
-BASE_NAMES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-BASE_BY_NAME = {name: str(base) for base, name in enumerate(BASE_NAMES, 2)}
-MATRIX_PATTERN = re.compile(r"\\begin\s*\{([pbvB]?matrix)\}(.*)\\end\s*\{\1\}", re.DOTALL)
-LESS_SIGN, GREATER_SIGN = r"(?:<|\\l(?:t|eq?(?:slant)?)(?![a-z]))", r"(?:>|\\g(?:t|eq?(?:slant)?)(?![a-z]))"
-TWO_SIDED_INEQUALITY_PATTERN = re.compile(rf"(.+?)({LESS_SIGN})\s*[a-zA-Z]\s*({LESS_SIGN})(.+)")
-FLIPPED_SIGN = {"<": ">", ">": "<"} | {
-    f"\\{a}{end}": f"\\{b}{end}" for a, b in ("lg", "gl") for end in ("t", "e", "eq", "eqslant")
-}
-FLIPPED_INEQUALITY_PATTERN = re.compile(rf"([^<>]+?)\s*({LESS_SIGN}|{GREATER_SIGN})\s*([a-zA-Z])")
-ONE_SIDED_INEQUALITY_PATTERN = re.compile(rf"[a-zA-Z]\s*({LESS_SIGN}|{GREATER_SIGN})(.+)")
+COMPATIBLE_KINDS = ({"", "{}"}, {"", "()"}, {"", "union"})  # of groups
 
 
 class UnparsableError(Exception):
-    """A value that math-verify cannot parse."""
+    """Neither math-verify nor the rules of typed values can read an answer."""
 
 
-# ── Normalization ────────────────────────────────────────────────────────────────────────────────────────────────────
+def judge(gold: str, answer: str, has_typed_values: bool) -> tuple[bool, bool]:
+    """Return whether two answers are equal, and whether they are by math-verify alone. Runs in a worker.
 
-
-def normalize(text: str) -> str:
-    """Return the answer without spacing, currency, fonts, units and separators of thousands."""
-    text = text.translate(UNICODE_TO_LATEX).replace(r"\!", "")
-    text = SPACING_PATTERN.sub(" ", text)
-    text = EMPTY_SET_PATTERN.sub(r"\\{\\}", text)
-    text = FRACTION_COMMAND_PATTERN.sub(r"\\frac", text)
-    text = MEMBERSHIP_PATTERN.sub("", text)
-    text = MISSING_BACKSLASH_PATTERN.sub(r"\\", text)
-    text = DEGREE_SIGN_PATTERN.sub("", text)
-    text = FONT_COMMAND_PATTERN.sub(r"\1", text)
-    text = GROUPED_DIGITS_PATTERN.sub(lambda match: re.sub(r"[{,}]", "", match[0]), text)
-    text = TEXT_COMMAND_PATTERN.sub(_unwrap_text, text).strip()
-    text = TRAILING_WORDS_PATTERN.sub("", text)
-    text = UNIT_PATTERN.sub("", text)
-    text = REPEATING_DECIMAL_PATTERN.sub(_to_fraction, text)
-    text = re.sub(r"\s+", " ", text).strip().rstrip(" .")
-    power = E_NOTATION_PATTERN.fullmatch(text)
-    return rf"{power[1]} \cdot 10^{{{power[2]}}}" if power else text
-
-
-def _unwrap_text(match: re.Match[str]) -> str:
-    """Return a comma for `\\text{and}` or `\\text{or}`, nothing for a unit after a value, else the content."""
-    if CONJUNCTION_PATTERN.fullmatch(match[1]):
-        return ","
-    return "" if re.search(r"[\d})]\s*$", match.string[: match.start()]) else match[1]
-
-
-def _to_fraction(match: re.Match[str]) -> str:
-    """Return a repeating decimal as a fraction: 0.1\\overline{6} is (16 - 1) / 90."""
-    integer, prefix, period = match.groups()
-    numerator = int(integer + prefix + period) - int((integer + prefix) or 0)
-    return rf"\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(prefix)}}}"
-
-
-# ── Single values ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Values:
-    """The single values of an answer, and the brackets around them if their order matters."""
-
-    items: tuple[str, ...]
-    opening: str = ""
-    closing: str = ""
-
-    @property
-    def are_ordered(self) -> bool:
-        return bool(self.opening)
-
-
-def split_values(text: str) -> Values:
-    """Split a normalized answer: a tuple, an interval or a column vector is ordered, a list or a set is not."""
-    text = text.strip()
-    if matrix := MATRIX_PATTERN.fullmatch(text):
-        rows = [[cell.strip() for cell in row.split("&")] for row in matrix[2].strip().split(r"\\") if row.strip()]
-        if len(rows) == 1 or all(len(row) == 1 for row in rows):
-            return Values(tuple(cell for row in rows for cell in row), "(", ")")
-    if (interval := _parse_inequality(text)) is not None:
-        return interval
-    for opening, closing in ((r"\{", r"\}"), ("{", "}"), *((a, b) for a in "([" for b in ")]")):
-        inner = text.removeprefix(opening).removesuffix(closing)
-        if len(text) - len(inner) == len(opening + closing) and _encloses(text, len(opening), len(closing)):
-            parts = _split_list(inner)
-            if "{" in opening:
-                return Values(tuple(value for part in parts for value in _expand_plus_minus(part)))
-            if len(parts) > 1:
-                return Values(tuple(parts), opening, closing)
-    return Values(tuple(value for part in _split_list(text) for value in _expand_plus_minus(part)))
-
-
-def _parse_inequality(text: str) -> Values | None:
-    """Return the interval that an inequality in one variable describes, or None."""
-    if two_sided := TWO_SIDED_INEQUALITY_PATTERN.fullmatch(text):
-        low, first, second, high = (part.strip() for part in two_sided.groups())
-        return Values((low, high), "[" if "e" in first else "(", "]" if "e" in second else ")")
-    if flipped := FLIPPED_INEQUALITY_PATTERN.fullmatch(text):  # 2 < x
-        text = f"{flipped[3]} {FLIPPED_SIGN[flipped[2]]} {flipped[1]}"
-    if one_sided := ONE_SIDED_INEQUALITY_PATTERN.fullmatch(text):
-        sign, bound = one_sided[1], one_sided[2].strip()
-        if re.search(f"{LESS_SIGN}|{GREATER_SIGN}|,", bound):
-            return None
-        if re.fullmatch(LESS_SIGN, sign):
-            return Values((r"-\infty", bound), "(", "]" if "e" in sign else ")")
-        return Values((bound, r"\infty"), "[" if "e" in sign else "(", ")")
-    return None
-
-
-def _bracket_depths(text: str) -> list[int]:
-    """Return the number of open brackets before each character and at the end. `\\{` is a bracket like the others."""
-    depths, depth = [0], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        depths.append(depth)
-    return depths
-
-
-def _encloses(text: str, opening: int, closing: int) -> bool:
-    """Whether the bracket that opens the text is closed by the one at its end; the arguments are their lengths."""
-    depths = _bracket_depths(text)
-    return min(depths[opening : len(text) - closing + 1], default=0) >= 1 and depths[-1] == 0
-
-
-def _split_list(text: str) -> list[str]:
-    """Split at the commas and semicolons outside brackets."""
-    depths = _bracket_depths(text)
-    cuts = [-1, *(i for i, char in enumerate(text) if char in ",;" and depths[i] == 0), len(text)]
-    return [text[a + 1 : b].strip() for a, b in pairwise(cuts)]
-
-
-def _expand_plus_minus(value: str) -> list[str]:
-    """Return the two values of `a \\pm b`, or any other value alone."""
-    return [value.replace(r"\pm", sign) for sign in "+-"] if value.count(r"\pm") == 1 else [value]
-
-
-# ── Equality ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def quick_compare(gold: str, answer: str) -> bool | None:
-    """Return whether two normalized answers are equal, or None if that requires algebra."""
-    if gold and gold.replace(" ", "") == answer.replace(" ", ""):
-        return True
-    if expected := LETTER_OR_WORDS_PATTERN.fullmatch(gold):
-        actual = LETTER_OR_WORDS_PATTERN.fullmatch(answer)
-        if actual or expected[2]:  # compare words as text; math-verify reads them as products of letters
-            return actual is not None and (expected[1] or expected[2]).casefold() == (actual[1] or actual[2]).casefold()
-    gold_number, number = parse_number(gold), parse_number(answer)
-    if gold_number is None or number is None:
-        return None
-    if gold_number == number:
-        return True
-    return None if "." in gold + answer else False  # math-verify accepts a decimal rounded to six digits
-
-
-def parse_number(text: str) -> Fraction | None:
-    """Return the value of an integer, decimal or ratio of up to 400 digits, or None."""
-    text = text.replace(" ", "")
-    if DECIMAL_PATTERN.fullmatch(text):
-        return Fraction(text)
-    if power := POWER_OF_TEN_PATTERN.fullmatch(text):
-        return Fraction(power[1]) * Fraction(10) ** int(power[2])
-    if ratio := RATIO_PATTERN.fullmatch(text):
-        sign, numerator, denominator = (part for part in ratio.groups() if part is not None)
-        return Fraction(int(sign + numerator), int(denominator)) if int(denominator) else None
-    return None
-
-
-def is_equivalent(gold: str, answer: str) -> bool:
-    """Return whether two normalized answers are equal. Runs in a worker.
+    has_typed_values: the rules of typed values decide where they can, else math-verify does alone.
 
     Raises:
-        UnparsableError: math-verify cannot parse a value of either answer.
+        UnparsableError: neither can read an answer.
     """
-    if (are_equal := quick_compare(gold, answer)) is not None:
-        return are_equal
-    expected, actual = split_values(gold), split_values(answer)
-    if len(expected.items) != len(actual.items):
-        return _unions_match(gold, answer)
-    if expected.are_ordered and not actual.are_ordered and not answer.startswith(r"\{"):
-        actual = Values(actual.items, expected.opening, expected.closing)  # a tuple without its brackets
-    if (expected.opening, expected.closing) != (actual.opening, actual.closing):
-        return False
-    if len(expected.items) == 1:
-        if r"\cup" in gold + answer:
-            return _unions_match(gold, answer)
-        return _single_values_match(expected.items[0], actual.items[0])
-    return _items_match(expected.items, actual.items, ordered=expected.are_ordered)
+    plain, are_equal = _plain_verdict(gold, answer), compare_values(gold, answer) if has_typed_values else None
+    if are_equal is None and plain is None:
+        raise UnparsableError(answer)
+    return bool(plain) if are_equal is None else are_equal, bool(plain)
 
 
-def _unions_match(gold: str, answer: str) -> bool:
-    """Compare unions of intervals; several inequalities are one too."""
-    expected, actual = _union_members(gold), _union_members(answer)
-    return len(expected) == len(actual) > 1 and _items_match(expected, actual, ordered=False)
+# ── math-verify ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _union_members(text: str) -> list[str]:
-    return text.split(r"\cup") if r"\cup" in text else _split_list(text)
+def _plain_verdict(gold: str, answer: str) -> bool | None:
+    """Return the verdict of math-verify on the two texts, with its own settings, or None if it cannot parse one.
 
-
-def _items_match(gold: Sequence[str], answer: Sequence[str], *, ordered: bool) -> bool:
-    """Whether each gold value has a separate equal value: at the same position, or at any if they are unordered."""
-    if ordered:
-        return all(is_equivalent(expected, actual) for expected, actual in zip(gold, answer, strict=True))
-    unmatched = list(answer)
-    for expected in gold:
-        match = next((actual for actual in unmatched if is_equivalent(expected.strip(), actual.strip())), None)
-        if match is None:
-            return False
-        unmatched.remove(match)
-    return True
-
-
-def _single_values_match(gold: str, answer: str) -> bool:
-    in_gold, in_answer = BASE_SUBSCRIPT_PATTERN.fullmatch(gold), BASE_SUBSCRIPT_PATTERN.fullmatch(answer)
-    if in_gold and in_answer and _number_base(in_gold) != _number_base(in_answer):
-        return False
-    if in_gold or in_answer:  # an omitted base is the one that the problem asks for
-        return (in_gold[1] if in_gold else gold).upper() == (in_answer[1] if in_answer else answer).upper()
-    if (are_equal := quick_compare(gold, answer)) is not None:
-        return are_equal
-    return _math_verify(gold, answer)
-
-
-def _number_base(match: re.Match[str]) -> str:
-    base = match[2] or match[3]
-    return BASE_BY_NAME.get(base, base)
-
-
-def _math_verify(gold: str, answer: str) -> bool:
-    from math_verify import verify
-
-    try:
-        return bool(verify(_parse_latex(gold), _parse_latex(answer), timeout_seconds=None, raise_on_error=True))
-    except (MemoryError, RecursionError):
-        raise  # the worker failed; the answer may be well-formed
-    except Exception as error:  # math-verify raises whatever sympy raises
-        raise UnparsableError(str(error)) from error
-
-
-def _parse_latex(value: str) -> list[object]:
-    """Parse a value as LaTeX only: math-verify's other parser evaluates the text as Python.
-
-    Units are already removed, so a letter is a variable.
+    It reads LaTeX only: its other parser evaluates the text as Python.
     """
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    extraction = [LatexExtractionConfig(boxed_match_priority=0)]
+    parsed = [parse(f"\\boxed{{{text}}}", extraction, parsing_timeout=None) for text in (gold, answer)]
+    are_equal = bool(verify(*parsed, timeout_seconds=None))
+    is_readable = all(values and not isinstance(values[0], str) for values in parsed)
+    return are_equal if are_equal or is_readable else None
+
+
+def _parse_latex(latex: str) -> Any:
+    """Return the sympy expression of an answer without units, in which i is the imaginary unit and decimals are exact.
+
+    Raises:
+        UnparsableError: math-verify cannot parse it.
+    """
+    import sympy
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
     normalization = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True)
     extraction = LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)
-    parsed: list[object] = parse(f"\\boxed{{{value}}}", [extraction], parsing_timeout=None, raise_on_error=True)
-    if not parsed or isinstance(parsed[0], str):
-        raise UnparsableError(value)
-    return parsed
-
-
-def is_parsable(gold: str) -> bool:
-    """Whether a normalized gold answer can be compared with answers in a different notation. Runs in a worker."""
     try:
-        for value in (value for member in gold.split(r"\cup") for value in split_values(member).items):
-            if not LETTER_OR_WORDS_PATTERN.fullmatch(value) and not BASE_SUBSCRIPT_PATTERN.fullmatch(value):
-                _parse_latex(value)
-    except Exception:  # math-verify raises whatever sympy raises
+        parsed = parse(f"\\boxed{{{latex}}}", [extraction], parsing_timeout=None, raise_on_error=True)
+        if not parsed or isinstance(parsed[0], str):
+            raise UnparsableError(latex)
+        value = parsed[0]
+        if not {match[1] for match in COMMAND_OR_NAME_PATTERN.finditer(latex) if match[1]} <= {*str(value), "i", "e"}:
+            raise UnparsableError(latex)  # math-verify dropped a variable
+        # math-verify gives one variable different assumptions in different places.
+        symbols = {symbol: sympy.Symbol(symbol.name, real=True) for symbol in value.free_symbols}
+        return value.xreplace({a: sympy.I if a.name == "i" else b for a, b in symbols.items()})
+    except (MemoryError, RecursionError):
+        raise  # the worker failed; the answer may be well-formed
+    except Exception as error:  # math-verify raises whatever sympy raises
+        raise UnparsableError(latex) from error
+
+
+def _expressions_match(gold: str, answer: str) -> bool | None:
+    """Compare two expressions: constants to 40 digits, others by math-verify, which must see the same variables.
+
+    Returns None for one that has words or that math-verify cannot parse.
+    """
+    from math_verify import verify
+
+    if "\\text" in gold + answer:  # numbers around words are not one number
+        return None if len({bool(re.search(r"\d.*\\text.*\d", text)) for text in (gold, answer)}) == 1 else False
+    try:
+        expected, actual = (_parse_latex(_with_exact_decimals(text)) for text in _rename_variables(gold, answer))
+    except UnparsableError:
+        return None
+    if (are_equal := _constants_match(expected, actual)) is not None:
+        return are_equal
+    if {symbol.name for symbol in expected.free_symbols} != {symbol.name for symbol in actual.free_symbols}:
         return False
-    return True
+    return bool(verify([expected], [actual], timeout_seconds=None))
+
+
+def _rename_variables(*texts: str) -> list[str]:
+    """Replace indexed and upper-case variables by unused letters: math-verify drops some and ignores their case."""
+    names = sorted({match[1] for text in texts for match in COMMAND_OR_NAME_PATTERN.finditer(text) if match[1]})
+    keys = {name: re.sub(r"[\s{}]", "", name) for name in names}
+    special = sorted({key for key in keys.values() if len(key) > 1 or key.isupper()})
+    unused = [letter for letter in FREE_LETTERS if letter not in keys.values()]
+    letters = dict(zip(special, unused, strict=False)) if len(special) <= len(unused) else {}
+
+    def rename(match: re.Match[str]) -> str:
+        return f" {letters[keys[match[1]]]} " if match[1] and keys[match[1]] in letters else match[0]
+
+    return [COMMAND_OR_NAME_PATTERN.sub(rename, text) for text in texts]
+
+
+def _with_exact_decimals(text: str) -> str:
+    """Write each decimal as a fraction."""
+    return re.sub(
+        r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{1{'0' * len(m[2])}}}", text, flags=re.ASCII
+    )
+
+
+def _constants_match(gold: Any, answer: Any) -> bool | None:
+    """Compare rational numbers exactly, other constants to 40 digits. None if one is not a finite constant."""
+    import sympy
+
+    if not all(isinstance(value, sympy.Expr) and value.is_number for value in (gold, answer)):
+        return None
+    gold, answer = gold.doit(), answer.doit()
+    if gold.is_Rational and answer.is_Rational:
+        return bool(gold == answer)
+    if gold.is_infinite or answer.is_infinite:
+        return None
+    difference, size = ((abs(x)).evalf(COMPARED_DIGITS) for x in (gold - answer, abs(gold) + abs(answer)))
+    if not (difference.is_Float or difference.is_zero) or not size.is_Float:
+        return None
+    return bool(difference <= size * sympy.Float(10) ** (10 - COMPARED_DIGITS))
+
+
+def is_parsable(gold: str, has_typed_values: bool) -> bool:
+    """Whether a gold answer can be compared with answers in a different notation. Runs in a worker."""
+    value = parse_answer(clean(gold))
+    return (has_typed_values and _values_match(value, value) is not None) or _plain_verdict(gold, gold) is not None
+
+
+# ── Typed values ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare_values(gold: str, answer: str) -> bool | None:
+    """Return whether two answers are equal by the rules of typed values, or None where these do not decide."""
+    gold, answer = clean(gold), clean(answer)
+    if gold and _without_spaces(gold) == _without_spaces(answer):
+        return True
+    values = parse_answer(gold), parse_answer(answer)
+    are_equal = _values_match(*values)
+    if are_equal is not True and len({isinstance(value, Group) for value in values}) > 1:  # 100,200 may be a list
+        return _values_match(parse_answer(gold, grouped=False), parse_answer(answer, grouped=False))
+    return are_equal
+
+
+def _without_spaces(text: str) -> str:
+    """Remove `\\text` around words, and the spaces that do not separate letters or digits."""
+    text = text if re.search(r"\d\s*\\text", text) else re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    return re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", text)
+
+
+def _values_match(gold: MathValue, answer: MathValue) -> bool | None:
+    if isinstance(gold, Relation) or isinstance(answer, Relation):
+        return _relations_match(gold, answer)
+    if isinstance(gold, Group) or isinstance(answer, Group):
+        return _groups_match(gold, answer)
+    if isinstance(gold, Words) or isinstance(answer, Words):
+        return _words_match(gold, answer)
+    if gold.unit and answer.unit and gold.unit != answer.unit:
+        return False
+    if isinstance(gold.value, Fraction) and isinstance(answer.value, Fraction):
+        return gold.value == answer.value
+    return _expressions_match(gold.latex, answer.latex)
+
+
+def _all(verdicts: Sequence[bool | None]) -> bool | None:
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _relations_match(gold: MathValue, answer: MathValue) -> bool | None:
+    """Compare two equations as a whole. A relation equals a value if it ends in it and its other constants equal it."""
+    if isinstance(gold, Relation) and isinstance(answer, Relation):
+        if gold.name and answer.name and (gold.name == answer.name or _is_constant(gold.sides[-1])):
+            return _values_match(gold.sides[-1], answer)
+        return _expressions_match(gold.latex, answer.latex)
+    if isinstance(gold, Relation):
+        return _values_match(gold.sides[-1], answer) if gold.name else False
+    *others, last = answer.sides if isinstance(answer, Relation) else (answer,)
+    return _all([_values_match(gold, side) for side in (last, *filter(_is_constant, others))])
+
+
+def _is_constant(value: MathValue) -> bool:
+    if isinstance(value, Group):
+        return all(map(_is_constant, value.items))
+    return isinstance(value, Quantity) and not re.search("[a-zA-Z]", CONSTANTS_PATTERN.sub("", value.latex))
+
+
+def _groups_match(gold: MathValue, answer: MathValue) -> bool | None:
+    """Compare values at the same position in tuples and intervals, at any position in lists, sets and unions."""
+    if not (isinstance(gold, Group) and isinstance(answer, Group)):
+        items, other = (gold.items, answer) if isinstance(gold, Group) else (getattr(answer, "items", ()), gold)
+        if isinstance(other, Quantity) and "\\begin" in other.latex:
+            return None
+        return _values_match(items[0], other) if len(items) == 1 else False
+    kinds = {gold.kind, answer.kind}
+    are_named = bool(gold.name) + bool(answer.name)
+    if (are_named == 2 and gold.name != answer.name) or (are_named and "" in kinds):  # a list has no variables
+        return False
+    if len(gold.items) != len(answer.items) or (len(kinds) > 1 and kinds not in COMPATIBLE_KINDS):
+        return False
+    if not kinds <= {"", "{}", "union"}:
+        return _all([_values_match(*pair) for pair in zip(gold.items, answer.items, strict=True)])
+    unmatched, is_unknown = list(answer.items), False
+    for expected in gold.items:
+        verdicts = [_values_match(expected, actual) for actual in unmatched]
+        if True in verdicts:
+            del unmatched[verdicts.index(True)]
+        elif None not in verdicts:
+            return False
+        else:
+            is_unknown = True
+    return None if is_unknown else True
+
+
+def _words_match(gold: MathValue, answer: MathValue) -> bool | None:
+    """Words ignore their case, a choice letter does not. Letters that may be a product of variables are one here."""
+    texts = [value.text if isinstance(value, Words) else "" for value in (gold, answer)]
+    is_certain = any(isinstance(value, Words) and value.is_certain for value in (gold, answer))
+    if min(map(len, texts)) > 2:  # the case of all but the first letter counts in a product
+        texts = [text.casefold() if is_certain else text[0].casefold() + text[1:] for text in texts]
+    if is_certain or texts[0] == texts[1]:
+        return texts[0] == texts[1]
+    return _values_match(*(Quantity(value.text) if isinstance(value, Words) else value for value in (gold, answer)))
+
+
+# ── Workers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def init_worker() -> None:

@@ -191,10 +191,18 @@ def _compare_pair(a: Evaluation, b: Evaluation) -> dict[str, Any]:
 
 def incorrect_responses(evaluation: Evaluation, limit: int) -> list[GradedResponse]:
     """Return up to `limit` incorrect responses: the first of each problem before the second of any."""
-    num_incorrect: dict[str, int] = defaultdict(int)
+    return _first_of_problems([row for row in evaluation.rows() if not row.correct], limit)
+
+
+def differing_responses(evaluation: Evaluation, limit: int) -> list[GradedResponse]:
+    """Return up to `limit` responses on which the grader differs from math-verify, in the same order."""
+    return _first_of_problems([row for row in evaluation.rows() if row.math_verify not in (None, row.correct)], limit)
+
+
+def _first_of_problems(rows: Sequence[GradedResponse], limit: int) -> list[GradedResponse]:
+    counts: dict[str, int] = defaultdict(int)
     ranked = []
-    for order, row in enumerate(evaluation.rows()):
-        if not row.correct:
-            ranked.append((num_incorrect[row.problem_id], order, row))
-            num_incorrect[row.problem_id] += 1
+    for order, row in enumerate(rows):
+        ranked.append((counts[row.problem_id], order, row))
+        counts[row.problem_id] += 1
     return [row for _, _, row in sorted(ranked, key=lambda entry: entry[:2])[:limit]]

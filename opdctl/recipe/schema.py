@@ -318,8 +318,9 @@ class Eval(Sampling):
     num_parts: int = Field(default=8, gt=0)
     """Number of files for the graded responses, at most one for each problem. A part is the unit of resuming and of
     distributing work."""
-    grader: Literal["mathematics", "text"] = "mathematics"
-    """How to grade answers to a benchmark file: by mathematical equivalence, or as exact text."""
+    grader: Literal["mathematics", "math-verify", "text"] = "mathematics"
+    """How to grade answers in a box: by mathematical value (docs/eval.md lists the rules that precede math-verify), by
+    math-verify alone, or as exact text."""
     id_column: str | None = None
     """Column of the problem ids in a benchmark file; `id`, or the row number, if unset."""
     problem_column: str | None = None

@@ -17,7 +17,12 @@ PROTOCOL = dict.fromkeys(PROTOCOL_KEYS, 1)
 
 
 def plant_evaluation(
-    directory: Path, correct: dict[str, list[bool]], bench: str = "mine", text: str = "text", **summary: Any
+    directory: Path,
+    correct: dict[str, list[bool]],
+    bench: str = "mine",
+    text: str = "text",
+    math_verify: bool | None = None,
+    **summary: Any,
 ) -> Path:
     """Write a finished evaluation with these grades in one part. summary: keys that differ from the default."""
     rows = [
@@ -32,6 +37,7 @@ def plant_evaluation(
             correct=is_correct,
             verdict="ok",
             vote="1" if is_correct else "2",
+            math_verify=math_verify,
         )
         for name, samples in correct.items()
         for n, is_correct in enumerate(samples)

@@ -164,6 +164,17 @@ def test_local_file_is_evaluated_under_its_name() -> None:
     assert result.json()["benchmark"]["source"] == str(Path("mine.csv").resolve())
 
 
+@pytest.mark.parametrize("grader", ["mathematics", "math-verify"])
+def test_summary_has_the_verdicts_of_math_verify(grader: str) -> None:
+    Path("mine.csv").write_text("problem,answer\nab,7\n")
+    options = [
+        word for setting in (*SHORT_EVAL, "eval.suffix=", f"eval.grader={grader}") for word in ("--set", setting)
+    ]
+    summary = invoke("eval", "--model", "toy:student", "--bench", "mine.csv", *options, "--json").json()
+    assert (summary["avg_math_verify"], summary["math_verify_differences"]) == (0.0, 0)
+    assert summary["protocol"]["grader"] == grader
+
+
 def test_evaluation_that_was_graded_by_older_rules_is_not_continued() -> None:
     Path("mine.csv").write_text("problem,answer\nab,7\n")
     options = [word for setting in (*SHORT_EVAL, "eval.suffix=") for word in ("--set", setting)]
@@ -171,13 +182,13 @@ def test_evaluation_that_was_graded_by_older_rules_is_not_continued() -> None:
     assert invoke(*command).code == 0
     (path,) = Path("eval/mine").glob("*/manifest.json")
     manifest = files.read_json(path)
-    assert manifest["settings"].pop("eval.grader_version") == 2
+    assert manifest["settings"].pop("eval.grader_version") == 3
     assert manifest["logprob_metadata"]["math-verify"] == importlib.metadata.version("math-verify")
     manifest["fingerprint"] = Fingerprint(manifest["settings"], manifest["inputs"]).digest
     files.write_json(path, manifest)
     result = invoke(*command)
     assert (result.code, result.kind) == (4, "settings_mismatch")
-    assert "eval.grader_version None → 2" in result.err
+    assert "eval.grader_version None → 3" in result.err
 
 
 def test_workers_share_the_parts(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,13 @@ def test_summary_has_intervals_and_warnings(capsys: pytest.CaptureFixture[str]) 
     assert "pass@1 " not in text
 
 
+def test_answers_on_which_math_verify_differs_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(SUMMARY | {"avg_math_verify": 0.25, "math_verify_differences": 3})
+    assert "math-verify alone: 25.0%; it differs on 3 responses" in " ".join(capsys.readouterr().err.split())
+    print_failures(load_evaluation(plant_evaluation(tmp_path / "one", {"a": [True]}, math_verify=False)), 1)
+    assert "mine/a/0: answer '1', gold '1': correct, math-verify: incorrect" in capsys.readouterr().err
+
+
 def test_untrusted_text_is_not_interpreted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "\x1b[2J\x1b]0;owned\x07 [red]\u202e"
     print_failures(load_evaluation(plant_evaluation(tmp_path / "one", {"a": [False]}, text=text)), 1)

@@ -12,6 +12,7 @@ from opdctl.data.toy import TASKS
 from opdctl.data.toy.task import split_of
 from opdctl.errors import OpdctlError
 from opdctl.evaluation.benchmarks import Benchmark, Hub, benchmark_file, find_benchmark, parse_gold
+from opdctl.evaluation.graders import MATH_GRADER
 from opdctl.recipe.schema import Eval
 from opdctl.registry import BENCHMARKS
 
@@ -173,6 +174,12 @@ def test_local_file_is_a_benchmark(tmp_path: Path, suffix: str) -> None:
         find_benchmark(str(path), Eval()).problems(None, None)
     assert caught.value.kind == "invalid_data"
     assert "eval.problem_column" in str(caught.value.hint)
+
+
+def test_grader_applies_to_registered_benchmarks_with_mathematics() -> None:
+    assert find_benchmark("aime24", Eval()).grader is MATH_GRADER
+    assert find_benchmark("aime24", Eval(grader="math-verify")).grader.name == "math-verify"
+    assert find_benchmark("sort12", Eval(grader="math-verify")).grader.name == "text"
 
 
 @pytest.mark.parametrize(

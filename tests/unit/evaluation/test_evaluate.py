@@ -1,6 +1,7 @@
 """The summary of an evaluation, by hand. integration/test_evaluation.py runs evaluations."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,13 @@ def test_summary_by_hand() -> None:
     assert summary["response_length"] == pytest.approx(15)
     assert summary["response_lengths"]["max"] == 20
     assert summary["verdicts"] == {"no_answer": 1, "ok": 2, "timeout": 1}
+
+
+def test_math_verify_is_reported_beside_the_grade() -> None:
+    assert summarize(ROWS)["avg_math_verify"] is summarize(ROWS)["math_verify_differences"] is None  # older rows
+    verdicts = (True, True, False, False)
+    summary = summarize([replace(row, math_verify=verdict) for row, verdict in zip(ROWS, verdicts, strict=True)])
+    assert (summary["avg_math_verify"], summary["math_verify_differences"]) == (0.5, 1)
 
 
 def test_grader_failures_are_listed_with_the_start_of_the_answer() -> None:

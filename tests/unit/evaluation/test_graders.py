@@ -4,7 +4,7 @@ import pytest
 
 from opdctl.data.toy import sort12
 from opdctl.evaluation import graders
-from opdctl.evaluation.graders import MATH_GRADER, Grade, Text, last_boxed
+from opdctl.evaluation.graders import BOX_GRADERS, MATH_GRADER, Grade, Text, last_boxed
 
 
 def boxed(answer: str) -> str:
@@ -56,9 +56,22 @@ def test_last_box_after_the_thinking_is_the_answer(response: str, answer: str | 
 
 def test_missing_and_unparsable_answers_are_incorrect() -> None:
     grades = MATH_GRADER.grade([("7", "seven"), ("7", boxed("")), ("7", boxed("7")), (r"\pi", boxed(r"\frac{"))])
-    assert grades[:3] == [Grade(None, False, "no_answer"), Grade("", False, "unparsable"), Grade("7", True, "ok")]
-    assert grades[3] == Grade(None, False, "no_answer")  # its box is never closed
-    assert MATH_GRADER.grade([(r"\pi", boxed(r"\frac{1}"))]) == [Grade(r"\frac{1}", False, "unparsable")]
+    no_answer = Grade(None, False, "no_answer", False)
+    assert grades[:3] == [no_answer, Grade("", False, "unparsable", False), Grade("7", True, "ok", True)]
+    assert grades[3] == no_answer  # its box is never closed
+    assert MATH_GRADER.grade([(r"\pi", boxed(r"\frac{1}"))]) == [Grade(r"\frac{1}", False, "unparsable", False)]
+
+
+def test_both_verdicts_are_reported() -> None:
+    # math-verify reads no digits after \,, and takes x for X and 0.333333 for 1/3.
+    pairs = [("10080", r"10\,080"), ("x", "X"), (r"\frac{1}{3}", "0.333333"), ("7", "7")]
+    boxes = [(gold, boxed(answer)) for gold, answer in pairs]
+    verdicts = [(grade.correct, grade.math_verify) for grade in MATH_GRADER.grade(boxes)]
+    assert verdicts == [(True, False), (False, True), (False, True), (True, True)]
+    plain = BOX_GRADERS["math-verify"]
+    assert [(grade.correct, grade.math_verify) for grade in plain.grade(boxes)] == [(b, b) for _, b in verdicts]
+    assert plain.votes([("1", plain.grade([("1", boxed("x")), ("1", boxed("X"))]))]) == [["x", "x"]]
+    assert MATH_GRADER.votes([("1", MATH_GRADER.grade([("1", boxed("x")), ("1", boxed("X"))]))]) == [["x", "X"]]
 
 
 def test_no_responses_have_no_grades() -> None:

@@ -6,7 +6,7 @@ import pytest
 from helpers.evaluations import PROTOCOL, plant_evaluation
 
 from opdctl.errors import OpdctlError
-from opdctl.evaluation.results import compare_evaluations, incorrect_responses, load_evaluation
+from opdctl.evaluation.results import compare_evaluations, differing_responses, incorrect_responses, load_evaluation
 
 ONE = {"a": [True, False], "b": [False, False], "c": [True, True], "d": [False, False]}
 OTHER = {"a": [True, True], "b": [True, False], "c": [True, True], "d": [True, True]}
@@ -95,6 +95,13 @@ def test_summary_without_responses_is_not_compared(tmp_path: Path) -> None:
     with pytest.raises(OpdctlError) as caught:
         compare_evaluations(one, other)
     assert caught.value.kind == "corrupt_artifact"
+
+
+@pytest.mark.parametrize(("math_verify", "expected"), [(None, []), (True, ["a/0", "c/0", "a/1"]), (False, ["b/0"])])
+def test_responses_on_which_math_verify_differs(tmp_path: Path, math_verify: bool | None, expected: list[str]) -> None:
+    grades = {"a": [False, False], "b": [True], "c": [False]}
+    evaluation = load_evaluation(plant_evaluation(tmp_path / "one", grades, math_verify=math_verify))
+    assert [row.sample_id for row in differing_responses(evaluation, 9)] == [f"mine/{name}" for name in expected]
 
 
 def test_incorrect_responses_of_all_problems_come_first(tmp_path: Path) -> None:
