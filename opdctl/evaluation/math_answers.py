@@ -18,10 +18,13 @@ MAX_ANSWER_CHARS = 2000  # gold answers are much shorter; a longer answer counts
 WORKER_MEMORY_BYTES = 4 * 2**30  # address space
 COMPARED_DIGITS = 40  # of irrational constants
 FREE_LETTERS = "abcdfghjklmnopqrstuvwxyz"  # i and e are constants
-COMMAND_OR_NAME_PATTERN = re.compile(r"\\[a-zA-Z]+|([a-zA-Z](?:\s*_\s*(?:\w|\{[^{}]*\}))?)")
+PRIME = r"(?:'+|\s*\^\s*\{?\s*\\prime\s*\}?)"
+COMMAND_OR_NAME_PATTERN = re.compile(rf"\\[a-zA-Z]+|([a-zA-Z](?:\s*_\s*(?:\w|\{{[^{{}}]*\}}))?{PRIME}?)")
 CONSTANTS_PATTERN = re.compile(
     rf"\\(?:frac|sqrt|binom|cdot|times|pi|infty|{FUNCTIONS})(?![a-z])|(?<![a-zA-Z])[ie](?![a-zA-Z])"
 )
+CHANGING_WORDS_PATTERN = re.compile(r"\d.*\\text.*\d|\\text\{[^}]*\b(?:or|if|not|than|least|most|when|except)\b")
+"""Words that change a number: several numbers, and conditions."""
 COMPATIBLE_KINDS = ({"", "{}"}, {"", "()"}, {"", "union"})  # of groups
 
 
@@ -95,8 +98,8 @@ def _expressions_match(gold: str, answer: str) -> bool | None:
     """
     from math_verify import verify
 
-    if "\\text" in gold + answer:  # numbers around words are not one number
-        return None if len({bool(re.search(r"\d.*\\text.*\d", text)) for text in (gold, answer)}) == 1 else False
+    if "\\text" in gold + answer:
+        return None if len({bool(CHANGING_WORDS_PATTERN.search(text)) for text in (gold, answer)}) == 1 else False
     try:
         expected, actual = (_parse_latex(_with_exact_decimals(text)) for text in _rename_variables(gold, answer))
     except UnparsableError:

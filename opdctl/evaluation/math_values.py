@@ -42,6 +42,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
     (rf"\\[dtc](frac|binom){END}", r"\\\1"),
     (r"\\(?:math(?:bf|sf|it)|bm|boldsymbol|underline|boxed)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1"),
+    (rf"\\(?:operatorname|text|mathrm)\s*\{{\s*({FUNCTIONS})\s*\}}", r"\\\1"),
     (r"\\(?:text(?:bf|it|rm)?|mbox|mathrm|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\\text{\1}"),
     (rf"\\text\{{\s*([^a-zA-Z{{}}]*|[^\W{ONE_LETTER_UNITS}\d_])\s*\}}", r"\1"),
     (r"\\text\{\s*(\d[\d.,]*)\s+([a-zA-Z ]+)\}", r"\1\\text{ \2}"),
@@ -56,10 +57,11 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(sin|cos|tan|cot|sec|csc)\s*\(?(\d+)\)?\s*\^\s*\{?\s*\\circ\s*\}?", r"\\\1(\\frac{\2\\pi}{180})"),
     (rf"\^\s*(?:\\circ{END}|\{{\s*\\circ\s*\}})|\\degrees?{END}", r"\\text{ degrees}"),
     (r"%", r"\\text{ percent}"),
-    (r",?\s*\\text\{\s*,?\s*(?:and|or)\s*\}|,?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|,\s*,", ", "),
+    (r",?\s*\\text\{\s*,?\s*(?:and|or)\s*\}|,?\s*(?<![a-zA-Z])(?:and|or)(?! *[a-zA-Z]{4})(?![a-zA-Z])|,\s*,", ", "),
     (rf"\\q?quad{END}|(?<!\\)\\[ ,;:]|~", " "),
     (r"\s*(?:\\text\{ *)?\(?(?:approximately|prime|(?:\\text\{ *)?\\?p?mod\W.*)\)?\}?$", ""),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda m: _repeating_decimal(*m.groups())),
+    (r"(\d*)\.(\d*?)(\d+?)\3+(?:\.\.\.|\\l?dots)$", lambda m: _repeating_decimal(*m.groups())),
     (r"\s+", " "),
 )]  # fmt: skip
 SPACED_DIGITS_PATTERN = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[ ,;]|~| )\d{3})+(?!\d)")
@@ -144,7 +146,7 @@ def clean(text: str) -> str:
     text = SPACED_DIGITS_PATTERN.sub(lambda match: re.sub(r"\D", "", match[0]), "".join(map(_latex_of_character, text)))
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    return text.strip().rstrip(" .:,")
+    return re.sub(r"(?<!\.) ?[.:,] ?$", "", text).strip()  # three periods remain
 
 
 def _latex_of_character(char: str) -> str:
@@ -165,7 +167,7 @@ def _repeating_decimal(integer: str, prefix: str, period: str) -> str:
 
 def parse_answer(text: str, *, grouped: bool = True) -> MathValue:
     """Parse a cleaned answer. grouped: 1,234 is one number and not a list of two."""
-    text = PREFIX_PATTERN.sub("", text, count=1).strip().rstrip(".:")
+    text = PREFIX_PATTERN.sub("", text, count=1).strip()
     if grouped and "," not in GROUPED_DIGITS_PATTERN.sub("", text):
         text = GROUPED_DIGITS_PATTERN.sub(lambda match: match[0].replace(",", ""), text)
     if (value := _parse_words(text) or _parse_matrix(text) or _parse_inequality(text)) is not None:

@@ -51,6 +51,7 @@ EQUAL = {
         ("15", "１５"),
         ("0.0000672", r"6.72 \times 10^{-5}"),
         (r"\frac{1}{3}", r"0.\bar{3}"),
+        (r"\frac{1}{6}", r"0.1666\ldots"),
     ],
     "roots and constants": [
         (r"2\sqrt{2}", r"\sqrt{8}"),
@@ -166,6 +167,7 @@ UNEQUAL = {
         ("2x", "x^2"),
         ("y=2x+3", "y=2x-3"),
         ("x", "X"),
+        ("f(x)", "f'(x)"),
         (r"\frac{1}{3}E_1", "1/3"),
     ],
     "several values": [
@@ -203,6 +205,7 @@ UNEQUAL = {
         ("90^\\circ", r"90\%"),
         (r"15\text{ cm}^2", r"15\text{ m}^2"),
         ("5", "5 hundred"),
+        ("5", r"5\text{ or more}"),
         ("7", r"7\text{ squared}"),
         ("5", r"5\text{ hours }30\text{ minutes}"),
     ],
