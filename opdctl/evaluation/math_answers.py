@@ -165,8 +165,9 @@ def compare_values(gold: str, answer: str) -> bool | None:
         return True
     values = parse_answer(gold), parse_answer(answer)
     are_equal = _values_match(*values)
-    if are_equal is not True and len({isinstance(value, Group) for value in values}) > 1:  # 100,200 may be a list
-        return _values_match(parse_answer(gold, grouped=False), parse_answer(answer, grouped=False))
+    if len({isinstance(value, Group) for value in values}) > 1 and not re.search(r",0\d", gold + answer):
+        values = parse_answer(gold, grouped=False), parse_answer(answer, grouped=False)  # 100,200 may be a list
+        return are_equal or _values_match(*values)
     return are_equal
 
 

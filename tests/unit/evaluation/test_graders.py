@@ -118,6 +118,8 @@ def test_hostile_answers_affect_no_other_grade(monkeypatch: pytest.MonkeyPatch) 
     assert [grade.extracted for grade in grades[: 2 * len(HANGING) : 2]] == HANGING
     assert {grade.verdict for grade in grades[: 2 * len(HANGING) : 2]} <= {"timeout", "crash", "unparsable"}
     assert "timeout" in {grade.verdict for grade in grades}
+    same = MATH_GRADER.grade([(answer, boxed(answer)) for answer in HANGING])
+    assert [(grade.correct, grade.verdict) for grade in same] == [(True, "ok")] * len(HANGING)
 
 
 # ── Votes ────────────────────────────────────────────────────────────────────────────────────────────────────────────

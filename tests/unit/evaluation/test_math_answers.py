@@ -137,6 +137,7 @@ UNEQUAL = {
         ("7", "8"),
         ("-7", "7"),
         ("1000", "1,00"),
+        ("1,000", "1,00"),
         ("10!", "10"),
         ("1024", "2^{11}"),
         ("5", "x=6"),
@@ -242,6 +243,17 @@ def test_equal_answers_in_different_notations(kind: str) -> None:
 @pytest.mark.parametrize("kind", UNEQUAL)
 def test_different_answers(kind: str) -> None:
     assert misgraded(UNEQUAL[kind], equal=False) == []
+
+
+def test_examples_of_the_documented_rules() -> None:
+    lines = (ROOT / "docs/eval.md").read_text(encoding="utf-8").partition("| kind of value |")[2].split("\n\n")[0]
+    columns = [[cell.strip() for cell in line.strip("| ").split(" | ")][2:] for line in lines.splitlines()[2:]]
+    equal, different = (
+        [re.findall("`([^`]+)` and `([^`]+)`", cell) for cell in cells] for cells in zip(*columns, strict=True)
+    )
+    assert len(columns) == len([*filter(None, equal)]) == len([*filter(None, different)]) == 13
+    assert misgraded([pair for pairs in equal for pair in pairs], equal=True) == []
+    assert misgraded([pair for pairs in different for pair in pairs], equal=False) == []
 
 
 # ── Pairs written before the rules ───────────────────────────────────────────────────────────────────────────────────
