@@ -351,7 +351,8 @@ def format_rank_correlation(conditions: Sequence[ConditionResult], name: str) ->
         by_student.setdefault(each.name.rstrip("0123456789"), []).append((each.difference.mean, getattr(each, name)))
     differences, values = zip(*(np.mean(pairs, axis=0) for pairs in by_student.values()), strict=True)
     result = spearmanr(differences, values)
-    return f"{result.statistic:+.2f} (p {format_p(float(result.pvalue))}, {len(by_student)} students)"
+    p_value = f"p {format_p(float(result.pvalue))}, " if np.isfinite(result.pvalue) else ""  # NaN for two students
+    return f"{result.statistic:+.2f} ({p_value}{len(by_student)} students)"
 
 
 def format_conditions(conditions: Sequence[ConditionResult]) -> str:
