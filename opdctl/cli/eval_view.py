@@ -80,12 +80,13 @@ def _print_warnings(summary: Mapping[str, Any]) -> None:
 
 def print_failures(evaluation: Evaluation, count: int) -> None:
     """Print incorrect responses, with their end, and the answers on which the grader differs from math-verify."""
-    for row in incorrect_responses(evaluation, count):
+    rows = evaluation.rows()
+    for row in incorrect_responses(rows, count):
         answer = "no answer" if row.extracted is None else f"answer {row.extracted[:SHOWN_ANSWER_CHARS]!r}"
         gold = row.gold[:SHOWN_ANSWER_CHARS]
         console.info(f"{row.sample_id}: {answer}, gold {gold!r}, verdict {row.verdict}, {row.finish_reason}", "bold")
         console.info(("… " if len(row.text) > SHOWN_TAIL_CHARS else "") + row.text[-SHOWN_TAIL_CHARS:])
-    for row in differing_responses(evaluation, count):
+    for row in differing_responses(rows, count):
         answer, gold = (row.extracted or "")[:SHOWN_ANSWER_CHARS], row.gold[:SHOWN_ANSWER_CHARS]
         verdicts = ("correct", "incorrect") if row.correct else ("incorrect", "correct")
         console.info(f"{row.sample_id}: answer {answer!r}, gold {gold!r}: {verdicts[0]}, math-verify: {verdicts[1]}")

@@ -151,10 +151,10 @@ def _constants_match(gold: Any, answer: Any) -> bool | None:
 
 def is_parsable(gold: str, has_typed_values: bool) -> bool:
     """Whether a gold answer can be compared with answers in a different notation. Runs in a worker."""
-    value = parse_answer(clean(gold))
     unescaped = re.sub(r"\\[{}]", "", gold)
     if unescaped.count("{") != unescaped.count("}"):
         return False  # math-verify would read a part of it
+    value = parse_answer(clean(gold))
     return (has_typed_values and _values_match(value, value) is not None) or _plain_verdict(gold, gold) is not None
 
 

@@ -208,7 +208,7 @@ def _compare(
 
 def _compare_by_problem(bench: str, one: Sequence[ModelResult], other: Sequence[ModelResult]) -> Estimate:
     """Return the mean difference over the problems of a benchmark, of the mean accuracies over the seeds."""
-    a, b = (_mean_by_problem([model.evaluations[bench].accuracies() for model in models]) for models in (one, other))
+    a, b = (_mean_by_problem([model.evaluations[bench].accuracies for model in models]) for models in (one, other))
     comparison = statistics.compare_paired([a[name] for name in a], [b[name] for name in a])
     return Estimate(comparison.difference, *comparison.ci)
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ class Evaluation:
             raise files.corrupt_artifact(self.path, "has a summary.json but no responses", hint)
         return stage.read_all(GradedResponse)
 
-    def accuracies(self) -> dict[str, float]:
-        """Return the fraction of correct samples of each problem, by id."""
+    @cached_property
+    def accuracies(self) -> Mapping[str, float]:
+        """The fraction of correct samples of each problem, by id. A table compares the baseline with every setting."""
         correct: dict[str, list[bool]] = defaultdict(list)
         for row in self.rows():
             correct[row.problem_id].append(row.correct)
@@ -172,7 +174,7 @@ def check_same_problems(a: Evaluation, b: Evaluation) -> None:
 
 def _compare_pair(a: Evaluation, b: Evaluation) -> dict[str, Any]:
     check_same_problems(a, b)
-    accuracies_a, accuracies_b = a.accuracies(), b.accuracies()
+    accuracies_a, accuracies_b = a.accuracies, b.accuracies
     pairs = [(accuracies_a[name], accuracies_b[name]) for name in accuracies_a]
     comparison = statistics.compare_paired([in_a for in_a, _ in pairs], [in_b for _, in_b in pairs])
     return {
@@ -189,14 +191,14 @@ def _compare_pair(a: Evaluation, b: Evaluation) -> dict[str, Any]:
     }
 
 
-def incorrect_responses(evaluation: Evaluation, limit: int) -> list[GradedResponse]:
+def incorrect_responses(rows: Sequence[GradedResponse], limit: int) -> list[GradedResponse]:
     """Return up to `limit` incorrect responses: the first of each problem before the second of any."""
-    return _first_of_problems([row for row in evaluation.rows() if not row.correct], limit)
+    return _first_of_problems([row for row in rows if not row.correct], limit)
 
 
-def differing_responses(evaluation: Evaluation, limit: int) -> list[GradedResponse]:
+def differing_responses(rows: Sequence[GradedResponse], limit: int) -> list[GradedResponse]:
     """Return up to `limit` responses on which the grader differs from math-verify, in the same order."""
-    return _first_of_problems([row for row in evaluation.rows() if row.math_verify not in (None, row.correct)], limit)
+    return _first_of_problems([row for row in rows if row.math_verify not in (None, row.correct)], limit)
 
 
 def _first_of_problems(rows: Sequence[GradedResponse], limit: int) -> list[GradedResponse]:

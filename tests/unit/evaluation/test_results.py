@@ -101,13 +101,13 @@ def test_summary_without_responses_is_not_compared(tmp_path: Path) -> None:
 def test_responses_on_which_math_verify_differs(tmp_path: Path, math_verify: bool | None, expected: list[str]) -> None:
     grades = {"a": [False, False], "b": [True], "c": [False]}
     evaluation = load_evaluation(plant_evaluation(tmp_path / "one", grades, math_verify=math_verify))
-    assert [row.sample_id for row in differing_responses(evaluation, 9)] == [f"mine/{name}" for name in expected]
+    assert [row.sample_id for row in differing_responses(evaluation.rows(), 9)] == [f"mine/{name}" for name in expected]
 
 
 def test_incorrect_responses_of_all_problems_come_first(tmp_path: Path) -> None:
     grades = {"a": [False, False], "b": [True, True], "c": [True, False], "d": [False, True]}
     evaluation = load_evaluation(plant_evaluation(tmp_path / "one", grades))
     expected = ["mine/a/0", "mine/c/1", "mine/d/0", "mine/a/1"]
-    assert [row.sample_id for row in incorrect_responses(evaluation, 9)] == expected
-    assert [row.sample_id for row in incorrect_responses(evaluation, 2)] == expected[:2]
-    assert incorrect_responses(evaluation, 0) == []
+    assert [row.sample_id for row in incorrect_responses(evaluation.rows(), 9)] == expected
+    assert [row.sample_id for row in incorrect_responses(evaluation.rows(), 2)] == expected[:2]
+    assert incorrect_responses(evaluation.rows(), 0) == []
