@@ -2,4 +2,5 @@
 
 from opdctl.cli.main import main
 
-main()
+if __name__ == "__main__":  # a spawned process may import this module
+    main()

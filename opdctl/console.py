@@ -23,6 +23,7 @@ if not console.is_terminal:
 
 _level = 0
 _name = ""
+_forwarded: set[str] = set()
 CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Escape codes, and characters that change the direction of text. Tab and newline are not among them."""
 MAX_TABLE_ROWS = 12
@@ -77,6 +78,34 @@ def print_renderable(text: Text) -> None:
     """Print styled text. The caller has removed control characters."""
     if _level >= 0:
         console.print(text)
+
+
+class _Forwarder:
+    """Stands in for the console of a process that has none."""
+
+    is_terminal = False
+
+    def __init__(self, send: Callable[[Text], None]):
+        self.print = send
+
+
+def forward_to(send: Callable[[Text], None], level: int) -> None:
+    """Let all messages of this process, a child, be printed by its parent: `send` passes them to it."""
+    global console
+    console = _Forwarder(send)  # type: ignore[assignment]
+    set_level(level)
+
+
+def print_forwarded(text: Text) -> None:
+    """Print a message of a child process, unless one has sent it before."""
+    if text.plain not in _forwarded:
+        _forwarded.add(text.plain)
+        console.print(text)
+
+
+def get_level() -> int:
+    """Return the verbosity, for a child process."""
+    return _level
 
 
 def print_fields(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from opdctl.errors import OpdctlError
@@ -20,6 +21,32 @@ def _installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def select_engine_gpus(local_rank: int, visible: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
+    """Return the `count` GPUs of the engine that a local rank owns, or None if it owns none.
+
+    The GPUs of a machine, one of each rank, form groups of `count`. The first rank of a complete group owns its engine.
+
+    visible: the GPUs that the launcher gave to this process, as in CUDA_VISIBLE_DEVICES; None for all of the machine.
+
+    Raises:
+        OpdctlError: the process sees fewer than `count`.
+    """
+    if visible is not None and len(visible) < count:
+        raise OpdctlError(
+            "missing_device",
+            f"vllm.tensor_parallel_size × vllm.pipeline_parallel_size is {count}, but this process sees the GPUs "
+            f"{','.join(visible) or 'none'}",
+            hint="start the processes so that each sees all GPUs of its machine, or reduce the sizes",
+        )
+    if visible is not None and len(visible) == 1:  # the launcher chose it for this rank
+        return tuple(visible)
+    if local_rank % count:
+        return None
+    end = local_rank + count
+    group = tuple(map(str, range(local_rank, end))) if visible is None else tuple(visible[local_rank:end])
+    return group if len(group) == count else None
 
 
 def resolve_device(name: str) -> str:

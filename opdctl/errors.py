@@ -4,7 +4,8 @@ import difflib
 import errno
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 ErrorKind = Literal[
     "checksum_mismatch",
@@ -15,10 +16,12 @@ ErrorKind = Literal[
     "disk_full",
     "expired_wait",
     "failed_download",
+    "failed_engine",
     "failed_upload",
     "failed_write",
     "immutable_setting",
     "incompatible_tokenizer",
+    "incomplete_launch",
     "invalid_data",
     "invalid_model",
     "invalid_plugin",
@@ -34,6 +37,7 @@ ErrorKind = Literal[
     "missing_input",
     "missing_model",
     "missing_package",
+    "missing_peer",
     "missing_run",
     "missing_sandbox",
     "missing_token",
@@ -82,6 +86,7 @@ EXIT_CODES: dict[str, ExitCode] = dict.fromkeys(get_args(ErrorKind), ExitCode.US
     "disk_full": ExitCode.UNAVAILABLE,
     "expired_wait": ExitCode.UNAVAILABLE,
     "failed_download": ExitCode.UNAVAILABLE,
+    "failed_engine": ExitCode.UNAVAILABLE,
     "failed_upload": ExitCode.UNAVAILABLE,
     "failed_write": ExitCode.UNAVAILABLE,
     "invalid_data": ExitCode.BAD_DATA,
@@ -90,6 +95,7 @@ EXIT_CODES: dict[str, ExitCode] = dict.fromkeys(get_args(ErrorKind), ExitCode.US
     "logprob_mismatch": ExitCode.BAD_DATA,
     "malformed_response": ExitCode.BAD_DATA,
     "missing_input": ExitCode.FAILED,
+    "missing_peer": ExitCode.UNAVAILABLE,
     "missing_sandbox": ExitCode.UNAVAILABLE,
     "missing_token": ExitCode.UNAVAILABLE,
     "model_mismatch": ExitCode.RECIPE_MISMATCH,
@@ -119,6 +125,9 @@ class OpdctlError(Exception):
     def __init__(self, kind: ErrorKind, detail: str, *, hint: str | None = None):
         self.kind, self.detail, self.hint = kind, detail, hint
         super().__init__(self.message)
+
+    def __reduce__(self) -> Any:  # an engine's process passes its errors on
+        return partial(OpdctlError, hint=self.hint), (self.kind, self.detail), vars(self)
 
     @property
     def message(self) -> str:

@@ -12,6 +12,7 @@ from opdctl.cli import completion
 from opdctl.cli.options import DryRun, Json, Overrides, Recipes, Verbose
 from opdctl.cli.session import (
     command_session,
+    join_process_group,
     open_run_and_device,
     print_json,
     read_recipe_options,
@@ -126,6 +127,7 @@ def _open(recipe: "Recipe", given: list[str] | None, output: Path | None, model:
     from opdctl.runs.open import standalone_eval_run
 
     if not given and output is not None and not (output / "recipe.toml").exists():
+        join_process_group(recipe, output)
         return standalone_eval_run(recipe, output), set_up_device(recipe)
     needs = model if model in recipe.scorers() else "student"
     return open_run_and_device(recipe, output, str(needs), record=False)

@@ -6,106 +6,117 @@ from pathlib import Path
 from opdctl import console
 from opdctl.artifacts import files
 from opdctl.cli.session import print_json
-from opdctl.pipeline.costs import StageCost
-from opdctl.pipeline.plan import EvaluationPlan, Plan, StagePlan, make_plan, plan_evaluation
+from opdctl.pipeline.costs import FIT_FRACTION
+from opdctl.pipeline.evaluation_plan import plan_benchmarks
+from opdctl.pipeline.plan import Plan, make_plan
+from opdctl.pipeline.stage_plan import StagePlan
 from opdctl.recipe.schema import Recipe
+from opdctl.runs.layout import run_path
+
+GIB = 2**30
 
 
-def show_plan(recipe: Recipe, output: Path | None, as_json: bool) -> None:
-    """Print the plan of a run. Nothing is written."""
-    plan = make_plan(recipe, output)
+def show_plan(recipe: Recipe, output: Path | None, as_json: bool, *, colocated: bool) -> None:
+    """Print the plan of a run, whose stages are colocated or have separate allocations. Nothing is written."""
+    plan = make_plan(recipe, output, colocated=colocated)
     if as_json:
         print_json(plan.as_dict())
-    console.print_fields("plan", plan_rows(plan))
+    console.print_fields("plan", _plan_rows(plan))
+    console.print_table(*_memory_table(plan.stages))
+    console.print_fields("memory", _memory_rows(plan.stages))
     console.info("nothing was written")
 
 
 def show_evaluation_plan(recipe: Recipe, output: Path | None, data: Path | None, as_json: bool) -> None:
     """Print the plan of an evaluation. Nothing is written."""
-    plan = plan_evaluation(recipe, output, data)
+    plans = plan_benchmarks(recipe, data)
     if as_json:
-        print_json(asdict(plan))
-    console.print_fields("plan", evaluation_rows(plan))
+        print_json({"run_dir": str(run_path(recipe, output)), "benches": [asdict(plan) for plan in plans]})
+    rows = [
+        (
+            plan.bench,
+            f"{_format_count(plan.problems)} problems, {_format_count(plan.responses)} responses, "
+            f"≤ {_format_count(plan.max_response_tokens)} tokens",
+        )
+        for plan in plans
+    ]
+    console.print_fields("plan", rows)
     console.info("nothing was written")
 
 
-def evaluation_rows(plan: EvaluationPlan) -> list[tuple[str, str]]:
-    """Return the plan of an evaluation as (benchmark, size) rows."""
-    return [
-        (
-            benchmark.bench,
-            f"{_format_count(benchmark.problems)} problems, {_format_count(benchmark.responses)} responses, "
-            f"≤ {_format_count(benchmark.max_response_tokens)} tokens",
-        )
-        for benchmark in plan.benches
-    ]
-
-
-def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """Return the plan of a run as (name, size) rows."""
-    return [
+    stages, epochs = plan.stages, "" if plan.epochs is None else f" = {plan.epochs:.2f} epochs"
+    prompt_tokens, response_tokens = plan.prompt_tokens_per_step, plan.response_tokens_per_step
+    rollout, scores = _format_size(plan.rollout_bytes_per_step), _format_size(plan.score_bytes_per_step)
+    artifacts, disk = _format_size(plan.artifact_bytes), _format_size(plan.disk_bytes)
+    gpu, cpu = stages.hardware, _format_size(stages.node_bytes)
+    rows = [
         ("run directory", plan.run_dir),
         ("device", plan.device),
-        *_prompt_rows(plan),
-        *_artifact_rows(plan),
-        *_cost_rows(plan.stages),
-    ]
-
-
-def _prompt_rows(plan: Plan) -> list[tuple[str, str]]:
-    prompts = plan.prompts
-    epochs = "" if prompts.epochs is None else f" = {prompts.epochs:.2f} epochs"
-    prompt_tokens, response_tokens = prompts.prompt_tokens_per_step, prompts.response_tokens_per_step
-    return [
-        ("prompts", f"{_format_count(prompts.prompts)}; {plan.steps} steps of {prompts.prompts_per_step}{epochs}"),
-        ("responses", f"{prompts.responses_per_step:,} per step in {prompts.parts_per_step} parts"),
+        ("prompts", f"{_format_count(plan.prompts)}; {plan.steps} steps of {plan.prompts_per_step}{epochs}"),
+        ("responses", f"{plan.responses_per_step:,} per step in {plan.parts_per_step} parts"),
         ("tokens", f"≤ {prompt_tokens:,} prompt + {response_tokens:,} response per step"),
-    ]
-
-
-def _artifact_rows(plan: Plan) -> list[tuple[str, str]]:
-    artifacts = plan.artifacts
-    rollout, scores = format_size(artifacts.rollout_bytes_per_step), format_size(artifacts.score_bytes_per_step)
-    total, disk = format_size(artifacts.artifact_bytes), format_size(artifacts.disk_bytes)
-    return [
-        ("artifacts", f"≤ {total} in total; per step ≤ {rollout} rollout + {scores} scores"),
-        ("disk", f"≤ {disk}: artifacts, {artifacts.students_kept} students, newest checkpoints"),
+        ("artifacts", f"≤ {artifacts} in total; per step ≤ {rollout} rollout + {scores} scores"),
+        ("disk", f"≤ {disk}: artifacts, {plan.students_kept} students, newest checkpoints"),
         *(
-            (name, f"{_format_count(count)} parameters, {format_size(artifacts.model_bytes[name])}")
-            for name, count in artifacts.parameters.items()
+            (name, f"{_format_count(count)} parameters, {_format_size(plan.model_bytes[name])}")
+            for name, count in plan.parameters.items()
         ),
-    ]
-
-
-def _cost_rows(plan: StagePlan) -> list[tuple[str, str]]:
-    gpu = plan.hardware
-    return [
         (
             "hardware",
             f"{gpu.memory_gib:g} GiB, {gpu.tflops:g} TFLOP/s ({gpu.tflops_float32:g} in float32) and "
             f"{gpu.bandwidth_gbs:g} GB/s per GPU, at {gpu.utilization:.0%} utilization",
         ),
-        *(row for name, cost in plan.stages.items() for row in _stage_rows(plan, name, cost)),
+        *((f"on {gpus}", command) for gpus, command in stages.commands.items()),
+        *((name, _time_text(stages, name)) for name in stages.stages),
+        ("CPU memory", f"≤ {cpu} on a node for trainer processes that load, and sleeping engines"),
         (
             "total",
-            f"≤ {_format_hours(plan.gpu_hours())}; {_format_duration(plan.seconds())} if stages run sequentially "
+            f"≤ {_format_hours(stages.gpu_hours())}; {_format_duration(stages.seconds())} "
             "(estimate, not measured on GPUs)",
         ),
     ]
+    return [row for row in rows if row[0] != "CPU memory" or stages.node_bytes != 0]
 
 
-def _stage_rows(plan: StagePlan, name: str, cost: StageCost | None) -> list[tuple[str, str]]:
-    """Return the rows of a stage: its memory and time, and the memory by purpose."""
+def _time_text(plan: StagePlan, name: str) -> str:
+    cost = plan.stages[name]
     if cost is None:
-        return [(name, "unknown: set the model's `shape`, or use a benchmark of known size")]
-    available, repetitions = plan.hardware.memory_gib * 2**30, plan.repetitions[name]
-    fits = cost.seconds is not None and cost.bytes <= available
-    concurrent = "" if cost.concurrent_responses is None else f", {cost.concurrent_responses} concurrent responses"
-    time = f"≤ {_format_duration(cost.seconds)} × {repetitions}, {_format_hours(cost.gpu_hours(repetitions))}"
-    memory = f"{format_size(cost.bytes)} on each of {cost.gpus} GPU{'s' * (cost.gpus > 1)}{concurrent}"
-    unit, unit_bytes = files.byte_unit(cost.bytes)
-    parts = ", ".join(f"{count / unit_bytes:.1f} {purpose}" for purpose, count in cost.memory.items() if count)
-    return [(name, f"{memory}; {time}" if fits else f"DOES NOT FIT: {memory}"), ("", f"{unit}: {parts}")]
+        return "unknown: set the model's `shape`, or use a benchmark of known size"
+    concurrent = f", {cost.concurrent_responses} responses at a time" if cost.concurrent_responses else ""
+    time = f"≤ {_format_duration(cost.seconds)} × {plan.repetitions(name)}, {_format_hours(plan.gpu_hours_of(name))}"
+    note = f"; {cost.note}" if cost.note else ""
+    return f"{time} on {cost.gpus} GPU{'s' * (cost.gpus > 1)}{concurrent}{note}"
+
+
+def _memory_table(plan: StagePlan) -> tuple[str, list[str], list[list[str]]]:
+    """Return title, header and rows of a table of what shares the memory of a GPU."""
+    memory = {name: held for name in plan.stages if (held := plan.memory(name))}
+    holders = list(dict.fromkeys(holder for held in memory.values() for holder in held))
+    title = f"GiB on each GPU at the same time: at most {plan.limit_bytes / GIB:.1f}, {FIT_FRACTION:.0%} of the memory"
+    rows = []
+    for name, held in memory.items():
+        cells = [f"{held[holder] / GIB:.1f}" if holder in held else "" for holder in holders]
+        rows.append([name, *cells, f"{sum(held.values()) / GIB:.1f}", "yes" if plan.fits(name) else "NO"])
+    return title, ["stage", *holders, "sum", "fits"], rows
+
+
+def _memory_rows(plan: StagePlan) -> list[tuple[str, str]]:
+    """Return what each stage itself holds, by purpose, and how much too much."""
+    rows: dict[str, str] = {}
+    for name, cost in plan.stages.items():
+        if not cost or not cost.memory:
+            continue
+        unit, unit_bytes = files.byte_unit(cost.bytes)
+        items = f"{unit}: " + ", ".join(f"{n / unit_bytes:.1f} {purpose}" for purpose, n in cost.memory.items() if n)
+        if not plan.fits(name):
+            problem = cost.obstacle or f"{_format_size(plan.excess_bytes(name))} too much"
+            remedy = f"set {plan.remedies[name]}" if plan.remedies[name] else "no single setting is enough"
+            rows[name] = f"DOES NOT FIT: {problem}; {remedy}; {items}"
+        elif items not in rows.values():
+            rows[name] = items
+    return list(rows.items())
 
 
 def _format_count(number: int | None) -> str:
@@ -126,6 +137,6 @@ def _format_duration(seconds: float | None) -> str:
     return f"{seconds:.1f} s"
 
 
-def format_size(count: int | None) -> str:
+def _format_size(count: float | None) -> str:
     """Return a number of bytes as text; None is an unknown size."""
-    return "unknown size" if count is None else files.format_bytes(count)
+    return "unknown size" if count is None else files.format_bytes(round(count))

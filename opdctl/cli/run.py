@@ -36,10 +36,10 @@ def fork(
     """
     with command_session(verbose):
         from opdctl.runs.fork import create_fork, plan_fork
-        from opdctl.runs.open import resolve_auto_engines
+        from opdctl.runs.open import resolve_open_settings
         from opdctl.runs.run import Run
 
-        resolved = resolve_auto_engines(read_recipe_options(recipe, set_, run_dir), run_dir)
+        resolved = resolve_open_settings(read_recipe_options(recipe, set_, run_dir), run_dir)
         plan = plan_fork(Run.load(run_dir), new_run_dir, resolved)
         for line in plan.lines():
             console.info(line)

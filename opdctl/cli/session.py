@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from opdctl.runs.run import Run
 
 RERUN_HINT = "run the same command again to resume"
+_stop_signal = ""  # the name of the signal that this process got
 
 
 class StopRequested(BaseException):
-    """SIGTERM or SIGUSR1: preemption."""
+    """SIGTERM or SIGUSR1: preemption. Its argument is the name of the signal."""
 
 
 @contextlib.contextmanager
 def command_session(verbose: bool | None) -> Iterator[None]:
     """Set up messages and signals; turn every error into one message and an exit code."""
+    global _stop_signal
+    _stop_signal = ""
     is_other_rank = not distributed.is_main()  # other ranks report their errors only
     level = {None: 0, True: 1, False: -1}[verbose]
     console.set_level(-1 if is_other_rank else level, f"rank {distributed.rank()}: " if is_other_rank else "")
@@ -36,16 +39,26 @@ def command_session(verbose: bool | None) -> Iterator[None]:
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, _request_stop)
     try:
+        with _report_errors(verbose=bool(verbose)):
+            yield
+            distributed.wait_for_end()
+    except StopRequested as stop:
+        raise typer.Exit(_report_stop(str(stop))) from stop
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _report_errors(*, verbose: bool) -> Iterator[None]:
+    """Turn an error into one message and an exit."""
+    try:
         yield
-    except typer.Exit:
+    except (typer.Exit, StopRequested):
         raise
     except OpdctlError as error:
+        distributed.report_failure(f"{error.message.partition(':')[0]}, see its error", error.code)
         console.error(error.message, error.hint)
         raise typer.Exit(error.code) from error
-    except StopRequested as stop:
-        if not is_other_rank:
-            console.error("Stopped by a signal: finished parts are kept", RERUN_HINT)
-        raise typer.Exit(ExitCode.REQUEUE) from stop
     except KeyboardInterrupt as stop:
         console.error("Interrupted: finished parts are kept", RERUN_HINT)
         raise typer.Exit(ExitCode.INTERRUPTED) from stop
@@ -53,16 +66,38 @@ def command_session(verbose: bool | None) -> Iterator[None]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
         raise typer.Exit(ExitCode.FAILED) from error
     except Exception as error:
-        raise _report_exception(error, verbose=bool(verbose)) from error
-    finally:
-        distributed.destroy_process_group()
+        raise _report_exception(error, verbose=verbose) from error
+
+
+def _report_stop(signal_name: str) -> int:
+    """Report a signal and return the exit code. torchrun sends one to the other ranks too when a rank fails."""
+    if (failure := distributed.peer_failure()) and failure.exit_code != ExitCode.REQUEUE:
+        return _report_peer_failure(failure)
+    distributed.report_failure(f"stopped by {signal_name}", ExitCode.REQUEUE)
+    if distributed.is_main():
+        console.error(f"Stopped by {signal_name}: finished parts are kept", RERUN_HINT)
+    return ExitCode.REQUEUE
+
+
+def _report_peer_failure(failure: distributed.Failure | None) -> int:
+    """Report that another rank ended, and return the exit code: that of the other rank if it is known."""
+    unknown = "another rank ended without a message, as by SIGKILL; its launcher may name the signal"
+    console.error(f"Failed rank: {failure.message if failure else unknown}", None)
+    return failure.exit_code if failure else ExitCode.FAILED
+
+
+def _exit_after_peer_failure(failure: distributed.Failure) -> None:
+    """End this process, which may wait for a lost rank for ever. Its leases become stale, as after a kill."""
+    os._exit(_report_peer_failure(failure))
 
 
 def _report_exception(error: Exception, *, verbose: bool) -> Exception:
     """Report an exception of a library or of the system. Return what to raise: an exit, or with -v the exception."""
     if distributed.is_peer_failure(error):
-        console.error("Failed rank: another rank failed, see its error above", None)
-        return typer.Exit(ExitCode.FAILED)
+        if _stop_signal:  # torch's checkpoints replace the exception of the signal by this one
+            raise StopRequested(_stop_signal)
+        return typer.Exit(_report_peer_failure(distributed.peer_failure()))
+    distributed.report_failure(f"{type(error).__name__}, see its error", ExitCode.FAILED)
     if is_out_of_memory(error):
         hint = "reduce rollout.batch_size, score.tokens_per_batch or train.tokens_per_micro_batch"
         console.error(f"Out of memory: {' '.join(str(error).split())[:300]}", hint)
@@ -77,7 +112,9 @@ def _report_exception(error: Exception, *, verbose: bool) -> Exception:
 
 
 def _request_stop(number: int, frame: FrameType | None) -> None:
-    raise StopRequested
+    global _stop_signal
+    _stop_signal = signal.Signals(number).name
+    raise StopRequested(_stop_signal)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -107,12 +144,40 @@ def read_recipe_options(recipes: list[str] | None, overrides: list[str] | None, 
 
 
 def open_run_and_device(recipe: "Recipe", output: Path | None, *needs: str, record: bool = True) -> tuple["Run", str]:
-    """Open the run with the models that the command reads, and set torch up. Return the run and the device."""
+    """Open the run with the models that the command reads, and set torch up. Return the run and the device.
+
+    Raises:
+        OpdctlError: the processes of a launcher do not meet, or were started with different recipes.
+    """
+    from opdctl.runs.layout import run_path
     from opdctl.runs.open import open_run
 
-    distributed.init_process_group()
-    run = distributed.main_process_first(lambda: open_run(recipe, output, needs=needs, record=record))
+    path = run_path(recipe, output)
+    join_process_group(recipe, path)
+    if not distributed.is_main():
+        distributed.barrier()
+        distributed.wait_until_visible((path / "run.json").exists, str(path / "run.json"))
+    run = open_run(recipe, output, needs=needs, record=record and distributed.is_main())
+    if distributed.is_main():
+        distributed.barrier()
     return run, set_up_device(recipe)
+
+
+def join_process_group(recipe: "Recipe", path: Path) -> None:
+    """Join the other processes of the launcher, if there are several.
+
+    Raises:
+        OpdctlError: they do not meet, or were started for another run or with another recipe.
+    """
+    use_gpu = recipe.pipeline.device != "cpu"
+    distributed.init_process_group(use_gpu=use_gpu, on_peer_failure=_exit_after_peer_failure)
+    commands = distributed.gather_objects((str(path), recipe.to_toml()))
+    if others := [rank for rank, command in enumerate(commands) if command != commands[0]]:
+        raise OpdctlError(
+            "invalid_usage",
+            f"rank {others[0]} has another recipe or --output than rank 0: {commands[others[0]][0]}, {commands[0][0]}",
+            hint="start independent runs in separate job steps, each with `srun --ntasks=1`",
+        )
 
 
 def set_up_device(recipe: "Recipe") -> str:

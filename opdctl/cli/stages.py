@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opdctl import console
+from opdctl import console, distributed
 from opdctl.cli.options import DryRun, Json, Output, Overrides, Recipes, Verbose
 from opdctl.cli.session import command_session, open_run_and_device, print_json, read_recipe_options
 from opdctl.errors import OpdctlError, did_you_mean
@@ -99,11 +100,12 @@ def _run(
     if follow and step is not None:
         raise OpdctlError("invalid_usage", "--follow cannot be combined with --step", hint="give one of them")
     if dry_run:
-        show_plan(recipe, output, as_json)
+        show_plan(recipe, output, as_json, colocated=False)
         return
     run, device = open_run_and_device(recipe, output, *models)
     if not follow:
-        _report(run_stage(run, device, name, resolve_step(run, step), models), as_json)
+        chosen = distributed.call_on_main(partial(resolve_step, run, step))
+        _report(run_stage(run, device, name, chosen, models), as_json)
         return
     start, steps = time.monotonic(), list(range(run.current_step(), run.recipe.train.steps))
     follow_stage(run, device, name, models)

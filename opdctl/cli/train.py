@@ -49,7 +49,7 @@ def train(
         if dry_run:
             from opdctl.cli.plan import show_plan
 
-            show_plan(resolved, output, json_)
+            show_plan(resolved, output, json_, colocated=not (no_fill or follow))
             return
         from opdctl.pipeline.loop import run_training  # loads torch: a recipe error comes before
         from opdctl.pipeline.progress import summarize_training
@@ -58,9 +58,10 @@ def train(
         run, device = open_run_and_device(resolved, output, *(resolved.models() if fill else _updated_from(resolved)))
         before = run.current_step()
         clock = run_training(run, device, fill=fill, follow=follow)
-        _report(summarize_training(run, before, clock.seconds), fill, json_)
-        if push is not None:
-            _push(run, push)
+        if distributed.is_main():
+            _report(summarize_training(run, before, clock.seconds), fill, json_)
+            if push is not None:
+                _push(run, push)
 
 
 def _updated_from(recipe: "Recipe") -> list[str]:
@@ -104,11 +105,10 @@ def _accuracy_fields(summary: "TrainingSummary") -> list[tuple[str, str]]:
 
 
 def _push(run: "Run", repo: str) -> None:
-    """Upload the newest student, from rank 0 alone."""
+    """Upload the newest student."""
     from opdctl.training.publish import push_to_hub
 
     done = run.current_step()
-    if distributed.is_main():
-        console.info(f"pushing {run.student_path(done)} to {repo}")
-        address = push_to_hub(run.student_at(done).path, repo, f"{run.recipe.name}, step {done}")
-        console.info(f"pushed {address}")
+    console.info(f"pushing {run.student_path(done)} to {repo}")
+    address = push_to_hub(run.student_at(done).path, repo, f"{run.recipe.name}, step {done}")
+    console.info(f"pushed {address}")

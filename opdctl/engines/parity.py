@@ -1,4 +1,4 @@
-"""The parity check: an engine's log-probs compared with the trainer's forward pass, on a few responses.
+"""An engine's log-probs compared with the trainer's: of a few responses on request, of a student's probe always.
 
 An engine with another precision, stale weights or another temperature returns plausible but wrong log-probs, which
 enter the advantage A and the token weights. Between two correct engines only rounding differs: 1e-6 nats in float32,
@@ -6,17 +6,31 @@ enter the advantage A and the token weights. Between two correct engines only ro
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from opdctl import console
 from opdctl.artifacts.records import Logprobs
-from opdctl.engines.base import ScoreRequest
+from opdctl.engines.base import Engine, ScoreRequest
 from opdctl.errors import OpdctlError
-from opdctl.models.directory import ModelDir
+from opdctl.models.directory import ModelDir, Probe
 from opdctl.recipe.schema import Recipe, Score
 
 MAX_PARITY_RESPONSES = 16
+MAX_PARITY_TOKENS = 64  # of each response, if the engine has the GPU, for the reference then runs on the CPU
+
+
+def measure_probe(engine: Engine, probe: Probe) -> tuple[float, float]:
+    """Return by how many nats the log-probs of an engine and of the trainer differ: the RMS and the maximum."""
+    ids = np.array(probe.ids, np.int32)
+    (scores,) = engine.score([ScoreRequest(ids[:1], ids[1:])], Score(), lambda _: None)
+    return _difference([scores.logprobs - np.array(probe.logprobs)])
+
+
+def _difference(differences: Sequence[Logprobs]) -> tuple[float, float]:
+    difference_N = np.concatenate(differences).astype(np.float64)
+    return float(np.sqrt(np.mean(difference_N**2))), float(np.abs(difference_N).max())
 
 
 def check_parity(
@@ -30,6 +44,7 @@ def check_parity(
     """Compare an engine's log-probs of the first responses with the trainer's, and print the RMS and maximum in nats.
 
     Skipped if `pipeline.max_logprob_rms` is 0, and for the transformers engine, which is the trainer's forward pass.
+    The reference is loaded into the CPU's memory: the engine has that of the GPU.
 
     Raises:
         OpdctlError: the RMS exceeds `pipeline.max_logprob_rms`.
@@ -39,14 +54,17 @@ def check_parity(
         return
     from opdctl.engines.transformers import TransformersEngine
 
-    reference = TransformersEngine(model, device)
-    reference_scores = reference.score(requests[:MAX_PARITY_RESPONSES], Score(), lambda _: None)
+    end = None if device == "cpu" else MAX_PARITY_TOKENS
+    compared = [replace(each, response_ids=each.response_ids[:end]) for each in requests[:MAX_PARITY_RESPONSES]]
+    reference = TransformersEngine(model, "cpu")
+    reference_scores = reference.score(compared, Score(), lambda _: None)
     reference.close()
     pairs = zip(engine_logprobs[:MAX_PARITY_RESPONSES], reference_scores, strict=True)
-    difference_N = np.concatenate([logp_T - scores.logprobs for logp_T, scores in pairs]).astype(np.float64)
-    rms, maximum = float(np.sqrt(np.mean(difference_N**2))), float(np.abs(difference_N).max())
+    differences = [logp_T[:end] - scores.logprobs for logp_T, scores in pairs]
+    rms, maximum = _difference(differences)
+    num_tokens = sum(map(len, differences))
     console.info(
-        f"parity of `{engine}` with transformers on {len(difference_N)} tokens: RMS {rms:.2g}, max {maximum:.2g} nats"
+        f"parity of `{engine}` with transformers on {num_tokens} tokens: RMS {rms:.2g}, max {maximum:.2g} nats"
     )
     if not rms <= bound:  # not `>`, so that NaN fails too
         raise OpdctlError(

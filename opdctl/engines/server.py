@@ -11,23 +11,26 @@ other log-probs too low.
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
 
 from opdctl import console
 from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
-from opdctl.engines.base import EngineContext, Request, ScoreRequest
+from opdctl.engines.base import EngineContext, InOrder, Request, ScoreRequest
 from opdctl.engines.http import Client, MalformedResponseError, Parse, Parsed
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_local
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score, model_key
 
+_Item = TypeVar("_Item", Request, ScoreRequest)
 VLLM_NEG_INF = -9999.0  # vLLM's JSON encoding of minus infinity
+MAX_LOGPROB = 1e-3  # rounding above 0
 NEUTRAL_SAMPLING_PARAMS = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -44,11 +47,14 @@ SPARE_ENTRIES = 4  # additional most probable tokens, in place of padding ids am
 FORBIDDEN_LOGIT_BIAS = -100.0  # the least that the API accepts
 
 
-class ServerEngine:
+class ServerEngine(InOrder):
     """Generates and scores with the model of one server, with concurrent requests."""
+
+    batches_across_parts = True
 
     def __init__(self, model: ModelDir, context: EngineContext):
         self._model, self._settings, self._key = model, context.settings, _recipe_key(context)
+        self._max_prompt, self._max_response = context.recipe.prompts.max_tokens, context.recipe.rollout.max_tokens
         self._url = _server_url(context.settings.server, self._key)
         self._padding_ids = range(model.vocab_size, model.num_embeddings)
         self._has_checked_padding = not self._padding_ids
@@ -80,23 +86,20 @@ class ServerEngine:
     def close(self) -> None:
         self._client.close()
 
-    def generate(
+    def stream_completions(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         sampling: Sampling,
         batch_size: int,
-        on_progress: Callable[[int], None],
-        *,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
-    ) -> list[Completion]:
+    ) -> Generator[tuple[int, Completion]]:
         hint = 'set rollout.engine = "transformers"'
         if columns.entropy:
             raise OpdctlError("unsupported_setting", "rollout.entropy: a server returns no entropies", hint=hint)
         if columns.top_k and not _is_unmodified(sampling):
             why = "at a temperature or top-p other than 1 the server's most probable tokens may be raw or processed"
             raise OpdctlError("unsupported_setting", f"rollout.top_k: {why}", hint=hint)
-        self._check_length(max((len(request.prompt_ids) for request in requests), default=0), sampling.max_tokens)
-        self._check_padding([request.prompt_ids for request in requests[:PADDING_CONTEXTS]])
+        requests = self._check_padding(requests, lambda request: request.prompt_ids)
         eos_ids = list(self._model.eos_ids)
         vocab_size, top_k = self._model.vocab_size, columns.top_k
         parse = partial(_parse_completion, sampling=sampling, eos_ids=eos_ids, vocab_size=vocab_size, top_k=top_k)
@@ -107,14 +110,13 @@ class ServerEngine:
 
         def bodies() -> Iterator[tuple[dict[str, Any], Parse[Completion]]]:
             for request in requests:
+                self._check_length(len(request.prompt_ids), sampling.max_tokens, self._max_prompt + sampling.max_tokens)
                 body = self._body(request.prompt_ids, sampling) | fixed | {"seed": request.seed}
                 yield body, self._response_parser(body, parse)
 
-        return self._client.post_all(f"{self._url}/completions", bodies(), on_progress)
+        yield from self._client.post_all(f"{self._url}/completions", bodies())
 
-    def score(
-        self, requests: Sequence[ScoreRequest], settings: Score, on_progress: Callable[[int], None]
-    ) -> list[TokenScores]:
+    def stream_scores(self, requests: Iterable[ScoreRequest], settings: Score) -> Generator[tuple[int, TokenScores]]:
         for name in ("entropy", "student_top_k", "hidden_states"):
             if getattr(settings, name):
                 raise OpdctlError(
@@ -122,39 +124,40 @@ class ServerEngine:
                     f"score.{name}: a server does not return it; the recipe, its weight or its objective requires it",
                     hint='set score.engine = "transformers"',
                 )
-        longest = max((len(request.prompt_ids) + len(request.response_ids) for request in requests), default=0)
-        self._check_length(longest, 1)
-        self._check_padding(
-            [
-                np.concatenate([request.prompt_ids, request.response_ids[: len(request.response_ids) // 2]])
-                for request in requests[:PADDING_CONTEXTS]
-            ]
-        )
+        requests = self._check_padding(requests, _first_half)
         vocab_size, entries = self._model.vocab_size, self._num_entries(settings.top_k)
 
         def bodies() -> Iterator[tuple[dict[str, Any], Parse[TokenScores]]]:
             for request in requests:
                 ids = np.concatenate([request.prompt_ids, request.response_ids])
+                self._check_length(len(ids), 1, self._max_prompt + self._max_response + 1)
                 body = self._body(ids, Sampling(max_tokens=1)) | {"prompt_logprobs": entries}
                 parse = partial(_parse_scores, request=request, vocab_size=vocab_size, top_k=settings.top_k)
                 yield body, self._response_parser(body, parse)
 
-        return self._client.post_all(f"{self._url}/completions", bodies(), on_progress)
+        yield from self._client.post_all(f"{self._url}/completions", bodies())
 
     def _num_entries(self, top_k: int) -> int:
         """Return how many most probable tokens are requested, so that `top_k` remain without those of padding rows."""
         return top_k and top_k + min(len(self._padding_ids), SPARE_ENTRIES)
 
-    def _check_padding(self, contexts: Sequence[Ids]) -> None:
-        """Measure once, after these contexts, the probability that the server gives to the padding rows, and print it.
+    def _check_padding(self, requests: Iterable[_Item], context: Callable[[_Item], Ids]) -> Iterable[_Item]:
+        """Return the requests after a check of the padding rows, which is made once.
 
-        With probability p on them every other log-prob is -log(1 - p) nats below that of a masked distribution.
+        It measures the probability that the server gives to these rows after `context` of the first requests, and
+        prints it. With probability p on them every other log-prob is -log(1 - p) nats below that of a masked
+        distribution.
 
         Raises:
             OpdctlError: that is more than `MAX_PADDING_NATS`.
         """
-        if self._has_checked_padding or not contexts:
-            return
+        remaining = iter(requests)
+        first = list(itertools.islice(remaining, 0 if self._has_checked_padding else PADDING_CONTEXTS))
+        if first:
+            self._measure_padding([context(request) for request in first])
+        return itertools.chain(first, remaining)
+
+    def _measure_padding(self, contexts: Sequence[Ids]) -> None:
         padding = len(self._padding_ids)
         sample = self._padding_ids[:: math.ceil(padding / PADDING_SAMPLE_SIZE)]
         longest = None if self._max_model_len is None else self._max_model_len - 2  # id and sampled token come after it
@@ -166,7 +169,8 @@ class ServerEngine:
                     body["prompt_logprobs"] = 0
                     yield body, self._response_parser(body, partial(_parse_last_probability, id_=id_))
 
-        probabilities = self._client.post_all(f"{self._url}/completions", bodies(), lambda n: None)
+        by_number = dict(self._client.post_all(f"{self._url}/completions", bodies()))
+        probabilities = [by_number[number] for number in range(len(by_number))]
         means = np.reshape(probabilities, (len(contexts), len(sample))).mean(1)
         probability = min(float(means.max()) * padding, 1.0)
         nats = -math.log1p(-probability) if probability < 1 else math.inf
@@ -230,12 +234,13 @@ class ServerEngine:
             )
         return name, cards[name].get("max_model_len")
 
-    def _check_length(self, prompt: int, response: int) -> None:
+    def _check_length(self, prompt: int, response: int, longest: int) -> None:
+        """Raise OpdctlError if the server cannot process a request, with the longest one of the recipe in the hint."""
         if self._max_model_len is not None and prompt + response > self._max_model_len:
             raise OpdctlError(
                 "unsupported_setting",
                 f"{self._url}: {prompt} + {response} tokens exceed the server's maximum of {self._max_model_len}",
-                hint=f"start the server with --max-model-len {prompt + response} or more",
+                hint=f"start the server with --max-model-len {max(prompt + response, longest)} or more",
             )
 
     def _check_tokenizer(self) -> None:
@@ -261,6 +266,11 @@ class ServerEngine:
                         f"there, {own!r} here",
                         hint=f"serve the model that {self._key}.model names",
                     )
+
+
+def _first_half(request: ScoreRequest) -> Ids:
+    """Return the prompt and the first half of the response."""
+    return np.concatenate([request.prompt_ids, request.response_ids[: len(request.response_ids) // 2]])
 
 
 def _recipe_key(context: EngineContext) -> str:
@@ -292,30 +302,47 @@ def _parse_tokens(content: Any) -> list[tuple[int, str]]:
     return list(zip(content["tokens"], content["token_strs"], strict=True))
 
 
-def _to_logprobs(values: list[Any]) -> Logprobs:
+def _to_logprobs(values: Sequence[Any] | np.ndarray[Any, np.dtype[Any]]) -> Logprobs:
     """Return log-probs in nats as float32.
 
     Raises:
         MalformedResponseError: a value is not a finite, non-positive number.
     """
-    for value in values:
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and VLLM_NEG_INF < value < 1e-3):
-            raise MalformedResponseError(f"invalid log-prob {value!r}")
-    return np.array(values, np.float32)
+    array = np.array(values)
+    if not len(array):
+        return np.zeros(0, np.float32)
+    if array.dtype.kind not in "fi":
+        raise MalformedResponseError(f"log-probs of the type {array.dtype}")
+    is_valid = (array > VLLM_NEG_INF) & (array < MAX_LOGPROB)  # not of NaN
+    if not is_valid.all():
+        raise MalformedResponseError(f"invalid log-prob {array[~is_valid][0]}")
+    return array.astype(np.float32)
 
 
-def _top_entries(entries: dict[int, float], top_k: int) -> list[tuple[int, float]]:
-    """Return the most probable ids and their log-probs. The server adds the token itself if it is not among them."""
-    if len(entries) < top_k:
-        raise MalformedResponseError(f"{len(entries)} most probable tokens instead of {top_k}")
-    return sorted(entries.items(), key=lambda entry: (-entry[1], entry[0]))[:top_k]
+TokenEntries = tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[Any]]]
+"""Ids and log-probs of the tokens that the server returns at one position."""
 
 
-def _parse_top_k(rows: list[dict[int, float]], top_k: int) -> tuple[Ids, Logprobs]:
-    """Return ids and log-probs of each row's most probable tokens, [T, K]."""
-    entries = [_top_entries(row, top_k) for row in rows]
-    ids_TK = np.array([[id_ for id_, _ in row] for row in entries], np.int32).reshape(len(rows), top_k)
-    return ids_TK, _to_logprobs([value for row in entries for _, value in row]).reshape(len(rows), top_k)
+def _parse_row(ids: Iterable[str], values: list[Any], vocab_size: int) -> TokenEntries:
+    """Return the entries of one position without those of padding rows."""
+    ids_E, logp_E = np.fromiter(map(int, ids), np.int64, len(values)), np.array(values)
+    if ids_E.max(initial=0) < vocab_size:
+        return ids_E, logp_E
+    return ids_E[ids_E < vocab_size], logp_E[ids_E < vocab_size]
+
+
+def _parse_top_k(rows: list[TokenEntries], top_k: int) -> tuple[Ids, Logprobs]:
+    """Return ids and log-probs of each row's most probable tokens, [T, K].
+
+    The server adds the token itself if it is not among the most probable.
+    """
+    ids_TK, logp_TK = np.zeros((len(rows), top_k), np.int32), np.zeros((len(rows), top_k))
+    for (ids_E, logp_E), ids_K, logp_K in zip(rows, ids_TK, logp_TK, strict=True):
+        if len(ids_E) < top_k or logp_E.dtype.kind not in "fi":
+            raise MalformedResponseError(f"{len(ids_E)} most probable tokens instead of {top_k}")
+        order_K = np.lexsort((ids_E, -logp_E))[:top_k]
+        ids_K[:], logp_K[:] = ids_E[order_K], logp_E[order_K]
+    return ids_TK, _to_logprobs(logp_TK.ravel()).reshape(logp_TK.shape)
 
 
 def _parse_completion(choice: Any, sampling: Sampling, eos_ids: list[int], vocab_size: int, top_k: int) -> Completion:
@@ -328,8 +355,10 @@ def _parse_completion(choice: Any, sampling: Sampling, eos_ids: list[int], vocab
         raise MalformedResponseError(f"the response contains id {max(ids)} despite its logit bias")
     top: dict[str, Any] = {}
     if top_k:
-        tables = [{int(k.removeprefix("token_id:")): v for k, v in row.items()} for row in logprobs["top_logprobs"]]
-        rows = [{id_: v for id_, v in table.items() if id_ < vocab_size} for table in tables]
+        rows = [
+            _parse_row((name.removeprefix("token_id:") for name in row), list(row.values()), vocab_size)
+            for row in logprobs["top_logprobs"]
+        ]
         top["top_ids"], top["top_logprobs"] = _parse_top_k(rows, top_k)
     return Completion(np.array(ids, np.int32), _to_logprobs(logprobs["token_logprobs"]), reason, **top)
 
@@ -338,10 +367,11 @@ def _parse_scores(choice: Any, request: ScoreRequest, vocab_size: int, top_k: in
     entries, prompt, response = choice["prompt_logprobs"], len(request.prompt_ids), len(request.response_ids)
     if len(entries) != prompt + response:
         raise MalformedResponseError(f"{len(entries)} log-probs for {prompt} + {response} tokens")
-    rows = [{int(k): v["logprob"] for k, v in row.items() if int(k) < vocab_size} for row in entries[prompt:]]
-    logprobs = _to_logprobs([row[int(id_)] for id_, row in zip(request.response_ids, rows, strict=True)])
+    scored = entries[prompt:]
+    logprobs = _to_logprobs([row[str(id_)]["logprob"] for id_, row in zip(request.response_ids, scored, strict=True)])
     if not top_k:
         return TokenScores(logprobs)
+    rows = [_parse_row(row, [entry["logprob"] for entry in row.values()], vocab_size) for row in scored]
     top_ids, top_logprobs = _parse_top_k(rows, top_k)
     return TokenScores(logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
 

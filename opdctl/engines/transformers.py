@@ -6,40 +6,48 @@ stream, so the same seed gives the same response in any batch. Finished response
 Shape suffixes: see Notation in CONTRIBUTING.md. In `_inverse_cdf`, N blocks of b = BLOCK ids.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opdctl.artifacts.records import Completion, TokenScores
-from opdctl.engines.base import Request, ScoreRequest
+from opdctl.artifacts.records import Completion, RoutedExperts, TokenScores
+from opdctl.engines.base import InOrder, Request, ScoreRequest
 from opdctl.models.architectures import check_rope, rope_limit
 from opdctl.models.batching import by_token_budget, pad_batch
 from opdctl.models.decoding import BatchRules, DecodeBatch
 from opdctl.models.directory import ModelDir
+from opdctl.models.held_weights import digest_held_weights
 from opdctl.models.loading import load_model
 from opdctl.models.logprobs import Chunk, map_vocab_chunks, output_head, response_states
+from opdctl.models.routing import Routers, check_has_experts, encode_experts
 from opdctl.models.self_check import find_batch_rules
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 
+_T = TypeVar("_T")
 BLOCK = 512  # ids per block of the two-level cumulative sum
 COMPACT_BELOW = 0.75  # unfinished fraction that triggers dropping finished rows; each time copies the cache
 
 
-class TransformersEngine:
-    """Generates and scores with a transformers model in this process."""
+class TransformersEngine(InOrder):
+    """Generates and scores with a transformers model in this process.
 
+    Its batches are of one part each, so that on a CPU the bits of a part do not depend on the others.
+    """
+
+    batches_across_parts = False
     _model: Any = None
     _head: Any = None
+    _routers: Routers | None = None
     _rules: BatchRules | None = None  # found by the first `generate`; they depend on the architecture only
 
     def __init__(self, model: ModelDir, device: str):
         self._device = device
         self.load_weights(model)
-        self.logprob_metadata = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
 
     def load_weights(self, model: ModelDir) -> None:
         """Load another directory.
@@ -48,26 +56,27 @@ class TransformersEngine:
         """
         self.close()
         self._model = load_model(model, device=self._device)
-        # float32: the product of hidden states and output matrix is too inaccurate for log-probs in bfloat16.
         self._head = output_head(self._model, model.vocab_size)
         self._eos = torch.tensor(model.eos_ids, device=self._device)
         self._path, self._rope_limit = model.path, rope_limit(self._model.config)
+        self.logprob_metadata = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
+        if not model.is_quantized:
+            tensors = itertools.chain(self._model.named_parameters(), self._model.named_buffers())  # tied weights once
+            self.logprob_metadata["weights"] = digest_held_weights(dict(tensors))
 
     def close(self) -> None:
-        self._model = self._head = None
+        self._model = self._head = self._routers = None
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def score(
-        self, requests: Sequence[ScoreRequest], settings: Score, on_progress: Callable[[int], None]
-    ) -> list[TokenScores]:
-        scores: dict[int, TokenScores] = {}
+    def stream_scores(self, requests: Iterable[ScoreRequest], settings: Score) -> Generator[tuple[int, TokenScores]]:
+        requests = list(requests)
         lengths = [len(request.prompt_ids) + len(request.response_ids) for request in requests]
         for batch in by_token_budget(lengths, settings.tokens_per_batch, pad_up_to=self._rope_limit):
-            scores |= zip(batch, self._score_batch([requests[i] for i in batch], settings), strict=True)
-            on_progress(len(batch))
-        return [scores[i] for i in range(len(requests))]
+            scores = self._score_batch([requests[i] for i in batch], settings)
+            self.num_passes += 1
+            yield from zip(batch, scores, strict=True)
 
     def _score_batch(self, batch: list[ScoreRequest], settings: Score) -> list[TokenScores]:
         padded = pad_batch([(request.prompt_ids, request.response_ids) for request in batch], self._device)
@@ -97,54 +106,55 @@ class TransformersEngine:
             columns["hidden_states"] = hidden_ND.float().cpu()
         return _split_by_response(columns, padded.lengths)
 
-    def generate(
+    def stream_completions(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         sampling: Sampling,
         batch_size: int,
-        on_progress: Callable[[int], None],
-        *,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
-    ) -> list[Completion]:
+    ) -> Generator[tuple[int, Completion]]:
+        requests = list(requests)
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         check_rope(self._model.config, self._path, longest, sampling.max_tokens)
         self._rules = self._rules or find_batch_rules(self._model, self._path)
-        completions: dict[int, Completion] = {}
+        if columns.routed_experts:
+            self._routers = self._routers or Routers(self._model)
+            check_has_experts(self._routers)
         for batch in _batch_prompts(requests, batch_size, self._rules):
             buffer = _SampleBuffer(len(batch), sampling.max_tokens, self._device, columns)
-            self._generate_batch([requests[i] for i in batch], sampling, self._rules, buffer, on_progress)
-            completions |= zip(batch, buffer.completions(), strict=True)
-        return [completions[i] for i in range(len(requests))]
+            if columns.routed_experts and self._routers:
+                buffer.routing = _RoutingBuffer(self._routers, [len(requests[i].prompt_ids) for i in batch], sampling)
+            for row in self._generate_batch([requests[i] for i in batch], sampling, self._rules, buffer):
+                yield batch[row], buffer.completion(row)
 
     @torch.inference_mode()
     def _generate_batch(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        rules: BatchRules,
-        buffer: "_SampleBuffer",
-        on_progress: Callable[[int], None],
-    ) -> None:
+        self, requests: Sequence[Request], sampling: Sampling, rules: BatchRules, buffer: "_SampleBuffer"
+    ) -> Iterator[int]:
+        """Yield the row of each response as soon as it is finished."""
         max_tokens = sampling.max_tokens
         uniform_BT = torch.from_numpy(np.stack([_uniform_stream(request.seed, max_tokens) for request in requests]))
         uniform_BT = uniform_BT.to(self._device)
-        batch = DecodeBatch(self._model, [request.prompt_ids for request in requests], rules, self._device)
         rows_B = torch.arange(len(requests), device=self._device)
+        record = buffer.routing.record if buffer.routing else _call
+        prompts = [request.prompt_ids for request in requests]
+        batch = record(rows_B, lambda: DecodeBatch(self._model, prompts, rules, self._device))
         for t in range(max_tokens):
             logits_BV = self._head.logits(batch.hidden_BD)
             token_B, logp_B = sample(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
             ended_B = torch.isin(token_B, self._eos) & ~buffer.stopped_B[rows_B]
             buffer.add(rows_B, t, token_B, logp_B, logits_BV, ended_B)
-            on_progress(int(ended_B.sum()))
+            yield from rows_B[ended_B].tolist()
             unfinished_B = ~buffer.stopped_B[rows_B]
+            self.num_passes += 1
             if not (unfinished := int(unfinished_B.sum())):
-                break
+                return
             if rules.drop_rows and unfinished < COMPACT_BELOW * len(rows_B):
                 batch.select(unfinished_B.nonzero().squeeze(-1))
                 rows_B, token_B = rows_B[unfinished_B], token_B[unfinished_B]
             if t + 1 < max_tokens:
-                batch.feed(token_B)
-        on_progress(int((~buffer.stopped_B).sum()))
+                record(rows_B, partial(batch.feed, token_B))
+        yield from (~buffer.stopped_B).nonzero().squeeze(-1).tolist()
 
 
 def _batch_prompts(requests: Sequence[Request], batch_size: int, rules: BatchRules) -> list[list[int]]:
@@ -168,8 +178,43 @@ def _split_by_response(columns: dict[str, Tensor], lengths: list[int]) -> list[T
     return scores
 
 
+def _call(rows_B: Tensor, function: Callable[[], _T]) -> _T:
+    return function()
+
+
+class _RoutingBuffer:
+    """The experts of each token of a batch that the model has read, [B, T, L, K], with prompts padded on the left."""
+
+    def __init__(self, routers: Routers, prompt_lengths: list[int], sampling: Sampling):
+        self._routers, self._lengths = routers, prompt_lengths
+        self._width, self._read = max(prompt_lengths) + sampling.max_tokens - 1, 0
+        self._ids_BTLK: Tensor | None = None
+
+    def record(self, rows_B: Tensor, function: Callable[[], _T]) -> _T:
+        """Call a function that lets the model read the prompts, or one token, of the responses in `rows_B`."""
+        result, ids_NLK = self._routers.record(function)
+        ids_BTLK = ids_NLK.unflatten(0, (len(rows_B), -1)).short()
+        if self._ids_BTLK is None:
+            self._ids_BTLK = ids_BTLK.new_zeros(len(rows_B), self._width, *ids_NLK.shape[1:])
+            start = 0
+        else:  # a model without a cache reads the entire sequences again
+            ids_BTLK, start = ids_BTLK[:, -1:], self._read
+        self._read = start + ids_BTLK.shape[1]
+        self._ids_BTLK[rows_B, start : self._read] = ids_BTLK
+        return result
+
+    def experts(self, row: int, length: int) -> RoutedExperts:
+        """Return those of a response of this length: of its prompt and of all of its tokens but the last."""
+        assert self._ids_BTLK is not None
+        longest = max(self._lengths)
+        ids_TLK = self._ids_BTLK[row, longest - self._lengths[row] : longest + length - 1]
+        return encode_experts(ids_TLK, self._routers.num_experts)
+
+
 class _SampleBuffer:
     """The sampled tokens of a batch of responses, with what is stored beside them."""
+
+    routing: _RoutingBuffer | None = None
 
     def __init__(self, count: int, max_tokens: int, device: str, columns: RolloutColumns):
         self._columns = {
@@ -198,16 +243,14 @@ class _SampleBuffer:
         self._length_B[rows_B[ended_B]] = t + 1
         self.stopped_B[rows_B[ended_B]] = True
 
-    def completions(self) -> list[Completion]:
-        columns = {name: column.cpu().numpy() for name, column in self._columns.items()}
-        ends = zip(self._length_B.tolist(), self.stopped_B.tolist(), strict=True)
-        return [
-            Completion(
-                **{name: column[row, :length].copy() for name, column in columns.items()},
-                finish_reason="stop" if stopped else "length",
-            )
-            for row, (length, stopped) in enumerate(ends)
-        ]
+    def completion(self, row: int) -> Completion:
+        """Return a finished response."""
+        length = int(self._length_B[row])
+        return Completion(
+            **{name: column[row, :length].cpu().numpy().copy() for name, column in self._columns.items()},
+            finish_reason="stop" if self.stopped_B[row] else "length",
+            routed_experts=self.routing.experts(row, length) if self.routing else None,
+        )
 
 
 def _uniform_stream(seed: int, count: int) -> np.ndarray:

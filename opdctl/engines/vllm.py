@@ -1,4 +1,4 @@
-"""The vLLM engine, in this process. This is the only module that imports vLLM. It uses token ids only.
+"""The vLLM engine, in the process of `engines/host.py`. No other module imports vLLM. It uses token ids only.
 
 Workarounds for vLLM behavior that opdctl cannot use:
 
@@ -7,11 +7,14 @@ Workarounds for vLLM behavior that opdctl cannot use:
 - Its log-probs are by default those before temperature and top-p: processed ones are requested.
 - It shortens responses that exceed its maximum length: the length is checked, and too long is an error.
 - It multiplies by the output matrix in 16 bits: float32 is requested.
+- On a CPU it cannot sample with a seed from a prompt of which a step computes a part: prompts are not split there.
 - It reads other weight files beside the model's: it receives a directory without them.
-- Its weight reload omits copies, such as the packed output matrix and experts of a CPU: the packed output matrix is
-  rebuilt, and a reload is used only after one of the same model was right to the bit.
+- Its weight reload omits copies, such as the packed output matrix and experts of a CPU: these are rebuilt, and a reload
+  is used only after one of the same model left every tensor as in a new instance, to the bit.
+- It starts a second instance in a process only where the first left no memory: a new instance has a new process.
 
-vLLM returns no hidden states, and the entire distribution only for small vocabularies. Settings that require more are
+vLLM returns no hidden states, and the entire distribution only for small vocabularies. Of a larger one it returns the
+log-probs of given ids where its second model runner is in use, which requires a GPU. Settings that require more are
 rejected.
 
 Shape suffixes: see Notation in CONTRIBUTING.md.
@@ -19,37 +22,41 @@ Shape suffixes: see Notation in CONTRIBUTING.md.
 
 import contextlib
 import gc
+import hashlib
 import itertools
 import math
 import os
+import signal
 import tempfile
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 
 from opdctl import console
-from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
-from opdctl.engines.base import EngineContext, Request, ScoreRequest
-from opdctl.errors import OpdctlError, summarize_exception
-from opdctl.models.batching import by_token_budget
+from opdctl.artifacts.files import digest_of
+from opdctl.artifacts.records import Completion, Ids, Logprobs, RoutedExperts, TokenScores
+from opdctl.engines.base import RESUME_HINT, SCORED_AT_ONCE, EngineContext, Handover, InOrder, Request, ScoreRequest
+from opdctl.errors import OpdctlError, is_out_of_memory, summarize_exception
 from opdctl.models.directory import WEIGHT_PATTERNS, ModelDir
-from opdctl.models.self_check import LOGPROB_TOLERANCE
+from opdctl.models.held_weights import digest_held_weights
 from opdctl.models.weights import INDEX_FILE, SINGLE_FILE
 from opdctl.recipe.schema import Recipe, RolloutColumns, Sampling, Score
 
 ENVIRONMENT_DEFAULTS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: a killed run leaves no engine process
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker cannot use a GPU that this process has used
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # this process has no other work: a second one would only start later
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # _max_model_len checks the recipe's value
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is nearly all memory per engine, which the trainer needs too
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same threads
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same cores
 }
 
 
@@ -59,16 +66,18 @@ for _name, _value in ENVIRONMENT_DEFAULTS.items():
 
 # vLLM applies VLLM_LOGGING_LEVEL when the first engine starts; earlier warnings would be printed.
 getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+getLogger("vllm.logging_utils.dump_input").disabled = True  # before an error, it prints the entire configuration
 
 
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import vllm
+        from vllm.distributed import get_pp_group
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine import core as engine_core
 except ImportError as error:
     raise OpdctlError(
         "missing_package",
@@ -77,24 +86,14 @@ except ImportError as error:
     ) from error
 
 
-_running: weakref.WeakSet["VllmEngine"] = weakref.WeakSet()
-_cleanup = engine_core.cleanup_dist_env_and_memory
-
-
-def _cleanup_when_last_engine_closes() -> None:
-    if not _running:
-        _cleanup()
-
-
-# All engines of a process share its process group; vLLM would destroy it when the first of them shuts down.
-engine_core.cleanup_dist_env_and_memory = _cleanup_when_last_engine_closes
-
-
-if vllm.platforms.current_platform.is_cpu():
-    # It would move all memory of the process, the trainer's included, to one NUMA node, and print that.
+IS_CPU = vllm.platforms.current_platform.is_cpu()
+if IS_CPU:
+    # It would move all memory of the process to one NUMA node, and print that.
     torch.ops._C.init_cpu_memory_env = lambda nodes: None  # type: ignore[attr-defined]
 
 
+OVERWRITTEN = 0.71  # any number that is no weight's usual value
+PACKED, IDENTITY_ROWS = " (packed)", 1024
 CHECKED_BATCH, CHECKED_TOKENS = 8, 4  # responses that are sampled at the start, and the tokens of each
 PROBE_TOKENS = 32
 KNOWN_DIFFERENCES = {
@@ -103,27 +102,41 @@ KNOWN_DIFFERENCES = {
     "nemotron_h": "time steps have no minimum",
 }
 """What vLLM 0.32 computes otherwise than transformers 5.19, by model type."""
+CACHE_ADVICE = "Try increasing `gpu_memory_utilization`"  # vLLM's, on any device; opdctl's environment decides on a CPU
+CACHE_HINT = (
+    "set the environment variable VLLM_CPU_KVCACHE_SPACE to more than its "
+    f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB, or reduce vllm.max_model_len"
+    if IS_CPU
+    else "raise vllm.gpu_memory_utilization or vllm.tensor_parallel_size, or reduce vllm.max_model_len"
+)
+MAX_TEMPERATURE = 2.0  # vLLM refuses higher ones
+ROUTED_EXPERTS = "enable_return_routed_experts"  # requires vLLM's second model runner
+GIVEN_IDS = "prompt_logprob_token_ids"  # an argument that is new in vLLM 0.32
 SMALL_VOCABULARY_IDS = 4096  # up to this size, vLLM is asked for the log-prob of every id
 
 
-class VllmEngine:
+_Result = TypeVar("_Result")
+_Prompt = tuple[Ids, dict[str, Any], Callable[[Any], _Result]]
+"""Token ids, sampling parameters, and a function of vLLM's output."""
+
+
+class VllmEngine(InOrder):
     """Generates and scores with vLLM in this process."""
 
+    batches_across_parts = True
     _llm: Any = None
+    _returns_experts = False
     _can_reload: bool | None = None  # None: not known yet
+    _sleep_level = 0
 
     def __init__(self, model: ModelDir, context: EngineContext):
-        self._context, self._sleeps = context, context.recipe.vllm.enable_sleep_mode
+        self._model = model
         if difference := KNOWN_DIFFERENCES.get(model.config.get("model_type", "")):
             console.warn(
                 f"{model.path}: vLLM differs from transformers: {difference}. pipeline.max_logprob_rms compares"
             )
-        self._start(model)
-        self.logprob_metadata = {"engine": "vllm", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
-
-    def _start(self, model: ModelDir) -> None:
-        self._model = model
-        arguments = _engine_arguments(model, self._context)
+        arguments = _engine_arguments(model, context)
+        self._returns_experts = ROUTED_EXPERTS in arguments
         hint = "see the recipe's section [vllm]"
         if model.is_quantized and model.dtype == "float32":
             hint = 'set dtype = "bfloat16" for this model: most kernels for quantized weights need 16 bits'
@@ -133,15 +146,19 @@ class VllmEngine:
                 _without_unused_weights(model) as path,
             ):
                 self._llm = vllm.LLM(model=str(path), **arguments)
-                _running.add(self)
                 self._max_tokens = self._llm.llm_engine.model_config.max_model_len - 1  # see _max_model_len
+                has_argument = GIVEN_IDS in vllm.SamplingParams.__struct_fields__
+                self._scores_given_ids = has_argument and self._llm.llm_engine.vllm_config.use_v2_model_runner
+                core = getattr(self._llm.llm_engine.engine_core, "engine_core", None)
+                executor = getattr(core, "model_executor", None)
+                self._workers = [worker.proc for worker in getattr(executor, "workers", [])]
                 is_masked = self._llm.collective_rpc("opdctl_mask", args=(model.vocab_size,))
             if not all(is_masked):
                 raise OpdctlError(
                     "unsupported_model", f"{model.path}: vLLM computes its logits where opdctl cannot mask padding rows"
                 )
-            self._sleep()
             self._check_batches(hint)
+            self.logprob_metadata = self._describe_logprobs()
         except BaseException:
             self.close()
             raise
@@ -160,8 +177,7 @@ class VllmEngine:
             *_, sampled = self.generate(requests, Sampling(max_tokens=tokens), CHECKED_BATCH, lambda n: None)
             (alone,) = self.score([ScoreRequest(prompts[-1], sampled.response_ids)], Score(), lambda n: None)
         difference = float(np.abs(sampled.logprobs - alone.logprobs).max())
-        dtype = "bfloat16" if self._model.is_quantized else self._model.dtype  # quantized weights round activations
-        if not difference <= (bound := LOGPROB_TOLERANCE[getattr(torch, dtype)]):  # NaN fails too
+        if not difference <= (bound := self._model.logprob_tolerance):  # NaN fails too
             raise OpdctlError(
                 "unsupported_model",
                 f"{self._model.path}: in vLLM the log-probs of a response depend on the rest of its batch: "
@@ -169,49 +185,67 @@ class VllmEngine:
                 hint='set engine = "transformers"',
             )
 
-    def load_weights(self, model: ModelDir) -> None:
-        """Load the weights of another directory, into the running instance if its reload is known to be right.
+    def load_weights(self, model: ModelDir) -> Handover | None:
+        """Load the weights of another directory, or return what the process of a new instance receives.
 
         Whether vLLM replaces every copy of the weights depends on architecture, device and quantization. So the first
-        reload is repeated with a new instance. It is right if both instances give a probe the same log-probs, to the
-        bit, and these differ from the log-probs of the weights before. Otherwise every load starts a new instance.
+        reload, after every parameter was overwritten, is followed by a new instance, which compares.
         """
-        is_same_model = (model.config, model.vocab_size) == (self._model.config, self._model.vocab_size)
-        if self._llm is None or not is_same_model or self._can_reload is False:
-            self._restart(model)
-            return
-        before = None if self._can_reload else self._score_probe()
-        try:
+        if (model.config, model.vocab_size) != (self._model.config, self._model.vocab_size):
+            return {}
+        if self._can_reload is False:
+            return {"can_reload": False}
+        if self._can_reload:
             self._reload(model)
-            if before is None:
-                return
-            reloaded = self._score_probe()
-        except BaseException:
-            self.close()
-            raise
-        self._restart(model)
-        right = self._score_probe()
-        if not np.array_equal(reloaded, right):
+            self.logprob_metadata = self._describe_logprobs()
+            return None
+        before = self._digests()
+        self._reload(model, overwrite=True)
+        return {"before": before, "reloaded": self._digests(), "probe": self._score_probe()}
+
+    def _describe_logprobs(self) -> dict[str, str]:
+        """Return how log-probs are computed, with the digest of the weights that all workers hold."""
+        metadata = {"engine": "vllm", "dtype": self._model.dtype, "logprobs": "processed, float32, nats"}
+        if not self._model.is_quantized:
+            metadata["weights"] = digest_of(self._llm.collective_rpc("opdctl_held_weights"))
+        return metadata
+
+    def take_over(self, handover: Handover) -> None:
+        """Find out whether the instance before this one loaded the weights of this one right, if it did.
+
+        They are right if the digests of all tensors are those of this new instance, and a probe has the same log-probs
+        but for rounding. The probe alone would not show a tensor that lacks a small step.
+        """
+        self._can_reload = handover.get("can_reload")
+        if "reloaded" not in handover:
+            return
+        before, reloaded, right = handover["before"], handover["reloaded"], self._digests()
+        wrong = sorted(name for name in reloaded.keys() | right.keys() if reloaded.get(name) != right.get(name))
+        nats = float(np.abs(handover["probe"] - self._score_probe()).max())
+        if wrong or not nats <= self._model.logprob_tolerance:  # NaN fails too
             self._can_reload = False
+            tensors = f"{len(wrong)} tensors, such as {wrong[0]}, and log-probs" if wrong else "log-probs"
             console.warn(
-                f"{model.path}: after a reload of weights vLLM's log-probs are up to "
-                f"{np.abs(reloaded - right).max():.2g} nats from those of a new instance. Each new student starts one"
+                f"{self._model.path}: after a reload of weights vLLM has {tensors} other than those of a new instance, "
+                f"by up to {nats:.2g} nats. Each new student starts one"
             )
-        elif not np.array_equal(before, right):
+        # The overwriting does not reach packed copies: only different weights show that these were replaced.
+        elif any(before[name] != right[name] for name in [n for n in right if n.endswith(PACKED)] or [*right]):
             self._can_reload = True
 
-    def _reload(self, model: ModelDir) -> None:
-        self._wake()
+    def _reload(self, model: ModelDir, *, overwrite: bool = False) -> None:
+        self._wake_up()
         with _translate_errors(f"{model.path}: vLLM cannot load these weights"), _without_unused_weights(model) as path:
-            self._llm.collective_rpc("opdctl_load", args=(str(path),))
+            self._llm.collective_rpc("opdctl_load", args=(str(path), overwrite))
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache cannot be emptied")
         self._model = model
-        self._sleep()
 
-    def _restart(self, model: ModelDir) -> None:
-        self.close()
-        self._start(model)
+    def _digests(self) -> dict[str, str]:
+        """Return the digests of all tensors of all workers."""
+        self._wake_up()
+        workers = self._llm.collective_rpc("opdctl_digests")
+        return {f"{rank}:{name}": digest for rank, found in enumerate(workers) for name, digest in found.items()}
 
     def _score_probe(self) -> Logprobs:
         """Return the log-probs of fixed ids, which depend on every layer and, most likely, on every expert."""
@@ -220,40 +254,51 @@ class VllmEngine:
         return scores.logprobs
 
     def close(self) -> None:
-        _running.discard(self)
+        """End vLLM's workers, and free the memory of the caches for a process that continues, as tests do."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
-    def _wake(self) -> None:
-        if self._sleeps:
+    def release(self, *, keep_weights: bool) -> None:
+        """Sleep until the next call: give back the GPU memory of the caches, and of the weights.
+
+        keep_weights: in the CPU's memory. Otherwise the next call loads them, if vLLM's reload is known to be right.
+        """
+        self._sleep_level = 1 if keep_weights or not self._can_reload else 2
+        self._llm.sleep(level=self._sleep_level)
+
+    def _wake_up(self) -> int:
+        """Take the memory again, and return the level of the sleep, 0 for none."""
+        level, self._sleep_level = self._sleep_level, 0
+        if level:
             self._llm.wake_up()
+        return level
 
-    def _sleep(self) -> None:
-        if self._sleeps:
-            self._llm.sleep(level=1)
-
-    def generate(
+    def stream_completions(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         sampling: Sampling,
         batch_size: int,
-        on_progress: Callable[[int], None],
-        *,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
-    ) -> list[Completion]:
+    ) -> Generator[tuple[int, Completion]]:
+        if columns.routed_experts and not self._returns_experts:
+            raise _unsupported("rollout", "the experts of this model")
         if columns.entropy:
             raise _unsupported("rollout", "the entropy of the sampled distribution")
         if columns.top_k and (sampling.temperature, sampling.top_p) != (1, 1):
             raise _unsupported("rollout", "the most probable ids before temperature and top-p")
-        longest = max((len(request.prompt_ids) for request in requests), default=0)
-        self._check_length(longest + sampling.max_tokens, f"a prompt of {longest} + {sampling.max_tokens} tokens")
+        if sampling.temperature > MAX_TEMPERATURE:
+            raise OpdctlError(
+                "unsupported_setting",
+                f"temperature {sampling.temperature:g}: vLLM samples at temperatures up to {MAX_TEMPERATURE:g}",
+                hint='reduce it, or set rollout.engine = "transformers"',
+            )
 
-        def prompts() -> Iterator[tuple[Ids, dict[str, Any]]]:
+        def prompts() -> Iterator[_Prompt[Completion]]:
             for request in requests:
+                length = len(request.prompt_ids)
+                self._check_length(length + sampling.max_tokens, f"a prompt of {length} + {sampling.max_tokens} tokens")
                 params = {
                     "seed": request.seed,
                     "temperature": sampling.temperature,
@@ -262,40 +307,45 @@ class VllmEngine:
                     "stop_token_ids": list(self._model.eos_ids),
                     "logprobs": columns.top_k,
                 }
-                yield request.prompt_ids, params
+                yield request.prompt_ids, params, partial(_completion, columns=columns)
 
-        outputs = self._run(prompts(), batch_size, on_progress)
-        completions = [_completion(output.outputs[0], columns.top_k) for output in outputs]
-        self._check_not_nan(completions)
-        return completions
+        return self._run(prompts(), batch_size)
 
-    def score(
-        self, requests: Sequence[ScoreRequest], settings: Score, on_progress: Callable[[int], None]
-    ) -> list[TokenScores]:
-        needs_distribution = settings.entropy or settings.student_top_k
+    def stream_scores(self, requests: Iterable[ScoreRequest], settings: Score) -> Generator[tuple[int, TokenScores]]:
+        needs_distribution = settings.entropy or (settings.student_top_k and not self._scores_given_ids)
         if settings.hidden_states:
             raise _unsupported("score", "hidden states")
         vocab_size = self._model.vocab_size
         if needs_distribution and vocab_size > SMALL_VOCABULARY_IDS:
             feature = "entropies" if settings.entropy else "log-probs of given ids"
             raise _unsupported("score", f"{feature} over {vocab_size} ids, only over {SMALL_VOCABULARY_IDS}")
-        lengths = [len(request.prompt_ids) + len(request.response_ids) for request in requests]
-        longest = max(lengths, default=0)
-        self._check_length(longest, f"a prompt and response of {longest} tokens")
-        # vLLM samples at least one token; it is discarded.
-        params = {"max_tokens": 1, "prompt_logprobs": -1 if needs_distribution else settings.top_k}
-        scores: dict[int, TokenScores] = {}
-        for batch in by_token_budget(lengths, settings.tokens_per_batch):
-            texts = [np.concatenate([requests[i].prompt_ids, requests[i].response_ids]) for i in batch]
-            outputs = self._run(((text, params) for text in texts), len(batch), on_progress)
-            for i, output in zip(batch, outputs, strict=True):
-                scores[i] = _scores(requests[i], output.prompt_logprobs, settings, vocab_size)
-        self._check_not_nan(scores.values())
-        return [scores[i] for i in range(len(requests))]
+        gives_ids = self._scores_given_ids and not needs_distribution
 
-    def _check_not_nan(self, results: Iterable[Completion | TokenScores]) -> None:
+        def prompts() -> Iterator[_Prompt[TokenScores]]:
+            for request in requests:
+                ids = np.concatenate([request.prompt_ids, request.response_ids])
+                self._check_length(len(ids), f"a prompt and response of {len(ids)} tokens")
+                # vLLM samples at least one token; it is discarded.
+                params: dict[str, Any] = {"max_tokens": 1}
+                if not gives_ids or settings.top_k:
+                    params["prompt_logprobs"] = -1 if needs_distribution else settings.top_k
+                if gives_ids and len(request.response_ids):
+                    params[GIVEN_IDS] = _given_ids(request, settings)
+                    params["prompt_logprob_start"] = len(request.prompt_ids) - 1  # whose successor is the first token
+                if self._returns_experts:
+                    params["routed_experts_prompt_start"] = len(ids)
+                yield ids, params, partial(convert, request)
+
+        def convert(request: ScoreRequest, output: Any) -> TokenScores:
+            if gives_ids:
+                return _scores_of_given_ids(request, output, settings)
+            return _scores(request, output.prompt_logprobs, settings, vocab_size)
+
+        return self._run(prompts(), SCORED_AT_ONCE)
+
+    def _check_not_nan(self, result: Any) -> None:
         # From NaN logits vLLM makes a normal-looking response: token 0 repeated.
-        if any(np.isnan(result.logprobs).any() for result in results):
+        if np.isnan(result.logprobs).any():
             raise OpdctlError("nonfinite_value", f"{self._model.path}: the model produced NaN logits in vLLM")
 
     def _check_length(self, tokens: int, text: str) -> None:
@@ -306,30 +356,58 @@ class VllmEngine:
                 hint="raise vllm.max_model_len if the model allows it, or reduce the maximum response length",
             )
 
-    def _run(
-        self, prompts: Iterable[tuple[Ids, dict[str, Any]]], batch_size: int, on_progress: Callable[[int], None]
-    ) -> list[Any]:
-        """Process all prompts, `batch_size` at a time, and return their outputs in order."""
-        self._wake()
+    def _run(self, prompts: Iterable[_Prompt[_Result]], at_once: int) -> Generator[tuple[int, _Result]]:
+        """Process all prompts, `at_once` at a time, and yield the number and result of each when it is finished."""
+        if self._wake_up() == 2:
+            self._reload(self._model)
         engine, waiting = self._llm.llm_engine, enumerate(prompts)
-        running: set[str] = set()
-        outputs: dict[str, Any] = {}
+        running: dict[str, Callable[[Any], _Result]] = {}
         try:
             while True:
-                for index, (ids, params) in itertools.islice(waiting, batch_size - len(running)):
-                    prompt = vllm.TokensPrompt(prompt_token_ids=ids.tolist())
-                    engine.add_request(str(index), prompt, _sampling_params(**params))
-                    running.add(str(index))
-                if not running:
-                    break
-                finished = {output.request_id: output for output in engine.step()}
-                outputs |= finished
-                running -= finished.keys()
-                on_progress(len(finished))
+                with self._translate_failures():
+                    for index, (ids, params, convert) in itertools.islice(waiting, at_once - len(running)):
+                        prompt = vllm.TokensPrompt(prompt_token_ids=ids.tolist())
+                        engine.add_request(str(index), prompt, _sampling_params(**params))
+                        running[str(index)] = convert
+                    if not running:
+                        break
+                    outputs = engine.step()
+                self.num_passes += 1
+                for output in outputs:
+                    result = running.pop(output.request_id)(output)
+                    self._check_not_nan(result)
+                    yield int(output.request_id), result
         finally:
             engine.abort_request(list(running))  # an interrupted call must leave no request for the next call
-        self._sleep()
-        return [outputs[str(index)] for index in range(len(outputs))]
+
+    @contextlib.contextmanager
+    def _translate_failures(self) -> Iterator[None]:
+        """Turn an exception of the running engine into OpdctlError, which names a dead worker and its signal."""
+        try:
+            yield
+        except OpdctlError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise OpdctlError(
+                "failed_engine",
+                f"{self._model.path}: {self._describe_dead_worker() or f'vLLM failed: {summarize_exception(error)}'}",
+                hint=RESUME_HINT,
+            ) from error
+
+    def _describe_dead_worker(self) -> str:
+        """Return which worker process ended and why, or an empty text."""
+        ended = {rank: worker.exitcode for rank, worker in enumerate(self._workers) if worker.exitcode is not None}
+        # When one has ended, vLLM ends the others: by itself, or by SIGTERM after a while. So does SIGTERM to a worker.
+        causes = {rank: code for rank, code in ended.items() if code not in (0, -signal.SIGTERM)}
+        if not causes:
+            return f"vLLM's {len(self._workers)} workers were ended" if ended else ""
+        rank, code = next(iter(causes.items()))
+        if code > 0:
+            return f"vLLM's worker {rank} of {len(self._workers)} ended with exit code {code}"
+        usual = ": the machine was probably out of memory" if code == -signal.SIGKILL else ""
+        return f"vLLM's worker {rank} of {len(self._workers)} was killed by {signal.Signals(-code).name}{usual}"
 
 
 class WorkerExtension:
@@ -339,7 +417,10 @@ class WorkerExtension:
     reload_weights: Callable[..., None]
 
     def opdctl_mask(self, vocab_size: int) -> bool:
-        """Give ids from `vocab_size` on probability zero, in sampling and scoring; return whether that is possible."""
+        """Give ids from `vocab_size` on probability zero, in sampling and scoring; return whether that is possible.
+
+        Of several pipeline stages only the last one computes logits.
+        """
 
         def mask(_module: Any, _arguments: Any, logits_CV: Any) -> None:
             if logits_CV is not None:
@@ -349,17 +430,69 @@ class WorkerExtension:
         for processor in processors:
             if processor.org_vocab_size > vocab_size:
                 processor.register_forward_hook(mask)
-        return bool(processors)
+        return bool(processors) or not get_pp_group().is_last_rank
 
-    def opdctl_load(self, path: str) -> None:
-        """Load a directory's weights."""
+    def opdctl_load(self, path: str, overwrite: bool) -> None:
+        """Load a directory's weights.
+
+        overwrite: every parameter before, so that those which the load leaves as they are differ from the directory's.
+        """
+        model = self.get_model()
+        for parameter in model.parameters() if overwrite else ():
+            if parameter.is_floating_point():
+                parameter.data.fill_(OVERWRITTEN)
+        methods = [(module, getattr(module, "quant_method", None)) for module in model.modules()]
+        kernels = {}
+        for _, method in methods:
+            if IS_CPU and isinstance(method, UnquantizedFusedMoEMethod):
+                # With a kernel, vLLM copies experts as they are in the file over the packed ones.
+                kernels[method], method.moe_kernel = method.moe_kernel, None
         self.reload_weights(weights_path=path)
+        for method, kernel in kernels.items():
+            method.moe_kernel = method.moe_kernel or kernel  # the old one if vLLM loaded no experts, as of gpt-oss
         # On the CPU a layer multiplies by a packed copy of its weights. vLLM does not update the copy of a tied output
         # matrix, because the checkpoint contains no tensor of that name.
-        for module in self.get_model().modules():
-            method = getattr(module, "quant_method", None)
+        for module, method in methods:
             if isinstance(method, UnquantizedEmbeddingMethod):
                 method.process_weights_after_loading(module)
+
+    def opdctl_digests(self) -> dict[str, str]:
+        """Return the SHA-256 of every parameter, buffer and packed copy of a weight, by name."""
+        model = self.get_model()
+        digests = {name: _digest([tensor]) for name, tensor in _parameters_and_buffers(model).items()}
+        for name, module, width in _packed_layers(model):
+            # Its memory is out of reach. Products with the rows of an identity matrix are the weights, to the bit.
+            rows = torch.eye(width, dtype=module.weight.dtype).split(IDENTITY_ROWS)
+            digests[name + PACKED] = _digest(module.cpu_linear(row_CD, module.weight, None) for row_CD in rows)
+        return digests
+
+    def opdctl_held_weights(self) -> str:
+        """Return the digest of this worker's weights. A packed copy is in it by its product with one row."""
+        model = self.get_model()
+        tensors = _parameters_and_buffers(model)
+        for name, module, width in _packed_layers(model):
+            row_1D = torch.linspace(-1, 1, width, dtype=module.weight.dtype)[None]
+            tensors[name + PACKED] = module.cpu_linear(row_1D, module.weight, None)
+        return digest_held_weights(tensors)
+
+
+def _parameters_and_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model by name, tied ones once."""
+    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+
+
+def _packed_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any, int]]:
+    """Yield the name, the layer and its number of inputs for every packed copy of weights, which only CPUs have."""
+    for name, module in model.named_modules():
+        if hasattr(module, "cpu_linear"):
+            yield name, module, getattr(module, "input_size_per_partition", module.input_size)
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _probe_ids(model: ModelDir, count: int, seed: int) -> Ids:
@@ -397,6 +530,9 @@ def _translate_errors(detail: str, hint: str | None = None) -> Iterator[None]:
         except Exception as error:
             reasons = [entry["msg"] for entry in error.errors()] if isinstance(error, ValidationError) else [str(error)]
             reason = " ".join("; ".join(reasons).split()) or type(error).__name__
+            needed, cache_advice, _ = reason.partition(CACHE_ADVICE)
+            if cache_advice:
+                raise OpdctlError("out_of_memory", f"{detail}: {needed.strip()}", hint=CACHE_HINT) from error
             raise OpdctlError("unsupported_model", f"{detail}: {reason}", hint=hint) from error
 
 
@@ -414,16 +550,26 @@ def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]
     parallel = {
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
-        "data_parallel_size": settings.data_parallel_size,
     }
     arguments: dict[str, Any] = {name: size for name, size in parallel.items() if size > 1}
     if context.device == "cuda":
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.enable_sleep_mode:
         arguments["enable_sleep_mode"] = True
+    if context.recipe.rollout.routed_experts and context.settings == context.recipe.student:
+        if context.device == "cpu":
+            raise _unsupported("rollout", "the experts of a model on a CPU")
+        arguments[ROUTED_EXPERTS] = True
     if model.dtype != "float32":
         # In 16 bits the product of hidden states and output matrix is too inaccurate for log-probs.
         arguments["hf_overrides"] = {"head_dtype": "float32"}
+    max_model_len = _max_model_len(model, context.recipe)
+    max_num_batched_tokens = settings.max_batched_tokens(context.device)
+    if IS_CPU:
+        # vLLM discards the token that it samples after a part of a prompt, and then rewinds the request's generator of
+        # random numbers, which torch cannot do on a CPU.
+        arguments["enable_chunked_prefill"] = False
+        max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
     return arguments | {
         "skip_tokenizer_init": True,
         "trust_remote_code": model.trust_remote_code,
@@ -433,9 +579,9 @@ def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]
         "generation_config": "vllm",  # vLLM's neutral defaults; the recipe has all sampling settings
         "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled
         "max_logprobs": -1,
-        "max_model_len": _max_model_len(model, context.recipe),
+        "max_model_len": max_model_len,
         "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "max_num_batched_tokens": max_num_batched_tokens,
         "enforce_eager": settings.enforce_eager,
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         **settings.engine_args,
@@ -494,7 +640,8 @@ def _select_top_k(ids_TE: Ids, logp_TE: Logprobs, top_k: int) -> tuple[Ids, Logp
     return np.take_along_axis(ids_TE[:, 1:], order_TK, 1), np.take_along_axis(logp_TE[:, 1:], order_TK, 1)
 
 
-def _completion(output: Any, top_k: int) -> Completion:
+def _completion(result: Any, columns: RolloutColumns) -> Completion:
+    output, top_k = result.outputs[0], columns.top_k
     ids_T = np.array(output.token_ids, np.int32)
     ids_TE, logp_TE = _logprob_table(output.logprobs, ids_T, 0, top_k)
     top_ids_TK, top_logp_TK = _select_top_k(ids_TE, logp_TE, top_k) if top_k else (None, None)
@@ -504,7 +651,43 @@ def _completion(output: Any, top_k: int) -> Completion:
         "stop" if output.finish_reason == "stop" else "length",
         top_ids=top_ids_TK,
         top_logprobs=top_logp_TK,
+        routed_experts=_routed_experts(result) if columns.routed_experts else None,
     )
+
+
+def _routed_experts(result: Any) -> RoutedExperts:
+    """Return the experts of the prompt and of all response tokens but the last, which the model has not read."""
+    output = result.outputs[0]
+    count = len(result.prompt_token_ids) + len(output.token_ids) - 1
+    if output.routed_experts is None or len(output.routed_experts) < count:
+        found = 0 if output.routed_experts is None else len(output.routed_experts)
+        raise RuntimeError(f"vLLM returned the experts of {found} of {count} tokens")
+    return np.ascontiguousarray(output.routed_experts[:count]).reshape(-1).view(np.uint8)
+
+
+def _given_ids(request: ScoreRequest, settings: Score) -> Ids:
+    """Return the ids to score at each token, [T, 1 + K]: the token itself, and the student's most probable ones."""
+    ids_T1 = request.response_ids[:, None]
+    if not settings.student_top_k:
+        return ids_T1
+    assert request.top_ids is not None
+    return np.concatenate([ids_T1, request.top_ids], axis=1)
+
+
+def _scores_of_given_ids(request: ScoreRequest, output: Any, settings: Score) -> TokenScores:
+    width = 1 + (request.top_ids.shape[1] if settings.student_top_k and request.top_ids is not None else 0)
+    shape = (len(request.response_ids), width)
+    logp_TK = output.prompt_token_id_logprobs if shape[0] else np.zeros(shape, np.float32)
+    if logp_TK is None or logp_TK.shape != shape:
+        raise RuntimeError(f"vLLM returned no log-probs of {shape[0]} tokens")
+    columns: dict[str, Any] = {"logprobs": np.array(logp_TK[:, 0], np.float32)}
+    if settings.student_top_k:
+        columns["student_top_logprobs"] = np.array(logp_TK[:, 1:], np.float32)
+    if settings.top_k:
+        start = len(request.prompt_ids)
+        ids_TE, logp_TE = _logprob_table(output.prompt_logprobs, request.response_ids, start, settings.top_k)
+        columns["top_ids"], columns["top_logprobs"] = _select_top_k(ids_TE, logp_TE, settings.top_k)
+    return TokenScores(**columns)
 
 
 def _scores(request: ScoreRequest, flat: Any, settings: Score, vocab_size: int) -> TokenScores:

@@ -91,8 +91,7 @@ def create_fork(plan: ForkPlan) -> int:
     start: Mapping[str, object] = {}
     if step:
         run.student_at(step)
-        directories.check_directory(run.trainer_path(step), run.trainer_digests(step), run.student_hint(step))
-        digests = {"student": run.student_digests(step), "trainer": run.trainer_digests(step)}
+        digests = {"student": run.student_digests(step), "trainer": run.check_trainer_state(step)}
         start = {"forked_from": {"run_dir": str(run.path), "step": step, **digests}}
     reused = 0
 

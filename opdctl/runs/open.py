@@ -46,7 +46,7 @@ def open_run(
             or with different models; a hub is unavailable.
     """
     path = run_path(recipe, output)
-    recipe = resolve_auto_engines(recipe, path)
+    recipe = resolve_open_settings(recipe, path)
     is_new = _create_once(recipe, path)
     check_same_recipe(recipe, path)
     if record:
@@ -67,14 +67,17 @@ def open_run(
 
 def standalone_eval_run(recipe: Recipe, path: Path) -> Run:
     """Return the run of an evaluation in `path` that belongs to no training run."""
-    return Run(resolve_auto_engines(recipe, path, ("rollout",)), path, {}, {})
+    return Run(resolve_open_settings(recipe, path, ("rollout",)), path, {}, {})
 
 
-def resolve_auto_engines(recipe: Recipe, path: Path, sections: Sequence[str] = ("rollout", "score")) -> Recipe:
-    """Return the recipe with an engine for each `auto`: the one that the run in `path` was started with, or the best
-    available on this machine, which is logged."""
+def resolve_open_settings(recipe: Recipe, path: Path, sections: Sequence[str] = ("rollout", "score")) -> Recipe:
+    """Return the recipe with what it leaves open and the run in `path` was started with: an engine for each `auto`,
+    and the number of parts. Of a new run the engine is the best available on this machine, which is logged."""
     recorded = read_recipe(path) if (path / "recipe.toml").exists() else None
     update = {}
+    if recorded and "num_parts" not in recipe.rollout.model_fields_set:
+        num_parts = {"num_parts": recorded.rollout.num_parts}
+        recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=num_parts)})
     for section in sections:
         settings = getattr(recipe, section)
         if settings.engine == AUTO:

@@ -1,7 +1,8 @@
 """Set corrupt artifacts of a run aside, so that the ordinary commands regenerate them."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from opdctl.artifacts import directories, files
@@ -93,18 +94,22 @@ def _find_states(run: Run) -> Iterator[CorruptArtifact]:
         is_newest, is_start = step == current, step == start
         trainer, student = run.trainer_path(step), run.student_path(step)
         command = None if is_start else train
-        yield from _find_in_directory(trainer, run.trainer_digests(step), command, is_newest and is_start)
+        check_trainer = partial(run.check_trainer_state, step)
+        yield from _find_in_directory(trainer, check_trainer, command, is_newest and is_start)
         command = train if is_newest and not is_start else None
-        yield from _find_in_directory(student, run.student_digests(step), command, is_newest and is_start)
+        check_student = partial(directories.check_directory, student, run.student_digests(step))
+        yield from _find_in_directory(student, check_student, command, is_newest and is_start)
 
 
 def _find_in_directory(
-    path: Path, digests: Mapping[str, str], command: str | None, is_required: bool
+    path: Path, check: Callable[[], object], command: str | None, is_required: bool
 ) -> Iterator[CorruptArtifact]:
     if path.is_dir():
         try:
-            directories.check_directory(path, digests)
+            check()
         except OpdctlError as error:
+            if error.kind == "unsupported_version":
+                raise
             yield CorruptArtifact(path, error.message, command, is_required)
 
 

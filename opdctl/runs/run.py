@@ -10,14 +10,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from opdctl import distributed
 from opdctl.artifacts import directories, files, leases, stage_dir, tables
 from opdctl.artifacts.files import digest_of
-from opdctl.artifacts.manifests import DEFAULT_PROMPT_ORDER, PolicyRecord, RunRecord, StartRecord, UpdateRecord
+from opdctl.artifacts.manifests import (
+    DEFAULT_PROMPT_ORDER,
+    PolicyRecord,
+    RunRecord,
+    StartRecord,
+    StateRecord,
+    UpdateRecord,
+)
 from opdctl.artifacts.records import Ids, Prompt, Response, sample_id
 from opdctl.artifacts.stage_dir import Fingerprint, FingerprintMismatchError, StageDir
 from opdctl.data.order import epoch_order
 from opdctl.errors import OpdctlError, did_you_mean
-from opdctl.models.directory import ModelDir
+from opdctl.models.directory import ModelDir, Probe
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
 from opdctl.recipe.load import load_recorded_recipe
 from opdctl.recipe.schema import Recipe, is_data_file
@@ -25,6 +33,7 @@ from opdctl.registry import plugin_file
 from opdctl.runs.layout import list_steps, step_name
 
 REFERENCE = "reference"
+_checked_students: set[tuple[object, ...]] = set()
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,7 @@ class Run:
     # ── Students ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _state_record(self, step: int) -> StartRecord | UpdateRecord:
-        """Return the record with the digests of the student and the trainer state after `step` updates."""
+        """Return the record with the digests of the student after `step` updates."""
         is_start = self.forked_from is not None and step == self.start_step
         return self.forked_from if is_start and self.forked_from else self.update(step - 1)
 
@@ -188,9 +197,34 @@ class Run:
         """Return the SHA-256 of the files of policy version `step`, after the first."""
         return self._state_record(step)["student"]
 
-    def trainer_digests(self, step: int) -> Mapping[str, str]:
-        """Return the SHA-256 of the files of the trainer state after `step` updates; empty if it was not saved."""
-        return self._state_record(step)["trainer"]
+    def saves_trainer_state(self, step: int) -> bool:
+        """Whether the recipe saves the trainer state after `step` updates."""
+        settings = self.recipe.train
+        return step % settings.save_every_steps == 0 or step == settings.steps
+
+    def must_save_trainer_state(self) -> bool:
+        """Whether the current step's trainer state should exist and does not: training was killed while it wrote it.
+
+        In a finished run it was removed on purpose: there it is complete before the step is.
+        """
+        step = self.current_step()
+        is_due = self.start_step < step < self.recipe.train.steps and self.saves_trainer_state(step)
+        return is_due and not self.trainer_path(step).is_dir()
+
+    def check_trainer_state(self, step: int) -> Mapping[str, str]:
+        """Check the trainer state after `step` updates file by file, and return the SHA-256 of each.
+
+        Raises:
+            OpdctlError: it is missing or corrupt.
+        """
+        path, digests = self.trainer_path(step), self._state_record(step).get("trainer")
+        if not digests:
+            record: StateRecord = files.read_json(path / directories.DIGESTS_FILE, StateRecord)
+            if record["student"] != self.student_digest(step):
+                raise files.corrupt_artifact(path, "the state of another student")
+            digests = record["files"]
+        directories.check_directory(path, digests, self.student_hint(step))
+        return digests
 
     def student_digest(self, step: int) -> str:
         """Return the digest of policy version `step`."""
@@ -205,6 +239,10 @@ class Run:
         """Whether the newest student is missing and was written by this run: training writes it again."""
         return self.current_step() > self.start_step and self.is_newest_student_missing()
 
+    def is_state_incomplete(self) -> bool:
+        """Whether training must write the current step's student or trainer state, before anything else."""
+        return self.must_rewrite_student() or self.must_save_trainer_state()
+
     def student_hint(self, step: int) -> str:
         """Return what to do if the student of `step` is corrupt."""
         if self.forked_from and step == self.start_step == self.current_step():
@@ -212,7 +250,7 @@ class Run:
         return f"run `{self.manage_command_line('repair')}`"
 
     def student_at(self, step: int) -> ModelDir:
-        """Return policy version `step`, checked file by file.
+        """Return policy version `step`, checked file by file: by one rank of a machine, once until a file changes.
 
         Raises:
             OpdctlError: it does not exist yet, was pruned, or is corrupt.
@@ -234,8 +272,17 @@ class Run:
             )
         if not path.is_dir() and step > self.start_step:
             raise files.corrupt_artifact(path, "is missing", f"run `{self.command_line('train')}`")
-        directories.check_directory(path, self.student_digests(step), self.student_hint(step))
-        return self.student.with_path(path)
+        if distributed.local_rank() == 0:
+            state = (path, self.student_digest(step), *directories.file_states(path))
+            if state not in _checked_students:
+                directories.check_directory(path, self.student_digests(step), self.student_hint(step))
+                _checked_students.add(state)
+        return self.student.with_path(path, self._probe(step))
+
+    def _probe(self, step: int) -> Probe | None:
+        """Return the probe of policy version `step`. A fork's first student has none, nor has one of opdctl 0.2.0."""
+        record = self.update(step - 1).get("probe") if step > self.start_step else None
+        return Probe(tuple(record["ids"]), tuple(record["logprobs"])) if record else None
 
     def kept_steps(self) -> list[int]:
         """Return the steps whose student exists."""

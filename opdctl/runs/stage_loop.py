@@ -1,10 +1,12 @@
-"""The loop that every sampling and scoring stage runs: claim a part, make it, write it, report progress."""
+"""The loop that every sampling and scoring stage runs: claim parts, make them, write each, report progress."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from opdctl import console
 from opdctl.artifacts.records import GradedResponse, Response
@@ -21,6 +23,8 @@ class Part:
     tokens: int
 
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 ResponseRow = TypeVar("ResponseRow", Response, GradedResponse)
 
 
@@ -30,36 +34,114 @@ def rows_part(rows: Sequence[ResponseRow], record: type[ResponseRow]) -> Part:
     return Part(partial(write_rows, rows=rows, record=record), len(rows), tokens)
 
 
-MakePart = Callable[[int, Callable[[int], None]], Part]
-"""(part index, on_progress) → part. on_progress(n) reports that n more items are done."""
+BuildPart = Callable[[list[_Result]], Part]
+"""Results in the order of the requests → part."""
+
+
+@dataclass(frozen=True)
+class StageWork(Generic[_Item, _Result]):
+    """How the parts of a stage are made.
+
+    open_part: part index → the requests of the part, and the function that makes the part of their results.
+    process: yields the result of each request as soon as it is there, with the number of the request. across_parts:
+    whether `process` takes requests of several parts, so that an engine never waits for the last response of one part.
+    """
+
+    logprob_metadata: Mapping[str, Any]
+    open_part: Callable[[int], tuple[Sequence[_Item], BuildPart[_Result]]]
+    process: Callable[[Iterable[_Item]], Generator[tuple[int, _Result]]]
+    across_parts: bool
 
 
 def make_missing_parts(
     stage: StageDir,
     title: str,
     num_items: int,
-    prepare: Callable[[], tuple[Mapping[str, Any], MakePart]],
+    prepare: Callable[[], StageWork[Any, Any]],
     *,
     wait: bool = False,
+    has_engine: bool = True,
 ) -> int:
     """Make the parts of a stage that are missing, and return how many were made here.
 
-    prepare: called once, only if there is a part to make: it gets the engine and returns the log-prob metadata and the
-    function that makes a part. wait: until all parts exist, also those that other workers have leased.
+    prepare: called once, only if there is a part to make: it gets the engine. wait: until all parts exist, also those
+    that other workers have leased. has_engine: otherwise this process makes none.
 
     Raises:
         OpdctlError: what `prepare` and the engine raise; the disk is full.
     """
+    if not has_engine:
+        if wait:
+            stage.wait_until_finished()
+        return 0
     made = 0
-    with stage.claim_parts(wait=wait) as parts:
-        if parts is None:
+    with stage.claim_available_parts(wait=wait) as claims:
+        if claims is None:
             return 0
         for path in stage.finished_but_missing():
             console.warn(f"{path}: a finished part is missing; regenerating it")
-        logprob_metadata, make_part = prepare()
-        stage.start(logprob_metadata)
-        with console.progress(title, num_items) as on_progress:
-            for index in parts:
-                part = make_part(index, on_progress)
+        work = prepare()
+        stage.start(work.logprob_metadata)
+        with (
+            console.progress(title, num_items) as on_progress,
+            contextlib.closing(_make_parts(claims, work, on_progress)) as parts,
+        ):
+            for index, part in parts:
                 made += stage.write(index, part.save, rows=part.rows, tokens=part.tokens)
     return made
+
+
+def _make_parts(
+    claims: Iterator[int | None], work: StageWork[_Item, _Result], on_progress: Callable[[int], None]
+) -> Generator[tuple[int, Part]]:
+    """Yield each part with its index as soon as it is made.
+
+    A None among the claims ends a round: the engine finishes the parts that it has, before the next claim waits.
+    """
+    for first in claims:
+        if first is not None:
+            others = itertools.takewhile(lambda index: index is not None, claims) if work.across_parts else ()
+            yield from _make_round(itertools.chain([first], others), work, on_progress)
+
+
+@dataclass
+class _OpenPart(Generic[_Result]):
+    """A part in work, with the results that it has."""
+
+    index: int
+    build: BuildPart[_Result]
+    count: int
+    results: dict[int, _Result] = field(default_factory=dict)
+
+
+def _make_round(
+    indices: Iterable[Any], work: StageWork[_Item, _Result], on_progress: Callable[[int], None]
+) -> Generator[tuple[int, Part]]:
+    places: dict[int, tuple[_OpenPart[_Result], int]] = {}  # of each request in work: its part, its position in it
+    complete: list[_OpenPart[_Result]] = []
+
+    def take_requests() -> Iterator[_Item]:
+        numbers = itertools.count()
+        for index in indices:
+            requests, build = work.open_part(index)
+            part = _OpenPart(index, build, len(requests))
+            if not requests:
+                complete.append(part)
+            for position, request in enumerate(requests):
+                places[next(numbers)] = part, position
+                yield request
+
+    def build_complete() -> Iterator[tuple[int, Part]]:
+        while complete:
+            part = complete.pop()
+            yield part.index, part.build([part.results[position] for position in range(len(part.results))])
+
+    with contextlib.closing(work.process(take_requests())) as results:
+        for number, result in results:
+            part, position = places.pop(number)
+            part.results[position] = result
+            on_progress(1)
+            if len(part.results) == part.count:
+                complete.append(part)
+            yield from build_complete()
+    yield from build_complete()

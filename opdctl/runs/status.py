@@ -70,6 +70,7 @@ class RunStatus:
             "start_step": run.start_step,
             "steps_done": run.current_step(),
             "steps": run.recipe.train.steps,
+            "is_finished": run.current_step() >= run.recipe.train.steps and not run.is_newest_student_missing(),
             **stages,
             "summaries": self.summaries,
             "forked_from": run.forked_from and {key: run.forked_from[key] for key in ("run_dir", "step")},
@@ -196,9 +197,10 @@ def _check_state(run: Run, step: int, *, verify: bool) -> None:
     student, trainer = run.student_path(step), run.trainer_path(step)
     if step == run.current_step() and not student.is_dir():
         raise files.corrupt_artifact(student, "the newest student is missing", f"run `{run.command_line('train')}`")
-    for path, digests in ((student, run.student_digests(step)), (trainer, run.trainer_digests(step))):
-        if verify and path.is_dir():
-            directories.check_directory(path, digests, run.student_hint(step))
+    if verify and student.is_dir():
+        directories.check_directory(student, run.student_digests(step), run.student_hint(step))
+    if verify and trainer.is_dir():
+        run.check_trainer_state(step)
 
 
 def _same_artifacts(recorded: Mapping[str, str], present: Mapping[str, str]) -> bool:
