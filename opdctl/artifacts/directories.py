@@ -4,11 +4,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from opdctl.artifacts.files import atomic_write, check_no_symlinks, corrupt_artifact, sha256_file
+from opdctl.artifacts.tensor_files import FileDigest
 
 CARD_FILE = "README.md"
 """The model card of a student. It has no digest: people may edit it, and it lists settings that may change."""
+DIGESTS_FILE = "digests.json"
+"""The digests of a trainer state, in its directory. It contains its own digest."""
 
 
 def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
@@ -18,13 +22,22 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
 
 
-def write_directory_with_digests(final: Path, fill: Callable[[Path], None]) -> dict[str, str]:
-    """Write a directory atomically and return the SHA-256 of its files by name."""
+def write_directory_with_digests(final: Path, fill: Callable[[Path], Mapping[str, FileDigest]]) -> dict[str, str]:
+    """Write a directory atomically and return the SHA-256 of its files by name.
+
+    fill: returns the digests that were taken while files were written, by any process. The other files are read.
+
+    Raises:
+        OpdctlError: a file with such a digest is missing or has another size.
+    """
     digests = {}
 
     def fill_and_digest(directory: Path) -> None:
-        fill(directory)
-        digests.update(directory_digests(directory))
+        written = fill(directory)
+        for name in written:
+            if not has_size(directory / name, written[name].size):
+                raise corrupt_artifact(directory / name, "another process has changed or removed it")
+        digests.update(directory_digests(directory, written))
 
     write_directory(final, fill_and_digest)
     return digests
@@ -51,10 +64,29 @@ def link_or_copy(paths: Iterable[Path], old: Path, new: Path) -> int:
     return count
 
 
-def directory_digests(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in a directory by relative name, without the model card and hidden files."""
+def has_size(path: Path, size: int) -> bool:
+    """Whether there is a file of this size in bytes."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def directory_digests(path: Path, known: Mapping[str, FileDigest] = MappingProxyType({})) -> dict[str, str]:
+    """Return the SHA-256 of every file in a directory by relative name.
+
+    Hidden files, the model card and DIGESTS_FILE have none. known: digests of files that need not be read.
+    """
     files = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("."))
-    return {str(file.relative_to(path)): sha256_file(file) for file in files if file != path / CARD_FILE}
+    others = (path / CARD_FILE, path / DIGESTS_FILE)
+    names = {str(file.relative_to(path)): file for file in files if file not in others}
+    return {name: known[name].sha256 if name in known else sha256_file(file) for name, file in names.items()}
+
+
+def file_states(path: Path) -> list[tuple[Path, int, int]]:
+    """Return the size in bytes and the modification time in nanoseconds of every file in a directory.
+
+    Those of a symbolic link are its own, since a file that was replaced by a link has changed.
+    """
+    states = [(file, file.lstat()) for file in sorted(path.rglob("*")) if file.is_file()]
+    return [(file, state.st_size, state.st_mtime_ns) for file, state in states]
 
 
 def check_directory(

@@ -121,16 +121,34 @@ class RunRecord(TypedDict):
     forked_from: NotRequired[StartRecord]
 
 
+class ProbeRecord(TypedDict):
+    """Token ids, and the trainer's log-probs of all but the first under the student of the update."""
+
+    ids: list[Count]
+    logprobs: list[float]
+
+
+class StateRecord(TypedDict):
+    """digests.json of a trainer state. student: the digest of the student of the same step."""
+
+    artifact: str
+    version: int
+    student: Digest
+    files: Digests
+
+
 class UpdateRecord(TypedDict):
-    """update.json: the inputs and the results of an update."""
+    """update.json: the inputs and the results of an update. trainer: only of versions whose trainer states have no
+    StateRecord."""
 
     artifact: str
     version: int
     step: Count
     settings: dict[str, Any]
     inputs: dict[str, str]
-    trainer: Digests
+    trainer: NotRequired[Digests]
     student: Digests
+    probe: NotRequired[ProbeRecord]
     metrics: dict[str, float]
 
 

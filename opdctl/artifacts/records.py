@@ -33,6 +33,11 @@ TopKIds = Annotated[Ids, PER_TOKEN]
 """Token ids, [T, K], most probable first."""
 TopKLogprobs = Annotated[Logprobs, PER_TOKEN]
 """Their log-probs in nats, [T, K]."""
+RoutedExperts = npt.NDArray[np.uint8]
+"""The ids of the experts of each token that the engine read, flat: [prompt and response tokens but the last, decoder
+layers, experts of a token], one byte each, or two (little-endian) of more than 256 experts. 0 in dense layers."""
+ONE_BYTE_EXPERTS = 256
+"""Up to this number of experts an id takes one byte, as in vLLM."""
 HiddenStates = Callable[[], npt.NDArray[np.float32]]
 """Reads the last hidden states, [T, D], from disk: they are too large to be kept in memory."""
 
@@ -57,7 +62,8 @@ class Completion:
     """What an engine samples: response ids, their log-probs under the sampling policy, and why it ended.
 
     finish_reason: "stop" (the last id is an end of sequence, which belongs to the response) or "length". On request:
-    entropies [T] of the policy's whole distribution at each token, and its most probable tokens with their log-probs.
+    entropies [T] of the policy's whole distribution at each token, its most probable tokens with their log-probs, and
+    the experts that its routers chose.
     """
 
     response_ids: Ids
@@ -66,6 +72,7 @@ class Completion:
     entropies: Logprobs | None = None
     top_ids: TopKIds | None = None
     top_logprobs: TopKLogprobs | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A part is written under a temporary name, flushed, and renamed. Just before the rename a receipt with its rows, tokens,
 bytes and SHA-256 is written beside it. When every part exists, the receipts are gathered into manifest.json, which
-marks the stage as finished. So a kill at any moment loses at most the part in work: a part with a matching receipt is
+marks the stage as finished. So a kill at any moment loses at most the parts in work: one with a matching receipt is
 reused, any other is regenerated, and so is a part that was removed from a finished stage.
 
 A stage belongs to a fingerprint: the settings that affect it and the digests of its inputs. It resumes with the same
@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,7 +88,7 @@ class StageDir:
         self.path, self.stage, self.fingerprint, self.rerun_command = path, stage, fingerprint, rerun_command
         self.names = [f"part-{i:05d}-of-{num_parts:05d}{suffix}" for i in range(num_parts)]
         self._header_path, self.manifest_path = (path / name for name in STAGE_MARKERS)
-        self._lease: leases.Lease | None = None
+        self._leases: dict[int, leases.Lease] = {}  # of the parts that this worker makes
         check_no_symlinks(path.parent, path)
         self._check_fingerprint()
 
@@ -222,27 +222,44 @@ class StageDir:
         count = len(self.names)
         return items[index * len(items) // count : (index + 1) * len(items) // count]
 
+    def wait_until_finished(self) -> None:
+        """Wait until other workers have made all parts."""
+        pause = leases.backoff()
+        while not self.is_finished():
+            time.sleep(next(pause))
+
     @contextlib.contextmanager
     def claim_parts(self, *, wait: bool = False) -> Iterator[Iterator[int] | None]:
         """Yield an iterator over the missing parts, or None if there are none; then finish the stage if all exist.
 
-        The caller holds the lease of a part until it asks for the next one. Parts that a live worker has leased are
-        left to it; stale leases are acquired. wait: until every part exists, whoever makes it.
+        The caller holds the lease of a part until it has written it. Parts that a live worker has leased are left to
+        it; stale leases are acquired. wait: until every part exists, whoever makes it.
         """
+        with self.claim_available_parts(wait=wait) as parts:
+            yield None if parts is None else (index for index in parts if index is not None)
+
+    @contextlib.contextmanager
+    def claim_available_parts(self, *, wait: bool = False) -> Iterator[Iterator[int | None] | None]:
+        """Like `claim_parts`, with None in the iteration where the caller may work on the parts that it has: other
+        workers have leased all others, and the iterator is about to wait."""
         directory, name = self.path.parent, self.path.name
         if self.is_finished() and not self._header_path.exists():
             yield None
         else:
-            with contextlib.closing(self._lease_each(self.missing(), wait=wait)) as parts:
-                first = next(parts, None)
+            try:
+                parts = self._lease_each(self.missing(), wait=wait)
+                first = next((index for index in parts if index is not None), None)
                 yield None if first is None else itertools.chain([first], parts)
+            finally:
+                while self._leases:
+                    self._leases.popitem()[1].release()
             if not self.missing(digests=False):
                 with leases.hold_lease(directory, name, wait=True):  # two workers may finish at the same time
                     self.finalize()
         leases.remove_stale_leases(directory, name)
 
-    def _lease_each(self, indices: Iterable[int], *, wait: bool) -> Generator[int]:
-        """Yield each part while this worker holds its lease.
+    def _lease_each(self, indices: Iterable[int], *, wait: bool) -> Iterator[int | None]:
+        """Yield each part as soon as this worker holds its lease, and None before each pause.
 
         The loop passes over the parts again and again. In each pass a part leaves the loop if its lease was acquired,
         or if its owner is alive and `wait` is off. A part is yielded only if it is still missing: its owner may have
@@ -254,17 +271,21 @@ class StageDir:
             for index, lease in list(waiting.items()):
                 if lease.acquire():
                     del waiting[index]
-                    self._lease, pause = lease, leases.backoff()
-                    try:
-                        if self._is_missing(index):
-                            yield index
-                    finally:
-                        self._lease = None
-                        lease.release()
+                    pause = leases.backoff()
+                    self._leases[index] = lease
+                    if self._is_missing(index):
+                        yield index
+                    else:
+                        self._release(index)
                 elif not wait and lease.owner_is_alive():
                     del waiting[index]
             if waiting:
+                yield None
                 time.sleep(next(pause))
+
+    def _release(self, index: int) -> None:
+        if lease := self._leases.pop(index, None):
+            lease.release()
 
     def start(self, logprob_metadata: Mapping[str, Any]) -> None:
         """Record, before the first part, the fingerprint and what the values of the parts mean."""
@@ -277,9 +298,9 @@ class StageDir:
         write_json(self._header_path, header)
 
     def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> bool:
-        """Write part `index` by `save(temporary path)` and return whether it counts.
+        """Write part `index` by `save(temporary path)`, release its lease, and return whether the part counts.
 
-        It is dropped if its lease was lost, or if another fingerprint was started in the same directory meanwhile.
+        It is dropped if the lease was lost, or if another fingerprint was started in the same directory meanwhile.
         """
         name = self.names[index]
         try:
@@ -287,19 +308,21 @@ class StageDir:
                 save(temporary)
                 size, digest = temporary.stat().st_size, sha256_file(temporary)
                 fsync_path(temporary)  # slow, so before the lease is checked
-                self._check_lease()
+                self._check_lease(index)
                 receipt = PartRecord(name=name, rows=rows, tokens=tokens, bytes=size, sha256=digest)
                 write_json(self._receipt_path(index), receipt)
-                self._check_lease()
+                self._check_lease(index)
         except leases.LeaseLost:
             return False
+        self._release(index)
         return True
 
-    def _check_lease(self) -> None:
-        if self._lease is None:
+    def _check_lease(self, index: int) -> None:
+        lease = self._leases.get(index)
+        if lease is None:
             return
         header = self._header()
-        if header is None or header["fingerprint"] != self.fingerprint.digest or not self._lease.is_held():
+        if header is None or header["fingerprint"] != self.fingerprint.digest or not lease.is_held():
             raise leases.LeaseLost
 
     def finalize(self) -> bool:

@@ -12,11 +12,12 @@ VERSIONS = {
     "rollout": 5,
     "score": 5,
     "update": 5,
+    "trainer": 5,
     "eval": 5,
     "continuations": 5,
 }
-"""The version that is written, by kind: run.json, the stages, update.json. A stage's summary has the stage's
-version."""
+"""The version that is written, by kind: run.json, the stages, update.json, the digests of a trainer state. A stage's
+summary has the stage's version."""
 SCHEMA_VERSION = 5
 """The version of what `--json` prints."""
 

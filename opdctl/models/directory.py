@@ -25,6 +25,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 MERGE_HINT = "merge it: peft's merge_and_unload(), then save_pretrained() into an empty directory"
 MAX_DETAIL_CHARS = 600
+LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.5}
+"""Differences in nats that rounding explains, by the dtype in which a model is run."""
 SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 
 
@@ -115,11 +117,22 @@ def translate_loading_errors(path: Path, what: str, kind: ErrorKind = "unsupport
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Token ids, and the trainer's log-probs of all but the first under a student that it wrote, in nats.
+
+    An engine that has loaded the student has the same log-probs but for rounding.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ModelDir:
     """A model directory, and how it is loaded.
 
     tokenizer_source, eos_token_ids: the keys `tokenizer` of the model and `rollout.eos_token_ids` of the recipe.
-    shared_vocab_size: the ids that all models of a run share; None outside a run.
+    shared_vocab_size: the ids that all models of a run share; None outside a run. probe: of a student that a run wrote.
     """
 
     path: Path
@@ -128,6 +141,7 @@ class ModelDir:
     tokenizer_source: TokenizerSource = "auto"
     eos_token_ids: tuple[int, ...] = ()
     shared_vocab_size: int | None = None
+    probe: Probe | None = None
 
     @classmethod
     def from_recipe(cls, path: Path, model: Model, recipe: Recipe, shared_vocab_size: int | None = None) -> "ModelDir":
@@ -177,9 +191,9 @@ class ModelDir:
             return check_eos_ids(self.eos_token_ids, self.path, self.vocab_size)
         return find_eos_ids(self.path, self.tokenizer, self.vocab_size)
 
-    def with_path(self, path: Path) -> "ModelDir":
+    def with_path(self, path: Path, probe: Probe | None = None) -> "ModelDir":
         """Return the directory of this model after training; it shares the tokenizer, which is not read again."""
-        trained = self._replace(path=path)
+        trained = self._replace(path=path, probe=probe)
         vars(trained).update(named_eos_ids=self.named_eos_ids)
         return trained
 
@@ -226,6 +240,11 @@ class ModelDir:
     @property
     def is_quantized(self) -> bool:
         return self.config.get("quantization_config") is not None
+
+    @property
+    def logprob_tolerance(self) -> float:
+        """By how many nats two correct computations may differ. Quantized weights round activations, too."""
+        return LOGPROB_TOLERANCE["bfloat16" if self.is_quantized else self.dtype]
 
     @cached_property
     def weights(self) -> StoredWeights:

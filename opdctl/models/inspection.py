@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
@@ -114,8 +114,11 @@ def _check_quantization(model: ModelDir) -> None:
         raise OpdctlError("unsupported_model", detail, hint="use the model before its quantization")
 
 
-def load_on_meta_device(model: ModelDir) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the model without memory, and what transformers reports of the names of its tensors."""
+def load_on_meta_device(model: ModelDir, dtype: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model without memory, and what transformers reports of the names of its tensors.
+
+    dtype: of its parameters (default: as stored), except those that transformers keeps in float32.
+    """
     logging.disable_progress_bar()
     kind: ErrorKind = "unsupported_model" if model.is_quantized else "invalid_model"
     auto = auto_class(model.full_config, model.path)
@@ -124,6 +127,7 @@ def load_on_meta_device(model: ModelDir) -> tuple[PreTrainedModel, dict[str, Any
             loaded, loading_info = auto.from_pretrained(
                 model.path,
                 device_map="meta",
+                dtype=getattr(torch, dtype) if dtype else "auto",
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -143,16 +147,24 @@ def loaded_names(model: PreTrainedModel, weights: StoredWeights) -> dict[str, st
 
     Several stored tensors may make one parameter, such as those of the experts.
     """
+    return {stored: name for stored, (name, _) in loaded_names_and_patterns(model, weights).items()}
+
+
+def loaded_names_and_patterns(model: PreTrainedModel, weights: StoredWeights) -> dict[str, tuple[str, str | None]]:
+    """Return the name in the model of each stored tensor, in the order in which transformers converts them.
+
+    With it comes the source pattern of the conversion that makes a parameter of it; None if there is none.
+    """
     conversions = model._weight_conversions
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     parameters, prefix = model.state_dict(), model.base_model_prefix
     names = {}
-    for stored in weights.tensors:
-        name, _ = rename_source_key(stored, renamings, converters, prefix, parameters)
+    for stored in sorted(weights.tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, parameters)
         if name not in parameters:
-            name, _ = rename_source_key(stored, [], [], prefix, parameters)
-        names[stored] = name
+            name, pattern = rename_source_key(stored, [], [], prefix, parameters)
+        names[stored] = (name, pattern)
     return names
 
 

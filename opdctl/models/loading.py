@@ -63,4 +63,4 @@ def load_head(model: ModelDir, *, device: str) -> Head:
         with safe_open(model.weights.tensors[stored_name].file, "pt", device=device) as opened:
             value = opened.get_tensor(stored_name).to(getattr(torch, model.dtype))  # rounded as in load_model
         setattr(layer, layer_name, torch.nn.Parameter(value, requires_grad=False))
-    return output_head(empty, model.vocab_size)
+    return output_head(empty, model.vocab_size, getattr(torch, model.dtype))

@@ -5,16 +5,17 @@ the function returns a loss, its gradient is computed at once, while the chunk's
 products with the output matrix is therefore computed once, and no more than one chunk of size [C, V] exists. Scoring
 and training both use it. Compare the chunked losses of Liger Kernel (Hsu et al. 2024).
 
-Products and softmax are float32 for every dtype of the weights: rounding to bfloat16 alone costs 0.03 to 0.04 nats RMS,
-and IW-OPD accumulates |A|.
+Logits and log-probs are float32 for every dtype of the weights: rounding logits to bfloat16 costs 0.03 to 0.04 nats
+RMS, and IW-OPD accumulates |A|. If hidden states are bfloat16, a GPU multiplies bfloat16 operands into float32 results,
+on its tensor cores. These are the logits of the bfloat16 weights that engines have. A CPU multiplies in float32.
 
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from opdctl.models import CHUNK_LOGITS
+from opdctl.models import CHUNK_LOGITS, GPU_CHUNK_LOGITS
+from opdctl.models.packing import PackedSequences, packed_row
 
 LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -37,7 +39,8 @@ SMALL_BATCH_ROWS = 32  # up to here a CPU computes weight · hiddenᵀ twice as 
 class Head:
     """The LM head: logits = cap(scale (hidden · weightᵀ + bias)), over the first `vocab_size` ids.
 
-    Rows from `vocab_size` on are padding and get probability zero. weight_VD and bias_V are float32.
+    Rows from `vocab_size` on are padding and get probability zero. They are multiplied, too: on a GPU, products with an
+    odd number of rows are slow. bias_V is float32, and so is a trained weight_VD. dtype: of the operands of products.
     """
 
     weight_VD: Tensor
@@ -45,22 +48,26 @@ class Head:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    dtype: torch.dtype = torch.float32
 
+    @torch.no_grad()
     def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
-        """Return the logits, [C, V], float32, in `out_CV` if given. Not differentiable: use `map_vocab_chunks`."""
-        with torch.no_grad(), torch.autocast(hidden_CD.device.type, enabled=False):
-            weight_VD, hidden_CD = self.weight_VD[: self.vocab_size], hidden_CD.float()
-            if out_CV is None and len(hidden_CD) <= SMALL_BATCH_ROWS:
-                logits_CV = torch.mm(weight_VD, hidden_CD.T).T.contiguous()
-            else:
-                logits_CV = torch.mm(hidden_CD, weight_VD.T, out=out_CV)
-            if self.bias_V is not None:
-                logits_CV += self.bias_V[: self.vocab_size]
-            if self.scale != 1:
-                logits_CV *= self.scale
-            if self.softcap:
-                logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-            return logits_CV
+        """Return the logits, [C, V], float32. Not differentiable: use `map_vocab_chunks`.
+
+        out_CV: memory for them and for those of the padding.
+        """
+        weight_VD, hidden_CD = self.weight_VD.to(self.dtype), hidden_CD.to(self.dtype)
+        if out_CV is None and len(hidden_CD) <= SMALL_BATCH_ROWS and hidden_CD.device.type == "cpu":
+            logits_CV = torch.mm(weight_VD, hidden_CD.T).T.contiguous()
+        else:
+            logits_CV = torch.mm(hidden_CD, weight_VD.T, out=out_CV, **_float32_result(self.dtype))
+        if self.bias_V is not None:
+            logits_CV += self.bias_V
+        if self.scale != 1:
+            logits_CV *= self.scale
+        if self.softcap:
+            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_CV[:, : self.vocab_size]
 
     def logit_derivative(self, logits_CV: Tensor) -> Tensor:
         """Return the derivative of the logits with respect to hidden · weightᵀ + bias. Overwrites the logits."""
@@ -69,8 +76,24 @@ class Head:
         return logits_CV.div_(self.softcap).square_().neg_().add_(1).mul_(self.scale)
 
 
-def output_head(model: PreTrainedModel, vocab_size: int) -> Head:
-    """Return a model's head, differentiable in its parameters. They may be tied, have LoRA, or be sharded by FSDP2."""
+def _float32_result(dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments with which a product of operands in `dtype` is float32."""
+    return {} if dtype == torch.float32 else {"out_dtype": torch.float32}
+
+
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the operands of the head's products. torch has a float32 result of 16-bit ones on GPUs only.
+
+    Gradients of log-probs are too small for float16.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 and device.type != "cpu" else torch.float32
+
+
+def output_head(model: PreTrainedModel, vocab_size: int, dtype: torch.dtype | None = None) -> Head:
+    """Return a model's head, differentiable in its parameters. They may be tied, have LoRA, or be sharded by FSDP2.
+
+    dtype: of the hidden states, by default the model's.
+    """
     layer = model.get_output_embeddings()
     weight_VD = layer.weight
     if hasattr(layer, "get_delta_weight") and not layer.merged and not layer.disable_adapters:
@@ -78,13 +101,15 @@ def output_head(model: PreTrainedModel, vocab_size: int) -> Head:
         deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters if adapter in layer.lora_A]
         weight_VD = _gather(weight_VD) + sum(_gather(delta_VD) for delta_VD in deltas)
     config = model.config.get_text_config(decoder=True)
-    bias_V = getattr(layer, "bias", None)
+    bias_V, weight_VD = getattr(layer, "bias", None), _gather(weight_VD)
+    dtype = product_dtype(weight_VD.device, dtype or model.dtype)
     return Head(
-        _gather(weight_VD).float(),
+        weight_VD if weight_VD.dtype == dtype else weight_VD.float(),
         vocab_size,
         None if bias_V is None else _gather(bias_V).float(),
         _scale(config),
         next((cap for name in SOFT_CAPS if (cap := getattr(config, name, None))), None),
+        dtype,
     )
 
 
@@ -97,10 +122,15 @@ def _scale(config: PreTrainedConfig) -> float:
 
 
 def _gather(parameter: Tensor) -> Tensor:
-    """Gather a sharded parameter. Backward sums the gradients of all ranks, each of which has its own tokens."""
+    """Gather a sharded parameter on the device of its mesh; with CPU offloading its shards are on the CPU.
+
+    Backward sums the gradients of all ranks, each of which has its own tokens.
+    """
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    mesh = parameter.device_mesh
+    on_mesh = cast(DTensor, parameter.to(mesh.device_type))
+    return on_mesh.full_tensor(grad_placements=[Partial()] * mesh.ndim)
 
 
 class Chunk:
@@ -151,8 +181,8 @@ class Chunk:
         return ids_Ck, logp_Ck
 
     @torch.no_grad()
-    def gradient(self, loss: Tensor, head: Head) -> Tensor:
-        """Return the gradient of `loss` with respect to hidden · weightᵀ + bias, [C, V]. Overwrites the chunk."""
+    def write_gradient(self, loss: Tensor, head: Head) -> None:
+        """Write the gradient of `loss` with respect to hidden · weightᵀ + bias to the buffer. Overwrites the chunk."""
         leaves = [self.selected_logp_CK, self.logp_CV, *([self._tail[1]] if self._tail else [])]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         selected_CK, all_CV = grads[:2]
@@ -172,7 +202,6 @@ class Chunk:
             grad_CV += all_CV
         if head.softcap or head.scale != 1:
             grad_CV *= head.logit_derivative(self.logp_CV.detach().add_(self._logz_C1))
-        return grad_CV
 
 
 ChunkFunction = Callable[[Chunk], Tensor | None]
@@ -209,8 +238,11 @@ class _MapVocabChunks(torch.autograd.Function):
         ]
         gradient = any(grad is not None for grad in grads)
         total = torch.zeros((), device=hidden_ND.device)
-        size = min(max(1, CHUNK_LOGITS // head.vocab_size), max(1, len(hidden_ND)))
-        logits_CV, buffer_CV = (torch.empty(size, head.vocab_size, device=hidden_ND.device) for _ in range(2))
+        head = replace(head, weight_VD=weight_VD.to(head.dtype))  # once for all chunks
+        limit = CHUNK_LOGITS if hidden_ND.device.type == "cpu" else GPU_CHUNK_LOGITS
+        size = min(max(1, limit // len(weight_VD)), max(1, len(hidden_ND)))
+        logits_CV, padded_CV = (torch.empty(size, len(weight_VD), device=hidden_ND.device) for _ in range(2))
+        buffer_CV = padded_CV[:, : head.vocab_size]
         for start in range(0, max(len(hidden_ND), 1), size):  # without tokens there is one empty chunk
             rows = slice(start, start + size)
             count = len(ids_NK[rows])
@@ -222,7 +254,9 @@ class _MapVocabChunks(torch.autograd.Function):
             if loss is not None:
                 total += loss.detach()
             if loss is not None and loss.requires_grad:
-                _accumulate(grads, chunk.gradient(loss, head), hidden_ND[rows].float(), head, rows)
+                chunk.write_gradient(loss, head)
+                padded_CV[:, head.vocab_size :] = 0
+                _accumulate(grads, padded_CV[:count], hidden_ND[rows], head, rows)
         ctx.grads = grads
         return total
 
@@ -236,24 +270,35 @@ class _MapVocabChunks(torch.autograd.Function):
 
 
 def _accumulate(grads: list[Tensor | None], grad_CV: Tensor, hidden_CD: Tensor, head: Head, rows: slice) -> None:
-    """Write a chunk's gradient of the hidden states, and add those of matrix and bias, unless None."""
+    """Write a chunk's gradient of the hidden states, and add those of matrix and bias, unless None. All are float32.
+
+    In 16 bits a logit's gradient has a relative error of at most 2⁻⁹, as the gradients within the model have.
+    """
     hidden_ND, weight_VD, bias_V = grads
-    if hidden_ND is not None:
-        torch.mm(grad_CV, head.weight_VD[: head.vocab_size], out=hidden_ND[rows])
-    if weight_VD is not None:
-        weight_VD[: head.vocab_size].addmm_(grad_CV.T, hidden_CD)
     if bias_V is not None:
-        bias_V[: head.vocab_size] += grad_CV.sum(0)
+        bias_V += grad_CV.sum(0)
+    grad_CV, options = grad_CV.to(head.dtype), _float32_result(head.dtype)
+    if hidden_ND is not None:
+        torch.mm(grad_CV, head.weight_VD, out=hidden_ND[rows], **options)
+    if weight_VD is not None:
+        torch.addmm(weight_VD, grad_CV.T, hidden_CD.to(head.dtype), out=weight_VD, **options)
 
 
 def response_states(
-    model: PreTrainedModel, input_ids_BT: Tensor, rows_N: Tensor, positions_N: Tensor
+    model: PreTrainedModel,
+    input_ids_BT: Tensor,
+    rows_N: Tensor,
+    positions_N: Tensor,
+    packed: PackedSequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the hidden state that predicts each response token, [N, D], and the token's id, [N].
 
-    Token n is input_ids_BT[rows_N[n], positions_N[n]]; the position before predicts it. There is no attention mask:
-    rows are padded on the right, and a causal model's real tokens do not attend to later positions.
+    Token n is input_ids_BT[rows_N[n], positions_N[n]]; the position before predicts it. packed: the sequences of a
+    single row. Otherwise there is no attention mask: rows are padded on the right, and a causal model's real tokens do
+    not attend to later positions.
     """
-    hidden_BTD = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    arguments = packed.model_arguments if packed else {}
+    with packed_row(packed):
+        hidden_BTD = model.base_model(input_ids=input_ids_BT, use_cache=False, **arguments).last_hidden_state
     flat_N = rows_N * input_ids_BT.shape[1] + positions_N
     return hidden_BTD.flatten(0, 1).index_select(0, flat_N - 1), input_ids_BT.flatten().index_select(0, flat_N)

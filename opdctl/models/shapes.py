@@ -82,6 +82,12 @@ def active_parameters(shape: ModelShape) -> int:
     )
 
 
+def attention_span(shape: ModelShape) -> float:
+    """Return the length in tokens at which causal attention costs as many FLOPs as all matrices of the model."""
+    heads = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    return (active_parameters(shape) + head_parameters(shape)) / heads  # 2 a parameter; 4 a head and half the length
+
+
 def adapter_parameters(shape: ModelShape, rank: int) -> int:
     """Return the number of parameters of LoRA adapters on every linear layer except the output matrix."""
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim

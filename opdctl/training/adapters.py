@@ -3,22 +3,26 @@
 All ranks call every function of this module.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from opdctl import console, distributed
 from opdctl.errors import OpdctlError, did_you_mean, is_out_of_memory, summarize_exception
 from opdctl.models.directory import MAX_DETAIL_CHARS, ModelDir
-from opdctl.models.self_check import probe_ids
+from opdctl.models.routing import stacked_experts
+from opdctl.models.self_check import input_device, probe_ids
 from opdctl.recipe.schema import Lora
 
 ADAPTER = "default"  # the name that peft gives to a single adapter
@@ -35,9 +39,8 @@ def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...
     """
     import peft
 
-    _check_tied_head(model, settings)
     linear, stacked = _linear_layers(model, text)
-    targets = _find_targets(model, settings, text, linear | stacked)
+    targets, saved = _find_layers(model, settings, text, linear | stacked)
     modules, parameters = targets - stacked, targets & stacked
     if parameters and settings.dropout:
         raise OpdctlError(
@@ -51,7 +54,7 @@ def inject_adapters(model: PreTrainedModel, settings: Lora, text: tuple[str, ...
         lora_dropout=settings.dropout,
         target_modules=_shorten(modules, {name for name, _ in model.named_modules()}),
         target_parameters=_shorten(parameters, {name for name, _ in model.named_parameters()}) or None,
-        modules_to_save=settings.modules_to_save or None,
+        modules_to_save=sorted(saved) or None,  # peft takes any end of a name, such as `orm`
         task_type="CAUSAL_LM",
     )
     try:
@@ -118,24 +121,6 @@ def _check_injected(model: PreTrainedModel, expected: set[str], layers: set[str]
         raise _unsupported_layers(f"peft cannot train an adapter on {names} of this model", layers)
 
 
-def _check_tied_head(model: PreTrainedModel, settings: Lora) -> None:
-    """Raise OpdctlError if a name is that of the embedding or output matrix of a model in which they are one."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or embedding.weight is not head.weight:
-        return
-    for name, module in model.named_modules():
-        targets = settings.target_modules if module is embedding or module is head else []
-        saved = settings.modules_to_save if {embedding, head} & set(module.modules()) else []
-        matching = [f"lora.target_modules: `{target}`" for target in targets if _matches(name, target)]
-        matching += [f"lora.modules_to_save: `{target}`" for target in saved if name.endswith(target)]
-        if matching:
-            raise OpdctlError(
-                "unsupported_setting",
-                f"{matching[0]} has the output matrix of the student, which is also its embedding",
-                hint="remove this name",
-            )
-
-
 def _linear_layers(model: PreTrainedModel, text: tuple[str, ...]) -> tuple[set[str], set[str]]:
     """Return the names of the linear layers, without the output matrix, and of the parameters that stack matrices.
 
@@ -147,36 +132,68 @@ def _linear_layers(model: PreTrainedModel, text: tuple[str, ...]) -> tuple[set[s
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
             linear.add(name)
-        for key, value in module.named_parameters(recurse=False):
-            if value.ndim == 3 and len(value) == getattr(module, "num_experts", 0):
-                stacked.add(f"{name}.{key}")
+        stacked |= {f"{name}.{key}" for key in stacked_experts(module)}
     return linear, stacked
 
 
-def _find_targets(model: PreTrainedModel, settings: Lora, text: tuple[str, ...], linear: set[str]) -> set[str]:
-    """Return the full names of the modules and of the stacked parameters that get an adapter.
+def _find_layers(
+    model: PreTrainedModel, settings: Lora, text: tuple[str, ...], linear: set[str]
+) -> tuple[set[str], ...]:
+    """Return the full names of the modules and stacked parameters that get an adapter, and of those trained in full.
 
     linear: the names that `all-linear` matches.
     """
-    modules = {name for name, _ in model.named_modules() if name}
-    targets: set[str] = set()
+    modules = {name for name, _ in model.named_modules() if name and name.startswith(text)}
+    containers = {name.rpartition(".")[0] for name in modules}
+    targets, saved = set(linear) if ALL_LINEAR in settings.target_modules else set[str](), set[str]()
     for target in settings.target_modules:
-        candidates = linear | {name for name in modules if name.startswith(text)}
-        matching = linear if target == ALL_LINEAR else {name for name in candidates if _matches(name, target)}
+        if target == ALL_LINEAR:
+            continue
+        key, matching = "lora.target_modules", {name for name in modules | linear if _matches(name, target)}
         if not matching:
-            raise _unknown_layer("lora.target_modules", target, {*linear, ALL_LINEAR})
+            raise _unknown_layer(key, target, {*linear, ALL_LINEAR})
+        if groups := sorted(matching & containers):
+            inner = {_last_parts(name, 1) for name in linear if name.startswith(f"{groups[0]}.")}
+            raise OpdctlError(
+                "unsupported_setting",
+                f"{key}: `{target}` is no linear layer but contains {', '.join(sorted(inner)) or 'none'}",
+                hint="give names of linear layers, or this one in lora.modules_to_save",
+            )
+        _check_unshared(model, key, target, matching)
         targets |= matching
     for target in settings.modules_to_save:
-        if not any(name.endswith(target) for name in modules):
-            raise _unknown_layer("lora.modules_to_save", target, modules)
-    targets = {name for name in targets if not any(f".{saved}." in f".{name}." for saved in settings.modules_to_save)}
+        key, matching = "lora.modules_to_save", {name for name in modules if _matches(name, target)}
+        if not matching:
+            raise _unknown_layer(key, target, modules)
+        _check_unshared(model, key, target, matching)
+        saved |= matching
+    targets = {name for name in targets if not any(f"{name}.".startswith(f"{module}.") for module in saved)}
     if not targets:
         raise OpdctlError(
             "unsupported_setting",
             "lora.modules_to_save: it contains all of lora.target_modules",
             hint="set lora.rank = 0 to train all weights",
         )
-    return targets
+    return targets, _outermost(saved)
+
+
+def _outermost(modules: set[str]) -> set[str]:
+    """Return the modules that are not within another one of them."""
+    return {name for name in modules if not any(name.startswith(f"{other}.") for other in modules)}
+
+
+def _check_unshared(model: PreTrainedModel, key: str, target: str, modules: set[str]) -> None:
+    """Raise OpdctlError if a weight of one of these modules is also one of another module, as that of a tied head."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for shared, module in itertools.product((each for each in names.values() if len(each) > 1), modules):
+        if 0 < sum(name.startswith(f"{module}.") for name in shared) < len(shared):
+            raise OpdctlError(
+                "unsupported_setting",
+                f"{key}: `{target}` has a weight that the student uses under several names: {', '.join(shared)}",
+                hint="remove this name",
+            )
 
 
 def _matches(name: str, target: str) -> bool:
@@ -272,52 +289,92 @@ def check_adapters(model: PreTrainedModel) -> None:
     Raises:
         OpdctlError: an adapter has another effect, or the model fails with adapters.
     """
-    layers, parameters = adapter_layers(model), dict(model.named_parameters())
+    layers = adapter_layers(model)
     first = {re.sub(r"\d+", "N", name): name for name in reversed(layers)}.values()
-    matrices = {name: _adapter_matrices(layers[name][1]) for name in first}
     adapted = {plain_name(name).removesuffix(".weight") for name in layers}
     try:
-        gradients = _gradients(
-            model,
-            {name: parameters[name] for name in first}
-            | {(name, key): matrix for name in first for key, matrix in matrices[name].items()},
-        )
+        gradients = _gradients(model, {name: layers[name] for name in first})
     except Exception as error:  # of any class, where a layer is not called as peft expects
         if is_out_of_memory(error):
             raise
         reason = f"the model fails with these adapters: {type(error).__name__}: {summarize_exception(error)}"
         raise _unsupported_layers(reason, adapted) from error
-    for name in first:
-        change = (gradients[name].float() * _change_of_weight(layers[name][1], matrices[name])).sum()
-        expected = torch.autograd.grad(change, list(matrices[name].values()))
-        for key, value in zip(matrices[name], expected, strict=True):
-            if not (gradients[name, key] - value).norm() <= GRADIENT_TOLERANCE[model.dtype] * value.norm():
+    for name, (of_weight, matrices, of_matrices) in gradients.items():
+        layer_name, layer = layers[name]
+        # Only the shape of the weight matters for its change.
+        change = _change_of_weight(layer, {name.removeprefix(f"{layer_name}."): of_weight, **matrices})
+        expected = torch.autograd.grad((of_weight.float() * change).sum(), list(matrices.values()))
+        for value, expected_value in zip(of_matrices, expected, strict=True):
+            difference = (value - expected_value).norm()
+            if not difference <= GRADIENT_TOLERANCE[of_weight.dtype] * expected_value.norm():
                 reason = f"the model uses the weight of {plain_name(name)} in another way than by its layer"
                 raise _unsupported_layers(reason, adapted)
 
 
-def _gradients(model: PreTrainedModel, tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-    """Return the gradients of the loss of one sequence."""
-    ids_T = torch.from_numpy(probe_ids(model)).long().to(model.device)
-    frozen = [tensor for tensor in tensors.values() if not tensor.requires_grad]
-    for tensor in frozen:
-        tensor.requires_grad = True
+def _gradients(
+    model: PreTrainedModel, layers: Mapping[str, tuple[str, nn.Module]]
+) -> dict[str, tuple[Tensor, dict[str, Tensor], Sequence[Tensor]]]:
+    """Return the gradients of the loss of one sequence, by the names in `layers`, which is as of `adapter_layers`.
+
+    That of the weight, then the adapter's matrices and their gradients. All are unsharded.
+    """
+    used: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, dict[str, Tensor]] = {}
+
+    def find_tensors(name: str) -> None:
+        layer_name, layer = layers[name]
+        weight = layer.get_parameter(name.removeprefix(f"{layer_name}."))
+        weight.requires_grad = True
+        matrices = _adapter_matrices(layer)
+        used[name] = {"weight": weight, **matrices}
+        copies[name] = {key: value.detach().clone().requires_grad_() for key, value in matrices.items()}
+
+    # FSDP gathers the parameters of a layer in front of the forward pass of a module that contains it.
+    modules = dict(model.named_modules())
+    gathering = [name for name, module in modules.items() if isinstance(module, FSDPModule)]
+    hooks = []
+    for name, (layer_name, _) in layers.items():
+        owners = [owner for owner in gathering if f"{layer_name}.".startswith(f"{owner}.")]
+        if owners:
+            find = partial(lambda name, *_: find_tensors(name), name)
+            hooks.append(modules[max(owners, key=len)].register_forward_pre_hook(find))
+        else:
+            find_tensors(name)
+    ids_T = torch.from_numpy(probe_ids(model)).long().to(input_device(model))
     try:
         logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
         loss = nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:])
-        gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, materialize_grads=True)
+        tensors = [tensor for name in layers for tensor in used[name].values()]
+        gradients = iter(torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True))
     finally:
-        for tensor in frozen:
-            tensor.requires_grad = False
-    return dict(zip(tensors, gradients, strict=True))
+        for hook in hooks:
+            hook.remove()
+        for name in used:
+            used[name]["weight"].requires_grad = False
+    return {name: (next(gradients), copies[name], [next(gradients) for _ in copies[name]]) for name in layers}
 
 
 def gather_adapter(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return all trained weights of a model with adapters, unsharded and on the CPU. Empty without adapters."""
+    """Return all trained weights of a model with adapters, unsharded and on the CPU.
+
+    Empty without adapters, and on other ranks than 0.
+    """
     if not hasattr(model, "peft_config"):
         return {}
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return {name: distributed.full_tensor(parameter).cpu() for name, parameter in trained}
+    trained: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gathered = distributed.full_tensor(parameter)
+            trained |= {name: gathered.cpu()} if distributed.is_main() else {}
+    return trained
+
+
+def base_model(path: Path) -> tuple[str, str | None]:
+    """Return the name and the revision by which peft finds a model: a hub id with its commit, or the path."""
+    *_, repository, folder, revision = ("", "", *path.parts)
+    if folder == "snapshots" and repository.startswith("models--"):  # the cache of huggingface_hub
+        return repository.removeprefix("models--").replace("--", "/"), revision
+    return str(path), None
 
 
 def save_adapter(model: PreTrainedModel, adapter: dict[str, Tensor], student: ModelDir, directory: Path) -> None:
@@ -326,7 +383,7 @@ def save_adapter(model: PreTrainedModel, adapter: dict[str, Tensor], student: Mo
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     config: Any = model.peft_config[ADAPTER]
-    config.base_model_name_or_path = str(student.path)
+    config.base_model_name_or_path, config.revision = base_model(student.path)
     # peft keeps names in sets, whose order differs between processes.
     config.target_modules = sorted(config.target_modules or [])
     config.target_parameters = sorted(config.target_parameters or []) or None

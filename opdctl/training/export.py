@@ -1,33 +1,37 @@
 """The exported student: the directory of the initial student with the trained weights.
 
-All ranks call `export_student` and `merged_state_dict`.
+All ranks call `export_student`. The weights are gathered, converted and written one after another.
 """
 
+import collections
 import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from opdctl import distributed
+from opdctl.artifacts.tensor_files import FileDigest, TensorEntry, position_in_file, write_tensor_file
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
+from opdctl.models.dtypes import DTYPE_NAMES, DTYPES, tensor_bytes
 from opdctl.models.inspection import load_on_meta_device, loaded_names
 from opdctl.models.json_files import read_json_object
+from opdctl.models.weights import CHUNK_BYTES, INDEX_FILE, TensorHeader
 from opdctl.training import adapters
+from opdctl.training.conversions import Conversion, find_conversions
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The floating-point dtypes of safetensors."""
 ACCOMPANYING_PATTERNS = ("LICENSE*", "NOTICE*", "*.tiktoken", "*.spm", "additional_chat_templates/*.jinja")
 """Further files of a model directory that a student keeps."""
+MAX_WEIGHT_FILE_BYTES = 5 * 10**9
+"""Of tensors in a weight file, which engines load in parallel. A student with a larger file gets other files."""
 
 
 def text_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
@@ -36,6 +40,21 @@ def text_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
         return ("",)
     parts = (model.get_decoder(), model.get_output_embeddings())
     return tuple(name for name, module in model.named_modules() if module in parts)
+
+
+# ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """What a stored tensor is made of.
+
+    parameters: the name in the model of each weight of the conversion. name: of the tensor among its results.
+    """
+
+    conversion: Conversion
+    parameters: Mapping[str, str]
+    name: str
 
 
 def check_exportable(model: PreTrainedModel, student: ModelDir) -> None:
@@ -50,14 +69,13 @@ def check_exportable(model: PreTrainedModel, student: ModelDir) -> None:
             f"{student.path}: a quantized model cannot be trained",
             hint="use the model before its quantization",
         )
-    state = _empty_state(model)
-    stored = find_stored_tensors(model, state, student)
+    stored, weights = find_sources(model, student), _empty_weights(model)
     for name, loaded in loaded_names(model, student.weights).items():
-        if loaded in state and name not in stored:
+        if loaded in weights and name not in stored:
             raise _no_place(student, f"the place of {loaded} is unknown, which transformers loads from {name}")
 
 
-def _empty_state(model: PreTrainedModel) -> dict[str, Tensor]:
+def _empty_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return tensors without content in place of the weights of the text model."""
     text = text_prefixes(model)
     return {
@@ -67,28 +85,32 @@ def _empty_state(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def find_stored_tensors(model: PreTrainedModel, state: dict[str, Tensor], student: ModelDir) -> dict[str, Tensor]:
-    """Return the weights by the names and with the shapes under which the student's files store them.
-
-    transformers renames, splits or stacks the stored tensors of some models when it loads them, and can revert this.
+def find_sources(model: PreTrainedModel, student: ModelDir) -> dict[str, TensorSource]:
+    """Return what each tensor of the student's files is made of, by its name there. Those of other parts are left out.
 
     Raises:
-        OpdctlError: a weight has no place in the files.
+        OpdctlError: a weight of the text model has no place in the files.
     """
-    tied = model.all_tied_weights_keys
-    state = {source: state[name] for name, source in tied.items() if name in state} | state
-    state |= {name: state[source] for name, source in tied.items() if source in state}
+    empty, tied = _empty_weights(model), model.all_tied_weights_keys
+    parameters = {name: name for name in empty}
+    parameters = {source: parameters[name] for name, source in tied.items() if name in parameters} | parameters
+    parameters |= {name: parameters[source] for name, source in tied.items() if source in parameters}
     headers, prefix = student.weights.tensors, f"{model.base_model_prefix}."
-    stored, missing = {}, {}
-    for name, tensor in revert_weight_conversion(model, state).items():
-        # transformers also loads the files of a base model, whose names lack its prefix, into a model with a head.
-        names = [key for key in (name, name.removeprefix(prefix), prefix + name) if key in headers]
-        if names and headers[names[0]].shape == tensor.shape:
-            stored[names[0]] = tensor
-        else:
-            missing[name] = tensor
-    kept = {id(tensor) for tensor in stored.values()}  # of two tied weights, one may be missing
-    if lost := sorted(name for name, tensor in missing.items() if id(tensor) not in kept):
+    stored: dict[str, TensorSource] = {}
+    missing: dict[str, str] = {}
+    for conversion in find_conversions(model, parameters):
+        of_conversion = {name: parameters[name] for name, _ in conversion.sources}
+        tensors = conversion.convert(model, {name: empty[parameter] for name, parameter in of_conversion.items()})
+        for name, tensor in tensors.items():
+            # transformers also loads the files of a base model, whose names lack its prefix, into a model with a head.
+            names = [key for key in (name, name.removeprefix(prefix), prefix + name) if key in headers]
+            if names and headers[names[0]].shape == tensor.shape:
+                stored[names[0]] = TensorSource(conversion, of_conversion, name)
+            else:
+                missing[name] = next(iter(of_conversion.values())) if conversion.is_renaming else name
+    # Of two tied weights, one may be missing.
+    kept = {next(iter(source.parameters.values())) for source in stored.values() if source.conversion.is_renaming}
+    if lost := sorted(name for name, parameter in missing.items() if parameter not in kept):
         raise _no_place(student, f"no tensor has the name and shape of the trained {lost[0]}")
     return stored
 
@@ -101,59 +123,168 @@ def _no_place(student: ModelDir, reason: str) -> OpdctlError:
     )
 
 
-def export_student(model: PreTrainedModel, student: ModelDir, dtype: str, directory: Path) -> None:
+# ── Export ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the exported files.
+
+    header: of the same tensor in the initial student. source: None if it is copied from there.
+    """
+
+    entry: TensorEntry
+    header: TensorHeader
+    source: TensorSource | None
+
+
+def export_student(model: PreTrainedModel, student: ModelDir, dtype: str, directory: Path) -> dict[str, FileDigest]:
     """Write the student's directory with the merged weights, in `dtype`, and adapters also in `adapter/`.
 
-    Only rank 0 writes.
+    Only rank 0 writes, and keeps what one conversion returns until it is written. It returns the digests of the weight
+    files by name.
     """
     # The conversion of names looks up weights of the model, whose names adapters change.
     plain = load_on_meta_device(student)[0] if hasattr(model, "peft_config") else model
-    state = merged_state_dict(model, export_dtypes(plain, student, dtype))
+    weights = MergedWeights(model, plain, student, getattr(torch, dtype))
+    files = plan_files(weights.tensors, student)
     adapter = adapters.gather_adapter(model)
-    if not distributed.is_main():
-        return
-    _copy_settings(student, directory)
-    config = json.dumps(_with_dtype(student.config, dtype, always=True), indent=2, ensure_ascii=False)
-    (directory / "config.json").write_text(config + "\n", encoding="utf-8")
-    _write_weights(find_stored_tensors(plain, state, student), student, directory)
-    if adapter:
-        adapters.save_adapter(model, adapter, student, directory / "adapter")
+    if distributed.is_main():
+        _copy_settings(student, directory)
+        _write_configs(files, student, dtype, directory)
+        if adapter:
+            adapters.save_adapter(model, adapter, student, directory / "adapter")
+    digests: dict[str, FileDigest] = {}
+    for name, tensors in files.items():
+        chunks = weights.read(tensors)
+        if distributed.is_main():
+            entries = [tensor.entry for tensor in tensors]
+            digests[name] = write_tensor_file(directory / name, entries, {"format": "pt"}, chunks)
+        else:
+            collections.deque(chunks, maxlen=0)
+    return digests
 
 
-def export_dtypes(model: PreTrainedModel, student: ModelDir, dtype: str) -> dict[str, torch.dtype]:
+def plan_files(tensors: list[StoredTensor], student: ModelDir) -> dict[str, list[StoredTensor]]:
+    """Return the tensors of each file in their order: the student's files, or others if one were too large."""
+    files: dict[str, list[StoredTensor]] = {file.name: [] for file in student.weights.files}
+    for tensor in tensors:
+        files[tensor.header.file.name].append(tensor)
+    if any(_total_bytes(of_file) > MAX_WEIGHT_FILE_BYTES for of_file in files.values()):
+        parts: list[list[StoredTensor]] = [[]]
+        for tensor in tensors:
+            if parts[-1] and _total_bytes([*parts[-1], tensor]) > MAX_WEIGHT_FILE_BYTES:
+                parts.append([])
+            parts[-1].append(tensor)
+        files = {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+    return {name: sorted(of_file, key=lambda tensor: position_in_file(tensor.entry)) for name, of_file in files.items()}
+
+
+def _total_bytes(tensors: list[StoredTensor]) -> int:
+    return sum(tensor.entry.num_bytes for tensor in tensors)
+
+
+def export_dtypes(
+    model: PreTrainedModel, sources: Mapping[str, TensorSource], headers: Mapping[str, TensorHeader], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
     """Return the dtype in which each weight is exported.
 
     It is `dtype`, but weights that are stored with more bits than most of the student, such as float32 routers, keep
     them.
     """
-    state, export_dtype = _empty_state(model), getattr(torch, dtype)
-    headers, names = student.weights.tensors, {id(tensor): name for name, tensor in state.items()}
-    dtypes, stored = dict.fromkeys(state, export_dtype), find_stored_tensors(model, state, student)
+    dtypes = dict.fromkeys(_empty_weights(model), dtype)
     counts: Counter[str] = Counter()
-    for name in stored:
+    for name in sources:
         counts[headers[name].dtype] += math.prod(headers[name].shape)
     usual = counts.most_common(1)[0][0]
-    for name, tensor in stored.items():
-        if headers[name].dtype != usual and id(tensor) in names:
-            dtypes[names[id(tensor)]] = torch.promote_types(DTYPES[headers[name].dtype], export_dtype)
+    for name, source in sources.items():
+        if headers[name].dtype != usual and source.conversion.is_renaming:
+            (parameter,) = source.parameters.values()
+            dtypes[parameter] = torch.promote_types(DTYPES[headers[name].dtype], dtype)
     return dtypes
 
 
-def merged_state_dict(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return the weights by their names without adapters, in `dtypes`, on the CPU. Empty except on rank 0."""
-    state, layers = {}, adapters.adapter_layers(model)
-    for name, value in model.named_parameters():
-        plain, is_changed = adapters.plain_name(name), value.requires_grad or name in layers
-        if plain not in dtypes or not adapters.is_plain(name):
-            continue
-        if not is_changed and value.dtype != dtypes[plain]:
-            continue  # loading rounded it, the file has it exactly
-        weight = distributed.full_tensor(value)
-        if name in layers:
-            weight = adapters.merge(weight, name, *layers[name])
-        if distributed.is_main():
-            state[plain] = weight.to("cpu", dtypes[plain])
-    return state
+class MergedWeights:
+    """The weights of a model with its adapters merged, in the form in which its files store them.
+
+    model: with adapters, sharded or not. plain: the same without adapters; its weights need no memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, plain: PreTrainedModel, student: ModelDir, dtype: torch.dtype):
+        self._plain, self._layers = plain, adapters.adapter_layers(model)
+        headers, sources = student.weights.tensors, find_sources(plain, student)
+        self._dtypes = export_dtypes(plain, sources, headers, dtype)
+        named = {adapters.plain_name(name): name for name, _ in model.named_parameters() if adapters.is_plain(name)}
+        self._names, self._parameters = named, dict(model.named_parameters())
+        self._results: dict[str, dict[str, str]] = {}  # of each conversion: stored name → name in the results
+        self._converted: dict[str, Tensor | None] = {}  # not yet written; None except on rank 0
+        self.tensors: list[StoredTensor] = []
+        """In the order of the student's files."""
+        for name, header in headers.items():
+            self.tensors.append(self._stored_tensor(name, header, sources.get(name)))
+        for name, source in sources.items():
+            self._results.setdefault(source.conversion.name, {})[name] = source.name
+
+    def _is_changed(self, parameter: str) -> bool:
+        name = self._names[parameter]
+        return self._parameters[name].requires_grad or name in self._layers
+
+    def _stored_tensor(self, name: str, header: TensorHeader, source: TensorSource | None) -> StoredTensor:
+        dtype, num_bytes = header.dtype, header.end - header.start
+        if source:
+            parameters = list(source.parameters.values())
+            is_changed = any(map(self._is_changed, parameters))
+            # Where loading has rounded an unchanged weight, the file has it exactly.
+            if is_changed or all(self._parameters[self._names[p]].dtype == self._dtypes[p] for p in parameters):
+                exported = self._dtypes[parameters[0]]
+                dtype, num_bytes = DTYPE_NAMES[exported], math.prod(header.shape) * exported.itemsize
+            source = source if is_changed else None
+        return StoredTensor(TensorEntry(name, dtype, header.shape, num_bytes), header, source)
+
+    def read(self, tensors: list[StoredTensor]) -> Iterator[bytes | memoryview]:
+        """Yield the bytes of the tensors in pieces; on other ranks than 0 nothing. Called by all ranks."""
+        for tensor in tensors:
+            if tensor.source is None:
+                yield from _read_stored(tensor) if distributed.is_main() else ()
+                continue
+            if tensor.entry.name not in self._converted:
+                self._converted |= self._convert(tensor.source)
+            if (converted := self._converted.pop(tensor.entry.name)) is not None:
+                yield tensor_bytes(converted)
+
+    def _convert(self, source: TensorSource) -> dict[str, Tensor | None]:
+        """Gather the weights of a conversion. Return the tensors to store by name, on the CPU."""
+        weights = {name: self._gather(parameter) for name, parameter in source.parameters.items()}
+        results = self._results[source.conversion.name]
+        if not distributed.is_main():
+            return dict.fromkeys(results)
+        converted = source.conversion.convert(self._plain, weights)
+        return {stored: converted[name] for stored, name in results.items()}
+
+    def _gather(self, parameter: str) -> Tensor:
+        """Return an unsharded weight, merged, in its dtype. It is on the CPU on rank 0."""
+        name, dtype = self._names[parameter], self._dtypes[parameter]
+        if name in self._layers:
+            weight = distributed.full_tensor(self._parameters[name])
+            weight = adapters.merge(weight, name, *self._layers[name]).to(dtype)
+        else:
+            weight = distributed.full_tensor(self._parameters[name].detach().to(dtype))  # fewer bytes to gather
+        return weight.cpu() if distributed.is_main() else weight
+
+
+def _read_stored(tensor: StoredTensor) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a tensor of the initial student, in the dtype of the exported one."""
+    stored, exported = tensor.header.dtype, tensor.entry.dtype
+    with tensor.header.file.open("rb") as file:
+        file.seek(tensor.header.start)
+        while chunk := file.read(min(CHUNK_BYTES, tensor.header.end - file.tell())):
+            if stored == exported:
+                yield chunk
+            else:
+                yield tensor_bytes(torch.frombuffer(bytearray(chunk), dtype=DTYPES[stored]).to(DTYPES[exported]))
+
+
+# ── Other files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _copy_settings(student: ModelDir, directory: Path) -> None:
@@ -173,21 +304,18 @@ def _with_dtype(config: dict[str, Any], dtype: str, *, always: bool = False) -> 
     return changed | dict.fromkeys(keys or ["dtype"] * always, dtype)
 
 
-def _write_weights(stored: dict[str, Tensor], student: ModelDir, directory: Path) -> None:
-    """Write the files of the student with the tensors `stored`; all other tensors are copied."""
-    total_bytes = 0
-    for file in student.weights.files:
-        tensors: dict[str, Tensor] = {}
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                tensor = stored.pop(name).contiguous() if name in stored else opened.get_tensor(name)
-                # safetensors writes no shared tensors: the head of a tied model, if its copy is stored, too.
-                is_shared = any(tensor is other for other in tensors.values())
-                tensors[name] = tensor.clone() if is_shared else tensor
-        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, directory / file.name, metadata={"format": "pt"})
-    if index := student.weights.index:
-        content = read_json_object(index)
-        content["metadata"] = (content.get("metadata") or {}) | {"total_size": total_bytes}
+def _write_configs(files: Mapping[str, list[StoredTensor]], student: ModelDir, dtype: str, directory: Path) -> None:
+    """Write config.json and, if there are several weight files, their index."""
+    config, index = _with_dtype(student.config, dtype, always=True), student.weights.index
+    content = read_json_object(index) if index else {}
+    name = index.name if index else INDEX_FILE
+    if files.keys() != {file.name for file in student.weights.files}:
+        config.pop("transformers_weights", None)
+        name = INDEX_FILE
+        content["weight_map"] = {tensor.entry.name: file for file, tensors in files.items() for tensor in tensors}
+    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if "weight_map" in content:
+        total = sum(map(_total_bytes, files.values()))
+        content["metadata"] = (content.get("metadata") or {}) | {"total_size": total}
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-        (directory / index.name).write_text(text + "\n", encoding="utf-8")
+        (directory / name).write_text(text + "\n", encoding="utf-8")

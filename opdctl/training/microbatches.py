@@ -1,4 +1,4 @@
-"""Micro-batches: a step's scored responses with token weights and loss scales, split by a token budget.
+"""Micro-batches: a step's scored responses with token weights and loss scales.
 
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
@@ -16,14 +16,15 @@ from torch import Tensor
 from opdctl.artifacts.records import Logprobs, ScoredResponse
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Floats, Weight, weigh
-from opdctl.models.batching import PaddedBatch, by_token_budget, pad_batch
+from opdctl.models.batching import SequenceBatch, pack_batch, pad_batch
 from opdctl.recipe.schema import Recipe, Train
 from opdctl.runs.scored_responses import target_logprobs, to_weight_inputs
+from opdctl.training.division import Division, divide
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Complete responses to prompts of one teacher, padded, with the stored values of their tokens.
+    """Complete responses to prompts of one teacher, padded or packed, with the stored values of their tokens.
 
     Log-probs are in nats. weight_N: the token weights. loss_scale_N: the factor of a token's loss in the step's loss:
     weight / denominator, or 1 / denominator if the weight modulates the extrapolation, which is in target_logp_N.
@@ -31,7 +32,7 @@ class MicroBatch:
     """
 
     samples: list[ScoredResponse]
-    padded: PaddedBatch
+    sequences: SequenceBatch
     rollout_logp_N: Tensor
     teacher_logp_N: Tensor
     target_logp_N: Tensor
@@ -48,11 +49,12 @@ class MicroBatch:
 def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
     """Return two micro-batches with half of the responses each. A single response is returned unsplit."""
     half = len(batch.samples) // 2
-    num_tokens = sum(batch.padded.lengths[:half])
+    num_tokens = sum(batch.sequences.lengths[:half])
 
     def select(samples: list[ScoredResponse], rows: slice) -> MicroBatch:
         columns: dict[str, Any] = {k: value[rows] for k, value in vars(batch).items() if isinstance(value, Tensor)}
-        return replace(batch, samples=samples, padded=_pad(samples, batch.loss_scale_N.device), **columns)
+        sequences = _join(samples, batch.sequences.packed is not None, batch.loss_scale_N.device)
+        return replace(batch, samples=samples, sequences=sequences, **columns)
 
     if not half:
         return [batch]
@@ -60,19 +62,9 @@ def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
     return [select(first, slice(num_tokens)), select(second, slice(num_tokens, None))]
 
 
-def _pad(samples: list[ScoredResponse], device: torch.device | str) -> PaddedBatch:
-    return pad_batch([(sample.response.prompt_ids, sample.response.response_ids) for sample in samples], device)
-
-
-def micro_batches_of_rank(batches: Sequence[MicroBatch], rank: int, world_size: int) -> list[MicroBatch]:
-    """Return the micro-batches of one rank; every rank gets the same number.
-
-    All ranks gather sharded layers together, so a rank with fewer micro-batches repeats the smallest one as a filler.
-    """
-    smallest = min(batches, key=lambda batch: batch.padded.input_ids_BT.numel())
-    filler = replace(smallest, loss_scale_N=torch.zeros_like(smallest.loss_scale_N), is_filler=True)
-    padded_length = -(-len(batches) // world_size) * world_size
-    return [batches[i] if i < len(batches) else filler for i in range(rank, padded_length, world_size)]
+def _join(samples: list[ScoredResponse], packs: bool, device: torch.device | str) -> SequenceBatch:
+    join = pack_batch if packs else pad_batch
+    return join([(sample.response.prompt_ids, sample.response.response_ids) for sample in samples], device)
 
 
 def make_micro_batches(
@@ -83,8 +75,10 @@ def make_micro_batches(
     objective: Objective,
     device: str,
     old_logprobs: Mapping[str, Logprobs] | None = None,
+    division: Division = Division(),  # noqa: B008 - immutable
+    rank: int = 0,
 ) -> list[MicroBatch]:
-    """Weight a step's tokens and split its responses into micro-batches of one teacher each, by the token budget.
+    """Weight a step's tokens, and return a rank's micro-batches, each of one teacher and within the token budget.
 
     old_logprobs: the trainer's log-probs of each response by its id, [T], in nats. The weights then read these instead
     of the stored ones, and the micro-batches contain them.
@@ -94,18 +88,17 @@ def make_micro_batches(
     weights = weigh(weight, [to_weight_inputs(sample, step, logp) for sample, logp in zip(scored, own, strict=True)])
     factors = [np.ones(len(w)) for w in weights] if recipe.weight.modulates == "extrapolation" else weights
     denominators = _loss_denominators(factors, recipe.train)
-    lengths = [len(sample.response.response_ids) for sample in scored]
+    sizes = [len(sample.response.prompt_ids) + len(sample.response.response_ids) for sample in scored]
+    teachers = [sample.response.teacher for sample in scored]
+    groups = [[i for i, of in enumerate(teachers) if of == teacher] for teacher in recipe.teacher_models()]
     batches = []
-    for teacher in recipe.teacher_models():
-        rows = [i for i, sample in enumerate(scored) if sample.response.teacher == teacher]
-        sizes = [len(scored[i].response.prompt_ids) + lengths[i] for i in rows]
-        for indices in by_token_budget(sizes, recipe.train.tokens_per_micro_batch):
-            batch_rows = [rows[i] for i in indices]
-            loss_scales = [factors[i] / denominators[i] for i in batch_rows]
-            samples, batch_weights = [scored[i] for i in batch_rows], [weights[i] for i in batch_rows]
-            batch = _micro_batch(recipe, samples, batch_weights, loss_scales, objective, device)
-            old_logp_N = _column([own[i] for i in batch_rows], device) if old_logprobs else None
-            batches.append(replace(batch, old_logp_N=old_logp_N))
+    for share in divide(groups, sizes, recipe.train.tokens_per_micro_batch, division)[rank]:
+        rows, scale = share.indices, 0.0 if share.is_filler else 1.0
+        loss_scales = [scale * factors[i] / denominators[i] for i in rows]
+        samples, batch_weights = [scored[i] for i in rows], [weights[i] for i in rows]
+        batch = _micro_batch(recipe, samples, batch_weights, loss_scales, objective, device, division.packs)
+        old_logp_N = _column([own[i] for i in rows], device) if old_logprobs else None
+        batches.append(replace(batch, old_logp_N=old_logp_N, is_filler=share.is_filler))
     return batches
 
 
@@ -132,6 +125,7 @@ def _micro_batch(
     loss_scales: list[Floats],
     objective: Objective,
     device: str,
+    packs: bool,
 ) -> MicroBatch:
     column = partial(_column, device=device)
     responses, teachers = [sample.response for sample in samples], [sample.teacher for sample in samples]
@@ -147,7 +141,7 @@ def _micro_batch(
     targets = [target_logprobs(s, recipe.train.extrapolation, w) for s, w in zip(samples, factors, strict=True)]
     return MicroBatch(
         samples=samples,
-        padded=_pad(samples, device),
+        sequences=_join(samples, packs, device),
         rollout_logp_N=column([response.logprobs for response in responses]),
         teacher_logp_N=column([teacher.logprobs for teacher in teachers]),
         target_logp_N=column(targets),

@@ -3,22 +3,29 @@
 All ranks call every function of this module.
 """
 
-from typing import Any
+import os
 
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opdctl import distributed
+from opdctl import console
 from opdctl.errors import OpdctlError
-from opdctl.models.directory import ModelDir
-from opdctl.models.inspection import load_on_meta_device
+from opdctl.models.directory import LOGPROB_TOLERANCE, ModelDir, translate_loading_errors
+from opdctl.models.inspection import check_files, check_loaded_tensors, load_on_meta_device
 from opdctl.models.loading import load_model
-from opdctl.models.self_check import LOGPROB_TOLERANCE, scoring_difference
+from opdctl.models.routing import Routers, check_has_experts, check_replay
+from opdctl.models.self_check import check_scoring, enable_packing, scoring_difference
+from opdctl.models.shapes import read_shape
+from opdctl.models.shards import WeightReader
 from opdctl.recipe.schema import Recipe
+from opdctl.training import sharding
 from opdctl.training.adapters import check_adapters, inject_adapters, log_untrained_matrices, set_dropout
+from opdctl.training.compilation import compile_blocks
 from opdctl.training.export import check_exportable, text_prefixes
+
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""By which a user sets torch's allocator."""
 
 
 def check_trainable(student: ModelDir, recipe: Recipe) -> None:
@@ -29,10 +36,12 @@ def check_trainable(student: ModelDir, recipe: Recipe) -> None:
     """
     model, _ = load_on_meta_device(student)
     _select_trained_weights(model, student, recipe)
+    if recipe.train.router_replay or recipe.rollout.routed_experts:
+        check_has_experts(Routers(model))
 
 
 def load_policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedModel:
-    """Load the student for training; trainable parameters are float32.
+    """Load the student for training; trainable parameters are in `train.master_dtype`, those of adapters in float32.
 
     bfloat16 rounds an update of 1e-5 away, so master weights are float32 whatever the dtype of the export. The frozen
     weights under an adapter keep their dtype.
@@ -40,18 +49,63 @@ def load_policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedMod
     Raises:
         OpdctlError: the model cannot be exported, or does not support the recipe's LoRA settings.
     """
-    sharded = distributed.world_size() > 1 or recipe.train.cpu_offload
-    model = load_model(student, device="cpu" if sharded else device, dtype=None if recipe.lora.rank else "float32")
-    _select_trained_weights(model, student, recipe)
-    if recipe.lora.rank:
-        check_adapters(model)
-        set_dropout(model, True)
-        log_untrained_matrices(model, recipe.lora, text_prefixes(model))
-    if recipe.train.gradient_checkpointing:
-        _enable_gradient_checkpointing(model)
-    _check_forward_pass(model, recipe)
-    if sharded:
-        _shard(model, recipe, device)
+    if device == "cuda" and not ALLOCATOR_VARIABLES & os.environ.keys():
+        # Micro-batches have many shapes. vLLM, in processes with this environment, cannot have it: hence no variable.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    _warn_of_slow_attention(student, recipe, device)
+    dtype = recipe.student.dtype if recipe.lora.rank else recipe.train.master_dtype
+    is_sharded = sharding.is_sharded(recipe)
+    if is_sharded:
+        model = _load_sharded(student, recipe, device, dtype)
+    else:
+        model = load_model(student, device=device, dtype=dtype)
+        _select_trained_weights(model, student, recipe)
+    with sharding.complete_forward_pass(model, recipe):
+        if is_sharded:
+            check_scoring(model, student.path, LOGPROB_TOLERANCE[recipe.student.dtype])
+        if recipe.lora.rank:
+            check_adapters(model)
+            set_dropout(model, True)
+            log_untrained_matrices(model, recipe.lora, text_prefixes(model))
+        if recipe.train.gradient_checkpointing:
+            _enable_gradient_checkpointing(model, recipe.train.checkpoint_every_n_layers)
+        if recipe.lora.rank or recipe.train.gradient_checkpointing or not is_sharded:
+            _check_forward_pass(model, recipe)
+        if recipe.train.router_replay:
+            check_replay(model, Routers(model))
+        if recipe.train.packing:
+            _enable_packing(model, student, recipe)
+        if recipe.train.compile:
+            compile_blocks(model)
+    return model
+
+
+def _warn_of_slow_attention(student: ModelDir, recipe: Recipe, device: str) -> None:
+    """Warn if torch has no kernel for the student's attention, which then holds the scores of all pairs of tokens."""
+    shape = read_shape(student)
+    is_grouped = shape is not None and shape.num_key_value_heads < shape.num_attention_heads
+    if device == "cuda" and recipe.student.dtype == "float32" and is_grouped:
+        console.warn_once(
+            f"{student.path}: on a GPU, torch has no fused kernel for grouped-query attention in float32, so memory "
+            'grows with the square of the length of a response. Set student.dtype = "bfloat16"'
+        )
+
+
+def _load_sharded(student: ModelDir, recipe: Recipe, device: str, dtype: str) -> PreTrainedModel:
+    """Load the student without ever holding more than this process's shards and one tensor.
+
+    Raises:
+        OpdctlError: the stored tensors do not match the config, or as `load_policy`.
+    """
+    check_files(student)
+    model, loading_info = load_on_meta_device(student, dtype)
+    check_loaded_tensors(student, model, loading_info)
+    reader = WeightReader(model, student.weights)
+    with sharding.parameters_without_memory(model):
+        _select_trained_weights(model, student, recipe)
+    sharding.shard(model, recipe, device)
+    with translate_loading_errors(student.path, "the model", "invalid_model"):
+        sharding.fill(model, reader, recipe, device)
     return model
 
 
@@ -72,10 +126,8 @@ def _check_forward_pass(model: PreTrainedModel, recipe: Recipe) -> None:
     Raises:
         OpdctlError: they do not.
     """
-    dtype = getattr(torch, recipe.student.dtype)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        difference = scoring_difference(model)
-    if not difference <= LOGPROB_TOLERANCE[dtype]:  # not `>`, so that NaN fails too
+    difference = scoring_difference(model)
+    if not difference <= LOGPROB_TOLERANCE[recipe.student.dtype]:  # not `>`, so that NaN fails too
         raise OpdctlError(
             "unsupported_setting",
             "lora, train.gradient_checkpointing: with these settings the log-probs of training differ by "
@@ -84,41 +136,24 @@ def _check_forward_pass(model: PreTrainedModel, recipe: Recipe) -> None:
         )
 
 
-def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+def _enable_packing(model: PreTrainedModel, student: ModelDir, recipe: Recipe) -> None:
+    if obstacle := enable_packing(model, LOGPROB_TOLERANCE[recipe.student.dtype]):
+        console.info_once(
+            f"{student.path}: its responses are padded, since packed ones may not be separate: {obstacle}"
+        )
+
+
+def _enable_gradient_checkpointing(model: PreTrainedModel, every_n_layers: int) -> None:
     """Enable gradient checkpointing without dropout, since the policy that sampled the responses had none.
 
     transformers checkpoints only layers in training mode, so the layers are set to it and their submodules are not.
     Some layers, such as those of OPT, apply dropout themselves.
     """
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable(every_n_layers=every_n_layers)
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
             probabilities = [
                 name for name in vars(module) if isinstance(vars(module)[name], float) and "dropout" in name
             ]
             vars(module).update(dict.fromkeys(probabilities, 0.0))
-
-
-def _shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:
-    """Shard every block, the remaining body, and the head, which `output_head` gathers instead of a forward pass."""
-    tied = model.config.get_text_config().tie_word_embeddings
-    param_dtype = torch.bfloat16 if recipe.student.dtype == "bfloat16" else None
-    settings: dict[str, Any] = {
-        "mesh": distributed.mesh(device),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda")
-        if recipe.train.cpu_offload
-        else OffloadPolicy(),
-    }
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    sharded = [fully_shard(module, **settings) for module in [*blocks, model.base_model]]
-    head = model.get_output_embeddings()
-    if tied:
-        head.weight = model.get_input_embeddings().weight
-    else:
-        sharded.append(fully_shard(head, **settings))
-    for module in sharded:
-        module.set_gradient_divide_factor(1.0)  # sum, not mean: loss scales refer to all tokens of the step
-        if device == "cpu":
-            module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction

@@ -6,7 +6,10 @@ Shape suffixes: see Notation in CONTRIBUTING.md.
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -17,20 +20,27 @@ from torch import Tensor
 
 from opdctl import console, distributed
 from opdctl.artifacts import directories, files
+from opdctl.artifacts.manifests import ProbeRecord
 from opdctl.artifacts.records import Logprobs, ScoredResponse, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint
+from opdctl.artifacts.tensor_files import FileDigest
 from opdctl.artifacts.versions import versioned
 from opdctl.errors import OpdctlError, is_out_of_memory
 from opdctl.losses.objectives import TokenBatch
 from opdctl.losses.token_weights import Uniform, Weight
+from opdctl.models import packing
+from opdctl.models.batching import SequenceBatch, pad_batch
 from opdctl.models.loading import load_head
 from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
+from opdctl.models.routing import Routers
+from opdctl.models.shapes import attention_span, read_shape
 from opdctl.recipe.components import build_objective, build_token_weight, reads_trainer_logprobs
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
-from opdctl.training import checkpoint, policy, publish
+from opdctl.training import checkpoint, policy, publish, sharding
 from opdctl.training.adapters import set_dropout
+from opdctl.training.division import Division
 from opdctl.training.export import export_student
 from opdctl.training.metrics import (
     ROLLOUT_CORRECTION_SQUARED,
@@ -39,11 +49,13 @@ from opdctl.training.metrics import (
     peak_memory_gib,
     response_stats,
 )
-from opdctl.training.microbatches import MicroBatch, make_micro_batches, micro_batches_of_rank, split_in_half
+from opdctl.training.microbatches import MicroBatch, make_micro_batches, split_in_half
 from opdctl.training.optimizer import learning_rate, make_adamw
+from opdctl.training.router_replay import given_experts, token_places
 
 _T = TypeVar("_T")
 MAX_OOM_SPLITS = 6  # how often micro-batches are halved after an out-of-memory error
+UPDATE_PROBE_TOKENS = 32  # with which an engine shows that it has an updated student
 LAST_UPDATE_METRICS = ("loss", "ratio", "clip_fraction", "dual_clip_fraction")
 """Metrics of a step's last update. The others describe the policy before the first one."""
 
@@ -57,13 +69,18 @@ class Trainer:
         self._weight, self._objective = build_token_weight(run.recipe), build_objective(run.recipe)
         self._teacher_heads: dict[str, Head] = {}
         self._model = policy.load_policy(run.student, run.recipe, device)
+        self._routers = Routers(self._model)
+        shape = read_shape(run.student)
+        self._attention_span = attention_span(shape) if shape else math.inf
         self._optimizer = make_adamw(self._model, self._settings)
-        self._restore(run.current_step())
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="trainer state")
+        self._saving: Future[None] | None = None
+        self._restore(distributed.call_on_main(run.current_step))
 
     def _restore(self, done: int) -> None:
         """Load the latest intact checkpoint, and replay the later updates from their stored responses and scores."""
         run = self._run
-        saved = distributed.broadcast_object(latest_checkpoint(run, done) if distributed.is_main() else 0)
+        saved = distributed.call_on_main(partial(latest_checkpoint, run, done))
         if saved:
             checkpoint.restore(run.trainer_path(saved), self._model, self._optimizer)
         if saved < done:
@@ -71,16 +88,20 @@ class Trainer:
             for step in range(saved, done):
                 self._update(step, self.make_micro_batches(step, list(read_scored(run, step))))
             self._check_replay(done)
-        if distributed.broadcast_object(run.must_rewrite_student()):
+        if distributed.call_on_main(run.must_rewrite_student):
             self._rewrite_student(done)
+        if distributed.call_on_main(run.must_save_trainer_state):
+            self._begin_save(done, run.student_digests(done))
 
     def _check_replay(self, done: int) -> None:
         """Warn if the replayed student is not bit-identical to the recorded one."""
         directory = self._run.path / ".replayed"
-        replayed = _write_sharded_directory(directory, lambda directory: self._export(directory, done))
+        replayed = _write_student(directory, lambda directory: self._export(directory, done))
+        if not distributed.is_main():
+            return
         files.remove_directory(directory)
         recorded = self._run.student_digests(done)
-        if distributed.is_main() and any(recorded.get(name) != digest for name, digest in replayed.items()):
+        if any(recorded.get(name) != digest for name, digest in replayed.items()):
             console.warn(
                 "replayed updates are not bit-identical to the originals; continuing from the replayed weights"
             )
@@ -94,9 +115,7 @@ class Trainer:
         run = self._run
         recorded, metrics = run.student_digests(step), run.update(step - 1)["metrics"]
         console.info(f"writing the missing student of step {step} from its checkpoint")
-        written = _write_sharded_directory(
-            run.student_path(step), lambda directory: self._export(directory, step, metrics)
-        )
+        written = _write_student(run.student_path(step), lambda directory: self._export(directory, step, metrics))
         if distributed.is_main() and any(recorded.get(name) != digest for name, digest in written.items()):
             why = "the student written from the checkpoint differs from the recorded one"
             raise files.corrupt_artifact(run.student_path(step), why, "start again in another --output")
@@ -111,15 +130,15 @@ class Trainer:
         """
         start = time.monotonic()
         scored = list(read_scored(self._run, step))
-        batches = self.make_micro_batches(step, scored)
-        update_metrics = self._update(step, batches)
+        update_metrics = self._update(step, self.make_micro_batches(step, scored))
         seconds = dict(stage_seconds) | {"update": time.monotonic() - start}
         metrics = self._step_metrics(step, scored, update_metrics, seconds)
-        self._write(step, metrics)
+        self._write(step, metrics, self._score_probe())
+        torch.cuda.empty_cache()  # engines on the same GPU are other processes
         return metrics
 
     def make_micro_batches(self, step: int, scored: list[ScoredResponse]) -> list[MicroBatch]:
-        """Weight a step's tokens, split the responses into micro-batches, and return those of this rank."""
+        """Weight a step's tokens, divide the responses into micro-batches, and return those of this rank."""
         check_ids([sample.response for sample in scored], self._run.student)
         old_logprobs = self._old_logprobs(step, scored) if reads_trainer_logprobs(self._run.recipe) else None
         return self._batches_of_rank(step, scored, self._weight, old_logprobs)
@@ -133,8 +152,9 @@ class Trainer:
     ) -> list[MicroBatch]:
         settings = self._settings.model_copy(update={"tokens_per_micro_batch": self._token_budget})
         recipe = self._run.recipe.model_copy(update={"train": settings})
-        batches = make_micro_batches(recipe, step, scored, weight, self._objective, self._device, old_logprobs)
-        return micro_batches_of_rank(batches, distributed.rank(), distributed.world_size())
+        division = Division(distributed.world_size(), packing.is_enabled(self._model), self._attention_span)
+        inputs = (weight, self._objective, self._device, old_logprobs)
+        return make_micro_batches(recipe, step, scored, *inputs, division, distributed.rank())
 
     def _old_logprobs(self, step: int, scored: list[ScoredResponse]) -> dict[str, Logprobs]:
         """Return the log-probs of all responses under the student before the step's updates, by sample id, [T] each.
@@ -156,28 +176,56 @@ class Trainer:
         """Return the micro-batches, and the log-probs of their responses by sample id."""
         logprobs: dict[str, Logprobs] = {}
         for batch in batches:
-            for sample, logp_T in zip(batch.samples, batch.padded.split(self._logp_N(batch)), strict=True):
+            with self._routing(batch):
+                logp_N = self._logp_N(batch.sequences)
+            for sample, logp_T in zip(batch.samples, batch.sequences.split(logp_N), strict=True):
                 logprobs[sample.response.sample_id] = logp_T.numpy()
         return batches, logprobs
 
+    def _routing(self, batch: MicroBatch) -> AbstractContextManager[None]:
+        """Count the routers' choices of experts for a micro-batch, and with router replay give them the rollout's."""
+        if not self._routers.experts:
+            return nullcontext()
+        is_replayed = self._settings.router_replay
+        given_NLK = given_experts(batch.samples, batch.sequences, self._routers) if is_replayed else None
+        return self._routers.replay(given_NLK, token_places(batch.samples, batch.sequences) & (not batch.is_filler))
+
     @torch.no_grad()
-    def _logp_N(self, batch: MicroBatch) -> Tensor:
-        """Return the log-probs of a micro-batch's response tokens, [N], in CPU memory."""
+    def _logp_N(self, sequences: SequenceBatch) -> Tensor:
+        """Return the log-probs of a batch's response tokens, [N], in CPU memory."""
         logps: list[Tensor] = []
 
         def keep_logp(chunk: Chunk) -> None:
             logps.append(chunk.selected_logp_CK[:, 0].cpu())
 
-        hidden_ND, ids_N = self._response_states(batch)
-        head = output_head(self._model, self._run.student.vocab_size)
+        hidden_ND, ids_N = self._response_states(sequences)
+        head = output_head(self._model, self._run.student.vocab_size, hidden_ND.dtype)
         map_vocab_chunks(head, hidden_ND, ids_N[:, None], keep_logp)
         return torch.cat(logps)
 
-    def _response_states(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _response_states(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Return the hidden state that predicts each response token, [N, D], and the token's id, [N]."""
-        padded, dtype = batch.padded, self._run.recipe.student.dtype
-        with torch.autocast(self._device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return response_states(self._model, padded.input_ids_BT, padded.rows_N, padded.positions_N)
+        return response_states(
+            self._model, sequences.input_ids_BT, sequences.rows_N, sequences.positions_N, sequences.packed
+        )
+
+    def _score_probe(self) -> ProbeRecord:
+        """Return fixed ids with their log-probs under the updated student, which its engine must reproduce.
+
+        Random ids reach more of the weights than those of a prompt, most experts for example.
+
+        Raises:
+            OpdctlError: a log-prob is not finite.
+        """
+        count = min(UPDATE_PROBE_TOKENS, 1 + self._run.recipe.rollout.max_tokens)  # any engine has room for as many
+        ids = np.random.default_rng(0).integers(0, self._run.student.vocab_size, count, np.int32)
+        set_dropout(self._model, False)
+        logp_N = self._logp_N(pad_batch([(ids[:1], ids[1:])], self._device))
+        set_dropout(self._model, True)
+        sharding.reshard(self._model)
+        if not torch.isfinite(logp_N).all():
+            raise _non_finite_error(self._run, "a log-prob of the updated student is not finite", [])
+        return {"ids": ids.tolist(), "logprobs": logp_N.tolist()}
 
     def _step_metrics(
         self, step: int, scored: list[ScoredResponse], update_metrics: dict[str, Any], seconds: Mapping[str, float]
@@ -185,6 +233,9 @@ class Trainer:
         """Return the metrics of the update together with those of the responses, the times and the memory."""
         run = self._run
         metrics = {"step": step, "staleness": step - run.policy_version(step)} | update_metrics | response_stats(scored)
+        manifest = run.rollout_stage(step).manifest()
+        if manifest and "probe_rms" in manifest["logprob_metadata"]:
+            metrics["probe_rms"] = float(manifest["logprob_metadata"]["probe_rms"])
         metrics["invalid_responses"] = run.recipe.responses_per_step() - len(scored)
         for stage, duration in seconds.items():
             metrics |= {f"{stage}_seconds": duration, f"{stage}_tokens_per_second": metrics["tokens"] / duration}
@@ -206,6 +257,7 @@ class Trainer:
             sums = distributed.all_reduce_sum(sums)
             num_tokens = max(sums.pop("tokens"), 1)
             means = {key: value / (1 if key == "loss" else num_tokens) for key, value in sums.items()}
+            means |= self._routers.metrics(distributed.all_reduce_sum(self._routers.counts()))
             metrics = (metrics or means) | {key: means[key] for key in LAST_UPDATE_METRICS if key in means}
             metrics |= {"grad_norm": norm, "learning_rate": rate}
         if (mean_square := metrics.pop(ROLLOUT_CORRECTION_SQUARED, None)) is not None:
@@ -230,11 +282,11 @@ class Trainer:
                 # Other ranks wait in the collectives of a sharded layer and cannot be notified.
                 if distributed.world_size() > 1 or not is_out_of_memory(error):
                     raise
-            self._optimizer.zero_grad()
+            sharding.discard_pass(self._model)
             if all(len(batch.samples) == 1 for batch in batches):
                 break
             batches = [half for batch in batches for half in split_in_half(batch)]
-            self._token_budget = max(batch.padded.input_ids_BT.numel() for batch in batches)
+            self._token_budget = max(batch.sequences.input_ids_BT.numel() for batch in batches)
             console.warn(f"out of memory: retrying with micro-batches of at most {self._token_budget} tokens")
         raise OpdctlError(
             "out_of_memory",
@@ -245,8 +297,10 @@ class Trainer:
     def _backward_all(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
         """Accumulate the gradient. Return the micro-batches with the old policy's log-probs, and the metrics' sums."""
         with_old_logp, sums = [], dict[str, float]()
+        self._routers.reset_counts()
         for batch in batches:
-            old_logp_N, batch_sums = self._backward(batch)
+            with self._routing(batch):
+                old_logp_N, batch_sums = self._backward(batch)
             with_old_logp.append(replace(batch, old_logp_N=old_logp_N))
             sums = {key: sums.get(key, 0.0) + value * (not batch.is_filler) for key, value in batch_sums.items()}
         return with_old_logp, sums
@@ -261,6 +315,7 @@ class Trainer:
         norm = float(distributed.full_tensor(torch.nn.utils.clip_grad_norm_(trained, self._settings.max_grad_norm)))
         if not math.isfinite(norm):
             raise _non_finite_error(self._run, f"the gradient norm is {norm}", [])
+        self.finish_save()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
@@ -272,7 +327,7 @@ class Trainer:
             OpdctlError: the loss is not finite.
         """
         sums, run = MetricSums(), self._run
-        hidden_ND, ids_N = self._response_states(batch)
+        hidden_ND, ids_N = self._response_states(batch.sequences)
         teacher_hidden_ND = self._teacher_states(batch)
 
         def chunk_loss(chunk: Chunk) -> Tensor:
@@ -284,14 +339,15 @@ class Trainer:
             return (loss_C * batch.loss_scale_N[chunk.rows]).sum()
 
         support = [] if batch.support_ids_NK is None else [batch.support_ids_NK]
-        head = output_head(self._model, run.student.vocab_size)
+        head = output_head(self._model, run.student.vocab_size, hidden_ND.dtype)
         loss = map_vocab_chunks(head, hidden_ND, torch.cat([ids_N[:, None], *support], dim=-1), chunk_loss)
         if not torch.isfinite(loss):
             sample_ids = [sample.response.sample_id for sample in batch.samples]
             raise _non_finite_error(run, f"the loss is {loss.item()}", sample_ids)
         loss.backward()
-        totals = {name: float(value) for name, value in sums.sums.items()}
-        totals |= {"loss": loss.item(), "tokens": len(batch.loss_scale_N)}
+        sums.sums["loss"] = loss.detach()
+        totals = dict(zip(sums.sums, torch.stack([*sums.sums.values()]).tolist(), strict=True))  # one wait for the GPU
+        totals["tokens"] = len(batch.loss_scale_N)
         return torch.cat(sums.logps) if batch.old_logp_N is None else batch.old_logp_N, totals
 
     def _token_batch(
@@ -334,22 +390,22 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def _write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write the checkpoint and the student, then update.json, which completes the step.
+    def _write(self, step: int, metrics: dict[str, Any], probe: ProbeRecord) -> None:
+        """Write the student, then update.json, which completes the step. Begin to write the trainer state.
+
+        The next rollout needs the student alone. After the last step there is none, so the state is complete first.
 
         Raises:
             OpdctlError: another process has completed the step.
         """
-        run, done, trainer = self._run, step + 1, {}
+        run, done = self._run, step + 1
         if distributed.is_main() and run.update_path(step).exists():  # this process was suspended and lost its lease
             raise OpdctlError("lease_held", f"{run.path}: another process has already written step {done}")
-        if done % self._settings.save_every_steps == 0 or done == self._settings.steps:
-            trainer = _write_sharded_directory(
-                run.trainer_path(done), lambda directory: checkpoint.save(directory, self._model, self._optimizer)
-            )
-        student = _write_sharded_directory(
-            run.student_path(done), lambda directory: self._export(directory, done, metrics)
-        )
+        student = _write_student(run.student_path(done), lambda directory: self._export(directory, done, metrics))
+        is_saved, is_last = run.saves_trainer_state(done), done == self._settings.steps
+        if is_saved and is_last:
+            self._begin_save(done, student)
+            self.finish_save()
         if distributed.is_main():
             fingerprint = update_fingerprint(run, step)
             record = {
@@ -357,19 +413,46 @@ class Trainer:
                 "step": step,
                 "settings": dict(fingerprint.settings),
                 "inputs": dict(fingerprint.inputs),
-                "trainer": trainer,
                 "student": student,
+                "probe": probe,
                 "metrics": metrics,
             }
             files.write_json(run.update_path(step), record)
             files.append_line(run.metrics_path, metrics)
         distributed.barrier()
+        distributed.wait_until_visible(run.update_path(step).exists, f"the update of step {step}")
+        if is_saved and not is_last:
+            self._begin_save(done, student)
 
-    def _export(self, directory: Path, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+    def _begin_save(self, done: int, student: Mapping[str, str]) -> None:
+        """Write the trainer state in a background thread. Until `finish_save`, nothing may change weights and moments.
+
+        student: on rank 0, the digests of the student of the same step.
+        """
+        self.finish_save()
+        state = checkpoint.state_tensors(self._model, self._optimizer)
+        self._saving = self._background.submit(_write_trainer_state, self._run.trainer_path(done), state, student)
+
+    def finish_save(self) -> None:
+        """Wait until the trainer state that is being written is complete.
+
+        Raises:
+            OpdctlError: it could not be written.
+        """
+        if self._saving:
+            self._saving.result()
+            self._saving = None
+
+    def close(self) -> None:
+        """End the background thread, after it has finished its work. An error of it is left to `finish_save`."""
+        self._background.shutdown()
+
+    def _export(self, directory: Path, step: int, metrics: Mapping[str, Any] | None = None) -> dict[str, FileDigest]:
         recipe = self._run.recipe
-        export_student(self._model, self._run.student, recipe.student.dtype, directory)
+        digests = export_student(self._model, self._run.student, recipe.student.dtype, directory)
         if distributed.is_main():
             publish.write_model_card(directory, recipe, step, metrics or {})
+        return digests
 
 
 def latest_checkpoint(run: Run, done: int) -> int:
@@ -379,10 +462,9 @@ def latest_checkpoint(run: Run, done: int) -> int:
         OpdctlError: there is none in a fork, which cannot replay the steps before its start.
     """
     for step in range(done, run.start_step - (run.start_step > 0), -1):
-        digests, directory = run.trainer_digests(step), run.trainer_path(step)
-        if digests and directory.is_dir():
+        if run.trainer_path(step).is_dir():
             try:
-                directories.check_directory(directory, digests)
+                run.check_trainer_state(step)
             except OpdctlError as error:
                 console.warn(f"{error.message}; using the checkpoint before it")
             else:
@@ -408,17 +490,39 @@ def _token_metrics(
     return token_metrics | {"entropy": chunk.entropy_C()}
 
 
-def _write_sharded_directory(path: Path, write: Callable[[Path], None]) -> dict[str, str]:
-    """Let every rank write its files to one directory and publish it at `path`. Rank 0 returns the files' digests."""
+def _write_together(directory: Path | None, write: Callable[[Path], Mapping[str, FileDigest]]) -> dict[str, FileDigest]:
+    """Let every rank write its files to rank 0's `directory`, and return the digests that all ranks took meanwhile."""
+    shared = cast(Path, distributed.broadcast_object(directory))
+    written = {name: digest for own in distributed.gather_objects(write(shared)) for name, digest in own.items()}
+    if distributed.is_main() and distributed.world_size() > 1:
+        distributed.wait_until_visible(
+            lambda: all(directories.has_size(shared / name, written[name].size) for name in written),
+            f"the files of the other ranks in {shared}",
+        )
+    return written
 
-    def write_together(directory: Path | None) -> None:
-        write(cast(Path, distributed.broadcast_object(directory)))
-        distributed.barrier()
 
+def _write_student(path: Path, write: Callable[[Path], Mapping[str, FileDigest]]) -> dict[str, str]:
+    """Write a student's directory to `path` atomically. Rank 0 returns the files' digests. Called by all ranks."""
     if distributed.is_main():
-        return directories.write_directory_with_digests(path, write_together)
-    write_together(None)
+        return directories.write_directory_with_digests(path, lambda directory: _write_together(directory, write))
+    _write_together(None, write)
     return {}
+
+
+def _write_trainer_state(path: Path, state: Mapping[str, Tensor], student: Mapping[str, str]) -> None:
+    """Write a trainer state with its digests to `path` atomically. Called by all ranks, in a background thread."""
+    write = partial(checkpoint.save, state=state)
+    if not distributed.is_main():
+        _write_together(None, write)
+        return
+
+    def fill(directory: Path) -> None:
+        digests = {name: digest.sha256 for name, digest in _write_together(directory, write).items()}
+        record = {**versioned("trainer"), "student": files.digest_of(student), "files": digests}
+        files.write_json(directory / directories.DIGESTS_FILE, record)
+
+    directories.write_directory(path, fill)
 
 
 def update_fingerprint(run: Run, step: int) -> Fingerprint:

@@ -1,0 +1,81 @@
+"""Safetensors files that are written tensor by tensor, so that no more than one tensor must be in memory.
+
+The format: an 8-byte little-endian length, a JSON header of that length, and the tensors without gaps. The order of the
+tensors and the text of the header are those of the safetensors library, so the files are the same, byte for byte.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+DTYPE_ORDER = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"),
+    *("F6_E3M2", "F6_E2M3", "F4", "BOOL"),
+)
+"""Names of dtypes, in the order in which a file stores its tensors: larger ones first, which keeps them aligned."""
+ALIGNMENT_BYTES = 8  # of the first tensor
+
+
+class TensorEntry(NamedTuple):
+    """A tensor of a file. dtype: one of DTYPE_ORDER."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class FileDigest(NamedTuple):
+    """The SHA-256 of a file, as hexadecimal digits, and its size in bytes, both taken while it was written."""
+
+    sha256: str
+    size: int
+
+
+def position_in_file(entry: TensorEntry) -> tuple[int, str]:
+    """Return what the tensors of a file are sorted by."""
+    return DTYPE_ORDER.index(entry.dtype), entry.name
+
+
+def write_tensor_file(
+    path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str], chunks: Iterable[bytes | memoryview]
+) -> FileDigest:
+    """Write a safetensors file, flush it to disk, and return its digest.
+
+    entries: sorted by `position_in_file`. chunks: the bytes of the tensors in this order, in pieces of any size.
+
+    Raises:
+        ValueError: the chunks have another length than the entries.
+    """
+    header, num_bytes = _header(entries, metadata)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hashing:
+        for chunk in chain([header], chunks):
+            hashed = hashing.submit(digest.update, chunk)  # while the file system copies the same bytes
+            size += file.write(chunk)
+            hashed.result()
+        if size != len(header) + num_bytes:
+            raise ValueError(f"{path}: {size} bytes for tensors of {num_bytes} and a header of {len(header)}")
+        file.flush()
+        os.fsync(file.fileno())
+    return FileDigest(digest.hexdigest(), size)
+
+
+def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """Return the bytes before the tensors, and the number of bytes of all tensors."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for entry in entries:
+        end = start + entry.num_bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT_BYTES)
+    return struct.pack("<Q", len(text)) + text, start
