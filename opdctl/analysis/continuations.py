@@ -6,7 +6,7 @@ responses in one directory for each model, then a summary. Each continuation has
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from opdctl.recipe.schema import Continuations, Recipe, Rollout
 from opdctl.runs.layout import step_name
 from opdctl.runs.models import check_positions
 from opdctl.runs.run import Run, open_stage_dir
-from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
+from opdctl.runs.stage_loop import BuildPart, StageWork, make_missing_parts, rows_part
 
 
 @dataclass(frozen=True, order=True)
@@ -265,10 +265,10 @@ def _generate_continuations(
 ) -> int:
     settings = _sampling(run.recipe)
 
-    def prepare() -> tuple[Mapping[str, Any], MakePart]:
+    def prepare() -> StageWork[Request, Completion]:
         engine = engines.get(name, settings.engine, _model(run, step, name))
 
-        def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
+        def open_part(index: int) -> tuple[list[Request], BuildPart[Completion]]:
             continued = list(_continuations(run, name, stage.items_of_part(responses, index)))
             requests = [
                 Request(
@@ -277,10 +277,14 @@ def _generate_continuations(
                 )
                 for each in continued
             ]
-            completions = engine.generate(requests, settings, settings.batch_size, on_progress)
-            return rows_part(_grade(run, benchmark, continued, completions), GradedResponse)
+            return requests, lambda done: rows_part(_grade(run, benchmark, continued, done), GradedResponse)
 
-        return engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p}, make_part
+        return StageWork(
+            engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p},
+            open_part,
+            partial(engine.stream_completions, sampling=settings, batch_size=settings.batch_size),
+            engine.batches_across_parts,
+        )
 
     num_items = _count_continuations(run, name, responses)
     return make_missing_parts(stage, f"continuations, {name}, step {step}", num_items, prepare)

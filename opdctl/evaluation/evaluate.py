@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from opdctl import distributed
 from opdctl.artifacts import files
 from opdctl.artifacts.files import digest_of
 from opdctl.artifacts.records import Completion, EvalPrompt, GradedResponse, Ids, sample_seed
@@ -31,7 +32,7 @@ from opdctl.recipe.schema import AUTO, Eval, Recipe
 from opdctl.runs.layout import PROMPTS, step_name
 from opdctl.runs.models import check_positions, find_model
 from opdctl.runs.run import Run, open_stage_dir
-from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
+from opdctl.runs.stage_loop import BuildPart, StageWork, make_missing_parts, rows_part
 
 MAX_SHOWN_ANSWER_CHARS = 200  # of an answer that crashed its grader, in the summary
 
@@ -78,7 +79,7 @@ def external_target(name: str, recipe: Recipe) -> EvalTarget:
 def find_target(run: Run, model: str | None, step: int | None) -> EvalTarget:
     """Return what to evaluate: the student of `step`, the newest by default; a scorer of the run; or another model."""
     if model is None:
-        return student_target(run, run.current_step() if step is None else step)
+        return student_target(run, distributed.call_on_main(run.current_step) if step is None else step)
     if model in run.scorers():
         return scorer_target(run, model)
     return external_target(model, run.recipe)
@@ -144,7 +145,7 @@ def evaluate_benchmarks(
     target = find_target(run, model, step)
     with open_engine_pool(run.recipe, device) as engines:
         for bench in run.recipe.eval.bench:
-            summary, made = run_eval(run, bench, target, engines, data)
+            summary, made = run_eval(run, bench, target, engines, data, wait=distributed.world_size() > 1)
             yield EvalResult(run.evaluation_path(bench, target.name), summary, made)
 
 
@@ -153,7 +154,8 @@ def run_eval(
 ) -> tuple[dict[str, Any] | None, int]:
     """Answer and grade the missing parts of a benchmark, and return its summary and the number of parts made here.
 
-    The summary is None while other workers make parts; `wait` waits for them. data: a file of problems, or a directory.
+    The summary is None while other workers make parts; `wait` waits for them. Of several ranks only rank 0 sums up.
+    data: a file of problems, or a directory.
 
     Raises:
         OpdctlError: code execution is disabled; the benchmark's data are invalid or unavailable; the evaluation was
@@ -167,7 +169,7 @@ def run_eval(
         files.remove_temporary_files(directory)
     source = str(data or benchmark.source.location)
     made = _answer_problems(run, benchmark, problems, source, target, engines, stage, wait=wait)
-    if not stage.is_finished():
+    if not distributed.is_main() or not stage.is_finished():
         return None, made
     summary = {
         **versioned("eval"),
@@ -254,23 +256,28 @@ def _answer_problems(
 ) -> int:
     settings, samples = run.recipe.eval, benchmark.samples_per_problem(run.recipe.eval)
 
-    def prepare() -> tuple[Mapping[str, Any], MakePart]:
+    def prepare() -> StageWork[Request, Completion]:
         prompts = _render_once(run, benchmark, problems, source, target, stage)
         check_positions(target.model, max(map(len, prompts.values())), settings.max_tokens, "eval.max_tokens")
         engine = engines.get(target.role, run.recipe.rollout.engine, target.model)
 
-        def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
+        def open_part(index: int) -> tuple[list[Request], BuildPart[Completion]]:
             part = stage.items_of_part(problems, index)
             asked = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
             requests = [Request(prompts[p.id], sample_seed(run.recipe.seed, name)) for p, name in asked]
-            completions = engine.generate(requests, settings, settings.batch_size, on_progress)
-            return rows_part(_grade(benchmark, target.model, asked, completions), GradedResponse)
+            return requests, lambda done: rows_part(_grade(benchmark, target.model, asked, done), GradedResponse)
 
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
-        return engine.logprob_metadata | sampling | _grader_package(benchmark), make_part
+        return StageWork(
+            engine.logprob_metadata | sampling | _grader_package(benchmark),
+            open_part,
+            partial(engine.stream_completions, sampling=settings, batch_size=settings.batch_size),
+            engine.batches_across_parts,
+        )
 
     title = f"eval {benchmark.name}, {target.name}"
-    return make_missing_parts(stage, title, samples * len(problems), prepare, wait=wait)
+    has_engine = engines.owns(run.recipe.rollout.engine)
+    return make_missing_parts(stage, title, samples * len(problems), prepare, wait=wait, has_engine=has_engine)
 
 
 def _grader_package(benchmark: Benchmark) -> dict[str, str]:

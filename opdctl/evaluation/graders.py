@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import combinations
 from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
@@ -121,45 +122,28 @@ class Mathematics:
         return [Grade(None, False, "no_answer", False) if answer is None else next(graded) for answer in answers]
 
     def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
-        """Each round compares one answer per problem with the known clusters, for all problems at once."""
-        clusters = [_AnswerClusters(gold, grades) for gold, grades in problems]
-        while any(each.pending for each in clusters):
-            pairs_by_problem = [each.next_pairs() for each in clusters]
-            all_pairs = [pair for pairs in pairs_by_problem for pair in pairs]
-            compared = iter(_compare_pairs(all_pairs, self.has_typed_values))
-            for each, pairs in zip(clusters, pairs_by_problem, strict=True):
-                each.assign([next(compared).correct for _ in pairs])
-        return [each.votes for each in clusters]
+        """Each incorrect answer has the vote of the first answer that it equals."""
+        distinct = [_incorrect_answers(grades) for _, grades in problems]
+        pairs = list({pair: None for answers in distinct for pair in combinations(answers, 2)})
+        compared = zip(pairs, _compare_pairs(pairs, self.has_typed_values), strict=True)
+        equal = {pair for pair, grade in compared if grade.correct}
+        votes = []
+        for (gold, grades), answers in zip(problems, distinct, strict=True):
+            first: dict[str, str] = {}
+            for answer in answers:
+                first[answer] = next((known for known in first.values() if (known, answer) in equal), answer)
+            votes.append([gold if g.correct else first.get(g.extracted or "", g.extracted) for g in grades])
+        return votes
 
     def are_parsable(self, golds: Sequence[str]) -> list[bool]:
         arguments = [(gold, self.has_typed_values) for gold in golds]
         return [result is True for result in _run_in_workers(math_answers.is_parsable, arguments)]
 
 
-class _AnswerClusters:
-    """The votes of one problem, while its equal incorrect answers are clustered. pending: distinct unassigned texts."""
-
-    def __init__(self, gold: str, grades: Sequence[Grade]):
-        self.votes = [gold if grade.correct else grade.extracted for grade in grades]
-        incorrect = {g.extracted: g.verdict for g in grades if not g.correct and g.extracted is not None}
-        self.pending = [answer for answer, verdict in incorrect.items() if verdict in GRADABLE_VERDICTS]
-        self._representatives: list[str] = []
-
-    def next_pairs(self) -> list[tuple[str, str]]:
-        """Return the first pending answer paired with the representative of each cluster."""
-        return [(known, self.pending[0]) for known in self._representatives] if self.pending else []
-
-    def assign(self, are_equal: Sequence[bool]) -> None:
-        """Assign the first pending answer to the first cluster that it equals, or to a new one."""
-        if not self.pending:
-            return
-        answer = self.pending.pop(0)
-        matches = (known for known, equal in zip(self._representatives, are_equal, strict=True) if equal)
-        representative = next(matches, None)
-        if representative is None:
-            self._representatives.append(answer)
-        else:
-            self.votes = [representative if vote == answer else vote for vote in self.votes]
+def _incorrect_answers(grades: Sequence[Grade]) -> list[str]:
+    """Return the distinct incorrect answers that can be compared."""
+    incorrect = [grade for grade in grades if not grade.correct and grade.verdict in GRADABLE_VERDICTS]
+    return list({grade.extracted: None for grade in incorrect if grade.extracted})
 
 
 def last_boxed(response: str) -> str | None:

@@ -20,6 +20,7 @@ from opdctl.runs.heartbeats import StageHeartbeat, send_heartbeats
 from opdctl.runs.run import Run
 from opdctl.training import tracking
 from opdctl.training.policy import check_trainable
+from opdctl.training.sharding import check_fsdp_size
 from opdctl.training.trainer import Trainer
 
 COLLAPSE_STEPS = 3  # consecutive steps beyond a bound that count as a collapse
@@ -66,26 +67,42 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         else:
             heartbeat = stack.enter_context(send_heartbeats(run, "train")) if follow else None
             produce_inputs = partial(_find_inputs, run, heartbeat)
-        trainer = Trainer(run, device) if _needs_trainer_now(run, follow) else None
+        check_fsdp_size(run.recipe)
+        first = distributed.call_on_main(run.current_step)
+        # With --follow, to be ready. Otherwise only to write a newest student or trainer state that is missing.
+        needs_trainer_now = (follow and first < steps) or distributed.call_on_main(run.is_state_incomplete)
+        trainer = _open_trainer(run, device, stack) if needs_trainer_now else None
         if trainer is None:
             check_trainable(run.student, run.recipe)  # before rollouts are made
-        for step in range(run.current_step(), steps):
-            distributed.main_process_first(partial(check_collapse, run))
-            written = ("rollout", "score", "update") if fill else ("update",)
-            distributed.main_process_first(partial(check_space, run, written))
+        for step in range(first, steps):
+            distributed.call_on_main(partial(_check_before_step, run, fill))
             seconds = produce_inputs(step)
             if seconds is None:
                 break
+            if distributed.is_main():
+                prune_students(run)  # by now the last trainer state is complete
+            engines.release()  # an update needs the memory of the GPUs
+            distributed.barrier()  # an engine may be on the GPUs of several ranks
             with clock.time("update"):
-                trainer = trainer or Trainer(run, device)
+                trainer = trainer or _open_trainer(run, device, stack)
                 metrics = trainer.train_step(step, seconds)
             if distributed.is_main():
                 report(metrics)
                 track(metrics)
-                prune_students(run)
         if fill:
-            evaluate_if_due(run, run.current_step(), engines, clock)
+            evaluate_if_due(run, max(first, steps), engines, clock)
+        if trainer:
+            trainer.finish_save()
+        if distributed.is_main():
+            prune_students(run)
     return clock
+
+
+def _open_trainer(run: Run, device: str, stack: contextlib.ExitStack) -> Trainer:
+    """Return a trainer. At the end of `stack` it finishes the trainer state that it is writing."""
+    trainer = Trainer(run, device)
+    stack.callback(trainer.close)
+    return trainer
 
 
 @contextlib.contextmanager
@@ -103,17 +120,19 @@ def _exclusive_training(run: Run) -> Iterator[None]:
         yield
 
 
-def _needs_trainer_now(run: Run, follow: bool) -> bool:
-    """Whether the model is loaded before the first step: to be ready, or to write a newest student that is missing."""
-    is_missing = bool(distributed.broadcast_object(run.must_rewrite_student()))
-    return is_missing or (follow and run.current_step() < run.recipe.train.steps)
+def _check_before_step(run: Run, fill: bool) -> None:
+    check_collapse(run)
+    check_space(run, ("rollout", "score", "update") if fill else ("update",))
 
 
 def _make_inputs(run: Run, engines: EnginePool, clock: Clock, step: int) -> dict[str, float] | None:
     """Evaluate if due, then make a step's rollout and scores; the ranks share the parts by leases."""
-    if not run.rollout_stage(step).is_finished():
-        for name in run.scorers():  # a teacher that cannot be loaded must not cost a rollout
-            engines.get(name, run.recipe.score.engine, run.models[name])
+    if not distributed.call_on_main(run.rollout_stage(step).is_finished):
+        student = run.student_at(step)  # on each machine, before any rank loads it
+        distributed.barrier()
+        # A teacher that cannot be loaded must not cost a rollout.
+        scorers = {name: (run.recipe.score.engine, run.models[name]) for name in run.scorers()}
+        engines.start(scorers | {"student": (run.recipe.rollout.engine, student)})
     evaluate_if_due(run, step, engines, clock)
     num_parts, seconds = run.recipe.rollout.num_parts, {}
     stages: dict[str, tuple[Callable[..., int], int]] = {
@@ -131,11 +150,12 @@ def _make_inputs(run: Run, engines: EnginePool, clock: Clock, step: int) -> dict
 
 def _find_inputs(run: Run, heartbeat: StageHeartbeat | None, step: int) -> dict[str, float] | None:
     """Wait for a step's scores if there is a heartbeat to wait with; return None if they do not exist."""
+    is_scored = partial(run.is_scored, step)
     if heartbeat is not None:
-        is_scored = partial(run.is_scored, step)
-        distributed.main_process_first(partial(heartbeat.wait_for, step, is_scored, "teacher scores"))
-    elif not run.is_scored(step):
+        distributed.call_on_main(partial(heartbeat.wait_for, step, is_scored, "teacher scores"))
+    elif not distributed.call_on_main(is_scored):
         return None
+    distributed.wait_until_visible(is_scored, f"the scores of step {step}")
     return {}
 
 
@@ -167,23 +187,21 @@ def check_collapse(run: Run) -> None:
 
 
 def evaluate_if_due(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
-    """Evaluate the student before the first step, every eval.every_steps, and after the last; the teachers once."""
+    """Evaluate the student before the first step, every eval.every_steps, and after the last; the teachers once.
+
+    The ranks share the parts by leases, and rank 0 sums up.
+    """
     every = run.recipe.eval.every_steps
     if not every or (step % every and step < run.recipe.train.steps):
         return
-    if distributed.is_main():
-        _evaluate(run, step, engines, clock)
-    distributed.barrier()
-
-
-def _evaluate(run: Run, step: int, engines: EnginePool, clock: Clock) -> None:
     targets = [evaluate.student_target(run, step)]
     if step == run.start_step:
         targets += [evaluate.scorer_target(run, name) for name in run.recipe.teacher_models()]
     for bench in run.recipe.eval.bench:
         for target in targets:
-            if not evaluate.is_evaluated(run, bench, target.name):
-                with clock.time("eval"):
-                    summary, _ = evaluate.run_eval(run, bench, target, engines, wait=True)
-                assert summary is not None  # waited for
+            if distributed.call_on_main(partial(evaluate.is_evaluated, run, bench, target.name)):
+                continue
+            with clock.time("eval"):
+                summary, _ = evaluate.run_eval(run, bench, target, engines, wait=True)
+            if summary is not None:
                 console.info(accuracy_line(summary), style="bold")

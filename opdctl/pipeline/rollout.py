@@ -1,7 +1,7 @@
 """rollout: the current student answers the step's prompts. Reads prompts, writes Parquet parts of responses."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from opdctl.artifacts.records import Completion, Prompt, Response, sample_seed
@@ -9,7 +9,7 @@ from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.parity import check_parity
 from opdctl.engines.pool import EnginePool
 from opdctl.runs.run import Run
-from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts, rows_part
+from opdctl.runs.stage_loop import BuildPart, Part, StageWork, make_missing_parts, rows_part
 
 
 def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False) -> int:
@@ -23,26 +23,42 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
     run.pin_policy_version(step)
     stage, samples, version = run.rollout_stage(step), run.samples(step), run.policy_version(step)
 
-    def prepare() -> tuple[Mapping[str, Any], MakePart]:
+    def prepare() -> StageWork[Request, Completion]:
         settings, student = run.recipe.rollout, run.student_at(version)
         engine = engines.get("student", settings.engine, student)
 
-        def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
+        def open_part(index: int) -> tuple[list[Request], BuildPart[Completion]]:
             part = stage.items_of_part(samples, index)
             requests = [Request(prompt.prompt_ids, sample_seed(run.recipe.seed, name)) for name, prompt in part]
-            completions = engine.generate(requests, settings, settings.batch_size, on_progress, columns=settings)
-            if index == 0:
-                pairs = zip(requests, completions, strict=True)
-                scored = [ScoreRequest(request.prompt_ids, done.response_ids) for request, done in pairs]
-                logprobs = [completion.logprobs for completion in completions]
-                check_parity(run.recipe, settings.engine, student, scored, logprobs, engines.device)
-            rows = [_row(run, version, *sample, done) for sample, done in zip(part, completions, strict=True)]
-            return rows_part(rows, Response)
 
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "policy_version": version}
-        return engine.logprob_metadata | sampling, make_part
+            def build(completions: list[Completion]) -> Part:
+                if index == 0:
+                    pairs = zip(requests, completions, strict=True)
+                    scored = [ScoreRequest(request.prompt_ids, done.response_ids) for request, done in pairs]
+                    logprobs = [completion.logprobs for completion in completions]
+                    check_parity(run.recipe, settings.engine, student, scored, logprobs, engines.device)
+                rows = [_row(run, version, *sample, done) for sample, done in zip(part, completions, strict=True)]
+                return rows_part(rows, Response)
 
-    return make_missing_parts(stage, f"rollout, step {step}", len(samples), prepare, wait=wait)
+            return requests, build
+
+        metadata: dict[str, Any] = engine.logprob_metadata | {
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "policy_version": version,
+        }
+        if (rms := engines.probe_rms("student", settings.engine)) is not None:
+            metadata["probe_rms"] = rms
+        return StageWork(
+            metadata,
+            open_part,
+            partial(engine.stream_completions, sampling=settings, batch_size=settings.batch_size, columns=settings),
+            engine.batches_across_parts,
+        )
+
+    title = f"rollout, step {step}"
+    has_engine = engines.owns(run.recipe.rollout.engine)
+    return make_missing_parts(stage, title, len(samples), prepare, wait=wait, has_engine=has_engine)
 
 
 def _row(run: Run, version: int, sample_id: str, prompt: Prompt, completion: Completion) -> Response:

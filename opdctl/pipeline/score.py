@@ -3,11 +3,10 @@
 Reads rollout parts, writes safetensors parts in one directory for each scorer.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from functools import partial
-from typing import Any
 
-from opdctl.artifacts.records import Response
+from opdctl.artifacts.records import Response, TokenScores
 from opdctl.artifacts.tables import read_rows, write_scores
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.parity import check_parity
@@ -15,7 +14,7 @@ from opdctl.engines.pool import EnginePool
 from opdctl.recipe.schema import Score
 from opdctl.runs.run import REFERENCE, Run
 from opdctl.runs.scored_responses import check_ids
-from opdctl.runs.stage_loop import MakePart, Part, make_missing_parts
+from opdctl.runs.stage_loop import BuildPart, Part, StageWork, make_missing_parts
 
 
 def run_scoring(
@@ -35,7 +34,7 @@ def run_scoring(
 def _score(run: Run, step: int, name: str, engines: EnginePool, *, wait: bool) -> int:
     rollout, stage = run.rollout_stage(step), run.score_stage(step, name)
 
-    def prepare() -> tuple[Mapping[str, Any], MakePart]:
+    def prepare() -> StageWork[ScoreRequest, TokenScores]:
         settings, model = _settings(run.recipe.score, name), run.models[name]
         engine = engines.get(name, settings.engine, model)
         # Temperature 1 and no top-p: the scorer is a reference, not a sampler.
@@ -46,25 +45,30 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, *, wait: bool) -
             "tokenizer": model.tokenizer_digest,
         }
 
-        def make_part(index: int, on_progress: Callable[[int], None]) -> Part:
+        def open_part(index: int) -> tuple[list[ScoreRequest], BuildPart[TokenScores]]:
             responses = read_rows(rollout.verify(index), Response)
             check_ids(responses, model)
             scored = [row for row in responses if name in (row.teacher, REFERENCE)]
             requests = [ScoreRequest(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in scored]
-            scores = engine.score(requests, settings, on_progress)
-            if index == 0 and scored:
-                logprobs = [each.logprobs for each in scores]
-                check_parity(run.recipe, settings.engine, model, requests, logprobs, engines.device)
-            on_progress(len(responses) - len(scored))
-            metadata_of_part = metadata | {"rollout": rollout.sha256(index)}
-            ids = [row.sample_id for row in scored]
-            save = partial(write_scores, ids=ids, scores=scores, logprob_metadata=metadata_of_part)
-            return Part(save, rows=len(scored), tokens=sum(len(each.logprobs) for each in scores))
 
-        return metadata, make_part
+            def build(scores: list[TokenScores]) -> Part:
+                if index == 0 and scored:
+                    logprobs = [each.logprobs for each in scores]
+                    check_parity(run.recipe, settings.engine, model, requests, logprobs, engines.device)
+                metadata_of_part = metadata | {"rollout": rollout.sha256(index)}
+                ids = [row.sample_id for row in scored]
+                save = partial(write_scores, ids=ids, scores=scores, logprob_metadata=metadata_of_part)
+                return Part(save, rows=len(scored), tokens=sum(len(each.logprobs) for each in scores))
 
+            return requests, build
+
+        process = partial(engine.stream_scores, settings=settings)
+        return StageWork(metadata, open_part, process, engine.batches_across_parts)
+
+    count = sum(name in (prompt.teacher, REFERENCE) for _, prompt in run.samples(step))
     title = f"score-teacher {name}, step {step}"
-    return make_missing_parts(stage, title, run.recipe.responses_per_step(), prepare, wait=wait)
+    has_engine = engines.owns(run.recipe.score.engine)
+    return make_missing_parts(stage, title, count, prepare, wait=wait, has_engine=has_engine)
 
 
 def _settings(settings: Score, name: str) -> Score:

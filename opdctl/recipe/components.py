@@ -25,8 +25,9 @@ def build_objective(recipe: Recipe) -> Objective:
 
 
 def required_columns(recipe: Recipe) -> dict[str, int | bool]:
-    """Return the settings that store the columns of the recipe's weight and objective, with the required values."""
-    return merge_requirements(build_token_weight(recipe).needs, build_objective(recipe).needs)
+    """Return the settings that store the columns which weight, objective and trainer read, with the required values."""
+    trainer = {"rollout.routed_experts": True} if recipe.train.router_replay else {}
+    return merge_requirements(build_token_weight(recipe).needs, build_objective(recipe).needs, trainer)
 
 
 def unmet_requirements(recipe: Recipe, requirements: Mapping[str, int | bool]) -> dict[str, int | bool]:

@@ -73,7 +73,10 @@ def _validate(merged: Mapping[str, Any]) -> tuple[Recipe | None, list[tuple[str,
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
-        errors += [format_error(dict(detail)) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        # A default that depends on an invalid key is no separate error.
+        details = [detail for detail in details if detail["type"] != "default_factory_not_called"]
+        errors += [format_error(dict(detail)) for detail in details]
     errors += component_errors(merged)
     if recipe is not None:
         errors += combination_errors(recipe)

@@ -7,10 +7,11 @@ setting. The docstring below a key is its documentation.
 
 import re
 from collections.abc import Mapping
+from math import ceil
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AUTO = "auto"
@@ -19,6 +20,8 @@ DEFAULT_NAME = "run"
 TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
 MIN_TEMPERATURE = 0.01
 """The least temperature above 0: vLLM samples lower ones at this one, and far below it the logits overflow."""
+RESPONSES_PER_PART = 32
+"""Engines that stream across parts balance by parts of 16 to 32 responses: four for each of 8 engines of 1,024."""
 TEACHER_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -140,6 +143,13 @@ class RolloutColumns(Section):
     it."""
     top_k: int = Field(default=0, ge=0)
     """Store the K most probable tokens of the student. The value is raised to what weight and objective need."""
+    routed_experts: bool = False
+    """Store the experts that the routers of a mixture of experts chose, one byte for each expert of a token and layer,
+    or two of more than 256 experts. It is enabled automatically by `train.router_replay`."""
+
+
+def _default_num_parts(values: Mapping[str, Any]) -> int:
+    return ceil(values["prompts_per_step"] * values["samples_per_prompt"] / RESPONSES_PER_PART)
 
 
 class Rollout(Sampling, RolloutColumns):
@@ -153,10 +163,12 @@ class Rollout(Sampling, RolloutColumns):
     recipe's seed; the remaining prompts are skipped."""
     samples_per_prompt: int = Field(default=1, gt=0)
     """Responses to each prompt."""
-    num_parts: int = Field(default=8, gt=0)
-    """Number of files for the responses of a step. A part is the unit of resuming and of distributing work."""
+    num_parts: int = Field(default_factory=_default_num_parts, gt=0)
+    """Number of files for the responses of a step. A part is the unit of resuming and of distributing work. If unset,
+    parts have at most 32 responses; a started run keeps its number. transformers, whose batch never exceeds a part, is
+    faster on a GPU with fewer."""
     batch_size: int = Field(default=256, gt=0)
-    """Generation batch size in responses; a batch never exceeds one part."""
+    """Responses that an engine samples at the same time. With transformers a batch never exceeds one part."""
     eos_token_ids: list[Annotated[int, Field(ge=0)]] = []
     """Token ids that end a response, also in evaluations. If empty, they are those of the model's
     generation_config.json and of its tokenizer."""
@@ -249,14 +261,33 @@ class Train(Section):
     """Decoupled weight decay of matrices."""
     decay_vectors: bool = False
     """Apply the weight decay to vectors too: norms and biases."""
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of trained weights and of AdamW's moments. `bfloat16`, for a bfloat16 student without LoRA, takes half
+    of the memory: the optimizer rounds stochastically, and gradients are summed in bfloat16."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Threshold of gradient-norm clipping."""
     tokens_per_micro_batch: int = Field(default=16384, gt=0)
-    """Tokens of one forward and backward pass, padding included. A longer response is a micro-batch by itself."""
+    """Tokens of one forward and backward pass, with the padding if there is any. A longer response is a micro-batch by
+    itself."""
+    packing: bool = True
+    """Put the responses of a micro-batch into one row, without padding. A student in which one would change the next,
+    by a check when it is loaded, gets padded ones. The gradient is the same within rounding."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, with much less memory."""
+    checkpoint_every_n_layers: int = Field(default=1, gt=0)
+    """With gradient_checkpointing, recompute the activations of every n-th layer only, and keep those of the others."""
+    compile: bool = False
+    """Compile the blocks of the student by torch.compile: faster, after a minute at the start. Requires a C++
+    compiler."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer states in CPU memory, and one block at a time on the GPU."""
+    fsdp_size: int | None = Field(default=None, gt=0)
+    """Processes that hold one copy of the student among them: weights, gradients and moments. It divides the number of
+    processes; all of them if unset. Weights are gathered within such a group, those of a node for example, and
+    gradients are summed over all groups (HSDP)."""
+    router_replay: bool = False
+    """Let the routers of a mixture of experts choose in training the experts that the rollout's engine chose. By
+    themselves they choose others where rounding decides."""
     max_truncated_fraction: float = Field(default=1.0, gt=0, le=1)
     """Stop training as collapsed if more than this fraction of responses is truncated in three consecutive steps."""
     max_invalid_responses: int = Field(default=0, ge=0)
@@ -314,10 +345,10 @@ class Eval(Sampling):
     template_arguments: dict[str, bool | int | str] = {"enable_thinking": False}
     """Arguments of the chat template. Templates ignore unknown arguments."""
     batch_size: int = Field(default=256, gt=0)
-    """Generation batch size in responses; a batch never exceeds one part."""
+    """Responses that an engine samples at the same time. With transformers a batch never exceeds one part."""
     num_parts: int = Field(default=8, gt=0)
     """Number of files for the graded responses, at most one for each problem. A part is the unit of resuming and of
-    distributing work."""
+    distributing work: engines beyond this number are idle."""
     grader: Literal["mathematics", "math-verify", "text"] = "mathematics"
     """How to grade answers in a box: by mathematical value (docs/eval.md lists the rules that precede math-verify), by
     math-verify alone, or as exact text."""
@@ -356,22 +387,36 @@ class Vllm(Section):
     """GPUs that share each layer."""
     pipeline_parallel_size: int = Field(default=1, gt=0)
     """Pipeline stages: groups of GPUs with consecutive layers."""
-    data_parallel_size: int = Field(default=1, gt=0)
-    """Copies of the model."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Fraction of GPU memory for the engine."""
     max_model_len: int | None = Field(default=None, gt=0)
     """Maximum length of prompt and response together, in tokens. If unset, it follows from the recipe's limits."""
     max_num_seqs: int = Field(default=256, gt=0)
     """Maximum number of responses that are processed at the same time."""
-    max_num_batched_tokens: int = Field(default=8192, gt=0)
-    """Maximum number of tokens in one forward pass. Scoring holds about two float32 copies of their logits."""
+    max_num_batched_tokens: int | None = Field(default=None, gt=0)
+    """Maximum number of tokens in one forward pass. If unset, 16,384 on a GPU and 8,192 on a CPU, where scoring holds
+    about two float32 copies of their logits."""
     enforce_eager: bool = False
     """Run without compiled graphs: the engine starts faster and runs slower."""
     enable_sleep_mode: bool = False
-    """Release GPU memory between stages."""
+    """Let engines sleep while others use the GPU, instead of ending and starting again."""
     engine_args: dict[str, bool | int | float | str] = {}
     """Further arguments of vLLM's engine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_default(cls, values: Any) -> Any:
+        """Accept the default of a removed key: every run of an earlier version recorded it."""
+        if isinstance(values, Mapping) and values.get("data_parallel_size") == 1:
+            return {key: value for key, value in values.items() if key != "data_parallel_size"}
+        return values
+
+    def fit_together(self, engines: int) -> bool:
+        """Whether this number of engines can be awake on a GPU. Otherwise only the one at work is."""
+        return engines * self.gpu_memory_utilization <= 1
+
+    def max_batched_tokens(self, device: str) -> int:
+        return self.max_num_batched_tokens or (16384 if device == "cuda" else 8192)
 
 
 class Server(Section):
@@ -417,21 +462,29 @@ class Hardware(Section):
     """The hardware that `--dry-run` assumes for memory and hours. A run ignores it. The defaults are one H100."""
 
     rollout_gpus: int = Field(default=1, gt=0)
-    """GPUs that sample responses, also for evaluations."""
+    """GPUs of the allocation that samples responses, for `train --follow` and `train --no-fill`, and of another one for
+    `opdctl eval` beside them."""
     score_gpus: int = Field(default=1, gt=0)
-    """GPUs that score responses."""
+    """GPUs of the allocation that scores responses, for the same."""
     train_gpus: int = Field(default=1, gt=0)
-    """GPUs over which the student is sharded."""
-    memory_gib: float = Field(default=80.0, gt=0)
-    """Memory of one GPU, in GiB."""
+    """GPUs over which the student is sharded. `opdctl train` without these options runs all stages on them."""
+    gpus_per_node: int = Field(default=8, gt=0)
+    """GPUs of a machine. An engine has all of its GPUs on one."""
+    memory_gib: float = Field(default=79.0, gt=0)
+    """Memory of one GPU, in GiB; torch reports 79 for an H100 of 80 GB. 92% of it may be planned: the rest is for CUDA,
+    NCCL and fragmentation."""
     tflops: float = Field(default=989.0, gt=0)
     """Peak of dense 16-bit matrix products, in TFLOP/s."""
     tflops_float32: float = Field(default=67.0, gt=0)
-    """Peak of float32 matrix products, in TFLOP/s. Logits are computed in float32."""
+    """Peak of float32 matrix products, in TFLOP/s: of the logits in the trainer and in the engine transformers."""
     bandwidth_gbs: float = Field(default=3350.0, gt=0)
     """Peak memory bandwidth of one GPU, in GB/s."""
     utilization: float = Field(default=0.4, gt=0, le=1)
     """Fraction of these peaks that is reached."""
+    storage_gbs: float = Field(default=5.0, gt=0)
+    """Speed of the run directory's file system for one process, in GB/s."""
+    mean_response_tokens: int | None = Field(default=None, gt=0)
+    """Mean length of a response in tokens, for times; the maximum if unset. Memory is that of the maximum."""
 
 
 class Recipe(Section):
@@ -478,6 +531,13 @@ class Recipe(Section):
 
     def responses_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    def shards_student(self, num_processes: int) -> bool:
+        """Whether FSDP2 shards the student in training, over a single process too.
+
+        Only FSDP2 casts: a bfloat16 student is trained by the same numbers on any number of processes.
+        """
+        return num_processes > 1 or self.train.cpu_offload or self.student.dtype == "bfloat16"
 
     def teacher_models(self) -> dict[str, Model]:
         """Return the teachers by name: `teacher`, or `teacher-NAME` for each of several."""

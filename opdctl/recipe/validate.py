@@ -132,6 +132,12 @@ def _sampling_errors(recipe: Recipe) -> Errors:
     if prompts.limit is not None and prompts.limit < rollout.prompts_per_step:
         text = f"{prompts.limit} is less than rollout.prompts_per_step, {rollout.prompts_per_step}"
         errors.append(("prompts.limit", text))
+    if rollout.routed_experts or recipe.train.router_replay:
+        key = "train.router_replay" if recipe.train.router_replay else "rollout.routed_experts"
+        if rollout.engine == "server":
+            errors.append((key, "a server does not return the experts that it chose: use another rollout.engine"))
+        if recipe.vllm.pipeline_parallel_size > 1:
+            errors.append((key, "vLLM returns no experts with vllm.pipeline_parallel_size above 1"))
     if prompts.source.startswith("toy:") and prompts.limit is None:
         errors.append(("prompts.limit", "is required: a toy task is an infinite stream"))
     if prompts.data_files is not None and (prompts.source.startswith("toy:") or is_data_file(prompts.source)):
@@ -169,6 +175,10 @@ def _train_errors(recipe: Recipe) -> Errors:
     if train.lr_scheduler_type != "constant" and (train.decay_steps is None or train.decay_steps <= train.warmup_steps):
         text = f"must exceed train.warmup_steps ({train.warmup_steps}) for a decaying learning rate"
         errors.append(("train.decay_steps", text))
+    if train.checkpoint_every_n_layers > 1 and not train.gradient_checkpointing:
+        errors.append(("train.checkpoint_every_n_layers", "requires train.gradient_checkpointing"))
+    if train.master_dtype == "bfloat16" and (recipe.student.dtype != "bfloat16" or recipe.lora.rank):
+        errors.append(("train.master_dtype", '`bfloat16` requires student.dtype = "bfloat16" and lora.rank = 0'))
     objective = _valid_objective(recipe)
     if recipe.pipeline.max_staleness and objective is not None and not isinstance(objective, PolicyGradient):
         text = f"objective `{recipe.objective.name}` has no rollout correction; use `policy_gradient` or a variant"
