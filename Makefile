@@ -1,6 +1,7 @@
 # make quickstart   a virtual environment, the installation, and the complete pipeline on the embedded task
 # make test         the same environment with the tools for development; lint, types, unit and integration tests
 # make test-all     the same and the acceptance tests: README, docs, vLLM, torchrun, kills, the wheel
+# make test-gpu     on a machine with GPUs, with or without a network: docs/gpu.md
 #
 # make docs         the documentation as a site, in build/site
 #
@@ -11,9 +12,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
-PYTEST := $(VENV)/bin/pytest --numprocesses auto
+# The tests of a process that dies, for lack of memory for example, are not given to others: pytest would wait for ever.
+PYTEST := $(VENV)/bin/pytest --numprocesses auto --max-worker-restart 0
 
-.PHONY: quickstart test test-all lint docs clean
+.PHONY: quickstart test test-all test-gpu lint docs clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/opdctl train --recipe quickstart
@@ -24,6 +26,13 @@ test: lint
 
 test-all: lint
 	$(PYTEST) --dist loadscope --durations 25 --durations-min 5 tests
+
+# Nothing is installed: the environment has a vLLM for GPUs.
+test-gpu:
+	status=0; \
+	$(VENV)/bin/pytest tests/unit/test_gpu_contracts.py tests/acceptance/test_vllm_gpu_contracts.py tests/gpu || status=1; \
+	$(VENV)/bin/python tests/gpu $(GPU_OPTIONS) || status=1; \
+	exit $$status
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

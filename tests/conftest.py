@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import hypothesis
 import pytest
 from helpers.commands import QUICKSTART, Result, contents, invoke, sets, small_recipe
 
+from opdctl import distributed
 from opdctl.recipe.schema import Recipe
 
 # No test is timed, and a run on CI must not depend on luck.
@@ -44,6 +46,15 @@ def stage_args(tmp_path: Path) -> Callable[..., list[object]]:
         return ["--recipe", QUICKSTART, *sets(*overrides), "--output", tmp_path / output]
 
     return build
+
+
+@pytest.fixture(autouse=True, scope="module")
+def close_process_groups() -> Iterator[None]:
+    """Destroy the process group that a module's trainers or vLLM instances share: the next module's would join it."""
+    yield
+    distributed.destroy_process_group()
+    if "helpers.vllm" in sys.modules:
+        sys.modules["helpers.vllm"].destroy_process_groups()
 
 
 # ── Finished runs ────────────────────────────────────────────────────────────────────────────────────────────────────

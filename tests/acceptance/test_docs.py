@@ -1,15 +1,14 @@
 """The documentation agrees with the code: components, settings, recipes, commands, links."""
 
 import re
-import shlex
 import subprocess
 import tomllib
 import typing
 
 import pytest
 import typer.main
-from helpers.commands import QUICKSTART, ROOT
-from helpers.documents import PAGES, code_blocks, recipe_sections
+from helpers.commands import QUICKSTART, ROOT, split_launcher
+from helpers.documents import PAGES, code_blocks, recipe_sections, shown_commands
 
 from opdctl.artifacts.versions import VERSIONS
 from opdctl.cli.main import app
@@ -116,19 +115,9 @@ def test_pieces_of_recipes_are_valid(page, tmp_path):
         load_recipe(files[1:] if {"student", "prompts", "train"} <= keys.keys() else files)
 
 
-def shown_commands() -> list[tuple[str, str]]:
-    """Return (page, command line) of every line for opdctl that is shown without being run."""
-    found = []
-    for page in [*GUIDES, *DOCS.rglob("*.sh"), *(ROOT / "recipes").rglob("*.toml")]:
-        text = re.sub(r"\\\n|\n# {10,}(?=--)", " ", page.read_text())
-        lines = re.findall(r"^(?: {4}|\$ |#   command   )?(opdctl [a-z].*)$", text, flags=re.MULTILINE)
-        found += [(page.name, re.split(r" {3,}| #", line)[0]) for line in lines if "…" not in line]
-    return found
-
-
 @pytest.mark.parametrize(("page", "line"), shown_commands())
 def test_shown_commands_have_such_options(page, line):
-    _, *words = shlex.split(line)
+    words = split_launcher(line).words
     command = typer.main.get_command(app)
     while words and words[0] in getattr(command, "commands", {}):
         name = words.pop(0)

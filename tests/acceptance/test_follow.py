@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import forks
 from helpers.commands import QUICKSTART, invoke, sets
 
 from opdctl.artifacts.records import Response
@@ -26,14 +27,7 @@ def arguments(output: Path, *overrides: str) -> list[object]:
 
 def start(stage: str, output: Path, *overrides: str) -> int:
     """Follow with a stage in a forked process, and return its process id."""
-    child = os.fork()
-    if child == 0:
-        os._exit(invoke(stage, "--follow", *arguments(output, *overrides)).code)
-    return child
-
-
-def exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return forks.fork(lambda: invoke(stage, "--follow", *arguments(output, *overrides)).code)
 
 
 def until(ready: Callable[[], bool]) -> None:
@@ -67,9 +61,9 @@ def test_killed_and_restarted_stages_make_the_student_of_one_process(alone: Path
     for stage, moment in moments.items():
         until(partial(any_exists, output / moment, output / "step-00001/teacher/manifest.json"))
         os.kill(children[stage], signal.SIGKILL)
-        exit_code(children[stage])
+        forks.wait(children[stage])
         children[stage] = start(stage, output, *THREE)
-    assert [exit_code(child) for child in children.values()] == [0, 0, 0]
+    assert [forks.wait(child) for child in children.values()] == [0, 0, 0]
     one, three = Run.load(alone), Run.load(output)
     for step in one.kept_steps():
         name = "model.safetensors"
@@ -82,7 +76,7 @@ def test_killed_and_restarted_stages_make_the_student_of_one_process(alone: Path
 def test_stages_that_sample_ahead_stay_within_the_bound(tmp_path: Path) -> None:
     overrides = ("train.steps=4", "pipeline.max_staleness=2", "rollout.num_parts=4", "rollout.max_tokens=40")
     children = [start(stage, tmp_path / "run", *overrides) for stage in ("rollout", *STAGES)]
-    assert [exit_code(child) for child in children] == [0, 0, 0, 0]
+    assert [forks.wait(child) for child in children] == [0, 0, 0, 0]
     run = Run.load(tmp_path / "run")
     for step in range(4):
         lag, stage = run.update(step)["metrics"]["staleness"], run.rollout_stage(step)
@@ -106,5 +100,5 @@ def test_signal_ends_a_waiting_stage_with_its_exit_code(tmp_path: Path, number: 
         )
     )
     os.kill(child, number)
-    assert exit_code(child) == code
+    assert forks.wait(child) == code
     assert not read_heartbeats(Run.load(output))

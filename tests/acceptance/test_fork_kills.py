@@ -1,40 +1,20 @@
 """A fork that is killed at any moment leaves either no run or the complete one, and the other run as it was."""
 
 import itertools
-import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from helpers.commands import contents, invoke
+from helpers.forks import kill_at_change
 
 from opdctl.runs.run import Run
 
-CHANGES = ("replace", "rename", "unlink", "rmdir", "link")
-
 
 def killed_at(moment: int, *command: object) -> bool:
-    """Run a command in a forked process that is killed just before its `moment`-th change of a directory.
-
-    Return whether it was killed, and did not end earlier.
-    """
-    child = os.fork()
-    if child == 0:
-        count = itertools.count()
-
-        def counted(call):
-            def change(*arguments, **options):
-                if next(count) == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*arguments, **options)
-
-            return change
-
-        for name in CHANGES:
-            setattr(os, name, counted(getattr(os, name)))
-        os._exit(invoke(*command).code)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    """Run a command that is killed before its `moment`-th change of a directory. Return whether it came so far."""
+    return kill_at_change(moment, lambda: invoke(*command).code) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("start", [0, 1, 2])

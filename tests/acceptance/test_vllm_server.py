@@ -210,7 +210,7 @@ def test_padding_rows_have_the_measured_probability_and_are_not_sampled(proxy, r
         context = torch.from_numpy(np.concatenate([request.prompt_ids, response[:4]]).astype(np.int64))
         p_V = load_model(teacher(), device="cpu")(context[None]).logits[0, -1].softmax(-1)
     engine = engine_at(proxy.url, vocab_size=vocab_size)
-    engine._check_padding([context.numpy()])
+    engine._measure_padding([context.numpy()])
     (completion,) = engine.generate([Request(context.numpy(), 1)], Sampling(max_tokens=20), 1, lambda n: None)
     assert completion.response_ids.max() < vocab_size
     engine.close()
@@ -423,7 +423,7 @@ MALFORMED = {
     "too few log-probs": (choice(lambda c: c["prompt_logprobs"].pop()), "13 + "),
     "no log-probs": (choice(lambda c: c.update(prompt_logprobs=None)), "TypeError"),
     "NaN": (choice(lambda c: last_entry(c).update(logprob=float("nan"))), "log-prob nan"),
-    "null": (choice(lambda c: last_entry(c).update(logprob=None)), "log-prob None"),
+    "null": (choice(lambda c: last_entry(c).update(logprob=None)), "log-probs of the type object"),
     "minus infinity": (choice(lambda c: last_entry(c).update(logprob=-9999.0)), "log-prob -9999.0"),
     "a positive log-prob": (choice(lambda c: last_entry(c).update(logprob=0.5)), "log-prob 0.5"),
     "two choices": (edited(lambda content: content.update(choices=content["choices"] * 2)), "ValueError"),
@@ -510,8 +510,8 @@ def test_too_short_context_is_reported_with_the_lengths(proxy, run):
         content["data"][0]["max_model_len"] = 50
 
     proxy.set(always(edited(shorten), "/v1/models"))
-    longest = max(len(each.response_ids) for each in answered(run)[:4])
-    lengths = (f"{13 + longest} + 1 tokens", "50", f"--max-model-len {14 + longest}")
+    first = len(answered(run)[0].response_ids)
+    lengths = (f"{13 + first} + 1 tokens", "50", "--max-model-len 174")  # of the recipe's longest sequence
     assert_reported(score(run, proxy.url), "unsupported_setting", *lengths)
     assert not proxy.completions()
 

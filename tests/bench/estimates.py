@@ -32,23 +32,14 @@ from opdctl.models.shapes import head_parameters
 from opdctl.pipeline import costs, rollout, score
 from opdctl.pipeline.plan import make_plan
 from opdctl.recipe.load import load_recipe
-from opdctl.recipe.schema import ModelShape, Recipe, Score
+from opdctl.recipe.schema import Recipe, Score
 from opdctl.runs.open import open_run
 from opdctl.runs.run import Run
 from opdctl.training.trainer import Trainer
 
 PROMPT_TOKENS = 16
 IN_PLACE_FLOPS = {torch.ops.aten.addmm_: lambda _, a, b, **named: 2 * a[0] * a[1] * b[1]}  # torch does not count it
-SHAPE = ModelShape(
-    num_hidden_layers=6,
-    hidden_size=256,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    intermediate_size=768,
-    vocab_size=16_384,
-    tie_word_embeddings=True,
-)
+SHAPE = qwen3.SMALL_SHAPE
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "update": ("update", {}),
     "update, activations recomputed": ("update", {"train.gradient_checkpointing": True}),
@@ -170,7 +161,7 @@ def file_sizes(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, i
     recipe = make_recipe(models, args, {"rollout.prompts_per_step": 64, "rollout.num_parts": 4})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        plan = make_plan(recipe, path).artifacts
+        plan = make_plan(recipe, path)
         run = open_run(recipe, path)
         with open_engine_pool(recipe, "cpu") as engines:
             rollout.run_rollout(run, 0, engines)
@@ -181,7 +172,7 @@ def file_sizes(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, i
     parameters = plan.parameters["student"]
     assert parameters is not None
     assert plan.score_bytes_per_step is not None
-    checkpoint_bytes = costs.STATE_BYTES * parameters
+    checkpoint_bytes = costs.state_bytes(recipe) * parameters
     estimated = (plan.rollout_bytes_per_step, plan.score_bytes_per_step, 4 * parameters, checkpoint_bytes)
     return dict(zip(names, zip(measured, estimated, strict=True), strict=True))
 

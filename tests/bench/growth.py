@@ -10,6 +10,7 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from processes import run_in_new_process
 
 from opdctl.artifacts.records import Response, ScoredResponse, TokenScores
 from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import Recipe
 from opdctl.runs.open import open_run
 from opdctl.training.trainer import Trainer
 
@@ -42,25 +44,31 @@ def random_response(index: int, length: int, vocab: int) -> ScoredResponse:
     return ScoredResponse(response, TokenScores(rng.normal(-9, 1, length).astype(np.float32)), None)
 
 
-def measure(batch: int, length: int, args: argparse.Namespace) -> dict[str, float]:
-    """Return the seconds of the second update, and the memory in GiB before the first one and at the peak."""
-    torch.set_num_threads(args.threads)
-    (args.models / "prompts.jsonl").write_text('{"prompt": "t5"}\n')
+def make_recipe(name: str, models: Path, budget: int, **train: Any) -> Recipe:
+    """Return the recipe of one update. budget: tokens of a micro-batch. train: further settings of that section."""
+    (models / "prompts.jsonl").write_text('{"prompt": "t5"}\n')
     settings = {
-        "name": "growth",
-        "student.model": str(args.models / "student"),
+        "name": name,
+        "student.model": str(models / "student"),
         "student.dtype": "float32",
-        "teacher.model": str(args.models / "teacher"),
-        "prompts.source": str(args.models / "prompts.jsonl"),
+        "teacher.model": str(models / "teacher"),
+        "prompts.source": str(models / "prompts.jsonl"),
         "rollout.engine": "transformers",
         "rollout.prompts_per_step": 1,
         "rollout.num_parts": 1,
         "score.engine": "transformers",
         "train.steps": 1,
-        "train.tokens_per_micro_batch": args.budget,
+        "train.tokens_per_micro_batch": budget,
         "train.gradient_checkpointing": True,
     }
-    recipe = load_recipe([], [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    settings |= {f"train.{key}": value for key, value in train.items()}
+    return load_recipe([], [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+
+
+def measure(batch: int, length: int, args: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of the second update, and the memory in GiB before the first one and at the peak."""
+    torch.set_num_threads(args.threads)
+    recipe = make_recipe("growth", args.models, args.budget)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(open_run(recipe, Path(folder) / "run"), "cpu")
         samples = [random_response(index, length, args.vocab) for index in range(batch)]

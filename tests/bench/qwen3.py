@@ -9,6 +9,18 @@ from transformers import Qwen3MoeForCausalLM as Qwen3Moe
 
 from opdctl.recipe.schema import ModelShape
 
+SMALL_SHAPE = ModelShape(
+    num_hidden_layers=6,
+    hidden_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=768,
+    vocab_size=16_384,
+    tie_word_embeddings=True,
+)
+"""4.7 million parameters in the layers."""
+
 
 def build_model(shape: ModelShape) -> PreTrainedModel:
     """Return a dense model, or a mixture of experts if the shape has several experts."""

@@ -1,12 +1,14 @@
 """The command line in this process, and a small recipe on the embedded task."""
 
+import argparse
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors.numpy import load_file
+from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
 from opdctl.artifacts import files
@@ -55,6 +57,37 @@ def invoke(*args: object) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
+class Launch(NamedTuple):
+    """How many processes a command line starts, and the arguments that opdctl gets from it."""
+
+    nodes: int
+    processes_per_node: int
+    words: list[str]
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.processes_per_node
+
+
+def split_launcher(command: str) -> Launch:
+    program, *words = shlex.split(command.replace("\\\n", " "))
+    if program == "opdctl":
+        return Launch(1, 1, words)
+    if program == "srun":
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        for name in ("--nodes", "--ntasks-per-node", "--gpus-per-node"):
+            parser.add_argument(name, type=int, required=True)
+        step = parser.parse_args(words[: words.index("opdctl")])
+        assert step.gpus_per_node == step.ntasks_per_node, command  # a GPU for each rank
+        return Launch(step.nodes, step.ntasks_per_node, words[words.index("opdctl") + 1 :])
+    assert program == "torchrun", command
+    launch = get_args_parser().parse_args(words)
+    assert (launch.module, launch.training_script) == (True, "opdctl"), command
+    nodes = int(launch.nnodes.split(":")[-1])
+    assert nodes == 1 or (launch.rdzv_backend == "c10d" and launch.rdzv_endpoint), command
+    return Launch(nodes, int(launch.nproc_per_node), launch.training_script_args)
+
+
 def small_recipe(*overrides: str) -> Recipe:
     """Return the quickstart recipe cut down to two steps of eight prompts, with further overrides."""
     return load_recipe([QUICKSTART], [*SMALL, *overrides])
@@ -78,20 +111,11 @@ def rewrite_json(path: Path, **changes: object) -> None:
     files.write_json(path, value)
 
 
-def artifacts(run: Path) -> dict[str, object]:
-    """Return what must be identical however a run was interrupted: its parts, students and trainer states.
-
-    Trainer states are compared tensor by tensor: safetensors writes metadata entries in an order that varies.
-    """
+def artifacts(run: Path) -> dict[str, bytes]:
+    """Return what must be identical however a run was interrupted: its parts, students and trainer states."""
     kept = ("part-", "student/", "trainer/")
     files = {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if p.is_file()}
-    return {name: _content(path) for name, path in files.items() if any(k in name for k in kept)}
-
-
-def _content(path: Path) -> object:
-    if "trainer" not in path.parts or path.suffix != ".safetensors":
-        return path.read_bytes()
-    return {name: (value.shape, value.tobytes()) for name, value in load_file(path).items()}
+    return {name: path.read_bytes() for name, path in files.items() if any(k in name for k in kept)}
 
 
 def names(run: Path) -> list[str]:

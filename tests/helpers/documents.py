@@ -9,6 +9,20 @@ from helpers.commands import ROOT
 from opdctl.recipe.schema import Recipe, Section
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+SHOWN_COMMAND = re.compile(
+    r"^(?: {4}|\$ |#   command   )?((?:(?:torchrun|srun|mpirun|accelerate|python) [^`\n]*)?\bopdctl [a-z].*)$",
+    re.MULTILINE,
+)
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """Return (page, command line) of every line for opdctl, with its launcher, in pages, scripts and recipes."""
+    found = []
+    guides = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))
+    for page in [*PAGES, *guides, *(ROOT / "docs").rglob("*.sh"), *(ROOT / "recipes").rglob("*.toml")]:
+        lines = SHOWN_COMMAND.findall(re.sub(r" *\\\n(?:# )? *", " ", page.read_text()))
+        found += [(page.name, re.split(r" {3,}| #", line)[0]) for line in lines if "…" not in line]
+    return found
 
 
 def code_blocks(path: Path, language: str) -> list[str]:

@@ -56,9 +56,9 @@ KINDS: dict[str, dict] = {
 """Settings beside SMALL by the model type."""
 
 
-def make(kind: str, *, tied: bool = False) -> PreTrainedModel:
+def make(kind: str, *, tied: bool = False, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    settings = {**SMALL, "initializer_range": 0.3, "tie_word_embeddings": tied, **KINDS[kind]}
+    settings = {**SMALL, "initializer_range": 0.3, "tie_word_embeddings": tied, **KINDS[kind], **changes}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).float()
 
 

@@ -1,8 +1,8 @@
 """The fault harness: the quickstart under faults, compared with an undisturbed run.
 
-    python tests/helpers/faults.py                       # 100 kills
-    python tests/helpers/faults.py --kills 1000 --seed 1
-    python tests/helpers/faults.py --calls               # a fault at every write, rename and flush, one at a time
+    PYTHONPATH=tests python -m helpers.faults                       # 100 kills
+    PYTHONPATH=tests python -m helpers.faults --kills 1000 --seed 1
+    PYTHONPATH=tests python -m helpers.faults --calls    # a fault at every write, rename and flush, one at a time
 
 Kills: in every step, three workers sample, score and update. At random moments a random one is killed with SIGKILL and
 another one is started. At the end the student, every part and every trainer state must be bit-identical to those of an
@@ -15,6 +15,7 @@ be correct, and the same command must end as without the fault.
 
 import argparse
 import errno
+import faulthandler
 import importlib
 import os
 import random
@@ -29,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import forks
 from helpers.commands import QUICKSTART, Result, artifacts, invoke, names, sets
 
 import opdctl.engines.transformers
 import opdctl.pipeline.loop  # noqa: F401 - and all that it imports, before any worker is forked
-from opdctl.artifacts import directories, files, leases, stage_dir, tables
+from opdctl.artifacts import directories, files, leases, stage_dir, tables, tensor_files
 from opdctl.artifacts.records import Response
 from opdctl.artifacts.tables import read_rows
 from opdctl.errors import ExitCode
@@ -76,7 +78,7 @@ class Chain:
             return False
         run = Run.load(self.path)
         if stage == "train --no-fill":
-            return run.update_path(step).exists()
+            return run.update_path(step).exists() and run.trainer_path(step + 1).is_dir()
         return run.rollout_stage(step).is_finished() if stage == "rollout" else run.is_scored(step)
 
     def _attempt(self, stage: str, step: int, kills: int) -> int:
@@ -88,6 +90,10 @@ class Chain:
                 delay = self.rng.uniform(0, self._spans[stage])
                 time.sleep(delay)
             workers = [pid for pid in workers if not self._has_ended(pid, stage)]
+            if time.monotonic() > start + forks.MAX_WAIT_SECONDS:
+                for pid in workers:
+                    forks.abort(pid)
+                raise AssertionError(f"step {step}, {stage}: {len(workers)} workers did not end")
             if workers and killed < kills:
                 victim = self.rng.choice(workers)
                 os.kill(victim, signal.SIGKILL)
@@ -103,25 +109,26 @@ class Chain:
         return killed
 
     def _worker(self, stage: str) -> int:
-        """Run a stage's command in a forked process, which has the libraries loaded."""
-        if child := os.fork():
-            return child
+        """Start a worker of a stage, and return its process id."""
         options = [word for setting in self.settings for word in ("--set", setting)]
         begin = [] if (self.path / "run.json").exists() else ["--recipe", QUICKSTART, *options]
-        result = invoke(*stage.split(), "--output", self.path, *begin)
-        if result.code not in EXPECTED_CODES[stage]:
-            print(result.err, file=sys.stderr)
-        os._exit(result.code)
+
+        def work() -> int:
+            result = invoke(*stage.split(), "--output", self.path, *begin)
+            if result.code not in EXPECTED_CODES[stage]:
+                print(result.err, file=sys.stderr)
+            return result.code
+
+        return forks.fork(work)
 
     def _has_ended(self, pid: int, stage: str) -> bool:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        code = os.waitstatus_to_exitcode(status)
-        if ended and code not in EXPECTED_CODES[stage]:
+        code = forks.exit_code(pid)
+        if code not in (None, *EXPECTED_CODES[stage]):
             raise AssertionError(f"{stage}: a worker ended with {code}")
-        return bool(ended)
+        return code is not None
 
 
-def made(run: Path) -> dict[str, object]:
+def made(run: Path) -> dict[str, bytes]:
     return {name: data for name, data in artifacts(run).items() if not name.endswith(".lock")}
 
 
@@ -175,7 +182,7 @@ CALLS = {  # the functions that write, rename and flush, with the module or clas
     "replace": os,
     "fsync": os,
 }
-ARTIFACT_FILES = {module.__file__ for module in (directories, files, stage_dir, tables)}
+ARTIFACT_FILES = {module.__file__ for module in (directories, files, stage_dir, tables, tensor_files)}
 
 
 class Disk:
@@ -244,17 +251,19 @@ def train(output: Path) -> Result:
 
 
 def train_until(output: Path, at: int | None, fault: Any) -> tuple[int, int]:
-    """Train in a forked process on a disk with a fault; return the wait status and the number of calls."""
-    counted, child = output.with_suffix(".calls"), os.fork()
-    if child == 0:
+    """Train in a forked process on a disk with a fault; return the exit code and the number of calls."""
+    counted = output.with_suffix(".calls")
+
+    def work() -> int:
         with pytest.MonkeyPatch.context() as patch:
             disk = Disk(output, at, fault)
             disk.install(patch)
             result = train(output)
         counted.write_text(f"{disk.count}\n{result.err}")
-        os._exit(result.code)
-    status = os.waitpid(child, 0)[1]
-    return status, int(counted.read_text().splitlines()[0]) if os.WIFEXITED(status) else 0
+        return result.code
+
+    code = forks.wait(forks.fork(work))
+    return code, int(counted.read_text().splitlines()[0]) if code >= 0 else 0
 
 
 def check_nothing_wrong_is_read(output: Path, whole: Path) -> None:
@@ -281,10 +290,10 @@ def fail_at_calls(folder: Path, fault: Any, start: int = 0, stride: int = 1) -> 
         output = folder / f"run-{at}"
         code, _ = train_until(output, at, fault)
         if fault is power_cut:
-            assert os.WTERMSIG(code) == signal.SIGKILL
+            assert code == -signal.SIGKILL
         else:
             text = output.with_suffix(".calls").read_text()
-            assert os.waitstatus_to_exitcode(code) == ExitCode.UNAVAILABLE, text
+            assert code == ExitCode.UNAVAILABLE, text
             assert "error: Disk full: " in text or "error: Failed write: " in text, text
             assert not list(output.rglob(".tmp-*")), at
         check_nothing_wrong_is_read(output, whole)
@@ -304,6 +313,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override of the recipe")
     parser.add_argument("--calls", action="store_true")
     arguments = parser.parse_args()
+    faulthandler.enable()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.calls:
             for fault in (power_cut, system_error):

@@ -1,5 +1,6 @@
 """The vLLM engine, and small models that it can load."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from helpers.commands import small_recipe
 from helpers.models import SMALL, save
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from vllm.v1.engine import core as engine_core
 
 from opdctl.artifacts.records import Completion
 from opdctl.engines.base import Engine, EngineContext, Request, ScoreRequest
@@ -19,12 +21,25 @@ from opdctl.models.directory import ModelDir
 from opdctl.recipe.schema import Score
 
 NEAR = 2e-4  # nats in float32; the measured difference is 6e-5
+# Tests run several engines in one process, which share its process group. vLLM would destroy it with the first of them.
+destroy_process_groups = engine_core.cleanup_dist_env_and_memory
+engine_core.cleanup_dist_env_and_memory = lambda *arguments: None
 LENGTHS = ("prompts.max_tokens=60", "rollout.max_tokens=180")
 
 
 def start(model: ModelDir, *overrides: str) -> VllmEngine:
+    gc.collect()  # closed engines, whose processes would have ended
     recipe = small_recipe("vllm.enforce_eager=true", *LENGTHS, *overrides)
     return VllmEngine(model, EngineContext(recipe, recipe.student, "cpu"))
+
+
+def load(engine: VllmEngine, model: ModelDir, *overrides: str) -> None:
+    """Load weights as the processes of an engine do: if it hands over, it becomes a new one."""
+    if (handover := engine.load_weights(model)) is not None:
+        engine.close()
+        vars(engine).clear()
+        vars(engine).update(vars(start(model, *overrides)))
+        engine.take_over(handover)
 
 
 def pair_of_tied_models(folder: Path) -> list[ModelDir]:

@@ -20,7 +20,7 @@ import pytest
 from helpers.commands import invoke, rewrite_json
 from safetensors.numpy import load_file, save_file
 
-from opdctl.artifacts import directories, files, stage_dir, tables
+from opdctl.artifacts import files, stage_dir, tables
 from opdctl.artifacts.records import EvalPrompt, Response
 from opdctl.artifacts.versions import VERSIONS
 from opdctl.errors import ExitCode, OpdctlError
@@ -47,7 +47,7 @@ def read_everything(path: Path) -> None:
             assert len(stage.names) == 2
         assert len(list(read_scored(run, step))) == 8
         assert run.student_at(step + 1)
-        directories.check_directory(run.trainer_path(step + 1), run.update(step)["trainer"])
+        run.check_trainer_state(step + 1)
     for summary in path.glob("eval/*/*/summary.json"):
         assert len(load_evaluation(summary.parent).rows()) == 4
         prompts = stage_dir.recorded_stage(summary.parent / "prompts", "opdctl eval")

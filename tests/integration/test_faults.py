@@ -117,7 +117,7 @@ def test_engine_without_memory_names_the_settings(tmp_path: Path, monkeypatch: p
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr(TransformersEngine, "generate", fail)
+    monkeypatch.setattr(TransformersEngine, "stream_completions", fail)
     result = train(tmp_path / "run")
     assert (result.code, result.kind) == (ExitCode.UNAVAILABLE, "out_of_memory")
     assert "rollout.batch_size" in result.err
@@ -129,20 +129,20 @@ def test_engine_without_memory_names_the_settings(tmp_path: Path, monkeypatch: p
 @pytest.fixture
 def invalid(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let the third response of each step have a NaN, and the teacher's scores of the fifth be too short."""
-    generate, score = TransformersEngine.generate, TransformersEngine.score
+    complete, score = TransformersEngine.stream_completions, TransformersEngine.stream_scores
 
-    def generated(self: Any, *arguments: Any, **options: Any) -> Any:
-        found = generate(self, *arguments, **options)
-        found[2].logprobs[1] = np.nan
-        return found
+    def completed(self: Any, *arguments: Any, **options: Any) -> Any:
+        for number, completion in complete(self, *arguments, **options):
+            if number == 2:
+                completion.logprobs[1] = np.nan
+            yield number, completion
 
-    def scored(self: Any, answered: Any, *others: Any) -> Any:
-        found = score(self, answered, *others)
-        found[4] = TokenScores(found[4].logprobs[:-1])
-        return found
+    def scored(self: Any, *arguments: Any, **options: Any) -> Any:
+        for number, scores in score(self, *arguments, **options):
+            yield number, TokenScores(scores.logprobs[:-1]) if number == 4 else scores
 
-    monkeypatch.setattr(TransformersEngine, "generate", generated)
-    monkeypatch.setattr(TransformersEngine, "score", scored)
+    monkeypatch.setattr(TransformersEngine, "stream_completions", completed)
+    monkeypatch.setattr(TransformersEngine, "stream_scores", scored)
     return ["train.steps=1", "rollout.num_parts=1"]
 
 

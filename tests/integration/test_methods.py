@@ -431,13 +431,14 @@ def test_teacher_scores_after_its_own_prompt(own_prompts, tmp_path):
 
 def test_teacher_continues_prefixes_after_its_own_prompt(own_prompts, tmp_path, monkeypatch):
     assert invoke("rollout", *own_prompts("prompts.teacher_prompt_column=told")).code == 0
-    lengths, generate = {}, TransformersEngine.generate
+    lengths, stream = {}, TransformersEngine.stream_completions
 
-    def record_lengths(engine: Any, requests: list[Any], *others: Any, **options: Any) -> Any:
+    def record_lengths(engine: Any, requests: Any, **options: Any) -> Any:
+        requests = list(requests)
         lengths[len(lengths)] = {len(request.prompt_ids) for request in requests[::10]}  # the prefixes of 0 %
-        return generate(engine, requests, *others, **options)
+        return stream(engine, requests, **options)
 
-    monkeypatch.setattr(TransformersEngine, "generate", record_lengths)
+    monkeypatch.setattr(TransformersEngine, "stream_completions", record_lengths)
     settings = ["--set", "continuations.responses=4"]
     result = invoke("run", "continuations", tmp_path / "run", *settings)
     assert set(map(frozenset, lengths.values())) == {frozenset({13}), frozenset({26})}, result.err

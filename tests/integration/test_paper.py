@@ -1,18 +1,23 @@
 """docs/paper.md: every command resolves, and its numbers of runs and of GPU-hours are those of `--dry-run`."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers.commands import ROOT, invoke
+from helpers.commands import ROOT, invoke, split_launcher
 from helpers.documents import code_blocks
 
 PAGE = ROOT / "docs" / "paper.md"
 STORED_RUN = ROOT / "tests" / "data" / "run-v5"
-PRINT_COMMANDS = r"""opdctl() { printf '%s\t' "$@"; echo; }"""
+PRINT_COMMANDS = r"""
+HEAD=node-0
+opdctl() { printf '%s\t' "$@"; echo; }
+torchrun() { printf '%s\t' torchrun "$@"; echo; }
+"""
 DRY_RUN = ("train", "rollout", "score-teacher", "eval", "run continuations")
 """The commands of the page that have `--dry-run`. The others read finished runs only."""
 
@@ -20,22 +25,26 @@ DRY_RUN = ("train", "rollout", "score-teacher", "eval", "run continuations")
 @cache
 def commands(block: str) -> list[list[str]]:
     """Return the arguments of each command that bash runs for a block, with its loops and braces expanded."""
-    script = f"{PRINT_COMMANDS}\n{block}"
+    script = f"{PRINT_COMMANDS}\n{TRAIN_FUNCTION}\n{block}"
     result = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
     return [line.split("\t")[:-1] for line in result.stdout.splitlines()]
 
 
-BLOCKS = code_blocks(PAGE, "sh")
-TRAINING_BLOCKS = [block for block in BLOCKS if "opdctl train" in block]
-OTHER_COMMANDS = [words for block in BLOCKS for words in commands(block) if words[0] != "train"]
+TRAIN_FUNCTION, *BLOCKS = code_blocks(PAGE, "sh")
+TRAINING_BLOCKS = [block for block in BLOCKS if "train --recipe" in block]
+OTHER_COMMANDS = [words for block in BLOCKS if block not in TRAINING_BLOCKS for words in commands(block)]
 
 
 @cache
-def plan(words: tuple[str, ...]) -> tuple[str, float]:
-    """Return the run directory and the GPU-hours of a training, by `--dry-run`."""
-    result = invoke(*words, "--dry-run", "--json")
+def plan(command: tuple[str, ...]) -> tuple[str, float]:
+    """Return the run directory and the GPU-hours of a training, by `--dry-run`, which must fit."""
+    launch = split_launcher(shlex.join(command))
+    result = invoke(*launch.words, "--dry-run", "--json")
     assert result.code == 0, result.err
-    return result.json()["run_dir"], result.json()["gpu_hours"]
+    plan = result.json()
+    assert {stage["gpus"] for stage in plan["stages"].values()} == {launch.processes}
+    assert all(stage["fits"] for stage in plan["stages"].values())
+    return plan["run_dir"], plan["gpu_hours"]
 
 
 def test_runs_and_gpu_hours_of_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,16 @@ from typing import Any
 
 import datasets
 import pytest
-from helpers.commands import ROOT, invoke
+from helpers.commands import ROOT, Launch, invoke, split_launcher
+from helpers.documents import PAGES, shown_commands
 
+from opdctl.artifacts.files import format_bytes
 from opdctl.data.prompts import Problem, load_problems
 from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Weight
+from opdctl.pipeline import costs
+from opdctl.pipeline.plan import ID_BYTES
 from opdctl.recipe.components import build_objective, build_token_weight
 from opdctl.recipe.library import find_recipe
 from opdctl.recipe.load import load_recipe
@@ -26,6 +30,7 @@ from opdctl.recipe.schema import Eval, Prompts, Recipe
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.toml"))
 BASE_RECIPES = sorted(FOLDER.glob("*.toml"))
+GPU_RECIPES = [path for path in RECIPES if path.stem not in ("quickstart", "perm")]
 PAIRS = {  # of the paper: student and teacher parameters
     "cross_scale": (4_022_468_096, 30_532_122_624),
     "30b-to-1.7b": (1_720_574_976, 30_532_122_624),
@@ -61,15 +66,13 @@ def header(path: Path) -> dict[str, str]:
             name = match[1]
             fields[name] = match[2]
         elif line.startswith("#      ") and name:
-            fields[name] += " " + line.lstrip("# ")
+            fields[name] = fields[name].removesuffix(" \\") + " " + line.lstrip("# ")
     return fields
 
 
 def words_of(path: Path) -> list[str]:
     """Return the arguments of the command in the header of a recipe."""
-    program, *words = shlex.split(header(path)["command"])
-    assert program == "opdctl"
-    return words
+    return split_launcher(header(path)["command"]).words
 
 
 def files_of(path: Path) -> list[Path]:
@@ -112,7 +115,7 @@ def test_header_has_command_hardware_time_and_result(path: Path, checkout: Path)
     fields = header(path)
     assert fields.keys() >= {"command", "hardware", "time", "expected"}
     assert all(len(line) <= 120 for line in path.read_text().splitlines())
-    if path.stem in ("quickstart", "perm"):
+    if path not in GPU_RECIPES:
         return
     assert fields["not run"] == "by us: we had neither GPUs nor the models and data."
     assert fields["time"] == time_line(invoke(*words_of(path), "--dry-run", "--json").json())
@@ -120,13 +123,185 @@ def test_header_has_command_hardware_time_and_result(path: Path, checkout: Path)
 
 def time_line(plan: dict[str, Any]) -> str:
     """Return the time of a header: the estimate of `--dry-run`."""
-    stages = plan["stages"].values()
-    gpus = max(stage["gpus"] for stage in stages)
-    assert all(stage["bytes"] <= plan["hardware"]["memory_gib"] * 2**30 for stage in stages)
+    gpus = max(stage["gpus"] for stage in plan["stages"].values())
     return (
         f"at most {plan['gpu_hours']:,.0f} GPU-hours, {plan['seconds'] / 3600:.0f} h on {gpus} GPU{'s' * (gpus > 1)}: "
         "estimate of `--dry-run` for responses of maximum length"
     )
+
+
+@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
+def test_command_of_a_recipe_can_run_on_its_hardware(path: Path, checkout: Path) -> None:
+    fields, recipe = header(path), load_recipe(files_of(path))
+    launch = split_launcher(fields["command"])
+    processes, words = launch.processes, launch.words
+    hardware = re.match(r"(\d+) GPUs? of 80 GB(?:, (\d+) on a node)?", fields["hardware"])
+    assert hardware is not None
+    assert (processes, launch.processes_per_node) == (int(hardware[1]), int(hardware[2] or 1))
+    plan = invoke(*words, "--dry-run", "--json").json()
+    assert plan["colocated"]
+    assert [f"{launch} {shlex.join(words[1:])}" for launch in plan["commands"]] == [fields["command"]]
+    for name, stage in plan["stages"].items():
+        assert stage["gpus"] == processes, name
+        assert stage["fits"], f"{name}: {stage['obstacle']} {stage['excess_bytes']}"
+        assert stage["bytes"] <= 0.92 * 79 * 2**30
+    assert plan["node_bytes"] < 512 * 2**30 or "TiB of CPU memory" in fields["hardware"]
+    engines = processes // (recipe.vllm.tensor_parallel_size * recipe.vllm.pipeline_parallel_size)
+    assert recipe.rollout.num_parts % (4 * engines) == 0
+
+
+PAGE_NAMES = {"cross_scale": "30B-A3B → 4B", "235b-to-30b": "235B-A22B → 30B-A3B (tensor parallel 8)"}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_scaling_page_has_the_estimates_of_every_pair(name: str, checkout: Path) -> None:
+    (path,) = (path for path in RECIPES if path.stem == name)
+    plan = invoke(*words_of(path), "--dry-run", "--json").json()
+    stages = plan["stages"]
+    gib = [f"{stages[stage]['bytes'] / 2**30:.1f}" for stage in ("rollout", "score teacher", "update")]
+    hours = [stages[stage]["gpu_hours"] for stage in ("rollout", "score teacher", "update", "save and load")]
+    hours += [stages["eval student"]["gpu_hours"] + stages["eval teacher"]["gpu_hours"], plan["gpu_hours"]]
+    cells = [*gib, f"{plan['node_bytes'] / 2**30:,.0f}", *(f"{value:,.0f}" for value in hours)]
+    title = PAGE_NAMES.get(name, name.upper().replace("30B", "30B-A3B").replace("-TO-", " → "))
+    assert f"| {title} | {' | '.join(cells)} |" in (ROOT / "docs" / "scaling.md").read_text()
+
+
+@pytest.mark.parametrize("mean", [None, 6000])
+@pytest.mark.parametrize("colocated", [True, False])
+def test_scaling_page_has_the_time_of_a_step(mean: int | None, colocated: bool, checkout: Path) -> None:
+    settings = [] if mean is None else [f"hardware.mean_response_tokens={mean}"]
+    settings += [] if colocated else ["hardware.train_gpus=8", "vllm.gpu_memory_utilization=0.9"]
+    options = [word for setting in settings for word in ("--set", setting)] + ["--follow"] * (not colocated)
+    plan = invoke("train", "--recipe", "cross_scale", *options, "--dry-run", "--json").json()
+    seconds = [plan["stages"][name]["seconds"] for name in ("rollout", "score teacher", "update", "save and load")]
+    placement = "colocated, 32 GPUs" if colocated else "16 + 8 + 8 GPUs"
+    responses = "all of 16,384 tokens" if mean is None else f"mean {mean:,}"
+    cells = [f"{value:,.0f}" for value in (*seconds, sum(seconds))] + [f"{165 * sum(seconds) / 3600:.1f} h"]
+    assert f"| {placement} | {responses} | {' | '.join(cells)} |" in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def scaled_plan(*settings: str, options: tuple[str, ...] = ()) -> dict[str, Any]:
+    words = [word for setting in settings for word in ("--set", setting)]
+    plan: dict[str, Any] = invoke("train", "--recipe", "cross_scale", *options, *words, "--dry-run", "--json").json()
+    return plan
+
+
+def growth(factor: int) -> dict[str, str]:
+    """Return a column of the table: the size of a run with `factor` times the prompts and GPUs."""
+    sizes = {"rollout.prompts_per_step": 1024, "prompts.limit": 57_046, "hardware.train_gpus": 32}
+    settings = [f"{key}={factor * value}" for key, value in sizes.items()] + ["eval.num_parts=30"] * (factor > 1)
+    plan = scaled_plan(*settings)
+    update, bytes_of_step = plan["stages"]["update"], plan["rollout_bytes_per_step"] + plan["score_bytes_per_step"]
+    files_of_step = 2 * plan["parts_per_step"] + 3  # parts and manifest of rollout and scores, and update.json
+    engines = update["gpus"] // plan["gpus_per_engine"]["rollout"]
+    return {
+        "responses of a step": f"{plan['responses_per_step']:,}",
+        "GPUs": f"{update['gpus']:,}",
+        "GPU-hours of 165 steps": f"{plan['gpu_hours']:,.0f}",
+        "artifacts of a step": format_bytes(bytes_of_step),
+        "artifacts of the run": format_bytes(plan["artifact_bytes"]),
+        "files of a step": f"{files_of_step:,}",
+        "files of all steps": f"{plan['steps'] * files_of_step:,}",
+        "read by all trainer processes in a step": format_bytes(bytes_of_step * update["gpus"]),
+        "read by all engines to load a student": format_bytes(plan["model_bytes"]["student"] * engines),
+        "the step's tokens on each GPU": format_bytes(update["memory"]["step's tokens"]),
+        "prompts in each process, at their limit": format_bytes(plan["prompts"] * 2048 * ID_BYTES),
+    }
+
+
+def test_scaling_page_has_the_growth_of_a_run(checkout: Path) -> None:
+    page, columns = (ROOT / "docs" / "scaling.md").read_text(), [growth(factor) for factor in (1, 10, 1000)]
+    for name in columns[0]:
+        assert f"| {name} | {' | '.join(column[name] for column in columns)} |" in page
+    step = [path for path in (ROOT / "tests/data/run-v5/step-00000").rglob("*") if path.is_file()]
+    assert len(step) == 2 * 2 + 3  # as assumed above, of two parts
+
+
+def test_scaling_page_has_the_limits_of_memory_and_time(checkout: Path) -> None:
+    page = " ".join((ROOT / "docs" / "scaling.md").read_text().split())
+    separate = ("--follow",)
+    updates = [scaled_plan(f"rollout.max_tokens={n}", options=separate)["stages"]["update"] for n in (196608, 163840)]
+    assert [update["fits"] for update in updates] == [False, True]
+    too_much, enough = (f"{update['bytes'] / 2**30:.1f}" for update in updates)
+    assert f"the update takes {too_much} GiB and does not fit, with 163,840 it takes {enough}." in page
+    alone, among = (
+        scaled_plan(f"rollout.prompts_per_step={n}", "hardware.train_gpus=4")["stages"]["rollout"] for n in (1, 95)
+    )
+    assert among["concurrent_responses"] == 95
+    assert f"take this student {alone['seconds']:.0f} seconds alone on an engine of 4 GPUs" in page
+    assert f"{among['seconds'] / 60:.1f} minutes among 95 responses" in page
+    teachers = [scaled_plan("vllm.gpu_memory_utilization=0.9", options=("--recipe", "pairs/235b-to-30b", *separate))]
+    teachers += [scaled_plan(options=("--recipe", "pairs/235b-to-30b"))]
+    apart, beside = (plan["stages"]["eval teacher"] for plan in teachers)
+    assert f"leaves {beside['memory']['cache'] / 2**30:.0f} GiB of cache, so its evaluation, once, takes " in page
+    assert f"takes {beside['seconds'] / 3600:.0f} hours" in page
+    assert f"it has {apart['memory']['cache'] / 2**30:.0f} GiB" in page
+
+
+LONGEST = {
+    ("pairs/30b-to-0.6b", "0.6B"): (484, 504),
+    ("pairs/30b-to-1.7b", "1.7B"): (258, 272),
+    ("pairs/4b-to-4b", "4B"): (155, 172),
+    ("pairs/235b-to-30b", "30B-A3B"): (None, 122),
+}
+
+
+@pytest.mark.parametrize(("pair", "student"), LONGEST)
+def test_scaling_page_has_the_longest_responses(pair: str, student: str) -> None:
+    files = [ROOT / "recipes/cross_scale.toml", ROOT / f"recipes/{pair}.toml"]
+
+    def update_gib(gpus: int, tokens: int) -> float:
+        recipe = load_recipe(files, [f"hardware.train_gpus={gpus}", f"rollout.max_tokens={tokens}"])
+        assert recipe.student.shape is not None
+        return costs.update_cost(recipe, recipe.student.shape, None).bytes / 2**30
+
+    cells: list[str] = []
+    for gpus, longest in zip((8, 32), LONGEST[pair, student], strict=True):
+        cells += [f"{update_gib(gpus, 16_384):.1f}", str(longest or "none")]
+        lengths = (1000 * longest, 1000 * (longest + 1)) if longest else (0, 1024)
+        assert [update_gib(gpus, length or 1) <= 0.92 * 79 for length in lengths] == [bool(longest), False]
+    assert f"| {student} | {' | '.join(cells)} |" in (ROOT / "docs" / "scaling.md").read_text()
+
+
+SLURM_SCRIPT = re.compile(
+    r'^ {4}(?P<settings>(?:[A-Z]+=(?:"[^"]*"|\S+) )*)bash docs/slurm/(?P<script>\w+)\.sh (?P<recipe>\S+)', re.MULTILINE
+)
+SCRIPT_OPTIONS = {"colocated": [], "follow": ["--follow"], "chain": ["--no-fill"]}
+
+
+def documented_launches() -> dict[str, Launch]:
+    """Return the launch of each documented command and script for GPUs, but for the commands of recipe headers."""
+    launches = {
+        line: split_launcher(line)
+        for _, line in shown_commands()
+        if "--recipe cross_scale" in line and "--dry-run" not in line
+    }
+    for page in PAGES:
+        for match in SLURM_SCRIPT.finditer(page.read_text()):
+            settings = dict(word.split("=", 1) for word in shlex.split(match["settings"]))
+            words = ["train", "--recipe", match["recipe"], *SCRIPT_OPTIONS[match["script"]]]
+            launches[match[0].strip()] = Launch(int(settings.get("NODES", 1)), int(settings.get("GPUS", 8)), words)
+    return launches
+
+
+@pytest.mark.parametrize("command", documented_launches())
+def test_documented_command_fits_the_gpus_of_its_launcher(command: str, checkout: Path) -> None:
+    """A command without a launcher trains on one GPU. The nodes must have GPUs for whole engines."""
+    launch = documented_launches()[command]
+    settings = []
+    if launch.words[0] == "train":
+        settings += ["--set", f"hardware.train_gpus={launch.processes}"]
+    if launch.processes > 1:
+        settings += ["--set", f"hardware.gpus_per_node={launch.processes_per_node}"]
+    plan = invoke(*launch.words, *settings, "--dry-run", "--json").json()
+    unfit = {name: stage["obstacle"] for name, stage in plan["stages"].items() if not stage["fits"]}
+    assert not unfit
+
+
+def test_commands_of_every_launcher_are_documented() -> None:
+    """Otherwise the test above overlooks them."""
+    programs = {re.sub(r"^.* bash docs/slurm/", "", command).split()[0] for command in documented_launches()}
+    assert programs == {"opdctl", "torchrun", "srun", "colocated.sh", "follow.sh", "chain.sh"}
 
 
 def test_every_pair_of_the_paper_has_a_recipe() -> None:

@@ -54,8 +54,8 @@ def check_clean(run: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "owner", "method", "stage"),
     [
-        ("rollout", TransformersEngine, "generate", "rollout"),
-        ("score-teacher", TransformersEngine, "score", "teacher"),
+        ("rollout", TransformersEngine, "stream_completions", "rollout"),
+        ("score-teacher", TransformersEngine, "stream_scores", "teacher"),
     ],
 )
 def test_signal_in_the_third_part_keeps_two(tmp_path, monkeypatch, number, code, command, owner, method, stage):
@@ -100,7 +100,7 @@ def test_signal_in_an_evaluation(finished_copy, monkeypatch, number, code):
     for path in (finished_copy / "eval").rglob("step-00002"):
         shutil.rmtree(path)
     with monkeypatch.context() as patch:
-        signal_at_call(patch, TransformersEngine, "generate", 2, number)
+        signal_at_call(patch, TransformersEngine, "stream_completions", 2, number)
         assert invoke(*command).code == code
     check_clean(finished_copy)
     assert invoke(*command).code == 0

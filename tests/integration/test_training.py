@@ -124,7 +124,7 @@ def test_updates_since_the_last_checkpoint_are_replayed(four_steps, tmp_path):
 def test_corrupt_checkpoints_are_named_and_the_one_before_is_used(four_steps, tmp_path):
     run, intact = (Path(shutil.copytree(four_steps, tmp_path / name)) for name in ("run", "intact"))
     (run / "trainer/step-00004/intruder").touch()
-    corrupt = next((run / "trainer/step-00003").iterdir())
+    corrupt = next((run / "trainer/step-00003").glob("*.safetensors"))
     corrupt.write_bytes(corrupt.read_bytes()[:-8] + bytes(8))
     assert invoke("status", run, "--verify").code == ExitCode.BAD_DATA
     result = train(run, *SHORT, "train.steps=5")
@@ -185,15 +185,16 @@ def test_only_the_adapter_is_trained_and_the_export_is_a_plain_model(adapted):
     targets = {name for name in before if "_proj." in name}
     assert {name for name in before if not torch.equal(before[name], after[name])} == targets
     assert sorted(p.name for p in (step / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    states = [name for path in (adapted / "trainer/step-00002").iterdir() for name in load_file(path)]
+    states = [name for path in (adapted / "trainer/step-00002").glob("*.safetensors") for name in load_file(path)]
     assert len(states) > 50
     assert all("lora_" in name for name in states)
 
 
 def test_merged_and_unmerged_log_probs_agree(adapted):
-    """peft applies the exported adapter to the initial student; the merged export agrees to 1e-5 nats.
+    """peft applies the exported adapter to the initial student; the merged export agrees to 5e-5 nats.
 
-    In float64, since float32 alone has an error of 1e-5 for improbable tokens.
+    In float64, since float32 alone has an error of 1e-5 for improbable tokens. The merged weights are rounded to
+    float32, which moves such tokens by up to 2e-5; which tokens are sampled depends on the processor.
     """
     run, step = Run.load(adapted), adapted / "student/step-00002"
     base = AutoModelForCausalLM.from_pretrained(run.student.path, dtype=torch.float32)
@@ -212,7 +213,7 @@ def test_merged_and_unmerged_log_probs_agree(adapted):
         responses = slice(len(prompt) - 1, None)
         difference = max(difference, float((a - b)[responses].abs().max()))
         moved = max(moved, float((a - c)[responses].abs().max()))
-    assert difference < 1e-5
+    assert difference < 5e-5
     assert moved > 1e-2
 
 
@@ -242,7 +243,7 @@ def test_bfloat16_students_keep_float32_master_weights(tmp_path):
     result = train(output, *SHORT, "student.dtype=bfloat16")
     assert result.code == 0, result.err
     exported = load_file(output / "student/step-00002/model.safetensors")
-    files = (output / "trainer/step-00002").iterdir()
+    files = (output / "trainer/step-00002").glob("*.safetensors")
     master = {name: value for file in files for name, value in load_file(file).items()}
     for name, value in exported.items():
         assert value.dtype == torch.bfloat16

@@ -40,14 +40,6 @@ def format_page(results: Results, seconds: float) -> str:
 # ── Numbers as text ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def format_interval(interval: Interval) -> str:
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-
-
-def format_percent(interval: Interval) -> str:
-    return f"{interval.mean:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
-
-
 def format_p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -85,7 +77,7 @@ python tests/study
 ```
 
 It summarizes {len(results.rows)} measurements by opdctl's own commands, which took {seconds / 60:.0f} minutes on two CPU cores with two processes of one
-thread each. The measurements are stored in build/study; an interrupted study resumes.
+thread each. They are in tests/study/measured.jsonl: the command repeats only those that are removed from that file.
 
 [The toy tasks](embedded-task.md) are sorting and swapping letters in writing. `student` and `student-spread` sort. They
 have 110,528 parameters, and their teacher has 365,664. `perm-student` swaps and is as large as its teacher. A training run
@@ -147,12 +139,12 @@ def claims_section(results: Results) -> str:
     rows = []
     for i, (claim, *_, sign, threshold) in enumerate(claims):
         cells = [
-            (format_interval(differences[j]), assess_claim(differences[j], corrected[j], sign, threshold))
+            (differences[j].format(), assess_claim(differences[j], corrected[j], sign, threshold))
             for j in (2 * i, 2 * i + 1)
         ]
         rows.append((claim, *cells[0], *cells[1]))
     by_student = format_list(
-        f"{student.name} {format_interval(results.difference(UNIFORM, IW_OPD, area, [student]))}"
+        f"{student.name} {results.difference(UNIFORM, IW_OPD, area, [student]).format()}"
         for student in results.scale.students
     )
     return f"""## Which claims of the paper hold here
@@ -175,9 +167,9 @@ def comparison_section(results: Results) -> str:
         (
             name,
             f"{results.learning_rates[name]:g}",
-            format_interval(by_area[name][0]),
+            by_area[name][0].format(),
             format_p(by_area[name][1]),
-            format_interval(by_final[name][0]),
+            by_final[name][0].format(),
             format_p(by_final[name][1]),
         )
         for name in by_area
@@ -305,9 +297,9 @@ def conditions_section(results: Results) -> str:
             f"{each.onset:.0%}",
             f"{each.prefix_signal:.0%}",
             f"{each.start:.2f}",
-            format_interval(each.gain),
-            format_percent(each.prefix),
-            format_percent(each.suffix),
+            each.gain.format(),
+            each.prefix.format(".0%"),
+            each.suffix.format(".0%"),
         )
         for each in conditions
     ]

@@ -81,7 +81,7 @@ def draw_differences(results: Results) -> Figure:
             title=title,
             yticks=range(len(differences)),
             yticklabels=list(differences),
-            xlabel="mean accuracy less uniform's",
+            xlabel="mean accuracy minus uniform",
         )
     axes[0, 0].invert_yaxis()
     return figure

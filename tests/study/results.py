@@ -19,6 +19,8 @@ CONFIDENCE_LEVEL = 0.95
 FINAL_STEPS = 5
 """Number of final steps whose mean accuracy is that of the trained student: 5 x 32 problems."""
 
+ROUNDING = 1e-12  # standard errors below this are 0
+
 Rows = Mapping[str, Mapping[str, Any]]
 Measure = Callable[[Mapping[str, Any]], float]
 
@@ -43,6 +45,11 @@ class Interval:
     def _half_width(self) -> float:
         """Half the width of the 95 % interval."""
         return float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, self.degrees_of_freedom)) * self.standard_error
+
+    def format(self, spec: str = "+.3f") -> str:
+        """Return "mean [low, high]", or the mean alone if all values are equal: more runs may still differ."""
+        bounds = f" [{self.low:{spec}}, {self.high:{spec}}]" if self.standard_error > ROUNDING else ""
+        return f"{self.mean:{spec}}{bounds}"
 
     def p_value(self, expected: float = 0.0) -> float:
         """Return the two-sided p-value of the hypothesis that the mean is `expected`."""

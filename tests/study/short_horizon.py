@@ -115,7 +115,7 @@ def _row(horizon: str, name: str, strata: Sequence[Pairs]) -> str:
         interval = stratified_mean(
             [np.array([value(iw_opd) - value(one) for one, iw_opd in pairs]) for pairs in strata]
         )
-        cells.append(f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]")
+        cells.append(interval.format())
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,13 +1,15 @@
+import hashlib
 import os
 
 import pytest
 
 from opdctl.artifacts import directories
+from opdctl.artifacts.tensor_files import FileDigest
 from opdctl.errors import ExitCode, OpdctlError
 
 
 def write(path, text="1"):
-    return directories.write_directory_with_digests(path, lambda folder: (folder / "a").write_text(text) and None)
+    return directories.write_directory_with_digests(path, lambda folder: (folder / "a").write_text(text) and {})
 
 
 def test_directory_is_written_completely_or_not_at_all(tmp_path):
@@ -24,6 +26,20 @@ def test_directory_is_written_completely_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     digests = write(tmp_path / "m", "3")
     directories.check_directory(tmp_path / "m", digests)
+
+
+def test_digest_taken_while_a_file_was_written_needs_no_reading(tmp_path):
+    def fill(folder, size):
+        (folder / "a").write_text("text")
+        (folder / "b").write_text("small")
+        return {"a": FileDigest("0" * 64, size)}
+
+    digests = directories.write_directory_with_digests(tmp_path / "m", lambda folder: fill(folder, 4))
+    assert digests == {"a": "0" * 64, "b": hashlib.sha256(b"small").hexdigest()}
+    with pytest.raises(OpdctlError) as caught:  # another process has changed it
+        directories.write_directory_with_digests(tmp_path / "n", lambda folder: fill(folder, 5))
+    assert caught.value.kind == "corrupt_artifact"
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(

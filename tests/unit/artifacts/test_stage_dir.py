@@ -327,7 +327,7 @@ def test_worker_that_stops_early_releases_its_lease(tmp_path):
         next(parts)
     assert leases_in(tmp_path) == []
     assert not made.is_finished()
-    assert made._lease is None
+    assert not made._leases
 
 
 def test_part_of_a_lost_lease_is_dropped(tmp_path):

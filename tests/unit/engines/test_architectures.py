@@ -13,11 +13,12 @@ from opdctl.artifacts.records import sample_seed
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import OpdctlError
-from opdctl.models.batching import pad_batch
+from opdctl.models.batching import pack_batch, pad_batch
 from opdctl.models.decoding import BatchRules
-from opdctl.models.directory import ModelDir
+from opdctl.models.directory import LOGPROB_TOLERANCE, ModelDir
 from opdctl.models.loading import load_model
 from opdctl.models.logprobs import output_head, response_states
+from opdctl.models.self_check import enable_packing
 from opdctl.recipe.schema import Sampling, Score
 
 VOCAB_SIZE, END_IDS = 56, [1, 5, *range(44, 56)]  # a quarter of the ids ends a response
@@ -200,15 +201,25 @@ def test_scores_of_mixed_batches(architecture):
         assert_near(score(engine, pairs, budget), want)
 
 
-def test_forward_pass_of_training(architecture):
-    """Also its gradient: padding must not change the update."""
+PACKED = ("llama", "gemma2", "gpt2", "gemma4_text", "qwen2_5_vl", "gemma3", "mistral3")
+"""Model types that keep packed sequences separate. The others have a state, or make masks themselves."""
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+def test_forward_pass_of_training(architecture, packs):
+    """Also its gradient: neither padding nor packing must change the update."""
     model, directory, _ = architecture
     trained = load_model(directory, device="cpu", dtype="float32")
+    if packs:
+        obstacle = enable_packing(trained, LOGPROB_TOLERANCE["float32"])
+        assert (obstacle is None) == (trained.config.model_type in PACKED), obstacle
+        if obstacle:
+            return
     pairs = sequences([(3, 12), (9, 2), (5, 5)])
-    padded = pad_batch(pairs, "cpu")
-    hidden_ND, ids_N = response_states(trained, padded.input_ids_BT, padded.rows_N, padded.positions_N)
+    batch = (pack_batch if packs else pad_batch)(pairs, "cpu")
+    hidden_ND, ids_N = response_states(trained, batch.input_ids_BT, batch.rows_N, batch.positions_N, batch.packed)
     logp_NV = output_head(trained, VOCAB_SIZE).logits(hidden_ND).log_softmax(-1)
-    found = padded.split(logp_NV.gather(-1, ids_N[:, None])[:, 0])
+    found = batch.split(logp_NV.gather(-1, ids_N[:, None])[:, 0])
     assert_near([logp_T.numpy() for logp_T in found], [plain_logprobs(model, *pair) for pair in pairs])
     hidden_ND.square().sum().backward()
     batched = trained.get_input_embeddings().weight.grad.clone()

@@ -165,6 +165,31 @@ def test_scores_are_those_of_the_response_tokens(engine):
                 assert scores.top_ids is None
 
 
+def test_most_probable_ids_are_sorted_by_logprob_and_then_by_id(engine, api):
+    """As from a plain sort; equal log-probs, and the token itself as an additional entry, included."""
+    rng = np.random.default_rng(0)
+    rows: list[dict[int, float]] = []
+
+    def edit(choice: Any) -> None:
+        rows.clear()
+        for t, id_ in enumerate(choice["prompt_token_ids"]):
+            ids = {*rng.choice(52, 12, replace=False).tolist(), id_}
+            rows.append({each: -int(rng.integers(1, 5)) / 4 for each in ids})
+            if t:
+                choice["prompt_logprobs"][t] = {str(k): {"logprob": v, "rank": 1} for k, v in rows[t].items()}
+
+    api.edit = edit
+    for request in SCORED:
+        (scores,) = engine.score([request], Score(top_k=6), lambda n: None)
+        scored = rows[len(request.prompt_ids) :]
+        wanted = [sorted(row.items(), key=lambda entry: (-entry[1], entry[0]))[:6] for row in scored]
+        assert scores.top_ids.tolist() == [[id_ for id_, _ in row] for row in wanted]
+        assert scores.top_logprobs.tolist() == [[value for _, value in row] for row in wanted]
+        assert scores.logprobs.tolist() == [
+            row[id_] for row, id_ in zip(scored, request.response_ids.tolist(), strict=True)
+        ]
+
+
 MALFORMED_SCORES = {
     "another prompt": lambda choice: choice["prompt_token_ids"].reverse(),
     "too few": lambda choice: choice["prompt_logprobs"].pop(),
@@ -301,14 +326,17 @@ def test_several_models_require_a_name(server, api):
     engine_at(server.url, "teacher.served_name=other").close()
 
 
-def test_too_long_sequence_is_rejected_before_any_request(server, api):
+def test_too_long_sequence_is_rejected_without_a_request(server, api):
+    """The hint has the longest sequence of the recipe: the next too long one would ask for another restart."""
     api.models = {"data": [{"id": "teacher", "max_model_len": 18}]}
-    engine = engine_at(server.url)
+    engine = engine_at(server.url, "prompts.max_tokens=20", "rollout.max_tokens=30")
     error = rejection(lambda: engine.generate(requests(1), Sampling(max_tokens=8), 1, print), "unsupported_setting")
     assert "13 + 8 tokens" in error.message
-    assert "--max-model-len 21" in error.hint
-    error = rejection(lambda: engine.score(SCORED, Score(), print), "unsupported_setting")
+    assert "--max-model-len 28" in error.hint
+    longest = max(SCORED, key=lambda each: len(each.prompt_ids) + len(each.response_ids))
+    error = rejection(lambda: engine.score([longest], Score(), print), "unsupported_setting")
     assert "18 + 1 tokens" in error.message
+    assert "--max-model-len 51" in error.hint
     engine.close()
     assert not api.bodies
 

@@ -30,6 +30,16 @@ def test_response_depends_on_the_seed_and_not_on_the_batch(engine):
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=2e-5)
 
 
+def test_each_forward_pass_counts(engine):
+    before = engine.num_passes
+    (completion,) = generate(engine, requests(1), max_tokens=5)
+    tokens = len(completion.response_ids)
+    assert engine.num_passes == before + tokens
+    answered = ScoreRequest(requests(1)[0].prompt_ids, completion.response_ids)
+    engine.score([answered] * 4, Score(tokens_per_batch=2 * (13 + tokens)), lambda n: None)
+    assert engine.num_passes == before + tokens + 2
+
+
 def test_seeds_give_different_responses(engine):
     one = requests(1)[0]
     found = {generate(engine, [Request(one.prompt_ids, seed)])[0].response_ids.tobytes() for seed in range(8)}

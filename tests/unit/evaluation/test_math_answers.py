@@ -10,7 +10,7 @@ from helpers.commands import ROOT
 
 from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.evaluation.graders import MATH_GRADER
-from opdctl.evaluation.math_values import Group, Quantity, clean, parse_answer
+from opdctl.evaluation.math_values import clean, parse_answer
 from opdctl.recipe.schema import Eval
 
 # ── Equal and different answers ──────────────────────────────────────────────────────────────────────────────────────
@@ -34,6 +34,7 @@ EQUAL = {
         ("3628800", "10!"),
         ("10", r"\binom{5}{2}"),
         ("5", "x = 5"),
+        ("5", r"\mathbf{x} = 5"),
     ],
     "fractions and decimals": [
         (r"\frac{1}{2}", r"\frac{2}{4}"),
@@ -290,8 +291,8 @@ FULL_WIDTH_DIGITS = str.maketrans("0123456789-", "０１２３４５６７８９
 def respellings(gold: str) -> list[str]:
     """Return ten spellings of a gold answer."""
     value = parse_answer(clean(gold))
-    is_list = isinstance(value, Group) and value.kind in ("", "{}")
-    is_single = isinstance(value, Quantity) and not value.unit
+    is_list = value.kind in ("list", "set")
+    is_single = value.kind in ("number", "expression") and not value.name
     members = [] if r"\pm" in gold else clean(gold).removeprefix(r"\{").removesuffix(r"\}").split(",")
     return [
         re.sub(r"([+=]|,(?!\\|\d{3}))", r" \1 ", gold),

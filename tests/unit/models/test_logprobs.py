@@ -1,6 +1,8 @@
 """Log-probs from hidden states equal the plain formula, in value and gradient, for every chunk size."""
 
 import math
+from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -96,7 +98,7 @@ def chunked_loss(loss, hidden_ND, head, ids_NK, order=None):
     )
 
 
-def in_chunks_of(tokens, vocab_size=V):
+def in_chunks_of(tokens, vocab_size=PADDED):
     return patch.object(logprobs, "CHUNK_LOGITS", tokens * vocab_size)
 
 
@@ -402,15 +404,95 @@ def test_bfloat16_hidden_states_use_float32_products():
     assert single.item() == pytest.approx(plain_loss(LOSSES["both"], half_ND, head, ids_NK).item(), rel=1e-5)
 
 
-def test_autocast_changes_nothing():
-    hidden_ND, head, ids_NK = make(**KINDS["all"])
-    want = chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = chunked_loss(LOSSES["both"], hidden_ND, head, ids_NK)
-    assert found.item() == want.item()
-    values = leaves(hidden_ND, head)
-    wanted = torch.autograd.grad(want, values)
-    torch.testing.assert_close(torch.autograd.grad(found, values), wanted, rtol=0, atol=0)
+# ── Products on tensor cores ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def float32_results(monkeypatch):
+    """bfloat16 products with a float32 result, which a CPU does not have: of the same numbers in float32."""
+
+    def emulate(plain, *operands, out_dtype=None, **options):
+        if out_dtype is None:
+            return plain(*operands, **options)
+        assert [operand.dtype for operand in operands[-2:]] == [torch.bfloat16] * 2
+        assert out_dtype == torch.float32
+        return plain(*(operand.float() for operand in operands), **options)
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, partial(emulate, getattr(torch, name)))
+
+
+def rounded(hidden_ND, head):
+    """Return leaves with the numbers of these in bfloat16."""
+    bias_V = None if head.bias_V is None else head.bias_V.detach().clone().requires_grad_()
+    hidden_ND, weight_VD = (value.detach().bfloat16().float().requires_grad_() for value in (hidden_ND, head.weight_VD))
+    return hidden_ND, replace(head, weight_VD=weight_VD, bias_V=bias_V, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_bfloat16_products_are_those_of_the_rounded_operands(float32_results, name, kind, chunk):
+    """Only a logit's gradient is rounded once more, by at most 2⁻⁹ of it. The master weight gets a float32 gradient."""
+    hidden_ND, head, ids_NK = make(**KINDS[kind])
+    half_ND = hidden_ND.detach().bfloat16().requires_grad_()
+    head = replace(head, dtype=torch.bfloat16)
+    with torch.no_grad():
+        head.weight_VD[V:] += 10  # padding would be likely
+    with in_chunks_of(chunk):
+        found = chunked_loss(LOSSES[name], half_ND, head, ids_NK)
+    exact_ND, exact = rounded(hidden_ND, head)
+    wanted = plain_loss(LOSSES[name], exact_ND, exact, ids_NK)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    wanted_grads = torch.autograd.grad(wanted, leaves(exact_ND, exact))
+    grads = torch.autograd.grad(found, leaves(half_ND, head))
+    assert [grad.dtype for grad in grads] == [torch.bfloat16] + [torch.float32] * (len(grads) - 1)
+    for grad, want in zip(grads, wanted_grads, strict=True):
+        assert float((grad.double() - want).norm()) <= 2**-8 * float(want.norm())
+    assert (grads[1][V:] == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "gradient_bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2.5e-3)])
+def test_numbers_at_the_size_of_a_vocabulary(float32_results, dtype, gradient_bound):
+    """Of the same bfloat16 operands in float64, for Qwen3's 151,936 rows of which 151,669 are ids."""
+    rows, vocabulary, tokens, size = 151_936, 151_669, 12, 64
+    generator = torch.Generator().manual_seed(0)
+    weight_VD, hidden_ND = (
+        torch.randn(count, size, generator=generator).mul(scale).bfloat16()
+        for count, scale in ((rows, 0.2), (tokens, 2.0))
+    )
+    ids_NK = torch.randint(0, vocabulary, (tokens, 1), generator=generator)
+    ids_NK[: tokens // 2, 0] = (hidden_ND[: tokens // 2].float() @ weight_VD[:vocabulary].float().T).argmax(-1)
+    advantage_N = torch.randn(tokens, generator=generator)
+    exact_ND, exact_VD = (value.double().requires_grad_() for value in (hidden_ND, weight_VD))
+    wanted_N = (exact_ND @ exact_VD[:vocabulary].T).log_softmax(-1).gather(-1, ids_NK)[:, 0]
+    wanted = torch.autograd.grad((wanted_N * advantage_N).sum(), [exact_ND, exact_VD])
+    logps, master_VD = [], weight_VD.float().requires_grad_()
+    leaf_ND = hidden_ND.float().requires_grad_()  # so that its gradient is not rounded
+
+    def loss(chunk):
+        logps.append(chunk.selected_logp_CK[:, 0].detach())
+        return (chunk.selected_logp_CK[:, 0] * advantage_N[chunk.rows]).sum()
+
+    found = torch.autograd.grad(
+        map_vocab_chunks(Head(master_VD, vocabulary, dtype=dtype), leaf_ND, ids_NK, loss), [leaf_ND, master_VD]
+    )
+    assert (torch.cat(logps) - wanted_N).abs().max() < 2e-5
+    for grad, want in zip(found, wanted, strict=True):
+        assert float((grad - want).norm()) < gradient_bound * float(want.norm())
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cuda", torch.bfloat16, torch.bfloat16),
+        ("cuda", torch.float16, torch.float32),
+        ("cuda", torch.float32, torch.float32),
+        ("cpu", torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtype_of_the_operands(device, dtype, expected):
+    assert logprobs.product_dtype(torch.device(device), dtype) == expected
 
 
 def test_extreme_logits_give_finite_log_probs_and_gradients():

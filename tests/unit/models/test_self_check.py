@@ -1,5 +1,8 @@
 """The self-check at load: models whose log-probs depend on padding, on later tokens, or on the cache are rejected."""
 
+import inspect
+from logging import getLogger
+
 import pytest
 import torch
 from helpers.models import SMALL, make, save
@@ -11,12 +14,13 @@ from transformers import (
     LlamaModel,
     PreTrainedModel,
 )
+from transformers.integrations import hub_kernels
 
 from opdctl.errors import OpdctlError
 from opdctl.models.decoding import BatchRules
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
-from opdctl.models.self_check import find_batch_rules, scoring_difference, tolerance
+from opdctl.models.self_check import SLOW_KERNEL, check_scoring, find_batch_rules, scoring_difference, tolerance
 
 
 def build(kind, **settings) -> PreTrainedModel:
@@ -100,3 +104,19 @@ def test_failure_of_a_faster_way_leaves_the_slower_ones(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LlamaModel, "forward", without_mask)
     assert find_batch_rules(make("llama"), tmp_path) == BatchRules(left_padding=False)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_missing_kernels_are_a_warning_where_there_is_a_gpu(has_gpu, tmp_path, monkeypatch, capsys):
+    assert SLOW_KERNEL in inspect.getsource(hub_kernels).replace('"\n                    f"', "")
+    forward, message = LlamaModel.forward, f"`scan` {SLOW_KERNEL} because `mamba_ssm` is not installed"
+
+    def by_slow_code(self, **kwargs):
+        getLogger("transformers").warning(message)
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", by_slow_code)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    check_scoring(make("llama"), tmp_path)
+    check_scoring(make("llama"), tmp_path)
+    assert capsys.readouterr().err.count(message) == has_gpu

@@ -23,15 +23,30 @@ def dry_run(*overrides: str):
     return invoke("train", "--recipe", PAPER, "--dry-run", *(f"--set={each}" for each in overrides), "--json")
 
 
-def test_stage_that_does_not_fit_is_marked():
-    result = dry_run("hardware.memory_gib=12")
-    assert "DOES NOT FIT" in result.err
+def test_stage_that_does_not_fit_is_marked_with_what_is_missing_and_a_remedy():
+    result = dry_run("vllm.enable_sleep_mode=false", "train.gradient_checkpointing=false", "hardware.train_gpus=8")
+    update = result.json()["stages"]["update"]
+    assert not update["fits"]
+    assert update["excess_bytes"] == update["bytes"] - int(0.92 * 79 * 2**30)
+    missing = update["excess_bytes"] / 2**30
+    assert f"DOES NOT FIT: {missing:.1f} GiB too much; set train.gradient_checkpointing = true" in result.err
+
+
+def test_engine_without_room_for_its_cache_has_no_time():
+    result = dry_run("hardware.memory_gib=2")
     plan = result.json()
-    assert plan["stages"]["rollout"]["seconds"] > 0  # fewer concurrent responses
-    assert plan["stages"]["score teacher"]["bytes"] > 12 * 2**30
-    smaller = dry_run("hardware.memory_gib=2").json()
-    assert smaller["stages"]["rollout"]["seconds"] is None
-    assert smaller["gpu_hours"] is None
+    assert "DOES NOT FIT: the cache has no room" in result.err
+    assert plan["stages"]["rollout"]["seconds"] is None
+    assert plan["gpu_hours"] is None
+
+
+def test_table_shows_what_lies_in_memory_at_the_same_time():
+    result = dry_run()
+    lines = [line.split() for line in result.err.splitlines() if line.startswith(("┃", "│"))]
+    assert [line[1:-1] for line in lines[:2]] == [
+        ["stage", "┃", "student,", "vllm", "┃", "teacher,", "vllm", "┃", "trainer", "┃", "sum", "┃", "fits"],
+        ["rollout", "│", "63.2", "│", "1.5", "│", "1.4", "│", "66.1", "│", "yes"],
+    ]
 
 
 def test_model_of_unknown_shape_has_unknown_costs():
@@ -47,6 +62,7 @@ def test_model_of_unknown_shape_has_unknown_costs():
 def test_totals_are_sums_over_stages_and_repetitions():
     plan = dry_run().json()
     stages, repetitions = plan["stages"], plan["repetitions"]
+    assert repetitions["eval student"] == 18
     assert plan["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in stages.values()))
     assert plan["seconds"] == pytest.approx(sum(stages[name]["seconds"] * repetitions[name] for name in stages))
     assert plan["artifact_bytes"] == 165 * (plan["rollout_bytes_per_step"] + plan["score_bytes_per_step"])

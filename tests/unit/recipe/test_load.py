@@ -42,7 +42,34 @@ def test_byte_order_mark_is_accepted(smallest: Path) -> None:
     assert load_recipe([smallest]).name == "smallest"
 
 
+def test_only_the_default_of_a_removed_key_is_accepted(smallest: Path) -> None:
+    """Runs of earlier versions recorded vllm.data_parallel_size = 1; another value never worked."""
+    assert load_recipe([smallest], ["vllm.data_parallel_size=1"]).vllm == load_recipe([smallest]).vllm
+    assert "vllm.data_parallel_size" in load_error([smallest], "vllm.data_parallel_size=2").message
+
+
 # ── Merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_parts"),
+    [
+        ((), 32),  # 1,024 responses
+        (("rollout.prompts_per_step=33",), 2),
+        (("rollout.prompts_per_step=8", "rollout.samples_per_prompt=4"), 1),
+        (("rollout.prompts_per_step=8", "rollout.num_parts=8"), 8),
+    ],
+)
+def test_parts_have_at_most_32_responses_by_default(smallest: Path, overrides: tuple[str, ...], num_parts: int) -> None:
+    """The number depends on nothing that workers or a later start could change, and the run records it."""
+    recipe = load_recipe([smallest], overrides)
+    assert recipe.rollout.num_parts == num_parts
+    assert tomllib.loads(recipe.to_toml())["rollout"]["num_parts"] == num_parts
+
+
+def test_default_that_depends_on_an_invalid_key_is_no_second_error(smallest: Path) -> None:
+    (line,) = error_lines([smallest], "rollout.prompts_per_step=0")
+    assert line.startswith("--set: rollout.prompts_per_step: ")
 
 
 def test_later_values_override_key_by_key(smallest: Path, tmp_path: Path) -> None:

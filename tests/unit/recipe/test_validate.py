@@ -56,6 +56,8 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
         (["train.betas=[0.9, 1.0]"], "train.betas"),
         (["rollout.temperature=0.5"], "rollout"),
         (["rollout.top_p=0.9"], "rollout"),
+        (["rollout.routed_experts=true", "rollout.engine=server"], "rollout.routed_experts"),
+        (["train.router_replay=true", "vllm.pipeline_parallel_size=2"], "train.router_replay"),
         (["eval.bench=[]"], "eval.bench"),
         (["train.lr_scheduler_type=linear"], "train.decay_steps"),
         (["train.lr_scheduler_type=cosine", "train.warmup_steps=4", "train.decay_steps=4"], "train.decay_steps"),
@@ -73,6 +75,11 @@ def test_invalid_combination(smallest: Path, overrides: list[str], key: str) -> 
 @pytest.mark.parametrize("temperature", [0.0, 0.01])
 def test_least_temperatures_are_valid(smallest: Path, temperature: float) -> None:
     assert load_recipe([smallest], [f"eval.temperature={temperature}"]).eval.temperature == temperature
+
+
+def test_router_replay_stores_the_experts(smallest: Path) -> None:
+    assert load_recipe([smallest], ["train.router_replay=true"]).rollout.routed_experts
+    assert not load_recipe([smallest], []).rollout.routed_experts
 
 
 def test_as_many_parts_as_responses_are_valid(smallest: Path) -> None:

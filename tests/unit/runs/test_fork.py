@@ -85,7 +85,7 @@ def test_fork_links_files_and_leaves_the_run_as_it_is(run, tmp_path):
     assert (fork.start_step, fork.current_step(), list(fork.finished_steps())) == (1, 1, [])
     assert fork.recipe.weight.gamma == 0.7
     assert fork.student_digest(1) == run.student_digest(1)
-    assert fork.trainer_digests(1) == run.trainer_digests(1)
+    assert fork.check_trainer_state(1) == run.check_trainer_state(1)
     assert fork.kept_steps() == [1]
     assert fork.is_scored(1)
     assert fork.student_at(1)

@@ -8,10 +8,11 @@ from opdctl.artifacts import files
 from opdctl.artifacts.versions import VERSIONS
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
+from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import Model
 from opdctl.runs import open as opening
 from opdctl.runs.models import find_model
-from opdctl.runs.open import check_output_dir, open_run, resolve_auto_engines, standalone_eval_run
+from opdctl.runs.open import check_output_dir, open_run, resolve_open_settings, standalone_eval_run
 
 
 def error_of(call) -> OpdctlError:
@@ -168,15 +169,28 @@ def test_prompts_of_a_run_are_kept_when_their_file_changes_or_goes(small, tmp_pa
 # ── Models and engines ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_started_run_keeps_the_number_of_parts_that_its_recipe_leaves_open(finished_copy):
+    """Runs of earlier versions recorded another default, and the files of their steps have it in their names."""
+    recorded = finished_copy / "recipe.toml"
+    text = recorded.read_text()
+    assert text.count("num_parts = 2\n") == 1
+    (finished_copy / "open.toml").write_text(text.replace("num_parts = 2\n", ""))
+    unset = load_recipe([finished_copy / "open.toml"])
+    assert unset.rollout.num_parts == 1  # 8 responses
+    assert open_run(unset, finished_copy).recipe.rollout.num_parts == 2
+    other = load_recipe([finished_copy / "open.toml"], ["rollout.num_parts=4"])
+    assert error_of(lambda: open_run(other, finished_copy)).kind == "recipe_mismatch"
+
+
 @pytest.mark.parametrize(("installed", "engine"), [(True, "vllm"), (False, "transformers")])
 def test_auto_engine_is_what_is_installed_and_then_what_the_run_recorded(
     small, finished_run, tmp_path, monkeypatch, installed, engine
 ):
     monkeypatch.setattr(opening, "has_vllm", lambda: installed)
     recipe = small("rollout.engine=auto", "score.engine=auto")
-    resolved = resolve_auto_engines(recipe, tmp_path / "run")
+    resolved = resolve_open_settings(recipe, tmp_path / "run")
     assert (resolved.rollout.engine, resolved.score.engine) == (engine, engine)
-    assert resolve_auto_engines(recipe, finished_run).rollout.engine == "transformers"
+    assert resolve_open_settings(recipe, finished_run).rollout.engine == "transformers"
 
 
 def test_standalone_evaluation_has_no_models_of_a_run(small, tmp_path):

@@ -33,6 +33,7 @@ DAMAGES = {
     "student/step-00002/model.safetensors": "opdctl train --output {run}",
     "trainer/step-00001/*.safetensors": "opdctl train --output {run}",
     "trainer/step-00002/*.safetensors": "opdctl train --output {run}",
+    "trainer/step-00002/digests.json": "opdctl train --output {run}",
     "student/step-00001/model.safetensors": None,
 }
 

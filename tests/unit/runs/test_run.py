@@ -9,7 +9,7 @@ import torch
 from helpers.commands import invoke, rewrite_json
 from torch.utils.data import RandomSampler
 
-from opdctl.artifacts import files
+from opdctl.artifacts import directories, files
 from opdctl.data.order import epoch_order
 from opdctl.data.prompts import load_problems
 from opdctl.errors import ExitCode, OpdctlError
@@ -153,6 +153,24 @@ def test_students_by_step(finished_copy):
     assert run.student_at(0) is run.student
     assert run.student_at(1).path == finished_copy / "student/step-00001"
     assert len({run.student_digest(step) for step in range(3)}) == 3
+
+
+def test_one_rank_of_a_machine_reads_a_student_to_check_it_once_until_it_changes(finished_copy, monkeypatch):
+    """Engines load 61 GB at 30B parameters; every rank would read them twice."""
+    run, read = Run.load(finished_copy), []
+    monkeypatch.setattr(directories, "sha256_file", lambda path: read.append(path.name) or files.sha256_file(path))
+    for _ in range(2):
+        run.student_at(1)
+    assert read.count("model.safetensors") == 1
+    launch = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with monkeypatch.context() as patch:
+        for name, value in launch.items():
+            patch.setenv(name, value)
+        run.student_at(2)
+    assert read.count("model.safetensors") == 1
+    weights = finished_copy / "student/step-00001/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert error_of(lambda: run.student_at(1)).kind == "corrupt_artifact"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_two_strata_are_a_test_of_welch():
 
 def test_constant_strata_have_no_width():
     equal = stratified_mean([np.ones(3), np.zeros(3)])
-    assert (equal.low, equal.high, equal.p_value(), equal.p_value(0.5)) == (0.5, 0.5, 0.0, 1.0)
+    assert (equal.format(), equal.p_value(), equal.p_value(0.5)) == ("+0.500", 0.0, 1.0)
 
 
 def test_size_with_the_spreads_of_three_students():

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir
+from opdctl.training.adapters import base_model
 from opdctl.training.policy import check_trainable, load_policy
 
 LORA = "lora.rank=4"
@@ -56,6 +57,13 @@ EMBEDDINGS = ["embed_tokens", "model.embed_tokens", "lm_head"]
         ("untied", 'lora.target_modules=["mlp"]', "lora.target_modules"),
         ("untied", 'lora.modules_to_save=["proj"]', "lora.modules_to_save"),
         ("untied", 'lora.modules_to_save=["model"]', "lora.modules_to_save"),
+        ("untied", 'lora.modules_to_save=["orm"]', "`norm`"),
+        ("untied", 'lora.modules_to_save=["norm."]', "`norm`"),
+        ("untied", 'lora.modules_to_save=[""]', "has no layer ``"),
+        ("untied", 'lora.modules_to_save=["embed_tokens.weight"]', "`embed_tokens`"),
+        ("untied", 'lora.target_modules=["all-linear", "v_porj"]', "`v_proj`"),
+        ("untied", 'lora.target_modules=["self_attn"]', "contains k_proj, o_proj, q_proj, v_proj"),
+        ("zamba2", 'lora.modules_to_save=["self_attn"]', "lora.modules_to_save: `self_attn` has a weight"),
         ("tied", 'lora.modules_to_save=["model"]', "lora.modules_to_save: `model`"),
         *(
             ("tied", f'lora.target_modules=["q_proj", "{name}"]', f"lora.target_modules: `{name}`")
@@ -126,6 +134,8 @@ def test_matrices_without_an_adapter_are_logged(overrides, folders, capsys):
         ("untied", ('lora.target_modules=["lm_head", "q_proj"]',)),
         ("untied", ('lora.modules_to_save=["embed_tokens", "lm_head", "norm"]',)),
         ("untied", ('lora.modules_to_save=["mlp"]',)),
+        ("untied", ('lora.modules_to_save=["layers.0", "self_attn"]',)),
+        ("untied", ('lora.target_modules=["q_proj", "all-linear", "lm_head"]', 'lora.modules_to_save=["norm"]')),
         ("tied", ('lora.modules_to_save=["norm"]',)),
         ("tied", ('lora.target_modules=["layers.1.self_attn.q_proj"]',)),
         ("gpt2", ()),
@@ -176,3 +186,16 @@ def test_adapter_config_has_sorted_names(folders, tmp_path):
     config = json.loads((exported / "adapter/adapter_config.json").read_text())
     assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert config["target_parameters"] == ["down_proj", "gate_up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/cache/hub/models--Qwen--Qwen3-4B/snapshots/1cfa9a7", ("Qwen/Qwen3-4B", "1cfa9a7")),
+        ("/cache/hub/models--gpt2/snapshots/607a30d", ("gpt2", "607a30d")),
+        ("/models/qwen/snapshots/a", ("/models/qwen/snapshots/a", None)),
+        ("/m", ("/m", None)),
+    ],
+)
+def test_adapter_names_the_hub_id_and_revision_of_its_base(path, expected):
+    assert base_model(Path(path)) == expected

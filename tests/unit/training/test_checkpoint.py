@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.commands import small_recipe
 
+from opdctl.artifacts.files import sha256_file
 from opdctl.training import checkpoint, policy
 
 
@@ -16,13 +17,14 @@ def test_restored_state_is_identical(tmp_path, scored_run):
     for _ in range(2):
         sum(parameter.square().sum() for parameter in model.parameters()).backward()
         optimizer.step()
-    checkpoint.save(tmp_path, model, optimizer)
+    digests = checkpoint.save(tmp_path, checkpoint.state_tensors(model, optimizer))
     restored, restored_optimizer = fresh()
     checkpoint.restore(tmp_path, restored, restored_optimizer)
     for expected, parameter in zip(model.parameters(), restored.parameters(), strict=True):
         assert torch.equal(expected, parameter)
         for key, value in optimizer.state[expected].items():
             assert torch.equal(value, restored_optimizer.state[parameter][key]), key
-    assert all(path.suffix == ".safetensors" for path in tmp_path.iterdir())
+    (file,) = tmp_path.iterdir()
+    assert digests == {file.name: (sha256_file(file), file.stat().st_size)}
     with pytest.raises(ValueError, match="lora_A"):
         checkpoint.restore(tmp_path, *fresh("lora.rank=4"))

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from helpers.commands import small_recipe
-from helpers.export import KINDS, LINEAR_ATTENTION, check_export, edit_tensors, make, train_and_export
+from helpers.export import IDS_1T, KINDS, LINEAR_ATTENTION, check_export, edit_tensors, make, train_and_export
 from helpers.models import SMALL, save
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -16,10 +17,13 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
-from opdctl.training.export import check_exportable
+from opdctl.training import export
+from opdctl.training.conversions import find_conversions
+from opdctl.training.export import MergedWeights, check_exportable
 from opdctl.training.policy import check_trainable, load_policy
 
 
@@ -45,6 +49,57 @@ def test_shards_keep_their_files_and_index(tmp_path):
     exported = train_and_export(folder, dtype="bfloat16")[1]
     metadata = json.loads((exported / "model.safetensors.index.json").read_text())["metadata"]
     assert metadata["total_size"] * 2 == indices[0]["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("files_named_by_config", [False, True])
+def test_files_above_the_limit_are_divided(files_named_by_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_WEIGHT_FILE_BYTES", 20_000)
+    folder = save(make("qwen3_moe"), tmp_path / "student")
+    if files_named_by_config:
+        (folder / "model.safetensors").rename(folder / "own.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "own.safetensors"}))
+    policy, exported = train_and_export(folder)
+    stored, written = (ModelDir(path, "float32").weights for path in (folder, exported))
+    assert {name: header.shape for name, header in written.tensors.items()} == {
+        name: header.shape for name, header in stored.tensors.items()
+    }
+    assert len(written.files) > 3
+    for file in written.files:
+        sizes = [header.end - header.start for header in written.tensors.values() if header.file == file]
+        assert sum(sizes) <= 20_000 or len(sizes) == 1
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(header.end - header.start for header in written.tensors.values())
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+        torch.testing.assert_close(model(IDS_1T).logits, policy(IDS_1T).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversions_by_parts_are_those_of_the_complete_state(kind, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save(make(kind), tmp_path / "student"))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    expected, found = revert_weight_conversion(model, dict(weights)), {}
+    for conversion in find_conversions(model, weights):
+        found |= conversion.convert(model, {name: weights[name] for name, _ in conversion.sources})
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_export_holds_the_weights_of_one_layer_of_experts(tmp_path, monkeypatch):
+    folder, held, convert = save(make("qwen3_moe"), tmp_path / "student"), [], MergedWeights._convert
+
+    def watch(weights, source):
+        converted = convert(weights, source)
+        tensors = [*weights._converted.values(), *converted.values()]
+        held.append(sum(tensor.nbytes for tensor in tensors))
+        return converted
+
+    monkeypatch.setattr(MergedWeights, "_convert", watch)
+    policy, _ = train_and_export(folder)
+    experts = policy.model.layers[0].mlp.experts
+    assert max(held) <= sum(parameter.nbytes for parameter in experts.parameters())
+    assert len(held) > 20
 
 
 @pytest.mark.parametrize("stored", ["embedding", "head", "both"])

@@ -10,23 +10,14 @@ from helpers.planted import plant, planted_run
 from opdctl.losses.objectives import PolicyGradient
 from opdctl.losses.token_weights import IwOpd, Weight
 from opdctl.runs.scored_responses import read_scored, to_weight_inputs
-from opdctl.training.microbatches import make_micro_batches, micro_batches_of_rank, split_in_half
+from opdctl.training.division import Division
+from opdctl.training.microbatches import make_micro_batches, split_in_half
 from opdctl.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
 def micro_batches(scored_run):
     return Trainer(scored_run, "cpu").make_micro_batches(0, list(read_scored(scored_run, 0)))
-
-
-@pytest.mark.parametrize(("count", "world_size"), [(1, 2), (2, 2), (5, 2), (5, 3), (3, 8)])
-def test_ranks_get_equally_many_micro_batches(count, world_size, micro_batches):
-    batches = [dataclasses.replace(micro_batches[0]) for _ in range(count)]
-    by_rank = [micro_batches_of_rank(batches, rank, world_size) for rank in range(world_size)]
-    assert len({len(of_rank) for of_rank in by_rank}) == 1
-    counted = [batch for of_rank in by_rank for batch in of_rank if not batch.is_filler]
-    assert sorted(map(id, counted)) == sorted(map(id, batches))
-    assert not any(batch.loss_scale_N.any() for of_rank in by_rank for batch in of_rank if batch.is_filler)
 
 
 def test_splitting_keeps_every_response_and_token(micro_batches):
@@ -39,6 +30,30 @@ def test_splitting_keeps_every_response_and_token(micro_batches):
         assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(batch, name))
     (single,) = split_in_half(split_in_half(split_in_half(halves[0])[0])[0])
     assert len(single.samples) == 1
+
+
+def test_fillers_have_no_loss(tmp_path):
+    run = planted_run(tmp_path / "run")
+    plant(run, 0, [np.ones(4), np.ones(2)])
+    scored, weight = list(read_scored(run, 0)), FixedWeights(((1, 1, 1, 1), (1, 1)))
+    for rank in range(3):
+        given = (run.recipe, 0, scored, weight, PolicyGradient(), "cpu", None, Division(3), rank)
+        (batch,) = make_micro_batches(*given)
+        assert batch.is_filler == (rank == 2)
+        assert bool(batch.loss_scale_N.any()) != batch.is_filler
+
+
+def test_packed_micro_batches_have_no_padding(tmp_path):
+    run = planted_run(tmp_path / "run")
+    plant(run, 0, [np.ones(4), np.ones(2), np.ones(3)])
+    scored, weight = list(read_scored(run, 0)), FixedWeights(((1, 1, 1, 1), (1, 1), (1, 1, 1)))
+    tokens = sum(len(sample.response.prompt_ids) + len(sample.response.response_ids) for sample in scored)
+    for packs in (True, False):
+        given = (run.recipe, 0, scored, weight, PolicyGradient(), "cpu", None, Division(packs=packs))
+        (batch,) = make_micro_batches(*given)
+        assert (batch.sequences.input_ids_BT.numel() == tokens) == packs
+        for half in split_in_half(batch):
+            assert (half.sequences.packed is not None) == packs
 
 
 def test_token_loss_scales_are_weights_over_the_number_of_tokens(micro_batches):
@@ -73,7 +88,7 @@ def test_denominators_by_hand(settings, expected, tmp_path):
     batches = make_micro_batches(run.recipe, 0, scored, weight, PolicyGradient(), "cpu")
     scales = {}
     for batch in batches:
-        pairs = zip(batch.samples, batch.padded.split(batch.loss_scale_N), strict=True)
+        pairs = zip(batch.samples, batch.sequences.split(batch.loss_scale_N), strict=True)
         scales |= {sample.response.sample_id: scale_T.tolist() for sample, scale_T in pairs}
     for sample, scale_T in zip(scored, expected, strict=True):
         assert scales[sample.response.sample_id] == pytest.approx(scale_T)
@@ -83,7 +98,7 @@ def test_weights_in_training_and_in_the_analysis_are_equal(scored_run, micro_bat
     weights = {
         sample.response.sample_id: weight_T
         for batch in micro_batches
-        for sample, weight_T in zip(batch.samples, batch.padded.split(batch.weight_N), strict=True)
+        for sample, weight_T in zip(batch.samples, batch.sequences.split(batch.weight_N), strict=True)
     }
     for sample in read_scored(scored_run, 0):
         expected = IwOpd(0.5)(to_weight_inputs(sample, 0))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.commands import small_recipe
 from helpers.models import SMALL, save
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from opdctl.errors import OpdctlError
@@ -32,8 +32,8 @@ def test_checkpointed_layers_apply_no_dropout(student):
 def test_settings_that_change_the_log_probs_are_rejected(student, monkeypatch):
     enable = policy._enable_gradient_checkpointing
 
-    def with_dropout(model):
-        enable(model)
+    def with_dropout(model, every_n_layers):
+        enable(model, every_n_layers)
         for layer in [module for module in model.modules() if isinstance(module, OPTDecoderLayer)]:
             layer.dropout = 0.5
 
@@ -42,3 +42,13 @@ def test_settings_that_change_the_log_probs_are_rejected(student, monkeypatch):
         policy.load_policy(student, small_recipe(CHECKPOINTING), "cpu")
     assert error.value.kind == "unsupported_setting"
     assert "train.gradient_checkpointing" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "warns"), [("float32", "cuda", True), ("bfloat16", "cuda", False), ("float32", "cpu", False)]
+)
+def test_attention_without_a_fused_kernel_is_a_warning(dtype, device, warns, tmp_path, capsys):
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}))
+    student = ModelDir(save(model, tmp_path), dtype)
+    policy._warn_of_slow_attention(student, small_recipe(f"student.dtype={dtype}"), device)
+    assert ("no fused kernel" in capsys.readouterr().err) == warns

@@ -2,15 +2,20 @@
 
 import dataclasses
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+from opdctl import distributed
 from opdctl.errors import OpdctlError
 from opdctl.models.loading import load_model
 from opdctl.recipe.schema import WeightSettings
+from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 from opdctl.training.trainer import Trainer
 
@@ -36,9 +41,10 @@ def with_settings(run, **settings):
     return dataclasses.replace(run, recipe=run.recipe.model_copy(update={"train": train}))
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("budget", [1, 120, 300])
-def test_gradient_does_not_depend_on_the_micro_batches(scored_run, budget):
-    split = with_settings(scored_run, tokens_per_micro_batch=budget)
+def test_gradient_does_not_depend_on_the_micro_batches(scored_run, budget, packing):
+    split = with_settings(scored_run, tokens_per_micro_batch=budget, packing=packing)
     assert_same_gradient(gradient(split), gradient(scored_run))
 
 
@@ -54,14 +60,17 @@ def test_denominator_of_the_selected_tokens_belongs_to_the_step(scored_run):
     assert_same_gradient({name: ratio * grad for name, grad in gradient(prefix).items()}, expected)
 
 
-def test_gradient_checkpointing_recomputes_and_keeps_the_gradient(scored_run, monkeypatch):
+@pytest.mark.parametrize("every_n_layers", [1, 2])
+def test_gradient_checkpointing_recomputes_and_keeps_the_gradient(scored_run, every_n_layers, monkeypatch):
     calls, forward = [], Qwen3MLP.forward
-    monkeypatch.setattr(Qwen3MLP, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
-    recomputed_gradient = gradient(with_settings(scored_run, gradient_checkpointing=True))
-    recomputed = len(calls)
+    monkeypatch.setattr(Qwen3MLP, "forward", lambda module, x: calls.append(module) or forward(module, x))
+    settings = {"gradient_checkpointing": True, "checkpoint_every_n_layers": every_n_layers}
+    recomputed_gradient = gradient(with_settings(scored_run, **settings))
+    recomputed = [calls.count(module) for module in dict.fromkeys(calls)]
     calls.clear()
     assert_same_gradient(recomputed_gradient, gradient(scored_run))
-    assert recomputed == len(calls) + 2  # each of the two layers once more
+    once, _ = (calls.count(module) for module in dict.fromkeys(calls))
+    assert recomputed == [once + 1, once + (every_n_layers == 1)]  # of the two layers
 
 
 def test_gradient_is_that_of_the_formula_on_full_logits(scored_run):
@@ -161,7 +170,9 @@ def test_old_log_probs_are_computed_without_dropout(scored_run):
     first, second = trainer._old_logprobs(0, samples), trainer._old_logprobs(0, samples)
     assert all(np.array_equal(logp_T, second[name]) for name, logp_T in first.items())
     batch = trainer.make_micro_batches(0, samples)[0]
-    assert not torch.equal(trainer._logp_N(batch), trainer._logp_N(batch))  # training has dropout again
+    assert not torch.equal(
+        trainer._logp_N(batch.sequences), trainer._logp_N(batch.sequences)
+    )  # training has dropout again
 
 
 def test_log_prob_of_the_trainer_that_is_not_finite(scored_run):
@@ -171,3 +182,21 @@ def test_log_prob_of_the_trainer_that_is_not_finite(scored_run):
     with pytest.raises(OpdctlError) as caught:
         trainer.make_micro_batches(0, list(read_scored(scored_run, 0)))
     assert caught.value.kind == "nonfinite_value"
+
+
+def test_cached_memory_is_returned_after_a_step(scored_run, tmp_path, monkeypatch):
+    """Engines on the same GPU are other processes, which cannot use what the trainer's allocator keeps."""
+    run, written = Run.load(Path(shutil.copytree(scored_run.path, tmp_path / "run"))), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: written.append(run.update_path(0).exists()))
+    Trainer(run, "cpu").train_step(0)
+    assert written == [True]
+
+
+def test_probe_of_a_sharded_student_is_that_of_the_whole_one_and_leaves_it_sharded(scored_run):
+    """Gathered parameters would stay in the memory that engines need until the next update."""
+    probe = Trainer(scored_run, "cpu")._score_probe()
+    sharded = Trainer(with_settings(scored_run, cpu_offload=True), "cpu")  # over one process
+    assert sharded._score_probe()["ids"] == probe["ids"]
+    assert sharded._score_probe()["logprobs"] == pytest.approx(probe["logprobs"], abs=1e-4)
+    assert all(isinstance(parameter, DTensor) for parameter in sharded._model.parameters())
+    distributed.destroy_process_group()
