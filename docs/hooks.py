@@ -264,7 +264,7 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    unset = field.default is None or isinstance(field.default, schema.Section)
+    unset = field.default_factory or field.default is None or isinstance(field.default, schema.Section)
     return "" if unset else f"`{json.dumps(field.default, ensure_ascii=False)}`"
 
 

@@ -2,27 +2,25 @@
 # A run as a chain of Slurm jobs: for each step an array of rollout workers, an array of scoring workers and one update,
 # each on a separate allocation.
 #
-#   bash docs/slurm/chain.sh RECIPE RUN_DIR FIRST_STEP LAST_STEP
+#   WORKERS=4 NODES=1 GPUS=8 bash docs/slurm/chain.sh RECIPE RUN_DIR FIRST_STEP LAST_STEP
 #
-# Every job waits for the previous one. After a failure or a time limit, run the same command again from the step that
+# Every job waits for the previous one. After a failure, run the same command again from the step that
 # `opdctl status RUN_DIR` reports: finished parts are kept, and finished stages do nothing.
 set -euo pipefail
 
 recipe=$1 run=$2 first=$3 last=$4
-rollout=${ROLLOUT:---gpus=1 --time=02:00:00 --requeue}
-score=${SCORE:---gpus=4 --time=02:00:00 --requeue}
-train=${TRAIN:---gpus=8 --time=01:00:00 --requeue}
 workers=${WORKERS:-4} # they run the same command and share the parts; at most rollout.num_parts of them have work
+here=$(cd "$(dirname "$0")" && pwd)
+source "$here/recipe.sh"
 
-after=()
-submit() { # submit JOB OPTIONS COMMAND: the job waits for the previous one
-  # shellcheck disable=SC2086 # the options are several words
-  job=$(sbatch --parsable --job-name="opdctl-$1" --signal=B:USR1@60 "${after[@]}" $2 --wrap "exec $3")
-  after=("--dependency=afterok:${job%%;*}")
+after=
+submit_next() { # submit_next STAGE PROCESSES OPTIONS [ARGUMENTS]: the job waits for the previous one
+  job=$(submit "$1" "$2" "$3 $after" "${@:4}")
+  after=--dependency=afterok:${job%%;*}
 }
 
 for ((step = first; step <= last; step++)); do
-  submit rollout "$rollout --array=0-$((workers - 1))" "opdctl rollout --recipe $recipe --output $run --step $step"
-  submit score "$score --array=0-$((workers - 1))" "opdctl score-teacher --recipe $recipe --output $run --step $step"
-  submit train "$train" "opdctl train --no-fill --recipe $recipe --output $run"
+  submit_next rollout 0 "$rollout --array=0-$((workers - 1))" --step "$step"
+  submit_next score-teacher 0 "$score --array=0-$((workers - 1))" --step "$step"
+  submit_next train "$gpus" "$train" --no-fill
 done
