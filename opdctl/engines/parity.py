@@ -43,14 +43,15 @@ def check_parity(
 ) -> None:
     """Compare an engine's log-probs of the first responses with the trainer's, and print the RMS and maximum in nats.
 
-    Skipped if `pipeline.max_logprob_rms` is 0, and for the transformers engine, which is the trainer's forward pass.
+    engine: its name, or `trainer`. Skipped if `pipeline.max_logprob_rms` is 0, and for `trainer` and the transformers
+    engine, which has the same forward pass.
     The reference is loaded into the CPU's memory: the engine has that of the GPU.
 
     Raises:
         OpdctlError: the RMS exceeds `pipeline.max_logprob_rms`.
     """
     bound = recipe.pipeline.max_logprob_rms
-    if not bound or engine == "transformers":
+    if not bound or engine in ("transformers", "trainer"):
         return
     from opdctl.engines.transformers import TransformersEngine
 

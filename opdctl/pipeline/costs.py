@@ -317,6 +317,16 @@ def update_cost(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -
     return StageCost(gpus, memory, None if obstacle else seconds, obstacle=obstacle)
 
 
+def base_scoring_cost(recipe: Recipe, shape: ModelShape) -> StageCost:
+    """Return the cost of scoring a step's responses by the student in training with its adapters disabled."""
+    dtype, gpus = recipe.student.dtype, recipe.hardware.train_gpus
+    seconds = sum(_pass_seconds(recipe, shape, dtype, _head_dtype("transformers", dtype), gpus))
+    batch = _batch_tokens(recipe, recipe.train.tokens_per_micro_batch)
+    memory = {name: size for name, size in _trained_memory(recipe, shape).items() if name != "gradients"}
+    memory |= {"activations": _forward_bytes(shape, dtype, batch, 1), "logits": _chunk_bytes(shape, batch)}
+    return StageCost(gpus, memory, seconds)
+
+
 def hand_over_cost(
     recipe: Recipe, shape: ModelShape, starts: int, started_bytes: int, sampling_seconds: float
 ) -> StageCost:

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 from opdctl import console, distributed
 from opdctl.artifacts import files, leases
@@ -15,9 +15,9 @@ from opdctl.pipeline.plan import check_space
 from opdctl.pipeline.progress import accuracy_line, report_steps
 from opdctl.pipeline.pruning import prune_students
 from opdctl.pipeline.rollout import run_rollout
-from opdctl.pipeline.score import run_scoring
+from opdctl.pipeline.score import run_scoring, score_by_base
 from opdctl.runs.heartbeats import StageHeartbeat, send_heartbeats
-from opdctl.runs.run import Run
+from opdctl.runs.run import REFERENCE, Run
 from opdctl.training import tracking
 from opdctl.training.policy import check_trainable
 from opdctl.training.sharding import check_fsdp_size
@@ -62,8 +62,9 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         report = stack.enter_context(report_steps(run))
         engines = stack.enter_context(open_engine_pool(run.recipe, device))
         track = stack.enter_context(tracking.open_trackers(run.recipe, run.path))
+        open_trainer = cache(partial(_open_trainer, run, device, stack))
         if fill:
-            produce_inputs: ProduceInputs = partial(_make_inputs, run, engines, clock)
+            produce_inputs: ProduceInputs = partial(_make_inputs, run, engines, open_trainer, clock)
         else:
             heartbeat = stack.enter_context(send_heartbeats(run, "train")) if follow else None
             produce_inputs = partial(_find_inputs, run, heartbeat)
@@ -71,8 +72,9 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         first = distributed.call_on_main(run.current_step)
         # With --follow, to be ready. Otherwise only to write a newest student or trainer state that is missing.
         needs_trainer_now = (follow and first < steps) or distributed.call_on_main(run.is_state_incomplete)
-        trainer = _open_trainer(run, device, stack) if needs_trainer_now else None
-        if trainer is None:
+        if needs_trainer_now:
+            open_trainer()
+        else:
             check_trainable(run.student, run.recipe)  # before rollouts are made
         for step in range(first, steps):
             distributed.call_on_main(partial(_check_before_step, run, fill))
@@ -81,18 +83,16 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
                 break
             if distributed.is_main():
                 prune_students(run)  # by now the last trainer state is complete
-            engines.release()  # an update needs the memory of the GPUs
-            distributed.barrier()  # an engine may be on the GPUs of several ranks
+            _release_gpus(engines)
             with clock.time("update"):
-                trainer = trainer or _open_trainer(run, device, stack)
-                metrics = trainer.train_step(step, seconds)
+                metrics = open_trainer().train_step(step, seconds)
             if distributed.is_main():
                 report(metrics)
                 track(metrics)
         if fill:
             evaluate_if_due(run, max(first, steps), engines, clock)
-        if trainer:
-            trainer.finish_save()
+        if open_trainer.cache_info().currsize:
+            open_trainer().finish_save()
         if distributed.is_main():
             prune_students(run)
     return clock
@@ -125,24 +125,44 @@ def _check_before_step(run: Run, fill: bool) -> None:
     check_space(run, ("rollout", "score", "update") if fill else ("update",))
 
 
-def _make_inputs(run: Run, engines: EnginePool, clock: Clock, step: int) -> dict[str, float] | None:
-    """Evaluate if due, then make a step's rollout and scores; the ranks share the parts by leases."""
+def _release_gpus(engines: EnginePool) -> None:
+    """Give the memory of the GPUs to the trainer. An engine may be on those of several ranks."""
+    engines.release()
+    distributed.barrier()
+
+
+def _make_inputs(
+    run: Run, engines: EnginePool, open_trainer: Callable[[], Trainer], clock: Clock, step: int
+) -> dict[str, float] | None:
+    """Evaluate if due, then make a step's rollout and scores; the ranks share the parts by leases.
+
+    A reference that is the student without its adapters is scored by the trainer.
+    """
+    by_engine = [name for name in run.scorers() if name != REFERENCE or not run.recipe.has_base_as_reference()]
     if not distributed.call_on_main(run.rollout_stage(step).is_finished):
         student = run.student_at(step)  # on each machine, before any rank loads it
         distributed.barrier()
         # A teacher that cannot be loaded must not cost a rollout.
-        scorers = {name: (run.recipe.score.engine, run.models[name]) for name in run.scorers()}
+        scorers = {name: (run.recipe.score.engine, run.models[name]) for name in by_engine}
         engines.start(scorers | {"student": (run.recipe.rollout.engine, student)})
     evaluate_if_due(run, step, engines, clock)
+
+    def score() -> int:
+        made = run_scoring(run, step, engines, only=by_engine, wait=True)
+        if len(by_engine) < len(run.scorers()) and not distributed.call_on_main(partial(run.is_scored, step)):
+            _release_gpus(engines)
+            made += score_by_base(run, step, open_trainer().base_scorer())
+        return made
+
     num_parts, seconds = run.recipe.rollout.num_parts, {}
-    stages: dict[str, tuple[Callable[..., int], int]] = {
-        "rollout": (run_rollout, num_parts),
-        "score": (run_scoring, num_parts * len(run.scorers())),
+    stages: dict[str, tuple[Callable[[], int], int]] = {
+        "rollout": (partial(run_rollout, run, step, engines, wait=True), num_parts),
+        "score": (score, num_parts * len(run.scorers())),
     }
     for name, (make, total) in stages.items():
         start = time.monotonic()
         with clock.time(name):
-            made = distributed.all_reduce_sum({"parts": make(run, step, engines, wait=True)})["parts"]
+            made = distributed.all_reduce_sum({"parts": make()})["parts"]
         if made == total:
             seconds[name] = time.monotonic() - start
     return seconds

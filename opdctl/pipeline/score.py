@@ -3,9 +3,12 @@
 Reads rollout parts, writes safetensors parts in one directory for each scorer.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Generator, Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
+from opdctl import distributed
 from opdctl.artifacts.records import Response, TokenScores
 from opdctl.artifacts.tables import read_rows, write_scores
 from opdctl.engines.base import ScoreRequest
@@ -15,6 +18,20 @@ from opdctl.recipe.schema import Score
 from opdctl.runs.run import REFERENCE, Run
 from opdctl.runs.scored_responses import check_ids
 from opdctl.runs.stage_loop import BuildPart, Part, StageWork, make_missing_parts
+from opdctl.training.base_scorer import BaseScorer
+
+
+class Scorer(Protocol):
+    """What this stage needs of an engine."""
+
+    batches_across_parts: bool
+
+    @property
+    def logprob_metadata(self) -> dict[str, str]: ...
+
+    def stream_scores(
+        self, requests: Iterable[ScoreRequest], settings: Score
+    ) -> Generator[tuple[int, TokenScores]]: ...
 
 
 def run_scoring(
@@ -28,15 +45,43 @@ def run_scoring(
     Raises:
         OpdctlError: the step's rollout is unfinished or corrupt; the stage was made with different settings.
     """
-    return sum(_score(run, step, name, engines, wait=wait) for name in (run.scorers() if only is None else only))
+    engine, made = run.recipe.score.engine, 0
+    for name in run.scorers() if only is None else only:
+        get_scorer = partial(engines.get, name, engine, run.models[name])
+        source = _ScorerSource(engine, engines.device, get_scorer, engines.owns(engine))
+        made += _score(run, step, name, source, wait=wait)
+    return made
 
 
-def _score(run: Run, step: int, name: str, engines: EnginePool, *, wait: bool) -> int:
+def score_by_base(run: Run, step: int, scorer: BaseScorer) -> int:
+    """Let the trainer score the parts of a step that the reference lacks, and return their number. Called by all ranks.
+
+    Raises:
+        OpdctlError: as by `run_scoring`.
+    """
+    if not distributed.is_main():
+        scorer.follow()
+        return 0
+    made = _score(run, step, REFERENCE, _ScorerSource("trainer", scorer.device, lambda: scorer), wait=True)
+    scorer.close()
+    return made
+
+
+@dataclass(frozen=True)
+class _ScorerSource:
+    """Where a stage gets its scorer. get: called once, if there is a part to make. is_here: otherwise never."""
+
+    backend: str
+    device: str
+    get: Callable[[], Scorer]
+    is_here: bool = True
+
+
+def _score(run: Run, step: int, name: str, source: _ScorerSource, *, wait: bool) -> int:
     rollout, stage = run.rollout_stage(step), run.score_stage(step, name)
 
     def prepare() -> StageWork[ScoreRequest, TokenScores]:
-        settings, model = _settings(run.recipe.score, name), run.models[name]
-        engine = engines.get(name, settings.engine, model)
+        settings, model, engine = _settings(run.recipe.score, name), run.models[name], source.get()
         # Temperature 1 and no top-p: the scorer is a reference, not a sampler.
         metadata = engine.logprob_metadata | {
             "temperature": "1",
@@ -54,7 +99,7 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, *, wait: bool) -
             def build(scores: list[TokenScores]) -> Part:
                 if index == 0 and scored:
                     logprobs = [each.logprobs for each in scores]
-                    check_parity(run.recipe, settings.engine, model, requests, logprobs, engines.device)
+                    check_parity(run.recipe, source.backend, model, requests, logprobs, source.device)
                 metadata_of_part = metadata | {"rollout": rollout.sha256(index)}
                 ids = [row.sample_id for row in scored]
                 save = partial(write_scores, ids=ids, scores=scores, logprob_metadata=metadata_of_part)
@@ -67,8 +112,7 @@ def _score(run: Run, step: int, name: str, engines: EnginePool, *, wait: bool) -
 
     count = sum(name in (prompt.teacher, REFERENCE) for _, prompt in run.samples(step))
     title = f"score-teacher {name}, step {step}"
-    has_engine = engines.owns(run.recipe.score.engine)
-    return make_missing_parts(stage, title, count, prepare, wait=wait, has_engine=has_engine)
+    return make_missing_parts(stage, title, count, prepare, wait=wait, has_engine=source.is_here)
 
 
 def _settings(settings: Score, name: str) -> Score:

@@ -65,7 +65,7 @@ class StagePlan:
         cost = self.stages[name]
         if cost is None or not cost.memory:
             return {}
-        holder = ", ".join(engine_of(self.recipe, name) or ("trainer",))
+        holder = ", ".join(engine_of(self.recipe, name, self.colocated) or ("trainer",))
         return {holder: sum(cost.memory.values()), **cost.resident}
 
     def excess_bytes(self, name: str) -> int:
@@ -207,7 +207,7 @@ def _stage_costs(recipe: Recipe, shapes: ModelShapes, colocated: bool) -> dict[s
     student, teachers = shapes["student"], list(recipe.teacher_models())
     stages: dict[str, StageCost | None] = {"rollout": if_known(partial(costs.rollout_cost, recipe), student)}
     for name in recipe.scorers():
-        stages[f"score {name}"] = if_known(partial(_score_cost, recipe, name), shapes[name])
+        stages[f"score {name}"] = if_known(partial(_score_cost, recipe, name, colocated), shapes[name])
     stages["update"] = if_known(lambda shape: costs.update_cost(recipe, shape, shapes[teachers[0]]), student)
     sampling = sum(cost.seconds or 0.0 for name, cost in stages.items() if cost and name != "update")
     hand_over = partial(costs.hand_over_cost, recipe, sampling_seconds=sampling)
@@ -217,10 +217,16 @@ def _stage_costs(recipe: Recipe, shapes: ModelShapes, colocated: bool) -> dict[s
     return stages
 
 
-def _score_cost(recipe: Recipe, name: str, shape: ModelShape) -> StageCost:
+def _score_cost(recipe: Recipe, name: str, colocated: bool, shape: ModelShape) -> StageCost:
     """Return the cost of one scorer. Several teachers are assumed to score the same number of responses."""
+    if _is_scored_by_trainer(recipe, name, colocated):
+        return costs.base_scoring_cost(recipe, shape)
     fraction = 1 if name == REFERENCE else 1 / len(recipe.teacher_models())
     return costs.score_cost(recipe, shape, recipe.models()[name].dtype, fraction)
+
+
+def _is_scored_by_trainer(recipe: Recipe, name: str, colocated: bool) -> bool:
+    return colocated and name == REFERENCE and recipe.has_base_as_reference()
 
 
 def _evaluation_cost(recipe: Recipe, name: str, shape: ModelShape) -> StageCost | None:
@@ -249,9 +255,11 @@ def _restarts(recipe: Recipe, shapes: ModelShapes, colocated: bool) -> tuple[int
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def engine_of(recipe: Recipe, stage: str) -> tuple[str, str] | None:
+def engine_of(recipe: Recipe, stage: str, colocated: bool) -> tuple[str, str] | None:
     """Return the engine of a stage as the engine pool identifies it: role and backend. None if it is the trainer's."""
     kind, _, name = stage.partition(" ")
+    if _is_scored_by_trainer(recipe, name, colocated):
+        return None
     if kind == "rollout":
         return "student", recipe.rollout.engine
     if kind in ("score", "eval"):
@@ -271,7 +279,7 @@ def _engines_beside(recipe: Recipe, stages: Iterable[str], stage: str, colocated
     """
     scores = [other for other in stages if other.startswith("score ")]
     beside = stages if colocated else scores if stage in scores else [stage]
-    engines = {engine_of(recipe, other) for other in beside}
+    engines = {engine_of(recipe, other, colocated) for other in beside}
     return {engine for engine in engines if engine and engine[1] != "server"}
 
 
@@ -283,7 +291,7 @@ def _resident_bytes(
     Engines give their memory back before an update, and before another engine works if the recipe's shares of the
     memory are too large for both.
     """
-    own, engines = engine_of(recipe, stage), _engines_beside(recipe, stages, stage, colocated)
+    own, engines = engine_of(recipe, stage, colocated), _engines_beside(recipe, stages, stage, colocated)
     held = {}
     for engine in sorted(engines - {own}):
         if own and recipe.vllm.fit_together(len(engines)):
@@ -303,6 +311,7 @@ def _node_bytes(recipe: Recipe, shapes: ModelShapes, colocated: bool) -> float |
     trainers = if_known(lambda shape: ranks * is_sharded * costs.trainer_cpu_bytes(recipe, shape), student)
     scorers = list(recipe.scorers()) if colocated and sleeps(recipe, recipe.score.engine) else []
     engines = max(1, ranks // costs.gpus_per_engine(recipe, recipe.score.engine))
+    scorers = [name for name in scorers if not _is_scored_by_trainer(recipe, name, colocated)]
     asleep = sum_known(_weight_bytes(recipe, shapes, name) for name in scorers)
     return if_known(lambda trainers, asleep: trainers + engines * asleep, trainers, asleep)
 

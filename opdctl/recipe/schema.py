@@ -539,6 +539,14 @@ class Recipe(Section):
         """
         return num_processes > 1 or self.train.cpu_offload or self.student.dtype == "bfloat16"
 
+    def has_base_as_reference(self) -> bool:
+        """Whether the reference is the student without its LoRA adapters, so that the trainer can score with it."""
+        if self.reference is None or self.reference.server or not self.lora.rank:
+            return False
+        return self.reference.model_copy(update={"shape": None}) == self.student.model_copy(
+            update={"shape": None, "server": None, "served_name": None}
+        )
+
     def teacher_models(self) -> dict[str, Model]:
         """Return the teachers by name: `teacher`, or `teacher-NAME` for each of several."""
         return {"teacher": self.teacher} if self.teacher else {teacher_name(n): m for n, m in self.teachers.items()}

@@ -3,10 +3,11 @@
 All ranks call every function of this module.
 """
 
+import contextlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,22 @@ def set_dropout(model: PreTrainedModel, enabled: bool) -> None:
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train(enabled)
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model compute as it did before it had adapters. Passes within are without gradient."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def _check_injected(model: PreTrainedModel, expected: set[str], layers: set[str]) -> None:

@@ -39,7 +39,8 @@ from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish, sharding
-from opdctl.training.adapters import set_dropout
+from opdctl.training.adapters import adapters_disabled, set_dropout
+from opdctl.training.base_scorer import BaseScorer
 from opdctl.training.division import Division
 from opdctl.training.export import export_student
 from opdctl.training.metrics import (
@@ -143,6 +144,20 @@ class Trainer:
         old_logprobs = self._old_logprobs(step, scored) if reads_trainer_logprobs(self._run.recipe) else None
         return self._batches_of_rank(step, scored, self._weight, old_logprobs)
 
+    def base_scorer(self) -> BaseScorer:
+        """Return the scorer for a reference that is the student without its adapters."""
+        metadata = {"engine": "trainer", "dtype": self._run.student.dtype, "logprobs": "raw, float32, nats"}
+        return BaseScorer(self._base_logp_N, metadata, self._division(), self._token_budget, self._device)
+
+    def _base_logp_N(self, sequences: SequenceBatch) -> Tensor:
+        with adapters_disabled(self._model):
+            logp_N = self._logp_N(sequences)
+            sharding.reshard(self._model)
+        return logp_N
+
+    def _division(self) -> Division:
+        return Division(distributed.world_size(), packing.is_enabled(self._model), self._attention_span)
+
     def _batches_of_rank(
         self,
         step: int,
@@ -152,9 +167,8 @@ class Trainer:
     ) -> list[MicroBatch]:
         settings = self._settings.model_copy(update={"tokens_per_micro_batch": self._token_budget})
         recipe = self._run.recipe.model_copy(update={"train": settings})
-        division = Division(distributed.world_size(), packing.is_enabled(self._model), self._attention_span)
         inputs = (weight, self._objective, self._device, old_logprobs)
-        return make_micro_batches(recipe, step, scored, *inputs, division, distributed.rank())
+        return make_micro_batches(recipe, step, scored, *inputs, self._division(), distributed.rank())
 
     def _old_logprobs(self, step: int, scored: list[ScoredResponse]) -> dict[str, Logprobs]:
         """Return the log-probs of all responses under the student before the step's updates, by sample id, [T] each.

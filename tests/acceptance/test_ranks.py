@@ -27,6 +27,7 @@ from opdctl.pipeline.loop import Clock, evaluate_if_due
 from opdctl.recipe.load import load_recipe
 from opdctl.runs.run import Run
 from opdctl.training import checkpoint, export
+from opdctl.training.base_scorer import BaseScorer
 
 SETTINGS = (*SHORT, "train.steps=2", "train.tokens_per_micro_batch=160")
 
@@ -164,6 +165,20 @@ def test_rank_that_is_lost_while_files_are_written_leaves_a_run_that_resumes(
     check_same_students(one_process, run)
     assert not list(run.rglob(".tmp-*"))
     assert invoke("status", run, "--verify").code == 0
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_rank_that_is_lost_while_the_reference_is_scored_leaves_a_run_that_resumes(tmp_path, lost):
+    run, lora = tmp_path / "run", ("lora.rank=4", "train.extrapolation=1.5")
+    prepare = die_at(BaseScorer, "_score", lost, 1)
+    processes = start_ranks(tmp_path, 2, "train", *arguments(run, *lora), prepare=prepare)
+    assert [process.wait() for process in processes][lost] == -signal.SIGKILL
+    assert processes[1 - lost].wait() == ExitCode.FAILED
+    check_one_error(processes[1 - lost])
+    assert Run.load(run).current_step() == 1
+    run_ranks(tmp_path, 2, "train", *arguments(run, *lora))
+    assert train(tmp_path / "one", *SETTINGS, *lora).code == 0
+    check_same_students(tmp_path / "one", run)
 
 
 def test_ranks_of_different_commands_are_an_error(tmp_path):

@@ -13,6 +13,8 @@ from helpers.models import SMALL, save
 from helpers.training import SHORT, max_difference, train, weights
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from opdctl.runs.run import Run
+
 # Three micro-batches or more: the ranks get several each, and one of them a filler.
 SETTINGS = (*SHORT, "train.steps=3", "train.tokens_per_micro_batch=160")
 LORA = ("lora.rank=4", "lora.alpha=8.0")
@@ -137,8 +139,11 @@ def test_cpu_offload_trains_the_same_student(one_process, tmp_path):
 
 
 def test_two_processes_train_the_adapter_of_one(tmp_path):
-    assert train(tmp_path / "one", *SETTINGS, *LORA).code == 0
-    torchrun(tmp_path / "two", *SETTINGS, *LORA)
+    """The reference is their base, so they score it together."""
+    settings = (*SETTINGS, *LORA, "train.extrapolation=1.5")
+    assert train(tmp_path / "one", *settings).code == 0
+    torchrun(tmp_path / "two", *settings)
+    assert Run.load(tmp_path / "two").score_stage(2, "reference").manifest()["logprob_metadata"]["engine"] == "trainer"
     assert max_difference(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3)) < 1e-5
 
 

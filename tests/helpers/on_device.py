@@ -14,6 +14,7 @@ import transformers
 from helpers import engines
 from helpers.commands import QUICKSTART, Result, invoke, sets, small_recipe
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -27,6 +28,8 @@ from opdctl.models.directory import ModelDir
 from opdctl.models.logprobs import Head, map_vocab_chunks, output_head
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 from opdctl.runs.run import Run
+from opdctl.runs.scored_responses import read_scored
+from opdctl.training import compilation
 from opdctl.training.trainer import Trainer
 
 _T = TypeVar("_T")
@@ -89,6 +92,34 @@ def train_step(device: str, run: Path, *overrides: str) -> tuple[dict[str, float
     distributed.destroy_process_group()
     assert all(torch.equal(student[name], restored[name]) for name in student)
     return {name: value for name, value in metrics.items() if np.isscalar(value)}, student
+
+
+def compiled_train_step(
+    device: str, run: Path, *overrides: str
+) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
+    """Like `train_step` with compiled blocks; return also the number of graphs that torch has captured.
+
+    They run operation by operation: torch generates no code for a pretend GPU.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    with mock.patch.object(compilation, "COMPILE_BACKEND", "aot_eager"):
+        metrics, student = train_step(device, run, "train.compile=true", *overrides)
+    return metrics, student, counters["stats"]["unique_graphs"]
+
+
+def score_by_base(device: str, run: Path, *overrides: str) -> list[TokenScores]:
+    """Score the responses of a run's first step by the trainer's student, its adapters disabled after an update."""
+    opened = dataclasses.replace(
+        Run.load(run), recipe=small_recipe(*STORED_COLUMNS, "lora.rank=4", "train.learning_rate=1e-2", *overrides)
+    )
+    trainer = Trainer(opened, device)
+    trainer.train_step(0)
+    requests = [ScoreRequest(s.response.prompt_ids, s.response.response_ids) for s in read_scored(opened, 0)]
+    scores = [score for _, score in trainer.base_scorer().stream_scores(requests, Score())]
+    trainer.close()
+    distributed.destroy_process_group()
+    return scores
 
 
 def run_command(device: str, *arguments: object) -> Result:

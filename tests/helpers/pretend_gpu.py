@@ -66,6 +66,14 @@ class DeviceTensor(torch.Tensor):
     def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(operation, *args, **(kwargs or {}))
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Let torch.compile see what a tensor of the device consists of."""
+        return ["values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: None, size: Any, stride: Any) -> "DeviceTensor":
+        return DeviceTensor(inner["values"])
+
     def __repr__(self) -> str:
         return f"DeviceTensor({self.values})"
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from opdctl.artifacts.records import Response, ScoredResponse, TokenScores
 from opdctl.data.toy import sort12
-from opdctl.engines.pool import open_engine_pool
+from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
 from opdctl.losses.objectives import PolicyGradient
@@ -243,6 +244,39 @@ def test_student_as_reference_scales_the_advantage(tmp_path):
     for sample in read_scored(Run.load(tmp_path / "run"), 0):
         extrapolated = target_logprobs(sample, 1.5) - sample.response.logprobs
         np.testing.assert_allclose(extrapolated, 1.5 * to_weight_inputs(sample, 0).advantage_T, atol=1e-3)
+
+
+def test_trainer_scores_the_reference_that_is_its_base(tmp_path, monkeypatch):
+    """At the second step the adapters have changed. No engine is started; `score-teacher` starts one."""
+    started: list[str] = []
+    get = EnginePool.get
+    monkeypatch.setattr(EnginePool, "get", lambda pool, role, *args: started.append(role) or get(pool, role, *args))
+    settings = ["lora.rank=4", "train.learning_rate=1e-2", "train.extrapolation=1.5", "train.steps=2"]
+    common = [*sets(*settings, "rollout.max_tokens=40"), "--output", tmp_path / "run"]
+    trained = invoke("train", "--recipe", QUICKSTART, *common)
+    assert trained.code == 0, trained.err
+    assert set(started) == {"student", "teacher"}
+    stage = Run.load(tmp_path / "run").score_stage(1, "reference")
+    assert stage.manifest()["logprob_metadata"]["engine"] == "trainer"
+    by_trainer = list(read_scored(Run.load(tmp_path / "run"), 1))
+    assert max(abs(each.reference.logprobs - each.response.logprobs).max() for each in by_trainer) > 0.1
+    shutil.rmtree(stage.path)
+    scored = invoke("score-teacher", "--recipe", QUICKSTART, *common, "--step", "1", "--only", "reference")
+    assert scored.code == 0, scored.err
+    assert started[-1] == "reference"
+    assert stage.manifest()["logprob_metadata"]["engine"] == "transformers"
+    by_engine = {each.response.sample_id: each for each in read_scored(Run.load(tmp_path / "run"), 1)}
+    for each in by_trainer:
+        expected = by_engine[each.response.sample_id].reference.logprobs
+        np.testing.assert_allclose(each.reference.logprobs, expected, atol=1e-5)
+
+
+def test_reference_that_is_not_the_base_has_an_engine(tmp_path):
+    settings = ["lora.rank=4", "train.extrapolation=1.5", "train.steps=1", "reference.model=toy:teacher"]
+    settings += ["reference.dtype=float32", "rollout.max_tokens=40"]
+    assert invoke("train", "--recipe", QUICKSTART, *sets(*settings), "--output", tmp_path / "run").code == 0
+    stage = Run.load(tmp_path / "run").score_stage(0, "reference")
+    assert stage.manifest()["logprob_metadata"]["engine"] == "transformers"
 
 
 # ── From recipe to student ───────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers.commands import QUICKSTART, sets
@@ -10,13 +11,18 @@ from helpers.on_device import (
     TRAINING,
     assert_same_columns,
     call_with_fault,
+    compiled_train_step,
     gather_offloaded_head,
     run_command,
     sample_and_score,
+    score_by_base,
     score_first_step,
     train_step,
 )
 from helpers.pretend_gpu import DEVICE, TESTED_TORCH, process_with_pretend_gpu
+
+from opdctl.runs.run import Run
+from opdctl.runs.scored_responses import read_scored
 
 pytestmark = pytest.mark.skipif(
     not torch.__version__.startswith(TESTED_TORCH),
@@ -60,13 +66,33 @@ def test_training_step_gives_the_numbers_of_the_cpu(gpu, scored, tmp_path, overr
     for device in ("cpu", DEVICE):
         shutil.copytree(scored, tmp_path / device)
     metrics, student = gpu(train_step, DEVICE, tmp_path / DEVICE, *overrides)
-    expected_metrics, expected_student = train_step("cpu", tmp_path / "cpu", *overrides)
+    check_step(metrics, student, *train_step("cpu", tmp_path / "cpu", *overrides))
+
+
+def check_step(metrics, student, expected_metrics, expected_student):
     for name, value in expected_metrics.items():
         if not name.endswith(("seconds", "per_second", "memory_gib")):
             assert metrics[name] == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), name
     for name, tensor in expected_student.items():
         # AdamW's first update has the size of the learning rate, 2e-4, however small and rounded the gradient is.
         torch.testing.assert_close(student[name], tensor, rtol=0, atol=4e-5)
+
+
+def test_compiled_step_gives_the_numbers_of_the_cpu(gpu, scored, tmp_path):
+    overrides = ("train.gradient_checkpointing=true",)
+    for device in ("cpu", DEVICE):
+        shutil.copytree(scored, tmp_path / device)
+    metrics, student, num_graphs = gpu(compiled_train_step, DEVICE, tmp_path / DEVICE, *overrides)
+    assert num_graphs > 0
+    check_step(metrics, student, *train_step("cpu", tmp_path / "cpu", *overrides))
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.cpu_offload=true",)])
+def test_base_of_a_student_scores_the_numbers_of_the_cpu(gpu, scored, tmp_path, overrides):
+    """They are the log-probs that the initial student had when it sampled the responses."""
+    scores = gpu(score_by_base, DEVICE, shutil.copytree(scored, tmp_path / "run"), *overrides)
+    for score, sample in zip(scores, read_scored(Run.load(scored), 0), strict=True):
+        np.testing.assert_allclose(score.logprobs, sample.response.logprobs, atol=1e-4)
 
 
 def test_offloaded_output_matrix_is_gathered_on_the_gpu(gpu):

@@ -73,6 +73,21 @@ def test_separate_allocations_hold_one_command_each():
     assert several.memory("score teacher-math")["teacher-code, vllm"] == ASLEEP_BYTES  # of the same score-teacher
 
 
+def test_reference_that_is_the_base_is_in_the_memory_of_the_trainer():
+    """Its pass has no gradients; in separate allocations `score-teacher` has an engine for it."""
+    settings = ("lora.rank=32", "train.extrapolation=1.25")
+    colocated, apart = plan(*settings), plan(*settings, colocated=False)
+    memory = colocated.memory("score reference")
+    assert memory.keys() == {"trainer", "student, vllm", "teacher, vllm"}
+    assert memory["trainer"] < colocated.memory("update")["trainer"]
+    assert colocated.memory("rollout").keys() == {"student, vllm", "teacher, vllm", "trainer"}
+    assert "reference, vllm" in apart.memory("score reference")
+    assert apart.memory("score teacher")["reference, vllm"] == ASLEEP_BYTES
+    passes = [each.stages["score reference"] for each in (colocated, apart)]
+    assert [cost.gpus for cost in passes] == [32, 8]
+    assert passes[0].seconds == pytest.approx(passes[1].seconds / 4)
+
+
 def test_served_teacher_is_on_other_gpus():
     stages = plan("score.engine=server", "teacher.server=http://a:1")
     assert stages.memory("score teacher") == {}

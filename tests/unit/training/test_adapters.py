@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir
-from opdctl.training.adapters import base_model
+from opdctl.training.adapters import adapters_disabled, base_model
 from opdctl.training.policy import check_trainable, load_policy
 
 LORA = "lora.rank=4"
@@ -161,6 +161,45 @@ def test_merged_student_and_adapter_of_peft_give_the_logits_of_the_policy(kind, 
         expected = policy(input_ids=IDS_1T).logits
         found = peft.PeftModel.from_pretrained(base, exported / "adapter").eval()(input_ids=IDS_1T).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def gradient(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    logits = model(input_ids=IDS_1T).logits
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), list(trained.values()), allow_unused=True)
+    return {name: value for name, value in zip(trained, gradients, strict=True) if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("untied", ('lora.modules_to_save=["embed_tokens", "lm_head", "norm"]',)),
+        ("untied", ("train.gradient_checkpointing=true",)),
+        ("tied", ('lora.modules_to_save=["mlp"]',)),
+        ("gpt2", ()),
+        ("qwen3_moe", ()),
+        ("qwen3_moe", ('lora.modules_to_save=["experts"]',)),
+        ("gpt_oss", ()),
+    ],
+)
+def test_student_with_disabled_adapters_is_the_initial_one_and_trains_on(kind, overrides, folders):
+    model = load_policy(ModelDir(folders[kind], "float32"), small_recipe(LORA, *overrides), "cpu")
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    before = gradient(model)
+    with torch.no_grad():
+        changed = model(input_ids=IDS_1T).logits
+        with adapters_disabled(model):
+            found = model(input_ids=IDS_1T).logits
+        expected = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float32)(input_ids=IDS_1T).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (changed - expected).abs().max() > 0.1
+    after = gradient(model)
+    assert len(after) > 3
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_adapter_that_peft_would_read_incorrectly_is_not_written(folders, tmp_path, capsys):
