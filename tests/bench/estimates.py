@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.pool import open_engine_pool
 from opdctl.engines.transformers import TransformersEngine
+from opdctl.models import CHUNK_LOGITS
 from opdctl.models.shapes import head_parameters
 from opdctl.pipeline import costs, rollout, score
 from opdctl.pipeline.plan import make_plan
@@ -139,7 +140,11 @@ def product_seconds(flops: int, dtype: str) -> float:
 
 
 def estimate(stage: str, recipe: Recipe) -> tuple[int, float]:
-    """Return the bytes that `--dry-run` estimates, and the FLOPs of matrix products without attention."""
+    """Return the bytes that `--dry-run` estimates, and the FLOPs of matrix products without attention.
+
+    The chunks of logits are those of a CPU, which are smaller than the estimated ones of a GPU.
+    """
+    costs.GPU_CHUNK_LOGITS = CHUNK_LOGITS
     cost = {
         "update": lambda: costs.update_cost(recipe, SHAPE, SHAPE),
         "score": lambda: costs.score_cost(recipe, SHAPE, recipe.student.dtype),
