@@ -136,6 +136,8 @@ def _sampling_errors(recipe: Recipe) -> Errors:
         key = "train.router_replay" if recipe.train.router_replay else "rollout.routed_experts"
         if rollout.engine == "server":
             errors.append((key, "a server does not return the experts that it chose: use another rollout.engine"))
+        if (rollout.engine, recipe.pipeline.device) == ("vllm", "cpu"):
+            errors.append((key, "vLLM returns no experts on a CPU: use another rollout.engine"))
         if recipe.vllm.pipeline_parallel_size > 1:
             errors.append((key, "vLLM returns no experts with vllm.pipeline_parallel_size above 1"))
     if prompts.source.startswith("toy:") and prompts.limit is None:

@@ -57,6 +57,12 @@ def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
             f"{run.path}: these settings are fixed when a run starts\n{describe_changes(fixed)}",
             hint="start a new run with `opdctl train --recipe … --output NEW_RUN_DIR`",
         )
+    if run.must_save_trainer_state():
+        raise OpdctlError(
+            "missing_checkpoint",
+            f"{run.trainer_path(step)}: not written yet: training writes it beside the next rollout",
+            hint=f"fork in a moment; if no training runs, after `{run.command_line('train')}`, which writes it first",
+        )
     if step and not run.trainer_path(step).is_dir():
         raise OpdctlError(
             "missing_checkpoint",

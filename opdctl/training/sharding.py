@@ -5,7 +5,7 @@ All ranks call every function of this module.
 
 import contextlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,8 +57,7 @@ def shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:
         if recipe.train.cpu_offload
         else OffloadPolicy(),
     }
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    sharded = [fully_shard(module, **settings) for module in [*blocks, model.base_model]]
+    sharded = [fully_shard(module, **settings) for module in [*_separate_blocks(model), model.base_model]]
     head = model.get_output_embeddings()
     if tied:
         head.weight = model.get_input_embeddings().weight
@@ -67,6 +66,13 @@ def shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:
     for module in sharded:
         module.set_gradient_divide_factor(1.0)  # sum, not mean: loss scales refer to all tokens of the step
         module.set_force_sum_reduction_for_comms(True)  # the only reduction of gloo, so that NCCL's is the tested one
+
+
+def _separate_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the blocks whose parameters belong to no other one. FSDP2 gathers the others with the remaining body."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    counts = Counter(parameter for block in blocks for parameter in block.parameters())
+    return [block for block in blocks if all(counts[parameter] == 1 for parameter in block.parameters())]
 
 
 def _param_dtype(recipe: Recipe) -> torch.dtype | None:

@@ -95,6 +95,7 @@ def test_run_killed_while_a_trainer_state_is_written_resumes_to_the_same_artifac
     assert not find_corrupt_artifacts(run)
     fork = invoke("run", "fork", output, tmp_path / "fork", "--set", "train.learning_rate=1e-3")
     assert (fork.code, fork.kind) == (ExitCode.USAGE, "missing_checkpoint")
+    assert "not written yet" in fork.err
     assert train_until_killed(output, None) == 0
     assert artifacts(output) == artifacts(undisturbed)
     assert sorted(names(output)) == sorted(names(undisturbed))

@@ -57,6 +57,7 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
         (["rollout.temperature=0.5"], "rollout"),
         (["rollout.top_p=0.9"], "rollout"),
         (["rollout.routed_experts=true", "rollout.engine=server"], "rollout.routed_experts"),
+        (["train.router_replay=true", "rollout.engine=vllm", "pipeline.device=cpu"], "train.router_replay"),
         (["train.router_replay=true", "vllm.pipeline_parallel_size=2"], "train.router_replay"),
         (["eval.bench=[]"], "eval.bench"),
         (["train.lr_scheduler_type=linear"], "train.decay_steps"),

@@ -1,4 +1,5 @@
 import os
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -136,12 +137,16 @@ def test_fork_without_a_change_of_artifacts_is_refused(run, tmp_path, overrides)
     assert (error.kind, error.code) == ("invalid_usage", ExitCode.USAGE)
 
 
-def test_step_without_saved_trainer_state_is_refused_with_the_command_that_saves_one(run, tmp_path):
+@pytest.mark.parametrize(("every", "options"), [(1, ""), (2, " --set train.steps=2")])
+def test_step_without_saved_trainer_state_is_refused_with_the_command_that_saves_one(run, tmp_path, every, options):
+    """A state that is due is written by the next training, before anything else."""
     shutil.rmtree(run.path / "trainer/step-00001")
+    settings = run.recipe.train.model_copy(update={"save_every_steps": every})
+    run = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"train": settings}))
     error = error_of(run, tmp_path / "fork", GAMMA)
     assert (error.kind, error.code) == ("missing_checkpoint", ExitCode.USAGE)
     assert str(run.path / "trainer/step-00001") in error.message
-    assert f"`opdctl train --output {run.path} --set train.steps=2`" in error.hint
+    assert f"`opdctl train --output {run.path}{options}`" in error.hint
 
 
 @pytest.mark.parametrize("exists", ["file", "directory", "run"])
