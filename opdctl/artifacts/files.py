@@ -11,14 +11,15 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from opdctl.artifacts import manifests
+from opdctl.artifacts import leases, manifests
 from opdctl.artifacts.versions import OLDEST_VERSION, VERSIONS
 from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, OpdctlError
 
@@ -61,7 +62,31 @@ def make_directory(path: Path) -> None:
 
 def temporary_path(final: Path, kind: str = "") -> Path:
     """Return the hidden name beside `final` that this process writes to first."""
-    return final.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{kind}{final.name}")
+    return final.with_name(f".tmp-{_machine()}-{os.getpid()}-{leases.worker_token()}-{kind}{final.name}")
+
+
+@cache
+def _machine() -> str:
+    """Return 12 hexadecimal digits that are equal for two processes only if a process number means the same to both.
+
+    On Linux that needs the same boot and the same namespace of process numbers: containers often share a host name.
+    """
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        identity = f"{boot_id} {Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        identity = str(uuid.getnode())
+    return hashlib.sha256(f"{socket.gethostname()} {identity}".encode()).hexdigest()[:12]
+
+
+def _is_running(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a process of another user
+        return True
+    return True
 
 
 def discard(path: Path) -> None:
@@ -73,37 +98,45 @@ def discard(path: Path) -> None:
 
 
 def remove_temporary_files(directory: Path, *, include_running: bool = False) -> None:
-    """Remove temporary files of dead processes on this host from `directory`.
+    """Remove temporary files of processes of this machine that have ended from `directory`.
 
-    include_running: remove those of every process on every host, for the holder of an exclusive lease.
+    include_running: remove those of every process on every machine, for the holder of an exclusive lease.
     """
-    for path in directory.glob(".tmp-*" if include_running else f".tmp-{socket.gethostname()}-*"):
-        pid = path.name.removeprefix(f".tmp-{socket.gethostname()}-").partition("-")[0]
-        if include_running or (pid.isdigit() and pid != str(os.getpid()) and not Path("/proc", pid).exists()):
+    for path in directory.glob(".tmp-*" if include_running else f".tmp-{_machine()}-*"):
+        process_id = path.name.removeprefix(f".tmp-{_machine()}-").partition("-")[0]
+        if include_running or (process_id.isdigit() and not _is_running(int(process_id))):
             discard(path)
 
 
 @contextlib.contextmanager
-def atomic_write(final: Path) -> Iterator[Path]:
+def atomic_write(final: Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `final`; if the block succeeds, flush it to disk and rename it to `final`.
 
+    check: is called right before the rename, and prevents it by an exception.
+
     Raises:
-        OpdctlError: the disk is full, or the directory cannot be written.
+        OpdctlError: the disk is full, the directory cannot be written, or a lease on it was lost.
     """
     temporary = temporary_path(final)
     with translate_write_errors(final):
         try:
             make_directory(final.parent)
-            discard(temporary)  # left by a dead process of the same number: in containers all numbers are equal
             yield temporary
             for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
                 fsync_path(path)
             if final.is_dir():
-                remove_directory(final)  # a directory cannot be renamed over another one
+                remove_directory(final, check)  # a directory cannot be renamed over another one
+            _check_before_rename(final, check)
             os.replace(temporary, final)
             fsync_path(final.parent)
         finally:
             discard(temporary)
+
+
+def _check_before_rename(final: Path, check: Callable[[], None] | None) -> None:
+    leases.check_held(final)
+    if check is not None:
+        check()
 
 
 @contextlib.contextmanager
@@ -123,12 +156,19 @@ def translate_write_errors(path: Path) -> Iterator[None]:
         raise _disk_full(path) from error
 
 
-def remove_directory(path: Path) -> None:
-    """Remove a directory if it exists. It is renamed first, so a kill leaves no half of it under its name."""
+def remove_directory(path: Path, check: Callable[[], None] | None = None) -> None:
+    """Remove a directory if it exists. It is renamed first, so a kill leaves no half of it under its name.
+
+    check: as of `atomic_write`.
+
+    Raises:
+        OpdctlError: it cannot be removed, or a lease on it was lost.
+    """
     if path.exists():
         with translate_write_errors(path):
             trash = temporary_path(path, "old-")
             discard(trash)
+            _check_before_rename(path, check)
             path.rename(trash)
             discard(trash)
 
@@ -182,9 +222,9 @@ def byte_unit(count: int) -> tuple[str, int]:
 # ── Text and JSON ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    with atomic_write(path) as temporary:
+def write_text(path: Path, text: str, check: Callable[[], None] | None = None) -> None:
+    """Write a small file atomically. check: as of `atomic_write`."""
+    with atomic_write(path, check) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -198,9 +238,9 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with a digest of itself."""
-    write_text(path, json.dumps({**value, "digest": digest_of(value)}, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any], check: Callable[[], None] | None = None) -> None:
+    """Write a JSON object with a digest of itself. check: as of `atomic_write`."""
+    write_text(path, json.dumps({**value, "digest": digest_of(value)}, indent=1, ensure_ascii=False) + "\n", check)
 
 
 def write_json_if_changed(path: Path, value: Mapping[str, Any]) -> None:
@@ -273,6 +313,7 @@ def corrupt_artifact(path: Path, why: str, hint: str | None = None) -> OpdctlErr
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line."""
+    leases.check_held(path)
     with translate_write_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
 

@@ -5,12 +5,15 @@ process acquires it, as soon as its owner is dead on this host, or if nobody tou
 waiting process measures that by its own clock, so clocks that differ or jump do no harm.
 
 A lease is not a lock: an owner that was suspended for longer than LEASE_SECONDS continues without knowing. So it writes
-complete files, and checks `is_held` before it puts one in its place.
+complete files, and asks for its lease again right before it renames one to its place (`check_held`).
 """
 
 import contextlib
+import os
+import secrets
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import filelock
@@ -31,12 +34,14 @@ class Lease:
     """One lease. One thread acquires and releases it."""
 
     def __init__(self, directory: Path, name: str):
+        self.directory, self.name = directory, name
         self._path = directory / f".{name}.lock"
         self._lease = filelock.SoftFileLease(
             self._path, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS
         )
         self._seen: tuple[int, int] | None = None
         self._since, self._changes = 0.0, 0
+        self._token: str | None = None  # filelock hides it from other threads
 
     def acquire(self) -> bool:
         """Return whether this process has acquired the lease. Never waits.
@@ -52,15 +57,17 @@ class Lease:
             return False
         except OSError as error:
             raise OpdctlError("failed_write", f"{self._path}: {error.strerror}") from error
+        self._token = self._lease.token
         return True
 
     def release(self) -> None:
+        self._token = None
         self._lease.release()
 
     def is_held(self) -> bool:
-        """Whether this process still holds the lease."""
+        """Whether this process still holds the lease. Any thread may ask."""
         owner = self._lease.owner
-        return owner is not None and owner.token == self._lease.token
+        return owner is not None and owner.token == self._token
 
     def _observe_owner(self) -> None:
         """Record a heartbeat of the owner. An empty lock file, whose owner crashed before it wrote its record, is
@@ -87,6 +94,8 @@ class Lease:
 def hold_lease(directory: Path, name: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lease `name` for the block. wait: until it is free.
 
+    Meanwhile every file that this process publishes below `directory` is checked by `check_held`.
+
     Raises:
         OpdctlError: a live process holds it, and `wait` is off.
     """
@@ -99,10 +108,46 @@ def hold_lease(directory: Path, name: str, *, wait: bool = False) -> Iterator[No
                 hint="wait for it, or use another --output",
             )
         time.sleep(next(pause))
+    _held.append(lease)
     try:
         yield
     finally:
+        _held.remove(lease)
         lease.release()
+
+
+_held: list[Lease] = []  # of this process, by `hold_lease`
+
+
+def check_held(path: Path) -> None:
+    """Check that this process still holds the leases that it has acquired on directories above `path`.
+
+    A process that was suspended for longer than LEASE_SECONDS may have lost them: what it would publish is stale.
+
+    Raises:
+        OpdctlError: another process has acquired one.
+    """
+    for lease in list(_held):
+        if path.is_relative_to(lease.directory) and not lease.is_held():
+            raise OpdctlError(
+                "lost_lease",
+                f"{path}: not written: this process was suspended for longer than {LEASE_SECONDS:g} s, and "
+                f"{lease.owner()} has acquired its lease `{lease.name}` on {lease.directory}",
+                hint="run the same command again to resume",
+            )
+
+
+@cache
+def _worker_token(process_id: int) -> str:
+    return secrets.token_hex(8)
+
+
+def worker_token() -> str:
+    """Return random hexadecimal digits that tell this process from any other.
+
+    Host name and process number do not: the containers of two pods may share both.
+    """
+    return _worker_token(os.getpid())
 
 
 def backoff() -> Iterator[float]:

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -295,23 +296,22 @@ class StageDir:
         fingerprint = self.fingerprint
         header = versioned(self.stage) | {"fingerprint": fingerprint.digest, "logprob_metadata": dict(logprob_metadata)}
         header |= {"settings": dict(fingerprint.settings), "inputs": dict(fingerprint.inputs)}
-        write_json(self._header_path, header)
+        with contextlib.suppress(leases.LeaseLost):  # of every part: other workers have started the stage
+            write_json(self._header_path, header, self._check_any_lease)
 
     def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> bool:
         """Write part `index` by `save(temporary path)`, release its lease, and return whether the part counts.
 
         It is dropped if the lease was lost, or if another fingerprint was started in the same directory meanwhile.
         """
-        name = self.names[index]
+        name, check = self.names[index], partial(self._check_lease, index)
         try:
-            with atomic_write(self.path / name) as temporary:
+            with atomic_write(self.path / name, check) as temporary:
                 save(temporary)
                 size, digest = temporary.stat().st_size, sha256_file(temporary)
-                fsync_path(temporary)  # slow, so before the lease is checked
-                self._check_lease(index)
+                fsync_path(temporary)  # slow, so before the receipt
                 receipt = PartRecord(name=name, rows=rows, tokens=tokens, bytes=size, sha256=digest)
-                write_json(self._receipt_path(index), receipt)
-                self._check_lease(index)
+                write_json(self._receipt_path(index), receipt, check)
         except leases.LeaseLost:
             return False
         self._release(index)
@@ -325,6 +325,10 @@ class StageDir:
         if header is None or header["fingerprint"] != self.fingerprint.digest or not lease.is_held():
             raise leases.LeaseLost
 
+    def _check_any_lease(self) -> None:
+        if self._leases and not any(lease.is_held() for lease in self._leases.values()):
+            raise leases.LeaseLost
+
     def finalize(self) -> bool:
         """Write the manifest if every part exists and it is not written yet. Return whether the stage is finished."""
         if self.missing():
@@ -335,6 +339,7 @@ class StageDir:
         if header or any(receipts):
             parts = [self.record(index) for index in range(len(self.names))]
             write_json(self.manifest_path, {**(header or self._read(self.manifest_path, Manifest)), "parts": parts})
+            leases.check_held(self.manifest_path)
             for index in range(len(self.names)):
                 self._receipt_path(index).unlink(missing_ok=True)
             remove_temporary_files(self.path)

@@ -28,7 +28,7 @@ class StageHeartbeat:
 
     def __init__(self, run: Run, stage: str):
         self._run, self._stage, self._step, self._state = run, stage, run.current_step(), "starting"
-        self._path = heartbeats_path(run) / f"{stage}-{socket.gethostname()}-{os.getpid()}.json"
+        self._path = heartbeats_path(run) / f"{stage}-{leases.worker_token()}.json"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 

@@ -410,11 +410,9 @@ class Trainer:
         The next rollout needs the student alone. After the last step there is none, so the state is complete first.
 
         Raises:
-            OpdctlError: another process has completed the step.
+            OpdctlError: this process was suspended and lost the lease on the run.
         """
         run, done = self._run, step + 1
-        if distributed.is_main() and run.update_path(step).exists():  # this process was suspended and lost its lease
-            raise OpdctlError("lease_held", f"{run.path}: another process has already written step {done}")
         student = _write_student(run.student_path(done), lambda directory: self._export(directory, done, metrics))
         is_saved, is_last = run.saves_trainer_state(done), done == self._settings.steps
         if is_saved and is_last:

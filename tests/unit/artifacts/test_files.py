@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opdctl.artifacts import files
+from opdctl.artifacts import files, leases
 from opdctl.artifacts.manifests import Manifest, PartRecord, RunRecord, UpdateRecord
 from opdctl.errors import ExitCode, OpdctlError
 
@@ -83,9 +83,9 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path):
     child = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
-    prefix = files.temporary_path(tmp_path / "x").name.removesuffix(f"-{os.getpid()}-x")
-    dead, alive = (tmp_path / f"{prefix}-{pid}-part" for pid in (int(child.stdout), os.getppid()))
-    elsewhere = tmp_path / ".tmp-another-host-1-part"
+    name = files.temporary_path(tmp_path / "part").name
+    dead, alive = (tmp_path / name.replace(str(os.getpid()), pid) for pid in (child.stdout.strip(), str(os.getppid())))
+    elsewhere = tmp_path / f".tmp-{'0' * 12}-{child.stdout.strip()}-1-part"
     for path in (dead, alive, elsewhere):
         path.write_text("half")
     files.remove_temporary_files(tmp_path)
@@ -94,6 +94,40 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path):
     assert elsewhere.exists()
     files.remove_temporary_files(tmp_path, include_running=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_missing", [False, True], ids=["linux", "no /proc"])
+def test_temporary_file_of_another_container_is_never_removed(tmp_path, monkeypatch, is_missing):
+    """Two containers share the host name, and process 1 of each is another process."""
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    monkeypatch.setattr(os, "getpid", lambda: int(ended.stdout))
+    if is_missing:
+        monkeypatch.setattr(Path, "read_text", raise_error)
+    names = []
+    for container in ("first", "second"):
+        files._machine.cache_clear()
+        leases._worker_token.cache_clear()
+        if is_missing:
+            monkeypatch.setattr(files.uuid, "getnode", lambda container=container: container)
+        else:
+            monkeypatch.setattr(Path, "read_text", lambda *_, container=container, **__: container)
+        names.append(files.temporary_path(tmp_path / "part"))
+    for path in names:
+        path.write_text("half")
+    files.remove_temporary_files(tmp_path)  # as the second container: its process of this number has ended
+    assert [path.exists() for path in names] == [True, False]
+    files._machine.cache_clear()
+    leases._worker_token.cache_clear()
+
+
+def raise_error(*_, **__):
+    raise FileNotFoundError
+
+
+def test_workers_of_one_host_name_and_number_write_to_different_files(tmp_path):
+    first = files.temporary_path(tmp_path / "part")
+    leases._worker_token.cache_clear()  # as in another container
+    assert files.temporary_path(tmp_path / "part") != first
 
 
 def test_required_space(tmp_path):

@@ -5,11 +5,13 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from opdctl.artifacts import leases
+from opdctl.artifacts import files, leases
 from opdctl.artifacts.leases import Lease, backoff, hold_lease
 from opdctl.errors import ExitCode, OpdctlError
 
@@ -134,6 +136,29 @@ def test_is_held_notices_the_loss_of_a_lease(tmp_path):
     lease.release()
     assert other.is_held()
     other.release()
+
+
+def test_nothing_is_published_below_the_directory_of_a_lost_lease(tmp_path):
+    """A background thread is checked too; leases on other directories do not matter."""
+    run, other, heirs = tmp_path / "run", tmp_path / "other", Lease(tmp_path / "run", "train")
+    with hold_lease(run, "train"), hold_lease(other, "train"):
+        files.write_text(run / "trainer/state", "old")
+        (run / ".train.lock").unlink()  # as the acquisition of a stale lease does
+        assert heirs.acquire()
+        with ThreadPoolExecutor(1) as background, pytest.raises(OpdctlError) as caught:
+            background.submit(files.write_text, run / "trainer/state", "new").result()
+        assert (caught.value.kind, caught.value.code) == ("lost_lease", ExitCode.UNAVAILABLE)
+        assert f"process {os.getpid()} on" in caught.value.message
+        for change in (partial(files.remove_directory, run / "trainer"), partial(files.append_line, run / "log", {})):
+            with pytest.raises(OpdctlError):
+                change()
+        assert (run / "trainer/state").read_text() == "old"
+        assert not (run / "log").exists()
+        files.write_text(other / "state", "new")
+    assert heirs.is_held()
+    heirs.release()
+    files.write_text(run / "trainer/state", "new")
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_backoff_grows_to_its_maximum():

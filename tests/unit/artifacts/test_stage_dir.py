@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 import time
@@ -342,6 +343,41 @@ def test_part_of_a_lost_lease_is_dropped(tmp_path):
         assert not loser.write(0, lambda path: path.write_text("another part 0"), rows=1, tokens=10)
     assert contents(tmp_path / "s") == written
     winner.verify(0)
+
+
+@pytest.mark.parametrize("moment", range(1, 6), ids=["header", "part", "receipt", "part again", "manifest"])
+def test_worker_that_slept_past_its_leases_publishes_nothing(tmp_path, monkeypatch, moment):
+    """It sleeps while it flushes a temporary file, before the rename; another worker makes the stage meanwhile."""
+    folder, flush = tmp_path / "s", files.fsync_path
+    loser, winner, flushed, written = stage(folder, parts=1), stage(folder, parts=1), [], {}
+
+    def flush_and_sleep(path):
+        flush(path)
+        flushed.extend([path] * path.name.startswith(".tmp-"))
+        if len(flushed) == moment and not written:
+            written["started"] = b""
+            for lock in tmp_path.glob(".*.lock"):
+                lock.unlink()  # as the acquisition of a stale lease does
+            with monkeypatch.context() as other_process:
+                other_process.setattr(leases, "_held", [])
+                leases._worker_token.cache_clear()
+                with winner.claim_parts() as parts:
+                    fill(winner, *(parts or ()))
+            written.update(visible_contents(folder))
+
+    for module in (files, stage_dir):
+        monkeypatch.setattr(module, "fsync_path", flush_and_sleep)
+    with contextlib.suppress(OpdctlError), loser.claim_parts() as mine:
+        for index in mine:
+            loser.start({"engine": "the one that slept"})
+            loser.write(index, lambda path: path.write_text("another part 0"), rows=1, tokens=10)
+    assert {"started": b"", **visible_contents(folder)} == written
+    assert winner.is_finished()
+    winner.verify(0)
+
+
+def visible_contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def test_part_of_settings_that_changed_meanwhile_is_dropped(tmp_path):
