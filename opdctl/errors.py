@@ -55,6 +55,7 @@ ErrorKind = Literal[
     "unsupported_model",
     "unsupported_setting",
     "unsupported_version",
+    "untrusted_code",
     "unusable_output",
 ]
 """What went wrong, as a noun phrase. The message begins with it: `checksum_mismatch` reads "Checksum mismatch: …"."""

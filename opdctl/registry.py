@@ -7,12 +7,13 @@ lists, can register more.
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import os
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -168,7 +169,90 @@ def load_plugins(names: Sequence[str]) -> None:
             ) from error
 
 
+def are_imported(names: Sequence[str]) -> bool:
+    """Whether every plugin is imported. Commands that only read a run do not import those that it records."""
+    return all(name in sys.modules for name in names)
+
+
+def load_recorded_plugins(names: Sequence[str], run_dir: Path) -> dict[str, str]:
+    """Import the plugins that a run directory records, and return from where by name.
+
+    A run directory is data: it may name modules that are installed here, and not bring its own.
+
+    Raises:
+        OpdctlError: a module is missing, its import fails, or it would come from the run directory, or from the working
+            directory while that is the directory around the run.
+    """
+    sources = {}
+    for name in names:
+        origins = module_origins(name)
+        for origin in reversed(origins):
+            if is_within(origin, run_dir):
+                raise _untrusted_plugin(name, run_dir, f"{origin} is inside the run directory")
+            if _is_found_by_working_directory(origins[0]) and is_within(run_dir, Path.cwd(), depth=1):
+                raise _untrusted_plugin(name, run_dir, f"{origin} is beside the run directory")
+        load_plugins([name])
+        sources[name] = str(origins[-1]) if origins else "built in"
+    return sources
+
+
+def _untrusted_plugin(name: str, run_dir: Path, why: str) -> OpdctlError:
+    option = shlex.quote(f'plugins=["{name}"]')
+    return OpdctlError(
+        "untrusted_code",
+        f"{run_dir / 'recipe.toml'}: plugins: `{name}`: {why}",
+        hint=f"to run that code after reading it, add --set {option} or --recipe with your recipe",
+    )
+
+
+def is_within(path: Path, directory: Path, depth: int | None = None) -> bool:
+    """Whether `path` is `directory` or below it, by its name or after resolving links. depth: at most so far below."""
+    for inner, outer in ((path.absolute(), directory.absolute()), (path.resolve(), directory.resolve())):
+        if inner.is_relative_to(outer) and (depth is None or len(inner.relative_to(outer).parts) <= depth):
+            return True
+    return False
+
+
+def _is_found_by_working_directory(origin: Path) -> bool:
+    """Whether a top-level module is in the working directory, and no entry of PYTHONPATH names that."""
+    folder = (origin.parent.parent if origin.name == "__init__.py" else origin.parent).resolve()
+    named = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return folder == Path.cwd().resolve() and folder not in named
+
+
+def module_origins(name: str) -> list[Path]:
+    """Return the files of the packages around a module and of the module, in order: the import of it runs them.
+
+    Nothing is imported. A namespace package has its directory. Modules without a file, and missing ones, have none.
+    """
+    first, *others = name.split(".")
+    search = [*sys.path, os.getcwd()]
+    specs = (_find_spec(finder, first, search if finder is PathFinder else None) for finder in sys.meta_path)
+    spec = next((spec for spec in specs if spec), None)
+    origins = _origins_of(spec)
+    for part in others:
+        if spec is None:
+            break
+        # The name of a nested module without its package: a finder would look the package up in sys.modules.
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
+        origins += _origins_of(spec)
+    return origins
+
+
+def _find_spec(finder: Any, name: str, path: list[str] | None) -> ModuleSpec | None:
+    spec: ModuleSpec | None = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+    return spec
+
+
+def _origins_of(spec: ModuleSpec | None) -> list[Path]:
+    if spec is None:
+        return []
+    if spec.origin and spec.has_location:
+        return [Path(spec.origin)]
+    return [Path(location) for location in spec.submodule_search_locations or ()]
+
+
 def plugin_file(name: str) -> Path | None:
-    """Return the file of a plugin, or None if it has none, such as a namespace package."""
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin) if spec and spec.origin else None
+    """Return the file of a plugin, or None if it has none, such as a namespace package. Nothing is imported."""
+    origins = module_origins(name)
+    return origins[-1] if origins and origins[-1].is_file() else None

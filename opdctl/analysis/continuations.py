@@ -17,7 +17,6 @@ import numpy as np
 from opdctl.artifacts import files
 from opdctl.artifacts.records import Completion, GradedResponse, Ids, Response, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint, StageDir
-from opdctl.artifacts.tables import read_rows
 from opdctl.artifacts.versions import versioned
 from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
@@ -219,7 +218,7 @@ def _responses(run: Run, step: int) -> list[Response]:
     responses: list[Response] = []
     for index in range(len(rollout.names)):
         if len(responses) < count:
-            responses += [row for row in read_rows(rollout.verify(index), Response) if len(row.response_ids)]
+            responses += [row for row in rollout.read_part(index, Response) if len(row.response_ids)]
     responses = responses[:count]
     if not responses or any(response.answer is None for response in responses):
         why = "the prompts have no answers to grade by" if responses else "every response is empty"

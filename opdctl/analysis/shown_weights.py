@@ -1,15 +1,18 @@
 """The token weights that the analysis shows: `--weights`, their labels, and the columns that they need."""
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from opdctl import console
 from opdctl.analysis.position_sums import RESERVED_NAMES
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.losses.token_weights import Weight
-from opdctl.recipe.components import build_token_weight, unmet_requirements
+from opdctl.recipe.components import build_token_weight, has_known_weight, unmet_requirements
 from opdctl.recipe.load import parse_value
 from opdctl.recipe.schema import Component
-from opdctl.registry import WEIGHTS
+from opdctl.registry import WEIGHTS, are_imported
 from opdctl.runs.run import Run
 
 DEFAULT_WEIGHTS = (
@@ -28,9 +31,7 @@ def chosen_weights(run: Run, text: str | None = None) -> dict[str, Weight]:
     Raises:
         OpdctlError: a weight is unknown, a parameter is invalid, or a weight needs columns that are not stored.
     """
-    recipe_weight = build_token_weight(run.recipe)
-    _check_requirements(run, run.recipe.weight.name, recipe_weight)
-    weights = {_recipe_label(run.recipe.weight): recipe_weight}
+    weights = _recipe_weight(run)
     for component, is_optional in _parse_weights(DEFAULT_WEIGHTS if text is None else text):
         weight: Weight = WEIGHTS.build(component.name, component.params)
         if is_optional and unmet_requirements(run.recipe, weight.needs):
@@ -40,6 +41,20 @@ def chosen_weights(run: Run, text: str | None = None) -> dict[str, Weight]:
             weights[_label(component.name, component.params)] = weight
     # The weight of a plugin can have any name.
     return {f"{label} (weight)" if label in RESERVED_NAMES else label: weight for label, weight in weights.items()}
+
+
+def _recipe_weight(run: Run) -> dict[str, Weight]:
+    """Return the recipe's weight by its label. That of a plugin which is not imported is unknown: 1 is shown."""
+    name = run.recipe.weight.name
+    if not has_known_weight(run.recipe) and not are_imported(run.recipe.plugins):
+        option = shlex.quote(f"plugins={json.dumps(run.recipe.plugins)}")
+        console.warn(
+            f"weight `{name}` of a plugin is not run, and 1 is shown in its place; to run it, add --set {option}"
+        )
+        return {f"{name} (not run)": WEIGHTS.build("uniform", {})}
+    weight = build_token_weight(run.recipe)
+    _check_requirements(run, name, weight)
+    return {_recipe_label(run.recipe.weight): weight}
 
 
 def _parse_weights(text: str) -> Iterator[tuple[Component, bool]]:

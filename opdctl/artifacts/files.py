@@ -1,7 +1,8 @@
 """Durable files: atomic writes, checksums, JSON that checks itself, disk space. Imports no torch.
 
 A file is written under a temporary name in its own directory, flushed to disk, and renamed. Every JSON file holds a
-digest of itself and is checked against it and against its form when it is read. No symbolic link is followed.
+digest of itself and is checked against it and against its form when it is read. No symbolic link is followed, and
+nothing but regular files is opened.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from opdctl.artifacts import leases, manifests
+from opdctl.artifacts import leases, manifests, parsing
 from opdctl.artifacts.versions import OLDEST_VERSION, VERSIONS
 from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, OpdctlError
 
@@ -27,7 +28,15 @@ from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, OpdctlError
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file, as hexadecimal digits.
+
+    Raises:
+        OpdctlError: it is not a regular file.
+    """
+    try:
+        parsing.check_regular(path, follow_links=True)  # of a model in the hub's cache every file is a link
+    except ValueError as error:
+        raise corrupt_artifact(path, str(error)) from None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -235,7 +244,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+    """Return the text of a file of a run.
+
+    Raises:
+        OpdctlError: it is missing, not UTF-8, or not a regular file.
+    """
+    try:
+        return parsing.read_bytes(path).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise corrupt_artifact(path, str(error)) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any], check: Callable[[], None] | None = None) -> None:
@@ -257,15 +274,18 @@ def read_json(path: Path, form: Any = dict[str, Any], hint: str | None = None) -
     Raises:
         OpdctlError: the file is missing or corrupt, or has a version that this opdctl does not read.
     """
-    check_no_symlinks(path)
     hint = hint or "restore it from a copy, or start again in another --output"
     try:
-        stat = path.stat()
+        stat = parsing.check_regular(path)
         return _read_json_once(path, form, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
     except _ChecksumError as error:
         raise OpdctlError("checksum_mismatch", f"{path}: the content does not match its digest", hint=hint) from error
     except (OSError, ValueError) as error:
         raise corrupt_artifact(path, str(error), hint) from error
+
+
+FOREIGN_DIRECTORIES = ("wandb",)
+"""Directories of other programs, which link to their newest files. Nothing in them is read."""
 
 
 class _ChecksumError(Exception):
@@ -275,7 +295,7 @@ class _ChecksumError(Exception):
 @lru_cache(maxsize=4096)
 def _read_json_once(path: Path, form: Any, identity: tuple[int, int, int]) -> Any:
     """Read and check a file once for each (inode, modification time, size): a replaced file has another one."""
-    value = manifests.parse_json(path.read_bytes())
+    value = manifests.parse_object(parsing.read_bytes(path))
     digest = value.pop("digest", None)
     _check_version(path, value)
     if digest != digest_of(value):
@@ -295,7 +315,7 @@ def _check_version(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def check_no_symlinks(*paths: Path) -> None:
-    """Check that no path is a symbolic link, which may lead out of the run directory.
+    """Check that no path is a symbolic link, which may lead out of the run directory, or a device, socket or FIFO.
 
     Raises:
         OpdctlError: one is.
@@ -303,6 +323,31 @@ def check_no_symlinks(*paths: Path) -> None:
     for path in paths:
         if path.is_symlink():
             raise corrupt_artifact(path, "is a symbolic link", "replace it with the file that it points to")
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise corrupt_artifact(path, "is not a regular file", "remove it")
+
+
+def check_tree(directory: Path, *, directories_only: bool = False) -> None:
+    """Check that a run directory contains only regular files and directories, at any depth. It may be a link itself.
+
+    Everything that is read or written below it afterwards is within it. directories_only: links and special files are
+    allowed where nothing is below them: `run repair` moves them away.
+
+    Raises:
+        OpdctlError: an entry is a symbolic link, a device, a socket or a FIFO.
+    """
+    pending = [str(directory)]
+    while pending:
+        try:
+            entries = list(os.scandir(pending.pop()))
+        except OSError:
+            continue  # removed in the meantime, or unreadable: then nothing in it can be opened
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name not in FOREIGN_DIRECTORIES:
+                    pending.append(entry.path)
+            elif not entry.is_file(follow_symlinks=False) and not (directories_only and not entry.is_dir()):
+                check_no_symlinks(Path(entry.path))
 
 
 def corrupt_artifact(path: Path, why: str, hint: str | None = None) -> OpdctlError:
@@ -321,5 +366,5 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON line for each value, unless the file holds exactly these lines already."""
     text = "".join(json.dumps(value) + "\n" for value in values)
-    if not path.exists() or read_text(path) != text:
+    if not path.exists() or parsing.read_bytes(path) != text.encode():  # a line that was cut need not be UTF-8
         write_text(path, text)

@@ -4,13 +4,14 @@ They are untrusted data: corrupt, or written by someone else. A value is checked
 not listed here are accepted, and a NotRequired key is one that older versions lack.
 """
 
-import json
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
+
+from opdctl.artifacts import parsing
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -162,6 +163,16 @@ class SummaryRecord(TypedDict):
     avg: float
 
 
+class HeartbeatRecord(TypedDict):
+    """A file in heartbeats/: what a stage does at the moment."""
+
+    stage: str
+    step: Count
+    state: str
+    host: str
+    pid: Count
+
+
 _adapter = cache(TypeAdapter)
 
 
@@ -176,12 +187,9 @@ def check_form(value: Any, kind: Any) -> Any:
     return value
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
+def parse_object(data: bytes | str) -> dict[str, Any]:
     """Return the JSON object in `data`. Raises ValueError if there is none."""
-    try:
-        value = json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    value = parsing.parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value

@@ -214,7 +214,12 @@ class StageDir:
 
     def read_all(self, record: type[Row]) -> list[Row]:
         """Return the rows of all parts. Raises OpdctlError if one is corrupt."""
-        return [row for index in range(len(self.names)) for row in read_rows(self.verify(index), record)]
+        return [row for index in range(len(self.names)) for row in self.read_part(index, record)]
+
+    def read_part(self, index: int, record: type[Row]) -> list[Row]:
+        """Return the rows of a finished part. Raises OpdctlError if it is missing or corrupt."""
+        recorded = self.record(index)
+        return read_rows(self.verify(index), record, recorded["rows"] if recorded else None)
 
     # ── Work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

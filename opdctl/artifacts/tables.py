@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from opdctl.artifacts import manifests
+from opdctl.artifacts import manifests, parsing
 from opdctl.artifacts.files import atomic_write, corrupt_artifact, sha256_file
 from opdctl.artifacts.manifests import ScoresRecord
+from opdctl.artifacts.parquet_footer import check_parquet_size
 from opdctl.artifacts.records import (
     PER_TOKEN,
     EvalPrompt,
@@ -124,13 +125,17 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
     return sha256_file(path)
 
 
-def read_rows(path: Path, record: type[Row]) -> list[Row]:
+def read_rows(path: Path, record: type[Row], count: int | None = None) -> list[Row]:
     """Return the rows of one Parquet file. A column that the file lacks has its default.
 
+    count: the recorded number of rows, if there is one.
+
     Raises:
-        OpdctlError: the file is corrupt, lacks a required column, or has an unknown one.
+        OpdctlError: the file is corrupt, lacks a required column or has an unknown one, has another number of rows, or
+            would take much more memory than its size explains.
     """
     try:
+        check_parquet_size(path, count)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             columns = _stored_columns(file.schema_arrow, record)
             table = file.read()
@@ -217,14 +222,15 @@ def read_scores(path: Path, rollout_sha256: str) -> dict[str, TokenScores]:
         OpdctlError: the file is corrupt, or scores another rollout part than the one of this digest.
     """
     try:
+        parsing.check_regular(path)
         with safe_open(path, "np") as file:
-            metadata = manifests.check_form(json.loads((file.metadata() or {})["opdctl"]), ScoresRecord)
+            metadata = manifests.check_form(parsing.parse_json((file.metadata() or {})["opdctl"]), ScoresRecord)
             lengths = _check_tensors(file)
             names, offsets = set(file.keys()), file.get_tensor(OFFSETS)
             columns = {name: file.get_tensor(name) for name in names - {OFFSETS, HIDDEN_STATES}}
     except _UnknownColumnsError as error:
         raise _unsupported_columns(path, error) from error
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise corrupt_artifact(path, str(error)) from error
     if metadata["rollout"] != rollout_sha256:
         raise OpdctlError(

@@ -12,6 +12,7 @@ from opdctl.cli.session import command_session, print_json, read_recipe_options
 
 if TYPE_CHECKING:
     from opdctl.analysis.analyze import PhaseChoice
+    from opdctl.recipe.load import Purpose
     from opdctl.runs.run import Run
 
 
@@ -47,12 +48,14 @@ def analyze_position(
         _analyze(run, weights, phases, dry_run, json_)
 
 
-def load_run_for_analysis(path: Path | None, recipe: list[str] | None, overrides: list[str] | None) -> "Run":
+def load_run_for_analysis(
+    path: Path | None, recipe: list[str] | None, overrides: list[str] | None, purpose: "Purpose" = "read"
+) -> "Run":
     """Return the run as recorded, with the weight and the continuations of the recipe and the overrides."""
     from opdctl.runs.layout import run_path
     from opdctl.runs.run import Run
 
-    resolved = read_recipe_options(recipe, overrides, path)
+    resolved = read_recipe_options(recipe, overrides, path, purpose)
     run = Run.load(path or run_path(resolved, None))
     update = {"weight": resolved.weight, "continuations": resolved.continuations}
     return replace(run, recipe=run.recipe.model_copy(update=update))

@@ -21,6 +21,7 @@ from opdctl.cli.session import (
 from opdctl.errors import OpdctlError
 
 if TYPE_CHECKING:
+    from opdctl.recipe.load import Purpose
     from opdctl.recipe.schema import Recipe
     from opdctl.runs.run import Run
 
@@ -91,7 +92,7 @@ def evaluate(
         from opdctl.recipe.load import with_benchmarks
 
         overrides = [*(set_ or []), *(["eval.allow_code_execution=true"] if allow_code_execution else [])]
-        resolved, output = _select_recipe(recipe, overrides, run_dir, model)
+        resolved, output = _select_recipe(recipe, overrides, run_dir, model, "plan" if dry_run else "run")
         chosen = with_benchmarks(resolved, resolved.eval.bench if bench is None else bench.split(","))
         if data is not None and not data.exists():
             raise OpdctlError("missing_file", f"--data {data}")
@@ -106,7 +107,7 @@ def evaluate(
 
 
 def _select_recipe(
-    recipes: list[str] | None, overrides: list[str], output: Path | None, model: str | None
+    recipes: list[str] | None, overrides: list[str], output: Path | None, model: str | None, purpose: "Purpose"
 ) -> tuple["Recipe", Path | None]:
     """Return the recipe to evaluate by, and the run directory or, for a model of no run, the directory of results."""
     from opdctl.recipe.load import default_eval_recipe
@@ -119,7 +120,7 @@ def _select_recipe(
     if not recipes and output is None:
         output = newest_run()
         console.info(f"using the newest run, {output}")
-    return read_recipe_options(recipes, overrides, output), output
+    return read_recipe_options(recipes, overrides, output, purpose), output
 
 
 def _open(recipe: "Recipe", given: list[str] | None, output: Path | None, model: str | None) -> tuple["Run", str]:

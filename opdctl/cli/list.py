@@ -33,7 +33,7 @@ def list_(
     json_: Json = False,
     verbose: Verbose = None,
 ) -> None:
-    """List what a command or a recipe can name. A recipe, a run or --set adds the components of its plugins.
+    """List what a command or a recipe can name. --recipe and --set add the components of their plugins.
 
     \b
     opdctl list weights
@@ -44,7 +44,7 @@ def list_(
         from opdctl.recipe.load import default_eval_recipe
 
         if recipe or output:
-            read_recipe_options(recipe, set_, output)
+            read_recipe_options(recipe, set_, output, "read")
         elif set_:
             default_eval_recipe("toy:student", set_)  # any recipe: only its plugins matter
         rows = LISTS[kind]()

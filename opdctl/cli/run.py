@@ -1,5 +1,6 @@
 """`opdctl run …`: fork, repair and show a run, and continue its prefixes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,7 +40,7 @@ def fork(
         from opdctl.runs.open import resolve_open_settings
         from opdctl.runs.run import Run
 
-        resolved = resolve_open_settings(read_recipe_options(recipe, set_, run_dir), run_dir)
+        resolved = resolve_open_settings(read_recipe_options(recipe, set_, run_dir, "read"), run_dir)
         plan = plan_fork(Run.load(run_dir), new_run_dir, resolved)
         for line in plan.lines():
             console.info(line)
@@ -71,7 +72,7 @@ def repair(
         from opdctl.runs.repair import find_corrupt_artifacts, set_aside
         from opdctl.runs.run import Run
 
-        run = Run.load(run_dir)
+        run = Run.load(run_dir, "repair")
         artifacts = find_corrupt_artifacts(run)
         for each in artifacts:
             console.warn(f"{each.why}{_repair_note(each)}")
@@ -150,14 +151,15 @@ def continuations(
         from opdctl.runs.open import open_run
         from opdctl.runs.run import read_recipe
 
-        run = load_run_for_analysis(run_dir, None, set_)
+        run = load_run_for_analysis(run_dir, None, set_, "plan" if dry_run else "run")
         step = resolve_step(run, step)
         if dry_run:
             console.info(describe_plan(run, step))
             console.info("nothing was written")
             return
         models = ("student", *run.recipe.teacher_models())
-        open_run(read_recipe(run_dir), run_dir, needs=models, record=False)  # checks that the models are unchanged
+        opened = open_run(read_recipe(run_dir), run_dir, needs=models, record=False)  # checks the models' digests
+        run = replace(run, models=opened.models)
         result = make_continuations(run, set_up_device(run.recipe), step)
         if result.summary is None:
             console.info(f"wrote {result.parts_made} parts of {result.path}; other workers are producing the rest")

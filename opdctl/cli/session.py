@@ -16,6 +16,7 @@ from opdctl import console, distributed
 from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, ExitCode, OpdctlError, is_out_of_memory
 
 if TYPE_CHECKING:
+    from opdctl.recipe.load import Purpose
     from opdctl.recipe.schema import Recipe
     from opdctl.runs.run import Run
 
@@ -126,11 +127,13 @@ def print_json(value: Mapping[str, Any]) -> None:
         sys.stdout.flush()
 
 
-def read_recipe_options(recipes: list[str] | None, overrides: list[str] | None, output: Path | None) -> "Recipe":
-    """Return the recipe of `--recipe` and `--set`, or the one recorded in the run directory.
+def read_recipe_options(
+    recipes: list[str] | None, overrides: list[str] | None, output: Path | None, purpose: "Purpose" = "run"
+) -> "Recipe":
+    """Return the recipe of `--recipe` and `--set`, or the one recorded in the run directory, for this purpose.
 
     Raises:
-        OpdctlError: neither is given, or the recipe is invalid.
+        OpdctlError: neither is given, or the recipe is invalid; the recorded one asks for code that is not trusted.
     """
     from opdctl.recipe.library import find_recipe
     from opdctl.recipe.load import load_recipe
@@ -140,7 +143,7 @@ def read_recipe_options(recipes: list[str] | None, overrides: list[str] | None, 
         return load_recipe([find_recipe(name) for name in recipes], overrides or [])
     if output is None:
         raise OpdctlError("invalid_usage", "no recipe", hint="give --recipe FILE, or --output RUN_DIR of a run")
-    return read_recipe(output, overrides or [])
+    return read_recipe(output, overrides or [], purpose)
 
 
 def open_run_and_device(recipe: "Recipe", output: Path | None, *needs: str, record: bool = True) -> tuple["Run", str]:

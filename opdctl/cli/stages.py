@@ -47,7 +47,7 @@ def rollout(
     then: opdctl score-teacher
     """
     with command_session(verbose):
-        resolved = read_recipe_options(recipe, set_, output)
+        resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
         _run("rollout", resolved, output, ["student"], step, follow=follow, dry_run=dry_run, as_json=json_)
 
 
@@ -70,7 +70,7 @@ def score_teacher(
     then: opdctl train --no-fill
     """
     with command_session(verbose):
-        resolved = read_recipe_options(recipe, set_, output)
+        resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
         scorers = _select_scorers(resolved, only)
         _run("score-teacher", resolved, output, scorers, step, follow=follow, dry_run=dry_run, as_json=json_)
 

@@ -41,7 +41,7 @@ def train(
     then: opdctl analyze-position runs/quickstart
     """
     with command_session(verbose):
-        resolved = read_recipe_options(recipe, set_, output)
+        resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
         if push is not None:
             from opdctl.training.publish import check_repo_id
 

@@ -1,14 +1,16 @@
 """Rows of the user's data: JSON lines, CSV and Parquet files, and data sets of the Hugging Face hub."""
 
 import csv
-import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opdctl.artifacts import parsing
+from opdctl.artifacts.parquet_footer import check_parquet_size
 from opdctl.errors import OpdctlError, did_you_mean, summarize_exception
 
 TableRow = dict[str, Any]
@@ -31,12 +33,14 @@ def read_table(path: Path) -> Iterator[TableRow]:
 
 def _read_jsonl(path: Path) -> Iterator[TableRow]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, parsing.MAX_LINE_BYTES + 1), b""), 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+                if len(line) > parsing.MAX_LINE_BYTES:
+                    raise ValueError(f"a row of more than {parsing.MAX_LINE_BYTES} bytes")
+                row = parsing.parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:  # not UTF-8, not JSON, or beyond a bound
                 raise OpdctlError("invalid_data", f"{path}:{number}: {error}") from error
             if not isinstance(row, dict):
                 raise OpdctlError("invalid_data", f"{path}:{number}: not a JSON object: {line[:40]!r}")
@@ -59,6 +63,7 @@ def _read_csv(path: Path) -> Iterator[TableRow]:
 
 def _read_parquet(path: Path) -> Iterator[TableRow]:
     try:
+        check_parquet_size(path, follow_links=True)
         file = pq.ParquetFile(path)
         for batch in file.iter_batches(BATCH_ROWS):
             yield from batch.to_pylist()

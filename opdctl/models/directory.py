@@ -13,7 +13,7 @@ from opdctl import console
 from opdctl.artifacts.files import digest_of, sha256_file
 from opdctl.errors import ErrorKind, OpdctlError, did_you_mean, is_out_of_memory, summarize_exception
 from opdctl.models.end_of_sequence import check_eos_ids, describe_tokens, find_eos_ids
-from opdctl.models.json_files import read_json_object
+from opdctl.models.json_files import check_model_files, read_json_object
 from opdctl.models.tokenizers import TokenizerSource, load_tokenizer
 from opdctl.models.weights import StoredWeights, digest_weights, read_weights
 from opdctl.recipe.schema import Model, Recipe
@@ -197,6 +197,10 @@ class ModelDir:
         vars(trained).update(named_eos_ids=self.named_eos_ids)
         return trained
 
+    def without_code(self) -> "ModelDir":
+        """Return this directory, whose code never runs."""
+        return replace(self, trust_remote_code=False)
+
     def with_vocab_size(self, shared_vocab_size: int) -> "ModelDir":
         """Return this directory with the number of ids that all models of a run share."""
         return self._replace(shared_vocab_size=shared_vocab_size)
@@ -216,6 +220,7 @@ class ModelDir:
         """The config as transformers reads it, with its defaults."""
         from transformers import AutoConfig
 
+        check_model_files(self.path)
         self._check_architecture()
         with translate_loading_errors(self.path, "config.json", "invalid_model"):
             return AutoConfig.from_pretrained(self.path, **self.loading_arguments())

@@ -1,10 +1,21 @@
 """The JSON files of a model directory. Imports no torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from opdctl.artifacts import parsing
 from opdctl.errors import OpdctlError
+
+
+def check_model_files(directory: Path) -> None:
+    """Check that a model directory has only files and directories, or links to them: libraries open what they find.
+
+    Raises:
+        OpdctlError: an entry is a device, a socket or a FIFO, which a reader would wait for.
+    """
+    for entry in directory.iterdir():
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise OpdctlError("invalid_model", f"{entry}: is not a regular file", hint="remove it")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -15,8 +26,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     hint = "download or copy this file again"
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a too long integer
+        value = parsing.parse_json(parsing.read_bytes(path, follow_links=True).decode("utf-8-sig"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or beyond a bound
         raise OpdctlError("invalid_model", f"{path}: not valid JSON: {error}", hint=hint) from None
     if not isinstance(value, dict):
         raise OpdctlError("invalid_model", f"{path}: a JSON {type(value).__name__} instead of an object", hint=hint)

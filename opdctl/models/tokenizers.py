@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from opdctl import console
 from opdctl.errors import OpdctlError, summarize_exception
-from opdctl.models.json_files import read_json_object
+from opdctl.models.json_files import check_model_files, read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,6 +46,7 @@ def load_tokenizer(path: Path, source: TokenizerSource, *, trust_remote_code: bo
         OpdctlError: the directory has no tokenizer, or an invalid one, or one that needs code that is not trusted; or
             class and file differ, and neither is chosen.
     """
+    check_model_files(path)
     files = sorted(file for file in path.iterdir() if file.is_file())
     versions = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return _load_once(path, source, trust_remote_code, versions)

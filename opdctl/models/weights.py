@@ -5,7 +5,6 @@ headers are read, except by `digest_weights`. Imports no torch.
 """
 
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -15,13 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from opdctl.artifacts import parsing
 from opdctl.errors import OpdctlError
-from opdctl.models.json_files import read_json_object
+from opdctl.models.json_files import check_model_files, read_json_object
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 CHUNK_BYTES = 2**24
+DTYPE_BITS = (
+    dict.fromkeys(("F64", "I64", "U64"), 64)
+    | dict.fromkeys(("F32", "I32", "U32"), 32)
+    | dict.fromkeys(("BF16", "F16", "I16", "U16"), 16)
+    | dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2"), 8)
+)
 EXPONENT_BITS = {
     "F64": ("<u8", 0x7FF << 52),
     "F32": ("<u4", 0xFF << 23),
@@ -69,6 +75,7 @@ def read_weights(directory: Path, named_file: str | None = None) -> StoredWeight
     Raises:
         OpdctlError: a file is missing or cut, or its header is invalid.
     """
+    check_model_files(directory)
     candidates = [name for name in (named_file, SINGLE_FILE, INDEX_FILE) if name and "/" not in name]
     first = next((name for name in candidates if (directory / name).is_file()), "")
     index = directory / first if first.endswith(".index.json") else None
@@ -106,13 +113,13 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     Raises:
         OpdctlError: the header is invalid, or the file has another length than its header describes.
     """
-    size = file.stat().st_size
     try:
+        size = parsing.check_regular(file, follow_links=True).st_size
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
             if length > min(MAX_HEADER_BYTES, size):
                 raise ValueError(f"a header of {length} bytes in a file of {size} bytes")
-            header = json.loads(opened.read(length))
+            header = parsing.parse_json(opened.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = [
             (
@@ -123,13 +130,17 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
             )
             for name, entry in entries.items()
         ]
-    except (ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise _corrupt_file(file, f"invalid safetensors header: {error}") from None
     tensors.sort(key=lambda item: (item[1].start, item[1].end))
     end = 8 + length
     for name, tensor in tensors:
         if tensor.start != end or tensor.end < end:
             raise _corrupt_file(file, f"tensor {name} does not begin where the one before it ends")
+        bits = DTYPE_BITS.get(tensor.dtype)
+        if min(tensor.shape, default=0) < 0 or (bits and math.prod(tensor.shape) * bits != 8 * (tensor.end - end)):
+            detail = f"tensor {name} of type {tensor.dtype} and shape {list(tensor.shape)} has {tensor.end - end} bytes"
+            raise _corrupt_file(file, detail)
         end = tensor.end
     if size != end:
         raise _corrupt_file(file, f"{size} bytes; its header describes {end}")

@@ -21,7 +21,7 @@ from opdctl.models.shapes import (
     feed_forward_parameters,
     head_parameters,
 )
-from opdctl.recipe.components import build_objective, reads_trainer_logprobs
+from opdctl.recipe.components import build_objective, has_known_components, reads_trainer_logprobs
 from opdctl.recipe.schema import Eval, Hardware, ModelShape, Recipe, Rollout
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -295,14 +295,15 @@ def update_cost(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -
     passes = 3 - lora
     recomputed = _checkpointed_layers(recipe, shape) / shape.num_hidden_layers
     seconds = settings.updates_per_step * ((passes + recomputed) * body + passes * head)
-    if reads_trainer_logprobs(recipe):
+    is_known = has_known_components(recipe)  # otherwise the cost without what they might add
+    if is_known and reads_trainer_logprobs(recipe):
         seconds += body + head
     memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape)
     # The process has all of its micro-batches at once: ids, positions and stored log-probs.
     longest = recipe.rollout.max_tokens
     token_bytes = 8 * (recipe.prompts.max_tokens + longest) + COLUMN_BYTES * longest
     memory["step's tokens"] = recipe.responses_per_step() * token_bytes // gpus
-    if teacher is not None and build_objective(recipe).support == "full":
+    if teacher is not None and is_known and build_objective(recipe).support == "full":
         teacher_dtype = next(iter(recipe.teacher_models().values())).dtype
         teacher_bytes = DTYPE_BYTES[_head_dtype("transformers", teacher_dtype)]
         memory["teacher's output matrix"] = teacher_bytes * head_parameters(teacher)

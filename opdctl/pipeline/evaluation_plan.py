@@ -6,7 +6,8 @@ from pathlib import Path
 
 from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.pipeline.costs import if_known
-from opdctl.recipe.schema import Recipe
+from opdctl.recipe.schema import Recipe, is_data_file
+from opdctl.registry import BENCHMARKS, are_imported
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ def plan_benchmarks(recipe: Recipe, data: Path | None = None) -> list[BenchmarkP
     """
     settings, plans = recipe.eval, []
     for name in settings.bench:
+        if name not in BENCHMARKS.names() and not is_data_file(name) and not are_imported(recipe.plugins):
+            plans.append(BenchmarkPlan(name, None, None, None))  # of a plugin that was not imported
+            continue
         benchmark = find_benchmark(name, settings)
         if data is not None or benchmark.source.is_local:
             problems: int | None = len(benchmark.problems(settings.limit, data))

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from opdctl import distributed
 from opdctl.artifacts.records import Response, TokenScores
-from opdctl.artifacts.tables import read_rows, write_scores
+from opdctl.artifacts.tables import write_scores
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.parity import check_parity
 from opdctl.engines.pool import EnginePool
@@ -91,7 +91,7 @@ def _score(run: Run, step: int, name: str, source: _ScorerSource, *, wait: bool)
         }
 
         def open_part(index: int) -> tuple[list[ScoreRequest], BuildPart[TokenScores]]:
-            responses = read_rows(rollout.verify(index), Response)
+            responses = rollout.read_part(index, Response)
             check_ids(responses, model)
             scored = [row for row in responses if name in (row.teacher, REFERENCE)]
             requests = [ScoreRequest(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in scored]

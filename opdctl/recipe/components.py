@@ -5,13 +5,24 @@ from collections.abc import Mapping
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Weight, build_weight, merge_requirements
 from opdctl.recipe.schema import Recipe
-from opdctl.registry import OBJECTIVES
+from opdctl.registry import OBJECTIVES, WEIGHTS
 
 
 def build_token_weight(recipe: Recipe) -> Weight:
     """Build the recipe's token weight."""
     weight = recipe.weight
     return build_weight(weight.name, weight.params, (weight.times.name, weight.times.params) if weight.times else None)
+
+
+def has_known_weight(recipe: Recipe) -> bool:
+    """Whether the token weight is registered. Commands that only read a run do not import its plugins."""
+    names = [recipe.weight.name, *([recipe.weight.times.name] if recipe.weight.times else [])]
+    return {*names} <= {*WEIGHTS.names()}
+
+
+def has_known_components(recipe: Recipe) -> bool:
+    """Whether the token weight and the objective are registered."""
+    return has_known_weight(recipe) and recipe.objective.name in OBJECTIVES.names()
 
 
 def reads_trainer_logprobs(recipe: Recipe) -> bool:

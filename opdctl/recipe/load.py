@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from opdctl import console
+from opdctl.artifacts import parsing
 from opdctl.errors import OpdctlError, did_you_mean
-from opdctl.recipe.components import required_columns, unmet_requirements
+from opdctl.recipe.components import has_known_components, required_columns, unmet_requirements
 from opdctl.recipe.dependencies import ADDED_PARAMETERS
 from opdctl.recipe.schema import (
     DEFAULT_COMPONENTS,
@@ -21,18 +22,34 @@ from opdctl.recipe.schema import (
     Recipe,
     WeightSettings,
     is_data_file,
+    model_key,
 )
 from opdctl.recipe.validate import combination_errors, component_errors, format_error
-from opdctl.registry import BENCHMARKS, OBJECTIVES, WEIGHTS, Registry, load_plugins
+from opdctl.registry import BENCHMARKS, OBJECTIVES, WEIGHTS, Registry, are_imported, load_plugins, load_recorded_plugins
+
+Purpose = Literal["read", "repair", "plan", "run"]
+"""What a command does with a run: read its artifacts, move corrupt files away, plan its continuation (--dry-run), or
+continue it."""
 
 
 def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
-    """Merge `base`, `files` and `overrides` ("a.b=c"), in this order, and return the validated recipe.
+    """Merge `base`, `files` and `overrides` ("a.b=c"), in this order, and return the validated recipe. The files are
+    the user's: the plugins that they name are imported.
 
     Raises:
         OpdctlError: a file cannot be read, or the recipe is invalid. The message has a line for each error, with the
             file, the key and the nearest valid name.
     """
+    merged, origin = _merge_all(files, overrides, base)
+    default_origin = str(files[-1]) if files else "--set"
+    _import_plugins(merged, _origin("plugins", origin, default_origin))
+    return _complete(merged, origin, default_origin)
+
+
+def _merge_all(
+    files: Sequence[Path], overrides: Sequence[str], base: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the merged settings, and the source of each key."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     _merge(merged, base or {}, "--model", origin)
@@ -41,14 +58,39 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapp
     for override in overrides:
         _merge(merged, _parse_override(override), "--set", origin)
     merged.setdefault("name", _derive_name(files, overrides))
-    default_origin = str(files[-1]) if files else "--set"
-    if isinstance(plugins := merged.get("plugins"), list):
-        try:
-            load_plugins([name for name in plugins if isinstance(name, str)])
-        except OpdctlError as error:
-            source = _origin("plugins", origin, default_origin)
-            raise OpdctlError(error.kind, f"{source}: {error.detail}", hint=error.hint) from error
-    recipe, errors = _validate(merged)
+    return merged, origin
+
+
+def _import_plugins(merged: Mapping[str, Any], source: str, run_dir: Path | None = None) -> None:
+    """Import the plugins of a recipe; run_dir: of the run that recorded it, if the command does not name them."""
+    names = _plugin_names(merged)
+    try:
+        if run_dir is None:
+            load_plugins(names)
+            return
+        for name, file in load_recorded_plugins(names, run_dir).items():
+            console.info_once(f"plugin `{name}`: {file}")
+    except OpdctlError as error:
+        if error.kind == "untrusted_code":
+            raise
+        raise OpdctlError(error.kind, f"{source}: {error.detail}", hint=error.hint) from error
+
+
+def _plugin_names(merged: Mapping[str, Any]) -> list[str]:
+    plugins = merged.get("plugins")
+    return [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
+
+
+def _complete(
+    merged: Mapping[str, Any], origin: Mapping[str, str], default_origin: str, *, accept_unknown: bool = False
+) -> Recipe:
+    """Return the validated recipe with defaults and absolute paths. accept_unknown: names of components, which plugins
+    that were not imported may define.
+
+    Raises:
+        OpdctlError: it is invalid.
+    """
+    recipe, errors = _validate(merged, accept_unknown=accept_unknown)
     if recipe is None or errors:
         lines = [f"{_origin(key, origin, default_origin)}: {key}: {text}" for key, text in errors]
         count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
@@ -67,7 +109,7 @@ def _derive_name(files: Sequence[Path], overrides: Sequence[str]) -> str:
     return re.sub("[^A-Za-z0-9._-]", "-", "-".join(names)).lstrip("._-") or DEFAULT_NAME
 
 
-def _validate(merged: Mapping[str, Any]) -> tuple[Recipe | None, list[tuple[str, str]]]:
+def _validate(merged: Mapping[str, Any], *, accept_unknown: bool) -> tuple[Recipe | None, list[tuple[str, str]]]:
     """Return the recipe, None if it does not match the schema, and every error as (key, text)."""
     recipe, errors = None, []
     try:
@@ -77,25 +119,57 @@ def _validate(merged: Mapping[str, Any]) -> tuple[Recipe | None, list[tuple[str,
         # A default that depends on an invalid key is no separate error.
         details = [detail for detail in details if detail["type"] != "default_factory_not_called"]
         errors += [format_error(dict(detail)) for detail in details]
-    errors += component_errors(merged)
+    errors += component_errors(merged, accept_unknown=accept_unknown)
     if recipe is not None:
         errors += combination_errors(recipe)
     return recipe, errors
 
 
-def load_recorded_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recorded_recipe(file: Path, overrides: Sequence[str] = (), purpose: Purpose = "read") -> Recipe:
     """Return the recipe that a run recorded, with `overrides`.
 
-    It contains every default. A parameter that it lacks did not exist yet, and has the value that the run used.
+    It contains every default. A parameter that it lacks did not exist yet, and has the value that the run used. The
+    file is data: it runs no code that the command does not name, except installed plugins if the run is continued. A
+    component of a plugin that is not imported has the recorded parameters, unchecked.
 
     Raises:
-        OpdctlError: the file cannot be read, or the recipe is invalid.
+        OpdctlError: the file cannot be read, or the recipe is invalid; a plugin is not installed outside of the run; a
+            model would run its own code.
     """
-    weight = _read(file).get("weight", {})
-    added = ADDED_PARAMETERS.get(weight.get("name"), {})
-    times = weight.get("times", {}).get("name")
-    added = added | ({"times": {"name": times, **ADDED_PARAMETERS.get(times, {})}} if times else {})
-    return load_recipe([file], overrides, {"weight": {"name": weight["name"], **added}} if added else {})
+    merged, origin = _merge_all([file], overrides, None)
+    merged, origin = _merge_all([file], overrides, _added_parameters(merged))
+    is_named = origin.get("plugins") == "--set"  # code that the command itself names
+    if is_named or purpose == "run":
+        _import_plugins(merged, _origin("plugins", origin, str(file)), None if is_named else file.parent)
+    recipe = _complete(merged, origin, str(file), accept_unknown=not are_imported(_plugin_names(merged)))
+    if purpose in ("plan", "run"):
+        _check_remote_code(recipe, origin, file)
+    return recipe
+
+
+def _added_parameters(merged: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a recorded weight that did not exist yet, with the values that the run used."""
+    weight = merged.get("weight")
+    if not isinstance(weight, dict) or not isinstance(weight.get("name"), str):
+        return {}  # the validation reports it
+    added, times = ADDED_PARAMETERS.get(weight["name"], {}), weight.get("times")
+    name = times.get("name") if isinstance(times, dict) else None
+    if isinstance(name, str):
+        added = added | {"times": {"name": name, **ADDED_PARAMETERS.get(name, {})}}
+    return {"weight": {"name": weight["name"], **added}} if added else {}
+
+
+def _check_remote_code(recipe: Recipe, origin: Mapping[str, str], file: Path) -> None:
+    """Check that the command itself trusts the code of every model that would run it."""
+    models = {f"{model_key(name)}.trust_remote_code": model for name, model in recipe.models().items()}
+    keys = [key for key, model in models.items() if model.trust_remote_code and origin.get(key) != "--set"]
+    if keys:
+        options = " ".join(f"--set {key}=true" for key in keys)
+        raise OpdctlError(
+            "untrusted_code",
+            f"{file}: {keys[0]}: code in {models[keys[0]].model} would run because of this file alone",
+            hint=f"to run that code after reading it, add {options} or --recipe with your recipe",
+        )
 
 
 def default_eval_recipe(model: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -123,13 +197,16 @@ def _with_component_defaults(recipe: Recipe) -> Recipe:
         "weight": WeightSettings(**fields, **_parameters(WEIGHTS, weight)),
         "objective": ObjectiveSettings(name=objective.name, **_parameters(OBJECTIVES, objective)),
     }
-    for key, value in unmet_requirements(recipe, required_columns(recipe)).items():
+    required = required_columns(recipe) if has_known_components(recipe) else {}
+    for key, value in unmet_requirements(recipe, required).items():
         section, name = key.split(".")
         update[section] = update.get(section, getattr(recipe, section)).model_copy(update={name: value})
     return recipe.model_copy(update=update)
 
 
 def _parameters(registry: Registry[Any], component: Component) -> dict[str, Any]:
+    if component.name not in registry.names():
+        return component.params  # of a plugin that was not imported: recorded with every default
     return dataclasses.asdict(registry.build(component.name, component.params))
 
 
@@ -162,7 +239,7 @@ def with_benchmarks(recipe: Recipe, names: Sequence[str]) -> Recipe:
         OpdctlError: a benchmark is unknown.
     """
     for name in names:
-        if not is_data_file(name):
+        if not is_data_file(name) and are_imported(recipe.plugins):
             BENCHMARKS.get(name)
     bench = [_absolute(name) if is_data_file(name) else name for name in names]
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"bench": bench})})
@@ -170,11 +247,11 @@ def with_benchmarks(recipe: Recipe, names: Sequence[str]) -> Recipe:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+        return parsing.parse_toml(parsing.read_bytes(file, parsing.MAX_TOML_BYTES, follow_links=True))
     except FileNotFoundError:
         known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
         raise OpdctlError("missing_file", f"{file}{did_you_mean(file.name, known)}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not TOML, or beyond a bound
         raise OpdctlError("invalid_recipe", f"{file}: cannot be read as TOML: {error}") from error
 
 
@@ -192,8 +269,8 @@ def _parse_override(text: str) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """Return a value of the command line: a TOML value, or a string without quotes."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+        return parsing.parse_toml(f"value = {text}".encode())["value"]
+    except (ValueError, KeyError):
         return text
 
 

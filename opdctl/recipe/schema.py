@@ -18,6 +18,9 @@ AUTO = "auto"
 DEFAULT_NAME = "run"
 """The name of a recipe without files."""
 TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
+MAX_PARTS = 10**5
+"""The number of a part has five digits."""
+MAX_STEPS = 10**7
 MIN_TEMPERATURE = 0.01
 """The least temperature above 0: vLLM samples lower ones at this one, and far below it the logits overflow."""
 RESPONSES_PER_PART = 32
@@ -149,7 +152,7 @@ class RolloutColumns(Section):
 
 
 def _default_num_parts(values: Mapping[str, Any]) -> int:
-    return ceil(values["prompts_per_step"] * values["samples_per_prompt"] / RESPONSES_PER_PART)
+    return min(ceil(values["prompts_per_step"] * values["samples_per_prompt"] / RESPONSES_PER_PART), MAX_PARTS - 1)
 
 
 class Rollout(Sampling, RolloutColumns):
@@ -163,7 +166,7 @@ class Rollout(Sampling, RolloutColumns):
     recipe's seed; the remaining prompts are skipped."""
     samples_per_prompt: int = Field(default=1, gt=0)
     """Responses to each prompt."""
-    num_parts: int = Field(default_factory=_default_num_parts, gt=0)
+    num_parts: int = Field(default_factory=_default_num_parts, gt=0, lt=MAX_PARTS)
     """Number of files for the responses of a step. A part is the unit of resuming and of distributing work. If unset,
     parts have at most 32 responses; a started run keeps its number. transformers, whose batch never exceeds a part, is
     faster on a GPU with fewer."""
@@ -234,7 +237,7 @@ class ObjectiveSettings(Component):
 class Train(Section):
     """Updates, checkpoints, and when to stop."""
 
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, lt=MAX_STEPS)
     """Steps of rollout, score and update. A finished run continues with a greater value."""
     updates_per_step: int = Field(default=1, gt=0)
     """Optimizer updates on the responses of each step."""
@@ -346,7 +349,7 @@ class Eval(Sampling):
     """Arguments of the chat template. Templates ignore unknown arguments."""
     batch_size: int = Field(default=256, gt=0)
     """Responses that an engine samples at the same time. With transformers a batch never exceeds one part."""
-    num_parts: int = Field(default=8, gt=0)
+    num_parts: int = Field(default=8, gt=0, lt=MAX_PARTS)
     """Number of files for the graded responses, at most one for each problem. A part is the unit of resuming and of
     distributing work: engines beyond this number are idle."""
     grader: Literal["mathematics", "math-verify", "text"] = "mathematics"

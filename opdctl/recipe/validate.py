@@ -64,17 +64,20 @@ def _fields(loc: Iterable[str]) -> list[str]:
 # ── Names and parameters of components, before the recipe is known to match the schema ───────────────────────────────
 
 
-def component_errors(merged: Mapping[str, Any]) -> Errors:
-    """Validate the names and parameters of components, so that a typo is reported before any model is loaded."""
+def component_errors(merged: Mapping[str, Any], *, accept_unknown: bool = False) -> Errors:
+    """Validate the names and parameters of components, so that a typo is reported before any model is loaded.
+
+    accept_unknown: a name that is not registered may be that of a plugin.
+    """
     errors = []
     if "teacher" in merged and merged.get("teachers"):
         errors.append(("teacher", "[teacher] and [teachers] are mutually exclusive"))
     elif "teacher" not in merged and not merged.get("teachers"):
         errors.append(("teacher", "is required, or [teachers]"))
-    return [*errors, *_parameter_errors(merged), *_name_errors(merged)]
+    return [*errors, *_parameter_errors(merged, accept_unknown), *([] if accept_unknown else _name_errors(merged))]
 
 
-def _parameter_errors(merged: Mapping[str, Any]) -> Errors:
+def _parameter_errors(merged: Mapping[str, Any], accept_unknown: bool) -> Errors:
     errors = []
     sections: list[tuple[str, Registry[Any], Any]] = [
         ("weight", WEIGHTS, merged.get("weight", {})),
@@ -85,7 +88,7 @@ def _parameter_errors(merged: Mapping[str, Any]) -> Errors:
         if not isinstance(values, dict):
             continue
         name = values.get("name", DEFAULT_COMPONENTS[section] or None)
-        if isinstance(name, str):
+        if isinstance(name, str) and not (accept_unknown and name not in registry.names()):
             other_keys = WeightSettings.model_fields if section == "weight" else Component.model_fields
             params = {key: value for key, value in values.items() if key not in other_keys}
             errors += [(f"{section}.{key}".rstrip("."), text) for key, text in registry.validate(name, params)]

@@ -4,7 +4,6 @@ The stages communicate through the run directory alone: a file in heartbeats/ fo
 """
 
 import contextlib
-import json
 import os
 import shlex
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from opdctl import distributed
 from opdctl.artifacts import files, leases
+from opdctl.artifacts.manifests import HeartbeatRecord
 from opdctl.errors import OpdctlError
 from opdctl.runs.run import Run
 
@@ -135,8 +135,14 @@ def read_heartbeats(run: Run, now: float | None = None) -> list[Heartbeat]:
     from this host's."""
     beats, now = [], time.time() if now is None else now
     for path in sorted(heartbeats_path(run).glob("[!.]*.json")):
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the stage has just ended
-            record = json.loads(files.read_text(path))
-            names, age = ("stage", "step", "state", "host", "pid"), now - path.stat().st_mtime
-            beats.append(Heartbeat(**{name: record[name] for name in names}, age=max(age, 0)))
+        with contextlib.suppress(FileNotFoundError):  # the stage has just ended
+            age = now - path.stat().st_mtime
+            try:
+                record: HeartbeatRecord = files.read_json(path, HeartbeatRecord, f"remove {path}")
+            except OpdctlError:
+                if path.exists():
+                    raise
+                continue
+            stage, step, state = record["stage"], record["step"], record["state"]
+            beats.append(Heartbeat(stage, step, state, record["host"], record["pid"], max(age, 0)))
     return beats

@@ -5,7 +5,7 @@ Knows no stage's work. Only files are read here; runs/open.py creates a run dire
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from opdctl.data.order import epoch_order
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir, Probe
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
-from opdctl.recipe.load import load_recorded_recipe
+from opdctl.recipe.load import Purpose, load_recorded_recipe
 from opdctl.recipe.schema import Recipe, is_data_file
 from opdctl.registry import plugin_file
 from opdctl.runs.layout import list_steps, step_name
@@ -54,16 +54,18 @@ class Run:
     """The run and the step that a fork starts from."""
 
     @classmethod
-    def load(cls, path: Path) -> "Run":
-        """Return the run as it is recorded, to read its artifacts: its models need not exist any more.
+    def load(cls, path: Path, purpose: Purpose = "read") -> "Run":
+        """Return the run as it is recorded, to read its artifacts: its models need not exist any more, and run no code
+        of theirs.
 
         Raises:
             OpdctlError: there is no run in `path`, or its record is corrupt.
         """
-        recipe = read_recipe(path)
+        recipe = read_recipe(path, purpose=purpose)
         if not (path / "run.json").exists():
             raise OpdctlError("missing_run", f"{path}: run.json is missing", hint="run `opdctl rollout` first")
-        return cls.from_record(recipe, path)
+        run = cls.from_record(recipe, path)
+        return replace(run, models={name: model.without_code() for name, model in run.models.items()})
 
     @classmethod
     def from_record(cls, recipe: Recipe, path: Path) -> "Run":
@@ -339,10 +341,11 @@ class Run:
             OpdctlError: the file is missing, or differs from the one recorded.
         """
         path, record = self.path / "prompts.parquet", read_run_record(self.path)["prompts"]
+        files.check_no_symlinks(path)
         if not path.exists() or files.sha256_file(path) != record["sha256"]:
             hint = "restore it from a copy, or start again in another --output"
             raise OpdctlError("checksum_mismatch", f"{path}: differs from the prompts of this run", hint=hint)
-        return tables.read_rows(path, Prompt)
+        return tables.read_rows(path, Prompt, record["rows"])
 
     @cached_property
     def prompts_digest(self) -> str | None:
@@ -448,12 +451,14 @@ def read_run_record(path: Path) -> RunRecord:
     return record
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = (), purpose: Purpose = "read") -> Recipe:
     """Return the recipe recorded in the run directory `path`, with `overrides`.
 
     Raises:
-        OpdctlError: there is no recipe in `path`, it is invalid, or the run has a version that is not read.
+        OpdctlError: there is no recipe in `path`, it is invalid, or the run has a version that is not read; `path`
+            contains a link or a special file; the recipe asks for code that this command does not trust.
     """
+    files.check_tree(path, directories_only=purpose == "repair")
     if (path / "run.json").exists():
         read_run_record(path)  # its version, before the recipe of that version is read
     if not (path / "recipe.toml").exists():
@@ -463,4 +468,4 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path} has no recipe.toml{did_you_mean(path.name, runs)}",
             hint="give the path of a run; `opdctl train --recipe FILE` starts one",
         )
-    return load_recorded_recipe(path / "recipe.toml", overrides)
+    return load_recorded_recipe(path / "recipe.toml", overrides, purpose)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from opdctl import console
 from opdctl.artifacts.records import Logprobs, Response, ScoredResponse, TokenScores
-from opdctl.artifacts.tables import read_rows, read_scores
+from opdctl.artifacts.tables import read_scores
 from opdctl.errors import OpdctlError
 from opdctl.losses.token_weights import COLUMN_SETTINGS, Floats, ResponseTokens
 from opdctl.models.directory import ModelDir
@@ -29,7 +29,7 @@ def read_scored(run: Run, step: int) -> Iterator[ScoredResponse]:
         run.recipe.train.max_invalid_responses,
     )
     for index in range(len(rollout.names)):
-        responses = read_rows(rollout.verify(index), Response)
+        responses = rollout.read_part(index, Response)
         digest = rollout.sha256(index)
         scores = {name: read_scores(stage.verify(index), digest) for name, stage in stages.items()}
         joined = join(responses, scores, invalid_left)

@@ -556,7 +556,8 @@ def test_plugin_with_a_weight_and_an_objective(tmp_path):
     assert len(record["inputs"]["plugin mine"]) == 64
     again = run_opdctl(tmp_path, "analyze-position", "run")
     assert again.returncode == 0, again.stderr
-    listed = run_opdctl(tmp_path, "list", "weights", "--output", "run", "--json")
+    assert "weight `last_token` of a plugin is not run" in again.stderr
+    listed = run_opdctl(tmp_path, "list", "weights", "--output", "run", *sets("plugins=['mine']"), "--json")
     assert "last_token" in [entry["name"] for entry in json.loads(listed.stdout)["weights"]]
     misspelled = sets(*chosen, "weight.name=last_tokn")
     typo = run_opdctl(tmp_path, "train", "--recipe", QUICKSTART, *misspelled, "--output", "b")

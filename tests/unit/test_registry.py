@@ -1,6 +1,7 @@
 """The registries of components."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from helpers.commands import QUICKSTART
 from opdctl.errors import OpdctlError
 from opdctl.losses.token_weights import Weight
 from opdctl.recipe.load import load_recipe
-from opdctl.registry import OBJECTIVES, WEIGHTS, ComponentInfo, Registry, load_plugins
+from opdctl.registry import OBJECTIVES, WEIGHTS, ComponentInfo, Registry, load_plugins, module_origins, plugin_file
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,24 @@ def test_missing_plugin() -> None:
 def test_built_in_components_are_registered_at_the_first_lookup() -> None:
     assert {"uniform", "iw_opd"} <= set(WEIGHTS.names())
     assert {"policy_gradient", "constant_penalty"} <= set(OBJECTIVES.names())
+
+
+def test_files_of_a_plugin_are_found_without_running_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("package", "package/inner", "namespace/nested"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in (
+        "package/__init__.py",
+        "package/inner/__init__.py",
+        "package/inner/leaf.py",
+        "namespace/nested/leaf.py",
+    ):
+        (tmp_path / name).write_text("raise SystemExit")
+    package = tmp_path / "package"
+    leaf = package / "inner" / "leaf.py"
+    assert module_origins("package.inner.leaf") == [package / "__init__.py", package / "inner" / "__init__.py", leaf]
+    assert module_origins("namespace.nested.leaf")[-1] == tmp_path / "namespace" / "nested" / "leaf.py"
+    assert plugin_file("package.inner.leaf") == leaf
+    assert module_origins("package.missing") == [package / "__init__.py"]
+    assert module_origins("missing.module") == []
+    assert plugin_file("sys") is None

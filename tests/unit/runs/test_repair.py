@@ -95,7 +95,7 @@ def test_symbolic_link_is_set_aside_itself(finished_copy, tmp_path):
     path = first(finished_copy, ROLLOUT)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    run = Run.load(finished_copy)
+    run = Run.load(finished_copy, "repair")
     (artifact,) = find_corrupt_artifacts(run)
     (moved,) = set_aside(run, [artifact])
     assert moved.is_symlink()

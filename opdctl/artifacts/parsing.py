@@ -1,0 +1,101 @@
+"""Bounded parsers of files that others wrote, JSON and TOML. Imports no torch.
+
+A file is data that nobody vouches for. Its size, depth, digits and claims are bounded before they cost memory, and
+every fault is a ValueError with the reason. The caller adds the path.
+"""
+
+import json
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 512 * 2**20
+"""The largest tokenizer.json has a tenth of it."""
+MAX_TOML_BYTES = 2**18
+MAX_LINE_BYTES = 64 * 2**20
+"""Of one row of JSON lines: a row of a code data set has 1 MiB of test cases."""
+MAX_DEPTH = 64
+MAX_KEY_PARTS = 32
+LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MAX_KEY_PARTS}}}""")
+MAX_DIGITS = 100
+"""Of an integer: tokenizer configs have a `model_max_length` of 31 digits."""
+MAX_TOML_INTEGER = 2**63
+
+
+def check_regular(path: Path, *, follow_links: bool = False) -> os.stat_result:
+    """Check that `path` is a regular file, so that opening it neither blocks nor reads something else.
+
+    follow_links: a symbolic link to a regular file is allowed, as in a model directory of the hub's cache.
+
+    Raises:
+        ValueError: it is a link, or not a regular file.
+        OSError: it does not exist.
+    """
+    state = path.stat() if follow_links else path.lstat()
+    if stat.S_ISLNK(state.st_mode):
+        raise ValueError("is a symbolic link")
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("is not a regular file")
+    return state
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES, *, follow_links: bool = False) -> bytes:
+    """Return the content of a regular file. Raises ValueError if it is another kind of file or larger."""
+    if (size := check_regular(path, follow_links=follow_links).st_size) > max_bytes:
+        raise ValueError(f"has {size} bytes, at most {max_bytes} are read")
+    return path.read_bytes()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return the JSON value in `data`. Raises ValueError if there is none, or if it exceeds a bound."""
+    try:
+        value = json.loads(data, parse_int=_parse_int)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check_depth(value)
+    return value
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """Return the TOML table in `data`. Raises ValueError if there is none, or if it exceeds a bound."""
+    if len(data) > MAX_TOML_BYTES:
+        raise ValueError(f"has {len(data)} bytes, at most {MAX_TOML_BYTES} are read")
+    text = data.decode("utf-8-sig")
+    if LONG_KEY.search(text):  # a dotted key of n parts takes the parser n² steps
+        raise ValueError(f"a key of more than {MAX_KEY_PARTS} parts")
+    try:
+        value = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    for number in _check_depth(value):
+        if abs(number) > MAX_TOML_INTEGER:
+            raise ValueError(f"an integer of {number.bit_length()} bits")
+    return value
+
+
+def _check_depth(value: Any) -> list[int]:
+    """Return the integers in a parsed value. Raises ValueError if it is nested too deeply."""
+    integers, level = [], [value]
+    for _ in range(MAX_DEPTH):
+        integers += [each for each in level if isinstance(each, int)]
+        level = [item for each in level for item in _items(each)]
+        if not level:
+            return integers
+    raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
