@@ -1,4 +1,6 @@
-"""Console output on stderr: messages, tables and progress. Commands print their data to stdout in opdctl.cli.
+"""Console output: what a command was asked for on stdout; messages and progress on stderr.
+
+With --json the JSON object alone is on stdout, and what was asked for is on stderr, too.
 
 Text from prompts, responses and models is never interpreted as markup or as terminal escape codes.
 """
@@ -7,20 +9,31 @@ import contextlib
 import functools
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-if not console.is_terminal:
-    console.width = 1000  # never wrap tables in a file
+UNWRAPPED_WIDTH = 1000
+"""Columns of a file or a pipe: tables are never wrapped there."""
 
+
+def _make_console(*, stderr: bool) -> Console:
+    made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    if not made.is_terminal:
+        made.width = UNWRAPPED_WIDTH
+    return made
+
+
+console = _make_console(stderr=True)
+_stdout = _make_console(stderr=False)
+_is_stdout_json = False
 _level = 0
 _name = ""
 _forwarded: set[str] = set()
@@ -30,6 +43,19 @@ MAX_TABLE_ROWS = 12
 """Rows of a live table; older rows scroll out."""
 PROGRESS_DELAY_SECONDS = 10.0
 """Work that takes less time prints no progress lines outside a terminal."""
+PROGRESS_SECONDS = 30.0
+"""The longest time without a progress line."""
+
+
+def reserve_stdout_for_json(reserved: bool) -> None:
+    """Let answers go to stderr, because stdout gets a JSON object."""
+    global _is_stdout_json
+    _is_stdout_json = reserved
+
+
+def _print_answer(renderable: RenderableType) -> None:
+    if _level >= 0:
+        (console if _is_stdout_json else _stdout).print(renderable)
 
 
 def set_level(level: int, name: str = "") -> None:
@@ -45,6 +71,11 @@ def _strip_control_chars(text: str) -> str:
 def info(message: str, style: str = "") -> None:
     if _level >= 0:
         console.print(Text(_strip_control_chars(message), style=style))
+
+
+def answer(message: str, style: str = "") -> None:
+    """Print a line of what the command was asked for."""
+    _print_answer(Text(_strip_control_chars(message), style=style))
 
 
 def debug(message: str) -> None:
@@ -75,15 +106,15 @@ def error(message: str, hint: str | None) -> None:
 
 
 def print_renderable(text: Text) -> None:
-    """Print styled text. The caller has removed control characters."""
-    if _level >= 0:
-        console.print(text)
+    """Print styled text as an answer. The caller has removed control characters."""
+    _print_answer(text)
 
 
 class _Forwarder:
     """Stands in for the console of a process that has none."""
 
     is_terminal = False
+    is_dumb_terminal = False
 
     def __init__(self, send: Callable[[Text], None]):
         self.print = send
@@ -109,28 +140,28 @@ def get_level() -> int:
 
 
 def print_fields(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Print a titled list of (label, value)."""
-    if _level >= 0:
-        width = max(len(label) for label, _ in rows)
-        console.print(Text(title, style="bold"))
-        for label, value in rows:  # no table, which would wrap paths and commands
-            console.print(Text.assemble((f"{label:<{width}}  ", "cyan"), _strip_control_chars(value)))
+    """Print a titled list of (label, value) as an answer."""
+    width = max(len(label) for label, _ in rows)
+    _print_answer(Text(title, style="bold"))
+    for label, value in rows:  # no table, which would wrap paths and commands
+        _print_answer(Text.assemble((f"{label:<{width}}  ", "cyan"), _strip_control_chars(value)))
 
 
 def print_components(title: str, entries: Sequence[Any]) -> None:
     """Print the components of a registry (`ComponentInfo`): name, summary, parameters with defaults, source."""
-    if _level >= 0:
-        console.print(Text(title, style="bold"))
-        for entry in entries:
-            parameters = ", ".join(f"{name} = {json.dumps(value)}" for name, value in entry.parameters.items())
-            console.print(Text.assemble((entry.name, "cyan"), f"  {entry.summary}"))
-            console.print(Text("    " + "; ".join(part for part in (parameters, entry.source) if part), style="dim"))
+    _print_answer(Text(title, style="bold"))
+    for entry in entries:
+        parameters = ", ".join(f"{name} = {json.dumps(value)}" for name, value in entry.parameters.items())
+        _print_answer(Text.assemble((entry.name, "cyan"), f"  {entry.summary}"))
+        _print_answer(Text("    " + "; ".join(part for part in (parameters, entry.source) if part), style="dim"))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print a table. The first `left` columns are left-justified; the others are right-justified, as numbers are."""
-    if _level >= 0:
-        console.print(_build_table(title, header, rows, left))
+    """Print a table as an answer.
+
+    The first `left` columns are left-justified; the others are right-justified, as numbers are.
+    """
+    _print_answer(_build_table(title, header, rows, left))
 
 
 def _build_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
@@ -146,10 +177,10 @@ def _build_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
 def live_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Callable[[], Sequence[str]], str], None]]:
     """Yield a function add(make_row, line), where `line` has the content of the row as text.
 
-    On a terminal, the last rows are a table that stays at the bottom, below messages and progress. Elsewhere, each line
-    is printed and no row is made.
+    On a terminal, the last rows are a table that stays at the bottom, below messages and progress. Elsewhere, also on a
+    dumb terminal, each line is printed and no row is made.
     """
-    if _level < 0 or not console.is_terminal:
+    if _level < 0 or not _can_redraw():
         yield lambda make_row, line: info(line)
         return
     rows: list[Sequence[str]] = []
@@ -164,20 +195,37 @@ def live_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Callable
 
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function advance(n), called after n of `total` items: a bar on a terminal, else a line every 10 %."""
+    """Yield a function advance(n), called after n of `total` items.
+
+    It draws a bar on a terminal. Elsewhere it prints a line every 10 %, and whenever PROGRESS_SECONDS have passed.
+    """
     if _level < 0:
         yield lambda n: None
-    elif console.is_terminal:
+    elif _can_redraw():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield lambda n: bar.advance(task, n)
     else:
-        yield _plain_lines(label, total)
+        with _plain_lines(label, total) as advance:
+            yield advance
 
 
-def _plain_lines(label: str, total: int) -> Callable[[int], None]:
-    start, done, printed_tenth = time.monotonic(), 0, 0
+def _can_redraw() -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@contextlib.contextmanager
+def _plain_lines(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    start = printed = time.monotonic()
+    done = printed_tenth = 0
+    ended = threading.Event()
+
+    def print_line() -> None:
+        nonlocal printed
+        printed = time.monotonic()
+        left = f", {(printed - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        info(f"{label}: {100 * done // max(total, 1)} % ({done} of {total}{left})")
 
     def advance(n: int) -> None:
         nonlocal done, printed_tenth
@@ -185,6 +233,17 @@ def _plain_lines(label: str, total: int) -> Callable[[int], None]:
         tenth = 10 * done // max(total, 1)
         if tenth > printed_tenth and time.monotonic() - start > PROGRESS_DELAY_SECONDS:
             printed_tenth = tenth
-            info(f"{label}: {10 * tenth} % ({done} of {total})")
+            print_line()
 
-    return advance
+    def print_without_progress() -> None:
+        while not ended.wait(max(0.0, printed + PROGRESS_SECONDS - time.monotonic())):
+            if time.monotonic() - printed >= PROGRESS_SECONDS:
+                print_line()
+
+    watcher = threading.Thread(target=print_without_progress, daemon=True)
+    watcher.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        watcher.join()

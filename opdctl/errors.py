@@ -2,9 +2,11 @@
 
 import difflib
 import errno
+import shlex
 from collections.abc import Iterable
 from enum import IntEnum
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 ErrorKind = Literal[
@@ -160,10 +162,19 @@ def summarize_exception(error: BaseException) -> str:
 MAX_SUGGESTIONS = 10
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the name nearest to `name`, else a list of the known names, else ""."""
+def did_you_mean(name: str, names: Iterable[str], folder: Path | None = None) -> str:
+    """Return "; did you mean `x`?" for the name nearest to `name`, else a list of the known names, else "".
+
+    folder: that of files with these names. They are then shown as paths that a shell accepts.
+    """
+
+    def show(known_name: str) -> str:
+        return known_name if folder is None else shlex.quote(str(folder / known_name))
+
     known = sorted(names)
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
-        return f"; did you mean `{near[0]}`?"
-    listed = ", ".join(f"`{n}`" for n in known[:MAX_SUGGESTIONS]) + (", …" if len(known) > MAX_SUGGESTIONS else "")
+        return f"; did you mean `{show(near[0])}`?"
+    listed = ", ".join(f"`{show(n)}`" for n in known[:MAX_SUGGESTIONS]) + (
+        ", …" if len(known) > MAX_SUGGESTIONS else ""
+    )
     return f"; known: {listed}" if known else ""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from opdctl import console
-from opdctl.cli.options import DryRun, Json, Output, Overrides, Recipes, Verbose, Weights
-from opdctl.cli.session import command_session, print_json, read_recipe_options
+from opdctl.cli.options import DryRun, Json, NewestRunDir, Output, Overrides, Recipes, Verbose, Weights
+from opdctl.cli.session import command_session, named_or_newest_run, print_json, read_recipe_options
 
 if TYPE_CHECKING:
     from opdctl.analysis.analyze import PhaseChoice
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def analyze_position(
-    run_dir: Annotated[Path | None, typer.Argument(metavar="RUN_DIR", help="The run. Default: --output.")] = None,
+    run_dir: NewestRunDir = None,
     recipe: Recipes = None,
     set_: Overrides = None,
     output: Output = None,
@@ -43,7 +43,7 @@ def analyze_position(
     opdctl analyze-position runs/quickstart --weights iw_opd:gamma=1,teacher_confidence
     then: opdctl run show runs/quickstart SAMPLE_ID
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         run = load_run_for_analysis(run_dir or output, recipe, set_)
         _analyze(run, weights, phases, dry_run, json_)
 
@@ -55,6 +55,7 @@ def load_run_for_analysis(
     from opdctl.runs.layout import run_path
     from opdctl.runs.run import Run
 
+    path = path if recipe else named_or_newest_run(path)
     resolved = read_recipe_options(recipe, overrides, path, purpose)
     run = Run.load(path or run_path(resolved, None))
     update = {"weight": resolved.weight, "continuations": resolved.continuations}
@@ -66,19 +67,19 @@ def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bo
 
     if dry_run:
         steps, skipped = analyze.scored_steps(run)
-        console.info(f"{len(steps)} scored steps to read, {len(skipped)} with incomplete scores; nothing was written")
+        console.answer(f"{len(steps)} scored steps to read, {len(skipped)} with incomplete scores; nothing was written")
         if as_json:
             print_json({"run_dir": str(run.path), "steps": steps, "skipped": skipped})
         return
     analysis = analyze.analyze_run(run, weights, phases)
     written = report.write_report(run.path / "analysis", analysis)
     for phase in analysis.phases:
-        console.info(captions.phase_sentence(phase))
+        console.answer(captions.phase_sentence(phase))
     if draw := captions.final_student_sentence(analysis):
         console.warn(draw)
-    console.info(captions.bias_sentence(analysis.bias), "bold")
+    console.answer(captions.bias_sentence(analysis.bias), "bold")
     if change_point := captions.change_point_sentence(analysis.bias):
-        console.info(change_point)
+        console.answer(change_point)
     console.print_table("token weights over all steps", *report.format_weight_table(analysis))
     figures, tables = len(written["figures"]), len(written["tables"])
     console.info(f"wrote {written['report']}, {figures} figures, {tables} tables")

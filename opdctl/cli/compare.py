@@ -71,7 +71,7 @@ def compare(
     opdctl compare runs/uniform-0 runs/uniform-1 runs/iw_opd-0 runs/iw_opd-1 --target 0.8 --output comparison
     opdctl compare runs/uniform-0 runs/uniform-1 runs/iw_opd-0 runs/iw_opd-1 --table --at best --format latex
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         options = {"--target": target is not None, "--output": output is not None, "--table": table}
         are_runs = _check_usage(paths, options)
         _check_table_options(table, at, format_, target, json_)
@@ -148,7 +148,7 @@ def _print_results(table: "ResultTable") -> None:
     layout = lay_out(table)
     console.print_table("results", layout.header, layout.text_rows())
     for note in layout.notes:
-        console.info(note)
+        console.answer(note)
 
 
 def _report_files(written: list[Path]) -> list[str]:
@@ -172,7 +172,7 @@ def _compare_curves(
     runs, columns = load_compared_runs(paths, benches)
     curves = [compare_curves(runs, column, target) for column in columns]
     for each in curves:
-        console.info(comparison_line(each))
+        console.answer(comparison_line(each))
         console.print_table(f"{each['bench']}, {each['problems']} problems", *comparison_rows(each))
     written = comparison.write_curves(output, curves) if output else []
     if output and len({run.setting.pair for run in runs}) > 1:

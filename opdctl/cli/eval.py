@@ -13,6 +13,7 @@ from opdctl.cli.options import DryRun, Json, Overrides, Recipes, Verbose
 from opdctl.cli.session import (
     command_session,
     join_process_group,
+    named_or_newest_run,
     open_run_and_device,
     print_json,
     read_recipe_options,
@@ -87,7 +88,7 @@ def evaluate(
     opdctl eval --model Qwen/Qwen3-0.6B --bench aime25,math500
     then: opdctl compare runs/uniform runs/quickstart
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         from opdctl.cli.plan import show_evaluation_plan
         from opdctl.recipe.load import with_benchmarks
 
@@ -112,14 +113,12 @@ def _select_recipe(
     """Return the recipe to evaluate by, and the run directory or, for a model of no run, the directory of results."""
     from opdctl.recipe.load import default_eval_recipe
     from opdctl.recipe.schema import is_scorer
-    from opdctl.runs.layout import newest_run
 
     has_run = recipes or (output is not None and (output / "recipe.toml").exists())
     if model is not None and not is_scorer(model) and not has_run:
         return default_eval_recipe(model, overrides), output or Path()
-    if not recipes and output is None:
-        output = newest_run()
-        console.info(f"using the newest run, {output}")
+    if not recipes:
+        output = named_or_newest_run(output)
     return read_recipe_options(recipes, overrides, output, purpose), output
 
 

@@ -26,7 +26,7 @@ def print_evaluation_comparison(comparisons: Sequence[Mapping[str, Any]]) -> Non
         ]
         for each in comparisons
     ]
-    console.info(f"A  {comparisons[0]['a']['path']}\nB  {comparisons[0]['b']['path']}")
+    console.answer(f"A  {comparisons[0]['a']['path']}\nB  {comparisons[0]['b']['path']}")
     header = ("benchmark", "A", "B", "B − A, points", "95% CI, paired", "p", "better / worse")
     console.print_table("paired comparison by problem", header, rows)
     for each in comparisons:
@@ -44,12 +44,12 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     console.print_table(title, ("", "", "95% CI, resampled problems", "95% CI, same problems"), rows)
     verdicts = ", ".join(f"{count} {name}" for name, count in summary["verdicts"].items())
     lengths = summary["response_lengths"]
-    console.info(
+    console.answer(
         f"responses: mean length {summary['response_length']:.0f} tokens (p50 {lengths['p50']:.0f}, p90 "
         f"{lengths['p90']:.0f}), {summary['truncated_fraction']:.1%} truncated; verdicts: {verdicts}"
     )
     if summary.get("math_verify_differences"):  # older summaries lack the key
-        console.info(
+        console.answer(
             f"math-verify alone: {summary['avg_math_verify']:.1%}; it differs on {summary['math_verify_differences']} "
             "responses, which --show-failures lists"
         )
@@ -84,9 +84,9 @@ def print_failures(evaluation: Evaluation, count: int) -> None:
     for row in incorrect_responses(rows, count):
         answer = "no answer" if row.extracted is None else f"answer {row.extracted[:SHOWN_ANSWER_CHARS]!r}"
         gold = row.gold[:SHOWN_ANSWER_CHARS]
-        console.info(f"{row.sample_id}: {answer}, gold {gold!r}, verdict {row.verdict}, {row.finish_reason}", "bold")
-        console.info(("… " if len(row.text) > SHOWN_TAIL_CHARS else "") + row.text[-SHOWN_TAIL_CHARS:])
+        console.answer(f"{row.sample_id}: {answer}, gold {gold!r}, verdict {row.verdict}, {row.finish_reason}", "bold")
+        console.answer(("… " if len(row.text) > SHOWN_TAIL_CHARS else "") + row.text[-SHOWN_TAIL_CHARS:])
     for row in differing_responses(rows, count):
         answer, gold = (row.extracted or "")[:SHOWN_ANSWER_CHARS], row.gold[:SHOWN_ANSWER_CHARS]
         verdicts = ("correct", "incorrect") if row.correct else ("incorrect", "correct")
-        console.info(f"{row.sample_id}: answer {answer!r}, gold {gold!r}: {verdicts[0]}, math-verify: {verdicts[1]}")
+        console.answer(f"{row.sample_id}: answer {answer!r}, gold {gold!r}: {verdicts[0]}, math-verify: {verdicts[1]}")

@@ -11,7 +11,6 @@ import typer
 from opdctl import console
 from opdctl.cli.options import Json, Output, Overrides, Recipes, Verbose
 from opdctl.cli.session import command_session, print_json, read_recipe_options
-from opdctl.errors import OpdctlError
 
 
 class Kind(StrEnum):
@@ -40,7 +39,7 @@ def list_(
     opdctl list objectives --set plugins='["mine"]'
     opdctl list recipes
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         from opdctl.recipe.load import default_eval_recipe
 
         if recipe or output:
@@ -69,7 +68,7 @@ def _list_benchmarks() -> list[dict[str, Any]]:
         for each in benchmarks
     ]
     _print("benchmarks", rows)
-    console.info("or a file of problems: --bench mine.jsonl (.parquet, .csv)")
+    console.answer("or a file of problems: --bench mine.jsonl (.parquet, .csv)")
     return rows
 
 
@@ -94,31 +93,17 @@ def _list_recipes() -> list[dict[str, Any]]:
         description, kind = describe_recipe(name)
         rows.append({"recipe": name, "kind": kind, "description": description})
     _print("recipes", rows)
-    console.info("an overlay goes after a complete recipe: --recipe quickstart --recipe variants/perm")
+    console.answer("an overlay goes after a complete recipe: --recipe quickstart --recipe variants/perm")
     return rows
 
 
-def _list_runs() -> list[dict[str, Any]]:
-    from opdctl.runs.run import Run
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """Print the runs in a folder, and return them as JSON values."""
+    from opdctl.pipeline.overview import summarize_runs
 
-    rows = []
-    for path in sorted(record.parent for record in Path("runs").glob("*/run.json")):
-        try:
-            run = Run.load(path)
-        except OpdctlError as error:  # one unreadable run does not hide the others
-            console.warn(error.message)
-            continue
-        rows.append(
-            {
-                "run": str(path),
-                "steps_done": run.current_step(),
-                "steps": run.recipe.train.steps,
-                "weight": run.recipe.weight.name,
-                "objective": run.recipe.objective.name,
-            }
-        )
-    _print("runs under runs/", rows)
-    return rows
+    found = list(summarize_runs(folder))
+    _print(f"runs under {folder}/", [each.as_row() for each in found])
+    return [each.as_dict() for each in found]
 
 
 def _print(title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -126,7 +111,7 @@ def _print(title: str, rows: Sequence[dict[str, Any]]) -> None:
         cells = [[str(value) for value in row.values()] for row in rows]
         console.print_table(title, tuple(rows[0]), cells, left=len(rows[0]))
     else:
-        console.info(f"no {title}")
+        console.answer(f"no {title}")
 
 
 LISTS: dict[Kind, Callable[[], list[dict[str, Any]]]] = {
@@ -135,5 +120,5 @@ LISTS: dict[Kind, Callable[[], list[dict[str, Any]]]] = {
     Kind.benchmarks: _list_benchmarks,
     Kind.engines: _list_engines,
     Kind.recipes: _list_recipes,
-    Kind.runs: _list_runs,
+    Kind.runs: lambda: list_runs(Path("runs")),
 }

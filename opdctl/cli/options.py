@@ -37,6 +37,14 @@ Output = Annotated[
 RunDir = Annotated[
     Path, typer.Argument(metavar="RUN_DIR", help="A run directory.", autocompletion=completion.complete_runs)
 ]
+NewestRunDir = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[RUN_DIR]",
+        help="A run directory. Default: the run under runs/ that was changed last.",
+        autocompletion=completion.complete_runs,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Verbose = Annotated[

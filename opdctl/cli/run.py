@@ -35,7 +35,7 @@ def fork(
     opdctl run fork runs/quickstart runs/gamma --set weight.gamma=0.7
     then: opdctl train --output runs/gamma
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         from opdctl.runs.fork import create_fork, plan_fork
         from opdctl.runs.open import resolve_open_settings
         from opdctl.runs.run import Run
@@ -43,7 +43,7 @@ def fork(
         resolved = resolve_open_settings(read_recipe_options(recipe, set_, run_dir, "read"), run_dir)
         plan = plan_fork(Run.load(run_dir), new_run_dir, resolved)
         for line in plan.lines():
-            console.info(line)
+            console.answer(line)
         if dry_run:
             console.info("nothing was written")
         else:
@@ -68,7 +68,7 @@ def repair(
     opdctl run repair runs/quickstart
     then: opdctl train --output runs/quickstart
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         from opdctl.runs.repair import find_corrupt_artifacts, set_aside
         from opdctl.runs.run import Run
 
@@ -78,7 +78,7 @@ def repair(
             console.warn(f"{each.why}{_repair_note(each)}")
         moved = [] if dry_run else set_aside(run, artifacts)
         if not artifacts:
-            console.info("no corrupt files")
+            console.answer("no corrupt files")
         elif not dry_run:
             console.info(f"{len(moved)} of {len(artifacts)} moved to {run.path / 'corrupt'}")
         if dry_run:
@@ -116,7 +116,7 @@ def show(
     \b
     opdctl run show runs/quickstart sort12-abc/00003/0
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         from opdctl.analysis.analyze import scored_steps
         from opdctl.analysis.samples import load_sample
         from opdctl.analysis.shown_weights import chosen_weights
@@ -144,7 +144,7 @@ def continuations(
     opdctl run continuations runs/quickstart
     then: opdctl analyze-position runs/quickstart
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         from opdctl.analysis.captions import continuations_sentence
         from opdctl.analysis.continuations import describe_plan, make_continuations
         from opdctl.pipeline.stages import resolve_step
@@ -154,7 +154,7 @@ def continuations(
         run = load_run_for_analysis(run_dir, None, set_, "plan" if dry_run else "run")
         step = resolve_step(run, step)
         if dry_run:
-            console.info(describe_plan(run, step))
+            console.answer(describe_plan(run, step))
             console.info("nothing was written")
             return
         models = ("student", *run.recipe.teacher_models())
@@ -164,7 +164,7 @@ def continuations(
         if result.summary is None:
             console.info(f"wrote {result.parts_made} parts of {result.path}; other workers are producing the rest")
         else:
-            console.info(continuations_sentence(result.summary))
+            console.answer(continuations_sentence(result.summary))
             console.info(f"wrote {result.path}; next: opdctl analyze-position {run_dir}")
         if json_:
             made = {"parts_made": result.parts_made, "summary": result.summary}

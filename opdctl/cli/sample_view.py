@@ -21,7 +21,7 @@ def print_sample(sample: Sample, by: str) -> None:
     low, high = shade_range([sample], by)
     shade_T = sample.shade(by, (low, high))
     quantity = "|A| in nats" if by == "signal" else f"weight {name}"
-    console.info(f"{sample.title()}; shaded by {quantity}, from {low:.3g} to {high:.3g}", "bold")
+    console.answer(f"{sample.title()}; shaded by {quantity}, from {low:.3g} to {high:.3g}", "bold")
     text = Text().append(printable(sample.prompt), style="dim")
     for piece, shade in zip(sample.pieces, shade_T, strict=True):
         text.append(printable(piece), style=_shade_style(by, float(shade)))

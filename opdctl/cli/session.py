@@ -29,13 +29,14 @@ class StopRequested(BaseException):
 
 
 @contextlib.contextmanager
-def command_session(verbose: bool | None) -> Iterator[None]:
+def command_session(verbose: bool | None, *, as_json: bool) -> Iterator[None]:
     """Set up messages and signals; turn every error into one message and an exit code."""
     global _stop_signal
     _stop_signal = ""
     is_other_rank = not distributed.is_main()  # other ranks report their errors only
     level = {None: 0, True: 1, False: -1}[verbose]
     console.set_level(-1 if is_other_rank else level, f"rank {distributed.rank()}: " if is_other_rank else "")
+    console.reserve_stdout_for_json(as_json)
     os.umask(os.umask(0) | 0o002)  # never create world-writable files, whatever the umask
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, _request_stop)
@@ -144,6 +145,20 @@ def read_recipe_options(
     if output is None:
         raise OpdctlError("invalid_usage", "no recipe", hint="give --recipe FILE, or --output RUN_DIR of a run")
     return read_recipe(output, overrides or [], purpose)
+
+
+def named_or_newest_run(run_dir: Path | None) -> Path:
+    """Return the run that an argument names, or the newest one under runs/, which is logged.
+
+    Raises:
+        OpdctlError: none is named, and there is none.
+    """
+    from opdctl.runs.layout import newest_run
+
+    if run_dir is None:
+        run_dir = newest_run()
+        console.info(f"using the newest run, {run_dir}")
+    return run_dir
 
 
 def open_run_and_device(recipe: "Recipe", output: Path | None, *needs: str, record: bool = True) -> tuple["Run", str]:

@@ -46,7 +46,7 @@ def rollout(
     opdctl rollout --output runs/finished --step 64    (the final student of 64 updates)
     then: opdctl score-teacher
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
         _run("rollout", resolved, output, ["student"], step, follow=follow, dry_run=dry_run, as_json=json_)
 
@@ -69,7 +69,7 @@ def score_teacher(
     opdctl score-teacher --output runs/two-teachers --only teacher-math
     then: opdctl train --no-fill
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
         scorers = _select_scorers(resolved, only)
         _run("score-teacher", resolved, output, scorers, step, follow=follow, dry_run=dry_run, as_json=json_)

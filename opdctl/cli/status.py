@@ -5,31 +5,41 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opdctl import console
-from opdctl.cli.options import Json, RunDir, Verbose
-from opdctl.cli.session import command_session, print_json
+from opdctl.artifacts import files
+from opdctl.cli.list import list_runs
+from opdctl.cli.options import Json, NewestRunDir, Verbose
+from opdctl.cli.session import command_session, named_or_newest_run, print_json
 from opdctl.errors import ExitCode
 
 if TYPE_CHECKING:
     from opdctl.runs.heartbeats import Heartbeat
+    from opdctl.runs.run import Run
     from opdctl.runs.status import RunStatus
 
 
 def status(
-    run_dir: RunDir,
+    run_dir: NewestRunDir = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and check its checksum.")] = False,
     json_: Json = False,
     verbose: Verbose = None,
 ) -> None:
-    """Show what is finished, missing or corrupt in a run directory, and the next command.
+    """Show what is finished, missing or corrupt in a run directory, and the next command. A folder of runs is listed.
 
     \b
     opdctl status runs/quickstart
     opdctl status runs/quickstart --verify
+    opdctl status runs
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         from opdctl.runs.run import Run
         from opdctl.runs.status import collect_status
 
+        run_dir = named_or_newest_run(run_dir)
+        if not (run_dir / "run.json").exists() and any(run_dir.glob("*/run.json")):
+            rows = list_runs(run_dir)
+            if json_:
+                print_json({"runs": rows})
+            return
         found = collect_status(Run.load(run_dir), verify=verify)
         run = found.run
         console.print_fields(f"{run_dir}: {run.current_step()} of {run.recipe.train.steps} steps", _rows(found))
@@ -55,7 +65,19 @@ def _rows(status: "RunStatus") -> list[tuple[str, str]]:
     rows += [(each.stage, f"{each.state}  {each.detail}") for each in status.evaluations if each.state != "done"]
     rows += [(beat.stage, _describe(beat)) for beat in status.heartbeats]
     rows += [(f"eval {each['bench']}", f"{each['model']}: {each['avg']:.1%}") for each in status.summaries]
-    return [*rows, ("next", status.next_command())]
+    return [*rows, *_student_rows(run), ("next", status.next_command())]
+
+
+def _student_rows(run: "Run") -> list[tuple[str, str]]:
+    """Return the newest and the best student with their directories, and the size of the run."""
+    from opdctl.pipeline.overview import format_accuracy, summarize_run
+
+    seen = summarize_run(run)
+    rows = [("newest student", str(run.student_path(seen.steps_done)))] if seen.steps_done > run.start_step else []
+    if seen.best:
+        path = run.student_path(seen.best[0]) if seen.best[0] else run.student.path
+        rows.append(("best student", f"{path}, {format_accuracy(seen.best)}" + ("" if path.is_dir() else ", pruned")))
+    return [*rows, ("disk", files.format_bytes(seen.bytes))]
 
 
 def _describe(beat: "Heartbeat") -> str:

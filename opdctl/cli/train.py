@@ -40,7 +40,7 @@ def train(
     opdctl train --recipe quickstart --set weight.name=uniform --output runs/uniform
     then: opdctl analyze-position runs/quickstart
     """
-    with command_session(verbose):
+    with command_session(verbose, as_json=json_):
         resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
         if push is not None:
             from opdctl.training.publish import check_repo_id

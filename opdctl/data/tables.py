@@ -26,7 +26,7 @@ def read_table(path: Path) -> Iterator[TableRow]:
     """
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise OpdctlError("missing_file", f"{path}{did_you_mean(path.name, siblings)}")
+        raise OpdctlError("missing_file", f"{path}{did_you_mean(path.name, siblings, path.parent)}")
     read = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(path.suffix, _read_parquet)
     yield from read(path)
 

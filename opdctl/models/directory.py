@@ -64,8 +64,8 @@ def find_local(model: Model, key: str) -> Path | None:
     if path.exists():
         raise OpdctlError("missing_model", f"{key}: {path}: a file, not a model directory")
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
-        siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        detail = f"{key}: no model directory `{name}`{did_you_mean(str(path), siblings)}"
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        detail = f"{key}: no model directory `{name}`{did_you_mean(path.name, siblings, path.parent)}"
         raise OpdctlError("missing_model", detail, hint="give a directory, a hub id or `toy:…`")
     return None
 

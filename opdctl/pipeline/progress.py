@@ -109,6 +109,7 @@ class TrainingSummary:
             "accuracy": self.accuracy,
             "best": {"step": self.best[0], "accuracy": self.best[1]} if self.best else None,
             "seconds": self.seconds,
+            "next": self.run.next_command(),
         }
 
 
@@ -119,6 +120,9 @@ def summarize_training(run: Run, steps_before: int, seconds: dict[str, float]) -
     names |= {name: name for name in run.recipe.teacher_models()}
     summaries = {key: evaluate.stored_summary(run, run.recipe.eval.bench[0], name) for key, name in names.items()}
     accuracy = {key: summary["avg"] if summary else None for key, summary in summaries.items()}
-    # Of equal accuracies the earliest step is the best.
-    best = max(latest_accuracies(run, done), key=lambda pair: (pair[1], -pair[0]), default=None)
-    return TrainingSummary(run, done, steps_before, accuracy, best, seconds)
+    return TrainingSummary(run, done, steps_before, accuracy, best_accuracy(run, done), seconds)
+
+
+def best_accuracy(run: Run, done: int) -> tuple[int, float] | None:
+    """Return step and accuracy of the best student up to step `done`, of equal ones the earliest; None if unknown."""
+    return max(latest_accuracies(run, done), key=lambda pair: (pair[1], -pair[0]), default=None)

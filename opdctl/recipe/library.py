@@ -26,10 +26,13 @@ def find_recipe(name: str) -> Path:
         return path
     if name in recipe_names():
         return LIBRARY / f"{name}.toml"
-    beside = sorted(each.name for each in path.parent.glob("*.toml")) if path.suffix == ".toml" else recipe_names()
+    if path.suffix == ".toml":
+        suggestion = did_you_mean(path.name, [each.name for each in path.parent.glob("*.toml")], path.parent)
+    else:
+        suggestion = did_you_mean(name, recipe_names())
     raise OpdctlError(
         "missing_file",
-        f"{name}: no such recipe{did_you_mean(path.name if path.suffix == '.toml' else name, beside)}",
+        f"{name}: no such recipe{suggestion}",
         hint="give a TOML file, or a name from `opdctl list recipes`",
     )
 

@@ -250,7 +250,7 @@ def _read(file: Path) -> dict[str, Any]:
         return parsing.parse_toml(parsing.read_bytes(file, parsing.MAX_TOML_BYTES, follow_links=True))
     except FileNotFoundError:
         known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
-        raise OpdctlError("missing_file", f"{file}{did_you_mean(file.name, known)}") from None
+        raise OpdctlError("missing_file", f"{file}{did_you_mean(file.name, known, file.parent)}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, not TOML, or beyond a bound
         raise OpdctlError("invalid_recipe", f"{file}: cannot be read as TOML: {error}") from error
 

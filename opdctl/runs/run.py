@@ -465,7 +465,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), purpose: Purpose = "r
         runs = [file.parent.name for file in path.parent.glob("*/recipe.toml")]
         raise OpdctlError(
             "missing_run",
-            f"{path} has no recipe.toml{did_you_mean(path.name, runs)}",
+            f"{path} has no recipe.toml{did_you_mean(path.name, runs, path.parent)}",
             hint="give the path of a run; `opdctl train --recipe FILE` starts one",
         )
     return load_recorded_recipe(path / "recipe.toml", overrides, purpose)

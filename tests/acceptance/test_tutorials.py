@@ -61,7 +61,7 @@ def test_custom_components_are_short_and_run(tmp_path):
         words = [sys.executable, "-m", *shlex.split(command), *small]
         result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
-        messages += result.stderr
+        messages += result.stdout + result.stderr
     assert "unsure  `weight` if the student's entropy is above `limit` nats, else 1." in messages
     assert "limit = 0.5, weight = 2.0; this tutorial" in messages
     assert "riddles, step-00002: 1 problems" in messages

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 
-def run_at_terminal(*arguments: str) -> str:
+def run_at_terminal(*arguments: str, term: str = "xterm") -> str:
     """Run Python with a terminal of 100 columns as stderr, and return its output there."""
     parent, child = pty.openpty()
-    variables = os.environ | {"COLUMNS": "100", "LINES": "40", "TERM": "xterm"}
+    variables = os.environ | {"COLUMNS": "100", "LINES": "40", "TERM": term}
     command = [sys.executable, *arguments]
     with subprocess.Popen(command, stderr=child, stdout=subprocess.DEVNULL, env=variables) as process:
         os.close(child)

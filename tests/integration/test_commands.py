@@ -405,7 +405,7 @@ def test_finished_command_makes_nothing_again(finished: dict[str, Any], args: li
     result = invoke(*args, "--output", finished["run"])
     assert result.code == 0, result.err
     assert "nothing to do" in result.err or "all 2 steps are done" in result.err
-    assert result.out == ""
+    assert (result.out == "") == (args[0] in ("rollout", "score-teacher"))  # the others report accuracies
     assert {path: path.stat().st_mtime_ns for path in made} == before
 
 
@@ -433,7 +433,7 @@ def test_status_reports_a_corrupt_part_with_its_repair(copy: Path) -> None:
 
 def test_misspelt_run_gets_the_nearest_name(finished: dict[str, Any]) -> None:
     result = invoke("status", finished["run"].with_name("rum"))
-    check_error(result, 2, "missing_run", "rum", "`run`")
+    check_error(result, 2, "missing_run", "rum", f"`{finished['run']}`")
 
 
 def test_run_directory_that_cannot_be_created_is_one_error(tmp_path: Path) -> None:
@@ -454,6 +454,6 @@ def test_training_without_evaluations_reports_no_accuracy(tmp_path: Path) -> Non
     settings = sets("train.steps=1", "eval.every_steps=0", "rollout.max_tokens=8", "rollout.prompts_per_step=4")
     result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run")
     assert result.code == 0, result.err
-    assert "1 of 1 steps" in result.err
-    assert "accuracy" not in result.err
-    assert "not measured" not in result.err
+    assert "1 of 1 steps" in result.out
+    assert "accuracy" not in result.out
+    assert "not measured" not in result.out

@@ -114,7 +114,7 @@ def test_workers_share_the_parts(copy):
     assert not (folder / "summary.json").exists()
     found, result = states(path, "--verify")
     assert (found, result.code) == (["partial", "partial"], 0)
-    assert "step 0 continuations by student  partial  1 of 2 parts" in result.err
+    assert "step 0 continuations by student  partial  1 of 2 parts" in result.out
     for lease in leases:
         lease.release()
     second = invoke("run", "continuations", path, "--json")
@@ -127,7 +127,7 @@ def test_states_of_finished_corrupt_and_missing_parts(copy):
     path, folder = copy
     found, result = states(path, "--verify")
     assert (found, result.code) == (["done", "done"], 0)
-    assert "step 0 continuations by teacher  done  2 parts" in result.err
+    assert "step 0 continuations by teacher  done  2 parts" in result.out
     part = next((folder / "teacher").glob("part-00001*"))
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     assert states(path)[0] == ["done", "done"]
@@ -172,7 +172,7 @@ def test_absolute_prefixes_and_a_budget(copy):
     assert result.code == 0, result.err
     summary, run = result.json()["summary"], Run.load(path)
     rows = {name: rows_of(path, name) for name in MODELS}
-    assert f": {sum(map(len, rows.values()))}, of prefixes of 4 responses, at most 20 tokens each" in plan.err
+    assert f": {sum(map(len, rows.values()))}, of prefixes of 4 responses, at most 20 tokens each" in plan.out
     responses = {row.sample_id: row.response_ids for row in run.rollout_stage(0).read_all(Response)}
     first = [responses[name] for name, _ in run.samples(0)[:4]]
     longer = {size: sum(len(ids) > size for ids in first) for size in (0, 8, 100, 120)}
@@ -249,7 +249,7 @@ def test_prefixes_that_no_response_exceeds_are_rejected(copy):
 def test_dry_run_reports_the_number_of_continuations(continued):
     result = invoke("run", "continuations", continued[0], "--dry-run")
     assert result.code == 0
-    assert "by student, teacher: 160, of prefixes of 4 responses, at most 160 tokens each" in result.err
+    assert "by student, teacher: 160, of prefixes of 4 responses, at most 160 tokens each" in result.out
 
 
 def test_step_without_a_rollout_is_rejected(continued):

@@ -141,9 +141,9 @@ def test_incorrect_responses_are_shown_with_the_extracted_answer(complete: Path)
     result = evaluate_toy("--output", complete, "--show-failures", "2")
     incorrect = [row for row in rows_of(complete) if not row.correct]
     assert result.code == 0
-    assert result.err.count(", gold '") == 2
-    assert f"{incorrect[0].sample_id}: " in result.err
-    assert incorrect[0].text in result.err
+    assert result.out.count(", gold '") == 2
+    assert f"{incorrect[0].sample_id}: " in result.out
+    assert incorrect[0].text in result.out
 
 
 def test_code_runs_only_if_allowed() -> None:

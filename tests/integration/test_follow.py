@@ -125,14 +125,14 @@ def test_status_shows_heartbeats(finished_copy, monkeypatch):
         until(lambda: read_heartbeats(run)[0].state == "running")
         result = invoke("status", finished_copy, "--json")
         assert result.code == 0
-        assert f"step 7, running  (0 s ago, process {os.getpid()} on" in result.err
+        assert f"step 7, running  (0 s ago, process {os.getpid()} on" in result.out
         (beat,) = result.json()["heartbeats"]
         assert (beat["stage"], beat["step"], beat["pid"], beat["state"]) == ("rollout", 7, os.getpid(), "running")
         (path,) = (finished_copy / "heartbeats").glob("rollout-*.json")
         left = path.with_name("train-elsewhere-1.json")
         left.write_bytes(path.read_bytes())
         os.utime(left, (time.time() - 2 * leases.LEASE_SECONDS,) * 2)
-        assert "no heartbeat for 120 s" in invoke("status", finished_copy).err
+        assert "no heartbeat for 120 s" in invoke("status", finished_copy).out
 
 
 def until(ready: Callable[[], bool]) -> None:

@@ -146,7 +146,7 @@ def test_every_command_works_on_a_fork(run: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()] == [2]
     shown = invoke("status", path, "--verify", "--json")
     assert shown.code == 0, shown.err
-    assert "forked from" in shown.err
+    assert "forked from" in shown.out
     assert {each["model"] for each in shown.json()["summaries"]} == {"step-00002", "step-00003", "teacher"}
     for command in (["eval", "--run", path, "--step", 2], ["eval", "--run", path], ["analyze-position", path]):
         result = invoke(*command, "--json")

@@ -48,6 +48,20 @@ def test_separate_stages_make_the_same_student(finished_run, tmp_path):
     assert {name for name in made if made[name] != expected[name]} <= {*cards}
 
 
+def test_printed_commands_lead_through_a_run_with_any_path(tmp_path):
+    output = tmp_path / "my runs" / "o'ne ü"
+    settings = sets(*SHORT, "train.steps=1")
+    result = invoke("rollout", "--recipe", QUICKSTART, *settings, "--output", output, "--json")
+    for command in ("score-teacher", "train", "analyze-position"):
+        assert result.code == 0, result.err
+        following = result.json()["next"]
+        assert following.startswith(f"opdctl {command} ")
+        assert f"next: {following}" in result.err or f"next     {following}" in result.err
+        result = run_hint(f"{following} --json")
+    assert result.code == 0, result.err
+    assert (output / "analysis/report.html").exists()
+
+
 def test_finished_commands_do_nothing(finished_copy):
     before = {path: path.stat().st_mtime_ns for path in finished_copy.rglob("*") if path.is_file()}
     for command in ("rollout", "score-teacher", "train"):

@@ -93,7 +93,7 @@ def test_repaired_evaluation_of_a_scorer(run: Path) -> None:
 def test_repaired_continuations(run: Path, model: str) -> None:
     wanted = contents(run)
     cut(first(run, f"continuations/step-00000/{model}/part-*"))
-    assert f"continuations by {model}" in invoke("status", run, "--verify").err
+    assert f"continuations by {model}" in invoke("status", run, "--verify").out
     result = invoke("run", "repair", run)
     assert f"next: opdctl run continuations {run} --step 0" in result.err
     settings = ("--set", "continuations.responses=2", "--set", "continuations.samples=1")
@@ -179,7 +179,7 @@ def test_finished_part_that_was_removed_is_regenerated_without_repair(run: Path,
     wanted, path = contents(run), sorted((run / "step-00001" / stage).glob("part-*"))[1]
     path.unlink()
     result = invoke("run", "repair", run)
-    assert (result.code, "no corrupt files" in result.err) == (0, True)
+    assert (result.code, "no corrupt files" in result.out) == (0, True)
     result = invoke("rollout" if stage == "rollout" else "score-teacher", "--output", run, "--step", 1)
     assert result.code == 0, result.err
     assert str(path) in result.err

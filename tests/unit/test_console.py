@@ -4,10 +4,12 @@ import io
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers.terminal import run_at_terminal
 from rich.console import Console
+from rich.text import Text
 
 from opdctl import console
 
@@ -16,7 +18,8 @@ from opdctl import console
 def output(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """The text that is printed; it is no terminal."""
     stream = io.StringIO()
-    monkeypatch.setattr(console, "console", Console(file=stream, highlight=False, markup=False, soft_wrap=True))
+    for name in ("console", "_stdout"):
+        monkeypatch.setattr(console, name, Console(file=stream, highlight=False, markup=False, soft_wrap=True))
     return stream
 
 
@@ -72,7 +75,38 @@ def test_progress_prints_every_tenth_after_a_delay(output, monkeypatch):
     with console.progress("scoring", 20) as advance:
         for _ in range(20):
             advance(1)
-    assert output.getvalue().splitlines() == [f"scoring: {10 * n} % ({2 * n} of 20)" for n in range(1, 11)]
+    lines = output.getvalue().splitlines()
+    assert lines[:-1] == [f"scoring: {10 * n} % ({2 * n} of 20, 0 s left)" for n in range(1, 10)]
+    assert lines[-1] == "scoring: 100 % (20 of 20)"
+
+
+def test_progress_prints_a_line_from_time_to_time_without_progress(output, monkeypatch):
+    monkeypatch.setattr(console, "PROGRESS_SECONDS", 0.05)
+    with console.progress("scoring", 20) as advance:
+        while output.getvalue().count("\n") < 2:
+            time.sleep(0.01)
+        advance(1)
+    assert output.getvalue().splitlines()[:2] == ["scoring: 0 % (0 of 20)"] * 2
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+def test_answers_are_on_stdout_unless_it_gets_json(capsys, monkeypatch, reserved):
+    monkeypatch.setattr(console, "_is_stdout_json", reserved)
+    console.answer("a line")
+    console.print_fields("fields", [("a", "b")])
+    console.print_table("table", ("a",), [["b"]])
+    console.print_renderable(Text("styled"))
+    console.info("a note")
+    captured = capsys.readouterr()
+    answers, other = (captured.err, captured.out) if reserved else (captured.out, captured.err)
+    assert all(word in answers for word in ("a line", "fields", "table", "styled"))
+    assert ("a note" in answers) == reserved
+    assert other == ("" if reserved else "a note\n")
+
+
+def test_dumb_terminal_gets_lines():
+    output = run_at_terminal("-c", live_table_program("lambda: exit('a row was made')"), term="dumb")
+    assert output.splitlines() == [f"step {n}" for n in range(1, 21)]
 
 
 def test_message_that_is_printed_once(output: io.StringIO) -> None:

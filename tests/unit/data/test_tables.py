@@ -28,7 +28,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
 def test_missing_file_suggests_the_nearest(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"prompts{suffix}").touch()
-    assert f"`prompts{suffix}`" in rejection(tmp_path / f"promts{suffix}", "missing_file").message
+    assert (
+        f"did you mean `{tmp_path}/prompts{suffix}`?" in rejection(tmp_path / f"promts{suffix}", "missing_file").message
+    )
 
 
 def test_missing_directory_is_a_missing_file(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 
 def test_missing_file_gets_the_nearest_name(smallest: Path) -> None:
     error = load_error([smallest.with_name("smalest.toml")], kind="missing_file")
-    assert "did you mean `smallest.toml`?" in error.message
+    assert f"did you mean `{smallest}`?" in error.message
 
 
 @pytest.mark.parametrize("content", [b"name = ", b"name = 'a\nb'", b"\xff\xfe", b"name = 'a'\nname = 'b'"])

@@ -51,7 +51,7 @@ def test_incomplete_run_is_refused(finished_copy, remove, kind):
 def test_misspelt_run_gets_the_nearest_name(finished_copy):
     error = error_of(lambda: Run.load(finished_copy.with_name("rum")))
     assert error.kind == "missing_run"
-    assert "`run`" in error.message
+    assert f"did you mean `{finished_copy}`?" in error.message
 
 
 def test_run_without_a_recorded_model_is_corrupt(finished_copy):
