@@ -7,6 +7,7 @@ to its share of the float32 parameters. `read` is the part of `load` before the 
 """
 
 import argparse
+import ctypes
 import os
 import threading
 import time
@@ -27,6 +28,7 @@ from opdctl.training import policy
 from opdctl.training.export import export_student
 from opdctl.training.optimizer import make_adamw
 
+M_MMAP_THRESHOLD = -3  # of glibc
 CONFIG = {
     "vocab_size": 24_576,
     "hidden_size": 1024,
@@ -118,6 +120,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    # Freed arrays return to the system. Otherwise heap fragmentation is measured, which GPU allocators do not have.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     path = args.out / "student"
     if not path.exists():
         model = Qwen3ForCausalLM(Qwen3Config(**CONFIG)).bfloat16()

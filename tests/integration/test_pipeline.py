@@ -239,7 +239,7 @@ def test_status_requires_the_newest_student_and_no_checkpoint(finished_copy):
     shutil.rmtree(finished_copy / "student/step-00002")
     result = invoke("status", finished_copy)
     assert result.code == ExitCode.BAD_DATA
-    assert "student/step-00002" in result.err
+    assert "student/step-00002" in result.out
 
 
 def test_corrupt_student_is_named_before_it_is_used(finished_copy):
