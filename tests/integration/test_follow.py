@@ -125,7 +125,7 @@ def test_status_shows_heartbeats(finished_copy, monkeypatch):
         until(lambda: read_heartbeats(run)[0].state == "running")
         result = invoke("status", finished_copy, "--json")
         assert result.code == 0
-        assert f"step 7, running  (0 s ago, process {os.getpid()} on" in result.out
+        assert f"step 7, running  (0 s ago, process {os.getpid()} on" in result.err
         (beat,) = result.json()["heartbeats"]
         assert (beat["stage"], beat["step"], beat["pid"], beat["state"]) == ("rollout", 7, os.getpid(), "running")
         (path,) = (finished_copy / "heartbeats").glob("rollout-*.json")
