@@ -1,8 +1,9 @@
-"""HumanEval+ and MBPP+: model-generated code, graded by the package evalplus in a sandbox.
+"""HumanEval+ and MBPP+: model-generated code runs in a sandbox; what it returns is compared here.
 
-Each response runs in a separate process tree: in namespaces without a network, from which it can signal no other
-process, as the user nobody if opdctl runs as root, with an empty environment and limits on time, memory, files and
-processes. If the system does not support that, no code is run.
+Each response runs in a separate process tree: in namespaces without a network, with separate processes and files
+(code_walls.py), an empty environment, and limits on time, memory, files and processes. If the system does not
+support that, no code is run. The expected values are those of the reference solution, which runs in another sandbox
+before. They never enter the one of the response.
 """
 
 import contextlib
@@ -10,25 +11,49 @@ import gzip
 import importlib.util
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from opdctl import console
 from opdctl.data.prompts import Problem
 from opdctl.errors import OpdctlError
-from opdctl.evaluation import code_sandbox
+from opdctl.evaluation import code_sandbox, code_walls
+from opdctl.evaluation.code_values import MalformedValueError, OutputComparison, decode
 from opdctl.evaluation.graders import Grade, Votes
 
 CODE_TIMEOUT_SECONDS = 300
-"""Time limit of one response: the extraction of its code, the reference solution, and two checks, which EvalPlus itself
-ends after min(60, the sum of the inputs' limits) + 2 seconds each (`evalplus.eval.untrusted_check`)."""
-NOBODY_ID = 65534
+"""Time limit of one response, and of one reference solution: the extraction of the code, and two sets of inputs, which
+have min(60, the sum of the inputs' limits) + 2 seconds each, as in `evalplus.eval.untrusted_check`."""
+MIN_TIME_LIMIT_SECONDS = 10.0
+"""Time limit of one input, at least. RUCBM/G-OPD, on which the authors' code is built, evaluates with
+`--min-time-limit 10.0 --gt-time-limit-factor 8.0`; EvalPlus 0.3.1 has 1 and 4."""
+GT_TIME_LIMIT_FACTOR = 8.0
+"""Time limit of one input, as a multiple of the time of the reference solution. Source: as above."""
+SPARE_OUTPUT_BYTES, MAX_OUTPUT_FACTOR = 2**16, 4
+"""A response may return this many bytes more, and times as many, than its reference solution does."""
+MAX_REFERENCE_BYTES = 2**28
+SYSTEM_PATHS = (
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/etc/ld.so.cache",
+    "/etc/alternatives",
+    "/nix/store",
+)
+"""What Python needs besides its directories. The code can read these, and nothing else."""
+INPUT_KEYS = ("base_input", "plus_input")
 TASK_KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 Dataset = Literal["humaneval", "mbpp"]
 RELEASES: dict[Dataset, tuple[str, str]] = {"humaneval": ("HumanEvalPlus", "v0.1.10"), "mbpp": ("MbppPlus", "v0.2.0")}
@@ -116,11 +141,12 @@ class Code:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Version 1 read the last block of code only, and had the limits of EvalPlus 0.3.1."""
+        """Version 1 read the last block of code only, and had the limits of EvalPlus 0.3.1. In version 2, the process
+        that ran the code compared its values."""
         return {
-            "grader_version": 2,
-            "min_time_limit_seconds": code_sandbox.MIN_TIME_LIMIT_SECONDS,
-            "gt_time_limit_factor": code_sandbox.GT_TIME_LIMIT_FACTOR,
+            "grader_version": 3,
+            "min_time_limit_seconds": MIN_TIME_LIMIT_SECONDS,
+            "gt_time_limit_factor": GT_TIME_LIMIT_FACTOR,
         }
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
@@ -132,7 +158,12 @@ class Code:
         _check_sandbox()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             try:
-                return list(pool.map(_grade, *zip(*pairs, strict=True))) if pairs else []
+                # A response waits for its reference, which has been submitted before it, so that no wait is for ever.
+                references = {
+                    gold: pool.submit(_run_reference, gold) for gold in dict.fromkeys(gold for gold, _ in pairs)
+                }
+                grades = [pool.submit(_grade, references[gold], response) for gold, response in pairs]
+                return [grade.result() for grade in grades]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -152,62 +183,225 @@ class Code:
 CODE_GRADER = Code()
 
 
-def _grade(gold: str, response: str) -> Grade:
+@dataclass(frozen=True)
+class _Reference:
+    """What the reference solution of a task returns.
+
+    inputs, expected, limits (seconds): for each set of inputs, for each input. num_bytes: size of its output. failure:
+    the verdict of every response, if the reference solution does not return for every input.
+    """
+
+    task: dict[str, Any]
+    inputs: list[list[Any]]
+    expected: list[list[Any]]
+    limits: list[list[float]]
+    num_bytes: int
+    failure: str | None = None
+
+
+class _TooLongError(Exception):
+    """The code returned more than any correct answer has."""
+
+
+def _run_reference(gold: str) -> _Reference:
+    from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS
+
     task = json.loads(gold)
-    answer = response.rpartition("</think>")[2]
-    if task["entry_point"] not in answer:
-        return Grade(None, False, "no_answer")
+    is_mbpp = task["dataset"] == "mbpp"
+    limits = [[float(CODE_TIMEOUT_SECONDS)] * len(task[key]) for key in INPUT_KEYS]
+    request = _request(task, limits, code=task["prompt"] + task["canonical_solution"], total_limit=CODE_TIMEOUT_SECONDS)
     try:
-        process = _run_sandbox({"task": task, "response": answer})
+        with contextlib.closing(_run_sandbox(request, MAX_REFERENCE_BYTES)) as lines:
+            values = [line for line in lines if line[0] == "value"]
+        if len(values) != sum(map(len, limits)):
+            return _Reference(task, [], [], [], 0, failure="crash")
+        outputs = [decode(value) for _, _, value in values]
     except subprocess.TimeoutExpired:
-        return Grade(answer, False, "timeout")
-    try:
-        result = json.loads(process.stdout)
-    except ValueError:
-        return Grade(answer, False, "crash")
-    if task["entry_point"] not in result["code"]:
+        return _Reference(task, [], [], [], 0, failure="timeout")
+    except (MalformedValueError, ValueError, _TooLongError):
+        return _Reference(task, [], [], [], 0, failure="crash")
+    if is_mbpp and task["entry_point"] in MBPP_OUTPUT_NOT_NONE_TASKS:
+        outputs = [output is not None for output in outputs]
+    times = [max(MIN_TIME_LIMIT_SECONDS, GT_TIME_LIMIT_FACTOR * seconds) for _, seconds, _ in values]
+    size = len(task[INPUT_KEYS[0]])
+    num_bytes = len(json.dumps(values))
+    return _Reference(task, _inputs(task), [outputs[:size], outputs[size:]], [times[:size], times[size:]], num_bytes)
+
+
+def _inputs(task: dict[str, Any]) -> list[list[Any]]:
+    if task["dataset"] != "mbpp":
+        return [task[key] for key in INPUT_KEYS]
+    from evalplus.data.mbpp import mbpp_deserialize_inputs
+
+    return [mbpp_deserialize_inputs(task["task_id"], task[key]) for key in INPUT_KEYS]
+
+
+def _grade(computed: Future[_Reference], response: str) -> Grade:
+    reference = computed.result()
+    entry_point = reference.task["entry_point"]
+    answer = response.rpartition("</think>")[2]
+    if entry_point not in answer:
         return Grade(None, False, "no_answer")
-    verdict = "timeout" if result["status"] == "timeout" else "ok"
-    return Grade(result["code"], result["status"] == "pass", verdict)
+    if reference.failure:
+        return Grade(answer, False, reference.failure)
+    request = _request(reference.task, reference.limits, response=answer)
+    max_bytes = len(json.dumps(answer)) + MAX_OUTPUT_FACTOR * reference.num_bytes + SPARE_OUTPUT_BYTES
+    code = answer
+    try:
+        with contextlib.closing(_run_sandbox(request, max_bytes)) as lines:
+            _, code = next(lines)
+            if entry_point not in code:
+                return Grade(None, False, "no_answer")
+            status = _compare(reference, lines)
+    except subprocess.TimeoutExpired:
+        status = "timeout"
+    except (MalformedValueError, ValueError, StopIteration):
+        status = "crash"
+    except _TooLongError:
+        status = "fail"
+    return Grade(code, status == "pass", status if status in ("timeout", "crash") else "ok")
 
 
-def _run_sandbox(request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """Run code_sandbox.py in the sandbox. Raises subprocess.TimeoutExpired."""
-    is_root = os.geteuid() == 0
-    command = ["unshare", "--net", "--ipc", "--pid", "--fork", "--kill-child"]
-    command += [] if is_root else ["--user"]
-    command += ["setpriv", "--no-new-privs", "--pdeathsig=KILL"]  # changing the user resets that of --kill-child
-    command += [f"--reuid={NOBODY_ID}", f"--regid={NOBODY_ID}", "--clear-groups"] if is_root else []
-    with tempfile.TemporaryDirectory(prefix="opdctl-sandbox-") as directory:
-        if is_root:
-            os.chown(directory, NOBODY_ID, NOBODY_ID)
-        return subprocess.run(
-            # -P: a module beside code_sandbox.py must not hide one of the standard library
-            [*command, sys.executable, "-P", str(Path(code_sandbox.__file__))],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=CODE_TIMEOUT_SECONDS,
-            cwd=directory,
-            env={"PATH": os.defpath, "TMPDIR": directory, "HOME": directory, "OMP_NUM_THREADS": "1"},
+def _compare(reference: _Reference, lines: Iterator[list[Any]]) -> str:
+    """Return the status of a response: pass, fail, timeout or crash. The first difference decides."""
+    task = reference.task
+    for arguments, expected in zip(reference.inputs, reference.expected, strict=True):
+        comparison = OutputComparison(task["dataset"], task["entry_point"], task["atol"])
+        remaining = list(zip(arguments, expected, strict=True))[::-1]
+        for kind, *contents in lines:
+            if kind != "value":
+                break
+            _, value = contents
+            if not remaining or not comparison.accepts(decode(value), *remaining.pop()):
+                return "fail"
+        else:
+            return "crash"
+        if kind == "error":
+            return "fail"
+        if remaining:
+            return "timeout" if contents == ["timeout"] else "crash"
+    return "pass"
+
+
+def _request(
+    task: dict[str, Any],
+    limits: list[list[float]],
+    code: str | None = None,
+    response: str | None = None,
+    total_limit: float | None = None,
+) -> dict[str, Any]:
+    """Return a request to code_sandbox.py. limits: seconds of each input; total_limit: of each set of inputs."""
+    from evalplus.eval._special_oracle import MBPP_OUTPUT_SET_EQ_TASKS
+
+    return {
+        "dataset": task["dataset"],
+        "task_id": task["task_id"],
+        "entry_point": task["entry_point"],
+        "code": code,
+        "response": response,
+        "inputs": [task[key] for key in INPUT_KEYS],
+        "limits": limits,
+        "total_limit": total_limit,
+        "as_set": task["dataset"] == "mbpp" and task["entry_point"] in MBPP_OUTPUT_SET_EQ_TASKS,
+    }
+
+
+# ── Sandbox ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _run_sandbox(request: dict[str, Any], max_bytes: int, errors: int = subprocess.DEVNULL) -> Generator[list[Any]]:
+    """Run a request in the sandbox and yield the messages of code_sandbox.py; closing ends the sandbox.
+
+    Raises:
+        subprocess.TimeoutExpired: it does not end in time.
+        MalformedValueError: what it writes is not as code_sandbox.py writes it.
+        _TooLongError: it writes more than `max_bytes`.
+    """
+    deadline = time.monotonic() + CODE_TIMEOUT_SECONDS
+    with tempfile.TemporaryDirectory(prefix="opdctl-sandbox-") as root, tempfile.TemporaryFile() as requests:
+        requests.write(json.dumps(request).encode())
+        requests.seek(0)
+        paths = sorted({*SYSTEM_PATHS, *_python_paths()})
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", code_walls.__file__, root, code_sandbox.__file__, *paths],
+            stdin=requests,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd="/",
+            env={"PATH": os.defpath, "TMPDIR": "/tmp", "HOME": "/tmp", "OMP_NUM_THREADS": "1"},
         )
+        try:
+            yield from _messages(process, deadline, max_bytes)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _messages(process: subprocess.Popen[bytes], deadline: float, max_bytes: int) -> Iterator[list[Any]]:
+    assert process.stdout is not None
+    output, num_bytes = process.stdout.fileno(), 0
+    poll, line = select.poll(), bytearray()
+    poll.register(output, select.POLLIN)
+    while True:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise subprocess.TimeoutExpired(process.args, CODE_TIMEOUT_SECONDS)
+        if not (chunk := os.read(output, 2**16)):
+            return
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise _TooLongError
+        for part in chunk.splitlines(keepends=True):
+            line += part
+            if line.endswith(b"\n"):
+                yield _parse_message(bytes(line))
+                line.clear()
+
+
+def _parse_message(line: bytes) -> list[Any]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MalformedValueError(str(error)) from None
+    if not isinstance(message, list) or not message:
+        raise MalformedValueError("not a message")
+    return message
+
+
+def _python_paths() -> Iterator[str]:
+    """Yield the directories of this Python."""
+    yield from (sys.prefix, sys.base_prefix)
+    executable = Path(sys.executable)
+    while executable.is_symlink():
+        executable = Path(os.path.normpath(executable.parent / executable.readlink()))
+        yield str(executable.parent)
 
 
 @cache
 def _check_sandbox() -> None:
-    """Raise OpdctlError unless a correct program passes in the sandbox."""
+    """Run a correct program in the sandbox and say which wall is missing.
+
+    Raises:
+        OpdctlError: the program does not run.
+    """
     _check_evalplus()
-    solution = SELF_TEST_TASK["prompt"] + SELF_TEST_TASK["canonical_solution"]
-    try:
-        process = _run_sandbox({"task": SELF_TEST_TASK, "response": solution})
-        passed = process.returncode == 0 and json.loads(process.stdout)["status"] == "pass"
-        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    except (OSError, subprocess.TimeoutExpired) as error:
-        passed, reason = False, str(error)
-    if not passed:
+    request = _request(
+        SELF_TEST_TASK, [[10.0], [10.0]], response=SELF_TEST_TASK["prompt"] + SELF_TEST_TASK["canonical_solution"]
+    )
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        try:
+            with contextlib.closing(_run_sandbox(request, SPARE_OUTPUT_BYTES, errors.fileno())) as messages:
+                values = [message[2] for message in messages if message[0] == "value"]
+            reason = "a program returned wrong values in it"
+        except (OSError, subprocess.TimeoutExpired, MalformedValueError) as error:
+            values, reason = [], str(error)
+        errors.seek(0)
+        lines = errors.read().splitlines()
+    if values != [1, 2]:
         raise OpdctlError(
             "missing_sandbox",
-            f"this system cannot isolate model-generated code: {reason}",
-            hint="use Linux with user namespaces and the commands unshare and setpriv of util-linux; as root, install "
-            "Python in a place that the user nobody can read",
+            f"this system cannot isolate model-generated code: {lines[-1] if lines else reason}",
+            hint="use Linux 5.3 or newer, as root or with user namespaces; in a container, allow it to make namespaces",
         )
+    for line in lines:
+        if line.startswith(code_walls.WARNING_PREFIX):
+            console.warn(line.removeprefix(code_walls.WARNING_PREFIX))

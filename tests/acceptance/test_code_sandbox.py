@@ -2,15 +2,18 @@
 
 import json
 import os
-import shutil
 import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.code_sandbox import needs_sandbox
 
 from opdctl.errors import OpdctlError
-from opdctl.evaluation import code_execution, code_sandbox
+from opdctl.evaluation import code_execution, code_walls
 from opdctl.evaluation.code_execution import CODE_GRADER, SELF_TEST_TASK
 from opdctl.evaluation.graders import Grade
 
@@ -146,13 +149,60 @@ ENVIRONMENT = """\
 import os
 return x if "OPDCTL_SECRET" not in os.environ else None
 """
-OTHERS_FILE = f"""\
+SHARED_FILE = f"""\
 import io
 try:
-    io.open({__file__!r}, "a")
+    io.open({os.__file__!r}, "a")
 except OSError:
     return x
 """
+HOME = f"""\
+import os
+paths = ({__file__!r}, {str(Path.home() / ".ssh")!r}, "/etc/passwd", "/sys", "/run")
+return None if any(map(os.path.exists, paths)) else x
+"""
+PROCESSES = """\
+import os
+processes = [name for name in os.listdir("/proc") if name.isdecimal()]
+return x if len(processes) <= 2 else None  # this one, and the one that waits for it
+"""
+OTHER_ROOT = """\
+import ctypes, os
+libc = ctypes.CDLL(None)
+calls = [libc.unshare(0x10000000), libc.mount(b"none", b"/tmp", b"tmpfs", 0, None), libc.chroot(b"/tmp")]
+return x if set(calls) == {-1} and os.getuid() != 0 else None
+"""
+SPACE = """\
+import io
+for folder in ("/tmp", "/dev/shm"):
+    names = [f"{folder}/opdctl-{number}" for number in range(99)]
+    written = 0
+    try:
+        for name in names:
+            with io.open(name, "wb", buffering=0) as file:
+                written += file.write(b"x" * 2**20)
+    except OSError as error:
+        assert error.errno == 28  # no space left
+    for name in names:
+        io.open(name, "wb").close()
+    if not 0 < written <= 64 * 2**20:
+        return None
+return x
+"""
+FORBIDDEN = {
+    "network": SOCKET,
+    "fork": FORK,
+    "thread": THREAD,
+    "memory": MEMORY,
+    "large file": LARGE_FILE,
+    "open files": OPEN_FILES,
+    "environment": ENVIRONMENT,
+    "file of Python": SHARED_FILE,
+    "files of the user": HOME,
+    "other processes": PROCESSES,
+    "other root": OTHER_ROOT,
+    "space": SPACE,
+}
 
 
 def program(body: str) -> str:
@@ -160,17 +210,25 @@ def program(body: str) -> str:
     return "def echo(x):\n" + "".join(f"    {line}\n" for line in body.splitlines())
 
 
-@needs_sandbox
-@pytest.mark.parametrize("body", [SOCKET, FORK, THREAD, MEMORY, LARGE_FILE, OPEN_FILES, ENVIRONMENT])
-def test_forbidden_operations_fail(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPDCTL_SECRET", "key")
-    assert graded(program(body)) == Grade(program(body).strip(), True, "ok")
+@pytest.fixture(scope="module")
+def forbidden() -> dict[str, Grade]:
+    """The grade of each program in FORBIDDEN, which is correct if the sandbox prevents what it tries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPDCTL_SECRET", "key")
+        grades = CODE_GRADER.grade([(json.dumps(SELF_TEST_TASK), program(body)) for body in FORBIDDEN.values()])
+    return dict(zip(FORBIDDEN, grades, strict=True))
 
 
 @needs_sandbox
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give code to another user")
-def test_code_runs_as_nobody_under_root() -> None:
-    assert graded(program(OTHERS_FILE)).correct
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_forbidden_operation_fails(forbidden: dict[str, Grade], name: str) -> None:
+    assert forbidden[name] == Grade(program(FORBIDDEN[name]).strip(), True, "ok")
+
+
+@needs_sandbox
+def test_files_of_the_code_are_gone(forbidden: dict[str, Grade]) -> None:
+    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        assert not [*folder.glob("opdctl-[0-9]*")]
 
 
 FORGED = """\
@@ -190,9 +248,10 @@ return x
     ("body", "verdict"),
     [
         ("while True: pass\nreturn x", "ok"),  # the limit of one input, not of the response
-        ("import os\nos._exit(0)\nreturn x", "timeout"),  # it exits without a result
-        ("import ctypes\nctypes.string_at(0)\nreturn x", "timeout"),
-        (FORGED, "timeout"),
+        ("import os\nos._exit(0)\nreturn x", "crash"),  # it exits without a result
+        ("import os, signal\nsignal.raise_signal(signal.SIGKILL)", "crash"),
+        ("import ctypes\nctypes.string_at(0)\nreturn x", "crash"),
+        (FORGED, "crash"),
         ("class Any:\n    def __eq__(self, other): return 1 / 0\nreturn Any()", "ok"),
     ],
 )
@@ -206,16 +265,48 @@ def test_timeout_ends_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_execution, "CODE_TIMEOUT_SECONDS", 1)
     task = SELF_TEST_TASK | {"canonical_solution": "    while True: pass\n"}  # the task itself hangs
     assert graded(program("return x"), task).verdict == "timeout"
-    running = subprocess.run(["pgrep", "-f", code_sandbox.__file__], capture_output=True, text=True).stdout
-    assert running == ""
+    deadline = time.monotonic() + 10  # the kernel ends the processes after the first one of their namespace
+    while subprocess.run(["pgrep", "-f", "--", "-P /code_sandbox.py"], capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# ── Walls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CHECK = """\
+from opdctl.errors import OpdctlError
+from opdctl.evaluation import code_execution
+try:
+    code_execution._check_sandbox()
+except OpdctlError as error:
+    print(error.kind, error.message)
+"""
+
+
+def check_in_namespace(setup: str, *options: str) -> str:
+    """Return what the check of the sandbox says in a user namespace in which `setup` has been run."""
+    if subprocess.run(["unshare", "--user", "--map-root-user", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces")
+    command = ["unshare", "--user", *options, "sh", "-euc", f'{setup}; exec "$@"', "sh", sys.executable, "-c", CHECK]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@needs_sandbox
+def test_a_user_without_rights_has_the_sandbox_too() -> None:
+    assert check_in_namespace("true", "--map-user=1000", "--map-group=1000") == ""
+
+
+@needs_sandbox
+@pytest.mark.parametrize(("name", "wall"), [("mnt", "mount"), ("net", "network"), ("pid", "pid"), ("ipc", "ipc")])
+def test_missing_wall_is_named_before_code_runs(name: str, wall: str) -> None:
+    said = check_in_namespace(f"echo 0 > /proc/sys/user/max_{name}_namespaces", "--map-root-user")
+    assert said.startswith("missing_sandbox")
+    assert f"a {wall} namespace" in said
 
 
 def test_no_code_runs_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not shutil.which("setpriv"):
-        pytest.skip("no setpriv")
     code_execution._check_sandbox.cache_clear()
-    monkeypatch.setattr(os, "defpath", "/nowhere")
-    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(code_walls, "__file__", "/nowhere")
     with pytest.raises(OpdctlError) as caught:
         graded(program("return x"))
     assert caught.value.kind == "missing_sandbox"
