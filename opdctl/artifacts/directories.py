@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from opdctl.artifacts import parsing
 from opdctl.artifacts.files import atomic_write, check_no_symlinks, corrupt_artifact, sha256_file
 from opdctl.artifacts.tensor_files import FileDigest
 
@@ -74,10 +75,13 @@ def directory_digests(path: Path, known: Mapping[str, FileDigest] = MappingProxy
 
     Hidden files, the model card and DIGESTS_FILE have none. known: digests of files that need not be read.
     """
-    files = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("."))
-    others = (path / CARD_FILE, path / DIGESTS_FILE)
-    names = {str(file.relative_to(path)): file for file in files if file not in others}
+    names = {str(file.relative_to(path)): file for file in _files_with_digests(path)}
     return {name: known[name].sha256 if name in known else sha256_file(file) for name, file in names.items()}
+
+
+def _files_with_digests(path: Path) -> list[Path]:
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("."))
+    return [file for file in files if file not in (path / CARD_FILE, path / DIGESTS_FILE)]
 
 
 def file_states(path: Path) -> list[tuple[Path, int, int]]:
@@ -98,11 +102,15 @@ def check_directory(
         OpdctlError: a file is missing, changed, or not in `digests`.
     """
     check_no_symlinks(path.parent, path, *path.rglob("*"))
-    present = directory_digests(path)
-    for name in sorted({*present, *digests} - {CARD_FILE}):
-        if name not in present:
+    names = {str(file.relative_to(path)) for file in _files_with_digests(path)}
+    for name in sorted({*names, *digests} - {CARD_FILE}):
+        if name not in names:
             raise corrupt_artifact(path / name, "is missing", hint)
         if name not in digests:
             raise corrupt_artifact(path / name, "was not written by this run", hint)
-        if present[name] != digests[name]:
+        try:
+            parsing.check_size(path / name)
+        except (OSError, ValueError) as error:
+            raise corrupt_artifact(path / name, str(error), hint) from None
+        if sha256_file(path / name) != digests[name]:
             raise corrupt_artifact(path / name, "checksum mismatch", hint)

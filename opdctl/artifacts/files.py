@@ -346,7 +346,9 @@ def check_tree(directory: Path, *, directories_only: bool = False) -> None:
             if entry.is_dir(follow_symlinks=False):
                 if entry.name not in FOREIGN_DIRECTORIES:
                     pending.append(entry.path)
-            elif not entry.is_file(follow_symlinks=False) and not (directories_only and not entry.is_dir()):
+            elif not entry.is_file(follow_symlinks=False) and not (
+                directories_only and not os.path.isdir(entry.path)  # entry.is_dir() fails on a link to itself
+            ):
                 check_no_symlinks(Path(entry.path))
 
 
@@ -366,5 +368,9 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON line for each value, unless the file holds exactly these lines already."""
     text = "".join(json.dumps(value) + "\n" for value in values)
-    if not path.exists() or parsing.read_bytes(path) != text.encode():  # a line that was cut need not be UTF-8
+    try:
+        is_written = parsing.read_bytes(path) == text.encode()  # a line that was cut need not be UTF-8
+    except (OSError, ValueError):  # missing, or too large for what it was
+        is_written = False
+    if not is_written:
         write_text(path, text)

@@ -15,6 +15,9 @@ from typing import Any
 
 MAX_JSON_BYTES = 512 * 2**20
 """The largest tokenizer.json has a tenth of it."""
+MAX_HEADER_BYTES = 100_000_000
+"""Of safetensors: the limit of its library."""
+TEXT_SUFFIXES = (".json", ".jinja", ".md", ".txt", ".py")
 MAX_TOML_BYTES = 2**18
 MAX_LINE_BYTES = 64 * 2**20
 """Of one row of JSON lines: a row of a code data set has 1 MiB of test cases."""
@@ -48,6 +51,30 @@ def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES, *, follow_links: boo
     if (size := check_regular(path, follow_links=follow_links).st_size) > max_bytes:
         raise ValueError(f"has {size} bytes, at most {max_bytes} are read")
     return path.read_bytes()
+
+
+def check_size(path: Path) -> None:
+    """Check that a file is not larger than its kind allows, before all of it is hashed: a sparse file takes no space.
+
+    Raises:
+        ValueError: a text file is too large, or a safetensors file has another size than its header describes.
+    """
+    size = check_regular(path).st_size
+    if path.suffix in TEXT_SUFFIXES and size > MAX_JSON_BYTES:
+        raise ValueError(f"has {size} bytes, at most {MAX_JSON_BYTES} are read")
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MAX_HEADER_BYTES, size):
+                raise ValueError(f"a header of {length} bytes in a file of {size} bytes")
+            header = parse_json(file.read(length))
+        try:
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            described = 8 + length + max(ends, default=0)
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError("has an invalid header") from None
+        if size != described:
+            raise ValueError(f"has {size} bytes, its header describes {described}")
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -151,6 +151,18 @@ def read_rows(path: Path, record: type[Row], count: int | None = None) -> list[R
     return [record(**{name: column[i] for name, column in values.items()}) for i in range(table.num_rows)]
 
 
+def check_rows(path: Path, count: int | None) -> None:
+    """Check the footer of a Parquet file against the recorded number of rows, before the file is hashed.
+
+    Raises:
+        OpdctlError: it is corrupt, has another number of rows, or would take too much memory.
+    """
+    try:
+        check_parquet_size(path, count)
+    except (OSError, ValueError) as error:
+        raise corrupt_artifact(path, str(error)) from error
+
+
 def _stored_columns(stored: pa.Schema, record: type) -> list[Column]:
     """Return the record's columns that a file has. Raises ValueError for a missing column or one of another type."""
     columns = {each.name: each for each in columns_of(record)}

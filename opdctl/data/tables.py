@@ -1,10 +1,10 @@
 """Rows of the user's data: JSON lines, CSV and Parquet files, and data sets of the Hugging Face hub."""
 
 import csv
+import itertools
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,12 +33,10 @@ def read_table(path: Path) -> Iterator[TableRow]:
 
 def _read_jsonl(path: Path) -> Iterator[TableRow]:
     with path.open("rb") as file:
-        for number, line in enumerate(iter(partial(file.readline, parsing.MAX_LINE_BYTES + 1), b""), 1):
+        for number, line in enumerate(_read_lines(file, path), 1):
             if not line.strip():
                 continue
             try:
-                if len(line) > parsing.MAX_LINE_BYTES:
-                    raise ValueError(f"a row of more than {parsing.MAX_LINE_BYTES} bytes")
                 row = parsing.parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:  # not UTF-8, not JSON, or beyond a bound
                 raise OpdctlError("invalid_data", f"{path}:{number}: {error}") from error
@@ -47,10 +45,21 @@ def _read_jsonl(path: Path) -> Iterator[TableRow]:
             yield row
 
 
+def _read_lines(file: IO[AnyStr], path: Path) -> Iterator[AnyStr]:
+    """Yield the lines of a file. Raises OpdctlError if one is longer than a row can be: it is no text."""
+    for number in itertools.count(1):
+        line = file.readline(parsing.MAX_LINE_BYTES + 1)
+        if len(line) > parsing.MAX_LINE_BYTES:
+            raise OpdctlError("invalid_data", f"{path}:{number}: a line of more than {parsing.MAX_LINE_BYTES} bytes")
+        if not line:
+            return
+        yield line
+
+
 def _read_csv(path: Path) -> Iterator[TableRow]:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
+        rows = csv.DictReader(_read_lines(file, path), strict=True)
         try:
             for row in rows:
                 if None in row or None in row.values():

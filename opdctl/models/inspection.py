@@ -21,6 +21,7 @@ from opdctl import console
 from opdctl.errors import ErrorKind, OpdctlError
 from opdctl.models.architectures import auto_class, separate_body
 from opdctl.models.directory import MERGE_HINT, ModelDir, translate_loading_errors
+from opdctl.models.json_files import read_model_file
 from opdctl.models.weights import StoredWeights, have_equal_content
 
 WRAPPER_PREFIXES = {
@@ -72,7 +73,7 @@ def inspect_model(model: ModelDir, engine: str = "transformers") -> Inspection:
 
 
 def check_files(model: ModelDir) -> None:
-    if (model.path / "config.json").read_bytes().startswith(b"\xef\xbb\xbf"):
+    if read_model_file(model.path / "config.json").startswith(b"\xef\xbb\xbf"):
         detail = f"{model.path / 'config.json'}: begins with a byte order mark, which transformers rejects"
         raise OpdctlError("invalid_model", detail, hint="convert this file to UTF-8 without a byte order mark")
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from opdctl import console
 from opdctl.errors import OpdctlError, summarize_exception
-from opdctl.models.json_files import check_model_files, read_json_object
+from opdctl.models.json_files import check_model_files, read_json_object, read_model_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -181,7 +181,7 @@ def _loading_error(path: Path, error: Exception) -> OpdctlError:
     """Return the error for a tokenizer that a library cannot load: of a corrupt file if there is one."""
     for file in (path / name for name in JSON_FILES if (path / name).exists()):
         read_json_object(file)
-        if file.read_bytes().startswith(codecs.BOM_UTF8):
+        if read_model_file(file).startswith(codecs.BOM_UTF8):
             hint = "save it as UTF-8 without the mark"
             return OpdctlError("invalid_model", f"{file}: starts with a byte order mark", hint=hint)
     return OpdctlError(

@@ -20,7 +20,6 @@ from opdctl.models.json_files import check_model_files, read_json_object
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 CHUNK_BYTES = 2**24
 DTYPE_BITS = (
     dict.fromkeys(("F64", "I64", "U64"), 64)
@@ -117,7 +116,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         size = parsing.check_regular(file, follow_links=True).st_size
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            if length > min(MAX_HEADER_BYTES, size):
+            if length > min(parsing.MAX_HEADER_BYTES, size):
                 raise ValueError(f"a header of {length} bytes in a file of {size} bytes")
             header = parsing.parse_json(opened.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}

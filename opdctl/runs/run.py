@@ -341,7 +341,8 @@ class Run:
             OpdctlError: the file is missing, or differs from the one recorded.
         """
         path, record = self.path / "prompts.parquet", read_run_record(self.path)["prompts"]
-        files.check_no_symlinks(path)
+        if path.exists():
+            tables.check_rows(path, record["rows"])
         if not path.exists() or files.sha256_file(path) != record["sha256"]:
             hint = "restore it from a copy, or start again in another --output"
             raise OpdctlError("checksum_mismatch", f"{path}: differs from the prompts of this run", hint=hint)

@@ -62,7 +62,8 @@ def test_the_glossary_has_its_terms():
 
 
 def test_every_fault_has_a_test():
-    rows = [line for line in (DOCS / "reliability.md").read_text().splitlines() if line.startswith("| ")][1:]
+    lines = (DOCS / "reliability.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.endswith("| test |")]
     assert len(rows) > 40
     for row in rows:
         tests = re.findall(r"`((?:unit|integration|acceptance)/[\w/]+\.py)::(test_\w+)`", row)
