@@ -5,19 +5,21 @@ themselves in one module for each kind, which is imported at the first lookup. A
 lists, can register more.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import os
 import shlex
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from opdctl.errors import OpdctlError, did_you_mean
+from opdctl.errors import OpdctlError, did_you_mean, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -167,6 +169,33 @@ def load_plugins(names: Sequence[str]) -> None:
                 f"plugins: `{name}`: {'module not found' if missing else f'{type(error).__name__}: {error}'}",
                 hint="put the module in the working directory or on PYTHONPATH, or install it",
             ) from error
+
+
+@contextlib.contextmanager
+def plugin_errors(component: object) -> Iterator[None]:
+    """Let an exception of a plugin's code name the component, the plugin's file and the line.
+
+    Raises:
+        OpdctlError: such an exception occurred.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OpdctlError) or is_out_of_memory(error) or not (place := _plugin_place(component, error)):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise OpdctlError("invalid_plugin", f"{place}: {component}: {reason}", hint="correct the plugin") from error
+
+
+def _plugin_place(component: object, error: Exception) -> str:
+    """Return the last file and line of an exception that are of a plugin, else the component's file, "" if built in."""
+    registries = (WEIGHTS, OBJECTIVES, ENGINES, BENCHMARKS)
+    modules = {factory.__module__ for registry in registries for factory in registry._factories.values()}
+    files = {name: getattr(sys.modules[name], "__file__", None) for name in modules if not name.startswith("opdctl.")}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in files.values():
+            return f"{frame.filename}:{frame.lineno}"
+    return files.get(type(component).__module__) or ""
 
 
 def are_imported(names: Sequence[str]) -> bool:

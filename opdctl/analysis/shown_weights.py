@@ -59,7 +59,7 @@ def _recipe_weight(run: Run) -> dict[str, Weight]:
 
 def _parse_weights(text: str) -> Iterator[tuple[Component, bool]]:
     """Yield each weight of `--weights`, and whether it is shown only if its columns are stored."""
-    for item in text.split(","):
+    for item in map(str.strip, text.split(",")):
         if item == "all":
             for name in (*DEFAULT_WEIGHTS.split(","), *WEIGHTS.names()):
                 yield _parse_weight(name), True

@@ -9,7 +9,7 @@ import typer
 
 from opdctl import console
 from opdctl.cli import completion
-from opdctl.cli.options import Json, Verbose
+from opdctl.cli.options import Json, Verbose, split_names
 from opdctl.cli.session import command_session, print_json
 from opdctl.errors import OpdctlError
 
@@ -75,7 +75,7 @@ def compare(
         options = {"--target": target is not None, "--output": output is not None, "--table": table}
         are_runs = _check_usage(paths, options)
         _check_table_options(table, at, format_, target, json_)
-        benches = None if bench is None else bench.split(",")
+        benches = None if bench is None else split_names(bench)
         comparison: dict[str, Any] = {"evaluations": [], "curves": [], "table": None, "files": []}
         if len(paths) == 2 and not table:
             comparison["evaluations"] = _compare_evaluations(paths[0], paths[1], benches)

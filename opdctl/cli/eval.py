@@ -9,7 +9,7 @@ import typer
 
 from opdctl import console
 from opdctl.cli import completion
-from opdctl.cli.options import DryRun, Json, Overrides, Recipes, Verbose
+from opdctl.cli.options import DryRun, Json, Overrides, Recipes, Verbose, split_names
 from opdctl.cli.session import (
     command_session,
     join_process_group,
@@ -94,7 +94,7 @@ def evaluate(
 
         overrides = [*(set_ or []), *(["eval.allow_code_execution=true"] if allow_code_execution else [])]
         resolved, output = _select_recipe(recipe, overrides, run_dir, model, "plan" if dry_run else "run")
-        chosen = with_benchmarks(resolved, resolved.eval.bench if bench is None else bench.split(","))
+        chosen = with_benchmarks(resolved, resolved.eval.bench if bench is None else split_names(bench))
         if data is not None and not data.exists():
             raise OpdctlError("missing_file", f"--data {data}")
         if model is not None and step is not None:

@@ -7,6 +7,12 @@ import typer
 
 from opdctl.cli import completion
 
+
+def split_names(text: str) -> list[str]:
+    """Return the names in a list with commas; blanks around them do not matter."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 Recipes = Annotated[
     list[str] | None,
     typer.Option(

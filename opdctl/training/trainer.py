@@ -36,6 +36,7 @@ from opdctl.models.routing import Routers
 from opdctl.models.shapes import attention_span, read_shape
 from opdctl.recipe.components import build_objective, build_token_weight, reads_trainer_logprobs
 from opdctl.recipe.dependencies import fingerprint_settings
+from opdctl.registry import plugin_errors
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish, sharding
@@ -347,7 +348,9 @@ class Trainer:
         def chunk_loss(chunk: Chunk) -> Tensor:
             logp_C = chunk.selected_logp_CK[:, 0].detach()
             old_logp_C = logp_C if batch.old_logp_N is None else batch.old_logp_N[chunk.rows]
-            loss_C, metrics = self._objective(self._token_batch(batch, chunk, old_logp_C, teacher_hidden_ND))
+            tokens = self._token_batch(batch, chunk, old_logp_C, teacher_hidden_ND)
+            with plugin_errors(self._objective):
+                loss_C, metrics = self._objective(tokens)
             sums.add({**metrics, **_token_metrics(batch, chunk, old_logp_C, metrics)})
             sums.logps.append(logp_C)
             return (loss_C * batch.loss_scale_N[chunk.rows]).sum()

@@ -9,7 +9,7 @@ import pytest
 from helpers.commands import QUICKSTART
 
 from opdctl.errors import OpdctlError
-from opdctl.losses.token_weights import Weight
+from opdctl.losses.token_weights import ResponseTokens, Weight, weigh
 from opdctl.recipe.load import load_recipe
 from opdctl.registry import OBJECTIVES, WEIGHTS, ComponentInfo, Registry, load_plugins, module_origins, plugin_file
 
@@ -133,3 +133,67 @@ def test_files_of_a_plugin_are_found_without_running_them(tmp_path: Path, monkey
     assert module_origins("package.missing") == [package / "__init__.py"]
     assert module_origins("missing.module") == []
     assert plugin_file("sys") is None
+
+
+FAULTY = """
+from dataclasses import dataclass
+import numpy as np
+from opdctl.plugins import WEIGHTS, Weight
+
+@WEIGHTS.register("divides", "a test")
+@dataclass(frozen=True)
+class Divides(Weight):
+    def __call__(self, tokens):
+        return np.ones(len(tokens)) / int("0")
+
+@WEIGHTS.register("calls", "a test")
+@dataclass(frozen=True)
+class Calls(Weight):
+    def __call__(self, tokens):
+        return np.linalg.inv(np.zeros((2, 2)))
+
+@WEIGHTS.register("nothing", "a test")
+@dataclass(frozen=True)
+class Nothing(Weight):
+    pass
+
+@WEIGHTS.register("returns_none", "a test")
+@dataclass(frozen=True)
+class ReturnsNone(Weight):
+    def __call__(self, tokens):
+        return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "reason"),
+    [
+        ("divides", ":10: Divides()", "invalid literal"),
+        ("calls", ":16: Calls()", "LinAlgError: Singular matrix"),
+        ("nothing", ": Nothing()", "NotImplementedError"),
+        ("returns_none", "ReturnsNone()", "returned NoneType"),
+    ],
+)
+def test_error_of_a_plugin_names_component_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str, reason: str
+) -> None:
+    """The line is the plugin's, also if another library raises."""
+    file = tmp_path / f"faulty_{name}.py"
+    file.write_text(FAULTY.replace('int("0")', 'int("zero")'))
+    for field in ("_factories", "_sources"):
+        monkeypatch.setattr(WEIGHTS, field, dict(getattr(WEIGHTS, field)))
+    monkeypatch.syspath_prepend(tmp_path)
+    load_plugins([file.stem])
+    tokens = ResponseTokens(np.zeros(3), np.zeros(3), np.zeros(3), 0, {})
+    with pytest.raises(OpdctlError) as caught:
+        weigh(WEIGHTS.build(name, {}), [tokens])
+    assert caught.value.kind == "invalid_plugin"
+    assert (f"{file}{place}" if place.startswith(":") else place) in caught.value.message
+    assert reason in caught.value.message
+
+
+def test_error_of_a_built_in_component_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = WEIGHTS.build("uniform", {})
+    monkeypatch.setattr(type(weight), "weigh_step", lambda self, responses: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        weigh(weight, [])

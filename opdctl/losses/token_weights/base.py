@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from opdctl.errors import OpdctlError, did_you_mean
-from opdctl.registry import WEIGHTS
+from opdctl.registry import WEIGHTS, plugin_errors
 
 MIN_TAIL_PROB = 1e-6
 """Least probability of the tokens outside a top-k. Rounding could make it 0, and its log infinite."""
@@ -144,12 +144,17 @@ def weigh(weight: Weight, responses: Sequence[ResponseTokens]) -> list[Floats]:
     Raises:
         OpdctlError: a weight is negative or not finite, or the number of weights is wrong.
     """
-    weights = weight.weigh_step(responses)
+    with plugin_errors(weight):
+        weights = weight.weigh_step(responses)
     if len(weights) != len(responses):
         raise OpdctlError(
             "invalid_plugin", f"{weight}: `weigh_step` returned {len(weights)} arrays for {len(responses)} responses"
         )
     for tokens, weight_T in zip(responses, weights, strict=True):
+        if not isinstance(weight_T, np.ndarray):
+            raise OpdctlError(
+                "invalid_plugin", f"{weight}: returned {type(weight_T).__name__} for a response, no array"
+            )
         if weight_T.shape != (len(tokens),) or not (np.isfinite(weight_T).all() and (weight_T >= 0).all()):
             raise OpdctlError(
                 "invalid_data",
