@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RERUN_HINT = "run the same command again to resume"
 _stop_signal = ""  # the name of the signal that this process got
+_is_interrupted = False
 
 
 class StopRequested(BaseException):
@@ -31,8 +32,8 @@ class StopRequested(BaseException):
 @contextlib.contextmanager
 def command_session(verbose: bool | None, *, as_json: bool) -> Iterator[None]:
     """Set up messages and signals; turn every error into one message and an exit code."""
-    global _stop_signal
-    _stop_signal = ""
+    global _is_interrupted, _stop_signal
+    _is_interrupted, _stop_signal = False, ""
     is_other_rank = not distributed.is_main()  # other ranks report their errors only
     level = {None: 0, True: 1, False: -1}[verbose]
     console.set_level(-1 if is_other_rank else level, f"rank {distributed.rank()}: " if is_other_rank else "")
@@ -40,6 +41,7 @@ def command_session(verbose: bool | None, *, as_json: bool) -> Iterator[None]:
     os.umask(os.umask(0) | 0o002)  # never create world-writable files, whatever the umask
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, _request_stop)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         with _report_errors(verbose=bool(verbose)):
             yield
@@ -114,9 +116,20 @@ def _report_exception(error: Exception, *, verbose: bool) -> Exception:
 
 
 def _request_stop(number: int, frame: FrameType | None) -> None:
+    """Stop. A scheduler may repeat its signal while this process cleans up: that changes nothing."""
     global _stop_signal
-    _stop_signal = signal.Signals(number).name
-    raise StopRequested(_stop_signal)
+    if not _stop_signal:
+        _stop_signal = signal.Signals(number).name
+        raise StopRequested(_stop_signal)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop at Ctrl-C; at the second one without cleaning up, as at a kill."""
+    global _is_interrupted
+    if _is_interrupted:
+        os._exit(ExitCode.INTERRUPTED)
+    _is_interrupted = True
+    raise KeyboardInterrupt
 
 
 def print_json(value: Mapping[str, Any]) -> None:

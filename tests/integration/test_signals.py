@@ -3,12 +3,17 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import QUICKSTART, contents, invoke, sets
+from helpers.commands import QUICKSTART, artifacts, contents, invoke, sets
+from helpers.forks import fork, wait
 
+from opdctl.artifacts.leases import Lease
+from opdctl.cli import session
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
 
@@ -107,3 +112,43 @@ def test_signal_in_an_evaluation(finished_copy, monkeypatch, number, code):
     assert contents(finished_copy / "student") == {
         name.removeprefix("student/"): data for name, data in before.items() if name.startswith("student/")
     }
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_signal_during_the_cleanup(tmp_path, monkeypatch, number, code):
+    """A repeated SIGTERM or SIGUSR1 is ignored; a second Ctrl-C ends the process, as a kill would."""
+    output = tmp_path / "run"
+    signal_at_call(monkeypatch, Lease, "release", 2, number)  # of the part in work; the first one was complete
+    signal_at_call(monkeypatch, TransformersEngine, "stream_completions", 2, number)
+    command = ("rollout", "--recipe", QUICKSTART, *SETTINGS, "--output", output)
+    assert wait(fork(lambda: invoke(*command).code)) == code
+    monkeypatch.undo()
+    assert invoke(*command).code == 0
+    assert invoke("rollout", "--recipe", QUICKSTART, *SETTINGS, "--output", tmp_path / "other").code == 0
+    assert artifacts(output) == artifacts(tmp_path / "other")
+
+
+def test_handlers_of_repeated_signals(monkeypatch):
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(session, "_stop_signal", "")
+    monkeypatch.setattr(session, "_is_interrupted", False)
+    with pytest.raises(session.StopRequested):
+        session._request_stop(signal.SIGTERM, None)
+    session._request_stop(signal.SIGUSR1, None)
+    assert session._stop_signal == "SIGTERM"
+    with pytest.raises(KeyboardInterrupt):
+        session._interrupt(signal.SIGINT, None)
+    assert codes == []
+    with pytest.raises(KeyboardInterrupt):  # since the process did not end here
+        session._interrupt(signal.SIGINT, None)
+    assert codes == [ExitCode.INTERRUPTED]
+
+
+def test_interrupt_before_the_command_begins_is_quiet():
+    program = "import os, runpy, sys\n"
+    program += "sys.meta_path.insert(0, type('Slow', (), {'find_spec': lambda *a: os.kill(os.getpid(), 2) "
+    program += "if a[1] == 'opdctl.cli.main' else None})())\n"
+    program += "sys.argv = ['opdctl', 'list', 'weights']; runpy.run_module('opdctl', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
