@@ -47,7 +47,7 @@ class Lease:
         """Return whether this process has acquired the lease. Never waits.
 
         Raises:
-            OpdctlError: the directory cannot be written.
+            OpdctlError: the directory cannot be written, or the lock file is that of another program.
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,9 @@ class Lease:
         except filelock.Timeout:
             self._observe_owner()
             return False
+        except filelock.LeaseSettingsMismatch as error:
+            hint = "remove it, unless another program uses this directory"
+            raise OpdctlError("corrupt_artifact", f"{self._path}: not a lease of opdctl", hint=hint) from error
         except OSError as error:
             raise OpdctlError("failed_write", f"{self._path}: {error.strerror}") from error
         self._token = self._lease.token

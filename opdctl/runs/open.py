@@ -66,7 +66,13 @@ def open_run(
 
 
 def standalone_eval_run(recipe: Recipe, path: Path) -> Run:
-    """Return the run of an evaluation in `path` that belongs to no training run."""
+    """Return the run of an evaluation in `path` that belongs to no training run.
+
+    Raises:
+        OpdctlError: its results are, or contain, a link or a special file.
+    """
+    files.check_no_symlinks(path / "eval")
+    files.check_tree(path / "eval")
     return Run(resolve_open_settings(recipe, path, ("rollout",)), path, {}, {})
 
 

@@ -69,6 +69,7 @@ def make_corpus(folder: Path, run: Path | None = None) -> Corpus:
     copy = Path(shutil.copytree(run, folder / "base-run"))
     beat = {"stage": "rollout", "step": 1, "state": "running", "host": "node", "pid": 1, "time": "2026-01-01T00:00:00"}
     files.write_json(copy / "heartbeats" / "rollout-node-1.json", beat)
+    interrupt_rollout(copy, 2)
     model = Path(shutil.copytree(next(Path(opdctl.__file__).parent.glob("data/toy/models/student")), folder / "model"))
     data, outside = folder / "data", folder / "outside"
     data.mkdir()
@@ -79,6 +80,19 @@ def make_corpus(folder: Path, run: Path | None = None) -> Corpus:
     outside.mkdir()
     (outside / "precious").write_text("keep")
     return Corpus(copy, model, data, outside)
+
+
+def interrupt_rollout(run: Path, step: int) -> None:
+    """Leave the rollout of a step as a worker does that is killed after its first part."""
+    result = invoke("rollout", "--output", run, "--step", step)
+    assert result.code == 0, result.err
+    stage = run / f"step-{step:05d}" / "rollout"
+    manifest = json.loads((stage / "manifest.json").read_text())
+    first, *others = manifest.pop("parts")
+    write_sealed(stage / "in_progress.json", manifest)
+    files.write_json(stage / f"{first['name']}.receipt.json", first)
+    for name in ("manifest.json", *(part["name"] for part in others)):
+        (stage / name).unlink()
 
 
 def outside_state(corpus: Corpus) -> list[tuple[str, int, bytes]]:
@@ -358,6 +372,7 @@ def run_commands(run: Path, other: Path, sample: str) -> list[list[object]]:
         ["train", "--output", run],
         ["train", "--output", run, "--dry-run"],
         ["rollout", "--output", run, "--step", "1"],
+        ["rollout", "--output", run, "--step", "2"],
         ["score-teacher", "--output", run, "--step", "1"],
         ["eval", "--run", run],
         ["eval", "--run", run, "--dry-run"],

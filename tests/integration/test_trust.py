@@ -202,6 +202,20 @@ def test_the_run_directory_itself_may_be_a_link(finished_copy: Path, tmp_path: P
         assert result.code == 0, result.err
 
 
+def test_evaluation_of_a_model_writes_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "results" / "eval").mkdir(parents=True)
+    for link in ("eval/sort12", "eval"):
+        path = tmp_path / "results" / link
+        shutil.rmtree(path, ignore_errors=True)
+        path.symlink_to(tmp_path / "outside")
+        result = invoke("eval", "--model", "toy:student", "--bench", "sort12", "--run", tmp_path / "results")
+        assert result.code == ExitCode.BAD_DATA, result.err
+        assert f"{path}: is a symbolic link" in result.err
+        path.unlink()
+    assert not list((tmp_path / "outside").iterdir())
+
+
 def test_links_of_a_tracker_are_its_own(finished_copy: Path) -> None:
     (finished_copy / "wandb").mkdir()
     (finished_copy / "wandb" / "latest-run").symlink_to("run-1")

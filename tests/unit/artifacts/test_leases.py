@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import filelock
 import pytest
 
 from opdctl.artifacts import files, leases
@@ -165,3 +166,11 @@ def test_backoff_grows_to_its_maximum():
     pauses = list(itertools.islice(backoff(), 20))
     assert pauses == sorted(pauses)
     assert (pauses[0], pauses[-1]) == (0.02, leases.MAX_BACKOFF_SECONDS)
+
+
+def test_lock_file_of_another_program_is_an_error(tmp_path):
+    other = filelock.SoftFileLease(tmp_path / ".x.lock", lease_duration=5, heartbeat_interval=1)
+    other.acquire()
+    with pytest.raises(OpdctlError, match=r"\.x\.lock: not a lease of opdctl"):
+        leases.Lease(tmp_path, "x").acquire()
+    other.release()
