@@ -1,5 +1,6 @@
 """`opdctl run …`: fork, repair and show a run, and continue its prefixes."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -165,7 +166,7 @@ def continuations(
             console.info(f"wrote {result.parts_made} parts of {result.path}; other workers are producing the rest")
         else:
             console.answer(continuations_sentence(result.summary))
-            console.info(f"wrote {result.path}; next: opdctl analyze-position {run_dir}")
+            console.info(f"wrote {result.path}; next: opdctl analyze-position {shlex.quote(str(run_dir))}")
         if json_:
             made = {"parts_made": result.parts_made, "summary": result.summary}
             print_json({"run_dir": str(run_dir), "step": step, **made})

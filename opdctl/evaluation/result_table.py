@@ -7,6 +7,7 @@ by problem: the interval covers other problems of the same kind, but not other s
 """
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def _select_student(run: ComparedRun, overall: ResultColumn, at: str) -> ModelRe
         raise OpdctlError(
             "missing_evaluation",
             f"{run.path}: no step is evaluated on all of {benches}",
-            hint=f"run `opdctl eval --run {run.path} --bench {','.join(overall.weights)}`",
+            hint=f"run `opdctl eval --run {shlex.quote(str(run.path))} --bench {','.join(overall.weights)}`",
         )
     if at == "last":
         step = steps[-1]
@@ -122,7 +123,7 @@ def _select_student(run: ComparedRun, overall: ResultColumn, at: str) -> ModelRe
         raise OpdctlError(
             "missing_evaluation",
             f"{run.path}: step {at} is not evaluated on all of {benches}; these are: {', '.join(map(str, steps))}",
-            hint=f"run `opdctl eval --run {run.path} --step {at}`, or give another --at",
+            hint=f"run `opdctl eval --run {shlex.quote(str(run.path))} --step {at}`, or give another --at",
         )
     return ModelResult(run, step, {bench: run.evaluations[bench][step] for bench in overall.weights})
 

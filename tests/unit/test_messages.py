@@ -7,13 +7,16 @@ A changed message fails here. Review the new wording, then write the table again
 
 import ast
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import pytest
+import typer
 
+from opdctl.cli.main import app
 from opdctl.errors import EXIT_CODES, ErrorKind, ExitCode, OpdctlError
 
 PACKAGE = Path(__file__).parents[2] / "opdctl"
@@ -125,6 +128,40 @@ def test_a_message_is_plain_and_actionable(message):
     if message.hint:
         first = re.split(r"[ ,;:]", message.hint)[0]
         assert first in IMPERATIVES or message.hint.startswith(CONDITIONS), f"no imperative: {message.hint}"
+
+
+def commands_in(text: str) -> list[str]:
+    """Return the commands of opdctl in a message, each value replaced by 1."""
+    found = re.findall(r"`opdctl ([^`]*)`", text)
+    return [re.sub(r"\{[^}]*\}|…|\b[A-Z_]{2,}\b", "1", command) for command in found]
+
+
+def parse(words: list[str]) -> None:
+    """Let the command line parse the words of a command, without running it."""
+    command = typer.main.get_command(app)
+    while isinstance(command, typer.core.TyperGroup):
+        name = words.pop(0)
+        assert name in command.commands, name
+        command = command.commands[name]
+    command.make_context(command.name, words)
+
+
+COMMANDS = sorted({command for message in MESSAGES for command in commands_in(f"{message.detail} {message.hint}")})
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("eval", "rollout")])
+def test_commands_in_messages_can_be_parsed(command):
+    parse(shlex.split(command))
+
+
+def test_paths_in_commands_are_quoted():
+    """A run may lie in a directory whose name has a space."""
+    lines = [line for file in sorted(PACKAGE.rglob("*.py")) for line in file.read_text().splitlines()]
+    commands = [found[1] for line in lines if (found := re.search(r"opdctl [a-z-]+([^`\"]*\{.*)", line))]
+    assert len(commands) > 5
+    for command in commands:
+        for value in re.findall(r"\{([^}]*(?:path|dir)[^}]*)\}", command):
+            assert value == "path" or "quote(" in value, command  # a variable of this name is quoted where it is set
 
 
 def test_every_kind_is_used():
