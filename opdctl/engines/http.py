@@ -1,16 +1,20 @@
-"""JSON over HTTP to one server: concurrency, retries, and the error that each failure means.
+"""JSON over HTTP to one server: concurrency, retries, bounds, and the error that each failure means.
 
-This module knows no API. The `parse` function of a request checks the content of the response.
+This module knows no API. The `parse` function of a request checks the content of the response. A server is not trusted:
+a response has a maximum size, and its text is shown in one short line without any part of the API key.
 """
 
+import base64
 import contextlib
 import itertools
 import os
 import random
+import re
 import socket
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -27,6 +31,12 @@ FIRST_RETRY_PAUSE_SECONDS = 1.0
 MAX_RETRY_PAUSE_SECONDS = 60.0
 CONNECT_TIMEOUT_SECONDS = 10.0  # a connection attempt is the one thing that cannot be interrupted
 MAX_SERVER_MESSAGE_CHARS = 300
+MAX_RESPONSE_BYTES = 2**22
+"""Maximum size of a response, after decompression, unless the request allows more."""
+MAX_ERROR_BYTES = 2**16  # more of the body of an error status is not read
+MIN_COMMON_KEY_CHARS = 6
+ESCAPE_PATTERN = re.compile(r"\\+(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|.)")
+WITHHELD_MESSAGE = "a message that is not shown, because it contains a part of the API key"
 Parsed = TypeVar("Parsed")
 Parse = Callable[[Any], Parsed]
 
@@ -54,11 +64,13 @@ class Client:
                 "invalid_usage",
                 f"{settings.api_key_env}: the API key contains characters that an HTTP header cannot contain",
             )
+        self._key_parts = _parts_of_key(self._api_key)
         self._warned, self._cancelled, self._lock = False, threading.Event(), threading.Lock()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         concurrency, limit = settings.concurrency, settings.timeout_seconds
         self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
+            headers={"Accept-Encoding": "gzip"}
+            | ({"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}),
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             timeout=httpx.Timeout(limit, connect=min(limit, CONNECT_TIMEOUT_SECONDS)),
         )
@@ -67,27 +79,28 @@ class Client:
         self._http.close()
 
     def get(self, url: str, parse: Parse[Parsed]) -> Parsed:
-        return self._request("GET", url, None, parse)
+        return self._request("GET", url, None, parse, MAX_RESPONSE_BYTES)
 
     def post(
         self, url: str, body: Mapping[str, Any], parse: Parse[Parsed], absent: Sequence[int] = ()
     ) -> Parsed | None:
         """Return the parsed response, or None for an HTTP status in `absent`."""
-        return self._request("POST", url, body, parse, absent)
+        return self._request("POST", url, body, parse, MAX_RESPONSE_BYTES, absent)
 
     def post_all(
-        self, url: str, requests: Iterable[tuple[Mapping[str, Any], Parse[Parsed]]]
+        self, url: str, requests: Iterable[tuple[Mapping[str, Any], Parse[Parsed], int]]
     ) -> Generator[tuple[int, Parsed]]:
         """Post every body, `concurrency` at a time; yield the number and the parsed response of each as it arrives.
 
-        The first error, or a signal's exception in this thread, cancels all outstanding requests.
+        requests: body, parser, and maximum size of the response in bytes. The first error, or a signal's exception in
+        this thread, cancels all outstanding requests.
         """
         numbered = enumerate(requests)
         pending: dict[Future[Parsed], int] = {}
         with self._workers() as workers:
             while True:
-                for index, (body, parse) in itertools.islice(numbered, self._settings.concurrency - len(pending)):
-                    pending[workers.submit(self._request, "POST", url, body, parse)] = index
+                for index, request in itertools.islice(numbered, self._settings.concurrency - len(pending)):
+                    pending[workers.submit(self._request, "POST", url, *request)] = index
                 if not pending:
                     return
                 finished, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -118,28 +131,31 @@ class Client:
                 if self._cancelled.is_set():
                     _shut_down(connected)
 
-    def _request(self, method: str, url: str, body: Any, parse: Parse[Any], absent: Sequence[int] = ()) -> Any:
+    def _request(
+        self, method: str, url: str, body: Any, parse: Parse[Any], max_bytes: int, absent: Sequence[int] = ()
+    ) -> Any:
         reason = ""
         for _ in range(2):
-            response = self._send(method, url, body)
-            if response.status_code in absent:
-                return None
-            self._check_status(response, url)
             try:
+                response = self._send(method, url, body, max_bytes)
+                if response.status_code in absent:
+                    return None
+                self._check_status(response, url)
                 return parse(_decode_json(response.content))
-            except (MalformedResponseError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-                is_ours = isinstance(error, MalformedResponseError)
-                reason = self._printable(str(error) if is_ours else f"{type(error).__name__}: {error}")
+            except MalformedResponseError as error:
+                reason = self.printable(str(error))
+            except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+                reason = self.printable(f"{type(error).__name__}: {error}")
         raise OpdctlError("malformed_response", f"{url}: {reason} (after one retry)", hint=RESUME_HINT)
 
-    def _send(self, method: str, url: str, body: Any) -> httpx.Response:
+    def _send(self, method: str, url: str, body: Any, max_bytes: int) -> httpx.Response:
         """Return the first response that is not a temporary failure."""
         attempts = 1 + self._settings.max_retries
         for attempt in itertools.count(1):
             if self._cancelled.is_set():
                 break
             try:
-                response = self._attempt(method, url, body)
+                response = self._attempt(method, url, body, max_bytes)
                 self._warned = False
                 return response
             except _RetryableError as error:
@@ -150,22 +166,20 @@ class Client:
                 self._cancelled.wait(error.pause + _retry_pause(attempt))
         raise CancelledError
 
-    def _attempt(self, method: str, url: str, body: Any) -> httpx.Response:
+    def _attempt(self, method: str, url: str, body: Any, max_bytes: int) -> httpx.Response:
         limit = self._settings.timeout_seconds
-        deadline, chunks = time.monotonic() + limit, []
+        deadline = time.monotonic() + limit
         try:
             with self._http.stream(method, url, json=body, extensions={"trace": self._track_socket}) as stream:
-                for chunk in stream.iter_raw():
-                    chunks.append(chunk)
-                    if time.monotonic() > deadline:  # httpx limits each read, not their sum
-                        raise httpx.ReadTimeout("")
-            response = httpx.Response(stream.status_code, headers=stream.headers, content=b"".join(chunks))
+                content = _read_body(stream, deadline, max_bytes)
+            retry_after = {"retry-after": stream.headers.get("retry-after", "")}
+            response = httpx.Response(stream.status_code, headers=retry_after, content=content)
         except httpx.TimeoutException as error:
             is_connected = not isinstance(error, httpx.ConnectTimeout)
             reason = f"no response within {limit:g} seconds" if is_connected else "the connection attempt timed out"
             raise _RetryableError(reason) from None
         except httpx.RequestError as error:
-            reason = self._printable(summarize_exception(error))
+            reason = self.printable(summarize_exception(error))
             if "CERTIFICATE_VERIFY_FAILED" in reason:
                 hint = "set SSL_CERT_FILE to the certificate file of the server's private authority"
                 raise OpdctlError("unavailable_server", f"{url}: {reason}", hint=hint) from None
@@ -200,17 +214,75 @@ class Client:
     def _describe_status(self, response: httpx.Response) -> str:
         """Return the status and the server's error message."""
         try:
-            content = response.json()
+            content = from_json(response.content)
             error = content.get("error", content)
-            message = error["message"] if isinstance(error, dict) and "message" in error else str(error)
+            message = str(error["message"] if isinstance(error, dict) and "message" in error else error)
         except (ValueError, AttributeError):
             message = response.text
-        return f"HTTP {response.status_code}: {self._printable(message) or response.reason_phrase}"
+        return f"HTTP {response.status_code}: {self.printable(message) or response.reason_phrase}"
 
-    def _printable(self, text: str) -> str:
-        """Return the server's text as one short line, without the key and without control characters."""
-        text = text.replace(self._api_key, "***") if self._api_key else text
+    def printable(self, text: str) -> str:
+        """Return the server's text as one short line without control characters.
+
+        If it has six characters in a row in common with the key, whatever their case and what is between them, none of
+        it is returned.
+        """
+        readings = _letters_and_digits(text), _letters_and_digits(_unescape(text))
+        if any(part in reading for part in self._key_parts for reading in readings):
+            return WITHHELD_MESSAGE
+        if self._api_key and self._api_key in text:  # shorter than six characters
+            text = text.replace(self._api_key, "***")
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MAX_SERVER_MESSAGE_CHARS]
+
+
+def _read_body(stream: httpx.Response, deadline: float, max_bytes: int) -> bytes:
+    """Read a response piece by piece, of an error status its start.
+
+    Raises:
+        MalformedResponseError: it has more than `max_bytes` after decompression.
+        httpx.ReadTimeout: it does not end before `deadline`.
+    """
+    encoding = stream.headers.get("content-encoding", "identity")
+    is_success = stream.is_success
+    if encoding not in ("identity", "gzip") and is_success:
+        raise MalformedResponseError(f"the content encoding {encoding}, which was not requested")
+    most = max_bytes if is_success else MAX_ERROR_BYTES
+    gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    content = bytearray()
+    try:
+        for chunk in stream.iter_raw():
+            # A small chunk may inflate a thousandfold.
+            content += gzip.decompress(chunk, most + 1 - len(content)) if encoding == "gzip" else chunk
+            if len(content) > most:
+                break
+            if time.monotonic() > deadline:  # httpx limits each read, not their sum
+                raise httpx.ReadTimeout("")
+    except zlib.error as error:
+        raise MalformedResponseError(f"not gzip: {error}") from None
+    if is_success and len(content) > most:
+        raise MalformedResponseError(f"more than {most:,} bytes, although the request allows no longer response")
+    return bytes(content[:most])
+
+
+def _parts_of_key(key: str) -> set[str]:
+    """Return what no text that is shown contains: all runs of six characters of the key and of its usual encodings."""
+    data = key.encode()
+    forms = [key, key[::-1], data.hex(), *(base64.b64encode(data[start:]).decode() for start in range(3))]
+    texts = map(_letters_and_digits, forms)
+    return {
+        text[start : start + MIN_COMMON_KEY_CHARS]
+        for text in texts
+        for start in range(len(text) - MIN_COMMON_KEY_CHARS + 1)
+    }
+
+
+def _unescape(text: str) -> str:
+    """Return the text without the escapes of Python and JSON, in which an error may quote it."""
+    return ESCAPE_PATTERN.sub(lambda escape: chr(int(escape[1] or escape[2] or "20", 16)), text)
+
+
+def _letters_and_digits(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 def _decode_json(content: bytes) -> Any:

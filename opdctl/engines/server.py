@@ -23,12 +23,15 @@ import numpy as np
 from opdctl import console
 from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
 from opdctl.engines.base import EngineContext, InOrder, Request, ScoreRequest
-from opdctl.engines.http import Client, MalformedResponseError, Parse, Parsed
+from opdctl.engines.http import MAX_RESPONSE_BYTES, Client, MalformedResponseError, Parse, Parsed
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_local
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score, model_key
 
 _Item = TypeVar("_Item", Request, ScoreRequest)
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+TokenEntries = tuple[np.ndarray[Any, np.dtype[np.int64]], Numbers]
+"""Ids and log-probs of the tokens that the server returns at one position."""
 VLLM_NEG_INF = -9999.0  # vLLM's JSON encoding of minus infinity
 MAX_LOGPROB = 1e-3  # rounding above 0
 NEUTRAL_SAMPLING_PARAMS = {
@@ -45,6 +48,8 @@ PADDING_CONTEXTS, PADDING_SAMPLE_SIZE = 4, 32  # requests: one for each of these
 MAX_PADDING_NATS = 0.01
 SPARE_ENTRIES = 4  # additional most probable tokens, in place of padding ids among them
 FORBIDDEN_LOGIT_BIAS = -100.0  # the least that the API accepts
+MAX_ENTRY_BYTES = 512
+"""Maximum mean size of a token's entry in a response. One with log-prob, rank and text has about 90 bytes."""
 
 
 class ServerEngine(InOrder):
@@ -108,11 +113,11 @@ class ServerEngine(InOrder):
         if self._padding_ids:
             fixed["logit_bias"] = dict.fromkeys(map(str, self._padding_ids), FORBIDDEN_LOGIT_BIAS)
 
-        def bodies() -> Iterator[tuple[dict[str, Any], Parse[Completion]]]:
+        def bodies() -> Iterator[tuple[dict[str, Any], Parse[Completion], int]]:
             for request in requests:
                 self._check_length(len(request.prompt_ids), sampling.max_tokens, self._max_prompt + sampling.max_tokens)
                 body = self._body(request.prompt_ids, sampling) | fixed | {"seed": request.seed}
-                yield body, self._response_parser(body, parse)
+                yield body, self._response_parser(body, parse), _max_response_bytes(body, entries)
 
         yield from self._client.post_all(f"{self._url}/completions", bodies())
 
@@ -127,13 +132,13 @@ class ServerEngine(InOrder):
         requests = self._check_padding(requests, _first_half)
         vocab_size, entries = self._model.vocab_size, self._num_entries(settings.top_k)
 
-        def bodies() -> Iterator[tuple[dict[str, Any], Parse[TokenScores]]]:
+        def bodies() -> Iterator[tuple[dict[str, Any], Parse[TokenScores], int]]:
             for request in requests:
                 ids = np.concatenate([request.prompt_ids, request.response_ids])
                 self._check_length(len(ids), 1, self._max_prompt + self._max_response + 1)
                 body = self._body(ids, Sampling(max_tokens=1)) | {"prompt_logprobs": entries}
                 parse = partial(_parse_scores, request=request, vocab_size=vocab_size, top_k=settings.top_k)
-                yield body, self._response_parser(body, parse)
+                yield body, self._response_parser(body, parse), _max_response_bytes(body, entries)
 
         yield from self._client.post_all(f"{self._url}/completions", bodies())
 
@@ -162,12 +167,13 @@ class ServerEngine(InOrder):
         sample = self._padding_ids[:: math.ceil(padding / PADDING_SAMPLE_SIZE)]
         longest = None if self._max_model_len is None else self._max_model_len - 2  # id and sampled token come after it
 
-        def bodies() -> Iterator[tuple[dict[str, Any], Parse[float]]]:
+        def bodies() -> Iterator[tuple[dict[str, Any], Parse[float], int]]:
             for context in contexts:
                 for id_ in sample:
                     body = self._body(np.append(context[:longest], id_), Sampling(max_tokens=1))
                     body["prompt_logprobs"] = 0
-                    yield body, self._response_parser(body, partial(_parse_last_probability, id_=id_))
+                    parse = partial(_parse_last_probability, id_=id_)
+                    yield body, self._response_parser(body, parse), _max_response_bytes(body, 0)
 
         by_number = dict(self._client.post_all(f"{self._url}/completions", bodies()))
         probabilities = [by_number[number] for number in range(len(by_number))]
@@ -220,12 +226,16 @@ class ServerEngine(InOrder):
         """Return the model's name at the server, and the maximum sequence length if the server reports it."""
 
         def parse(content: Any) -> dict[str, dict[str, Any]]:
-            return {card["id"]: card for card in content["data"] if not card.get("parent")}  # adapters have a parent
+            cards = [card for card in content["data"] if not card.get("parent")]  # adapters have a parent
+            for card in cards:
+                if type(card["id"]) is not str or type(card.get("max_model_len")) not in (int, type(None)):
+                    raise MalformedResponseError(f"the model {card['id']} with {card.get('max_model_len')} tokens")
+            return {card["id"]: card for card in cards}
 
         cards = self._client.get(f"{self._url}/models", parse)
         name = next(iter(cards)) if served_name is None and len(cards) == 1 else served_name
         if name is None or name not in cards:
-            served = ", ".join(f"`{served}`" for served in sorted(cards)) or "none"
+            served = self._client.printable(", ".join(f"`{served}`" for served in sorted(cards))) or "none"
             problem = f"no model `{name}`" if name else "not exactly one model"
             raise OpdctlError(
                 "missing_model",
@@ -262,8 +272,8 @@ class ServerEngine(InOrder):
                 if (own := tokenizer.convert_ids_to_tokens(id_)) != token:
                     raise OpdctlError(
                         "incompatible_tokenizer",
-                        f"{self._url}: the server's tokenizer is not that of {self._model.path}: id {id_} is {token!r} "
-                        f"there, {own!r} here",
+                        f"{self._url}: the server's tokenizer is not that of {self._model.path}: id {id_} is "
+                        f"{self._client.printable(repr(token))} there, {own!r} here",
                         hint=f"serve the model that {self._key}.model names",
                     )
 
@@ -297,35 +307,66 @@ def _is_unmodified(sampling: Sampling) -> bool:
     return sampling.temperature == 1 and sampling.top_p == 1
 
 
+def _max_response_bytes(body: dict[str, Any], entries: int) -> int:
+    """Return the maximum size of a completions response with this many most probable tokens at each position."""
+    num_tokens = len(body["prompt"]) + body["max_tokens"]
+    return MAX_RESPONSE_BYTES + num_tokens * (entries + 2) * MAX_ENTRY_BYTES
+
+
 def _parse_tokens(content: Any) -> list[tuple[int, str]]:
     """Return ids and their tokens."""
-    return list(zip(content["tokens"], content["token_strs"], strict=True))
+    ids, tokens = _to_ids(content["tokens"]), content["token_strs"]
+    if not set(map(type, tokens)) <= {str}:
+        raise MalformedResponseError("tokens that are no strings")
+    return list(zip(ids, tokens, strict=True))
 
 
-def _to_logprobs(values: Sequence[Any] | np.ndarray[Any, np.dtype[Any]]) -> Logprobs:
+def _to_ids(values: Sequence[Any]) -> list[int]:
+    """Return the values if they are token ids: JSON integers that are not negative and have 32 bits."""
+    if not set(map(type, values)) <= {int}:
+        raise MalformedResponseError("token ids that are no integers")
+    if values and not 0 <= min(values) <= max(values) < 2**31:
+        raise MalformedResponseError("a token id below 0 or above 2^31")
+    return list(values)
+
+
+def _to_numbers(values: Iterable[Any]) -> Numbers:
+    """Return JSON numbers as float64.
+
+    Raises:
+        MalformedResponseError: a value is of another type, as `false`, or beyond the range of float64.
+    """
+    listed = list(values)
+    if not set(map(type, listed)) <= {int, float}:
+        types = sorted({type(value).__name__ for value in listed} - {"int", "float"})
+        raise MalformedResponseError(f"log-probs of the type {', '.join(types)}")
+    try:
+        return np.array(listed, np.float64)
+    except OverflowError:
+        raise MalformedResponseError("a log-prob beyond the range of float64") from None
+
+
+def _to_logprobs(array: Numbers) -> Logprobs:
     """Return log-probs in nats as float32.
 
     Raises:
         MalformedResponseError: a value is not a finite, non-positive number.
     """
-    array = np.array(values)
-    if not len(array):
-        return np.zeros(0, np.float32)
-    if array.dtype.kind not in "fi":
-        raise MalformedResponseError(f"log-probs of the type {array.dtype}")
     is_valid = (array > VLLM_NEG_INF) & (array < MAX_LOGPROB)  # not of NaN
     if not is_valid.all():
         raise MalformedResponseError(f"invalid log-prob {array[~is_valid][0]}")
     return array.astype(np.float32)
 
 
-TokenEntries = tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[Any]]]
-"""Ids and log-probs of the tokens that the server returns at one position."""
-
-
 def _parse_row(ids: Iterable[str], values: list[Any], vocab_size: int) -> TokenEntries:
     """Return the entries of one position without those of padding rows."""
-    ids_E, logp_E = np.fromiter(map(int, ids), np.int64, len(values)), np.array(values)
+    names = list(ids)
+    numbers, digits = list(map(int, names)), "".join(names)
+    if names and not (digits.isascii() and digits.isdecimal()):  # int() also reads " 1", "-1" and "1_0"
+        raise MalformedResponseError("token ids that are not written as decimal numbers")
+    if len(set(numbers)) < len(numbers):
+        raise MalformedResponseError("a token id that occurs twice at one position")
+    ids_E, logp_E = np.array(numbers, np.int64), _to_numbers(values)
     if ids_E.max(initial=0) < vocab_size:
         return ids_E, logp_E
     return ids_E[ids_E < vocab_size], logp_E[ids_E < vocab_size]
@@ -338,7 +379,7 @@ def _parse_top_k(rows: list[TokenEntries], top_k: int) -> tuple[Ids, Logprobs]:
     """
     ids_TK, logp_TK = np.zeros((len(rows), top_k), np.int32), np.zeros((len(rows), top_k))
     for (ids_E, logp_E), ids_K, logp_K in zip(rows, ids_TK, logp_TK, strict=True):
-        if len(ids_E) < top_k or logp_E.dtype.kind not in "fi":
+        if len(ids_E) < top_k:
             raise MalformedResponseError(f"{len(ids_E)} most probable tokens instead of {top_k}")
         order_K = np.lexsort((ids_E, -logp_E))[:top_k]
         ids_K[:], logp_K[:] = ids_E[order_K], logp_E[order_K]
@@ -346,7 +387,7 @@ def _parse_top_k(rows: list[TokenEntries], top_k: int) -> tuple[Ids, Logprobs]:
 
 
 def _parse_completion(choice: Any, sampling: Sampling, eos_ids: list[int], vocab_size: int, top_k: int) -> Completion:
-    ids, reason, logprobs = choice["token_ids"], choice["finish_reason"], choice["logprobs"]
+    ids, reason, logprobs = _to_ids(choice["token_ids"]), choice["finish_reason"], choice["logprobs"]
     if logprobs["tokens"] != [f"token_id:{id_}" for id_ in ids] or len(logprobs["token_logprobs"]) != len(ids):
         raise MalformedResponseError(f"the log-probs do not belong to the {len(ids)} tokens of the response")
     if not (ids[-1] in eos_ids if reason == "stop" else reason == "length" and len(ids) == sampling.max_tokens):
@@ -357,10 +398,10 @@ def _parse_completion(choice: Any, sampling: Sampling, eos_ids: list[int], vocab
     if top_k:
         rows = [
             _parse_row((name.removeprefix("token_id:") for name in row), list(row.values()), vocab_size)
-            for row in logprobs["top_logprobs"]
+            for _, row in zip(ids, logprobs["top_logprobs"], strict=True)
         ]
         top["top_ids"], top["top_logprobs"] = _parse_top_k(rows, top_k)
-    return Completion(np.array(ids, np.int32), _to_logprobs(logprobs["token_logprobs"]), reason, **top)
+    return Completion(np.array(ids, np.int32), _to_logprobs(_to_numbers(logprobs["token_logprobs"])), reason, **top)
 
 
 def _parse_scores(choice: Any, request: ScoreRequest, vocab_size: int, top_k: int) -> TokenScores:
@@ -368,7 +409,8 @@ def _parse_scores(choice: Any, request: ScoreRequest, vocab_size: int, top_k: in
     if len(entries) != prompt + response:
         raise MalformedResponseError(f"{len(entries)} log-probs for {prompt} + {response} tokens")
     scored = entries[prompt:]
-    logprobs = _to_logprobs([row[str(id_)]["logprob"] for id_, row in zip(request.response_ids, scored, strict=True)])
+    values = [row[str(id_)]["logprob"] for id_, row in zip(request.response_ids, scored, strict=True)]
+    logprobs = _to_logprobs(_to_numbers(values))
     if not top_k:
         return TokenScores(logprobs)
     rows = [_parse_row(row, [entry["logprob"] for entry in row.values()], vocab_size) for row in scored]
@@ -378,4 +420,7 @@ def _parse_scores(choice: Any, request: ScoreRequest, vocab_size: int, top_k: in
 
 def _parse_last_probability(choice: Any, id_: int) -> float:
     """Return the probability of the prompt's last token."""
-    return math.exp(min(0.0, choice["prompt_logprobs"][-1][str(id_)]["logprob"]))
+    (logprob,) = _to_numbers([choice["prompt_logprobs"][-1][str(id_)]["logprob"]])
+    if math.isnan(logprob):
+        raise MalformedResponseError("the log-prob nan")
+    return math.exp(min(0.0, logprob))

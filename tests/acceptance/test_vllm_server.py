@@ -391,7 +391,7 @@ def test_resuming_after_the_server_was_killed_gives_the_same_bytes(server, proxy
 STAYING = {
     "429": (Answer(429, b'{"error": {"message": "slow\\ndown"}}'), 3, ["3 attempts", "HTTP 429: slow down"]),
     "503": (Answer(503, b"<html>\nno upstream</html>"), 3, ["3 attempts", "HTTP 503: <html> no upstream"]),
-    "an error with the key": (Answer(500, f"Bearer {KEY} \x1b[31m".encode()), 3, ["HTTP 500: Bearer ***"]),
+    "an error with the key": (Answer(500, f"Bearer {KEY} \x1b[31m".encode()), 3, ["a message that is not shown"]),
     "lost connections": (drop, 3, ["3 attempts"]),
     "a hang": (hang, 3, ["3 attempts", "within 0.3 seconds"]),
 }
@@ -423,7 +423,7 @@ MALFORMED = {
     "too few log-probs": (choice(lambda c: c["prompt_logprobs"].pop()), "13 + "),
     "no log-probs": (choice(lambda c: c.update(prompt_logprobs=None)), "TypeError"),
     "NaN": (choice(lambda c: last_entry(c).update(logprob=float("nan"))), "log-prob nan"),
-    "null": (choice(lambda c: last_entry(c).update(logprob=None)), "log-probs of the type object"),
+    "null": (choice(lambda c: last_entry(c).update(logprob=None)), "log-probs of the type NoneType"),
     "minus infinity": (choice(lambda c: last_entry(c).update(logprob=-9999.0)), "log-prob -9999.0"),
     "a positive log-prob": (choice(lambda c: last_entry(c).update(logprob=0.5)), "log-prob 0.5"),
     "two choices": (edited(lambda content: content.update(choices=content["choices"] * 2)), "ValueError"),

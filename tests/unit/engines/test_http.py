@@ -1,9 +1,15 @@
 """The HTTP client: concurrency, retries, errors and cancellation, with a local server."""
 
+import base64
+import contextlib
+import gzip
+import itertools
 import json
 import signal
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +65,7 @@ def in_order(connection: Client, server: Proxy, requests: Any, on_progress=lambd
 
 def post_all(server: Proxy, count: int, on_progress=lambda n: None, **settings: Any) -> list[int]:
     """Post the numbers up to `count` and return those in the responses."""
-    requests = (({"number": number}, lambda content: content["number"]) for number in range(count))
+    requests = (({"number": number}, lambda content: content["number"], 1000) for number in range(count))
     connection = client(**settings)
     try:
         return in_order(connection, server, requests, on_progress)
@@ -110,10 +116,10 @@ def test_no_requests_give_no_results(server):
 def test_requests_are_built_as_they_are_sent(server):
     built: list[int] = []
 
-    def requests() -> Iterator[tuple[dict[str, int], Any]]:
+    def requests() -> Iterator[tuple[dict[str, int], Any, int]]:
         for number in range(20):
             built.append(number)
-            yield {"number": number}, lambda content: content["number"]
+            yield {"number": number}, lambda content: content["number"], 1000
 
     unfinished: list[int] = []
     finished: list[int] = []
@@ -204,8 +210,11 @@ def test_each_outage_is_warned_about(server, warnings):
     [
         (Answer(429, b'{"error": {"message": "slow\\ndown"}}'), "HTTP 429: slow down"),
         (Answer(503, b"<html>\nno upstream</html>"), "HTTP 503: <html> no upstream"),
-        (Answer(500, f"Bearer {KEY} \x1b[31m".encode()), "HTTP 500: Bearer *** [31m"),
+        (Answer(500, b"\x1b[31mred"), "HTTP 500: [31mred"),
         (Answer(500, b"[1]"), "HTTP 500: [1]"),
+        (Answer(500, b'{"error": {"message": {"text": 1}}}'), "HTTP 500: {'text': 1}"),
+        (Answer(500, b"[" * 1000), "HTTP 500: [[["),
+        (Answer(500, b"x" * 10**6), "HTTP 500: xxx"),
         (drop, ""),
         (hang, "within 0.3 seconds"),
     ],
@@ -292,7 +301,9 @@ def reject(content: Any) -> None:
 @pytest.mark.parametrize(
     ("parse", "part"),
     [
-        (reject, "no ***"),
+        (reject, "not shown"),
+        (lambda content: 1 / 0, "ZeroDivisionError"),
+        (lambda content: float(10**400), "OverflowError"),
         (lambda content: content["missing"], "KeyError"),
         (lambda content: content + 1, "TypeError"),
         (lambda content: [][1], "IndexError"),
@@ -313,6 +324,104 @@ def test_an_error_of_opdctl_in_parse_is_not_retried(server):
 
     assert failure(server, parse=parse).kind == "unsupported_setting"
     assert len(server.seen) == 1
+
+
+# ── Bounds ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def send(handler: Any, chunks: Iterator[bytes], *headers: tuple[str, str]) -> None:
+    """Answer with the chunks, until the client disconnects."""
+    handler.send_response(200)
+    for name, value in headers:
+        handler.send_header(name, value)
+    handler.send_header("Connection", "close")
+    handler.end_headers()
+    handler.close_connection = True
+    with contextlib.suppress(OSError):
+        for chunk in chunks:
+            handler.wfile.write(chunk)
+
+
+def bomb() -> Iterator[bytes]:
+    """Yield 4 GiB of blanks in 4 MiB of gzip."""
+    compressor = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
+    for _ in range(2**12):
+        yield compressor.compress(b" " * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "headers"),
+    [
+        (lambda: itertools.repeat(b" " * 2**20), []),
+        (bomb, [("Content-Encoding", "gzip")]),
+        (lambda: iter([b"{}"]), [("Content-Encoding", "br")]),
+        (lambda: iter([b"{}"]), [("Content-Encoding", "gzip")]),
+    ],
+    ids=["endless", "gzip bomb", "other encoding", "no gzip"],
+)
+def test_response_beyond_the_bound_is_malformed(server, monkeypatch, chunks, headers):
+    monkeypatch.setattr(server.RequestHandlerClass, "do_GET", lambda self: send(self, chunks(), *headers))
+    tracemalloc.start()
+    error = failure(server, timeout_seconds=30)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert error.kind == "malformed_response"
+    assert most < 10 * http.MAX_RESPONSE_BYTES
+
+
+def test_bound_is_that_of_the_request(server):
+    server.set(lambda received: Answer(200, b'{"number": 1}' + b" " * 3000))
+    parse = lambda content: content["number"]  # noqa: E731
+    connection = client()
+    assert dict(connection.post_all(server.url, [({}, parse, 4000)])) == {0: 1}
+    with pytest.raises(OpdctlError, match="2,000 bytes") as error:
+        list(connection.post_all(server.url, [({}, parse, 2000)]))
+    assert error.value.kind == "malformed_response"
+    connection.close()
+
+
+def test_compressed_response_is_read(server, monkeypatch):
+    content = gzip.compress(b'{"number": 1}')
+    monkeypatch.setattr(
+        server.RequestHandlerClass, "do_GET", lambda self: send(self, iter([content]), ("Content-Encoding", "gzip"))
+    )
+    assert get(server) == {"number": 1}
+
+
+# ── The key ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SECRET = "sk-Proj4f9Q7xLm2Zt8"
+ECHOES = {
+    "whole": SECRET,
+    "without its last letter": SECRET[:-1],
+    "end": SECRET[-6:],
+    "middle": SECRET[7:13],
+    "lower case": SECRET.lower(),
+    "backwards": SECRET[::-1],
+    "spaced": " ".join(SECRET),
+    "cut by lines": "\n".join(SECRET[i : i + 3] for i in range(0, len(SECRET), 3)),
+    "hexadecimal": SECRET.encode().hex(),
+    "base64": base64.b64encode(b"Bearer " + SECRET.encode()).decode(),
+    "escaped": "".join(f"\\u{ord(letter):04x}" for letter in SECRET),
+    "percent": "".join(f"%{byte:02x}" for byte in SECRET.encode()),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
+@pytest.mark.parametrize("status", [400, 500, 200])
+def test_no_part_of_the_key_is_shown(server, warnings, monkeypatch, echo, status):
+    monkeypatch.setenv("OPDCTL_API_KEY", SECRET)
+    server.set(lambda received: Answer(status, json.dumps({"error": f"invalid key {echo}, sorry"}).encode()))
+    error = failure(server, parse=lambda content: {}[content["error"]], max_retries=1)
+    for text in (error.message, *warnings):
+        assert "sorry" not in text
+        assert "not shown" in text
+
+
+def test_text_beside_the_key_is_shown(server, monkeypatch):
+    monkeypatch.setenv("OPDCTL_API_KEY", SECRET)
+    server.set(lambda received: Answer(400, b"the project has no quota"))
+    assert "no quota" in failure(server).message
 
 
 # ── Cancellation ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -388,7 +497,7 @@ def test_signal_ends_a_single_request(server, warnings, monkeypatch, stop_after,
 def test_client_works_after_a_cancelled_call(server, stop_after):
     server.set(stop_after(4, lambda received: slow(received) if received.number < 4 else echo(received)))
     connection = client(concurrency=4, timeout_seconds=60)
-    requests = [({"number": number}, lambda content: content["number"]) for number in range(4)]
+    requests = [({"number": number}, lambda content: content["number"], 1000) for number in range(4)]
     with pytest.raises(Stop):
         in_order(connection, server, requests)
     assert in_order(connection, server, requests) == [0, 1, 2, 3]

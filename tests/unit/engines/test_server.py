@@ -198,7 +198,7 @@ MALFORMED_SCORES = {
     "too few most probable": lambda choice: choice["prompt_logprobs"][-1].pop("50"),
     **{
         f"log-prob {value}": lambda choice, value=value: choice["prompt_logprobs"][-1].update({"5": {"logprob": value}})
-        for value in (float("nan"), float("-inf"), None, -9999.0, 0.5, "-1")
+        for value in (float("nan"), float("-inf"), None, -9999.0, 0.5, "-1", False, True, [], -(10**400), 10**400)
     },
 }
 
@@ -217,6 +217,24 @@ MALFORMED_COMPLETIONS = {
     "another reason": lambda choice: choice.update(finish_reason="abort"),
     "length too short": lambda choice: choice.update(finish_reason="length"),
     "too few most probable": lambda choice: choice["logprobs"]["top_logprobs"][0].pop("token_id:50"),
+    "too few positions": lambda choice: choice["logprobs"]["top_logprobs"].pop(),
+    **{
+        f"top log-prob {value}": lambda choice, value=value: choice["logprobs"]["top_logprobs"][0].update(
+            {"token_id:50": value}
+        )
+        for value in (float("nan"), None, "-1", False, 10**400)
+    },
+    **{
+        f"top id {name}": lambda choice, name=name: choice["logprobs"]["top_logprobs"][0].update({name: -0.01})
+        for name in ("token_id:-3", "token_id: 3", "token_id:1_0", "token_id:050", "token_id:" + "9" * 30, "x")
+    },
+    **{
+        f"id {value}": lambda choice, value=value: (
+            choice["token_ids"].__setitem__(0, value),
+            choice["logprobs"]["tokens"].__setitem__(0, f"token_id:{value}"),
+        )
+        for value in (True, 3.0, -3, 10**400, "3", None)
+    },
 }
 
 
@@ -319,6 +337,20 @@ def test_unknown_served_name_lists_the_models(server):
     assert "teacher.served_name" in error.hint
 
 
+@pytest.mark.parametrize("card", [{"id": 1}, {"id": None}, {"id": "teacher", "max_model_len": "256"}, {"id": []}, 3])
+def test_malformed_list_of_models_is_rejected(server, api, card):
+    api.models = {"data": [card, {"id": "other"}]}
+    rejection(lambda: engine_at(server.url, "teacher.served_name=other2"), "malformed_response")
+
+
+def test_names_of_models_show_no_part_of_the_key(server, api, monkeypatch):
+    monkeypatch.setenv("OPDCTL_API_KEY", "sk-Proj4f9Q7xLm2Zt8")
+    api.models = {"data": [{"id": "a\x1b[31m"}, {"id": "sk-Proj4f9Q7xLm2Zt"}]}
+    error = rejection(lambda: engine_at(server.url, "teacher.served_name=taecher"), "missing_model")
+    assert "Proj4f" not in error.message
+    assert "\x1b" not in error.message
+
+
 def test_several_models_require_a_name(server, api):
     api.models = {"data": [{"id": "teacher"}, {"id": "other"}]}
     error = rejection(lambda: engine_at(server.url), "missing_model")
@@ -345,6 +377,13 @@ def test_another_tokenizer_is_rejected(server, api):
     api.token = lambda id_: teacher().tokenizer.convert_ids_to_tokens(id_ ^ 1)
     error = rejection(lambda: engine_at(server.url), "incompatible_tokenizer")
     assert str(teacher().path) in error.message
+
+
+@pytest.mark.parametrize("id_", ["3", 10**30, -1, 1.0, True, None])
+def test_malformed_tokens_are_rejected(server, api, id_):
+    api.tokenize = lambda text: [id_]
+    api.token = lambda id_: "a"
+    rejection(lambda: engine_at(server.url), "malformed_response")
 
 
 def test_server_that_splits_text_otherwise_is_accepted(server, api):
