@@ -400,7 +400,7 @@ def _check_sandbox() -> None:
         raise OpdctlError(
             "missing_sandbox",
             f"this system cannot isolate model-generated code: {lines[-1] if lines else reason}",
-            hint="use Linux 5.3 or newer, as root or with user namespaces; in a container, allow it to make namespaces",
+            hint="use Linux as root or with user namespaces; in a container, allow it to make namespaces",
         )
     for line in lines:
         if line.startswith(code_walls.WARNING_PREFIX):
