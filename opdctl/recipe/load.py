@@ -16,6 +16,7 @@ from opdctl.recipe.dependencies import ADDED_PARAMETERS
 from opdctl.recipe.schema import (
     DEFAULT_COMPONENTS,
     DEFAULT_NAME,
+    MAX_NAME_CHARS,
     Component,
     Model,
     ObjectiveSettings,
@@ -106,7 +107,7 @@ def _derive_name(files: Sequence[Path], overrides: Sequence[str]) -> str:
     names = [file.stem for file in files]
     seeds = [value for override in overrides if isinstance(value := _parse_override(override).get("seed"), int)]
     names += [f"seed-{seed}" for seed in seeds[-1:]]
-    return re.sub("[^A-Za-z0-9._-]", "-", "-".join(names)).lstrip("._-") or DEFAULT_NAME
+    return re.sub("[^A-Za-z0-9._-]", "-", "-".join(names)).lstrip("._-")[:MAX_NAME_CHARS] or DEFAULT_NAME
 
 
 def _validate(merged: Mapping[str, Any], *, accept_unknown: bool) -> tuple[Recipe | None, list[tuple[str, str]]]:

@@ -17,6 +17,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 AUTO = "auto"
 DEFAULT_NAME = "run"
 """The name of a recipe without files."""
+MAX_NAME_CHARS = 200
+"""Of a name that is part of a file's: a file system allows 255."""
 TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
 MAX_PARTS = 10**5
 """The number of a part has five digits."""
@@ -25,7 +27,7 @@ MIN_TEMPERATURE = 0.01
 """The least temperature above 0: vLLM samples lower ones at this one, and far below it the logits overflow."""
 RESPONSES_PER_PART = 32
 """Engines that stream across parts balance by parts of 16 to 32 responses: four for each of 8 engines of 1,024."""
-TEACHER_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+TEACHER_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
 class Section(BaseModel):
@@ -493,7 +495,7 @@ class Hardware(Section):
 class Recipe(Section):
     """A complete run."""
 
-    name: str = Field(default=DEFAULT_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default=DEFAULT_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME_CHARS)
     """The name of the run. The default run directory is runs/<name>. If unset, it consists of the names of the recipe's
     files, joined by `-`, and of `seed-N` if `--set seed=N` is given."""
     seed: int = Field(default=0, ge=0)

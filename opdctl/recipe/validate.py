@@ -2,6 +2,7 @@
 
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from opdctl.errors import did_you_mean
@@ -17,34 +18,38 @@ from opdctl.recipe.schema import (
     Section,
     WeightSettings,
     is_data_file,
+    model_key,
 )
 from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry
 
 Errors = list[tuple[str, str]]
+MAX_VALUE_CHARS = 200
+"""Of a value in an error."""
 
 
 def format_error(detail: Mapping[str, Any]) -> tuple[str, str]:
     """Return the (key, text) of an error of pydantic."""
     loc = [str(part) for part in detail["loc"]]
-    key = ".".join(loc)
+    key, value = ".".join(loc), repr(detail["input"])
+    value = value if len(value) <= MAX_VALUE_CHARS else f"{value[:MAX_VALUE_CHARS]}…"
     match detail["type"]:
         case "extra_forbidden":
             return key, f"unknown key{did_you_mean(loc[-1], _fields(loc[:-1]))}"
         case "missing":
             return key, "is required"
         case "literal_error":
-            return key, f"must be {detail['ctx']['expected']}, got {detail['input']!r}"
+            return key, f"must be {detail['ctx']['expected']}, got {value}"
         case "string_pattern_mismatch" if loc[-1] == "server":  # do not print the value: it may contain a password
             return key, "must be an address such as http://host:8000/v1, without a password or query; see [server]"
         case "string_pattern_mismatch":
-            return key, f"must consist of letters, digits, `.`, `_` and `-`, got {detail['input']!r}"
+            return key, f"must consist of letters, digits, `.`, `_` and `-`, got {value}"
         case "int_type" | "int_from_float":
-            return key, f"must be an integer, got {detail['input']!r}"
+            return key, f"must be an integer, got {value}"
         case "model_type" | "model_attributes_type" | "dict_type":
-            return key, f"must be a table of settings, got {detail['input']!r}"
+            return key, f"must be a table of settings, got {value}"
         case _:
             reason = detail["msg"].replace("Input should be", "must be").replace("a valid", "a")
-            return key, f"{reason}, got {detail['input']!r}"
+            return key, f"{reason}, got {value}"
 
 
 def _fields(loc: Iterable[str]) -> list[str]:
@@ -120,8 +125,22 @@ def _get(merged: Mapping[str, Any], section: str, key: str) -> Any:
 
 def combination_errors(recipe: Recipe) -> Errors:
     """Validate settings that are valid by themselves and not together."""
-    checks = (_sampling_errors, _teacher_errors, _train_errors, _eval_errors, _continuation_errors)
+    checks = (_path_errors, _sampling_errors, _teacher_errors, _train_errors, _eval_errors, _continuation_errors)
     return [error for check in checks for error in check(recipe)]
+
+
+def _path_errors(recipe: Recipe) -> Errors:
+    """Validate what may be a path: the system rejects some before it looks for them."""
+    values = [(f"{model_key(name)}.model", model.model) for name, model in recipe.models().items()]
+    values += [("prompts.source", recipe.prompts.source), *(("eval.bench", name) for name in recipe.eval.bench)]
+    errors = []
+    for key, value in values:
+        try:
+            Path(value).expanduser().exists()
+        except (OSError, RuntimeError, ValueError) as error:  # too long; the home of an unknown user
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            errors.append((key, f"is no valid name of a file: {reason}"))
+    return errors
 
 
 def _sampling_errors(recipe: Recipe) -> Errors:

@@ -176,3 +176,16 @@ def test_new_weight_keeps_what_is_no_parameter_of_it(smallest: Path) -> None:
     settings = ["train.extrapolation=1.25", "weight.modulates=extrapolation"]
     recipe = load_recipe([smallest], [*settings, "weight.gamma=0.7", "weight.name=linear_decay"])
     assert (recipe.weight.modulates, recipe.weight.params) == ("extrapolation", {"gamma": 0.5})
+
+
+@pytest.mark.parametrize("key", ["student.model", "teacher.model", "prompts.source"])
+@pytest.mark.parametrize("value", ["x" * 5000, "~no-such-user/model"])
+def test_names_that_the_system_rejects_are_reported(key, value, tmp_path):
+    (tmp_path / "recipe.toml").write_text(SMALLEST)
+    error = load_error([tmp_path / "recipe.toml"], f"{key}='{value}'")
+    assert f"{key}: is no valid name of a file" in error.message
+
+
+def test_long_values_are_shown_in_part(tmp_path):
+    (tmp_path / "recipe.toml").write_text(SMALLEST)
+    assert len(load_error([tmp_path / "recipe.toml"], f"train.steps='{'x' * 10**5}'").message) < 1000
