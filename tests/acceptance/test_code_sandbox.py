@@ -297,6 +297,17 @@ def test_a_user_without_rights_has_the_sandbox_too() -> None:
 
 
 @needs_sandbox
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a part of /proc")
+def test_container_that_hides_a_part_of_proc_is_a_warning() -> None:
+    user = ["unshare", "--user", "--map-user=1000", "--map-group=1000", sys.executable, "-c", CHECK]
+    command = ["unshare", "--mount", "sh", "-euc", 'mount -t tmpfs none /proc/fs; exec "$@"', "sh", *user]
+    checked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert checked.stdout == ""
+    assert checked.stderr.count("warning: ") == 1
+    assert "an empty /proc" in checked.stderr
+
+
+@needs_sandbox
 @pytest.mark.parametrize(("name", "wall"), [("mnt", "mount"), ("net", "network"), ("pid", "pid"), ("ipc", "ipc")])
 def test_missing_wall_is_named_before_code_runs(name: str, wall: str) -> None:
     said = check_in_namespace(f"echo 0 > /proc/sys/user/max_{name}_namespaces", "--map-root-user")
