@@ -313,7 +313,7 @@ class Train(Section):
 class Lora(Section):
     """Train LoRA adapters instead of all weights."""
 
-    rank: int = Field(default=0, ge=0)
+    rank: int = Field(default=0, ge=0, le=2**16)
     """Rank of the adapters; 0 trains all weights."""
     alpha: float = Field(default=32.0, gt=0)
     """The adapters are scaled by alpha / rank."""

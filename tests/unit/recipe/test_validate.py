@@ -17,6 +17,7 @@ TOY_TEACHERS = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teac
         ("wieght.name=uniform", "wieght", "did you mean `weight`?"),
         ("student.modle=toy:student", "student.modle", "did you mean `model`?"),
         ("train.steps=many", "train.steps", "integer"),
+        ("lora.rank=9223372036854775807", "lora.rank", "65536"),
         ("train.steps='3'", "train.steps", "integer"),
         ("train.steps=2.0", "train.steps", "integer"),
         ("train.steps=true", "train.steps", "integer"),
