@@ -246,6 +246,7 @@ def _stage(run: Run, step: int, name: str, benchmark: Benchmark, responses: Sequ
         suffix=".parquet",
         fingerprint=Fingerprint(settings, {"rollout": run.rollout_stage(step).digest, name: digest}),
         rerun_command=run.manage_command_line("continuations", step),
+        repair_command=run.manage_command_line("repair"),
     )
 
 

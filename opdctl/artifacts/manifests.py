@@ -110,7 +110,8 @@ class StartRecord(TypedDict):
 class RunRecord(TypedDict):
     """run.json: what the run was started with.
 
-    vocab_size: the ids that all models share. forked_from: the run and the step that a fork starts from.
+    vocab_size: the ids that all models share. forked_from: the run and the step that a fork starts from. recipe: the
+    text of recipe.toml at the start, from which it can be restored; 0.2.0 wrote none.
     """
 
     artifact: str
@@ -120,6 +121,7 @@ class RunRecord(TypedDict):
     vocab_size: NotRequired[Count]
     prompts: PromptsRecord
     forked_from: NotRequired[StartRecord]
+    recipe: NotRequired[str]
 
 
 class ProbeRecord(TypedDict):

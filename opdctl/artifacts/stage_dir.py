@@ -77,16 +77,28 @@ class FingerprintMismatchError(OpdctlError):
 
 
 class StageDir:
-    """The parts of one stage at one step, and their manifest. rerun_command: the command that makes its parts.
+    """The parts of one stage at one step, and their manifest.
+
+    rerun_command: the command that makes its parts. repair_command: the one that moves a corrupt file away, "" for an
+    evaluation that belongs to no run.
 
     Raises:
         OpdctlError: the directory was made with another fingerprint, or its manifest is corrupt.
     """
 
     def __init__(
-        self, path: Path, *, stage: str, num_parts: int, suffix: str, fingerprint: Fingerprint, rerun_command: str
+        self,
+        path: Path,
+        *,
+        stage: str,
+        num_parts: int,
+        suffix: str,
+        fingerprint: Fingerprint,
+        rerun_command: str,
+        repair_command: str = "",
     ):
         self.path, self.stage, self.fingerprint, self.rerun_command = path, stage, fingerprint, rerun_command
+        self.repair_command = repair_command
         self.names = [f"part-{i:05d}-of-{num_parts:05d}{suffix}" for i in range(num_parts)]
         self._header_path, self.manifest_path = (path / name for name in STAGE_MARKERS)
         self._leases: dict[int, leases.Lease] = {}  # of the parts that this worker makes
@@ -108,12 +120,15 @@ class StageDir:
     def _read(self, path: Path, form: Any) -> Any:
         """Return a JSON file, or None if there is none. Another worker may remove it at any moment."""
         try:
-            hint = f"remove {path} and run `{self.rerun_command}`: the parts that it lists are regenerated"
-            return read_json(path, form, hint) if path.exists() else None
+            return read_json(path, form, self._hint(path)) if path.exists() else None
         except OpdctlError:
             if path.exists():
                 raise
             return None
+
+    def _hint(self, path: Path) -> str:
+        """Return what to do if a file is corrupt. Without a manifest or receipt, its parts count as missing."""
+        return corrupt_file_hint(path, self.rerun_command, self.repair_command)
 
     def _check_fingerprint(self) -> None:
         header = self._header()
@@ -194,7 +209,7 @@ class StageDir:
         check_no_symlinks(path)
         if record is None or not path.exists():
             raise corrupt_artifact(path, "is missing", f"run `{self.rerun_command}`")
-        hint = f"run `opdctl run repair` on the run, then `{self.rerun_command}`"
+        hint = self._hint(path)
         if (size := path.stat().st_size) != record["bytes"]:
             raise corrupt_artifact(path, f"has {size} bytes, expected {record['bytes']}", hint)
         if digests and (digest := sha256_file(path)) != record["sha256"]:
@@ -352,13 +367,20 @@ class StageDir:
         return True
 
 
-def recorded_stage(path: Path, rerun_command: str) -> StageDir | None:
+def corrupt_file_hint(path: Path, rerun_command: str, repair_command: str = "") -> str:
+    """Return what to do if a file of a stage is corrupt."""
+    return (
+        f"run `{repair_command}`, then `{rerun_command}`" if repair_command else f"remove {path}, run `{rerun_command}`"
+    )
+
+
+def recorded_stage(path: Path, rerun_command: str, repair_command: str = "") -> StageDir | None:
     """Return the stage in a directory as it is recorded, or None before its first part was started.
 
     Raises:
         OpdctlError: the record is corrupt.
     """
-    header = _recorded_header(path, f"remove {path} and run `{rerun_command}`")
+    header = _recorded_header(path, rerun_command, repair_command)
     if header is None:
         return None
     recorded = [part["name"] for part in header.get("parts", ())]
@@ -375,15 +397,16 @@ def recorded_stage(path: Path, rerun_command: str) -> StageDir | None:
         suffix=name[3],
         fingerprint=Fingerprint(header["settings"], header["inputs"]),
         rerun_command=rerun_command,
+        repair_command=repair_command,
     )
 
 
-def _recorded_header(path: Path, hint: str) -> Any:
+def _recorded_header(path: Path, *commands: str) -> Any:
     """Return the manifest of a stage, or its header, or None. A worker may finish the stage in the meantime."""
     for name, form in ((STAGE_MARKERS[1], Manifest), (STAGE_MARKERS[0], StageHeader), (STAGE_MARKERS[1], Manifest)):
         try:
             if (path / name).exists():
-                return read_json(path / name, form, hint)
+                return read_json(path / name, form, corrupt_file_hint(path / name, *commands))
         except OpdctlError:
             if (path / name).exists():
                 raise

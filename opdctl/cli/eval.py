@@ -130,7 +130,7 @@ def _open(recipe: "Recipe", given: list[str] | None, output: Path | None, model:
         join_process_group(recipe, output)
         return standalone_eval_run(recipe, output), set_up_device(recipe)
     needs = model if model in recipe.scorers() else "student"
-    return open_run_and_device(recipe, output, str(needs), record=False)
+    return open_run_and_device(recipe, output, str(needs), check_source=False)
 
 
 def _evaluate(

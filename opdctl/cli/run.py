@@ -1,4 +1,4 @@
-"""`opdctl run …`: fork, repair and show a run, and continue its prefixes."""
+"""`opdctl run …`: fork, repair, prune and show a run, and continue its prefixes."""
 
 import shlex
 from dataclasses import replace
@@ -16,7 +16,7 @@ from opdctl.errors import ExitCode
 if TYPE_CHECKING:
     from opdctl.runs.repair import CorruptArtifact
 
-run_app = typer.Typer(help="Manage a run: fork, repair, show, continuations.", no_args_is_help=True)
+run_app = typer.Typer(help="Manage a run: fork, repair, prune, show, continuations.", no_args_is_help=True)
 
 
 @run_app.command()
@@ -70,9 +70,17 @@ def repair(
     then: opdctl train --output runs/quickstart
     """
     with command_session(verbose, as_json=json_):
-        from opdctl.runs.repair import find_corrupt_artifacts, set_aside
+        from opdctl.runs.repair import find_corrupt_artifacts, repair_records, set_aside
         from opdctl.runs.run import Run
 
+        changes = repair_records(run_dir, dry_run=dry_run)
+        for change in changes:
+            console.warn(change)
+        if changes and (dry_run or not (run_dir / "run.json").exists()):
+            console.info(
+                "nothing was written" if dry_run else f"next: opdctl train --output {shlex.quote(str(run_dir))}"
+            )
+            return
         run = Run.load(run_dir, "repair")
         artifacts = find_corrupt_artifacts(run)
         for each in artifacts:
@@ -98,6 +106,47 @@ def _repair_note(artifact: "CorruptArtifact") -> str:
     if artifact.command:
         return ""
     return "; it cannot be regenerated" + (" and is left in place" if artifact.is_required else "")
+
+
+@run_app.command()
+def prune(
+    run_dir: RunDir,
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=1, help="How many of the latest steps keep responses, scores and student.")
+    ] = 1,
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best/--no-keep-best", help="Keep the best evaluated student of each benchmark.")
+    ] = True,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Remove old responses, scores, students and trainer states. The run can be read and continued as before.
+
+    Metrics and evaluations stay. What was removed cannot be regenerated.
+
+    \b
+    opdctl run prune runs/quickstart --dry-run
+    opdctl run prune runs/quickstart --keep-last 10
+    """
+    with command_session(verbose, as_json=json_):
+        from opdctl.artifacts.files import format_bytes
+        from opdctl.pipeline.pruning import plan_prune, remove_planned
+        from opdctl.runs.run import Run
+
+        plan = plan_prune(Run.load(run_dir), keep_last, keep_best=keep_best)
+        sizes = plan.bytes_by_kind()
+        rows = [(kind, f"{len(plan.removed[kind])} directories, {format_bytes(sizes[kind])}") for kind in sizes]
+        kept = ", ".join(map(str, plan.kept)) or "none"
+        if not dry_run:
+            remove_planned(plan)
+        freed = f"{format_bytes(sum(sizes.values()))} {'can be freed' if dry_run else 'freed'}"
+        console.print_fields(f"{run_dir}: {freed}", [*rows, ("students kept", f"steps {kept}")])
+        if dry_run:
+            console.info("nothing was written")
+        if json_:
+            removed = [str(path.relative_to(run_dir)) for paths in plan.removed.values() for path in paths]
+            print_json({"run_dir": str(run_dir), "bytes": sizes, "removed": removed, "kept_students": plan.kept})
 
 
 @run_app.command()
@@ -159,7 +208,7 @@ def continuations(
             console.info("nothing was written")
             return
         models = ("student", *run.recipe.teacher_models())
-        opened = open_run(read_recipe(run_dir), run_dir, needs=models, record=False)  # checks the models' digests
+        opened = open_run(read_recipe(run_dir), run_dir, needs=models, check_source=False)  # checks the models' digests
         run = replace(run, models=opened.models)
         result = make_continuations(run, set_up_device(run.recipe), step)
         if result.summary is None:

@@ -174,7 +174,9 @@ def named_or_newest_run(run_dir: Path | None) -> Path:
     return run_dir
 
 
-def open_run_and_device(recipe: "Recipe", output: Path | None, *needs: str, record: bool = True) -> tuple["Run", str]:
+def open_run_and_device(
+    recipe: "Recipe", output: Path | None, *needs: str, check_source: bool = True
+) -> tuple["Run", str]:
     """Open the run with the models that the command reads, and set torch up. Return the run and the device.
 
     Raises:
@@ -188,7 +190,7 @@ def open_run_and_device(recipe: "Recipe", output: Path | None, *needs: str, reco
     if not distributed.is_main():
         distributed.barrier()
         distributed.wait_until_visible((path / "run.json").exists, str(path / "run.json"))
-    run = open_run(recipe, output, needs=needs, record=record and distributed.is_main())
+    run = open_run(recipe, output, needs=needs, check_source=check_source and distributed.is_main())
     if distributed.is_main():
         distributed.barrier()
     return run, set_up_device(recipe)

@@ -60,6 +60,8 @@ def _rows(status: "RunStatus") -> list[tuple[str, str]]:
     if finished:
         steps = f"step {finished[0]}" if len(finished) == 1 else f"steps {finished[0]} to {finished[-1]}"
         rows.append(("finished", steps))
+    if removed := run.removed_steps():
+        rows.append(("removed", f"the responses of {len(removed)} of these, the last of them of step {removed[-1]}"))
     for stage in [*(stage for stage in status.stages if stage.step not in finished), *status.continuations]:
         rows.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
     rows += [(each.stage, f"{each.state}  {each.detail}") for each in status.evaluations if each.state != "done"]

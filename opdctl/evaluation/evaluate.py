@@ -15,7 +15,13 @@ from opdctl import distributed
 from opdctl.artifacts import files
 from opdctl.artifacts.files import digest_of
 from opdctl.artifacts.records import Completion, EvalPrompt, GradedResponse, Ids, sample_seed
-from opdctl.artifacts.stage_dir import STAGE_MARKERS, Fingerprint, FingerprintMismatchError, StageDir
+from opdctl.artifacts.stage_dir import (
+    STAGE_MARKERS,
+    Fingerprint,
+    FingerprintMismatchError,
+    StageDir,
+    corrupt_file_hint,
+)
 from opdctl.artifacts.tables import write_rows
 from opdctl.artifacts.versions import versioned
 from opdctl.data.prompts import Problem
@@ -96,7 +102,10 @@ def is_evaluated(run: Run, bench: str, target: str) -> bool:
 def stored_summary(run: Run, bench: str, target: str) -> dict[str, Any] | None:
     """Return the summary of a finished evaluation under the recipe's protocol, or None."""
     path = run.evaluation_path(bench, target) / "summary.json"
-    summary: dict[str, Any] | None = files.read_json(path) if path.exists() else None
+    hint = corrupt_file_hint(
+        path, run.evaluation_command_line(path.parent.parent.name, path.parent.name), _repair_command(run)
+    )
+    summary: dict[str, Any] | None = files.read_json(path, hint=hint) if path.exists() else None
     protocol = _protocol(run.recipe, find_benchmark(bench, run.recipe.eval)) if summary else None
     return summary if summary and summary["protocol"] == protocol else None
 
@@ -205,7 +214,13 @@ def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], target: 
             {"model": target.digest, "problems": _problems_digest(problems)},
         ),
         rerun_command=f"{run.command_line('eval')} --bench {benchmark.name} {target.options}",
+        repair_command=_repair_command(run),
     )
+
+
+def _repair_command(run: Run) -> str:
+    """Return the command that moves corrupt files of a run away, "" for an evaluation without a run."""
+    return run.manage_command_line("repair") if (run.path / "run.json").exists() else ""
 
 
 def _problems_digest(problems: Sequence[Problem]) -> str:
@@ -221,7 +236,8 @@ def _describe_benchmark(
     """
     path = run.evaluation_path(benchmark.name, "benchmark.json")
     key = {"digest": _problems_digest(problems), "prompts": digest_of(run.prompts_digest)}
-    if path.exists() and (stored := files.read_json(path))["key"] == key:
+    hint = corrupt_file_hint(path, run.evaluation_command_line(benchmark.name), _repair_command(run))
+    if path.exists() and (stored := files.read_json(path, hint=hint))["key"] == key:
         description: dict[str, Any] = stored["description"]
         return description
     parsable = benchmark.grader.are_parsable([problem.answer or "" for problem in problems])
@@ -305,6 +321,7 @@ def _prompts_stage(stage: StageDir) -> StageDir:
     path = stage.path / PROMPTS
     form: dict[str, Any] = {"stage": "eval", "num_parts": 1, "suffix": ".parquet"}
     form |= {"fingerprint": stage.fingerprint, "rerun_command": stage.rerun_command}
+    form |= {"repair_command": stage.repair_command}
     try:
         return StageDir(path, **form)
     except FingerprintMismatchError:

@@ -1,22 +1,25 @@
 """The training loop: rollout, scores, update, and a periodic evaluation."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 from opdctl import console, distributed
 from opdctl.artifacts import files, leases
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import evaluate
-from opdctl.pipeline.plan import check_space
+from opdctl.pipeline.plan import check_space, warn_of_zero_rate
 from opdctl.pipeline.progress import accuracy_line, report_steps
-from opdctl.pipeline.pruning import prune_students
+from opdctl.pipeline.pruning import kept_by_earlier_settings, prune_students
 from opdctl.pipeline.rollout import run_rollout
 from opdctl.pipeline.score import run_scoring, score_by_base
 from opdctl.runs.heartbeats import StageHeartbeat, send_heartbeats
+from opdctl.runs.open import record_settings
 from opdctl.runs.run import REFERENCE, Run
 from opdctl.training import tracking
 from opdctl.training.policy import check_trainable
@@ -70,19 +73,24 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
             produce_inputs = partial(_find_inputs, run, heartbeat)
         check_fsdp_size(run.recipe)
         first = distributed.call_on_main(run.current_step)
+        earlier = distributed.call_on_main(partial(kept_by_earlier_settings, run))
         # With --follow, to be ready. Otherwise only to write a newest student or trainer state that is missing.
         needs_trainer_now = (follow and first < steps) or distributed.call_on_main(run.is_state_incomplete)
         if needs_trainer_now:
             open_trainer()
         else:
             check_trainable(run.student, run.recipe)  # before rollouts are made
+        if first < steps:
+            warn_of_zero_rate(run.recipe.train, first)
+            distributed.call_on_main(partial(_check_first_step, run, fill))
+        distributed.call_on_main(partial(record_settings, run))  # a command that fails before changes nothing
         for step in range(first, steps):
             distributed.call_on_main(partial(_check_before_step, run, fill))
             seconds = produce_inputs(step)
             if seconds is None:
                 break
             if distributed.is_main():
-                prune_students(run)  # by now the last trainer state is complete
+                prune_students(run, earlier)  # by now the last trainer state is complete
             _release_gpus(engines)
             with clock.time("update"):
                 metrics = open_trainer().train_step(step, seconds)
@@ -94,7 +102,7 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         if open_trainer.cache_info().currsize:
             open_trainer().finish_save()
         if distributed.is_main():
-            prune_students(run)
+            prune_students(run, earlier)
     return clock
 
 
@@ -114,10 +122,32 @@ def _exclusive_training(run: Run) -> Iterator[None]:
             for directory in (run.path / "student", run.path / "trainer"):
                 # Their owners are dead: this process holds the lease.
                 files.remove_temporary_files(directory, include_running=True)
-            files.write_lines(run.metrics_path, [run.update(step)["metrics"] for step in run.finished_steps()])
-            prune_students(run)
+            files.write_lines(run.metrics_path, _recorded_metrics(run))
         distributed.barrier()
         yield
+
+
+def _recorded_metrics(run: Run) -> list[dict[str, Any]]:
+    """Return the metrics of all steps: of a step whose update.json was removed, those in metrics.jsonl."""
+    metrics: dict[int, dict[str, Any]] = {}
+    try:
+        lines = files.read_text(run.metrics_path).splitlines() if run.metrics_path.exists() else []
+    except OpdctlError:  # a corrupt copy
+        files.discard(run.metrics_path)
+        lines = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a corrupt line
+            values = json.loads(line)
+            metrics[int(values["step"])] = values
+    metrics |= {step: dict(run.update(step)["metrics"]) for step in run.finished_steps()}
+    return [metrics[step] for step in sorted(metrics) if run.start_step <= step < run.current_step()]
+
+
+def _check_first_step(run: Run, fill: bool) -> None:
+    _check_before_step(run, fill)
+    step = run.current_step()
+    if fill and not run.rollout_stage(step).is_finished():
+        run.student_at(step)
 
 
 def _check_before_step(run: Run, fill: bool) -> None:

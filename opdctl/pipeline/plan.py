@@ -20,7 +20,7 @@ from opdctl.models.shapes import count_parameters, read_shape
 from opdctl.pipeline.costs import DTYPE_BYTES, gpus_per_engine, if_known, state_bytes
 from opdctl.pipeline.pruning import is_kept
 from opdctl.pipeline.stage_plan import ModelShapes, StagePlan, plan_stages
-from opdctl.recipe.schema import ModelShape, Recipe, Rollout, Score
+from opdctl.recipe.schema import ModelShape, Recipe, Rollout, Score, Train
 from opdctl.runs.compatibility import check_same_recipe
 from opdctl.runs.layout import run_path
 from opdctl.runs.models import check_lengths, prepare_models, print_lines
@@ -78,6 +78,7 @@ def make_plan(recipe: Recipe, output: Path | None, *, colocated: bool = True) ->
         check_same_recipe(recipe, path)
     else:
         check_output_dir(recipe, path)
+    warn_of_zero_rate(recipe.train)
     models, lines = prepare_models(recipe, download=False)
     if "student" in models:
         from opdctl.training.policy import check_trainable
@@ -140,6 +141,15 @@ def _bytes_per_student_parameter(recipe: Recipe) -> int:
     """Return the bytes of all kept students and checkpoints. Checkpoints of adapters are small: not counted."""
     checkpoints = 0 if recipe.lora.rank else min(recipe.train.keep_latest, recipe.train.steps)
     return _count_kept_students(recipe) * DTYPE_BYTES[recipe.student.dtype] + checkpoints * state_bytes(recipe)
+
+
+def warn_of_zero_rate(settings: Train, first: int = 0) -> None:
+    """Warn if the learning rate of steps from `first` on is 0, because the schedule has ended."""
+    if settings.lr_scheduler_type == "constant" or settings.decay_steps is None:
+        return
+    if (start := max(first, settings.decay_steps)) < settings.steps:
+        steps = f"steps {start} to {settings.steps - 1}"
+        console.warn(f"train.decay_steps = {settings.decay_steps}: the learning rate of {steps} is 0")
 
 
 def check_space(run: Run, stages: Collection[str]) -> None:

@@ -35,8 +35,23 @@ class ForkPlan:
         return [
             describe_changes(self.changes),
             *describe_reusable_artifacts(self.run, self.changes),
+            *self._moved_prompts(),
             f"the fork starts at step {self.step} of {self.recipe.train.steps}",
         ]
+
+    def _moved_prompts(self) -> list[str]:
+        """Return what another number of prompts per step means for the place in the data, which follows from the step.
+
+        An epoch is as many complete steps as the prompts allow.
+        """
+        total = len(self.run.prompts)
+        sizes = [recipe.rollout.prompts_per_step for recipe in (self.run.recipe, self.recipe)]
+        if not self.step or sizes[0] == sizes[1]:
+            return []
+        epochs = [divmod(self.step, max(total // size, 1)) for size in sizes]
+        places = [f"{index * size} of epoch {epoch}" for (epoch, index), size in zip(epochs, sizes, strict=True)]
+        place = f"step {self.step} starts at prompt {places[1]} instead of {places[0]}"
+        return [f"rollout.prompts_per_step: {place}, so prompts are used again or left out"]
 
 
 def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
@@ -105,7 +120,8 @@ def create_fork(plan: ForkPlan) -> int:
         nonlocal reused
         reused = directories.link_or_copy(plan.reused, run.path, directory)
         files.write_text(directory / "recipe.toml", plan.recipe.to_toml())
-        files.write_json(directory / "run.json", {**read_run_record(run.path), **start})
+        recipe = {"recipe": plan.recipe.to_toml()}
+        files.write_json(directory / "run.json", {**read_run_record(run.path), **recipe, **start})
 
     files.remove_temporary_files(plan.path.parent)  # of forks that were killed
     directories.write_directory(plan.path, fill)

@@ -5,6 +5,7 @@ with what it recorded: a change that affects artifacts is an error.
 """
 
 import importlib.metadata
+import shlex
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 from opdctl import console
 from opdctl.artifacts import files, tables
 from opdctl.artifacts.records import Prompt
+from opdctl.artifacts.stage_dir import changed_settings
 from opdctl.artifacts.versions import versioned
 from opdctl.data.prompts import Problem, load_problems, tokenize
 from opdctl.data.rendering import PromptRenderer
@@ -22,7 +24,7 @@ from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
 from opdctl.recipe.schema import AUTO, Recipe, is_data_file, model_key
 from opdctl.runs.compatibility import check_same_recipe
-from opdctl.runs.layout import run_path
+from opdctl.runs.layout import list_steps, run_path
 from opdctl.runs.models import check_lengths, prepare_models, print_lines, warn_of_code
 from opdctl.runs.run import Run, read_recipe, read_run_record
 
@@ -33,12 +35,12 @@ LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors
 
 
 def open_run(
-    recipe: Recipe, output: Path | None = None, *, needs: Collection[str] | None = None, record: bool = True
+    recipe: Recipe, output: Path | None = None, *, needs: Collection[str] | None = None, check_source: bool = True
 ) -> Run:
-    """Open the run directory of `recipe`, or create it.
+    """Open the run directory of `recipe`, or create it. Settings that may change are used, and not recorded.
 
-    needs: the models whose files the command reads, all if None. record: store changed settings that affect no
-    artifact.
+    needs: the models whose files the command reads, all if None. check_source: check that the file of the prompts is
+    unchanged.
 
     Raises:
         OpdctlError: a model or a tokenizer does not fit; prompts are invalid; the run was started with a different
@@ -49,13 +51,13 @@ def open_run(
     recipe = resolve_open_settings(recipe, path)
     is_new = _create_once(recipe, path)
     check_same_recipe(recipe, path)
-    if record:
+    if check_source:
         _check_source(recipe, path)
-    if record and files.read_text(path / "recipe.toml") != recipe.to_toml():
-        files.write_text(path / "recipe.toml", recipe.to_toml())
     run = Run.from_record(recipe, path)
     needed = [name for name in run.models if needs is None or name in needs]
     run = replace(run, models={**run.models, **{name: _relocate_model(run, name) for name in needed}})
+    if not (path / "prompts.parquet").exists():
+        _restore_prompts(run)
     for name in needed:
         _check_model(path, name, run.models[name])
         if not is_new:
@@ -63,6 +65,15 @@ def open_run(
     for directory in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
         files.remove_temporary_files(directory)
     return run
+
+
+def record_settings(run: Run) -> None:
+    """Write changed settings, which affect no artifact, to recipe.toml, and report each."""
+    recipe = run.recipe
+    for key, old, new in changed_settings(read_recipe(run.path).flat(), recipe.flat()):
+        console.info(f"recipe.toml: {key} {old!r} → {new!r}")
+    if files.read_text(run.path / "recipe.toml") != recipe.to_toml():
+        files.write_text(run.path / "recipe.toml", recipe.to_toml())
 
 
 def standalone_eval_run(recipe: Recipe, path: Path) -> Run:
@@ -130,7 +141,7 @@ def _check_model(path: Path, name: str, model: ModelDir) -> None:
 
 
 def check_output_dir(recipe: Recipe, path: Path) -> None:
-    """Check that `path` can be the directory of a new run: it is empty, or holds the start of this very run.
+    """Check that `path` can be the directory of a new run: it is empty, or holds this very run without its run.json.
 
     Raises:
         OpdctlError: it holds other files, or is a file.
@@ -140,9 +151,14 @@ def check_output_dir(recipe: Recipe, path: Path) -> None:
             raise OpdctlError("unusable_output", f"{path}: {part} is a file", hint="use another --output")
     start, recorded = {"recipe.toml", "prompts.parquet"}, path / "recipe.toml"
     present = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} if path.is_dir() else set()
-    if present - start or (recorded.exists() and files.read_text(recorded) != recipe.to_toml()):
+    is_same = recorded.exists() and files.read_text(recorded) == recipe.to_toml()
+    is_other = recorded.exists() and not is_same
+    if is_other or (present - start and not (is_same and list_steps(path))):
+        hint = f"run `opdctl train --output {shlex.quote(str(path))}`, or use another --output"
         raise OpdctlError(
-            "unusable_output", f"{path} is not empty and not a run directory", hint="use another --output"
+            "unusable_output",
+            f"{path} is not empty and not a run directory" + "; it has a recipe.toml of a run" * is_other,
+            hint=hint if is_other else "use another --output",
         )
 
 
@@ -165,8 +181,11 @@ def _create_once(recipe: Recipe, path: Path) -> bool:
 
 
 def _create(recipe: Recipe, path: Path) -> None:
+    """Write the records of a new run, or those of a run whose run.json was lost: that one keeps its prompts."""
     models, lines = prepare_models(recipe)
-    prompts, dropped = _read_prompts(recipe, models["student"])
+    stored = path / "prompts.parquet"
+    is_kept = stored.exists() and bool(list_steps(path))
+    prompts, dropped = (tables.read_rows(stored, Prompt), 0) if is_kept else _read_prompts(recipe, models["student"])
     check_lengths(recipe, models, prompts)
     records = {name: _model_record(model) for name, model in models.items()}
     _warn_of_identical_models(recipe, records)
@@ -176,7 +195,7 @@ def _create(recipe: Recipe, path: Path) -> None:
         raise OpdctlError("unusable_output", f"{path}: {error.strerror}", hint="use another --output") from None
     print_lines(lines)
     files.write_text(path / "recipe.toml", recipe.to_toml())
-    sha256 = tables.write_prompts(path / "prompts.parquet", prompts)
+    sha256 = files.sha256_file(stored) if is_kept else tables.write_prompts(stored, prompts)
     source = files.sha256_file(Path(recipe.prompts.source)) if is_data_file(recipe.prompts.source) else None
     record = {
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -190,8 +209,24 @@ def _create(recipe: Recipe, path: Path) -> None:
             "source_sha256": source,
             "order": "random_sampler",
         },
+        "recipe": recipe.to_toml(),
     }
     files.write_json(path / "run.json", versioned("run") | record)
+
+
+def _restore_prompts(run: Run) -> None:
+    """Write the prompts of a run, whose file was lost, again from their source.
+
+    Raises:
+        OpdctlError: the source has other prompts now.
+    """
+    path = run.path / "prompts.parquet"
+    prompts, _ = _read_prompts(run.recipe, run.student)
+    if tables.write_prompts(path, prompts) != read_run_record(run.path)["prompts"]["sha256"]:
+        files.discard(path)
+        why = f"is missing, and {run.recipe.prompts.source} has other prompts than at the start of the run"
+        raise files.corrupt_artifact(path, why, "restore it from a copy, or restore the source of the prompts")
+    console.warn(f"{path} was missing: written again from {run.recipe.prompts.source}")
 
 
 def _read_prompts(recipe: Recipe, student: ModelDir) -> tuple[list[Prompt], int]:

@@ -30,7 +30,7 @@ from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, s
 from opdctl.recipe.load import Purpose, load_recorded_recipe
 from opdctl.recipe.schema import Recipe, is_data_file
 from opdctl.registry import plugin_file
-from opdctl.runs.layout import list_steps, step_name
+from opdctl.runs.layout import list_steps, parse_step, step_name
 
 REFERENCE = "reference"
 _checked_students: set[tuple[object, ...]] = set()
@@ -63,7 +63,8 @@ class Run:
         """
         recipe = read_recipe(path, purpose=purpose)
         if not (path / "run.json").exists():
-            raise OpdctlError("missing_run", f"{path}: run.json is missing", hint="run `opdctl rollout` first")
+            command = f"opdctl train --output {shlex.quote(str(path))}"
+            raise OpdctlError("missing_run", f"{path}: run.json is missing", hint=f"run `{command}`, which writes it")
         run = cls.from_record(recipe, path)
         return replace(run, models={name: model.without_code() for name, model in run.models.items()})
 
@@ -122,6 +123,14 @@ class Run:
         option = f" --step {step}" if step is not None else ""
         return f"opdctl run {verb} {shlex.quote(str(self.path))}{option}"
 
+    def evaluation_command_line(self, bench: str, target: str = "") -> str:
+        """Return the command line that makes the evaluation in eval/`bench`/`target` again. That of a model outside of
+        the run lacks the path of the model. Without a target it evaluates the newest student."""
+        names = {self.evaluation_path(name, "").name: name for name in self.recipe.eval.bench}
+        step = parse_step(target)
+        option = f" --model {target}" if target in self.recipe.scorers() else f" --step {step}" * (step is not None)
+        return f"{self.command_line('eval')} --bench {shlex.quote(names.get(bench, bench))}{option}"
+
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -130,15 +139,18 @@ class Run:
         return self.forked_from["step"] if self.forked_from else 0
 
     def current_step(self) -> int:
-        """Return the first step without an update."""
-        step = self.start_step
-        while self.update_path(step).exists():
-            step += 1
-        return step
+        """Return the step after the last one with an update. Directories of earlier steps may have been removed."""
+        updated = (step for step in reversed(list_steps(self.path)) if self.update_path(step).exists())
+        return max(self.start_step, next(updated, -1) + 1)
 
-    def finished_steps(self) -> range:
+    def finished_steps(self) -> list[int]:
         """Return the steps that have an update."""
-        return range(self.start_step, self.current_step())
+        return [step for step in range(self.start_step, self.current_step()) if self.update_path(step).exists()]
+
+    def removed_steps(self) -> list[int]:
+        """Return the steps before the current one whose responses were removed."""
+        steps = range(self.start_step, self.current_step())
+        return [step for step in steps if not (self.step_path(step) / "rollout").is_dir()]
 
     def sampling_steps(self) -> range:
         """Return the steps whose responses can be sampled: those of the recipe and, in a finished run, the one after
@@ -158,7 +170,7 @@ class Run:
     def update(self, step: int) -> UpdateRecord:
         """Return the record of a step's update."""
         path = self.update_path(step)
-        hint = f"remove {path} and run `{self.command_line('train')}`"
+        hint = f"run `{self.manage_command_line('repair')}`, which moves it away"
         record: UpdateRecord = files.read_json(path, UpdateRecord, hint)
         return record
 
@@ -195,9 +207,24 @@ class Run:
         is_start = self.forked_from is not None and step == self.start_step
         return self.forked_from if is_start and self.forked_from else self.update(step - 1)
 
+    def _is_recorded(self, step: int) -> bool:
+        """Whether there is a record of policy version `step`: that of an earlier update may have been removed."""
+        return step == self.start_step or self.update_path(step - 1).exists()
+
     def student_digests(self, step: int) -> Mapping[str, str]:
-        """Return the SHA-256 of the files of policy version `step`, after the first."""
-        return self._state_record(step)["student"]
+        """Return the SHA-256 of the files of policy version `step`, after the first.
+
+        Raises:
+            OpdctlError: the update was removed, and the student is not the one that sampled the step's responses.
+        """
+        if self._is_recorded(step):
+            return self._state_record(step)["student"]
+        path = self.student_path(step)
+        digests = directories.directory_digests(path)
+        if digest_of(digests) != self.student_digest(step):
+            why = f"{self.update_path(step - 1)} was removed, and no rollout was sampled by these files"
+            raise files.corrupt_artifact(path, why, "restore them from a copy, or use a later step")
+        return digests
 
     def saves_trainer_state(self, step: int) -> bool:
         """Whether the recipe saves the trainer state after `step` updates."""
@@ -219,7 +246,8 @@ class Run:
         Raises:
             OpdctlError: it is missing or corrupt.
         """
-        path, digests = self.trainer_path(step), self._state_record(step).get("trainer")
+        path = self.trainer_path(step)
+        digests = self._state_record(step).get("trainer") if self._is_recorded(step) else None
         if not digests:
             record: StateRecord = files.read_json(path / directories.DIGESTS_FILE, StateRecord)
             if record["student"] != self.student_digest(step):
@@ -229,8 +257,13 @@ class Run:
         return digests
 
     def student_digest(self, step: int) -> str:
-        """Return the digest of policy version `step`."""
-        return self.digests["student"] if step == 0 else digest_of(self.student_digests(step))
+        """Return the digest of policy version `step`, after the removal of its update that of the next rollout's."""
+        if step == 0:
+            return self.digests["student"]
+        if self._is_recorded(step):
+            return digest_of(self._state_record(step)["student"])
+        stage = stage_dir.recorded_stage(self.step_path(step) / "rollout", self.command_line("rollout", step))
+        return stage.fingerprint.inputs.get("policy", "") if stage else ""
 
     def is_newest_student_missing(self) -> bool:
         """Whether the directory of the current step's student was removed."""
@@ -283,7 +316,8 @@ class Run:
 
     def _probe(self, step: int) -> Probe | None:
         """Return the probe of policy version `step`. A fork's first student has none, nor has one of opdctl 0.2.0."""
-        record = self.update(step - 1).get("probe") if step > self.start_step else None
+        is_updated = step > self.start_step and self._is_recorded(step)
+        record = self.update(step - 1).get("probe") if is_updated else None
         return Probe(tuple(record["ids"]), tuple(record["logprobs"])) if record else None
 
     def kept_steps(self) -> list[int]:
@@ -341,10 +375,15 @@ class Run:
             OpdctlError: the file is missing, or differs from the one recorded.
         """
         path, record = self.path / "prompts.parquet", read_run_record(self.path)["prompts"]
-        if path.exists():
-            tables.check_rows(path, record["rows"])
-        if not path.exists() or files.sha256_file(path) != record["sha256"]:
-            hint = "restore it from a copy, or start again in another --output"
+        if not path.exists():
+            raise files.corrupt_artifact(path, "is missing", f"run `{self.command_line('train')}`, which writes it")
+        hint = f"run `{self.manage_command_line('repair')}`, then `{self.command_line('train')}`"
+        try:
+            tables.check_rows(path, record["rows"])  # before it is hashed: bounded
+            is_same = files.sha256_file(path) == record["sha256"]
+        except OpdctlError:
+            is_same = False
+        if not is_same:
             raise OpdctlError("checksum_mismatch", f"{path}: differs from the prompts of this run", hint=hint)
         return tables.read_rows(path, Prompt, record["rows"])
 
@@ -396,6 +435,7 @@ class Run:
                 fingerprint_settings(self.recipe, "rollout"), {"prompts": str(self.prompts_digest), "policy": policy}
             ),
             rerun_command=self.command_line("rollout", step),
+            repair_command=self.manage_command_line("repair"),
         )
 
     def score_stage(self, step: int, name: str) -> StageDir:
@@ -410,6 +450,7 @@ class Run:
                 {"rollout": self.rollout_stage(step).digest, name: self.digests[name]},
             ),
             rerun_command=self.command_line("score-teacher", step) + f" --only {name}",
+            repair_command=self.manage_command_line("repair"),
         )
 
     def score_stages(self, step: int) -> dict[str, StageDir]:
@@ -448,7 +489,8 @@ def _plugin_digest(name: str) -> str:
 
 def read_run_record(path: Path) -> RunRecord:
     """Return run.json of the run in `path`."""
-    record: RunRecord = files.read_json(path / "run.json", RunRecord)
+    hint = f"run `opdctl run repair {shlex.quote(str(path))}`, which moves it away"
+    record: RunRecord = files.read_json(path / "run.json", RunRecord, hint)
     return record
 
 
@@ -460,13 +502,23 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), purpose: Purpose = "r
             contains a link or a special file; the recipe asks for code that this command does not trust.
     """
     files.check_tree(path, directories_only=purpose == "repair")
-    if (path / "run.json").exists():
+    is_run = (path / "run.json").exists()
+    if is_run:
         read_run_record(path)  # its version, before the recipe of that version is read
     if not (path / "recipe.toml").exists():
         runs = [file.parent.name for file in path.parent.glob("*/recipe.toml")]
         raise OpdctlError(
             "missing_run",
-            f"{path} has no recipe.toml{did_you_mean(path.name, runs, path.parent)}",
-            hint="give the path of a run; `opdctl train --recipe FILE` starts one",
+            f"{path} has no recipe.toml{'' if is_run else did_you_mean(path.name, runs, path.parent)}",
+            hint=f"run `opdctl run repair {shlex.quote(str(path))}`, which writes it from run.json"
+            if is_run
+            else "give the path of a run; `opdctl train --recipe FILE` starts one",
         )
-    return load_recorded_recipe(path / "recipe.toml", overrides, purpose)
+    try:
+        return load_recorded_recipe(path / "recipe.toml", overrides, purpose)
+    except OpdctlError as error:
+        if is_run and not overrides and error.kind == "invalid_recipe":
+            error.hint = (
+                f"correct it, or run `opdctl run repair {shlex.quote(str(path))}`, which writes that of the start"
+            )
+        raise

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from opdctl.artifacts import directories, files
 from opdctl.artifacts.manifests import SummaryRecord
-from opdctl.artifacts.stage_dir import StageDir, recorded_stage
+from opdctl.artifacts.stage_dir import StageDir, corrupt_file_hint, recorded_stage
 from opdctl.errors import OpdctlError
 from opdctl.runs.heartbeats import Heartbeat, read_heartbeats
 from opdctl.runs.layout import PROMPTS, list_steps
@@ -54,9 +55,20 @@ class RunStatus:
 
     def next_command(self) -> str:
         """Return the command to run next: the repair of what is corrupt and can be regenerated, or the next stage."""
-        if any(map(self._is_repairable, self._corrupt())) and not self.run.is_newest_student_missing():
-            return self.run.manage_command_line("repair")
-        return self.run.next_command()
+        run = self.run
+        if any(map(self._is_repairable, self._corrupt())) and not run.is_newest_student_missing():
+            return run.manage_command_line("repair")
+        return next(filter(None, map(self._regenerate_command, self.stages)), run.next_command())
+
+    def _regenerate_command(self, status: StageStatus) -> str | None:
+        """Return the command that makes parts again that were removed from a step before the current one."""
+        if status.stage == "update" or status.step is None or status.step >= self.run.current_step():
+            return None
+        if status.state not in ("partial", "missing") or not self._is_repairable(status):
+            return None
+        if status.stage == "rollout":
+            return self.run.command_line("rollout", status.step)
+        return f"{self.run.command_line('score-teacher', status.step)} --only {status.stage}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the status as JSON values."""
@@ -70,6 +82,7 @@ class RunStatus:
             "start_step": run.start_step,
             "steps_done": run.current_step(),
             "steps": run.recipe.train.steps,
+            "removed_steps": run.removed_steps(),
             "is_finished": run.current_step() >= run.recipe.train.steps and not run.is_newest_student_missing(),
             **stages,
             "summaries": self.summaries,
@@ -86,17 +99,24 @@ def collect_status(run: Run, *, verify: bool = False) -> RunStatus:
     """
     if verify:
         _ = run.prompts
-    stages = check_start(run, verify=verify)
+    stages, removed = check_start(run, verify=verify), run.removed_steps()
     for step in itertools.takewhile(run.is_started, run.sampling_steps()):
         is_trained_on = step < run.recipe.train.steps or run.update_path(step).exists()
-        if is_trained_on or (run.step_path(step) / "rollout").exists():
+        is_removed = step in removed
+        if (is_trained_on and not is_removed) or (run.step_path(step) / "rollout").exists():
             stages += [check_stage(run, step, name, verify=verify) for name in ("rollout", *run.scorers())]
-        if is_trained_on:
+        if is_trained_on and (run.update_path(step).exists() or not is_removed):
             stages.append(check_update(run, step, verify=verify))
-    hint = f"remove it and run `{run.command_line('eval')}`, which summarizes the graded responses again"
-    summaries = [files.read_json(path, SummaryRecord, hint) for path in sorted(run.path.glob("eval/*/*/summary.json"))]
+    summaries = [_read_summary(run, path) for path in sorted(run.path.glob("eval/*/*/summary.json"))]
     continuations = check_continuations(run, verify=verify)
     return RunStatus(run, stages, continuations, check_evaluations(run, verify=verify), summaries, read_heartbeats(run))
+
+
+def _read_summary(run: Run, path: Path) -> dict[str, Any]:
+    repair = run.manage_command_line("repair")
+    hint = corrupt_file_hint(path, run.evaluation_command_line(path.parent.parent.name, path.parent.name), repair)
+    summary: dict[str, Any] = files.read_json(path, SummaryRecord, hint)
+    return summary
 
 
 def check_start(run: Run, *, verify: bool) -> list[StageStatus]:
@@ -155,21 +175,37 @@ def check_continuations(run: Run, *, verify: bool) -> list[StageStatus]:
         if not (directory / "summary.json").exists():
             models |= {"student", *run.recipe.teacher_models()}
         for model in sorted(models):
-            find = partial(recorded_stage, directory / model, command)
+            find = partial(recorded_stage, directory / model, command, run.manage_command_line("repair"))
             statuses.append(_check(step, f"continuations by {model}", find, "", verify=verify))
     return statuses
 
 
 def check_evaluations(run: Run, *, verify: bool) -> list[StageStatus]:
-    """Return the state of every started evaluation, and of its prompts if they are corrupt."""
-    statuses = []
+    """Return the state of every started evaluation, and of its prompts and its benchmark's record if they are
+    corrupt."""
+    statuses, repair = [], run.manage_command_line("repair")
     for path in sorted(path for path in run.path.glob("eval/*/*") if path.is_dir() and not path.name.startswith(".")):
-        bench = path.parent.name
-        find = partial(recorded_stage, rerun_command=f"{run.command_line('eval')} --bench {bench}")
-        name = f"eval {bench} {path.name}"
-        prompts = _check(None, f"{name} {PROMPTS}", partial(find, path / PROMPTS), "", verify=verify)
-        statuses += [_check(None, name, partial(find, path), "", verify=verify)]
-        statuses += [prompts] if prompts.state == "corrupt" else []
+        commands, name = (
+            (run.evaluation_command_line(path.parent.name, path.name), repair),
+            f"eval {path.parent.name} {path.name}",
+        )
+        advice = f"run `{commands[0]}`"
+        status = _check(None, name, partial(recorded_stage, path, *commands), "", verify=verify)
+        if status.state == "done" and not (path / "summary.json").exists():
+            status = StageStatus(None, name, "partial", "summary.json is missing")
+        if status.state in ("partial", "missing"):
+            status = replace(status, detail=", ".join(filter(None, [status.detail, advice])))
+        prompts = _check(
+            None, f"{name} {PROMPTS}", partial(recorded_stage, path / PROMPTS, *commands), "", verify=verify
+        )
+        statuses += [status, *([prompts] if prompts.state == "corrupt" else [])]
+    for path in sorted(run.path.glob("eval/*/benchmark.json")) if verify else ():
+        command = run.evaluation_command_line(path.parent.name)
+        try:
+            files.read_json(path, hint=corrupt_file_hint(path, command, repair))
+        except OpdctlError as error:
+            name = f"eval {path.parent.name} {path.name}"
+            statuses.append(StageStatus(None, name, "corrupt", f"{error.message} ({error.hint})"))
     return statuses
 
 
@@ -188,7 +224,8 @@ def check_update(run: Run, step: int, *, verify: bool) -> StageStatus:
 def _check_update_files(run: Run, step: int, *, verify: bool) -> None:
     record = run.update(step)
     _check_state(run, step + 1, verify=verify)
-    if verify and not _same_artifacts(record["inputs"], run.update_input_digests(step)):
+    is_removed = not (run.step_path(step) / "rollout").is_dir()
+    if verify and not is_removed and not _same_artifacts(record["inputs"], run.update_input_digests(step)):
         raise files.corrupt_artifact(run.step_path(step), "the update was made from other responses or scores")
 
 

@@ -4,6 +4,7 @@ Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -474,8 +475,20 @@ def latest_checkpoint(run: Run, done: int) -> int:
     """Return the step, up to `done`, of the latest intact checkpoint, 0 if there is none. Warns of corrupt ones.
 
     Raises:
-        OpdctlError: there is none in a fork, which cannot replay the steps before its start.
+        OpdctlError: the later updates cannot be replayed: they are before the start of a fork, or their responses were
+            removed.
     """
+    saved = _latest_intact_checkpoint(run, done)
+    if lost := [step for step in range(saved, done) if step in run.removed_steps()]:
+        why = f"no intact trainer state since step {saved}, and the responses of step {lost[0]} were removed"
+        setting = shlex.quote(f"student.model={run.student_path(done)}")
+        command = f"opdctl train --recipe FILE --set {setting} --output NEW_RUN_DIR"
+        hint = f"restore {run.step_path(lost[0])} from a copy, or start a new run from the student: `{command}`"
+        raise files.corrupt_artifact(run.trainer_path(done), why, hint)
+    return saved
+
+
+def _latest_intact_checkpoint(run: Run, done: int) -> int:
     for step in range(done, run.start_step - (run.start_step > 0), -1):
         if run.trainer_path(step).is_dir():
             try:

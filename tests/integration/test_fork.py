@@ -18,8 +18,10 @@ GAMMA = ("--set", "weight.gamma=0.7")
 def two_steps(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps, of which two are done, with the responses and the scores of the third."""
     path = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("two-steps") / "run"))
+    recipe = load_recipe([path / "recipe.toml"], ["train.steps=3", "eval.every_steps=0"])
+    (path / "recipe.toml").write_text(recipe.to_toml())
     for stage in ("rollout", "score-teacher"):
-        result = invoke(stage, "--output", path, "--set", "train.steps=3", "--set", "eval.every_steps=0")
+        result = invoke(stage, "--output", path)
         assert result.code == 0, result.err
     return path
 

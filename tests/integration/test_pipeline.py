@@ -226,7 +226,7 @@ def test_corrupt_evaluation_is_repaired(finished_copy):
     assert invoke("status", finished_copy, "--verify").code == ExitCode.BAD_DATA
     result = invoke("eval", "--output", finished_copy)
     assert result.code == ExitCode.BAD_DATA
-    assert "`opdctl run repair`" in result.err
+    assert f"`opdctl run repair {finished_copy}`" in result.err
     assert invoke("run", "repair", finished_copy).code == 0
     hint = next(line for line in result.err.splitlines() if line.startswith("hint"))
     assert run_hint(hint.split("`")[3]).code == 0

@@ -152,7 +152,7 @@ def test_corrupt_part_is_refused_and_regenerated_once_it_is_removed(finished, da
     assert str(path) in caught.value.message
     assert why in caught.value.message
     assert "opdctl rollout" in caught.value.hint
-    assert ("opdctl run repair" in caught.value.hint) == (data is not None)
+    assert (f"remove {path}" in caught.value.hint) == (data is not None)
     assert list(finished.corrupted_parts()) == [1]
     path.unlink(missing_ok=True)
     assert finished.finished_but_missing() == [path]

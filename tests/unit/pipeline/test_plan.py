@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from helpers.commands import ROOT, invoke
+from helpers.commands import ROOT, invoke, small_recipe
 
 from opdctl.artifacts import files
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.pipeline.plan import check_space, make_plan, update_bytes
+from opdctl.pipeline.plan import check_space, make_plan, update_bytes, warn_of_zero_rate
 from opdctl.recipe.load import load_recipe
 from opdctl.runs.run import Run
+from opdctl.training.optimizer import learning_rate
 
 PAPER = ROOT / "recipes" / "cross_scale.toml"
 
@@ -72,6 +73,15 @@ def test_gpu_hours_are_marked_as_estimates():
     result = dry_run()
     assert result.json()["estimated"] is True
     assert "estimate, not measured on GPUs" in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize(("steps", "first", "expected"), [(6, 0, "steps 4 to 5"), (6, 5, "steps 5 to 5"), (4, 0, None)])
+def test_steps_without_a_learning_rate_are_warned_of(steps, first, expected, capsys):
+    settings = ("train.lr_scheduler_type=linear", "train.decay_steps=4", f"train.steps={steps}")
+    train = small_recipe(*settings).train
+    warn_of_zero_rate(train, first)
+    assert (expected or "nothing") in (capsys.readouterr().err or "nothing")
+    assert (learning_rate(train, steps - 1) == 0) == bool(expected)
 
 
 def test_plan_of_a_run_with_a_different_recipe_is_refused(finished_run):

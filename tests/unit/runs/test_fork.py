@@ -51,6 +51,20 @@ def test_fork_keeps_the_order_of_the_prompts(run, tmp_path, order):
         assert [prompt.prompt_id for _, prompt in fork.samples(step)] == expected
 
 
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("rollout.prompts_per_step=4", "at prompt 4 of epoch 0 instead of 8 of epoch 0"),
+        ("rollout.prompts_per_step=32", "at prompt 0 of epoch 1 instead of 8 of epoch 0"),
+        (GAMMA, None),
+    ],
+)
+def test_moved_place_in_the_data_is_reported(run, tmp_path, override, place):
+    """32 prompts, of which step 0 used 8."""
+    lines = [line for line in plan(run, tmp_path / "fork", override).lines() if "of epoch" in line]
+    assert [place in line for line in lines] == ([True] if place else [])
+
+
 STATE = {"prompts.parquet", "student/step-00001", "trainer/step-00001"}
 EVALUATIONS = {f"eval/sort12/{name}" for name in ("step-00001", "teacher", "benchmark.json")}
 INPUTS = {"step-00001/rollout", "step-00001/teacher"}

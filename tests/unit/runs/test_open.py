@@ -12,7 +12,7 @@ from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import Model
 from opdctl.runs import open as opening
 from opdctl.runs.models import find_model
-from opdctl.runs.open import check_output_dir, open_run, resolve_open_settings, standalone_eval_run
+from opdctl.runs.open import check_output_dir, open_run, record_settings, resolve_open_settings, standalone_eval_run
 
 
 def error_of(call) -> OpdctlError:
@@ -99,12 +99,16 @@ def test_top_k_beyond_the_vocabulary_is_refused(small, tmp_path):
 # ── Resumption ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_mutable_settings_are_recorded_unless_told_otherwise(small, tmp_path):
+def test_mutable_settings_are_used_and_recorded_on_request(small, tmp_path, capsys):
     open_run(small(), tmp_path / "run")
-    for record, steps in ((False, 2), (True, 9)):
-        run = open_run(small("train.steps=9"), tmp_path / "run", record=record)
-        assert run.recipe.train.steps == 9
-        assert f"steps = {steps}" in (tmp_path / "run/recipe.toml").read_text()
+    run = open_run(small("train.steps=9"), tmp_path / "run")
+    assert run.recipe.train.steps == 9
+    assert "steps = 2\n" in (tmp_path / "run/recipe.toml").read_text()
+    record_settings(run)
+    assert "steps = 9\n" in (tmp_path / "run/recipe.toml").read_text()
+    assert "train.steps 2 → 9" in capsys.readouterr().err
+    record_settings(run)
+    assert capsys.readouterr().err == ""
 
 
 def test_other_recipe_is_refused_and_nothing_is_written(small, tmp_path):
