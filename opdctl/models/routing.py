@@ -47,7 +47,8 @@ class Routers:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+        # Some configs of dense models do not tell it.
+        self.num_layers: int = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
         self.num_experts = 0
         self.experts: dict[int, nn.Module] = {}
         """The module with the experts, by the number of its decoder layer."""

@@ -77,6 +77,8 @@ def load_policy(student: ModelDir, recipe: Recipe, device: str) -> PreTrainedMod
             _enable_packing(model, student, recipe)
         if recipe.train.compile:
             compile_blocks(model)
+    if is_sharded:
+        sharding.check_trained_shards(model, student)
     return model
 
 

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdctl import distributed
 from opdctl.errors import OpdctlError
+from opdctl.models.directory import ModelDir
 from opdctl.models.logprobs import output_head
 from opdctl.models.shards import WeightReader
 from opdctl.recipe.schema import Recipe
@@ -49,7 +50,8 @@ def shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:
 
     Parameters on torch's meta device stay there.
     """
-    tied = model.config.get_text_config().tie_word_embeddings
+    places, body, head = _places(model), _body(model), model.get_output_embeddings()
+    shared = set(head.parameters()) & set(body.parameters())
     settings: dict[str, Any] = {
         "mesh": distributed.mesh(device, recipe.train.fsdp_size),
         "mp_policy": MixedPrecisionPolicy(param_dtype=_param_dtype(recipe), reduce_dtype=torch.float32),
@@ -57,15 +59,40 @@ def shard(model: PreTrainedModel, recipe: Recipe, device: str) -> None:
         if recipe.train.cpu_offload
         else OffloadPolicy(),
     }
-    sharded = [fully_shard(module, **settings) for module in [*_separate_blocks(model), model.base_model]]
-    head = model.get_output_embeddings()
-    if tied:
-        head.weight = model.get_input_embeddings().weight
-    else:
-        sharded.append(fully_shard(head, **settings))
+    sharded = [fully_shard(module, **settings) for module in [*_separate_blocks(model), body]]
+    if shared != set(head.parameters()):  # a tied head may have a bias
+        sharded.append(fully_shard(head, **settings, ignored_params=shared))
+    _share_again(places)
     for module in sharded:
         module.set_gradient_divide_factor(1.0)  # sum, not mean: loss scales refer to all tokens of the step
         module.set_force_sum_reduction_for_comms(True)  # the only reduction of gloo, so that NCCL's is the tested one
+
+
+def _places(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Return for each parameter the modules that have it, with its name there."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                places[value].append((module, name))
+    return list(places.values())
+
+
+def _share_again(places: list[list[tuple[nn.Module, str]]]) -> None:
+    """Let modules that had a parameter together have its shards together, whichever of them FSDP2 has sharded."""
+    for owners in places:
+        values = [getattr(module, name) for module, name in owners]
+        shards = next((value for value in values if isinstance(value, DTensor)), None)
+        for module, name in owners if shards is not None else ():
+            setattr(module, name, shards)
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    """Return the module whose forward pass every pass runs: the base model, or what it only wraps."""
+    body: nn.Module = model.base_model
+    while len(children := list(body.children())) == 1 and not list(body.parameters(recurse=False)):
+        body = children[0]
+    return body
 
 
 def _separate_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -149,7 +176,8 @@ def complete_forward_pass(model: PreTrainedModel, recipe: Recipe) -> Iterator[No
     """
     head = model.get_output_embeddings()
     weight = head.weight
-    is_gathered_by_nobody = isinstance(weight, DTensor) and not isinstance(head, FSDPModule)
+    is_tied = weight is model.get_input_embeddings().weight
+    is_gathered_by_nobody = isinstance(weight, DTensor) and (is_tied or not isinstance(head, FSDPModule))
     if is_gathered_by_nobody:
         with torch.no_grad():
             gathered_VD = output_head(model, len(weight)).weight_VD
@@ -159,14 +187,30 @@ def complete_forward_pass(model: PreTrainedModel, recipe: Recipe) -> Iterator[No
     finally:
         if is_gathered_by_nobody:
             head.weight = weight
+        discard_pass(model)  # a self-check may have found that a pass fails
         reshard(model)
+
+
+def check_trained_shards(model: PreTrainedModel, student: ModelDir) -> None:
+    """Check that every trained parameter is a shard. The ranks would train another one apart from each other.
+
+    Raises:
+        OpdctlError: one is not: no module that FSDP2 shards contains it.
+    """
+    names = [name for name, value in model.named_parameters() if value.requires_grad and not isinstance(value, DTensor)]
+    if names:
+        raise OpdctlError(
+            "unsupported_model",
+            f"{student.path}: no block, body or head contains {', '.join(names[:3])}, so FSDP2 cannot shard it",
+            hint='set student.dtype = "float32", and train with one process',
+        )
 
 
 def discard_pass(model: PreTrainedModel) -> None:
     """Discard the gradients, and with them a forward or backward pass that failed, so that another one can begin."""
     model.zero_grad()  # of the parameters that are gathered just now
-    if isinstance(model.base_model, FSDPModule):
-        model.base_model.reset_iter_state()
+    if isinstance(body := _body(model), FSDPModule):
+        body.reset_iter_state()
     model.zero_grad()
 
 

@@ -42,6 +42,14 @@ KINDS: dict[str, dict] = {
     "mamba2": {**MAMBA, "num_heads": 4, "state_size": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8},
     "laguna": {**EXPERTS, "layer_types": ["full_attention"] * 2, "shared_expert_intermediate_size": 24},
+    "bart": {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 48,
+        "is_decoder": True,
+    },
+    "bert-generation": {"is_decoder": True},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],

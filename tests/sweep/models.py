@@ -24,7 +24,7 @@ from opdctl.recipe.load import load_recipe
 from opdctl.runs.open import open_run
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
-from opdctl.training import policy
+from opdctl.training import policy, sharding
 from opdctl.training.export import export_student
 from opdctl.training.trainer import Trainer
 
@@ -112,7 +112,8 @@ def check_training(student: Path, teacher: Path, folder: Path) -> dict[str, floa
         differences[f"loss {step + 1}"] = abs(metrics["loss"] - loss)
         differences[f"gradient {step + 1}"] = abs(metrics["grad_norm"] - norm) / norm
     model, exported = Trainer(run, "cpu")._model, load_plain(run.student_path(2), student)
-    return differences | {"export": max_difference(model, exported, _sequence(scored[0]))}
+    with sharding.complete_forward_pass(model, run.recipe):
+        return differences | {"export": max_difference(model, exported, _sequence(scored[0]))}
 
 
 def check_vllm(student: Path, teacher: Path, folder: Path) -> dict[str, float]:

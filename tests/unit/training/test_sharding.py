@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen3ForCausalLM
 
 from opdctl import distributed
+from opdctl.errors import OpdctlError
 from opdctl.models import shards
 from opdctl.models.directory import ModelDir
 from opdctl.models.logprobs import map_vocab_chunks, output_head, response_states
@@ -56,6 +57,8 @@ def loaded(student: ModelDir, *overrides: str) -> dict[str, tuple[bool, torch.dt
         ("gemma2", True, ("train.gradient_checkpointing=true",), (4,)),
         ("nemotron_h", False, (), (2,)),  # parameters that are computed if they are not stored
         ("zamba2", True, (), (2,)),  # blocks that share weights
+        ("bert-generation", True, (), (2,)),  # a tied head, whose bias another module has, too
+        ("bart", True, (), (2,)),  # a base model that only wraps
     ],
 )
 def test_loaded_weights_are_bit_for_bit_those_of_one_process(tmp_path, kind, tied, overrides, worlds):
@@ -155,6 +158,31 @@ def test_groups_of_two_ranks_hold_half_of_the_student_each(tmp_path):
     counts = in_ranks(4, local_parameters)
     assert counts[:2] == counts[2:]
     assert sum(counts[:2]) == student.weights.num_parameters
+
+
+def test_self_check_that_fails_leaves_the_shards_in_training(tmp_path, monkeypatch):
+    """Gathered parameters, once the optimizer had them, would never change the student."""
+
+    def fail_in_a_pass(model, tolerance):
+        broken = RuntimeError("no such argument")
+        hook = model.base_model.layers[-1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(broken))
+        with pytest.raises(RuntimeError), torch.no_grad():
+            model(input_ids=torch.arange(6, 18)[None])
+        hook.remove()
+        return "it fails"
+
+    monkeypatch.setattr(policy, "enable_packing", fail_in_a_pass)
+    student = ModelDir(save(make("qwen3", tied=True), tmp_path), "float32")
+    model = load_policy(student, small_recipe(OFFLOAD), "cpu")
+    assert all(isinstance(value, DTensor) for value in model.parameters())
+    distributed.destroy_process_group()
+
+
+def test_trained_parameter_that_is_not_sharded_is_refused(tmp_path):
+    model = make("qwen3")
+    with pytest.raises(OpdctlError, match=r"model\.embed_tokens\.weight") as caught:
+        sharding.check_trained_shards(model, ModelDir(save(model, tmp_path), "float32"))
+    assert caught.value.kind == "unsupported_model"
 
 
 def test_groups_that_do_not_divide_the_processes_are_refused():
