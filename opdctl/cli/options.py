@@ -10,7 +10,7 @@ from opdctl.cli import completion
 
 def split_names(text: str) -> list[str]:
     """Return the names in a list with commas; blanks around them do not matter."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    return [name.strip() for name in text.split(",")]
 
 
 Recipes = Annotated[

@@ -114,7 +114,7 @@ def test_workers_share_the_parts(copy):
     assert not (folder / "summary.json").exists()
     found, result = states(path, "--verify")
     assert (found, result.code) == (["partial", "partial"], 0)
-    assert "step 0 continuations by student  partial  1 of 2 parts" in result.out
+    assert "step 0 continuations by student  partial  1 of 2 parts" in result.err
     for lease in leases:
         lease.release()
     second = invoke("run", "continuations", path, "--json")
@@ -127,7 +127,7 @@ def test_states_of_finished_corrupt_and_missing_parts(copy):
     path, folder = copy
     found, result = states(path, "--verify")
     assert (found, result.code) == (["done", "done"], 0)
-    assert "step 0 continuations by teacher  done  2 parts" in result.out
+    assert "step 0 continuations by teacher  done  2 parts" in result.err
     part = next((folder / "teacher").glob("part-00001*"))
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     assert states(path)[0] == ["done", "done"]
