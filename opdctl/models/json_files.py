@@ -15,7 +15,7 @@ def check_model_files(directory: Path) -> None:
     Raises:
         OpdctlError: an entry is a device, a socket or a FIFO, which a reader would wait for, or a link to nothing.
     """
-    for entry in directory.iterdir():
+    for entry in directory.iterdir() if directory.is_dir() else ():
         if not entry.exists() and entry.is_symlink():
             raise OpdctlError("invalid_model", f"{entry}: is a link to a missing file", hint=DOWNLOAD_AGAIN)
         if entry.exists() and not entry.is_file() and not entry.is_dir():

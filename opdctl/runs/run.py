@@ -380,10 +380,9 @@ class Run:
         hint = f"run `{self.manage_command_line('repair')}`, then `{self.command_line('train')}`"
         try:
             tables.check_rows(path, record["rows"])  # before it is hashed: bounded
-            is_same = files.sha256_file(path) == record["sha256"]
-        except OpdctlError:
-            is_same = False
-        if not is_same:
+        except OpdctlError as error:
+            raise OpdctlError("checksum_mismatch", error.message.partition(": ")[2], hint=hint) from error
+        if files.sha256_file(path) != record["sha256"]:
             raise OpdctlError("checksum_mismatch", f"{path}: differs from the prompts of this run", hint=hint)
         return tables.read_rows(path, Prompt, record["rows"])
 
