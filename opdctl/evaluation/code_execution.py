@@ -38,6 +38,10 @@ MIN_TIME_LIMIT_SECONDS = 10.0
 `--min-time-limit 10.0 --gt-time-limit-factor 8.0`; EvalPlus 0.3.1 has 1 and 4."""
 GT_TIME_LIMIT_FACTOR = 8.0
 """Time limit of one input, as a multiple of the time of the reference solution. Source: as above."""
+LOST = "lost"
+"""The status of a response whose sandbox ended itself: by the code, or by the system."""
+MAX_SANDBOXES = 2
+"""How often a response whose sandbox ended itself is run. Then it counts as a crash."""
 SPARE_OUTPUT_BYTES, MAX_OUTPUT_FACTOR = 2**16, 4
 """A response may return this many bytes more, and times as many, than its reference solution does."""
 MAX_REFERENCE_BYTES = 2**28
@@ -246,24 +250,35 @@ def _grade(computed: Future[_Reference], response: str) -> Grade:
         return Grade(answer, False, reference.failure)
     request = _request(reference.task, reference.limits, response=answer)
     max_bytes = len(json.dumps(answer)) + MAX_OUTPUT_FACTOR * reference.num_bytes + SPARE_OUTPUT_BYTES
-    code = answer
+    for _ in range(MAX_SANDBOXES):
+        code, status = _run_response(reference, request, max_bytes)
+        if status != LOST:
+            break
+    if status == "no_answer":
+        return Grade(None, False, status)
+    verdict = {"timeout": "timeout", "crash": "crash", LOST: "crash"}.get(status, "ok")
+    return Grade(answer if code is None else code, status == "pass", verdict)
+
+
+def _run_response(reference: _Reference, request: dict[str, Any], max_bytes: int) -> tuple[str | None, str]:
+    """Return the code of a response, None if it is unknown, and the status: as of `_compare`, or no_answer."""
+    code = None
     try:
         with contextlib.closing(_run_sandbox(request, max_bytes)) as lines:
-            _, code = next(lines)
-            if entry_point not in code:
-                return Grade(None, False, "no_answer")
-            status = _compare(reference, lines)
+            if (first := next(lines, None)) is None:
+                return None, LOST
+            _, code = first
+            return code, _compare(reference, lines) if request["entry_point"] in code else "no_answer"
     except subprocess.TimeoutExpired:
-        status = "timeout"
-    except (MalformedValueError, ValueError, StopIteration):
-        status = "crash"
+        return code, "timeout"
+    except (MalformedValueError, ValueError):
+        return code, "crash"
     except _TooLongError:
-        status = "fail"
-    return Grade(code, status == "pass", status if status in ("timeout", "crash") else "ok")
+        return code, "fail"
 
 
 def _compare(reference: _Reference, lines: Iterator[list[Any]]) -> str:
-    """Return the status of a response: pass, fail, timeout or crash. The first difference decides."""
+    """Return the status of a response: pass, fail, timeout, crash or LOST. The first difference decides."""
     task = reference.task
     for arguments, expected in zip(reference.inputs, reference.expected, strict=True):
         comparison = OutputComparison(task["dataset"], task["entry_point"], task["atol"])
@@ -275,7 +290,7 @@ def _compare(reference: _Reference, lines: Iterator[list[Any]]) -> str:
             if not remaining or not comparison.accepts(decode(value), *remaining.pop()):
                 return "fail"
         else:
-            return "crash"
+            return LOST
         if kind == "error":
             return "fail"
         if remaining:
