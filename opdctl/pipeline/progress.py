@@ -70,12 +70,13 @@ def accuracy_line(summary: dict[str, Any]) -> str:
     )
 
 
-def latest_accuracies(run: Run, done: int) -> Iterator[tuple[int, float]]:
-    """Yield step and accuracy on the first benchmark of the evaluated students up to step `done`, the latest first.
+def latest_accuracies(run: Run, done: int, bench: str | None = None) -> Iterator[tuple[int, float]]:
+    """Yield step and accuracy of the evaluated students up to step `done`, the latest first.
 
-    They are read from the run directory: with `train --follow` other processes evaluate, in any order.
+    bench: by default the recipe's first benchmark. The accuracies are read from the run directory: with
+    `train --follow` other processes evaluate, in any order.
     """
-    bench = run.recipe.eval.bench[0]
+    bench = bench or run.recipe.eval.bench[0]
     for step in reversed([step for step in list_steps(run.evaluation_path(bench, "")) if step <= done]):
         if summary := evaluate.stored_summary(run, bench, step_name(step)):
             yield step, summary["avg"]
@@ -123,6 +124,6 @@ def summarize_training(run: Run, steps_before: int, seconds: dict[str, float]) -
     return TrainingSummary(run, done, steps_before, accuracy, best_accuracy(run, done), seconds)
 
 
-def best_accuracy(run: Run, done: int) -> tuple[int, float] | None:
+def best_accuracy(run: Run, done: int, bench: str | None = None) -> tuple[int, float] | None:
     """Return step and accuracy of the best student up to step `done`, of equal ones the earliest; None if unknown."""
-    return max(latest_accuracies(run, done), key=lambda pair: (pair[1], -pair[0]), default=None)
+    return max(latest_accuracies(run, done, bench), key=lambda pair: (pair[1], -pair[0]), default=None)

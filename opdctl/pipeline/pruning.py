@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opdctl.artifacts import files, leases
 from opdctl.artifacts.stage_dir import STAGE_MARKERS
-from opdctl.evaluation import evaluate
+from opdctl.pipeline.progress import best_accuracy
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.layout import list_steps, parse_step
 from opdctl.runs.run import Run, read_recipe
@@ -146,15 +146,8 @@ def _stages(run: Run, path: Path) -> Iterable[Path]:
 
 def best_steps(run: Run) -> set[int]:
     """Return the step of the highest accuracy on each benchmark; of equal ones the earliest."""
-    best = set()
-    for bench in sorted({path.parent.name for path in run.path.glob("eval/*/*")}):
-        accuracies = {
-            step: summary["avg"]
-            for step in list_steps(run.path / "eval" / bench)
-            if (summary := evaluate.stored_summary(run, bench, run.student_path(step).name))
-        }
-        best |= {min(accuracies, key=lambda step: (-accuracies[step], step))} if accuracies else set()
-    return best
+    benches, current = {path.parent.name for path in run.path.glob("eval/*/*")}, run.current_step()
+    return {best[0] for bench in benches if (best := best_accuracy(run, current, bench))}
 
 
 def remove_planned(plan: PrunePlan) -> None:

@@ -8,13 +8,10 @@ from torch import Tensor
 
 from opdctl import distributed
 from opdctl.artifacts.records import Ids, Logprobs, TokenScores
-from opdctl.engines.base import ScoreRequest
+from opdctl.engines.base import SCORED_AT_ONCE, ScoreRequest
 from opdctl.models.batching import SequenceBatch, pack_batch, pad_batch
 from opdctl.recipe.schema import Score
 from opdctl.training.division import Division, divide
-
-SCORED_PER_RANK = 64
-"""Responses that a rank scores at a time. Progress is reported in between."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class BaseScorer:
     def stream_scores(self, requests: Iterable[ScoreRequest], settings: Score) -> Generator[tuple[int, TokenScores]]:
         """Compute the log-probs of every response's tokens, in nats. A reference gives nothing else."""
         remaining, numbers = iter(requests), itertools.count()
-        while taken := list(itertools.islice(remaining, SCORED_PER_RANK * self.division.world_size)):
+        while taken := list(itertools.islice(remaining, SCORED_AT_ONCE * self.division.world_size)):
             pairs = [(request.prompt_ids, request.response_ids) for request in taken]
             for logp_T in self._score(distributed.broadcast_object(pairs)):
                 yield next(numbers), TokenScores(logprobs=logp_T)
