@@ -47,21 +47,27 @@ PROGRESS_SECONDS = 30.0
 """The longest time without a progress line."""
 
 
-def reserve_stdout_for_json(reserved: bool) -> None:
-    """Let answers go to stderr, because stdout gets a JSON object."""
-    global _is_stdout_json
-    _is_stdout_json = reserved
-
-
 def _print_answer(renderable: RenderableType) -> None:
     if _level >= 0:
         (console if _is_stdout_json else _stdout).print(renderable)
 
 
-def set_level(level: int, name: str = "") -> None:
-    """Set the verbosity (-1 errors and warnings, 0 normal, 1 debug) and a prefix for errors, such as "rank 1: "."""
-    global _level, _name
-    _level, _name = level, name
+@contextlib.contextmanager
+def settings(level: int, name: str = "", *, is_stdout_json: bool) -> Iterator[None]:
+    """Set how a command prints, until it ends.
+
+    Args:
+        level: the verbosity (-1 errors and warnings, 0 normal, 1 debug).
+        name: a prefix for errors, such as "rank 1: ".
+        is_stdout_json: stdout gets a JSON object, so that answers go to stderr.
+    """
+    global _level, _name, _is_stdout_json
+    before = _level, _name, _is_stdout_json
+    _level, _name, _is_stdout_json = level, name, is_stdout_json
+    try:
+        yield
+    finally:
+        _level, _name, _is_stdout_json = before
 
 
 def _strip_control_chars(text: str) -> str:
@@ -122,9 +128,9 @@ class _Forwarder:
 
 def forward_to(send: Callable[[Text], None], level: int) -> None:
     """Let all messages of this process, a child, be printed by its parent: `send` passes them to it."""
-    global console
+    global console, _level
     console = _Forwarder(send)  # type: ignore[assignment]
-    set_level(level)
+    _level = level
 
 
 def print_forwarded(text: Text) -> None:

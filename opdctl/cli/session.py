@@ -36,20 +36,20 @@ def command_session(verbose: bool | None, *, as_json: bool) -> Iterator[None]:
     _is_interrupted, _stop_signal = False, ""
     is_other_rank = not distributed.is_main()  # other ranks report their errors only
     level = {None: 0, True: 1, False: -1}[verbose]
-    console.set_level(-1 if is_other_rank else level, f"rank {distributed.rank()}: " if is_other_rank else "")
-    console.reserve_stdout_for_json(as_json)
     os.umask(os.umask(0) | 0o002)  # never create world-writable files, whatever the umask
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, _request_stop)
     signal.signal(signal.SIGINT, _interrupt)
-    try:
-        with _report_errors(verbose=bool(verbose)):
-            yield
-            distributed.wait_for_end()
-    except StopRequested as stop:
-        raise typer.Exit(_report_stop(str(stop))) from stop
-    finally:
-        distributed.destroy_process_group()
+    prefix = f"rank {distributed.rank()}: " if is_other_rank else ""
+    with console.settings(-1 if is_other_rank else level, prefix, is_stdout_json=as_json):
+        try:
+            with _report_errors(verbose=bool(verbose)):
+                yield
+                distributed.wait_for_end()
+        except StopRequested as stop:
+            raise typer.Exit(_report_stop(str(stop))) from stop
+        finally:
+            distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Console output: verbosity, control characters, tables and progress."""
 
+import contextlib
 import io
 import re
 import subprocess
@@ -21,6 +22,17 @@ def output(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     for name in ("console", "_stdout"):
         monkeypatch.setattr(console, name, Console(file=stream, highlight=False, markup=False, soft_wrap=True))
     return stream
+
+
+def test_settings_end_with_their_command(capsys):
+    with contextlib.suppress(ZeroDivisionError), console.settings(-1, "rank 1: ", is_stdout_json=True):
+        console.answer("hidden")
+        raise ZeroDivisionError
+    with console.settings(0, is_stdout_json=True):
+        console.answer("on stderr")
+    console.answer("on stdout")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("on stdout\n", "on stderr\n")
 
 
 def live_table_program(make_row: str) -> str:

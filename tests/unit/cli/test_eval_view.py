@@ -33,7 +33,7 @@ SUMMARY = {
 
 def test_summary_has_intervals_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(SUMMARY)
-    text = " ".join(capsys.readouterr().err.split())
+    text = " ".join("".join(capsys.readouterr()).split())
     for part in (
         *("mine, teacher: 4 problems", "Avg@2", "50.0%", "[25.0%, 75.0%]", "pass@2", "62.5%", "[12.5%, 87.5%]"),
         *("50.0% truncated", "7 ok, 1 timeout", "mine/a/0 (timeout)", "1 gold answers", "contain 1 of its 4 problems"),
@@ -44,15 +44,15 @@ def test_summary_has_intervals_and_warnings(capsys: pytest.CaptureFixture[str]) 
 
 def test_answers_on_which_math_verify_differs_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(SUMMARY | {"avg_math_verify": 0.25, "math_verify_differences": 3})
-    assert "math-verify alone: 25.0%; it differs on 3 responses" in " ".join(capsys.readouterr().err.split())
+    assert "math-verify alone: 25.0%; it differs on 3 responses" in " ".join(capsys.readouterr().out.split())
     print_failures(load_evaluation(plant_evaluation(tmp_path / "one", {"a": [True]}, math_verify=False)), 1)
-    assert "mine/a/0: answer '1', gold '1': correct, math-verify: incorrect" in capsys.readouterr().err
+    assert "mine/a/0: answer '1', gold '1': correct, math-verify: incorrect" in capsys.readouterr().out
 
 
 def test_untrusted_text_is_not_interpreted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "\x1b[2J\x1b]0;owned\x07 [red]\u202e"
     print_failures(load_evaluation(plant_evaluation(tmp_path / "one", {"a": [False]}, text=text)), 1)
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().out
     assert "owned" in shown
     assert "[red]" in shown
     assert not {"\x1b", "\x07", "\u202e"} & {*shown}
