@@ -1,5 +1,6 @@
 """Prompts through chat templates and post-processors, and the test that a template must pass."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from helpers.tokenizers import CHATML, NUM_IDS, SPECIAL, byte_level, surround, write_tokenizer
 from tokenizers import Tokenizer
 
-from opdctl.data import rendering
+from opdctl.data import template_process
 from opdctl.data.messages import Message
 from opdctl.data.rendering import PromptRenderer
 from opdctl.errors import ExitCode, OpdctlError
@@ -28,6 +29,8 @@ LLAMA_3_DATE = (
     "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}Today Date: {{ date_string }}\n"
 )
 LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+POWER = "{{ 10 ** (10 ** 9) }}"
+DOUBLING = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
 
 
 def make_renderer(
@@ -81,13 +84,54 @@ def test_template_that_loses_the_prompt_is_refused(tmp_path: Path, template: str
     assert "template" in caught.value.message
 
 
-@pytest.mark.parametrize("template", [LOOP + CHATML, PARTS + LOOP], ids=["before", "after"])
+@pytest.mark.parametrize("template", [LOOP + CHATML, PARTS + LOOP, POWER + CHATML], ids=["before", "after", "C"])
 def test_template_without_an_end_is_refused(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "TEMPLATE_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(template_process, "CPU_SECONDS", 0.2)
     with pytest.raises(OpdctlError) as caught:
         make_renderer(tmp_path, template)
     assert caught.value.kind == "unsupported_model"
-    assert f"{tmp_path}: the chat template does not finish" in caught.value.message
+    assert f"{tmp_path}: the chat template takes more than 0.2 s of processor time" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 'a' * 10**11 }}", "needs more than 256 MiB of memory"),
+        ("{{ '%0999999999d' % 1 }}", "needs more than 256 MiB of memory"),
+        (DOUBLING, "needs more than 256 MiB of memory"),
+        ("{{ 'a' * 2000000 }}", "makes a prompt of 20"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot be rendered: maximum recursion depth"),
+        ("(" * 10 + "{{" + "(" * 10**5 + "1" + ")" * 10**5 + "}}", "cannot be rendered: "),
+        ("{{ raise_exception('a' * 10**7) }}", "cannot be rendered: aaa"),
+    ],
+    ids=["repeat", "format", "doubling", "output", "recursion", "depth", "message"],
+)
+def test_template_that_takes_memory_is_refused(tmp_path: Path, template: str, reason: str) -> None:
+    with pytest.raises(OpdctlError) as caught:
+        make_renderer(tmp_path, template + CHATML)
+    assert f"{tmp_path}: the chat template {reason}" in caught.value.message
+    assert len(caught.value.message) < 1000
+
+
+def test_template_without_an_end_for_one_prompt_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "CPU_SECONDS", 0.2)
+    renderer = make_renderer(tmp_path, "{% if 'bomb' in messages[0].content %}" + LOOP + "{% endif %}" + CHATML)
+    assert "ab 1" in render(renderer, "ab 1")
+    for text in ("a bomb", "ab 1"):  # the process has ended
+        with pytest.raises(OpdctlError, match=r"p.jsonl: .*template of .* takes more than 0.2 s") as caught:
+            render(renderer, text)
+        assert (caught.value.kind, caught.value.code) == ("invalid_data", ExitCode.BAD_DATA)
+        assert str(tmp_path) in caught.value.message
+
+
+def test_many_prompts_have_more_time_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "CPU_SECONDS", 0.3)
+    busy = "{% for i in range(40000) %}{% endfor %}"
+    renderer, used = make_renderer(tmp_path, busy + CHATML), os.times().children_user
+    for _ in range(1000):
+        assert "ab 1" in render(renderer, "ab 1")
+    del renderer  # the process is waited for
+    assert os.times().children_user - used > 0.3
 
 
 def test_default_of_several_templates_is_used(tmp_path: Path) -> None:
