@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from opdctl import console
-from opdctl.cli.options import DryRun, Json, NewestRunDir, Output, Overrides, Recipes, Verbose, Weights
-from opdctl.cli.session import command_session, named_or_newest_run, print_json, read_recipe_options
+from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunOption, Verbose, Weights
+from opdctl.cli.session import command_session, named_run, print_json, read_recipe_options
 
 if TYPE_CHECKING:
     from opdctl.analysis.analyze import PhaseChoice
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def analyze_position(
-    run_dir: NewestRunDir = None,
+    run_dir: RunDir = None,
     recipe: Recipes = None,
     set_: Overrides = None,
-    output: Output = None,
+    run: RunOption = None,
     weights: Weights = None,
     phases: Annotated[
         Literal["quarters", "ends"],
@@ -44,20 +44,18 @@ def analyze_position(
     then: opdctl run show runs/quickstart SAMPLE_ID
     """
     with command_session(verbose, as_json=json_):
-        run = load_run_for_analysis(run_dir or output, recipe, set_)
-        _analyze(run, weights, phases, dry_run, json_)
+        loaded = load_run_for_analysis(named_run(run_dir, run), recipe, set_)
+        _analyze(loaded, weights, phases, dry_run, json_)
 
 
 def load_run_for_analysis(
-    path: Path | None, recipe: list[str] | None, overrides: list[str] | None, purpose: "Purpose" = "read"
+    named: Path | None, recipe: list[str] | None, overrides: list[str] | None, purpose: "Purpose" = "read"
 ) -> "Run":
     """Return the run as recorded, with the weight and the continuations of the recipe and the overrides."""
-    from opdctl.runs.layout import run_path
     from opdctl.runs.run import Run
 
-    path = path if recipe else named_or_newest_run(path)
-    resolved = read_recipe_options(recipe, overrides, path, purpose)
-    run = Run.load(path or run_path(resolved, None))
+    resolved, path = read_recipe_options(recipe, overrides, named, purpose)
+    run = Run.load(path)
     update = {"weight": resolved.weight, "continuations": resolved.continuations}
     return replace(run, recipe=run.recipe.model_copy(update=update))
 

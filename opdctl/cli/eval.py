@@ -9,11 +9,11 @@ import typer
 
 from opdctl import console
 from opdctl.cli import completion
-from opdctl.cli.options import DryRun, Json, Overrides, Recipes, Verbose, split_names
+from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunOption, Verbose, split_names
 from opdctl.cli.session import (
     command_session,
     join_process_group,
-    named_or_newest_run,
+    named_run,
     open_run_and_device,
     print_json,
     read_recipe_options,
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
     from opdctl.runs.run import Run
 
 
-EvaluatedRun = Annotated[
-    Path | None,
-    typer.Option(
-        "--run",
-        "--output",
-        metavar="RUN_DIR",
-        help="The run. Default: the newest one under runs/.",
-        autocompletion=completion.complete_runs,
-    ),
-]
 EvaluatedStep = Annotated[
     int | None, typer.Option("--step", min=0, help="The student of this step. Default: the newest.")
 ]
@@ -67,9 +57,10 @@ AllowCodeExecution = Annotated[
 
 
 def evaluate(
+    run_dir: RunDir = None,
     recipe: Recipes = None,
     set_: Overrides = None,
-    run_dir: EvaluatedRun = None,
+    run: RunOption = None,
     step: EvaluatedStep = None,
     model: EvaluatedModel = None,
     bench: Benchmarks = None,
@@ -84,7 +75,7 @@ def evaluate(
 
     \b
     opdctl eval --bench sort12                 the newest run under runs/
-    opdctl eval --run runs/quickstart --model teacher
+    opdctl eval runs/quickstart --model teacher
     opdctl eval --model Qwen/Qwen3-0.6B --bench aime25,math500
     then: opdctl compare runs/uniform runs/quickstart
     """
@@ -93,44 +84,43 @@ def evaluate(
         from opdctl.recipe.load import with_benchmarks
 
         overrides = [*(set_ or []), *(["eval.allow_code_execution=true"] if allow_code_execution else [])]
-        resolved, output = _select_recipe(recipe, overrides, run_dir, model, "plan" if dry_run else "run")
+        purpose: Purpose = "plan" if dry_run else "run"
+        resolved, path = _select_recipe(recipe, overrides, named_run(run_dir, run), model, purpose)
         chosen = with_benchmarks(resolved, resolved.eval.bench if bench is None else split_names(bench))
         if data is not None and not data.exists():
             raise OpdctlError("missing_file", f"--data {data}")
         if model is not None and step is not None:
             raise OpdctlError("invalid_usage", "--step cannot be combined with --model", hint="give one of them")
         if dry_run:
-            show_evaluation_plan(chosen, output, data, json_)
+            show_evaluation_plan(chosen, path, data, json_)
             return
-        run, device = _open(resolved, recipe, output, model)
-        run = replace(run, recipe=with_benchmarks(run.recipe, chosen.eval.bench))
-        _evaluate(run, device, model, step, data, show_failures, json_)
+        opened, device = _open(resolved, recipe, path, model)
+        opened = replace(opened, recipe=with_benchmarks(opened.recipe, chosen.eval.bench))
+        _evaluate(opened, device, model, step, data, show_failures, json_)
 
 
 def _select_recipe(
-    recipes: list[str] | None, overrides: list[str], output: Path | None, model: str | None, purpose: "Purpose"
-) -> tuple["Recipe", Path | None]:
+    recipes: list[str] | None, overrides: list[str], named: Path | None, model: str | None, purpose: "Purpose"
+) -> tuple["Recipe", Path]:
     """Return the recipe to evaluate by, and the run directory or, for a model of no run, the directory of results."""
     from opdctl.recipe.load import default_eval_recipe
     from opdctl.recipe.schema import is_scorer
 
-    has_run = recipes or (output is not None and (output / "recipe.toml").exists())
+    has_run = recipes or (named is not None and (named / "recipe.toml").exists())
     if model is not None and not is_scorer(model) and not has_run:
-        return default_eval_recipe(model, overrides), output or Path()
-    if not recipes:
-        output = named_or_newest_run(output)
-    return read_recipe_options(recipes, overrides, output, purpose), output
+        return default_eval_recipe(model, overrides), named or Path()
+    return read_recipe_options(recipes, overrides, named, purpose)
 
 
-def _open(recipe: "Recipe", given: list[str] | None, output: Path | None, model: str | None) -> tuple["Run", str]:
+def _open(recipe: "Recipe", given: list[str] | None, path: Path, model: str | None) -> tuple["Run", str]:
     """Open the run to evaluate in, or a directory of results for a model of no run."""
     from opdctl.runs.open import standalone_eval_run
 
-    if not given and output is not None and not (output / "recipe.toml").exists():
-        join_process_group(recipe, output)
-        return standalone_eval_run(recipe, output), set_up_device(recipe)
+    if not given and not (path / "recipe.toml").exists():
+        join_process_group(recipe, path)
+        return standalone_eval_run(recipe, path), set_up_device(recipe)
     needs = model if model in recipe.scorers() else "student"
-    return open_run_and_device(recipe, output, str(needs), check_source=False)
+    return open_run_and_device(recipe, path, str(needs), check_source=False)
 
 
 def _evaluate(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from opdctl import console
-from opdctl.cli.options import Json, Output, Overrides, Recipes, Verbose
+from opdctl.cli.options import Json, Overrides, Recipes, RunOption, Verbose
 from opdctl.cli.session import command_session, print_json, read_recipe_options
 
 
@@ -28,7 +28,7 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     recipe: Recipes = None,
     set_: Overrides = None,
-    output: Output = None,
+    run: RunOption = None,
     json_: Json = False,
     verbose: Verbose = None,
 ) -> None:
@@ -42,8 +42,8 @@ def list_(
     with command_session(verbose, as_json=json_):
         from opdctl.recipe.load import default_eval_recipe
 
-        if recipe or output:
-            read_recipe_options(recipe, set_, output, "read")
+        if recipe or run:
+            read_recipe_options(recipe, set_, run, "read")
         elif set_:
             default_eval_recipe("toy:student", set_)  # any recipe: only its plugins matter
         rows = LISTS[kind]()

@@ -31,23 +31,21 @@ Overrides = Annotated[
         autocompletion=completion.complete_settings,
     ),
 ]
-Output = Annotated[
+_RUN_DIR = typer.Argument(
+    metavar="RUN_DIR",
+    help="The run. Default: that of --run, else runs/<name> of --recipe, else the newest one under runs/.",
+    autocompletion=completion.complete_runs,
+)
+RunDir = Annotated[Path | None, _RUN_DIR]
+RunDirOrWord = Annotated[str | None, _RUN_DIR]
+"""The run, before another argument that is always given: of two words the first, of one none."""
+RunOption = Annotated[
     Path | None,
     typer.Option(
+        "--run",
         "--output",
         metavar="RUN_DIR",
-        help="Run directory. Default: runs/<name>.",
-        autocompletion=completion.complete_runs,
-    ),
-]
-RunDir = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR", help="A run directory.", autocompletion=completion.complete_runs)
-]
-NewestRunDir = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[RUN_DIR]",
-        help="A run directory. Default: the run under runs/ that was changed last.",
+        help="The same as RUN_DIR. With --recipe: the directory of a new run.",
         autocompletion=completion.complete_runs,
     ),
 ]

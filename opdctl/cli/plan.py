@@ -11,14 +11,13 @@ from opdctl.pipeline.evaluation_plan import plan_benchmarks
 from opdctl.pipeline.plan import Plan, make_plan
 from opdctl.pipeline.stage_plan import StagePlan
 from opdctl.recipe.schema import Recipe
-from opdctl.runs.layout import run_path
 
 GIB = 2**30
 
 
-def show_plan(recipe: Recipe, output: Path | None, as_json: bool, *, colocated: bool) -> None:
+def show_plan(recipe: Recipe, path: Path, as_json: bool, *, colocated: bool) -> None:
     """Print the plan of a run, whose stages are colocated or have separate allocations. Nothing is written."""
-    plan = make_plan(recipe, output, colocated=colocated)
+    plan = make_plan(recipe, path, colocated=colocated)
     if as_json:
         print_json(plan.as_dict())
     console.print_fields("plan", _plan_rows(plan))
@@ -27,11 +26,11 @@ def show_plan(recipe: Recipe, output: Path | None, as_json: bool, *, colocated: 
     console.info("nothing was written")
 
 
-def show_evaluation_plan(recipe: Recipe, output: Path | None, data: Path | None, as_json: bool) -> None:
+def show_evaluation_plan(recipe: Recipe, path: Path, data: Path | None, as_json: bool) -> None:
     """Print the plan of an evaluation. Nothing is written."""
     plans = plan_benchmarks(recipe, data)
     if as_json:
-        print_json({"run_dir": str(run_path(recipe, output)), "benches": [asdict(plan) for plan in plans]})
+        print_json({"run_dir": str(path), "benches": [asdict(plan) for plan in plans]})
     rows = [
         (
             plan.bench,

@@ -9,9 +9,16 @@ import typer
 
 from opdctl import console
 from opdctl.cli.analyze_position import load_run_for_analysis
-from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, Verbose, Weights
-from opdctl.cli.session import command_session, print_json, read_recipe_options, set_up_device
-from opdctl.errors import ExitCode
+from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunDirOrWord, RunOption, Verbose, Weights
+from opdctl.cli.session import (
+    command_session,
+    named_or_newest_run,
+    named_run,
+    print_json,
+    read_recipe_options,
+    set_up_device,
+)
+from opdctl.errors import ExitCode, OpdctlError
 
 if TYPE_CHECKING:
     from opdctl.runs.repair import CorruptArtifact
@@ -21,10 +28,13 @@ run_app = typer.Typer(help="Manage a run: fork, repair, prune, show, continuatio
 
 @run_app.command()
 def fork(
-    run_dir: RunDir,
-    new_run_dir: Annotated[Path, typer.Argument(metavar="NEW_RUN_DIR", help="The directory of the fork.")],
+    run_dir: RunDirOrWord = None,
+    new_run_dir: Annotated[
+        str | None, typer.Argument(metavar="NEW_RUN_DIR", help="The directory of the fork.", show_default=False)
+    ] = None,
     recipe: Recipes = None,
     set_: Overrides = None,
+    run: RunOption = None,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -34,31 +44,43 @@ def fork(
     \b
     opdctl run fork runs/quickstart runs/gamma --set weight.gamma=0.7 --dry-run
     opdctl run fork runs/quickstart runs/gamma --set weight.gamma=0.7
-    then: opdctl train --output runs/gamma
+    then: opdctl train runs/gamma
     """
     with command_session(verbose, as_json=json_):
         from opdctl.runs.fork import create_fork, plan_fork
         from opdctl.runs.open import resolve_open_settings
         from opdctl.runs.run import Run
 
-        resolved = resolve_open_settings(read_recipe_options(recipe, set_, run_dir, "read"), run_dir)
-        plan = plan_fork(Run.load(run_dir), new_run_dir, resolved)
+        named, word = _split_words(run_dir, new_run_dir, "NEW_RUN_DIR")
+        path, fork_dir = named_or_newest_run(named, run), Path(word)
+        resolved, _ = read_recipe_options(recipe, set_, path, "read")
+        plan = plan_fork(Run.load(path), fork_dir, resolve_open_settings(resolved, path))
         for line in plan.lines():
             console.answer(line)
         if dry_run:
             console.info("nothing was written")
         else:
-            console.info(f"wrote {new_run_dir}: {create_fork(plan)} files reused from {run_dir}")
-            console.info(f"next: {Run.load(new_run_dir).next_command()}")
+            console.info(f"wrote {fork_dir}: {create_fork(plan)} files reused from {path}")
+            console.info(f"next: {Run.load(fork_dir).next_command()}")
         if json_:
             changes = [{"key": key, "old": old, "new": new} for key, old, new in plan.changes]
-            reused = [str(path.relative_to(run_dir)) for path in plan.reused]
-            print_json({"run_dir": str(new_run_dir), "step": plan.step, "changes": changes, "reused": reused})
+            reused = [str(file.relative_to(path)) for file in plan.reused]
+            print_json({"run_dir": str(fork_dir), "step": plan.step, "changes": changes, "reused": reused})
+
+
+def _split_words(first: str | None, second: str | None, name: str) -> tuple[Path | None, str]:
+    """Return the run, None if it is not named, and the argument `name`, which follows it or is alone."""
+    if first is None:
+        raise OpdctlError(
+            "invalid_usage", f"{name} is missing", hint="give it after RUN_DIR, or alone for the newest run"
+        )
+    return (None, first) if second is None else (Path(first), second)
 
 
 @run_app.command()
 def repair(
-    run_dir: RunDir,
+    run_dir: RunDir = None,
+    run: RunOption = None,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -67,37 +89,36 @@ def repair(
 
     \b
     opdctl run repair runs/quickstart
-    then: opdctl train --output runs/quickstart
+    then: opdctl train runs/quickstart
     """
     with command_session(verbose, as_json=json_):
         from opdctl.runs.repair import find_corrupt_artifacts, repair_records, set_aside
         from opdctl.runs.run import Run
 
-        changes = repair_records(run_dir, dry_run=dry_run)
+        path = named_or_newest_run(run_dir, run)
+        changes = repair_records(path, dry_run=dry_run)
         for change in changes:
             console.warn(change)
-        if changes and (dry_run or not (run_dir / "run.json").exists()):
-            console.info(
-                "nothing was written" if dry_run else f"next: opdctl train --output {shlex.quote(str(run_dir))}"
-            )
+        if changes and (dry_run or not (path / "run.json").exists()):
+            console.info("nothing was written" if dry_run else f"next: opdctl train {shlex.quote(str(path))}")
             return
-        run = Run.load(run_dir, "repair")
-        artifacts = find_corrupt_artifacts(run)
+        loaded = Run.load(path, "repair")
+        artifacts = find_corrupt_artifacts(loaded)
         for each in artifacts:
             console.warn(f"{each.why}{_repair_note(each)}")
-        moved = [] if dry_run else set_aside(run, artifacts)
+        moved = [] if dry_run else set_aside(loaded, artifacts)
         if not artifacts:
             console.answer("no corrupt files")
         elif not dry_run:
-            console.info(f"{len(moved)} of {len(artifacts)} moved to {run.path / 'corrupt'}")
+            console.info(f"{len(moved)} of {len(artifacts)} moved to {path / 'corrupt'}")
         if dry_run:
             console.info("nothing was written")
         commands = list(dict.fromkeys(each.command for each in artifacts if each.command))
-        for command in commands or [run.next_command()]:
+        for command in commands or [loaded.next_command()]:
             console.info(f"next: {command}")
         if json_:
             corrupt = [{"path": str(each.path), "why": each.why, "command": each.command} for each in artifacts]
-            print_json({"run_dir": str(run_dir), "corrupt": corrupt, "moved": [str(path) for path in moved]})
+            print_json({"run_dir": str(path), "corrupt": corrupt, "moved": [str(file) for file in moved]})
         if any(each.is_required for each in artifacts):
             raise typer.Exit(ExitCode.BAD_DATA)
 
@@ -110,7 +131,8 @@ def _repair_note(artifact: "CorruptArtifact") -> str:
 
 @run_app.command()
 def prune(
-    run_dir: RunDir,
+    run_dir: RunDir = None,
+    run: RunOption = None,
     keep_last: Annotated[
         int, typer.Option("--keep-last", min=1, help="How many of the latest steps keep responses, scores and student.")
     ] = 1,
@@ -123,7 +145,7 @@ def prune(
 ) -> None:
     """Remove old responses, scores, students and trainer states. The run can be read and continued as before.
 
-    Metrics and evaluations stay. What was removed cannot be regenerated.
+    Metrics and evaluations stay. What was removed cannot be regenerated, so RUN_DIR must be given.
 
     \b
     opdctl run prune runs/quickstart --dry-run
@@ -134,26 +156,41 @@ def prune(
         from opdctl.pipeline.pruning import plan_prune, remove_planned
         from opdctl.runs.run import Run
 
-        plan = plan_prune(Run.load(run_dir), keep_last, keep_best=keep_best)
+        path = named_or_newest_run(run_dir, run) if dry_run else _named_run(run_dir, run)
+        plan = plan_prune(Run.load(path), keep_last, keep_best=keep_best)
         sizes = plan.bytes_by_kind()
         rows = [(kind, f"{len(plan.removed[kind])} directories, {format_bytes(sizes[kind])}") for kind in sizes]
         kept = ", ".join(map(str, plan.kept)) or "none"
         if not dry_run:
             remove_planned(plan)
         freed = f"{format_bytes(sum(sizes.values()))} {'can be freed' if dry_run else 'freed'}"
-        console.print_fields(f"{run_dir}: {freed}", [*rows, ("students kept", f"steps {kept}")])
+        console.print_fields(f"{path}: {freed}", [*rows, ("students kept", f"steps {kept}")])
         if dry_run:
             console.info("nothing was written")
         if json_:
-            removed = [str(path.relative_to(run_dir)) for paths in plan.removed.values() for path in paths]
-            print_json({"run_dir": str(run_dir), "bytes": sizes, "removed": removed, "kept_students": plan.kept})
+            removed = [str(each.relative_to(path)) for paths in plan.removed.values() for each in paths]
+            print_json({"run_dir": str(path), "bytes": sizes, "removed": removed, "kept_students": plan.kept})
+
+
+def _named_run(run_dir: Path | None, option: Path | None) -> Path:
+    """Return the run that is named. Raises OpdctlError if none is: the newest run is not removed by default."""
+    from opdctl.runs.layout import newest_run
+
+    named = named_run(run_dir, option)
+    if named is None:
+        hint = f"give it, such as the newest run: `opdctl run prune {shlex.quote(str(newest_run()))}`"
+        raise OpdctlError("invalid_usage", "run prune removes artifacts: RUN_DIR is missing", hint=hint)
+    return named
 
 
 @run_app.command()
 def show(
-    run_dir: RunDir,
-    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="Such as sort12-abc/00003/0.")],
+    run_dir: RunDirOrWord = None,
+    sample_id: Annotated[
+        str | None, typer.Argument(metavar="SAMPLE_ID", help="Such as sort12-abc/00003/0.", show_default=False)
+    ] = None,
     set_: Overrides = None,
+    run: RunOption = None,
     weights: Weights = None,
     shade: Annotated[
         Literal["signal", "weight"], typer.Option("--shade", help="What a token is shaded by.")
@@ -172,8 +209,9 @@ def show(
         from opdctl.analysis.shown_weights import chosen_weights
         from opdctl.cli.sample_view import print_sample
 
-        run = load_run_for_analysis(run_dir, None, set_)
-        sample = load_sample(run, sample_id, scored_steps(run)[0], chosen_weights(run, weights))
+        named, word = _split_words(run_dir, sample_id, "SAMPLE_ID")
+        loaded = load_run_for_analysis(named_run(named, run), None, set_)
+        sample = load_sample(loaded, word, scored_steps(loaded)[0], chosen_weights(loaded, weights))
         print_sample(sample, shade)
         if json_:
             print_json(sample.as_dict())
@@ -181,8 +219,9 @@ def show(
 
 @run_app.command()
 def continuations(
-    run_dir: RunDir,
+    run_dir: RunDir = None,
     set_: Overrides = None,
+    run: RunOption = None,
     step: Annotated[int, typer.Option("--step", min=0, help="The step whose prefixes are continued.")] = 0,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -201,21 +240,21 @@ def continuations(
         from opdctl.runs.open import open_run
         from opdctl.runs.run import read_recipe
 
-        run = load_run_for_analysis(run_dir, None, set_, "plan" if dry_run else "run")
-        step = resolve_step(run, step)
+        loaded = load_run_for_analysis(named_run(run_dir, run), None, set_, "plan" if dry_run else "run")
+        step, path = resolve_step(loaded, step), loaded.path
         if dry_run:
-            console.answer(describe_plan(run, step))
+            console.answer(describe_plan(loaded, step))
             console.info("nothing was written")
             return
-        models = ("student", *run.recipe.teacher_models())
-        opened = open_run(read_recipe(run_dir), run_dir, needs=models, check_source=False)  # checks the models' digests
-        run = replace(run, models=opened.models)
-        result = make_continuations(run, set_up_device(run.recipe), step)
+        models = ("student", *loaded.recipe.teacher_models())
+        opened = open_run(read_recipe(path), path, needs=models, check_source=False)  # checks the models' digests
+        loaded = replace(loaded, models=opened.models)
+        result = make_continuations(loaded, set_up_device(loaded.recipe), step)
         if result.summary is None:
             console.info(f"wrote {result.parts_made} parts of {result.path}; other workers are producing the rest")
         else:
             console.answer(continuations_sentence(result.summary))
-            console.info(f"wrote {result.path}; next: opdctl analyze-position {shlex.quote(str(run_dir))}")
+            console.info(f"wrote {result.path}; next: opdctl analyze-position {shlex.quote(str(path))}")
         if json_:
             made = {"parts_made": result.parts_made, "summary": result.summary}
-            print_json({"run_dir": str(run_dir), "step": step, **made})
+            print_json({"run_dir": str(path), "step": step, **made})

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -141,56 +142,69 @@ def print_json(value: Mapping[str, Any]) -> None:
         sys.stdout.flush()
 
 
-def read_recipe_options(
-    recipes: list[str] | None, overrides: list[str] | None, output: Path | None, purpose: "Purpose" = "run"
-) -> "Recipe":
-    """Return the recipe of `--recipe` and `--set`, or the one recorded in the run directory, for this purpose.
+def named_run(run_dir: Path | None, option: Path | None) -> Path | None:
+    """Return the run that the argument or `--run` names, if one does.
 
     Raises:
-        OpdctlError: neither is given, or the recipe is invalid; the recorded one asks for code that is not trusted.
+        OpdctlError: both do, and differ.
     """
-    from opdctl.recipe.library import find_recipe
-    from opdctl.recipe.load import load_recipe
-    from opdctl.runs.run import read_recipe
-
-    if recipes:
-        return load_recipe([find_recipe(name) for name in recipes], overrides or [])
-    if output is None:
-        raise OpdctlError("invalid_usage", "no recipe", hint="give --recipe FILE, or --output RUN_DIR of a run")
-    return read_recipe(output, overrides or [], purpose)
+    if run_dir and option and run_dir != option:
+        raise OpdctlError("invalid_usage", f"RUN_DIR {run_dir}, and --run {option}", hint="give one of them")
+    return run_dir or option
 
 
-def named_or_newest_run(run_dir: Path | None) -> Path:
-    """Return the run that an argument names, or the newest one under runs/, which is logged.
+def named_or_newest_run(run_dir: Path | None, option: Path | None = None) -> Path:
+    """Return the run that the argument or `--run` names, else the newest one under runs/, which is logged.
 
     Raises:
         OpdctlError: none is named, and there is none.
     """
     from opdctl.runs.layout import newest_run
 
-    if run_dir is None:
-        run_dir = newest_run()
-        console.info(f"using the newest run, {run_dir}")
-    return run_dir
+    named = named_run(run_dir, option)
+    if named is None:
+        named = newest_run()
+        console.info(f"using the newest run, {named}")
+    return named
 
 
-def open_run_and_device(
-    recipe: "Recipe", output: Path | None, *needs: str, check_source: bool = True
-) -> tuple["Run", str]:
+def read_recipe_options(
+    recipes: list[str] | None, overrides: list[str] | None, named: Path | None, purpose: "Purpose" = "run"
+) -> tuple["Recipe", Path]:
+    """Return the recipe and the run directory: those of `--recipe`, or the recipe recorded in the run that is named,
+    else in the newest. `--set` overrides the recipe. purpose: of the command, which decides what code is trusted.
+
+    Raises:
+        OpdctlError: there is no run, or the recipe is invalid; the recorded one asks for code that is not trusted.
+    """
+    from opdctl.recipe.library import find_recipe, recipe_names
+    from opdctl.recipe.load import load_recipe
+    from opdctl.runs.layout import run_path
+    from opdctl.runs.run import read_recipe
+
+    if recipes:
+        recipe = load_recipe([find_recipe(name) for name in recipes], overrides or [])
+        return recipe, run_path(recipe, named)
+    path = named_or_newest_run(named)
+    if path.suffix == ".toml" or (not path.exists() and str(path) in recipe_names()):
+        hint = f"give it as --recipe {shlex.quote(str(path))}"
+        raise OpdctlError("missing_run", f"{path} is a recipe, not a run directory", hint=hint)
+    return read_recipe(path, overrides or [], purpose), path
+
+
+def open_run_and_device(recipe: "Recipe", path: Path, *needs: str, check_source: bool = True) -> tuple["Run", str]:
     """Open the run with the models that the command reads, and set torch up. Return the run and the device.
 
     Raises:
         OpdctlError: the processes of a launcher do not meet, or were started with different recipes.
     """
-    from opdctl.runs.layout import run_path
     from opdctl.runs.open import open_run
 
-    path = run_path(recipe, output)
     join_process_group(recipe, path)
     if not distributed.is_main():
         distributed.barrier()
         distributed.wait_until_visible((path / "run.json").exists, str(path / "run.json"))
-    run = open_run(recipe, output, needs=needs, check_source=check_source and distributed.is_main())
+    run = open_run(recipe, path, needs=needs, check_source=check_source and distributed.is_main())
     if distributed.is_main():
         distributed.barrier()
     return run, set_up_device(recipe)
@@ -208,7 +222,7 @@ def join_process_group(recipe: "Recipe", path: Path) -> None:
     if others := [rank for rank, command in enumerate(commands) if command != commands[0]]:
         raise OpdctlError(
             "invalid_usage",
-            f"rank {others[0]} has another recipe or --output than rank 0: {commands[others[0]][0]}, {commands[0][0]}",
+            f"rank {others[0]} has another recipe or run than rank 0: {commands[others[0]][0]}, {commands[0][0]}",
             hint="start independent runs in separate job steps, each with `srun --ntasks=1`",
         )
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opdctl import console, distributed
-from opdctl.cli.options import DryRun, Json, Output, Overrides, Recipes, Verbose
-from opdctl.cli.session import command_session, open_run_and_device, print_json, read_recipe_options
+from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunOption, Verbose
+from opdctl.cli.session import command_session, named_run, open_run_and_device, print_json, read_recipe_options
 from opdctl.errors import OpdctlError, did_you_mean
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ Only = Annotated[
 
 
 def rollout(
+    run_dir: RunDir = None,
     recipe: Recipes = None,
     set_: Overrides = None,
-    output: Output = None,
+    run: RunOption = None,
     step: Step = None,
     follow: Follow = False,
     dry_run: DryRun = False,
@@ -42,19 +43,20 @@ def rollout(
 
     \b
     opdctl rollout --recipe quickstart
-    opdctl rollout --output runs/quickstart --follow
-    opdctl rollout --output runs/finished --step 64    (the final student of 64 updates)
+    opdctl rollout runs/quickstart --follow
+    opdctl rollout runs/finished --step 64    (the final student of 64 updates)
     then: opdctl score-teacher
     """
     with command_session(verbose, as_json=json_):
-        resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
-        _run("rollout", resolved, output, ["student"], step, follow=follow, dry_run=dry_run, as_json=json_)
+        resolved, path = read_recipe_options(recipe, set_, named_run(run_dir, run), "plan" if dry_run else "run")
+        _run("rollout", resolved, path, ["student"], step, follow=follow, dry_run=dry_run, as_json=json_)
 
 
 def score_teacher(
+    run_dir: RunDir = None,
     recipe: Recipes = None,
     set_: Overrides = None,
-    output: Output = None,
+    run: RunOption = None,
     step: Step = None,
     only: Only = None,
     follow: Follow = False,
@@ -66,13 +68,13 @@ def score_teacher(
 
     \b
     opdctl score-teacher --recipe quickstart
-    opdctl score-teacher --output runs/two-teachers --only teacher-math
+    opdctl score-teacher runs/two-teachers --only teacher-math
     then: opdctl train --no-fill
     """
     with command_session(verbose, as_json=json_):
-        resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
+        resolved, path = read_recipe_options(recipe, set_, named_run(run_dir, run), "plan" if dry_run else "run")
         scorers = _select_scorers(resolved, only)
-        _run("score-teacher", resolved, output, scorers, step, follow=follow, dry_run=dry_run, as_json=json_)
+        _run("score-teacher", resolved, path, scorers, step, follow=follow, dry_run=dry_run, as_json=json_)
 
 
 def _select_scorers(recipe: "Recipe", only: str | None) -> list[str]:
@@ -85,7 +87,7 @@ def _select_scorers(recipe: "Recipe", only: str | None) -> list[str]:
 def _run(
     name: "StageName",
     recipe: "Recipe",
-    output: Path | None,
+    path: Path,
     models: Collection[str],
     step: int | None,
     *,
@@ -100,9 +102,9 @@ def _run(
     if follow and step is not None:
         raise OpdctlError("invalid_usage", "--follow cannot be combined with --step", hint="give one of them")
     if dry_run:
-        show_plan(recipe, output, as_json, colocated=False)
+        show_plan(recipe, path, as_json, colocated=False)
         return
-    run, device = open_run_and_device(recipe, output, *models)
+    run, device = open_run_and_device(recipe, path, *models)
     if not follow:
         chosen = distributed.call_on_main(partial(resolve_step, run, step))
         _report(run_stage(run, device, name, chosen, models), as_json)

@@ -7,7 +7,7 @@ import typer
 from opdctl import console
 from opdctl.artifacts import files
 from opdctl.cli.list import list_runs
-from opdctl.cli.options import Json, NewestRunDir, Verbose
+from opdctl.cli.options import Json, RunDir, RunOption, Verbose
 from opdctl.cli.session import command_session, named_or_newest_run, print_json
 from opdctl.errors import ExitCode
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def status(
-    run_dir: NewestRunDir = None,
+    run_dir: RunDir = None,
+    run: RunOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and check its checksum.")] = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -34,15 +35,15 @@ def status(
         from opdctl.runs.run import Run
         from opdctl.runs.status import collect_status
 
-        run_dir = named_or_newest_run(run_dir)
-        if not (run_dir / "run.json").exists() and any(run_dir.glob("*/run.json")):
-            rows = list_runs(run_dir)
+        path = named_or_newest_run(run_dir, run)
+        if not (path / "run.json").exists() and any(path.glob("*/run.json")):
+            rows = list_runs(path)
             if json_:
                 print_json({"runs": rows})
             return
-        found = collect_status(Run.load(run_dir), verify=verify)
-        run = found.run
-        console.print_fields(f"{run_dir}: {run.current_step()} of {run.recipe.train.steps} steps", _rows(found))
+        found = collect_status(Run.load(path), verify=verify)
+        steps = f"{found.run.current_step()} of {found.run.recipe.train.steps} steps"
+        console.print_fields(f"{path}: {steps}", _rows(found))
         if json_:
             print_json(found.as_dict())
         if found.is_corrupt:

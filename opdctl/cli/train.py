@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opdctl import console, distributed
-from opdctl.cli.options import DryRun, Json, Output, Overrides, Recipes, Verbose
-from opdctl.cli.session import command_session, open_run_and_device, print_json, read_recipe_options
+from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunOption, Verbose
+from opdctl.cli.session import command_session, named_run, open_run_and_device, print_json, read_recipe_options
 from opdctl.errors import OpdctlError
 
 if TYPE_CHECKING:
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def train(
+    run_dir: RunDir = None,
     recipe: Recipes = None,
     set_: Overrides = None,
-    output: Output = None,
+    run: RunOption = None,
     no_fill: Annotated[
         bool, typer.Option("--no-fill", help="Only update: use the rollouts and scores of other jobs.")
     ] = False,
@@ -41,7 +42,7 @@ def train(
     then: opdctl analyze-position runs/quickstart
     """
     with command_session(verbose, as_json=json_):
-        resolved = read_recipe_options(recipe, set_, output, "plan" if dry_run else "run")
+        resolved, path = read_recipe_options(recipe, set_, named_run(run_dir, run), "plan" if dry_run else "run")
         if push is not None:
             from opdctl.training.publish import check_repo_id
 
@@ -49,19 +50,20 @@ def train(
         if dry_run:
             from opdctl.cli.plan import show_plan
 
-            show_plan(resolved, output, json_, colocated=not (no_fill or follow))
+            show_plan(resolved, path, json_, colocated=not (no_fill or follow))
             return
         from opdctl.pipeline.loop import run_training  # loads torch: a recipe error comes before
         from opdctl.pipeline.progress import summarize_training
 
         fill = not (no_fill or follow)
-        run, device = open_run_and_device(resolved, output, *(resolved.models() if fill else _updated_from(resolved)))
-        before = run.current_step()
-        clock = run_training(run, device, fill=fill, follow=follow)
+        models = resolved.models() if fill else _updated_from(resolved)
+        opened, device = open_run_and_device(resolved, path, *models)
+        before = opened.current_step()
+        clock = run_training(opened, device, fill=fill, follow=follow)
         if distributed.is_main():
-            _report(summarize_training(run, before, clock.seconds), fill, json_)
+            _report(summarize_training(opened, before, clock.seconds), fill, json_)
             if push is not None:
-                _push(run, push)
+                _push(opened, push)
 
 
 def _updated_from(recipe: "Recipe") -> list[str]:

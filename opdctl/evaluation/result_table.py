@@ -110,7 +110,7 @@ def _select_student(run: ComparedRun, overall: ResultColumn, at: str) -> ModelRe
         raise OpdctlError(
             "missing_evaluation",
             f"{run.path}: no step is evaluated on all of {benches}",
-            hint=f"run `opdctl eval --run {shlex.quote(str(run.path))} --bench {','.join(overall.weights)}`",
+            hint=f"run `opdctl eval {shlex.quote(str(run.path))} --bench {','.join(overall.weights)}`",
         )
     if at == "last":
         step = steps[-1]
@@ -123,7 +123,7 @@ def _select_student(run: ComparedRun, overall: ResultColumn, at: str) -> ModelRe
         raise OpdctlError(
             "missing_evaluation",
             f"{run.path}: step {at} is not evaluated on all of {benches}; these are: {', '.join(map(str, steps))}",
-            hint=f"run `opdctl eval --run {shlex.quote(str(run.path))} --step {at}`, or give another --at",
+            hint=f"run `opdctl eval {shlex.quote(str(run.path))} --step {at}`, or give another --at",
         )
     return ModelResult(run, step, {bench: run.evaluations[bench][step] for bench in overall.weights})
 

@@ -138,7 +138,7 @@ def latest_by_benchmark(path: Path) -> dict[str, Evaluation]:
             latest[directory.name] = load_evaluation(finished[-1])
     if not latest:
         detail = f"{path}: no student of this run is evaluated"
-        raise OpdctlError("missing_evaluation", detail, hint=f"run `opdctl eval --run {shlex.quote(str(path))}`")
+        raise OpdctlError("missing_evaluation", detail, hint=f"run `opdctl eval {shlex.quote(str(path))}`")
     return latest
 
 

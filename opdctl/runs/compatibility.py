@@ -53,7 +53,7 @@ def describe_reusable_artifacts(run: Run, changes: Iterable[tuple[str, Any, Any]
 def _resolution_hints(run: Run, changes: Changes) -> list[str]:
     path, overrides = shlex.quote(str(run.path)), as_overrides(changes)
     options = "--recipe FILE" if overrides is None else " ".join(f"--set {shlex.quote(text)}" for text in overrides)
-    hints = [f"to resume with the recorded recipe: `opdctl train --output {path}`"]
+    hints = [f"to resume with the recorded recipe: `opdctl train {path}`"]
     if not any(key.startswith(IMMUTABLE_KEYS) for key, _, _ in changes):
         fork = f"opdctl run fork {path} NEW_RUN_DIR {options}"
         hints.append(f"to continue from step {run.current_step()} with the new recipe: `{fork}`")

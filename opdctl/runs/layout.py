@@ -40,5 +40,6 @@ def newest_run() -> Path:
     """
     runs = [record.parent for record in Path("runs").glob("*/run.json")]
     if not runs:
-        raise OpdctlError("missing_run", "there is no run under runs/", hint="give --recipe FILE or --output RUN_DIR")
+        hint = "give the path of a run; `opdctl train --recipe FILE` starts one"
+        raise OpdctlError("missing_run", "there is no run under runs/", hint=hint)
     return max(runs, key=lambda run: run.stat().st_mtime)

@@ -154,7 +154,7 @@ def check_output_dir(recipe: Recipe, path: Path) -> None:
     is_same = recorded.exists() and files.read_text(recorded) == recipe.to_toml()
     is_other = recorded.exists() and not is_same
     if is_other or (present - start and not (is_same and list_steps(path))):
-        hint = f"run `opdctl train --output {shlex.quote(str(path))}`, or use another --output"
+        hint = f"run `opdctl train {shlex.quote(str(path))}`, or use another --output"
         raise OpdctlError(
             "unusable_output",
             f"{path} is not empty and not a run directory" + "; it has a recipe.toml of a run" * is_other,

@@ -63,7 +63,7 @@ class Run:
         """
         recipe = read_recipe(path, purpose=purpose)
         if not (path / "run.json").exists():
-            command = f"opdctl train --output {shlex.quote(str(path))}"
+            command = f"opdctl train {shlex.quote(str(path))}"
             raise OpdctlError("missing_run", f"{path}: run.json is missing", hint=f"run `{command}`, which writes it")
         run = cls.from_record(recipe, path)
         return replace(run, models={name: model.without_code() for name, model in run.models.items()})
@@ -116,7 +116,7 @@ class Run:
     def command_line(self, command: str, step: int | None = None) -> str:
         """Return the command line that runs a stage of this run."""
         option = f" --step {step}" if step is not None else ""
-        return f"opdctl {command} --output {shlex.quote(str(self.path))}{option}"
+        return f"opdctl {command} {shlex.quote(str(self.path))}{option}"
 
     def manage_command_line(self, verb: str, step: int | None = None) -> str:
         """Return the command line of `opdctl run VERB` for this run."""
@@ -195,7 +195,7 @@ class Run:
         if self.is_newest_student_missing():
             return self.command_line("train")
         if step >= self.recipe.train.steps:
-            return f"opdctl analyze-position {shlex.quote(str(self.path))}"
+            return self.command_line("analyze-position")
         if not self.rollout_stage(step).is_finished():
             return self.command_line("rollout")
         return self.command_line("train" if self.is_scored(step) else "score-teacher")

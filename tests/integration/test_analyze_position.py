@@ -85,7 +85,7 @@ def test_corrupt_part_is_named_with_the_command_that_repairs_it(run, damage):
     assert (result.code, result.kind) == (3, {"missing": "corrupt_artifact", "changed": "checksum_mismatch"}[damage])
     error = " ".join(result.err.split())
     assert str(part) in error
-    assert f"opdctl score-teacher --output {run.path} --step 0 --only teacher" in error
+    assert f"opdctl score-teacher {run.path} --step 0 --only teacher" in error
     assert ("opdctl run repair" in error) == (damage == "changed")
     assert not (run.path / "analysis").exists()
 

@@ -208,8 +208,8 @@ def test_too_few_prompts_are_refused(tmp_path: Path, dry: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["rollout", "score-teacher", "train"])
-def test_missing_recipe_option_is_refused_with_the_two_ways_to_give_one(command: str) -> None:
-    check_error(invoke(command), 2, "invalid_usage", "--recipe FILE", "--output RUN_DIR")
+def test_command_without_recipe_and_run_is_refused_with_the_two_ways_to_give_one(command: str) -> None:
+    check_error(invoke(command), 2, "missing_run", "give the path of a run", "--recipe FILE")
 
 
 def test_missing_recipe_file_is_refused() -> None:

@@ -32,7 +32,7 @@ def test_final_student_samples_the_prompts_of_the_next_step(finished_copy: Path)
     assert result.code == 0, result.err
     value = result.json()
     assert (value["step"], value["rows"], value["parts_made"]) == (FINAL, 8, 2)
-    assert value["next"] == f"opdctl score-teacher --output {finished_copy} --step {FINAL}"
+    assert value["next"] == f"opdctl score-teacher {finished_copy} --step {FINAL}"
     run = Run.load(finished_copy)
     rows = run.rollout_stage(FINAL).read_all(Response)
     assert [row.sample_id for row in rows] == [name for name, _ in run.samples(FINAL)]

@@ -143,7 +143,7 @@ def test_every_command_works_on_a_fork(run: Path, tmp_path: Path) -> None:
     status = invoke("status", path, "--json").json()
     assert (status["start_step"], status["steps_done"], status["steps"]) == (2, 2, 3)
     assert status["forked_from"] == {"run_dir": str(run), "step": 2}
-    assert status["next"] == f"opdctl train --output {path}"
+    assert status["next"] == f"opdctl train {path}"
     train(path)
     assert [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()] == [2]
     shown = invoke("status", path, "--verify", "--json")
@@ -223,7 +223,7 @@ def test_fork_writes_a_lost_student_again(run: Path, tmp_path: Path) -> None:
     path = train(fork(run, tmp_path / "fork", "weight.gamma=0.7"))
     before = contents(path / "student/step-00003")
     shutil.rmtree(path / "student/step-00003")
-    assert invoke("status", path, "--json").json()["next"] == f"opdctl train --output {path}"
+    assert invoke("status", path, "--json").json()["next"] == f"opdctl train {path}"
     train(path)
     assert contents(path / "student/step-00003") == before
 

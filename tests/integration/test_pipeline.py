@@ -111,7 +111,7 @@ def test_rows_have_policy_version_and_answer(finished_run):
 def test_missing_input_names_the_next_command(command, tmp_path):
     result = invoke(*command, "--recipe", QUICKSTART, *sets(), "--output", tmp_path / "run")
     assert (result.code, result.kind) == (ExitCode.FAILED, "missing_input")
-    assert f"opdctl rollout --output {tmp_path / 'run'}" in result.err
+    assert f"opdctl rollout {tmp_path / 'run'}" in result.err
 
 
 @pytest.mark.parametrize("change", ["weight.gamma=0.7", "rollout.max_tokens=150", "seed=1", "train.learning_rate=1e-3"])

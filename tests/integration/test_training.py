@@ -149,7 +149,7 @@ def test_without_an_intact_checkpoint_every_update_is_replayed(four_steps, finis
 def test_unusable_newest_student_is_written_again_from_the_checkpoint(four_steps, finished_copy, is_missing):
     run, student = finished_copy, finished_copy / "student/step-00002"
     shutil.rmtree(student) if is_missing else (student / "model.safetensors").write_bytes(b"")
-    command = f"opdctl train --output {run}" if is_missing else f"opdctl run repair {run}"
+    command = f"opdctl train {run}" if is_missing else f"opdctl run repair {run}"
     shown = invoke("status", run, "--verify", "--json")
     assert shown.code == ExitCode.BAD_DATA
     assert shown.json()["next"] == command

@@ -141,8 +141,8 @@ def test_final_student_without_responses_gets_the_commands_that_draw_them(run):
     analysis = analyze.analyze_run(run, None, "ends")
     assert [phase.name for phase in analysis.phases] == ["before training (step 0)", "after 1 update (step 1)"]
     assert analysis.draw_commands == [
-        f"opdctl rollout --output {run.path} --step 2",
-        f"opdctl score-teacher --output {run.path} --step 2",
+        f"opdctl rollout {run.path} --step 2",
+        f"opdctl score-teacher {run.path} --step 2",
     ]
     for name in ("position", "prefix_logp"):
         assert all(command in captions.figure_captions(analysis)[name] for command in analysis.draw_commands)

@@ -54,7 +54,7 @@ def test_run_without_an_evaluated_student_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(OpdctlError) as caught:
         compare_evaluations(tmp_path / "x", plant_evaluation(tmp_path / "base", OTHER))
     assert caught.value.kind == "missing_evaluation"
-    assert f"opdctl eval --run {tmp_path / 'x'}" in str(caught.value.hint)
+    assert f"opdctl eval {tmp_path / 'x'}" in str(caught.value.hint)
 
 
 def test_different_problems_are_rejected(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Runs side by side, and the run that a command takes without an argument."""
 
-import json
 import os
 from pathlib import Path
 
@@ -47,16 +46,3 @@ def test_folder_of_runs_is_listed(runs: Path, finished_run: Path) -> None:
         (listed,) = invoke(*arguments, "--json").json()["runs"]
         expected = summarize_run(Run.load(finished_run))
         assert (listed["run"][-4:], tuple(listed["best"]), listed["bytes"]) == ("good", expected.best, expected.bytes)
-
-
-@pytest.mark.parametrize("command", [["status"], ["analyze-position", "--dry-run"]])
-def test_newest_run_is_used_without_an_argument(runs: Path, command: list[str]) -> None:
-    shown = invoke(*command, "--json")
-    assert shown.code == 0, shown.err
-    assert "using the newest run, runs/good" in shown.err
-    assert json.loads(shown.out)["run_dir"] == "runs/good"
-
-
-def test_no_run_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert invoke("status").kind == "missing_run"

@@ -160,7 +160,7 @@ def test_step_without_saved_trainer_state_is_refused_with_the_command_that_saves
     error = error_of(run, tmp_path / "fork", GAMMA)
     assert (error.kind, error.code) == ("missing_checkpoint", ExitCode.USAGE)
     assert str(run.path / "trainer/step-00001") in error.message
-    assert f"`opdctl train --output {run.path}{options}`" in error.hint
+    assert f"`opdctl train {run.path}{options}`" in error.hint
 
 
 @pytest.mark.parametrize("exists", ["file", "directory", "run"])

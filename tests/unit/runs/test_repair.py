@@ -24,18 +24,18 @@ def first(run: Path, pattern: str) -> Path:
 
 ROLLOUT, SCORE = "step-00000/rollout/part-*", "step-00001/teacher/part-*"
 DAMAGES = {
-    ROLLOUT: "opdctl rollout --output {run} --step 0",
-    SCORE: "opdctl score-teacher --output {run} --step 1 --only teacher",
-    "step-00001/rollout/manifest.json": "opdctl rollout --output {run} --step 1",
-    "step-00000/teacher/manifest.json": "opdctl score-teacher --output {run} --step 0 --only teacher",
-    "eval/*/step-00002/part-*": "opdctl eval --output {run} --bench sort12 --step 2",
-    "eval/*/teacher/manifest.json": "opdctl eval --output {run} --bench sort12 --model teacher",
-    "step-00001/update.json": "opdctl train --output {run}",
+    ROLLOUT: "opdctl rollout {run} --step 0",
+    SCORE: "opdctl score-teacher {run} --step 1 --only teacher",
+    "step-00001/rollout/manifest.json": "opdctl rollout {run} --step 1",
+    "step-00000/teacher/manifest.json": "opdctl score-teacher {run} --step 0 --only teacher",
+    "eval/*/step-00002/part-*": "opdctl eval {run} --bench sort12 --step 2",
+    "eval/*/teacher/manifest.json": "opdctl eval {run} --bench sort12 --model teacher",
+    "step-00001/update.json": "opdctl train {run}",
     "step-00000/update.json": None,
-    "student/step-00002/model.safetensors": "opdctl train --output {run}",
-    "trainer/step-00001/*.safetensors": "opdctl train --output {run}",
-    "trainer/step-00002/*.safetensors": "opdctl train --output {run}",
-    "trainer/step-00002/digests.json": "opdctl train --output {run}",
+    "student/step-00002/model.safetensors": "opdctl train {run}",
+    "trainer/step-00001/*.safetensors": "opdctl train {run}",
+    "trainer/step-00002/*.safetensors": "opdctl train {run}",
+    "trainer/step-00002/digests.json": "opdctl train {run}",
     "student/step-00001/model.safetensors": None,
 }
 

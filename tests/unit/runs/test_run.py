@@ -78,14 +78,14 @@ def test_other_version_is_refused_before_its_recipe_is_read(finished_copy, versi
 
 
 def test_next_command_follows_the_stages(finished_copy):
-    run, output = Run.load(finished_copy), f"--output {finished_copy}"
+    run = Run.load(finished_copy)
     assert run.next_command() == f"opdctl analyze-position {finished_copy}"
     (finished_copy / "step-00001/update.json").unlink()
-    assert run.next_command() == f"opdctl train {output}"
+    assert run.next_command() == f"opdctl train {finished_copy}"
     shutil.rmtree(finished_copy / "step-00001/teacher")
-    assert run.next_command() == f"opdctl score-teacher {output}"
+    assert run.next_command() == f"opdctl score-teacher {finished_copy}"
     shutil.rmtree(finished_copy / "step-00001/rollout")
-    assert run.next_command() == f"opdctl rollout {output}"
+    assert run.next_command() == f"opdctl rollout {finished_copy}"
 
 
 def test_next_command_quotes_the_path(finished_run, tmp_path):
@@ -95,7 +95,7 @@ def test_next_command_quotes_the_path(finished_run, tmp_path):
 
 def test_next_command_writes_a_missing_newest_student(finished_copy):
     shutil.rmtree(finished_copy / "student/step-00002")
-    assert Run.load(finished_copy).next_command() == f"opdctl train --output {finished_copy}"
+    assert Run.load(finished_copy).next_command() == f"opdctl train {finished_copy}"
 
 
 def test_states_of_steps(finished_copy):

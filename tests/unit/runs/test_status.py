@@ -62,7 +62,7 @@ def test_unfinished_stages_are_partial_or_missing(finished_copy):
     found = status(finished_copy)
     assert states(found)[1, "rollout"] == "missing"  # its parts have no receipts
     assert states(found)[1, "teacher"] == "missing"
-    assert found.next_command() == f"opdctl rollout --output {finished_copy}"
+    assert found.next_command() == f"opdctl rollout {finished_copy}"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_missing_newest_student_is_written_by_train(finished_copy):
     shutil.rmtree(finished_copy / "student/step-00002")
     found = status(finished_copy)
     assert states(found)[1, "update"] == "corrupt"
-    assert found.next_command() == f"opdctl train --output {finished_copy}"
+    assert found.next_command() == f"opdctl train {finished_copy}"
 
 
 def test_pruned_student_is_done(finished_copy):
