@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from opdctl.artifacts import parsing
-from opdctl.artifacts.files import atomic_write, check_no_symlinks, corrupt_artifact, sha256_file
+from opdctl.artifacts.files import atomic_write, check_no_symlinks, corrupt_artifact, sha256_files
 from opdctl.artifacts.tensor_files import FileDigest
 
 CARD_FILE = "README.md"
@@ -75,8 +75,9 @@ def directory_digests(path: Path, known: Mapping[str, FileDigest] = MappingProxy
 
     Hidden files, the model card and DIGESTS_FILE have none. known: digests of files that need not be read.
     """
-    names = {str(file.relative_to(path)): file for file in _files_with_digests(path)}
-    return {name: known[name].sha256 if name in known else sha256_file(file) for name, file in names.items()}
+    names = [str(file.relative_to(path)) for file in _files_with_digests(path)]
+    read = sha256_files([path / name for name in names if name not in known])
+    return {name: known[name].sha256 if name in known else read[path / name] for name in names}
 
 
 def _files_with_digests(path: Path) -> list[Path]:
@@ -112,5 +113,6 @@ def check_directory(
             parsing.check_size(path / name)
         except (OSError, ValueError) as error:
             raise corrupt_artifact(path / name, str(error), hint) from None
-        if sha256_file(path / name) != digests[name]:
-            raise corrupt_artifact(path / name, "checksum mismatch", hint)
+    for file, sha256 in sha256_files([path / name for name in sorted(names)]).items():
+        if sha256 != digests[str(file.relative_to(path))]:
+            raise corrupt_artifact(file, "checksum mismatch", hint)

@@ -10,9 +10,8 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 DTYPE_ORDER = (
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
@@ -44,28 +43,41 @@ def position_in_file(entry: TensorEntry) -> tuple[int, str]:
     return DTYPE_ORDER.index(entry.dtype), entry.name
 
 
-def write_tensor_file(
-    path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str], chunks: Iterable[bytes | memoryview]
-) -> FileDigest:
-    """Write a safetensors file, flush it to disk, and return its digest.
+class TensorFileWriter:
+    """Writes a safetensors file piece by piece. A context manager, which closes the file."""
 
-    entries: sorted by `position_in_file`. chunks: the bytes of the tensors in this order, in pieces of any size.
+    def __init__(self, path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str]):
+        """entries: sorted by `position_in_file`."""
+        header, num_bytes = _header(entries, metadata)
+        self._path, self._expected = path, len(header) + num_bytes
+        self._digest, self._size = hashlib.sha256(), 0
+        self._file, self._hashing = path.open("wb"), ThreadPoolExecutor(1)
+        self.write(header)
 
-    Raises:
-        ValueError: the chunks have another length than the entries.
-    """
-    header, num_bytes = _header(entries, metadata)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hashing:
-        for chunk in chain([header], chunks):
-            hashed = hashing.submit(digest.update, chunk)  # while the file system copies the same bytes
-            size += file.write(chunk)
-            hashed.result()
-        if size != len(header) + num_bytes:
-            raise ValueError(f"{path}: {size} bytes for tensors of {num_bytes} and a header of {len(header)}")
-        file.flush()
-        os.fsync(file.fileno())
-    return FileDigest(digest.hexdigest(), size)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._hashing.shutdown()
+
+    def write(self, piece: bytes | memoryview) -> None:
+        """Append bytes of the tensors, which are in the order of the entries. A piece has any size."""
+        hashed = self._hashing.submit(self._digest.update, piece)  # while the file system copies the same bytes
+        self._size += self._file.write(piece)
+        hashed.result()
+
+    def finish(self) -> FileDigest:
+        """Flush the file to disk, and return its digest.
+
+        Raises:
+            ValueError: the pieces have another length than the entries.
+        """
+        if self._size != self._expected:
+            raise ValueError(f"{self._path}: {self._size} bytes; its header describes {self._expected}")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return FileDigest(self._digest.hexdigest(), self._size)
 
 
 def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> tuple[bytes, int]:

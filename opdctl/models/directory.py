@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdctl import console
-from opdctl.artifacts.files import digest_of, sha256_file
+from opdctl.artifacts.files import digest_of, sha256_file, sha256_files
 from opdctl.errors import ErrorKind, OpdctlError, did_you_mean, is_out_of_memory, summarize_exception
 from opdctl.models.end_of_sequence import check_eos_ids, describe_tokens, find_eos_ids
 from opdctl.models.json_files import check_model_files, read_json_object
@@ -272,12 +272,11 @@ class ModelDir:
             OpdctlError: a weight is NaN or infinite.
         """
         weights = self.weights
-        return digest_of(
-            {
-                file.name: digest_weights(weights, file) if file in weights.files else sha256_file(file)
-                for file in self.files()
-            }
-        )
+
+        def sha256(file: Path) -> str:
+            return digest_weights(weights, file) if file in weights.files else sha256_file(file)
+
+        return digest_of({file.name: digest for file, digest in sha256_files(self.files(), sha256).items()})
 
     @property
     def num_embeddings(self) -> int:

@@ -21,6 +21,8 @@ from opdctl.models.json_files import check_model_files, read_json_object
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 CHUNK_BYTES = 2**24
+MAX_WEIGHT_FILE_BYTES = 5 * 10**9
+"""Of tensors in an exported file. Ranks write, and readers hash, several files at a time."""
 DTYPE_BITS = (
     dict.fromkeys(("F64", "I64", "U64"), 64)
     | dict.fromkeys(("F32", "I32", "U32"), 32)

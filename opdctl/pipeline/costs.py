@@ -11,6 +11,7 @@ from functools import partial
 from math import ceil
 from typing import Any, TypeVar
 
+from opdctl.artifacts.files import HASH_THREADS
 from opdctl.models import GPU_CHUNK_LOGITS
 from opdctl.models.shapes import (
     active_parameters,
@@ -21,6 +22,7 @@ from opdctl.models.shapes import (
     feed_forward_parameters,
     head_parameters,
 )
+from opdctl.models.weights import MAX_WEIGHT_FILE_BYTES
 from opdctl.recipe.components import build_objective, has_known_components, reads_trainer_logprobs
 from opdctl.recipe.schema import Eval, Hardware, ModelShape, Recipe, Rollout
 
@@ -331,15 +333,17 @@ def base_scoring_cost(recipe: Recipe, shape: ModelShape) -> StageCost:
 def hand_over_cost(
     recipe: Recipe, shape: ModelShape, starts: int, started_bytes: int, sampling_seconds: float
 ) -> StageCost:
-    """Return the cost of passing a student on: rank 0 writes it, hashing it meanwhile; the engines hash and load it.
+    """Return the cost of passing a student on: ranks write its files, hashing them meanwhile; engines hash and load it.
 
     The trainer state is written while the next responses are sampled and scored: only the rest of its time counts.
     starts, started_bytes: how often vLLM starts in a step, and the weights of the models that it reads besides.
     """
     storage, every = 1e9 * recipe.hardware.storage_gbs, recipe.train.save_every_steps
     student = DTYPE_BYTES[recipe.student.dtype] * count_parameters(shape)
-    writing = student / min(HASH_BYTES_PER_SECOND, storage)
-    loading = student / HASH_BYTES_PER_SECOND + (student + started_bytes) / storage + starts * START_SECONDS
+    num_files = ceil(student / MAX_WEIGHT_FILE_BYTES)
+    writing = student / min(HASH_BYTES_PER_SECOND * min(num_files, recipe.hardware.train_gpus), storage)
+    hashing = student / (HASH_BYTES_PER_SECOND * min(num_files, HASH_THREADS))
+    loading = hashing + (student + started_bytes) / storage + starts * START_SECONDS
     trained = adapter_parameters(shape, recipe.lora.rank) if recipe.lora.rank else count_parameters(shape)
     state = state_bytes(recipe) * trained
     saving = state / min(HASH_BYTES_PER_SECOND * recipe.hardware.train_gpus, storage)

@@ -27,7 +27,7 @@ from torch.futures import Future
 from torch.optim import AdamW
 
 from opdctl import distributed
-from opdctl.artifacts.tensor_files import FileDigest, TensorEntry, position_in_file, write_tensor_file
+from opdctl.artifacts.tensor_files import FileDigest, TensorEntry, TensorFileWriter, position_in_file
 from opdctl.models.dtypes import DTYPE_NAMES, tensor_bytes
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of a single process
@@ -75,10 +75,12 @@ class ShardWriter(StorageWriter):
         shards = {entry: item for item in plan.items if (entry := _entry(item)).num_bytes}
         entries = sorted(shards, key=position_in_file)
         offsets = {entry.name: {SAVED_OFFSETS_KEY: list(_chunk(shards[entry]).offsets)} for entry in entries}
-        chunks = (tensor_bytes(cast(Tensor, planner.resolve_data(shards[entry])).cpu()) for entry in entries)
         if entries:
-            file, metadata = self._directory / plan.storage_data, {CUSTOM_METADATA_KEY: json.dumps(offsets)}
-            self.digests[file.name] = write_tensor_file(file, entries, metadata, chunks)
+            metadata = {CUSTOM_METADATA_KEY: json.dumps(offsets)}
+            with TensorFileWriter(self._directory / plan.storage_data, entries, metadata) as file:
+                for entry in entries:
+                    file.write(tensor_bytes(cast(Tensor, planner.resolve_data(shards[entry])).cpu()))
+                self.digests[plan.storage_data] = file.finish()
         written: Future[list[WriteResult]] = Future()
         written.set_result([])
         return written

@@ -1,15 +1,17 @@
 """The exported student: the directory of the initial student with the trained weights.
 
-All ranks call `export_student`. The weights are gathered, converted and written one after another.
+All ranks call `export_student`. The weights are gathered and converted one after another, and every rank writes files.
 """
 
-import collections
 import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opdctl import distributed
-from opdctl.artifacts.tensor_files import FileDigest, TensorEntry, position_in_file, write_tensor_file
+from opdctl.artifacts.tensor_files import FileDigest, TensorEntry, TensorFileWriter, position_in_file
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.dtypes import DTYPE_NAMES, DTYPES, tensor_bytes
 from opdctl.models.inspection import load_on_meta_device, loaded_names
 from opdctl.models.json_files import read_json_object
-from opdctl.models.weights import CHUNK_BYTES, INDEX_FILE, TensorHeader
+from opdctl.models.weights import CHUNK_BYTES, INDEX_FILE, MAX_WEIGHT_FILE_BYTES, TensorHeader
 from opdctl.training import adapters
 from opdctl.training.conversions import Conversion, find_conversions
 
 ACCOMPANYING_PATTERNS = ("LICENSE*", "NOTICE*", "*.tiktoken", "*.spm", "additional_chat_templates/*.jinja")
 """Further files of a model directory that a student keeps."""
-MAX_WEIGHT_FILE_BYTES = 5 * 10**9
-"""Of tensors in a weight file, which engines load in parallel. A student with a larger file gets other files."""
 
 
 def text_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
@@ -141,8 +141,8 @@ class StoredTensor:
 def export_student(model: PreTrainedModel, student: ModelDir, dtype: str, directory: Path) -> dict[str, FileDigest]:
     """Write the student's directory with the merged weights, in `dtype`, and adapters also in `adapter/`.
 
-    Only rank 0 writes, and keeps what one conversion returns until it is written. It returns the digests of the weight
-    files by name.
+    Every rank writes its share of the weight files, and keeps what one conversion returns for them until it is written.
+    It returns the digests of its weight files by name.
     """
     # The conversion of names looks up weights of the model, whose names adapters change.
     plain = load_on_meta_device(student)[0] if hasattr(model, "peft_config") else model
@@ -155,14 +155,44 @@ def export_student(model: PreTrainedModel, student: ModelDir, dtype: str, direct
         if adapter:
             adapters.save_adapter(model, adapter, student, directory / "adapter")
     digests: dict[str, FileDigest] = {}
-    for name, tensors in files.items():
-        chunks = weights.read(tensors)
-        if distributed.is_main():
-            entries = [tensor.entry for tensor in tensors]
-            digests[name] = write_tensor_file(directory / name, entries, {"format": "pt"}, chunks)
-        else:
-            collections.deque(chunks, maxlen=0)
+    names, world_size = list(files), distributed.world_size()
+    weights.keep(tensor for name in names[distributed.rank() :: world_size] for tensor in files[name])
+    for start in range(0, len(names), world_size):
+        of_round = {name: files[name] for name in names[start : start + world_size]}
+        digests |= _write_round(of_round, weights, directory)
     return digests
+
+
+def _write_round(
+    files: Mapping[str, list[StoredTensor]], weights: "MergedWeights", directory: Path
+) -> dict[str, FileDigest]:
+    """Write at most one file of each rank, the n-th by rank n. Called by all ranks, also by those without a file.
+
+    The files' tensors are gathered in turn, so that all ranks write at the same time. A rank writes a tensor while the
+    next ones are gathered.
+    """
+    rank = distributed.rank()
+    own = dict(enumerate(files)).get(rank)
+    with ExitStack() as stack:
+        if own:
+            entries = [tensor.entry for tensor in files[own]]
+            file = stack.enter_context(TensorFileWriter(directory / own, entries, {"format": "pt"}))
+        background, writing = stack.enter_context(ThreadPoolExecutor(1)), Future[None]()
+        writing.set_result(None)
+        for tensors in zip_longest(*files.values()):
+            for owner, tensor in enumerate(tensors):
+                if tensor:
+                    weights.convert(tensor)
+                if tensor and owner == rank:
+                    writing.result()
+                    writing = background.submit(_write_pieces, file, weights.take(tensor))
+        writing.result()
+        return {own: file.finish()} if own else {}
+
+
+def _write_pieces(file: TensorFileWriter, pieces: Iterable[bytes | memoryview]) -> None:
+    for piece in pieces:
+        file.write(piece)
 
 
 def plan_files(tensors: list[StoredTensor], student: ModelDir) -> dict[str, list[StoredTensor]]:
@@ -217,7 +247,9 @@ class MergedWeights:
         named = {adapters.plain_name(name): name for name, _ in model.named_parameters() if adapters.is_plain(name)}
         self._names, self._parameters = named, dict(model.named_parameters())
         self._results: dict[str, dict[str, str]] = {}  # of each conversion: stored name → name in the results
-        self._converted: dict[str, Tensor | None] = {}  # not yet written; None except on rank 0
+        self._kept: set[str] = set()
+        self._done: set[str] = set()  # names of conversions
+        self._converted: dict[str, Tensor] = {}  # not yet written
         self.tensors: list[StoredTensor] = []
         """In the order of the student's files."""
         for name, header in headers.items():
@@ -241,35 +273,36 @@ class MergedWeights:
             source = source if is_changed else None
         return StoredTensor(TensorEntry(name, dtype, header.shape, num_bytes), header, source)
 
-    def read(self, tensors: list[StoredTensor]) -> Iterator[bytes | memoryview]:
-        """Yield the bytes of the tensors in pieces; on other ranks than 0 nothing. Called by all ranks."""
-        for tensor in tensors:
-            if tensor.source is None:
-                yield from _read_stored(tensor) if distributed.is_main() else ()
-                continue
-            if tensor.entry.name not in self._converted:
-                self._converted |= self._convert(tensor.source)
-            if (converted := self._converted.pop(tensor.entry.name)) is not None:
-                yield tensor_bytes(converted)
+    def keep(self, tensors: Iterable[StoredTensor]) -> None:
+        """Set which tensors this rank keeps when they have been converted."""
+        self._kept = {tensor.entry.name for tensor in tensors}
 
-    def _convert(self, source: TensorSource) -> dict[str, Tensor | None]:
-        """Gather the weights of a conversion. Return the tensors to store by name, on the CPU."""
+    def convert(self, tensor: StoredTensor) -> None:
+        """Gather and convert what a tensor is made of, unless that was done for another one. Called by all ranks."""
+        if tensor.source and tensor.source.conversion.name not in self._done:
+            self._done.add(tensor.source.conversion.name)
+            self._converted |= self._convert(tensor.source)
+
+    def take(self, tensor: StoredTensor) -> Iterable[bytes | memoryview]:
+        """Return the bytes of a tensor that this rank keeps, in pieces. A converted one is forgotten."""
+        return [tensor_bytes(self._converted.pop(tensor.entry.name))] if tensor.source else _read_stored(tensor)
+
+    def _convert(self, source: TensorSource) -> dict[str, Tensor]:
+        """Gather the weights of a conversion. Return those of its results that this rank keeps by name, on the CPU."""
+        results = {name: of for name, of in self._results[source.conversion.name].items() if name in self._kept}
         weights = {name: self._gather(parameter) for name, parameter in source.parameters.items()}
-        results = self._results[source.conversion.name]
-        if not distributed.is_main():
-            return dict.fromkeys(results)
-        converted = source.conversion.convert(self._plain, weights)
+        if not results:
+            return {}
+        converted = source.conversion.convert(self._plain, {name: weight.cpu() for name, weight in weights.items()})
         return {stored: converted[name] for stored, name in results.items()}
 
     def _gather(self, parameter: str) -> Tensor:
-        """Return an unsharded weight, merged, in its dtype. It is on the CPU on rank 0."""
+        """Return an unsharded weight, merged, in its dtype."""
         name, dtype = self._names[parameter], self._dtypes[parameter]
         if name in self._layers:
             weight = distributed.full_tensor(self._parameters[name])
-            weight = adapters.merge(weight, name, *self._layers[name]).to(dtype)
-        else:
-            weight = distributed.full_tensor(self._parameters[name].detach().to(dtype))  # fewer bytes to gather
-        return weight.cpu() if distributed.is_main() else weight
+            return adapters.merge(weight, name, *self._layers[name]).to(dtype)
+        return distributed.full_tensor(self._parameters[name].detach().to(dtype))  # fewer bytes to gather
 
 
 def _read_stored(tensor: StoredTensor) -> Iterator[bytes | memoryview]:

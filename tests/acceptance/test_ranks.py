@@ -148,7 +148,7 @@ def die_at(owner: object, name: str, lost: int, call: int) -> Callable[[int], No
     ("lost", "owner", "name", "call"),
     [
         (1, checkpoint.ShardWriter, "write_data", 0),  # in the background, during the second rollout
-        (0, checkpoint, "write_tensor_file", 1),  # the last trainer state
+        (0, checkpoint, "TensorFileWriter", 1),  # the last trainer state
         (1, export.MergedWeights, "_convert", 30),  # the second student
     ],
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import forks
 
 from opdctl import distributed
@@ -67,6 +68,17 @@ def call_in_ranks(function: Callable[[], Any], environments: Sequence[Mapping[st
     for _, child in children.values():
         child.join()
     return [results[rank] for rank in range(len(children))]
+
+
+def in_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
+    """Call a function in each rank of a process group, with one thread each. Return as `call_in_ranks`."""
+
+    def join() -> object:
+        torch.set_num_threads(1)
+        distributed.init_process_group(use_gpu=False, on_peer_failure=lambda failure: None)
+        return function()
+
+    return call_in_ranks(join, rank_variables(world_size))
 
 
 def _call(function: Callable[[], Any], environment: Mapping[str, str], sender: Any) -> None:

@@ -2,12 +2,13 @@
 
 import hashlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from opdctl.artifacts.tensor_files import DTYPE_ORDER, TensorEntry, position_in_file, write_tensor_file
+from opdctl.artifacts.tensor_files import DTYPE_ORDER, FileDigest, TensorEntry, TensorFileWriter, position_in_file
 
 OF_TORCH = {
     "U64": torch.uint64,
@@ -36,6 +37,13 @@ def bits(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
+def write(path: Path, entries: list[TensorEntry], pieces: list[bytes] | list[memoryview]) -> FileDigest:
+    with TensorFileWriter(path, entries, {"format": "pt"}) as file:
+        for piece in pieces:
+            file.write(piece)
+        return file.finish()
+
+
 def test_file_has_the_bytes_of_the_library(tmp_path):
     shapes = {"b": (2, 3), 'a"\n\u00e9\x1f': (), "c": (0, 4), "a.10.w": (5,), "a.9.w": (1,)}
     tensors = {
@@ -48,7 +56,7 @@ def test_file_has_the_bytes_of_the_library(tmp_path):
     entries.sort(key=position_in_file)
     chunks = [bits(tensors[entry.name]) for entry in entries]
     pieces = [chunk[i : i + 3] for chunk in chunks for i in range(0, len(chunk), 3)]
-    digest = write_tensor_file(tmp_path / "file", entries, {"format": "pt"}, pieces)
+    digest = write(tmp_path / "file", entries, pieces)
     written = (tmp_path / "file").read_bytes()
     assert written == save(tensors, {"format": "pt"})
     assert digest == (hashlib.sha256(written).hexdigest(), len(written))
@@ -59,4 +67,4 @@ def test_file_has_the_bytes_of_the_library(tmp_path):
 @pytest.mark.parametrize("chunks", [[b"1234567"], [b"1234", b"56789"], []])
 def test_other_bytes_than_the_header_describes_are_an_error(chunks, tmp_path):
     with pytest.raises(ValueError, match="file"):
-        write_tensor_file(tmp_path / "file", [TensorEntry("a", "F32", (2,), 8)], {}, chunks)
+        write(tmp_path / "file", [TensorEntry("a", "F32", (2,), 8)], chunks)

@@ -253,10 +253,10 @@ def test_engine_that_cannot_start(override, obstacle):
 
 
 def test_passing_a_student_on():
-    """8.04 GB of a student, hashed twice at 1.5 GB/s and read at 5; vLLM reads 61 GB and starts."""
+    """8.04 GB of a student in two files, hashed twice at 2 × 1.5 GB/s and read at 5; vLLM reads 61 GB and starts."""
     recipe, parameters = paper(), 4_022_468_096
     cost = costs.hand_over_cost(recipe, student(), 0, 0, 100.0)
-    assert cost.seconds == pytest.approx(2 * parameters * (2 / 1.5e9 + 1 / 5e9))
+    assert cost.seconds == pytest.approx(2 * parameters * (2 / 3e9 + 1 / 5e9))
     more = costs.hand_over_cost(recipe, student(), 2, 61e9, 100.0)
     assert more.seconds == pytest.approx(cost.seconds + 120 + 61e9 / 5e9)
 

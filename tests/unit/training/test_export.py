@@ -7,6 +7,7 @@ import torch
 from helpers.commands import small_recipe
 from helpers.export import IDS_1T, KINDS, LINEAR_ATTENTION, check_export, edit_tensors, make, train_and_export
 from helpers.models import SMALL, save
+from helpers.ranks import in_ranks
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -19,11 +20,12 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from opdctl.artifacts.tensor_files import FileDigest
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.training import export
 from opdctl.training.conversions import find_conversions
-from opdctl.training.export import MergedWeights, check_exportable
+from opdctl.training.export import MergedWeights, check_exportable, export_student
 from opdctl.training.policy import check_trainable, load_policy
 
 
@@ -100,6 +102,30 @@ def test_export_holds_the_weights_of_one_layer_of_experts(tmp_path, monkeypatch)
     experts = policy.model.layers[0].mlp.experts
     assert max(held) <= sum(parameter.nbytes for parameter in experts.parameters())
     assert len(held) > 20
+
+
+@pytest.mark.parametrize("overrides", [(), ("lora.rank=4",)])
+@pytest.mark.parametrize("num_ranks", [2, 4])  # one file is left for a second round, or one rank has none
+def test_ranks_share_the_files_of_one_process(num_ranks, overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_WEIGHT_FILE_BYTES", 60_000)
+    student = ModelDir(save(make("qwen3_moe"), tmp_path / "student"), "float32")
+
+    def export_to(name: str) -> dict[str, FileDigest]:
+        policy, directory = load_policy(student, small_recipe(*overrides), "cpu"), tmp_path / name
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01)
+        directory.mkdir(exist_ok=True)
+        return export_student(policy, student, "float32", directory)
+
+    expected = export_to("one")
+    written = in_ranks(num_ranks, lambda: export_to("ranks"))
+    assert len(expected) == 3
+    assert [list(of_rank) for of_rank in written] == [list(expected)[rank::num_ranks] for rank in range(num_ranks)]
+    assert {name: digest for of_rank in written for name, digest in of_rank.items()} == expected
+    files = {file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*") if file.is_file()}
+    assert all((tmp_path / "ranks" / file).read_bytes() == (tmp_path / "one" / file).read_bytes() for file in files)
 
 
 @pytest.mark.parametrize("stored", ["embedding", "head", "both"])

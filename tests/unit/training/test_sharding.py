@@ -1,13 +1,11 @@
 """A sharded student: what each rank holds and reads while it is loaded, and that it is the student of one process."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from helpers.commands import small_recipe
 from helpers.export import make
 from helpers.models import SMALL, edit_tensors, save
-from helpers.ranks import call_in_ranks, rank_variables
+from helpers.ranks import in_ranks
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,15 +23,6 @@ from opdctl.training.policy import load_policy
 OFFLOAD = "train.cpu_offload=true"  # shards in one process, too
 LORA = ("lora.rank=4", 'lora.modules_to_save=["lm_head"]', "student.dtype=bfloat16")
 GROUPS_OF_TWO = "train.fsdp_size=2"
-
-
-def in_ranks(world_size: int, function: Callable[[], object]) -> list:
-    def join() -> object:
-        torch.set_num_threads(1)
-        distributed.init_process_group(use_gpu=False, on_peer_failure=lambda failure: None)
-        return function()
-
-    return call_in_ranks(join, rank_variables(world_size))
 
 
 def loaded(student: ModelDir, *overrides: str) -> dict[str, tuple[bool, torch.dtype, list]]:
