@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CPU_SECONDS, MEAN_CPU_SECONDS = 2.0, 0.1
 """Limits on the processor time of one prompt, and on the mean of many. Most take less than 0.001 s."""
+MAX_WAIT_SECONDS = 60.0
+"""For a prompt. A process that waits, as for a lock that another thread held at the fork, takes no processor time."""
 MAX_EXTRA_BYTES = 2**28
 """Of memory, more than the process has at its start."""
 MAX_CHARS, MAX_GROWTH = 2**20, 8
@@ -45,7 +47,7 @@ class TemplateProcess:
         if not process_id:
             _serve(tokenizer, other_end, self._connection)
         other_end.close()
-        self._end = weakref.finalize(self, _end_process, process_id, self._connection)
+        self._end = weakref.finalize(self, _end_process, os.getpid(), process_id, self._connection)
         self._reason = ""
 
     def render(self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> tuple[str, bool]:
@@ -58,6 +60,10 @@ class TemplateProcess:
             raise TemplateError(self._reason)
         try:
             self._connection.send((messages, arguments))
+            if not self._connection.poll(MAX_WAIT_SECONDS):
+                self._end()
+                self._reason = f"does not finish within {MAX_WAIT_SECONDS:g} s"
+                raise TemplateError(self._reason)
             answer = json.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError):
             self._reason = _describe_end(self._end())
@@ -77,8 +83,10 @@ def _describe_end(status: int | None) -> str:
     return f"ends the process that renders it by signal {os.WTERMSIG(status)}"
 
 
-def _end_process(process_id: int, connection: Connection) -> int:
-    """End and reap a process. Return its status."""
+def _end_process(parent_id: int, process_id: int, connection: Connection) -> int | None:
+    """End and reap a process. Return its status. In a fork of its parent nothing is done."""
+    if os.getpid() != parent_id:
+        return None
     connection.close()
     with contextlib.suppress(ProcessLookupError):
         os.kill(process_id, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """Prompts through chat templates and post-processors, and the test that a template must pass."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,26 @@ def test_many_prompts_have_more_time_than_one(tmp_path: Path, monkeypatch: pytes
         assert "ab 1" in render(renderer, "ab 1")
     del renderer  # the process is waited for
     assert os.times().children_user - used > 0.3
+
+
+def test_process_that_waits_for_ever_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "MAX_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(template_process, "_render", lambda *request: time.sleep(600))
+    with pytest.raises(OpdctlError, match=r"does not finish within 0\.2 s"):
+        make_renderer(tmp_path)
+
+
+def test_fork_leaves_the_process_to_its_parent(tmp_path: Path) -> None:
+    """A fork that forgets the tokenizer, or ends, must not end it."""
+    template = template_process.TemplateProcess(
+        ModelDir(write_tokenizer(tmp_path, template=CHATML), "float32").tokenizer
+    )
+    child = os.fork()
+    if not child:
+        template._end()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert template.render([{"role": "user", "content": "Hello"}], {})[0].startswith("<|im_start|>user\nHello")
 
 
 def test_default_of_several_templates_is_used(tmp_path: Path) -> None:
