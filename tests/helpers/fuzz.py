@@ -5,9 +5,10 @@
     PYTHONPATH=tests python -m helpers.fuzz --only 17 --verbose        # mutation 17 and what its command prints
 
 A mutation changes one file: flipped bytes, a cut, zeros, another file's content, another type or number in JSON with a
-digest that fits, a bomb of depth, digits or rows, a claim of size, a link, a FIFO, a directory, nothing. One command
-runs on it in a forked process. It must end by itself within MAX_SECONDS, with a documented exit code, without a
-traceback, within MAX_BYTES of memory, and must change nothing outside of its own directory.
+digest that fits, a bomb of depth, digits or rows, a claim of size, a chat template without an end, a link, a FIFO, a
+directory, nothing. One command runs on it in a forked process. It must end by itself within MAX_CPU_SECONDS, with a
+documented exit code, without a traceback, within MAX_BYTES of memory, and must change nothing outside of its own
+directory.
 """
 
 import argparse
@@ -37,7 +38,10 @@ import opdctl.pipeline.loop
 from opdctl.analysis import report
 from opdctl.artifacts import files
 
-MAX_SECONDS = 10.0
+MAX_CPU_SECONDS = 10.0
+"""Processor time: it does not depend on what else runs on the machine."""
+MAX_SECONDS = 60.0
+"""A command that waits for something takes no processor time."""
 MAX_BYTES = 2**30
 """Of memory, more than the process had when it was forked."""
 SPARSE_BYTES = 2**38
@@ -319,6 +323,21 @@ def forge_tensors(path: Path, chance: random.Random, corpus: Corpus) -> None:
     seal(path, corpus)
 
 
+TEMPLATE_BOMBS = (
+    "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    *("{{ 10 ** (10 ** 9) }}", "{{ 'a' * 10 ** 11 }}", "{{ 'a' * 2 * 10 ** 6 }}", "{{ '%0999999999d' % 1 }}"),
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    *("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{" + "(" * 10**5 + "}}", "{% if", "{{ 1 // 0 }}"),
+)
+
+
+def forge_template(path: Path, chance: random.Random, corpus: Corpus) -> None:
+    """A chat template that does not end, or takes memory, for each prompt or for some."""
+    bomb, text = chance.choice(TEMPLATE_BOMBS), path.read_text()
+    condition = chance.choice(("", "", "{% if '7' in messages[0].content %}"))
+    path.write_text(condition + bomb + ("{% endif %}" if condition else "") + text)
+
+
 def seal(path: Path, corpus: Corpus) -> None:
     """Put the digest and size of a changed file into the records of its run, so that only its form is wrong."""
     digest = files.sha256_file(path)
@@ -345,6 +364,7 @@ FORMS: dict[str, list[Mutation]] = {
     ".toml": [forge_toml],
     ".parquet": [forge_parquet],
     ".safetensors": [forge_tensors],
+    ".jinja": [forge_template],
 }
 
 
@@ -422,12 +442,15 @@ def data_commands(data: Path, output: Path) -> list[list[object]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a command on a mutation. fault: what is wrong with it, "" for nothing. extra_bytes: of memory."""
+    """The outcome of a command on a mutation.
+
+    cpu_seconds: of processor time. extra_bytes: of memory. fault: what is wrong with it, "" for nothing.
+    """
 
     number: int
     description: str
     code: int
-    seconds: float
+    cpu_seconds: float
     extra_bytes: int
     fault: str
     output: str
@@ -458,19 +481,18 @@ def fuzz(corpus: Corpus, folder: Path, number: int, seed: int) -> Outcome:
             mutation = link
         mutation(path, chance, Corpus(copy, corpus.model, corpus.data, corpus.outside))
         before = outside_state(corpus)
-        code, seconds, extra_bytes, output = call(words, work)
+        code, cpu_seconds, extra_bytes, output = call(words, work)
         changed = outside_state(corpus) != before
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Outcome(
-        number, description, code, seconds, extra_bytes, judge(code, seconds, extra_bytes, output, changed), output
-    )
+    fault = judge(code, cpu_seconds, extra_bytes, output, changed)
+    return Outcome(number, description, code, cpu_seconds, extra_bytes, fault, output)
 
 
-def judge(code: int, seconds: float, extra_bytes: int, output: str, changed: bool) -> str:
+def judge(code: int, cpu_seconds: float, extra_bytes: int, output: str, changed: bool) -> str:
     """Return what is wrong with an outcome."""
     faults = {
-        "hang": seconds > MAX_SECONDS,
+        "hang": code == -signal.SIGKILL or cpu_seconds > MAX_CPU_SECONDS,
         "crash": code not in DOCUMENTED_CODES or bool(BAD_TEXT.search(output)),
         "memory": extra_bytes > MAX_BYTES,
         "outside": changed,
@@ -480,8 +502,8 @@ def judge(code: int, seconds: float, extra_bytes: int, output: str, changed: boo
 
 
 def call(words: list[object], folder: Path) -> tuple[int, float, int, str]:
-    """Run a command in a forked process. Return its exit code, or minus its signal, seconds, memory and output."""
-    output, start = folder / "printed", time.monotonic()
+    """Run a command in a forked process. Return its exit code, or minus its signal, CPU seconds, memory and output."""
+    output, deadline = folder / "printed", time.monotonic() + MAX_SECONDS
     child = os.fork()
     if not child:
         os.chdir(folder)
@@ -489,19 +511,19 @@ def call(words: list[object], folder: Path) -> tuple[int, float, int, str]:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os._exit(_run(words, folder))
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() - start > MAX_SECONDS + 2:
+    while not (ended := os.wait4(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
-            ended = os.waitpid(child, 0)
+            ended = os.wait4(child, 0)
             break
         time.sleep(0.005)
+    _, status, usage = ended
     used = folder / "memory"
-    text = output.read_text(errors="replace")
     return (
-        os.waitstatus_to_exitcode(ended[1]),
-        time.monotonic() - start,
+        os.waitstatus_to_exitcode(status),
+        usage.ru_utime + usage.ru_stime,
         int(used.read_text()) if used.exists() else 0,
-        text,
+        output.read_text(errors="replace"),
     )
 
 
@@ -539,11 +561,14 @@ def main() -> None:
             outcome = fuzz(corpus, folder, number, options.seed)
             outcomes.append(outcome)
             if outcome.fault or options.verbose:
-                print(f"{number} {outcome.fault or 'ok'} {outcome.code} {outcome.seconds:.1f} s {outcome.description}")
+                print(
+                    f"{number} {outcome.fault or 'ok'} {outcome.code} {outcome.cpu_seconds:.1f} s {outcome.description}"
+                )
                 print("   ", outcome.output if options.verbose else outcome.output.strip()[-300:], flush=True)
     print(f"{len(outcomes)} mutations; faults {dict(Counter(each.fault for each in outcomes if each.fault))}")
     print(f"exit codes {dict(sorted(Counter(each.code for each in outcomes).items()))}")
-    print(f"longest {max(each.seconds for each in outcomes):.1f} s, all {sum(each.seconds for each in outcomes):.0f} s")
+    seconds = [each.cpu_seconds for each in outcomes]
+    print(f"processor time: longest {max(seconds):.1f} s, all {sum(seconds):.0f} s")
     print(f"greatest memory {max(each.extra_bytes for each in outcomes) / 2**20:.0f} MiB")
     sys.exit(any(each.fault for each in outcomes))
 

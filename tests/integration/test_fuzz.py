@@ -4,7 +4,7 @@ from pathlib import Path
 
 from helpers.fuzz import fuzz, make_corpus
 
-MUTATIONS = 100
+MUTATIONS = 300
 SEED = 22
 
 
