@@ -38,11 +38,10 @@ def sha256_file(path: Path) -> str:
         OpdctlError: it is not a regular file.
     """
     try:
-        parsing.check_regular(path, follow_links=True)  # of a model in the hub's cache every file is a link
+        with parsing.open_regular(path, follow_links=True) as (file, _):  # a hub's cache consists of links
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except ValueError as error:
         raise corrupt_artifact(path, str(error)) from None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_files(paths: Sequence[Path], sha256: Callable[[Path], str] = sha256_file) -> dict[Path, str]:

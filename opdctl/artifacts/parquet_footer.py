@@ -5,6 +5,7 @@ ten-thousandfold. A footer is a struct in Thrift's compact protocol: fields of (
 """
 
 import struct
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def check_parquet_size(path: Path, rows: int | None = None, *, follow_links: boo
     Raises:
         ValueError: it is no Parquet file, has another number of rows, or would take too much memory for its size.
     """
-    size = parsing.check_regular(path, follow_links=follow_links).st_size
-    footer = _Reader(_read_footer(path, size)).struct()
+    with parsing.open_regular(path, follow_links=follow_links) as (file, size):
+        footer = _Reader(_read_footer(file, size)).struct()
     num_rows = _count(footer, NUM_ROWS)
     if rows is not None and num_rows != rows:
         raise ValueError(f"has {num_rows} rows, expected {rows}")
@@ -50,16 +51,15 @@ def check_parquet_size(path: Path, rows: int | None = None, *, follow_links: boo
         raise ValueError(f"its {size} bytes would take {inflated} bytes of memory, at most {limit} are read")
 
 
-def _read_footer(path: Path, size: int) -> bytes:
-    with path.open("rb") as file:
-        if size < 12 or file.read(4) != MAGIC:
-            raise ValueError("is not a Parquet file")
-        file.seek(size - 8)
-        length, magic = struct.unpack("<I4s", file.read(8))
-        if magic != MAGIC or length > min(size - 12, MAX_FOOTER_BYTES):
-            raise ValueError(f"a footer of {length} bytes in a file of {size} bytes")
-        file.seek(size - 8 - length)
-        return file.read(length)
+def _read_footer(file: BufferedReader, size: int) -> bytes:
+    if size < 12 or file.read(4) != MAGIC:
+        raise ValueError("is not a Parquet file")
+    file.seek(size - 8)
+    length, magic = struct.unpack("<I4s", file.read(8))
+    if magic != MAGIC or length > min(size - 12, MAX_FOOTER_BYTES):
+        raise ValueError(f"a footer of {length} bytes in a file of {size} bytes")
+    file.seek(size - 8 - length)
+    return file.read(length)
 
 
 def _structs(value: Any) -> list[dict[int, Any]]:

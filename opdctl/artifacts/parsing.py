@@ -4,12 +4,14 @@ A file is data that nobody vouches for. Its size, depth, digits and claims are b
 every fault is a ValueError with the reason. The caller adds the path.
 """
 
+import contextlib
 import json
 import os
 import re
 import stat
 import tomllib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,31 @@ def check_regular(path: Path, *, follow_links: bool = False) -> os.stat_result:
     return state
 
 
+@contextlib.contextmanager
+def open_regular(path: Path, *, follow_links: bool = False) -> Iterator[tuple[BufferedReader, int]]:
+    """Open a regular file for reading; yield it and its size.
+
+    Another process may replace a file after the check of its name, so the opened one is checked again.
+
+    Raises:
+        ValueError: it is a link, or not a regular file.
+        OSError: it does not exist, or has become a link.
+    """
+    check_regular(path, follow_links=follow_links)  # before: opening a device may have an effect
+    flags = os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("is not a regular file")
+        yield file, state.st_size
+
+
 def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES, *, follow_links: bool = False) -> bytes:
     """Return the content of a regular file. Raises ValueError if it is another kind of file or larger."""
-    if (size := check_regular(path, follow_links=follow_links).st_size) > max_bytes:
-        raise ValueError(f"has {size} bytes, at most {max_bytes} are read")
-    return path.read_bytes()
+    with open_regular(path, follow_links=follow_links) as (file, size):
+        if size > max_bytes:
+            raise ValueError(f"has {size} bytes, at most {max_bytes} are read")
+        return file.read(size)
 
 
 def check_size(path: Path) -> None:
@@ -59,22 +81,22 @@ def check_size(path: Path) -> None:
     Raises:
         ValueError: a text file is too large, or a safetensors file has another size than its header describes.
     """
-    size = check_regular(path).st_size
-    if path.suffix in TEXT_SUFFIXES and size > MAX_JSON_BYTES:
-        raise ValueError(f"has {size} bytes, at most {MAX_JSON_BYTES} are read")
-    if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(MAX_HEADER_BYTES, size):
-                raise ValueError(f"a header of {length} bytes in a file of {size} bytes")
-            header = parse_json(file.read(length))
-        try:
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-            described = 8 + length + max(ends, default=0)
-        except (LookupError, TypeError, AttributeError):
-            raise ValueError("has an invalid header") from None
-        if size != described:
-            raise ValueError(f"has {size} bytes, its header describes {described}")
+    with open_regular(path) as (file, size):
+        if path.suffix in TEXT_SUFFIXES and size > MAX_JSON_BYTES:
+            raise ValueError(f"has {size} bytes, at most {MAX_JSON_BYTES} are read")
+        if path.suffix != ".safetensors":
+            return
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, size):
+            raise ValueError(f"a header of {length} bytes in a file of {size} bytes")
+        header = parse_json(file.read(length))
+    try:
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        described = 8 + length + max(ends, default=0)
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("has an invalid header") from None
+    if size != described:
+        raise ValueError(f"has {size} bytes, its header describes {described}")
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -115,8 +115,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         OpdctlError: the header is invalid, or the file has another length than its header describes.
     """
     try:
-        size = parsing.check_regular(file, follow_links=True).st_size
-        with file.open("rb") as opened:
+        with parsing.open_regular(file, follow_links=True) as (opened, size):
             (length,) = struct.unpack("<Q", opened.read(8))
             if length > min(parsing.MAX_HEADER_BYTES, size):
                 raise ValueError(f"a header of {length} bytes in a file of {size} bytes")

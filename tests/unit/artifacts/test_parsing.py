@@ -69,3 +69,16 @@ def test_only_regular_files_are_opened(tmp_path, monkeypatch):
     assert parsing.read_bytes(tmp_path / "link", follow_links=True) == b"x"
     with pytest.raises(ValueError, match="at most 0"):
         parsing.read_bytes(tmp_path / "file", 0)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_file_that_is_replaced_after_its_check_is_not_read(tmp_path, monkeypatch, kind):
+    (tmp_path / "other").write_text("x")
+    path = tmp_path / "file"
+
+    def replaced(path, *, follow_links):
+        path.symlink_to(tmp_path / "other") if kind == "link" else os.mkfifo(path)
+
+    monkeypatch.setattr(parsing, "check_regular", replaced)
+    with pytest.raises((ValueError, OSError), match=r"not a regular file|symbolic links"):
+        parsing.read_bytes(path)
