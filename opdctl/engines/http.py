@@ -114,13 +114,16 @@ class Client:
             yield workers
         except BaseException:
             self._cancelled.set()
-            with self._lock:
-                for connected in self._sockets:
-                    _shut_down(connected)
+            self._shut_down_connections()
             raise
         finally:
             workers.shutdown(cancel_futures=True)
             self._cancelled.clear()
+
+    def _shut_down_connections(self) -> None:
+        with self._lock:
+            for connected in self._sockets:
+                _shut_down(connected)
 
     def _track_socket(self, event: str, info: Mapping[str, Any]) -> None:
         """Record each new connection: shutting its socket down ends a read that waits in a worker."""
@@ -169,21 +172,27 @@ class Client:
     def _attempt(self, method: str, url: str, body: Any, max_bytes: int) -> httpx.Response:
         limit = self._settings.timeout_seconds
         deadline = time.monotonic() + limit
+        # httpx limits each read: headers, interim responses and trailers may come without end.
+        watchdog = threading.Timer(limit + min(limit, CONNECT_TIMEOUT_SECONDS), self._shut_down_connections)
+        watchdog.daemon = True
+        watchdog.start()
         try:
             with self._http.stream(method, url, json=body, extensions={"trace": self._track_socket}) as stream:
                 content = _read_body(stream, deadline, max_bytes)
             retry_after = {"retry-after": stream.headers.get("retry-after", "")}
             response = httpx.Response(stream.status_code, headers=retry_after, content=content)
-        except httpx.TimeoutException as error:
-            is_connected = not isinstance(error, httpx.ConnectTimeout)
-            reason = f"no response within {limit:g} seconds" if is_connected else "the connection attempt timed out"
-            raise _RetryableError(reason) from None
+        except httpx.ConnectTimeout:
+            raise _RetryableError("the connection attempt timed out") from None
         except httpx.RequestError as error:
+            if isinstance(error, httpx.TimeoutException) or time.monotonic() > deadline:
+                raise _RetryableError(f"no response within {limit:g} seconds") from None
             reason = self.printable(summarize_exception(error))
             if "CERTIFICATE_VERIFY_FAILED" in reason:
                 hint = "set SSL_CERT_FILE to the certificate file of the server's private authority"
                 raise OpdctlError("unavailable_server", f"{url}: {reason}", hint=hint) from None
             raise _RetryableError(reason) from None
+        finally:
+            watchdog.cancel()
         if response.status_code in (408, 429) or (response.status_code >= 500 and response.status_code != 501):
             retry_after = response.headers.get("retry-after", "")
             pause = float(retry_after) if retry_after.isdecimal() else 0.0

@@ -80,7 +80,7 @@ class Model(Section):
     error."""
     shape: ModelShape | None = None
     """The sizes of the model for `--dry-run`, if the model is not available."""
-    server: str | None = Field(default=None, pattern=r"^https?://[^\s@?#]+$")
+    server: str | None = Field(default=None, pattern=r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s@?#]*)?$")
     """Address of a vLLM server that serves this model, such as `http://host:8000/v1`. The engine `server` uses it."""
     served_name: str | None = None
     """The name of the model on the server. If unset, the server must serve a single model."""
@@ -427,7 +427,7 @@ class Vllm(Section):
 class Server(Section):
     """Settings of the engine `server`."""
 
-    api_key_env: str = "OPDCTL_API_KEY"
+    api_key_env: str = Field(default="OPDCTL_API_KEY", pattern=r"^[A-Z_][A-Z0-9_]*$")
     """The environment variable with the API key, if the server requires one. The key is never written to a file."""
     concurrency: int = Field(default=32, gt=0)
     """Number of concurrent requests."""

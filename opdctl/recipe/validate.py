@@ -1,5 +1,6 @@
 """Validation of a recipe beyond its schema: every error as (key, text), so that all are reported at once."""
 
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,12 +26,14 @@ from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry
 Errors = list[tuple[str, str]]
 MAX_VALUE_CHARS = 200
 """Of a value in an error."""
+PASSWORD = re.compile(r"://[^\s/]*@")
+"""In an address."""
 
 
 def format_error(detail: Mapping[str, Any]) -> tuple[str, str]:
     """Return the (key, text) of an error of pydantic."""
     loc = [str(part) for part in detail["loc"]]
-    key, value = ".".join(loc), repr(detail["input"])
+    key, value = ".".join(loc), PASSWORD.sub("://***@", repr(detail["input"]))
     value = value if len(value) <= MAX_VALUE_CHARS else f"{value[:MAX_VALUE_CHARS]}…"
     match detail["type"]:
         case "extra_forbidden":
@@ -39,8 +42,12 @@ def format_error(detail: Mapping[str, Any]) -> tuple[str, str]:
             return key, "is required"
         case "literal_error":
             return key, f"must be {detail['ctx']['expected']}, got {value}"
-        case "string_pattern_mismatch" if loc[-1] == "server":  # do not print the value: it may contain a password
-            return key, "must be an address such as http://host:8000/v1, without a password or query; see [server]"
+        # Two values that are not printed, because they may contain a secret.
+        case "string_pattern_mismatch" if loc[-1] == "server":
+            address = "an address such as http://host:8000/v1, without a password or query"
+            return key, f"must be {address}: an API key is in the environment variable that server.api_key_env names"
+        case "string_pattern_mismatch" if loc[-1] == "api_key_env":
+            return key, "must be the name of an environment variable, such as OPDCTL_API_KEY, and not the key itself"
         case "string_pattern_mismatch":
             return key, f"must consist of letters, digits, `.`, `_` and `-`, got {value}"
         case "int_type" | "int_from_float":

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from helpers.commands import QUICKSTART, invoke, sets
+from helpers.commands import QUICKSTART, invoke, sets, small_recipe
 from helpers.servers import KEY, Answer, Proxy, assert_reported, parts, score
 
 from opdctl.engines import http
@@ -30,12 +30,31 @@ def run(rolled_out, tmp_path) -> Path:
     return Path(shutil.copytree(rolled_out, tmp_path / "run"))
 
 
-def test_password_in_the_address_is_rejected_before_anything_is_written(tmp_path):
-    result = score(tmp_path / "run", "https://me:hunter2@host/v1")
-    assert result.kind == "invalid_recipe"
-    assert "teacher.server" in result.err
-    assert "hunter2" not in result.err
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("teacher.server='https://me:hunter2@host/v1'", "server.api_key_env"),
+        ("teacher.server=https://hunter2@host/v1", "server.api_key_env"),
+        ("teacher.server='http://me:hunter2%40host/v1'", "server.api_key_env"),
+        ("teacher.server='http://host/v1?key=hunter2'", "server.api_key_env"),
+        ("teacher.server=['https://me:hunter2@host/v1']", "must be a string"),
+        ("server='https://me:hunter2@host/v1'", "must be a table"),
+        ("server.api_key_env='hunter2'", "not the key itself"),
+    ],
+)
+def test_secret_in_the_recipe_is_rejected_and_not_shown(tmp_path, override, part):
+    common = ["--recipe", QUICKSTART, *sets("score.engine=server", override), "--output", tmp_path / "run"]
+    for command in ("train", "score-teacher"):
+        result = invoke(command, *common)
+        assert result.kind == "invalid_recipe"
+        assert part in result.err
+        assert "hunter2" not in result.out + result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("address", ["http://host", "https://a-b.example.org:8000/v1/", "http://[::1]:8000/v1"])
+def test_address_of_a_server_is_accepted(address):
+    assert small_recipe(f"teacher.server='{address}'").teacher.server == address
 
 
 def test_server_that_is_not_vllm_is_rejected(run):
