@@ -1,11 +1,11 @@
 """The command `opdctl`, and `python -m opdctl`."""
 
-import signal
+from opdctl import signals
 
 
 def main() -> None:
-    """Run the command line. Until a command handles Ctrl-C, it ends the process without a traceback of an import."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Run the command line. Until a command handles signals, they end the process without a traceback of an import."""
+    signals.install_handlers()
     from opdctl.cli.main import main as run_command_line
 
     run_command_line()

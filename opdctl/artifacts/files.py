@@ -21,6 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from opdctl import signals
 from opdctl.artifacts import leases, manifests, parsing
 from opdctl.artifacts.versions import OLDEST_VERSION, VERSIONS
 from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, OpdctlError
@@ -156,6 +157,7 @@ def atomic_write(final: Path, check: Callable[[], None] | None = None) -> Iterat
 
 
 def _check_before_rename(final: Path, check: Callable[[], None] | None) -> None:
+    signals.check()
     leases.check_held(final)
     if check is not None:
         check()

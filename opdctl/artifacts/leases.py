@@ -18,6 +18,7 @@ from pathlib import Path
 
 import filelock
 
+from opdctl import signals
 from opdctl.errors import OpdctlError
 
 LEASE_SECONDS = 60.0  # without a heartbeat, after which a lease is stale
@@ -157,6 +158,7 @@ def backoff() -> Iterator[float]:
     """Yield exponentially growing poll intervals, in seconds."""
     pause = 0.02
     while True:
+        signals.check()
         yield pause
         pause = min(1.5 * pause, MAX_BACKOFF_SECONDS)
 

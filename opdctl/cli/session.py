@@ -8,12 +8,11 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from opdctl import console, distributed
+from opdctl import console, distributed, signals
 from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, ExitCode, OpdctlError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -22,66 +21,49 @@ if TYPE_CHECKING:
     from opdctl.runs.run import Run
 
 RERUN_HINT = "run the same command again to resume"
-_stop_signal = ""  # the name of the signal that this process got
-_is_interrupted = False
-
-
-class StopRequested(BaseException):
-    """SIGTERM or SIGUSR1: preemption. Its argument is the name of the signal."""
 
 
 @contextlib.contextmanager
 def command_session(verbose: bool | None, *, as_json: bool) -> Iterator[None]:
     """Set up messages and signals; turn every error into one message and an exit code."""
-    global _is_interrupted, _stop_signal
-    _is_interrupted, _stop_signal = False, ""
     is_other_rank = not distributed.is_main()  # other ranks report their errors only
     level = {None: 0, True: 1, False: -1}[verbose]
     os.umask(os.umask(0) | 0o002)  # never create world-writable files, whatever the umask
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, _request_stop)
-    signal.signal(signal.SIGINT, _interrupt)
+    signals.install_handlers()
     prefix = f"rank {distributed.rank()}: " if is_other_rank else ""
     with console.settings(-1 if is_other_rank else level, prefix, is_stdout_json=as_json):
         try:
-            with _report_errors(verbose=bool(verbose)):
+            with _report_errors(verbose=bool(verbose)), signals.raise_signals():
                 yield
+                signals.check()
                 distributed.wait_for_end()
-        except StopRequested as stop:
-            raise typer.Exit(_report_stop(str(stop))) from stop
         finally:
             distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def _report_errors(*, verbose: bool) -> Iterator[None]:
-    """Turn an error into one message and an exit."""
+    """Turn an error into one message and an exit. After a signal any error is one of stopping."""
     try:
         yield
-    except (typer.Exit, StopRequested):
+    except typer.Exit:
         raise
-    except OpdctlError as error:
-        distributed.report_failure(f"{error.message.partition(':')[0]}, see its error", error.code)
-        console.error(error.message, error.hint)
-        raise typer.Exit(error.code) from error
-    except KeyboardInterrupt as stop:
-        console.error("Interrupted: finished parts are kept", RERUN_HINT)
-        raise typer.Exit(ExitCode.INTERRUPTED) from stop
-    except BrokenPipeError as error:  # stdout is closed; nothing to report
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
-        raise typer.Exit(ExitCode.FAILED) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(_report_stop(signals.received() or signals.StopRequested(signal.SIGINT))) from error
     except Exception as error:
+        if stop := signals.received():
+            raise typer.Exit(_report_stop(stop)) from error
         raise _report_exception(error, verbose=verbose) from error
 
 
-def _report_stop(signal_name: str) -> int:
+def _report_stop(stop: signals.StopRequested) -> int:
     """Report a signal and return the exit code. torchrun sends one to the other ranks too when a rank fails."""
-    if (failure := distributed.peer_failure()) and failure.exit_code != ExitCode.REQUEUE:
+    if (failure := distributed.peer_failure()) and failure.exit_code not in signals.EXIT_CODES.values():
         return _report_peer_failure(failure)
-    distributed.report_failure(f"stopped by {signal_name}", ExitCode.REQUEUE)
+    distributed.report_failure(f"stopped by {stop.name}", stop.exit_code)
     if distributed.is_main():
-        console.error(f"Stopped by {signal_name}: finished parts are kept", RERUN_HINT)
-    return ExitCode.REQUEUE
+        console.error(f"Stopped by {stop.name}: finished parts are kept", RERUN_HINT)
+    return stop.exit_code
 
 
 def _report_peer_failure(failure: distributed.Failure | None) -> int:
@@ -97,10 +79,15 @@ def _exit_after_peer_failure(failure: distributed.Failure) -> None:
 
 
 def _report_exception(error: Exception, *, verbose: bool) -> Exception:
-    """Report an exception of a library or of the system. Return what to raise: an exit, or with -v the exception."""
+    """Report an error. Return what to raise: an exit, or with -v an exception of a library or of the system."""
+    if isinstance(error, OpdctlError):
+        distributed.report_failure(f"{error.message.partition(':')[0]}, see its error", error.code)
+        console.error(error.message, error.hint)
+        return typer.Exit(error.code)
+    if isinstance(error, BrokenPipeError):  # stdout is closed; nothing to report
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+        return typer.Exit(ExitCode.FAILED)
     if distributed.is_peer_failure(error):
-        if _stop_signal:  # torch's checkpoints replace the exception of the signal by this one
-            raise StopRequested(_stop_signal)
         return typer.Exit(_report_peer_failure(distributed.peer_failure()))
     distributed.report_failure(f"{type(error).__name__}, see its error", ExitCode.FAILED)
     if is_out_of_memory(error):
@@ -114,23 +101,6 @@ def _report_exception(error: Exception, *, verbose: bool) -> Exception:
         return error
     console.error(f"Internal error: {type(error).__name__}: {error}", "run again with -v for the traceback")
     return typer.Exit(ExitCode.FAILED)
-
-
-def _request_stop(number: int, frame: FrameType | None) -> None:
-    """Stop. A scheduler may repeat its signal while this process cleans up: that changes nothing."""
-    global _stop_signal
-    if not _stop_signal:
-        _stop_signal = signal.Signals(number).name
-        raise StopRequested(_stop_signal)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop at Ctrl-C; at the second one without cleaning up, as at a kill."""
-    global _is_interrupted
-    if _is_interrupted:
-        os._exit(ExitCode.INTERRUPTED)
-    _is_interrupted = True
-    raise KeyboardInterrupt
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import IO, Any, NamedTuple
 
-from opdctl import console
+from opdctl import console, signals
 from opdctl.artifacts.records import Completion, TokenScores
 from opdctl.engines import host_process
 from opdctl.engines.base import (
@@ -232,6 +232,7 @@ class HostedEngine(InOrder):
         """Yield the host's messages until it ends or hangs, which raises OpdctlError."""
         hang = _HangDetection(self._context.device != "cpu" and self._running in host_process.STREAMS)
         while True:
+            signals.check()
             try:
                 if self._connection.poll(POLL_SECONDS):
                     kind, value = self._connection.recv()

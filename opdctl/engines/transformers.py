@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opdctl import signals
 from opdctl.artifacts.records import Completion, RoutedExperts, TokenScores
 from opdctl.engines.base import InOrder, Request, ScoreRequest
 from opdctl.models.architectures import check_rope, rope_limit
@@ -140,6 +141,7 @@ class TransformersEngine(InOrder):
         prompts = [request.prompt_ids for request in requests]
         batch = record(rows_B, lambda: DecodeBatch(self._model, prompts, rules, self._device))
         for t in range(max_tokens):
+            signals.check()
             logits_BV = self._head.logits(batch.hidden_BD)
             token_B, logp_B = sample(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
             ended_B = torch.isin(token_B, self._eos) & ~buffer.stopped_B[rows_B]

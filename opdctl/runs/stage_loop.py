@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from opdctl import console
+from opdctl import console, signals
 from opdctl.artifacts.records import GradedResponse, Response
 from opdctl.artifacts.stage_dir import StageDir
 from opdctl.artifacts.tables import write_rows
@@ -138,6 +138,7 @@ def _make_round(
 
     with contextlib.closing(work.process(take_requests())) as results:
         for number, result in results:
+            signals.check()
             part, position = places.pop(number)
             part.results[position] = result
             on_progress(1)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdctl import console, distributed
+from opdctl import console, distributed, signals
 from opdctl.artifacts import directories, files
 from opdctl.artifacts.manifests import ProbeRecord
 from opdctl.artifacts.records import Logprobs, ScoredResponse, sample_seed
@@ -221,6 +221,7 @@ class Trainer:
 
     def _response_states(self, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Return the hidden state that predicts each response token, [N, D], and the token's id, [N]."""
+        signals.check()
         return response_states(
             self._model, sequences.input_ids_BT, sequences.rows_N, sequences.positions_N, sequences.packed
         )

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
+from opdctl import signals
 from opdctl.artifacts import files
 from opdctl.cli.main import app
 from opdctl.recipe.load import load_recipe
@@ -52,8 +54,11 @@ class Result:
 
 
 def invoke(*args: object) -> Result:
-    """Run a command line in this process."""
+    """Run a command line in this process, which keeps its handlers of signals."""
+    before = {number: signal.getsignal(number) for number in signals.EXIT_CODES}
     result = CliRunner().invoke(app, [str(arg) for arg in args])
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return Result(result.exit_code, result.stdout, result.stderr)
 
 

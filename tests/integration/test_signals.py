@@ -1,11 +1,14 @@
 """Signals and Ctrl-C in the middle of a stage: finished parts are kept, leases and temporary files are not."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,10 @@ from helpers.commands import QUICKSTART, artifacts, contents, invoke, sets
 from helpers.forks import fork, wait
 
 from opdctl.artifacts.leases import Lease
-from opdctl.cli import session
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
+from opdctl.models.decoding import DecodeBatch
+from opdctl.runs import status
 
 SIGNALS = [
     (signal.SIGTERM, ExitCode.REQUEUE),
@@ -25,25 +29,20 @@ SIGNALS = [
 SETTINGS = sets("rollout.max_tokens=40", "rollout.num_parts=4", "train.steps=1")
 
 
-@pytest.fixture(autouse=True)
-def restored_handlers():
-    """Commands install handlers of this process; restore those of the test runner."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def signal_at_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, number: int) -> None:
+def signal_at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, number: int) -> None:
     """Let this process get a signal in the `call`-th call of a method, after the work of the call."""
+    call_after(monkeypatch, owner, name, call, lambda: os.kill(os.getpid(), number))
+
+
+def call_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, function: Callable[[], None]) -> None:
+    """Call a function at the end of the `call`-th call of a method."""
     method, calls = getattr(owner, name), []
 
     def interrupted(*arguments, **options):
         result = method(*arguments, **options)
         calls.append(1)
         if len(calls) == call:
-            os.kill(os.getpid(), number)
+            function()
         return result
 
     monkeypatch.setattr(owner, name, interrupted)
@@ -128,27 +127,64 @@ def test_signal_during_the_cleanup(tmp_path, monkeypatch, number, code):
     assert artifacts(output) == artifacts(tmp_path / "other")
 
 
-def test_handlers_of_repeated_signals(monkeypatch):
-    codes: list[int] = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setattr(session, "_stop_signal", "")
-    monkeypatch.setattr(session, "_is_interrupted", False)
-    with pytest.raises(session.StopRequested):
-        session._request_stop(signal.SIGTERM, None)
-    session._request_stop(signal.SIGUSR1, None)
-    assert session._stop_signal == "SIGTERM"
-    with pytest.raises(KeyboardInterrupt):
-        session._interrupt(signal.SIGINT, None)
-    assert codes == []
-    with pytest.raises(KeyboardInterrupt):  # since the process did not end here
-        session._interrupt(signal.SIGINT, None)
-    assert codes == [ExitCode.INTERRUPTED]
+class Dropped:
+    """Gets a signal in `__del__`, where Python ignores the exception of the handler."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
 
 
-def test_interrupt_before_the_command_begins_is_quiet():
+def ignore() -> None:
+    Dropped()
+
+
+def catch() -> None:
+    """As a library that catches everything."""
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def replace() -> None:
+    """As a library that wraps every exception."""
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        raise RuntimeError("interrupted") from None
+
+
+@pytest.mark.parametrize("swallow", [ignore, catch, replace])
+@pytest.mark.parametrize(
+    ("command", "owner", "method", "files"),
+    [
+        (("rollout", "--step", 1), DecodeBatch, "feed", "step-00001/rollout/part-*"),
+        (("score-teacher", "--step", 1), TransformersEngine, "_score_batch", "step-00001/teacher/part-*"),
+        (("train", "--set", "train.steps=3"), torch.optim.AdamW, "step", "student/step-00003"),
+        (("status",), status, "collect_status", "nothing"),  # its last work
+    ],
+    ids=["rollout", "score-teacher", "train", "status"],
+)
+def test_swallowed_signal_stops_the_command(finished_copy, monkeypatch, swallow, command, owner, method, files):
+    for path in finished_copy.glob(files):
+        path.unlink()
+    name, *options = command
+    words = (name, finished_copy) if name == "status" else (name, "--output", finished_copy, *options)
+    with monkeypatch.context() as patch:
+        call_after(patch, owner, method, 1, swallow)
+        result = invoke(*words)
+    assert result.code == ExitCode.REQUEUE, result.err
+    assert "Stopped by SIGTERM" in result.err
+    assert "Traceback" not in result.err
+    check_clean(finished_copy)
+    assert not list(finished_copy.glob(files))
+    assert invoke(*words).code == 0
+    assert list(finished_copy.glob(files)) or files == "nothing"
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_signal_before_the_command_begins_is_quiet(number, code):
     program = "import os, runpy, sys\n"
-    program += "sys.meta_path.insert(0, type('Slow', (), {'find_spec': lambda *a: os.kill(os.getpid(), 2) "
-    program += "if a[1] == 'opdctl.cli.main' else None})())\n"
+    program += f"sys.meta_path.insert(0, type('Slow', (), dict(find_spec=lambda *a: os.kill(os.getpid(), {number:d}) "
+    program += "if a[1] == 'opdctl.cli.main' else None))())\n"
     program += "sys.argv = ['opdctl', 'list', 'weights']; runpy.run_module('opdctl', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
