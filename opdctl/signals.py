@@ -16,7 +16,7 @@ from typing import Literal
 
 from opdctl.errors import ExitCode
 
-EXIT_CODES = {
+SIGNAL_CODES = {
     signal.SIGTERM: ExitCode.REQUEUE,
     signal.SIGUSR1: ExitCode.REQUEUE,
     signal.SIGINT: ExitCode.INTERRUPTED,
@@ -28,7 +28,7 @@ class StopRequested(KeyboardInterrupt):
 
     def __init__(self, number: int):
         super().__init__(number)
-        self.name, self.exit_code = signal.Signals(number).name, EXIT_CODES[signal.Signals(number)]
+        self.name, self.exit_code = signal.Signals(number).name, SIGNAL_CODES[signal.Signals(number)]
 
 
 _received: int | None = None  # the first signal of this command
@@ -37,8 +37,14 @@ _phase: Literal["loading", "running", "ending"] = "loading"
 
 def install_handlers() -> None:
     """Handle the signals. Until `raise_signals`, one ends the process with its exit code, without a message."""
-    for number in EXIT_CODES:
+    for number in SIGNAL_CODES:
         signal.signal(number, _handle)
+
+
+def ignore_signals() -> None:
+    """Ignore the signals. The interpreter's end would restore the system's action, which loses the exit code."""
+    for number in SIGNAL_CODES:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -66,7 +72,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     global _received
     is_repeated = _received is not None or _phase == "ending"
     if _phase == "loading" or (number == signal.SIGINT and is_repeated):
-        os._exit(EXIT_CODES[signal.Signals(_received or number)])
+        os._exit(SIGNAL_CODES[signal.Signals(_received or number)])
     if _phase == "running" and not _is_stopping():
         _received = _received or number
         raise StopRequested(_received)

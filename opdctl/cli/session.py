@@ -58,7 +58,7 @@ def _report_errors(*, verbose: bool) -> Iterator[None]:
 
 def _report_stop(stop: signals.StopRequested) -> int:
     """Report a signal and return the exit code. torchrun sends one to the other ranks too when a rank fails."""
-    if (failure := distributed.peer_failure()) and failure.exit_code not in signals.EXIT_CODES.values():
+    if (failure := distributed.peer_failure()) and failure.exit_code not in signals.SIGNAL_CODES.values():
         return _report_peer_failure(failure)
     distributed.report_failure(f"stopped by {stop.name}", stop.exit_code)
     if distributed.is_main():

@@ -55,7 +55,7 @@ class Result:
 
 def invoke(*args: object) -> Result:
     """Run a command line in this process, which keeps its handlers of signals."""
-    before = {number: signal.getsignal(number) for number in signals.EXIT_CODES}
+    before = {number: signal.getsignal(number) for number in signals.SIGNAL_CODES}
     result = CliRunner().invoke(app, [str(arg) for arg in args])
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -2,11 +2,15 @@
 
     PYTHONPATH=tests python -m helpers.faults                       # 100 kills
     PYTHONPATH=tests python -m helpers.faults --kills 1000 --seed 1
+    PYTHONPATH=tests python -m helpers.faults --signals 100 --steps 4
     PYTHONPATH=tests python -m helpers.faults --calls    # a fault at every write, rename and flush, one at a time
 
 Kills: in every step, three workers sample, score and update. At random moments a random one is killed with SIGKILL and
 another one is started. At the end the student, every part and every trainer state must be bit-identical to those of an
 undisturbed run, every response must exist exactly once, and no other file may remain.
+
+Signals: `opdctl train` gets two random ones of SIGTERM, SIGUSR1 and Ctrl-C, the first at a random moment of its run and
+the second soon after it. It must end with the exit code of the first, and the next process goes on.
 
 Calls: a small run is trained on a disk that fails at the n-th call of opdctl.artifacts that writes, renames or flushes,
 for every n: once by a power cut that loses what was not flushed, once by a system error. What is read afterwards must
@@ -21,9 +25,11 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +41,7 @@ from helpers.commands import QUICKSTART, Result, artifacts, invoke, names, sets
 
 import opdctl.engines.transformers
 import opdctl.pipeline.loop  # noqa: F401 - and all that it imports, before any worker is forked
+from opdctl import signals
 from opdctl.artifacts import directories, files, leases, stage_dir, tables, tensor_files
 from opdctl.artifacts.records import Response
 from opdctl.artifacts.tables import read_rows
@@ -166,6 +173,54 @@ def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, .
         f"{sum(disturbed.killed.values())} kills ({by_stage}) in {done} steps: {len(found)} bit-identical files, "
         f"including the student; {responses} responses, each once"
     )
+
+
+# ── Signals ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SECOND_SIGNAL_SECONDS = 0.3  # after the first one, at most
+BEFORE_MAIN_SECONDS = 0.2  # until Python has started: it does not know the handlers of opdctl yet
+
+
+def command(output: Path, settings: tuple[str, ...]) -> list[str]:
+    options = [word for setting in settings for word in ("--set", setting)]
+    words = ["train", "--recipe", str(QUICKSTART), *options, "--output", str(output)]
+    return [sys.executable, "-m", "opdctl", *words]
+
+
+def signal_twice(arguments: list[str], rng: random.Random, span: float) -> int:
+    """Run a command that gets two signals, the first within `span` seconds; return its exit code, which is checked."""
+    moment, numbers = rng.uniform(0, span), rng.choices([*signals.SIGNAL_CODES], k=2)
+    pause, start = rng.uniform(0, SECOND_SIGNAL_SECONDS), time.monotonic()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for number, wait in zip(numbers, (moment, pause), strict=True):
+        time.sleep(wait)
+        process.send_signal(number)  # does nothing if it has ended
+    _, messages = process.communicate(timeout=forks.MAX_WAIT_SECONDS)
+    code, names = process.returncode, " ".join(number.name for number in numbers)
+    print(f"{names} after {moment:.2f} and {pause:.2f} s: exit {code}", file=sys.stderr)
+    is_before_main = code == -numbers[0] and moment < BEFORE_MAIN_SECONDS
+    assert code in (0, signals.SIGNAL_CODES[numbers[0]]) or is_before_main, messages
+    assert "Traceback" not in messages or is_before_main, messages
+    assert time.monotonic() - start < moment + pause + forks.MAX_WAIT_SECONDS
+    return code
+
+
+def interrupt(folder: Path, count: int, seed: int, steps: int, settings: tuple[str, ...] = ()) -> str:
+    """Compare runs under `count` double signals with an undisturbed one, and return a summary as text."""
+    settings = ("rollout.num_parts=6", "eval.every_steps=0", "pipeline.threads=1", f"train.steps={steps}", *settings)
+    whole, codes, runs, start = folder / "undisturbed", Counter[int](), 0, time.monotonic()
+    subprocess.run(command(whole, settings), check=True, capture_output=True)
+    span, rng = time.monotonic() - start, random.Random(seed)
+    while sum(codes.values()) < count:
+        output = folder / f"run-{runs}"
+        while sum(codes.values()) < count and (code := signal_twice(command(output, settings), rng, span)):
+            codes[code] += 1
+        subprocess.run(command(output, settings), check=True, capture_output=True)
+        assert made(output) == made(whole)
+        assert run_files(output) == run_files(whole)
+        runs += 1
+    by_code = ", ".join(f"{number} exits with {code}" for code, number in sorted(codes.items()))
+    return f"{sum(codes.values())} double signals ({by_code}) in {runs} runs of {steps} steps: bit-identical files"
 
 
 # ── Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -311,11 +366,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override of the recipe")
+    parser.add_argument("--signals", type=int, default=0, metavar="COUNT")
     parser.add_argument("--calls", action="store_true")
     arguments = parser.parse_args()
     faulthandler.enable()
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.calls:
+        if arguments.signals:
+            print(interrupt(Path(folder), arguments.signals, arguments.seed, arguments.steps, tuple(arguments.set)))
+        elif arguments.calls:
             for fault in (power_cut, system_error):
                 print(fail_at_calls(Path(folder) / fault.__name__, fault))
         else:

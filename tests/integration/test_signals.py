@@ -188,3 +188,13 @@ def test_signal_before_the_command_begins_is_quiet(number, code):
     program += "sys.argv = ['opdctl', 'list', 'weights']; runpy.run_module('opdctl', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_at_the_end_of_the_interpreter_changes_nothing(number):
+    program = "import os, runpy, sys\n"
+    program += f"class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, {number:d})\n"
+    program += "import opdctl; opdctl.late = Late()\n"
+    program += "sys.argv = ['opdctl', 'list', 'weights']; runpy.run_module('opdctl', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -19,7 +19,7 @@ class Exited(BaseException):
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch) -> Iterator[None]:
     """Install the handlers, at the start of a process."""
-    before = {number: signal.getsignal(number) for number in signals.EXIT_CODES}
+    before = {number: signal.getsignal(number) for number in signals.SIGNAL_CODES}
 
     def end_process(code: int) -> None:
         raise Exited(code)
@@ -43,7 +43,7 @@ class Dropped:
         signal.raise_signal(self.number)
 
 
-@pytest.mark.parametrize(("number", "code"), signals.EXIT_CODES.items())
+@pytest.mark.parametrize(("number", "code"), signals.SIGNAL_CODES.items())
 def test_signal_while_the_program_is_loaded_ends_it_with_its_code(number, code):
     with pytest.raises(Exited) as exited:
         signal.raise_signal(number)
@@ -55,7 +55,7 @@ def run(work: Callable[[], object]) -> None:
         work()
 
 
-@pytest.mark.parametrize(("number", "code"), signals.EXIT_CODES.items())
+@pytest.mark.parametrize(("number", "code"), signals.SIGNAL_CODES.items())
 def test_ignored_exception_is_raised_again(number, code, capsys):
     def work() -> None:
         signals.check()
@@ -116,7 +116,7 @@ def test_ctrl_c_in_the_cleanup_ends_the_process(first):
 
     with pytest.raises(Exited) as exited:
         run(work)
-    assert exited.value.args == (signals.EXIT_CODES[first],)
+    assert exited.value.args == (signals.SIGNAL_CODES[first],)
 
 
 def test_signal_after_the_command_changes_nothing():
