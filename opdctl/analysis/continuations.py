@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from opdctl.artifacts import files
 from opdctl.artifacts.records import Completion, GradedResponse, Ids, Response, sample_seed
-from opdctl.artifacts.stage_dir import Fingerprint, StageDir
+from opdctl.artifacts.stage_dir import Fingerprint, StageDir, write_summary
 from opdctl.artifacts.versions import versioned
 from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
@@ -113,19 +112,21 @@ def run_continuations(run: Run, step: int, engines: EnginePool) -> tuple[dict[st
     )
     if not all(stage.is_finished() for stage in stages.values()):
         return None, made
-    rows = {name: stage.read_all(GradedResponse) for name, stage in stages.items()}
-    summary = {
-        **versioned("continuations"),
-        "step": step,
-        "student": step_name(step),
-        "bench": benchmark.name,
-        "problems": len({response.prompt_id for response in responses}),
-        "responses": len(responses),
-        "max_tokens": _sampling(run.recipe).max_tokens,
-        **summarize_continuations(rows, _on_track(run, benchmark, responses)),
-    }
-    files.write_json_if_changed(continuations_path(run, step) / "summary.json", summary)
-    return summary, made
+
+    def sum_up() -> dict[str, Any]:
+        rows = {name: stage.read_all(GradedResponse) for name, stage in stages.items()}
+        return {
+            **versioned("continuations"),
+            "step": step,
+            "student": step_name(step),
+            "bench": benchmark.name,
+            "problems": len({response.prompt_id for response in responses}),
+            "responses": len(responses),
+            "max_tokens": _sampling(run.recipe).max_tokens,
+            **summarize_continuations(rows, _on_track(run, benchmark, responses)),
+        }
+
+    return write_summary(continuations_path(run, step) / "summary.json", stages.values(), sum_up), made
 
 
 def describe_plan(run: Run, step: int) -> str:

@@ -124,9 +124,14 @@ def remove_temporary_files(directory: Path, *, include_running: bool = False) ->
     """Remove temporary files of processes of this machine that have ended from `directory`.
 
     include_running: remove those of every process on every machine, for the holder of an exclusive lease.
+
+    Raises:
+        OpdctlError: the lease was lost.
     """
     for path in directory.glob(".tmp-*" if include_running else f".tmp-{_machine()}-*"):
         process_id = path.name.removeprefix(f".tmp-{_machine()}-").partition("-")[0]
+        if include_running:
+            leases.check_held(path)
         if include_running or (process_id.isdigit() and not _is_running(int(process_id))):
             discard(path)
 
@@ -273,12 +278,6 @@ def read_text(path: Path) -> str:
 def write_json(path: Path, value: Mapping[str, Any], check: Callable[[], None] | None = None) -> None:
     """Write a JSON object with a digest of itself. check: as of `atomic_write`."""
     write_text(path, json.dumps({**value, "digest": digest_of(value)}, indent=1, ensure_ascii=False) + "\n", check)
-
-
-def write_json_if_changed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object unless the file holds it already."""
-    if not path.exists() or read_json(path) != value:
-        write_json(path, value)
 
 
 def read_json(path: Path, form: Any = dict[str, Any], hint: str | None = None) -> Any:

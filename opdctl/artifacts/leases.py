@@ -141,6 +141,17 @@ def check_held(path: Path) -> None:
             )
 
 
+def live_leases(directory: Path, now: float) -> Iterator[tuple[Path, str]]:
+    """Yield each lock file below `directory` that was touched within LEASE_SECONDS, with its owner. Writes nothing.
+
+    now: the time of the file system, in seconds. A lease of a process that was killed lives until then, too.
+    """
+    for path in sorted(directory.rglob(".*.lock")):
+        with contextlib.suppress(FileNotFoundError):  # just released
+            if now - path.stat().st_mtime < LEASE_SECONDS:
+                yield path, Lease(path.parent, path.name.removeprefix(".").removesuffix(".lock")).owner()
+
+
 @cache
 def _worker_token(process_id: int) -> str:
     return secrets.token_hex(8)

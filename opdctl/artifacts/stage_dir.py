@@ -263,7 +263,6 @@ class StageDir:
     def claim_available_parts(self, *, wait: bool = False) -> Iterator[Iterator[int | None] | None]:
         """Like `claim_parts`, with None in the iteration where the caller may work on the parts that it has: other
         workers have leased all others, and the iterator is about to wait."""
-        directory, name = self.path.parent, self.path.name
         if self.is_finished() and not self._header_path.exists():
             yield None
         else:
@@ -275,9 +274,20 @@ class StageDir:
                 while self._leases:
                     self._leases.popitem()[1].release()
             if not self.missing(digests=False):
-                with leases.hold_lease(directory, name, wait=True):  # two workers may finish at the same time
+                with self.hold():  # two workers may finish at the same time
                     self.finalize()
-        leases.remove_stale_leases(directory, name)
+        leases.remove_stale_leases(self.path.parent, self.path.name)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the lease of the stage for the block, which may write files beside and below its directory.
+
+        Raises:
+            OpdctlError: meanwhile the stage was started anew with another fingerprint.
+        """
+        with leases.hold_lease(self.path.parent, self.path.name, wait=True):
+            self._check_fingerprint()
+            yield
 
     def _lease_each(self, indices: Iterable[int], *, wait: bool) -> Iterator[int | None]:
         """Yield each part as soon as this worker holds its lease, and None before each pause.
@@ -365,6 +375,22 @@ class StageDir:
             remove_temporary_files(self.path)
             self._header_path.unlink(missing_ok=True)  # last: while it exists, a worker finalizes again
         return True
+
+
+def write_summary(path: Path, stages: Iterable[StageDir], summarize: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Write what finished stages come to into a JSON file beside or below them, unless it holds it already; return it.
+
+    The parts are read, and the file is written, under the leases of the stages: a worker that was suspended for longer
+    writes nothing.
+    """
+    summary = summarize()
+    if not path.exists() or read_json(path) != summary:
+        with contextlib.ExitStack() as stack:
+            for stage in stages:
+                stack.enter_context(stage.hold())
+            summary = summarize()
+            write_json(path, summary)
+    return summary
 
 
 def corrupt_file_hint(path: Path, rerun_command: str, repair_command: str = "") -> str:

@@ -153,23 +153,24 @@ def prune(
     """
     with command_session(verbose, as_json=json_):
         from opdctl.artifacts.files import format_bytes
-        from opdctl.pipeline.pruning import plan_prune, remove_planned
+        from opdctl.pipeline.pruning import prune_run
         from opdctl.runs.run import Run
 
         path = named_or_newest_run(run_dir, run) if dry_run else _named_run(run_dir, run)
-        plan = plan_prune(Run.load(path), keep_last, keep_best=keep_best)
-        sizes = plan.bytes_by_kind()
+        plan = prune_run(Run.load(path), keep_last, keep_best=keep_best, dry_run=dry_run)
+        sizes = plan.sizes
         rows = [(kind, f"{len(plan.removed[kind])} directories, {format_bytes(sizes[kind])}") for kind in sizes]
         kept = ", ".join(map(str, plan.kept)) or "none"
-        if not dry_run:
-            remove_planned(plan)
+        for step, user in plan.in_use.items():
+            console.warn(f"step {step} is in use by {user}: its responses and its student are kept")
         freed = f"{format_bytes(sum(sizes.values()))} {'can be freed' if dry_run else 'freed'}"
         console.print_fields(f"{path}: {freed}", [*rows, ("students kept", f"steps {kept}")])
         if dry_run:
             console.info("nothing was written")
         if json_:
             removed = [str(each.relative_to(path)) for paths in plan.removed.values() for each in paths]
-            print_json({"run_dir": str(path), "bytes": sizes, "removed": removed, "kept_students": plan.kept})
+            kept_steps = {"kept_students": plan.kept, "in_use": [*plan.in_use]}
+            print_json({"run_dir": str(path), "bytes": sizes, "removed": removed, **kept_steps})
 
 
 def _named_run(run_dir: Path | None, option: Path | None) -> Path:

@@ -21,6 +21,7 @@ from opdctl.artifacts.stage_dir import (
     FingerprintMismatchError,
     StageDir,
     corrupt_file_hint,
+    write_summary,
 )
 from opdctl.artifacts.tables import write_rows
 from opdctl.artifacts.versions import versioned
@@ -180,7 +181,19 @@ def run_eval(
     made = _answer_problems(run, benchmark, problems, source, target, engines, stage, wait=wait)
     if not distributed.is_main() or not stage.is_finished():
         return None, made
-    summary = {
+    summarize_stage = partial(_summarize_stage, run, benchmark, problems, target, stage, data)
+    return write_summary(stage.path / "summary.json", [stage], summarize_stage), made
+
+
+def _summarize_stage(
+    run: Run,
+    benchmark: Benchmark,
+    problems: Sequence[Problem],
+    target: EvalTarget,
+    stage: StageDir,
+    data: Path | None,
+) -> dict[str, Any]:
+    return {
         **versioned("eval"),
         "bench": benchmark.name,
         "model": target.name,
@@ -188,8 +201,6 @@ def run_eval(
         "protocol": _protocol(run.recipe, benchmark),
         "benchmark": _describe_benchmark(run, benchmark, problems, data),
     }
-    files.write_json_if_changed(stage.path / "summary.json", summary)
-    return summary, made
 
 
 def _check_code_execution(benchmark: Benchmark, settings: Eval) -> None:

@@ -4,6 +4,8 @@ Training removes a student only when it leaves the window of the latest ones, so
 kept. `opdctl run prune` removes whatever the run can continue without.
 """
 
+import re
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from opdctl.artifacts import files, leases
 from opdctl.artifacts.stage_dir import STAGE_MARKERS
 from opdctl.pipeline.progress import best_accuracy
 from opdctl.recipe.schema import Recipe
+from opdctl.runs.heartbeats import read_heartbeats
 from opdctl.runs.layout import list_steps, parse_step
 from opdctl.runs.run import Run, read_recipe
 
@@ -91,15 +94,16 @@ def prune_students(run: Run, earlier: EarlierStates) -> None:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What a run can continue without: paths by kind. kept: the steps whose student stays."""
+    """What a run can continue without: paths by kind, and the number of bytes that each kind takes.
 
-    run: Run
+    Hard links to another run's files free none. kept: the steps whose student stays. in_use: the steps that other
+    processes work on, with the process of each.
+    """
+
     removed: dict[str, list[Path]]
+    sizes: dict[str, int]
     kept: list[int]
-
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Return the number of bytes that the files of each kind take. Hard links to another run's free none."""
-        return {kind: sum(map(_size, paths)) for kind, paths in self.removed.items()}
+    in_use: dict[int, str]
 
 
 def _size(path: Path) -> int:
@@ -107,11 +111,43 @@ def _size(path: Path) -> int:
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
-def plan_prune(run: Run, keep_last: int = 1, *, keep_best: bool = True) -> PrunePlan:
+def users_of_steps(run: Run, now: float) -> dict[int, str]:
+    """Return the steps that live workers and followers read or write, with the process of each.
+
+    now: the time of the file system, in seconds. A follower uses the step that it is at, and all later ones.
+    """
+    users: dict[int, str] = {}
+    for beat in read_heartbeats(run, now):
+        if beat.is_alive:
+            steps = range(beat.step, run.current_step())
+            users |= dict.fromkeys(steps, f"`{beat.stage} --follow`, process {beat.pid} on {beat.host}")
+    for path, owner in leases.live_leases(run.path, now):
+        if found := re.search(r"step-(\d{5})", str(path.relative_to(run.path))):
+            users[int(found[1])] = owner
+    return users
+
+
+def prune_run(run: Run, keep_last: int, *, keep_best: bool, dry_run: bool) -> PrunePlan:
+    """Remove what the run can continue without, unless `dry_run`; return what it is. Training must not run meanwhile.
+
+    Raises:
+        OpdctlError: a training process holds the run's lease; see `plan_prune`.
+    """
+    if dry_run:
+        return plan_prune(run, keep_last, time.time(), keep_best=keep_best)
+    with leases.hold_lease(run.path, "train"):
+        now = (run.path / ".train.lock").stat().st_mtime  # by the clock of the file system
+        plan = plan_prune(run, keep_last, now, keep_best=keep_best)
+        for path in [path for paths in plan.removed.values() for path in paths]:
+            files.remove_directory(path)
+    return plan
+
+
+def plan_prune(run: Run, keep_last: int, now: float, *, keep_best: bool) -> PrunePlan:
     """Return what can be removed: responses, scores, students and trainer states, and the files set aside by repair.
 
     keep_last: the number of latest steps that keep their responses, scores and student. keep_best: keep the student of
-    the highest accuracy on each benchmark.
+    the highest accuracy on each benchmark. now: the time of the file system, in seconds.
 
     Raises:
         OpdctlError: the newest student or trainer state is missing or corrupt: older files are needed to replace it.
@@ -123,9 +159,12 @@ def plan_prune(run: Run, keep_last: int = 1, *, keep_best: bool = True) -> Prune
     if saved:
         run.check_trainer_state(newest)
     first_needed = min(current - keep_last, newest)  # updates since the trainer state are replayed on resume
-    in_use = steps_in_use(run)
-    old = [path for step, path in list_steps(run.path).items() if step < first_needed and (path / "rollout").is_dir()]
-    responses = [path for path in old if not (path / "rollout" / STAGE_MARKERS[0]).exists()]
+    users = users_of_steps(run, now)
+    in_use = steps_in_use(run) | {*users} | {run.policy_version(step) for step in users}
+    old = [path for step, path in list_steps(run.path).items() if step < first_needed and step not in users]
+    responses = [
+        path for path in old if (path / "rollout").is_dir() and not (path / "rollout" / STAGE_MARKERS[0]).exists()
+    ]
     kept = {*range(current - keep_last + 1, current + 1), *in_use, *(best_steps(run) if keep_best else ())}
     removed = {
         "responses and scores": [stage for path in responses for stage in _stages(run, path)],
@@ -133,7 +172,8 @@ def plan_prune(run: Run, keep_last: int = 1, *, keep_best: bool = True) -> Prune
         "trainer states": [run.trainer_path(step) for step in saved[:-1]],
         "files set aside by repair": [path for path in (run.path / "corrupt",) if path.is_dir()],
     }
-    return PrunePlan(run, removed, [step for step in run.kept_steps() if step in kept])
+    sizes = {kind: sum(map(_size, paths)) for kind, paths in removed.items()}
+    return PrunePlan(removed, sizes, [step for step in run.kept_steps() if step in kept], users)
 
 
 def _is_old(step: int, current: int, kept: Collection[int]) -> bool:
@@ -148,14 +188,3 @@ def best_steps(run: Run) -> set[int]:
     """Return the step of the highest accuracy on each benchmark; of equal ones the earliest."""
     benches, current = {path.parent.name for path in run.path.glob("eval/*/*")}, run.current_step()
     return {best[0] for bench in benches if (best := best_accuracy(run, current, bench))}
-
-
-def remove_planned(plan: PrunePlan) -> None:
-    """Remove what the plan lists. Training must not run meanwhile.
-
-    Raises:
-        OpdctlError: a training process holds the run's lease.
-    """
-    with leases.hold_lease(plan.run.path, "train"):
-        for path in [path for paths in plan.removed.values() for path in paths]:
-            files.remove_directory(path)

@@ -23,23 +23,33 @@ def restored_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", leases.HEARTBEAT_SECONDS)
 
 
-def test_killed_workers_make_the_student_of_an_undisturbed_run(tmp_path: Path) -> None:
-    """In a process of its own: the threads of other tests may hold locks that a forked worker would wait for."""
-    command = [
-        sys.executable,
-        "-m",
-        "helpers.faults",
-        "--kills",
-        "6",
-        "--steps",
-        "2",
-        "--set",
-        "rollout.prompts_per_step=12",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "TMPDIR": str(tmp_path)}
+def run_harness(folder: Path, name: str, *options: str) -> str:
+    """Run a harness and return its summary.
+
+    In a process of its own: the threads of other tests may hold locks that a forked worker would wait for.
+    """
+    command = [sys.executable, "-m", f"helpers.{name}", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "TMPDIR": str(folder)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("6 kills (")  # the time decides which stage is hit
+    return done.stdout
+
+
+SMALL = ("--steps", "2", "--set", "rollout.prompts_per_step=12")
+
+
+def test_killed_workers_make_the_student_of_an_undisturbed_run(tmp_path: Path) -> None:
+    summary = run_harness(tmp_path, "faults", "--kills", "6", *SMALL)
+    assert summary.startswith("6 kills (")  # the time decides which stage is hit
+
+
+def test_double_signals_at_random_moments(tmp_path: Path) -> None:
+    """Each ends with the exit code of the first signal; the run is that of an undisturbed one."""
+    assert run_harness(tmp_path, "faults", "--signals", "6", *SMALL).startswith("6 double signals (")
+
+
+def test_workers_that_sleep_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    assert run_harness(tmp_path, "sleeps", "--moments", "4", "--seed", "1").startswith("4 sleeps (")
 
 
 @pytest.mark.parametrize(("fault", "start"), [(power_cut, 0), (power_cut, 4), (system_error, 2), (system_error, 7)])

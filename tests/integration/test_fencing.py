@@ -1,13 +1,16 @@
-"""A training process that was suspended past its lease, at every kind of file that it publishes: it changes nothing."""
+"""Processes that were suspended past their leases, at every kind of file that they publish: they change nothing."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.commands import contents, invoke
+from helpers.forks import fork, wait
 
 from opdctl.artifacts import files, leases
 from opdctl.errors import ExitCode
+from opdctl.evaluation import evaluate
 
 PUBLISHED = {
     "student": "student/step-00001",
@@ -42,3 +45,47 @@ def test_trainer_that_slept_past_its_lease_changes_nothing(finished_copy: Path, 
     assert contents(run) == {each: data for each, data in seen.items() if "/.tmp-" not in each}
     assert heir.is_held()
     heir.release()
+
+
+EVALUATION = ("eval", "--model", "toy:student", "--bench", "sort12")
+EVAL_SETTINGS = ("--set", "eval.limit=4", "--set", "eval.max_tokens=8", "--set", "eval.num_parts=2")
+
+
+def test_evaluation_that_slept_past_its_lease_writes_no_summary(tmp_path: Path, monkeypatch) -> None:
+    """It sleeps before the rename of the summary, until another process has the lease of the evaluation."""
+    flush, seen, heirs = files.fsync_path, {}, []
+
+    def flush_and_sleep(path: Path) -> None:
+        flush(path)
+        if not seen and path.name.endswith("-summary.json"):
+            directory = path.parent
+            (directory.parent / f".{directory.name}.lock").unlink()
+            heirs.append(leases.Lease(directory.parent, directory.name))
+            assert heirs[0].acquire()
+            seen.update(contents(tmp_path))
+
+    monkeypatch.setattr(files, "fsync_path", flush_and_sleep)
+    result = invoke(*EVALUATION, *EVAL_SETTINGS, "--run", tmp_path)
+    assert (result.code, result.kind) == (ExitCode.UNAVAILABLE, "lost_lease"), result.err
+    assert contents(tmp_path) == {each: data for each, data in seen.items() if "/.tmp-" not in each}
+    heirs[0].release()
+
+
+def test_evaluation_that_was_replaced_meanwhile_stays_as_it_is(tmp_path: Path, monkeypatch) -> None:
+    """It sleeps when it has read the parts; then another process evaluates anew with other settings."""
+    summarize, seen = evaluate._summarize_stage, {}
+
+    def summarize_and_sleep(*arguments: Any) -> dict[str, Any]:
+        summary = summarize(*arguments)
+        if not seen:
+            shutil.rmtree(tmp_path / "eval")
+            monkeypatch.setattr(evaluate, "_summarize_stage", summarize)
+            other = (*EVALUATION, *EVAL_SETTINGS, "--set", "seed=1", "--run", tmp_path)
+            assert wait(fork(lambda: invoke(*other).code)) == 0
+            seen.update(contents(tmp_path))
+        return summary
+
+    monkeypatch.setattr(evaluate, "_summarize_stage", summarize_and_sleep)
+    result = invoke(*EVALUATION, *EVAL_SETTINGS, "--run", tmp_path)
+    assert (result.code, result.kind) == (ExitCode.RECIPE_MISMATCH, "settings_mismatch"), result.err
+    assert contents(tmp_path) == seen

@@ -1,5 +1,6 @@
 """`opdctl run prune`, and what training keeps: a run can be read and continued as before."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from helpers.commands import contents, invoke, names
 
 from opdctl.artifacts import leases
 from opdctl.errors import ExitCode
+from opdctl.runs.heartbeats import StageHeartbeat
+from opdctl.runs.run import Run
 
 MORE = ("--set", "train.steps=3", "--set", "eval.every_steps=0")
 
@@ -93,6 +96,39 @@ def test_nothing_is_removed_while_another_process_trains(finished_copy: Path, mo
         result = invoke("run", "prune", run)
         assert (result.code, result.kind) == (ExitCode.UNAVAILABLE, "lease_held")
         assert names(run) == before
+
+
+@pytest.mark.parametrize("directory", ["step-00000", "eval/sort12", "continuations/step-00000"])
+def test_step_that_a_worker_uses_stays(finished_copy: Path, directory: str) -> None:
+    """The worker scores the step's responses, evaluates its student, or continues its prefixes."""
+    run, before = finished_copy, names(finished_copy)
+    (run / directory).mkdir(parents=True, exist_ok=True)
+    name = "step-00000-part-00000" if directory == "eval/sort12" else "teacher-part-00000"
+    with leases.hold_lease(run / directory, name):
+        planned = invoke("run", "prune", run, "--no-keep-best", "--dry-run", "--json").json()
+        result = invoke("run", "prune", run, "--no-keep-best", "--json")
+    assert (result.code, result.json()["removed"]) == (0, planned["removed"])
+    assert result.json()["in_use"] == [0]
+    assert f"step 0 is in use by process {os.getpid()} on " in result.err
+    assert set(result.json()["removed"]) == {"student/step-00001", "trainer/step-00001"}
+    assert {name for name in before if name.startswith("step-")} <= set(names(run))
+    assert "step-00000/rollout" in invoke("run", "prune", run, "--json").json()["removed"]
+
+
+def test_steps_from_that_of_a_follower_on_stay(finished_copy: Path) -> None:
+    run = finished_copy
+    follower = StageHeartbeat(Run.load(run), "score-teacher")
+    follower._step = 0
+    follower.start()
+    result = invoke("run", "prune", run, "--no-keep-best", "--json")
+    assert result.json()["in_use"] == [0, 1]
+    assert "step 1 is in use by `score-teacher --follow`, process " in result.err
+    assert result.json()["removed"] == ["trainer/step-00001"]
+    heartbeat = next(run.glob("heartbeats/*.json"))
+    old = heartbeat.stat().st_mtime - leases.LEASE_SECONDS
+    os.utime(heartbeat, (old, old))  # it ended without a word
+    assert "student/step-00001" in invoke("run", "prune", run, "--no-keep-best", "--json").json()["removed"]
+    follower.stop()
 
 
 def test_students_that_were_evaluated_or_kept_by_earlier_settings_stay(finished_copy: Path) -> None:

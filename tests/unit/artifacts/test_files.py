@@ -138,16 +138,6 @@ def test_required_space(tmp_path):
     assert "a test" in caught.value.message
 
 
-def test_json_is_written_only_if_it_changed(tmp_path):
-    path = tmp_path / "a.json"
-    files.write_json_if_changed(path, {"a": 1})
-    inode = path.stat().st_ino
-    files.write_json_if_changed(path, {"a": 1})
-    assert path.stat().st_ino == inode
-    files.write_json_if_changed(path, {"a": 2})
-    assert files.read_json(path) == {"a": 2}
-
-
 def test_lines_are_written_only_if_they_changed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     files.write_lines(path, [{"a": 1}])
