@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from opdctl import signals
 from opdctl.artifacts import files
 from opdctl.cli.main import app
+from opdctl.errors import ExitCode
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import Recipe
 
@@ -54,11 +55,12 @@ class Result:
 
 
 def invoke(*args: object) -> Result:
-    """Run a command line in this process, which keeps its handlers of signals."""
+    """Run a command line in this process, which keeps its handlers of signals. It ends with a documented exit code."""
     before = {number: signal.getsignal(number) for number in signals.SIGNAL_CODES}
     result = CliRunner().invoke(app, [str(arg) for arg in args])
     for number, handler in before.items():
         signal.signal(number, handler)
+    assert result.exit_code in list(ExitCode), result.exit_code
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
