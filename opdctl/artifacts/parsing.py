@@ -99,10 +99,13 @@ def check_size(path: Path) -> None:
         raise ValueError(f"has {size} bytes, its header describes {described}")
 
 
-def parse_json(data: bytes | str) -> Any:
-    """Return the JSON value in `data`. Raises ValueError if there is none, or if it exceeds a bound."""
+def parse_json(data: bytes | str, *, unique_keys: bool = False) -> Any:
+    """Return the JSON value in `data`. Raises ValueError if there is none, or if it exceeds a bound.
+
+    unique_keys: an object with two equal keys is an error, too. Otherwise the last one holds.
+    """
     try:
-        value = json.loads(data, parse_int=_parse_int)
+        value = json.loads(data, parse_int=_parse_int, object_pairs_hook=_unique_items if unique_keys else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _check_depth(value)
@@ -113,6 +116,13 @@ def _parse_int(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
+
+
+def _unique_items(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(unique := dict(items)) < len(items):
+        names = [name for name, _ in items]
+        raise ValueError(f"key `{next(name for name in names if names.count(name) > 1)}` occurs twice")
+    return unique
 
 
 def parse_toml(data: bytes) -> dict[str, Any]:

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opdctl.data.tables import check_unicode
+from opdctl.data.cells import MAX_SHOWN_CHARS, check_unicode
 from opdctl.errors import OpdctlError, did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MAX_SHOWN_CHARS = 80  # of a wrong value, in an error message
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,13 @@ def parse_messages(cell: Any, location: str) -> tuple[Message, ...]:
     elif isinstance(cell, str) and cell:
         messages = (Message("user", check_unicode(cell, location)),)
     else:
-        reason = f"must be text or a list of chat messages, got {cell!r:.{MAX_SHOWN_CHARS}}"
+        wanted = f"must be text or a list of chat messages, got {cell!r:.{MAX_SHOWN_CHARS}}"
+        reason = "is null" if cell is None else wanted
         raise OpdctlError("invalid_data", f"{location} {reason}")
     if messages[-1].role != "user":
         reason = f"the last message has role `{messages[-1].role}`, not `user`"
         raise OpdctlError("invalid_data", f"{location}: {reason}", hint="remove the messages after the user's last one")
-    if not messages[-1].text:
+    if not messages[-1].text.strip():
         raise OpdctlError("invalid_data", f"{location}: the last message is empty")
     return messages
 

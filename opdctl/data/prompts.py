@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from opdctl.artifacts.records import Prompt
+from opdctl.data.cells import read_cell, read_text
 from opdctl.data.messages import Message, parse_messages
 from opdctl.data.rendering import PromptRenderer
-from opdctl.data.tables import TableRow, check_unicode, load_from_hub, read_cell, read_table
+from opdctl.data.tables import TableRow, load_from_hub, read_table
 from opdctl.data.toy import TASKS
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.schema import TABLE_SUFFIXES, Prompts, is_data_file, teacher_name
@@ -173,11 +174,9 @@ def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
     name: Any = number - 1
     if settings.id_column:
         name = read_cell(row, settings.id_column, "prompts.id_column", location)
-        if name is None:
-            raise OpdctlError("invalid_data", f"{location}: `{settings.id_column}` is null")
     *earlier, last = _messages_of(row, settings.prompt_column, "prompts.prompt_column", location)
     problem = Problem(
-        check_unicode(str(name), location),
+        read_text(name, f"{location}: `{settings.id_column}`"),
         _with_suffix(last.text, settings),
         _answer_cell(row, settings, location),
         _teacher_cell(row, settings, location),
@@ -208,7 +207,7 @@ def _answer_cell(row: TableRow, settings: Prompts, location: str) -> str | None:
         fields = ", ".join(f"`{settings.answer_column}.{name}`" for name in answer)
         reason = f"`{settings.answer_column}` (prompts.answer_column) has fields"
         raise OpdctlError("invalid_data", f"{location}: {reason}", hint=f"use one of the columns {fields}")
-    return None if answer is None else check_unicode(str(answer), location)
+    return None if answer is None else read_text(answer, f"{location}: `{settings.answer_column}`")
 
 
 def _teacher_cell(row: TableRow, settings: Prompts, location: str) -> str | None:

@@ -1,11 +1,16 @@
-"""Rows of the user's data: JSON lines, CSV and Parquet files, and data sets of the Hugging Face hub."""
+"""Rows of the user's data: JSON, CSV and Parquet files, and data sets of the Hugging Face hub."""
 
 import csv
+import gzip
+import io
 import itertools
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, AnyStr
+from typing import IO, Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,68 +21,171 @@ from opdctl.errors import OpdctlError, did_you_mean, summarize_exception
 TableRow = dict[str, Any]
 BATCH_ROWS = 128
 """Rows of a Parquet file that are Python objects at the same time: a row of a code data set has 64 KB of test cases."""
+SEPARATORS = ",;\t|"
 
 
 def read_table(path: Path) -> Iterator[TableRow]:
-    """Yield the rows of a `.jsonl`, `.parquet` or `.csv` file. All cells of a `.csv` file are text.
+    """Yield the rows of a JSON, CSV or Parquet file, by its ending. All cells of a CSV file are text.
 
     Raises:
-        OpdctlError: the file is missing, or a line is invalid.
+        OpdctlError: the file is missing, a line is invalid, or two columns have one name.
     """
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise OpdctlError("missing_file", f"{path}{did_you_mean(path.name, siblings, path.parent)}")
-    read = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(path.suffix, _read_parquet)
-    yield from read(path)
+    *_, kind = [suffix for suffix in path.name.lower().split(".") if suffix not in COMPRESSIONS]
+    yield from READERS[kind](path)
 
 
-def _read_jsonl(path: Path) -> Iterator[TableRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(_read_lines(file, path), 1):
-            if not line.strip():
-                continue
+# ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _open_gzip(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path))
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    return io.BufferedReader(pa.input_stream(path, compression="zstd"))
+
+
+COMPRESSIONS: dict[str, Callable[[Path], IO[bytes]]] = {"gz": _open_gzip, "zst": _open_zstd}
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file, which may be compressed, for reading."""
+    return COMPRESSIONS.get(path.suffix.lower()[1:], lambda plain: plain.open("rb"))(path)
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file, without a byte order mark.
+
+    Raises:
+        OpdctlError: a line is not UTF-8, or longer than a row can be: it is no text; the compression is corrupt.
+    """
+    with _open(path) as file:
+        for number in itertools.count(1):
             try:
-                row = parsing.parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # not UTF-8, not JSON, or beyond a bound
+                line = file.readline(parsing.MAX_LINE_BYTES + 1)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except (EOFError, OSError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
                 raise OpdctlError("invalid_data", f"{path}:{number}: {error}") from error
-            if not isinstance(row, dict):
-                raise OpdctlError("invalid_data", f"{path}:{number}: not a JSON object: {line[:40]!r}")
-            yield row
+            if len(line) > parsing.MAX_LINE_BYTES:
+                reason = f"a line of more than {parsing.MAX_LINE_BYTES} bytes"
+                raise OpdctlError("invalid_data", f"{path}:{number}: {reason}")
+            if not line:
+                return
+            yield text
 
 
-def _read_lines(file: IO[AnyStr], path: Path) -> Iterator[AnyStr]:
-    """Yield the lines of a file. Raises OpdctlError if one is longer than a row can be: it is no text."""
-    for number in itertools.count(1):
-        line = file.readline(parsing.MAX_LINE_BYTES + 1)
-        if len(line) > parsing.MAX_LINE_BYTES:
-            raise OpdctlError("invalid_data", f"{path}:{number}: a line of more than {parsing.MAX_LINE_BYTES} bytes")
-        if not line:
+def _read_json(path: Path) -> Iterator[TableRow]:
+    """Yield the rows of a file with one object a line, or with one list of objects."""
+    lines = ((number, line) for number, line in enumerate(_read_lines(path), 1) if line.strip())
+    for number, line in lines:
+        if number == 1 and line.lstrip().startswith("["):
+            yield from _read_json_list(path, itertools.chain([line], (line for _, line in lines)))
             return
-        yield line
+        yield _as_row(_parse_json(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _read_json_list(path: Path, lines: Iterator[str]) -> Iterator[TableRow]:
+    content = io.StringIO()
+    for line in lines:
+        content.write(line)
+        if content.tell() > parsing.MAX_JSON_BYTES:
+            reason = f"a list of more than {parsing.MAX_JSON_BYTES} characters"
+            raise OpdctlError("invalid_data", f"{path}: {reason}", hint="write one object a line")
+    for number, value in enumerate(_parse_json(content.getvalue(), str(path)), 1):
+        yield _as_row(value, f"{path}: row {number}")
+
+
+def _parse_json(text: str, location: str) -> Any:
+    try:
+        return parsing.parse_json(text, unique_keys=True)
+    except ValueError as error:  # no JSON, or beyond a bound
+        hint = "write one JSON object a line, or one list of objects"
+        raise OpdctlError("invalid_data", f"{location}: {error}", hint=hint) from error
+
+
+def _as_row(value: Any, location: str) -> TableRow:
+    if not isinstance(value, dict):
+        raise OpdctlError("invalid_data", f"{location}: not a JSON object: {str(value)[:40]!r}")
+    return value
 
 
 def _read_csv(path: Path) -> Iterator[TableRow]:
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(_read_lines(file, path), strict=True)
-        try:
-            for row in rows:
-                if None in row or None in row.values():
-                    reason = f"the number of cells is not {len(rows.fieldnames or ())}, that of the header"
-                    raise OpdctlError("invalid_data", f"{path}:{rows.line_num}: {reason}")
-                yield row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise OpdctlError("invalid_data", f"{path}:{rows.line_num + 1}: {error}") from error
+    lines = _read_lines(path)
+    header = next(lines, "")
+    separator = max(SEPARATORS, key=lambda each: len(next(csv.reader([header], delimiter=each), [])))
+    rows = csv.DictReader(itertools.chain([header], lines), strict=True, delimiter=separator)
+    try:
+        _check_unique(rows.fieldnames or (), path)
+        for row in rows:
+            if None in row or None in row.values():
+                reason = f"the number of cells is not {len(rows.fieldnames or ())}, that of the header"
+                raise OpdctlError("invalid_data", f"{path}:{rows.line_num}: {reason}")
+            yield row
+    except csv.Error as error:
+        raise OpdctlError("invalid_data", f"{path}:{rows.line_num + 1}: {error}") from error
+
+
+def _check_unique(names: Sequence[str], path: Path) -> None:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise OpdctlError(
+            "invalid_data", f"{path}: two columns have the name `{repeated[0]}`", hint="rename one of them"
+        )
+
+
+# ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_parquet(path: Path) -> Iterator[TableRow]:
     try:
         check_parquet_size(path, follow_links=True)
         file = pq.ParquetFile(path)
+        _check_unique(file.schema_arrow.names, path)
         for batch in file.iter_batches(BATCH_ROWS):
-            yield from batch.to_pylist()
+            columns = {
+                field.name: _to_python(column, field.type) for field, column in zip(batch.schema, batch, strict=True)
+            }
+            yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise OpdctlError("invalid_data", f"{path}: not readable as Parquet: {error}") from error
+
+
+def _to_python(column: pa.Array, kind: pa.DataType) -> list[Any]:
+    values: list[Any] = column.to_pylist()
+    return [_shorten(value, kind) for value in values] if _has_short_floats(kind) else values
+
+
+def _has_short_floats(kind: pa.DataType) -> bool:
+    """Whether a type contains numbers of 16 or 32 bits."""
+    is_short = pa.types.is_float32(kind) or pa.types.is_float16(kind)
+    return is_short or any(_has_short_floats(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _shorten(value: Any, kind: pa.DataType) -> Any:
+    """Return a value with its short numbers as they were written: 0.1, not 0.10000000149 for the float32 next to it."""
+    if isinstance(value, float):
+        short = np.float16 if pa.types.is_float16(kind) else np.float32
+        return float(str(short(value)))
+    if isinstance(value, dict):
+        return {field.name: _shorten(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and not pa.types.is_map(kind):
+        return [_shorten(item, kind.value_type) for item in value]
+    return value
+
+
+READERS: dict[str, Callable[[Path], Iterator[TableRow]]] = {
+    "jsonl": _read_json,
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_csv,
+    "parquet": _read_parquet,
+}
+
+
+# ── The hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_from_hub(
@@ -88,7 +196,7 @@ def load_from_hub(
     *,
     subset: str | None = None,
     data_files: str | None = None,
-    hint: str = "give a .jsonl, .parquet or .csv file; without a network, download the data set elsewhere",
+    hint: str = "give a .jsonl, .json, .csv or .parquet file; without a network, download the data set elsewhere",
 ) -> Iterator[TableRow]:
     """Yield the rows of a hub data set, of the file `data_files` in it if one is given. `key` names the setting in
     errors.
@@ -103,44 +211,3 @@ def load_from_hub(
     except Exception as error:  # datasets raises its own errors, and those of huggingface_hub, httpx and the OS
         reason = f"`{source}` is not a local file, and the hub request failed: {summarize_exception(error)}"
         raise OpdctlError("failed_download", f"{key}: {reason}", hint=hint) from error
-
-
-def read_cell(row: TableRow, column: str, key: str, location: str) -> Any:
-    """Return the value of a column, or of a field of it: `reward_model.ground_truth`. A column of that very name comes
-    first; a field of null is null.
-
-    key: the setting that names the column. location: of the row, for errors.
-
-    Raises:
-        OpdctlError: there is no such column, or a value on the path has no fields.
-    """
-    if column in row:
-        return row[column]
-    value: Any = row
-    prefix = ""
-    for name in column.split("."):
-        if value is None:
-            return None
-        fields = value if isinstance(value, dict) else {}
-        if name not in fields:
-            known = [f"{prefix}{field}" for field in fields]
-            raise OpdctlError(
-                "invalid_data",
-                f"{location}: no column `{column}` ({key}){did_you_mean(f'{prefix}{name}', known)}",
-                hint=f"use one of the columns {', '.join(f'`{field}`' for field in known) or '(none)'}",
-            )
-        value, prefix = fields[name], f"{prefix}{name}."
-    return value
-
-
-def check_unicode(text: str, location: str) -> str:
-    """Return the text.
-
-    Raises:
-        OpdctlError: it has a lone surrogate, which is possible in JSON and not in UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise OpdctlError("invalid_data", f"{location}: invalid Unicode at character {error.start}") from error
-    return text

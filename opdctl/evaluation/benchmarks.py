@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from opdctl.data.cells import read_text
+from opdctl.data.messages import parse_messages
 from opdctl.data.prompts import Problem
 from opdctl.data.tables import TableRow, load_from_hub, read_table
 from opdctl.data.toy import TASKS
@@ -14,7 +16,14 @@ from opdctl.data.toy.task import Task
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.evaluation import code_execution
 from opdctl.evaluation.graders import BOX_GRADERS, MATH_GRADER, Grader, Text
-from opdctl.recipe.schema import TABLE_SUFFIXES, TEACHER_NAME_PATTERN, Eval, is_data_file
+from opdctl.recipe.schema import (
+    COMPRESSED_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEACHER_NAME_PATTERN,
+    Eval,
+    data_file_stem,
+    is_data_file,
+)
 from opdctl.registry import BENCHMARKS
 
 TOY_PROBLEMS = 256  # of a toy benchmark unless a limit is given
@@ -97,36 +106,39 @@ class Columns:
         Raises:
             OpdctlError: a row has no problem or no answer.
         """
-        for number, row in enumerate(rows):
-            at = f"{location}: problem {number}"
-            name = _cell(row, self.id, at) if set(self.id) & {*row} else number
-            text, answer = str(_cell(row, self.problem, at)), parse_gold(_cell(row, self.answer, at))
-            yield Problem(str(name), text, answer, row=number + 1)
+        for number, row in enumerate(rows, 1):
+            at = f"{location}: row {number}"
+            name = _read_cell(row, self.id, at) if set(self.id) & {*row} else (number - 1, at)
+            cell, at_problem = _read_cell(row, self.problem, at)
+            *earlier, last = parse_messages(cell, at_problem)
+            answer = parse_gold(*_read_cell(row, self.answer, at))
+            yield Problem(read_text(*name), last.text, answer, row=number, earlier=tuple(earlier))
 
 
-def _cell(row: TableRow, columns: tuple[str, ...], location: str) -> Any:
-    """Return the first cell that is not empty."""
-    for column in columns:
-        if row.get(column) is not None:
-            return row[column]
-    wanted, present = ", ".join(columns), ", ".join(row)
+def _read_cell(row: TableRow, columns: tuple[str, ...], location: str) -> tuple[Any, str]:
+    """Return the first cell that is not null, and where it is, for errors."""
+    present = [column for column in columns if column in row]
+    for column in present:
+        if row[column] is not None:
+            return row[column], f"{location}: `{column}`"
+    if present:
+        raise OpdctlError("invalid_data", f"{location}: `{present[0]}` is null")
     raise OpdctlError(
         "invalid_data",
-        f"{location}: no value in column {wanted}; the columns are {present}{did_you_mean(columns[0], row)}",
+        f"{location}: no column {', '.join(columns)}; the columns are {', '.join(row)}{did_you_mean(columns[0], row)}",
         hint="name the columns by eval.id_column, eval.problem_column and eval.answer_column",
     )
 
 
-def parse_gold(answer: Any) -> str:
-    """Return a data set's answer as text.
+def parse_gold(answer: Any, location: str) -> str:
+    """Return a data set's answer as text: of GSM8K's solutions the text after `####`.
 
-    Of GSM8K's solutions it is the text after `####`, a list is joined with commas, and 27.0 becomes 27.
+    Raises:
+        OpdctlError: it cannot be read as text.
     """
-    if isinstance(answer, list):
-        return ", ".join(map(parse_gold, answer))
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    return str(answer).rpartition("####")[2].strip()
+    if isinstance(answer, list) and answer:
+        return ", ".join(parse_gold(item, location) for item in answer)
+    return read_text(answer, location).rpartition("####")[2].strip()
 
 
 @dataclass(frozen=True)
@@ -159,11 +171,12 @@ def benchmark_file(name: str, data: Path) -> Path:
     """
     if not data.is_dir():
         return data
-    candidates = [data / f"{name}{suffix}" for suffix in TABLE_SUFFIXES]
+    candidates = [data / f"{name}{suffix}" for suffix in (*TABLE_SUFFIXES, *COMPRESSED_SUFFIXES)]
     for path in candidates:
         if path.is_file():
             return path
-    raise OpdctlError("missing_file", f"--data {data}: no {' or '.join(path.name for path in candidates)}")
+    wanted = " or ".join(f"{name}{suffix}" for suffix in TABLE_SUFFIXES)
+    raise OpdctlError("missing_file", f"--data {data}: no {wanted}")
 
 
 @dataclass(frozen=True)
@@ -218,7 +231,7 @@ def find_benchmark(name: str, settings: Eval) -> Benchmark:
     if not is_data_file(name):
         benchmark: Benchmark = BENCHMARKS.get(name)()
         return replace(benchmark, grader=BOX_GRADERS[settings.grader]) if benchmark.grader is MATH_GRADER else benchmark
-    stem = Path(name).stem
+    stem = data_file_stem(name)
     if stem in BENCHMARKS.names():
         detail = f"{name}: `{stem}` is the name of a registered benchmark"
         raise OpdctlError("invalid_usage", detail, hint=f"give --bench {stem} --data {name}")

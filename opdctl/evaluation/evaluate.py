@@ -235,7 +235,9 @@ def _repair_command(run: Run) -> str:
 
 
 def _problems_digest(problems: Sequence[Problem]) -> str:
-    return digest_of([(problem.id, problem.text, problem.answer) for problem in problems])
+    earlier = [[[message.role, message.text] for message in problem.earlier] for problem in problems]
+    rows = zip(problems, earlier, strict=True)
+    return digest_of([(problem.id, problem.text, problem.answer, *messages) for problem, messages in rows])
 
 
 def _describe_benchmark(
@@ -347,7 +349,7 @@ def _render(
 ) -> list[EvalPrompt]:
     arguments, suffix = settings.template_arguments, benchmark.prompt_suffix(settings)
     renderer = PromptRenderer(model.tokenizer, model.vocab_size, arguments, "eval.template_arguments")
-    return [EvalPrompt(p.id, renderer.token_ids(p.text + suffix, p.location(source))) for p in problems]
+    return [EvalPrompt(p.id, renderer.token_ids(p.text + suffix, p.location(source), p.earlier)) for p in problems]
 
 
 def _grade(

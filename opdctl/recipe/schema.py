@@ -19,7 +19,8 @@ DEFAULT_NAME = "run"
 """The name of a recipe without files."""
 MAX_NAME_CHARS = 200
 """Of a name that is part of a file's: a file system allows 255."""
-TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED_SUFFIXES = tuple(f"{suffix}{packed}" for suffix in TABLE_SUFFIXES[:-1] for packed in (".gz", ".zst"))
 MAX_PARTS = 10**5
 """The number of a part has five digits."""
 MAX_STEPS = 10**7
@@ -90,8 +91,9 @@ class Prompts(Section):
     """The prompts and their columns."""
 
     source: str
-    """`toy:sort12`, `toy:perm`, a `.jsonl`, `.parquet` or `.csv` file, or a hub dataset id. A later file or
-    `--set` with another source also removes `revision` and `data_files`, which belong to the previous one."""
+    """`toy:sort12`, `toy:perm`, a hub dataset id, or a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; text also
+    as `.gz` or `.zst`. A later file or `--set` with another source also removes `revision` and `data_files`, which
+    belong to the previous one."""
     split: str = "train"
     """The split of a toy task or a hub dataset."""
     revision: str | None = None
@@ -582,7 +584,14 @@ def model_key(name: str) -> str:
 
 def is_data_file(name: str) -> bool:
     """Whether the name of a benchmark or of a prompt source is that of a file."""
-    return name.endswith(TABLE_SUFFIXES)
+    return name.lower().endswith((*TABLE_SUFFIXES, *COMPRESSED_SUFFIXES))
+
+
+def data_file_stem(name: str) -> str:
+    """Return the name of a data file without directories and endings."""
+    base = name.rpartition("/")[2]
+    *stem, _ = [part for part in base.split(".") if part.lower() not in ("gz", "zst")]
+    return ".".join(stem)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

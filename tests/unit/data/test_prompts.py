@@ -219,7 +219,7 @@ def test_file_of_blank_lines_is_rejected(tmp_path: Path) -> None:
 def test_unknown_suffix_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("prompt\na\n")
-    assert ".jsonl or .parquet or .csv" in rejection(path, "unsupported_setting").message
+    assert ".jsonl or .json or .csv or .tsv or .parquet" in rejection(path, "unsupported_setting").message
 
 
 def test_csv_file(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Reading the user's data files, valid and invalid."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from opdctl.data.tables import read_table
 from opdctl.errors import OpdctlError
+from opdctl.recipe.schema import data_file_stem, is_data_file
 
 
 def rejection(path: Path, kind: str = "invalid_data") -> OpdctlError:
@@ -89,3 +92,92 @@ def test_csv_row_with_another_number_of_cells_is_rejected(tmp_path: Path, line: 
     path = tmp_path / "p.csv"
     path.write_text(f"prompt,answer\na,1\n{line}\n")
     assert f"{path}:3:" in rejection(path).message
+
+
+# ── Forms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ROWS = [{"prompt": "a, b;\tc", "answer": "1"}, {"prompt": "zwölf", "answer": "2"}]
+JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def separated(separator: str) -> bytes:
+    cells = [[*ROWS[0]], *([*row.values()] for row in ROWS)]
+    return "".join(f'"{prompt}"{separator}{answer}\n' for prompt, answer in cells).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", JSON_LINES),
+        ("P.JSONL", JSON_LINES),
+        ("p.json", JSON_LINES),
+        ("p.json", json.dumps(ROWS).encode()),
+        ("p.json", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2).encode()),
+        ("p.jsonl", json.dumps(ROWS, indent=2).encode()),
+        ("p.jsonl.gz", gzip.compress(JSON_LINES)),
+        ("p.JSONL.GZ", gzip.compress(JSON_LINES)),
+        ("p.jsonl.zst", pa.compress(JSON_LINES, "zstd", asbytes=True)),
+        ("p.json.zst", pa.compress(json.dumps(ROWS, indent=2).encode(), "zstd", asbytes=True)),
+        ("p.csv", separated(",")),
+        ("p.csv", separated(";")),
+        ("p.csv", separated("\t")),
+        ("p.tsv", separated("\t")),
+        ("p.csv.gz", gzip.compress(separated(";"))),
+    ],
+)
+def test_forms_of_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert is_data_file(name)
+    assert data_file_stem(str(path)).lower() == "p"
+    assert rows(path) == ROWS
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.gz", "p.parquet.gz", "json", "org/name"])
+def test_other_names_are_no_data_files(name: str) -> None:
+    assert not is_data_file(name)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_cut_compression_is_rejected(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"p.jsonl.{suffix}"
+    content = JSON_LINES * 1000
+    path.write_bytes((gzip.compress(content) if suffix == "gz" else pa.compress(content, "zstd", asbytes=True))[:-20])
+    rejection(path)
+
+
+@pytest.mark.parametrize("content", [b"not compressed", gzip.compress(JSON_LINES)[:8] + b"\xff" * 40])
+def test_corrupt_compression_is_rejected(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(content)
+    rejection(path)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.parquet"])
+def test_repeated_column_is_rejected(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.table([["a"], ["b"]], names=["prompt", "prompt"]), path)
+    else:
+        path.write_text("prompt,prompt\na,b\n" if "csv" in name else '{"prompt": "a", "prompt": "b"}\n')
+    assert "prompt" in rejection(path).message
+
+
+def test_object_over_several_lines_is_rejected_with_the_right_form(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(ROWS[0], indent=2))
+    assert "one list of objects" in str(rejection(path).hint)
+
+
+def test_short_numbers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    short, nested = pa.array([0.1, None, 3.0], pa.float32()), pa.array([0.7, 2.5, None], pa.float32())
+    lists = pa.ListArray.from_arrays([0, 1, 3, 3], nested)
+    tree = pa.StructArray.from_arrays([short, lists, pa.array(["a", "b", "c"])], names=["x", "list", "text"])
+    half = pa.array(np.array([0.1, 0.2, 0.3], np.float16))
+    pq.write_table(pa.table({"short": short, "half": half, "tree": tree, "double": [0.1, 0.2, 0.3]}), path)
+    assert rows(path) == [
+        {"short": 0.1, "half": 0.1, "tree": {"x": 0.1, "list": [0.7], "text": "a"}, "double": 0.1},
+        {"short": None, "half": 0.2, "tree": {"x": None, "list": [2.5, None], "text": "b"}, "double": 0.2},
+        {"short": 3.0, "half": 0.3, "tree": {"x": 3.0, "list": [], "text": "c"}, "double": 0.3},
+    ]

@@ -1,6 +1,7 @@
 """Benchmarks: the registry, gold answers as data sets store them, local files, an unavailable hub."""
 
 import json
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,12 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.commands import ROOT, small_recipe
 
+from opdctl.data.messages import Message
+from opdctl.data.prompts import load_problems
 from opdctl.data.toy import TASKS
 from opdctl.data.toy.task import split_of
 from opdctl.errors import OpdctlError
 from opdctl.evaluation.benchmarks import Benchmark, Hub, benchmark_file, find_benchmark, parse_gold
 from opdctl.evaluation.graders import MATH_GRADER
-from opdctl.recipe.schema import Eval
+from opdctl.recipe.schema import Eval, Prompts
 from opdctl.registry import BENCHMARKS
 
 DATA = ROOT.parent / "shared" / "benchmarks"
@@ -97,7 +100,34 @@ def test_hub_request_has_the_pinned_revision(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_parse_gold(cell: object, text: str) -> None:
-    assert parse_gold(cell) == text
+    assert parse_gold(cell, "here") == text
+
+
+def test_chat_is_a_problem_with_earlier_messages(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    (tmp_path / "aime24.json").write_text(json.dumps([{"problem": chat, "answer": 2}], indent=2))
+    (problem,) = registered("aime24").problems(None, tmp_path)
+    assert (problem.text, problem.answer, problem.earlier) == ("1+1?", "2", (Message("system", "Be brief."),))
+
+
+BAD_CELLS = [b"3", {"value": "3"}, math.nan, math.inf, [], True, [None], [["a"], [b"a"]]]
+
+
+@pytest.mark.parametrize("cell", BAD_CELLS, ids=map(repr, BAD_CELLS))
+def test_training_and_evaluation_refuse_the_same_cells(tmp_path: Path, cell: object) -> None:
+    """No cell becomes text by the notation of Python."""
+    columns = {"problem": "1+1?", "answer": "2", "id": "a"}
+    for number, column in enumerate(columns):
+        path = tmp_path / f"rows-{number}.parquet"
+        pq.write_table(pa.Table.from_pylist([columns | {column: cell}]), path)
+        prompts = Prompts(source=str(path), prompt_column="problem", answer_column="answer", id_column="id")
+        with pytest.raises(OpdctlError) as of_training:
+            load_problems(prompts)
+        with pytest.raises(OpdctlError) as of_evaluation:
+            find_benchmark(str(path), Eval()).problems(None, None)
+        assert f"row 1: `{column}" in of_training.value.message
+        if not isinstance(cell, dict):  # whose fields are offered to the settings of prompts
+            assert of_evaluation.value.message == of_training.value.message
 
 
 def test_toy_benchmark_is_held_out_and_infinite() -> None:
@@ -131,8 +161,8 @@ def test_directory_without_the_benchmark_is_rejected(tmp_path: Path) -> None:
     ("content", "parts"),
     [
         ("", ["mine.jsonl: "]),
-        ('{"problem": "1+1?", "anser": "2"}\n', ["mine.jsonl: problem 0", "answer, final_answer", "problem, anser"]),
-        ('{"problem": "1+1?", "answer": null}\n', ["mine.jsonl: problem 0", "answer, final_answer"]),
+        ('{"problem": "1+1?", "anser": "2"}\n', ["mine.jsonl: row 1", "answer, final_answer", "problem, anser"]),
+        ('{"problem": "1+1?", "answer": null}\n', ["mine.jsonl: row 1: `answer` is null"]),
         ("1\n", ["mine.jsonl:1: "]),
         ('{"id": 1, "problem": "a", "answer": "2"}\n{"id": 1, "problem": "b", "answer": "3"}\n', ["mine.jsonl", "`1`"]),
     ],
