@@ -51,7 +51,7 @@ def check_unicode(text: str, location: str) -> str:
     return text
 
 
-def read_text(cell: Any, location: str) -> str:
+def parse_cell(cell: Any, location: str) -> str:
     """Return an id or a gold answer as text: a text as it is, 27.0 as 27, and a list joined by commas.
 
     Raises:
@@ -60,7 +60,7 @@ def read_text(cell: Any, location: str) -> str:
     if isinstance(cell, str):
         return check_unicode(cell, location)
     if isinstance(cell, list) and cell:
-        return ", ".join(read_text(item, location) for item in cell)
+        return ", ".join(parse_cell(item, location) for item in cell)
     if isinstance(cell, int) and not isinstance(cell, bool):
         return str(cell)
     if isinstance(cell, float | Decimal) and math.isfinite(cell):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opdctl.artifacts.records import Prompt
-from opdctl.data.cells import read_cell, read_text
+from opdctl.data.cells import parse_cell, read_cell
 from opdctl.data.messages import Message, parse_messages
 from opdctl.data.rendering import PromptRenderer
 from opdctl.data.tables import TableRow, load_from_hub, read_table
@@ -176,7 +176,7 @@ def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
         name = read_cell(row, settings.id_column, "prompts.id_column", location)
     *earlier, last = _messages_of(row, settings.prompt_column, "prompts.prompt_column", location)
     problem = Problem(
-        read_text(name, f"{location}: `{settings.id_column}`"),
+        parse_cell(name, f"{location}: `{settings.id_column}`"),
         _with_suffix(last.text, settings),
         _answer_cell(row, settings, location),
         _teacher_cell(row, settings, location),
@@ -207,7 +207,7 @@ def _answer_cell(row: TableRow, settings: Prompts, location: str) -> str | None:
         fields = ", ".join(f"`{settings.answer_column}.{name}`" for name in answer)
         reason = f"`{settings.answer_column}` (prompts.answer_column) has fields"
         raise OpdctlError("invalid_data", f"{location}: {reason}", hint=f"use one of the columns {fields}")
-    return None if answer is None else read_text(answer, f"{location}: `{settings.answer_column}`")
+    return None if answer is None else parse_cell(answer, f"{location}: `{settings.answer_column}`")
 
 
 def _teacher_cell(row: TableRow, settings: Prompts, location: str) -> str | None:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from opdctl.data.cells import read_text
+from opdctl.data.cells import parse_cell
 from opdctl.data.messages import parse_messages
 from opdctl.data.prompts import Problem
 from opdctl.data.tables import TableRow, load_from_hub, read_table
@@ -112,7 +112,7 @@ class Columns:
             cell, at_problem = _read_cell(row, self.problem, at)
             *earlier, last = parse_messages(cell, at_problem)
             answer = parse_gold(*_read_cell(row, self.answer, at))
-            yield Problem(read_text(*name), last.text, answer, row=number, earlier=tuple(earlier))
+            yield Problem(parse_cell(*name), last.text, answer, row=number, earlier=tuple(earlier))
 
 
 def _read_cell(row: TableRow, columns: tuple[str, ...], location: str) -> tuple[Any, str]:
@@ -138,7 +138,7 @@ def parse_gold(answer: Any, location: str) -> str:
     """
     if isinstance(answer, list) and answer:
         return ", ".join(parse_gold(item, location) for item in answer)
-    return read_text(answer, location).rpartition("####")[2].strip()
+    return parse_cell(answer, location).rpartition("####")[2].strip()
 
 
 @dataclass(frozen=True)
