@@ -12,6 +12,7 @@ fingerprint and refuses any other. Workers share a stage by leases on its parts.
 import contextlib
 import itertools
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -72,7 +73,7 @@ class FingerprintMismatchError(OpdctlError):
         super().__init__(
             "settings_mismatch",
             "\n".join([f"{path} was made with different settings", *lines]),
-            hint=f"restore the previous values, use another --output, or remove {path} to regenerate it",
+            hint=f"restore the previous values, or remove {shlex.quote(str(path))} to regenerate it",
         )
 
 
@@ -137,7 +138,8 @@ class StageDir:
         if header["fingerprint"] == self.fingerprint.digest:
             manifest = self.manifest()
             if manifest and [part["name"] for part in manifest["parts"]] != self.names:
-                raise corrupt_artifact(self.manifest_path, "lists other parts", f"remove {self.path} to regenerate it")
+                hint = f"remove {shlex.quote(str(self.path))} to regenerate it"
+                raise corrupt_artifact(self.manifest_path, "lists other parts", hint)
             return
         changes = changed_settings(header["settings"], self.fingerprint.settings)
         inputs = [name for name, _, _ in changed_settings(header["inputs"], self.fingerprint.inputs)]
@@ -395,9 +397,8 @@ def write_summary(path: Path, stages: Iterable[StageDir], summarize: Callable[[]
 
 def corrupt_file_hint(path: Path, rerun_command: str, repair_command: str = "") -> str:
     """Return what to do if a file of a stage is corrupt."""
-    return (
-        f"run `{repair_command}`, then `{rerun_command}`" if repair_command else f"remove {path}, run `{rerun_command}`"
-    )
+    first = f"run `{repair_command}`, then" if repair_command else f"remove {shlex.quote(str(path))}, run"
+    return f"{first} `{rerun_command}`"
 
 
 def recorded_stage(path: Path, rerun_command: str, repair_command: str = "") -> StageDir | None:
@@ -415,7 +416,8 @@ def recorded_stage(path: Path, rerun_command: str, repair_command: str = "") -> 
         return None
     name = PART_NAME.fullmatch(names[0])
     if name is None:
-        raise corrupt_artifact(path, f"has a part named {names[0]}", f"remove {path} and run `{rerun_command}`")
+        hint = f"remove {shlex.quote(str(path))} and run `{rerun_command}`"
+        raise corrupt_artifact(path, f"has a part named {names[0]}", hint)
     return StageDir(
         path,
         stage=header["artifact"],

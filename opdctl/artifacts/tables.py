@@ -2,6 +2,7 @@
 annotations."""
 
 import json
+import shlex
 import types
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -248,7 +249,7 @@ def read_scores(path: Path, rollout_sha256: str) -> dict[str, TokenScores]:
         raise OpdctlError(
             "checksum_mismatch",
             f"{path}: scores a different rollout part",
-            hint=f"remove {path} and run `opdctl score-teacher` again",
+            hint=f"remove {shlex.quote(str(path))} and run `opdctl score-teacher` again",
         )
     ids = metadata["sample_ids"]
     fits = len(offsets) == len(ids) + 1 and offsets[0] == 0 and "logprobs" in columns and lengths == {offsets[-1]}

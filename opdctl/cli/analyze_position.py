@@ -1,5 +1,6 @@
 """`opdctl analyze-position`."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -80,7 +81,8 @@ def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bo
         console.answer(change_point)
     console.print_table("token weights over all steps", *report.format_weight_table(analysis))
     figures, tables = len(written["figures"]), len(written["tables"])
-    console.info(f"wrote {written['report']}, {figures} figures, {tables} tables")
-    console.info(f"next: open {written['report']}")
+    report_path = shlex.quote(str(written["report"]))
+    console.info(f"wrote {report_path}, {figures} figures, {tables} tables; open it in a browser")
+    console.info(f"next: {run.command_line('run show')} {shlex.quote(analysis.samples[-1].sample_id)}")
     if as_json:
         print_json(written)

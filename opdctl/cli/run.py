@@ -70,7 +70,7 @@ def fork(
 
 def _split_words(first: str | None, second: str | None, name: str) -> tuple[Path | None, str]:
     """Return the run, None if it is not named, and the argument `name`, which follows it or is alone."""
-    if first is None:
+    if first is None or (second is None and (Path(first) / "recipe.toml").exists()):
         raise OpdctlError(
             "invalid_usage", f"{name} is missing", hint="give it after RUN_DIR, or alone for the newest run"
         )
@@ -114,6 +114,8 @@ def repair(
         if dry_run:
             console.info("nothing was written")
         commands = list(dict.fromkeys(each.command for each in artifacts if each.command))
+        if dry_run and artifacts:
+            commands = [loaded.command_line("run repair")]
         for command in commands or [loaded.next_command()]:
             console.info(f"next: {command}")
         if json_:
@@ -157,7 +159,8 @@ def prune(
         from opdctl.runs.run import Run
 
         path = named_or_newest_run(run_dir, run) if dry_run else _named_run(run_dir, run)
-        plan = prune_run(Run.load(path), keep_last, keep_best=keep_best, dry_run=dry_run)
+        loaded = Run.load(path)
+        plan = prune_run(loaded, keep_last, keep_best=keep_best, dry_run=dry_run)
         sizes = plan.sizes
         rows = [(kind, f"{len(plan.removed[kind])} directories, {format_bytes(sizes[kind])}") for kind in sizes]
         kept = ", ".join(map(str, plan.kept)) or "none"
@@ -166,7 +169,10 @@ def prune(
         freed = f"{format_bytes(sum(sizes.values()))} {'can be freed' if dry_run else 'freed'}"
         console.print_fields(f"{path}: {freed}", [*rows, ("students kept", f"steps {kept}")])
         if dry_run:
-            console.info("nothing was written")
+            options = f" --keep-last {keep_last}" * (keep_last > 1) + " --no-keep-best" * (not keep_best)
+            console.info(f"nothing was written; next: {loaded.command_line('run prune')}{options}")
+        else:
+            console.info(f"next: {loaded.next_command()}")
         if json_:
             removed = [str(each.relative_to(path)) for paths in plan.removed.values() for each in paths]
             kept_steps = {"kept_students": plan.kept, "in_use": [*plan.in_use]}

@@ -1,5 +1,6 @@
 """`opdctl status`."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -76,10 +77,12 @@ def _student_rows(run: "Run") -> list[tuple[str, str]]:
     from opdctl.pipeline.overview import format_accuracy, summarize_run
 
     seen = summarize_run(run)
-    rows = [("newest student", str(run.student_path(seen.steps_done)))] if seen.steps_done > run.start_step else []
+    newest = shlex.quote(str(run.student_path(seen.steps_done)))
+    rows = [("newest student", newest)] if seen.steps_done > run.start_step else []
     if seen.best:
         path = run.student_path(seen.best[0]) if seen.best[0] else run.student.path
-        rows.append(("best student", f"{path}, {format_accuracy(seen.best)}" + ("" if path.is_dir() else ", pruned")))
+        state = format_accuracy(seen.best) + ("" if path.is_dir() else ", pruned")
+        rows.append(("best student", f"{shlex.quote(str(path))}  ({state})"))
     return [*rows, ("disk", files.format_bytes(seen.bytes))]
 
 

@@ -58,7 +58,7 @@ class Evaluation:
         """
         stage = recorded_stage(self.path, "opdctl eval")
         if stage is None:
-            hint = f"remove {self.path} and run `opdctl eval`"
+            hint = f"remove {shlex.quote(str(self.path))} and run `opdctl eval`"
             raise files.corrupt_artifact(self.path, "has a summary.json but no responses", hint)
         return stage.read_all(GradedResponse)
 

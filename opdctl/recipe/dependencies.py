@@ -145,4 +145,7 @@ def as_overrides(changes: Sequence[tuple[str, Any, Any]]) -> list[str] | None:
         return None
     values = [(key, new) for key, _, new in changes if new is not None]
     # The name of a component comes first, because it removes the parameters of the previous component.
-    return [f"{key}={json.dumps(new)}" for key, new in sorted(values, key=lambda pair: not pair[0].endswith(".name"))]
+    return [
+        f"{key}={json.dumps(new, ensure_ascii=False)}"
+        for key, new in sorted(values, key=lambda pair: not pair[0].endswith(".name"))
+    ]

@@ -16,6 +16,7 @@ from opdctl.recipe.dependencies import (
     unaffected_stages,
 )
 from opdctl.recipe.schema import Recipe
+from opdctl.runs.layout import free_path
 from opdctl.runs.run import Run, read_recipe
 
 
@@ -33,7 +34,7 @@ def check_same_recipe(recipe: Recipe, path: Path) -> None:
         raise OpdctlError(
             "recipe_mismatch",
             "\n".join([*lines, *describe_reusable_artifacts(run, changes)]),
-            hint="\n".join(_resolution_hints(run, changes)),
+            hint="\n".join(_resolution_hints(run, changes, recipe.train.steps)),
         )
 
 
@@ -50,11 +51,21 @@ def describe_reusable_artifacts(run: Run, changes: Iterable[tuple[str, Any, Any]
     return [f"a fork reuses {reusable}, from step {run.current_step()} on"] if reusable else []
 
 
-def _resolution_hints(run: Run, changes: Changes) -> list[str]:
-    path, overrides = shlex.quote(str(run.path)), as_overrides(changes)
-    options = "--recipe FILE" if overrides is None else " ".join(f"--set {shlex.quote(text)}" for text in overrides)
+def _resolution_hints(run: Run, changes: Changes, steps: int) -> list[str]:
+    """Return the ways on. steps: train.steps of the new recipe."""
+    path = shlex.quote(str(run.path))
     hints = [f"to resume with the recorded recipe: `opdctl train {path}`"]
     if not any(key.startswith(IMMUTABLE_KEYS) for key, _, _ in changes):
-        fork = f"opdctl run fork {path} NEW_RUN_DIR {options}"
-        hints.append(f"to continue from step {run.current_step()} with the new recipe: `{fork}`")
+        hints.append(_fork_hint(run, changes, steps))
     return [*hints, f"to start over: use another --output, or remove {path}"]
+
+
+def _fork_hint(run: Run, changes: Changes, steps: int) -> str:
+    """Return the command that forks the run with the changes, with more steps if it has made all of them."""
+    done = run.current_step()
+    more = f", which has {done} more" if steps <= done else ""
+    steps = 2 * done if more else steps
+    overrides = as_overrides([*changes, *([("train.steps", None, steps)] if steps != run.recipe.train.steps else [])])
+    options = ["--recipe", "FILE"] if overrides is None else [word for text in overrides for word in ("--set", text)]
+    fork = shlex.join(["opdctl", "run", "fork", str(run.path), str(free_path(run.path, "fork")), *options])
+    return f"to continue from step {done} with the new recipe{more}: `{fork}`"

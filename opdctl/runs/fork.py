@@ -5,6 +5,7 @@ unfinished steps that the changes do not affect. Files are hard-linked where the
 it is, so every run has one recipe.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from pathlib import Path
 from opdctl.artifacts import directories, files
 from opdctl.artifacts.stage_dir import Changes
 from opdctl.errors import OpdctlError
-from opdctl.recipe.dependencies import IMMUTABLE_KEYS, describe_changes, unaffected_stages
+from opdctl.recipe.dependencies import IMMUTABLE_KEYS, as_overrides, describe_changes, unaffected_stages
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.compatibility import artifact_changes, describe_reusable_artifacts
-from opdctl.runs.layout import step_name
+from opdctl.runs.layout import free_path, step_name
 from opdctl.runs.run import Run, read_run_record
 
 
@@ -37,6 +38,7 @@ class ForkPlan:
             *describe_reusable_artifacts(self.run, self.changes),
             *self._moved_prompts(),
             f"the fork starts at step {self.step} of {self.recipe.train.steps}",
+            *(["it has no step to make: give --set train.steps=N"] if self.step >= self.recipe.train.steps else []),
         ]
 
     def _moved_prompts(self) -> list[str]:
@@ -70,7 +72,7 @@ def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
         raise OpdctlError(
             "immutable_setting",
             f"{run.path}: these settings are fixed when a run starts\n{describe_changes(fixed)}",
-            hint="start a new run with `opdctl train --recipe … --output NEW_RUN_DIR`",
+            hint=f"start a new run: `{_new_run_command(run, changes)}`",
         )
     if run.must_save_trainer_state():
         raise OpdctlError(
@@ -85,6 +87,14 @@ def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
             hint=f"train one more step, which is saved: `{run.command_line('train')} --set train.steps={step + 1}`",
         )
     return ForkPlan(run, path, recipe, step, changes, _reusable_paths(run, step, changes))
+
+
+def _new_run_command(run: Run, changes: Changes) -> str:
+    """Return the command that starts a run with the recipe of another and changed settings."""
+    overrides, recipe = as_overrides(changes), run.path / "recipe.toml"
+    options = [word for text in overrides or [] for word in ("--set", text)]
+    source = ["--recipe", "FILE" if overrides is None else str(recipe), *options]
+    return shlex.join(["opdctl", "train", *source, "--output", str(free_path(run.path, "new"))])
 
 
 def _reusable_paths(run: Run, step: int, changes: Changes) -> list[Path]:

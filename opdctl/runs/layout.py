@@ -1,5 +1,6 @@
 """Where things are in a run directory: names of steps, the default path of a run, the newest run."""
 
+import itertools
 from pathlib import Path
 
 from opdctl.errors import OpdctlError
@@ -30,6 +31,13 @@ def list_steps(directory: Path) -> dict[int, Path]:
 def run_path(recipe: Recipe, output: Path | None) -> Path:
     """Return the run directory: `output`, or the default of the recipe."""
     return output or Path("runs") / recipe.name
+
+
+def free_path(path: Path, suffix: str) -> Path:
+    """Return a path beside `path` that does not exist: free_path(Path("runs/x"), "fork") is runs/x-fork or, if there
+    is one, runs/x-fork-2."""
+    names = (f"{path.name}-{suffix}" + f"-{number}" * (number > 1) for number in itertools.count(1))
+    return next(free for name in names if not (free := path.with_name(name)).exists())
 
 
 def newest_run() -> Path:

@@ -358,11 +358,12 @@ class Run:
     def _check_staleness(self, step: int) -> None:
         version, bound = self.policy_version(step), self.recipe.pipeline.max_staleness
         if step - version > bound and not self.update_path(step).exists():
+            path = shlex.quote(str(self.step_path(step)))
             raise OpdctlError(
                 "stale_rollout",
                 f"{self.step_path(step)}: sampled by policy version {version}; pipeline.max_staleness = {bound} "
                 f"requires version {step - bound} or newer",
-                hint=f"restore the previous value, or remove {self.step_path(step)} to sample it again",
+                hint=f"restore the previous value, or remove {path} to sample it again",
             )
 
     # ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,9 @@ def push_to_hub(directory: Path, repo: str, message: str) -> str:
         api.create_repo(repo, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message).commit_url)
     except Exception as error:  # the client raises its own errors, httpx's and the system's
+        command = shlex.join(["hf", "upload", repo, str(directory)])
         raise OpdctlError(
             "failed_upload",
             f"--push {repo}: {' '.join(str(error).split()) or type(error).__name__}",
-            hint=f"run the same command again, or `hf upload {repo} {directory}`; the student is intact",
+            hint=f"run the same command again, or `{command}`; the student is intact",
         ) from error

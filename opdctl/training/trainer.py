@@ -3,6 +3,7 @@
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
+import json
 import math
 import shlex
 import time
@@ -38,6 +39,7 @@ from opdctl.models.shapes import attention_span, read_shape
 from opdctl.recipe.components import build_objective, build_token_weight, reads_trainer_logprobs
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.registry import plugin_errors
+from opdctl.runs.layout import free_path
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish, sharding
@@ -482,9 +484,11 @@ def latest_checkpoint(run: Run, done: int) -> int:
     saved = _latest_intact_checkpoint(run, done)
     if lost := [step for step in range(saved, done) if step in run.removed_steps()]:
         why = f"no intact trainer state since step {saved}, and the responses of step {lost[0]} were removed"
-        setting = shlex.quote(f"student.model={run.student_path(done)}")
-        command = f"opdctl train --recipe FILE --set {setting} --output NEW_RUN_DIR"
-        hint = f"restore {run.step_path(lost[0])} from a copy, or start a new run from the student: `{command}`"
+        setting = f"student.model={json.dumps(str(run.student_path(done)), ensure_ascii=False)}"
+        recipe, output = str(run.path / "recipe.toml"), str(free_path(run.path, "new"))
+        words = ["opdctl", "train", "--recipe", recipe, "--set", setting, "--output", output]
+        path, command = shlex.quote(str(run.step_path(lost[0]))), shlex.join(words)
+        hint = f"restore {path} from a copy, or start a new run from the student: `{command}`"
         raise files.corrupt_artifact(run.trainer_path(done), why, hint)
     return saved
 
@@ -560,8 +564,9 @@ def update_fingerprint(run: Run, step: int) -> Fingerprint:
 
 def _non_finite_error(run: Run, what: str, sample_ids: list[str]) -> OpdctlError:
     responses = f" in responses {', '.join(sample_ids[:5])}" if sample_ids else ""
+    student = run.student_path(run.current_step())
     return OpdctlError(
         "nonfinite_value",
         f"{what}{responses}; this step was not written",
-        hint=f"lower train.learning_rate; the last good student is {run.student_path(run.current_step())}",
+        hint=f"lower train.learning_rate; the last good student is {shlex.quote(str(student))}",
     )

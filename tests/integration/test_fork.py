@@ -65,7 +65,7 @@ def test_other_recipe_is_refused_with_what_a_fork_reuses(run: Path, command: str
     assert (result.code, result.kind, result.out) == (ExitCode.RECIPE_MISMATCH, "recipe_mismatch", "")
     assert "weight.gamma 0.5 → 0.7 affects updates" in result.err
     assert "rollouts of 1 steps and scores of 1 steps" in result.err
-    assert f"`opdctl run fork {run} NEW_RUN_DIR --set weight.gamma=0.7`" in result.err
+    assert f"`opdctl run fork {run} {run}-fork --set weight.gamma=0.7" in result.err
     assert contents(run) == before
 
 
@@ -74,7 +74,7 @@ def test_the_suggested_commands_work(run: Path, tmp_path: Path) -> None:
     commands = [line.split("`")[1].split() for line in refused.err.splitlines() if "`opdctl" in line]
     assert [command[1] for command in commands] == ["train", "run"]
     for command in commands:
-        words = [str(tmp_path / "fork") if word == "NEW_RUN_DIR" else word for word in command[1:]]
+        words = [str(tmp_path / "fork") if word == f"{run}-fork" else word for word in command[1:]]
         result = invoke(*words)
         assert result.code == 0, result.err
     assert Run.load(tmp_path / "fork").recipe.weight.gamma == 0.7

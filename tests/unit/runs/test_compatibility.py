@@ -53,7 +53,9 @@ def test_mismatch_names_the_change_and_the_ways_to_resolve_it(finished_run):
     error = mismatch(finished_run, "weight.gamma=0.7")
     assert "weight.gamma 0.5 → 0.7 affects updates" in error.message
     assert f"`opdctl train {finished_run}`" in error.hint
-    assert f"`opdctl run fork {finished_run} NEW_RUN_DIR --set weight.gamma=0.7`" in error.hint
+    assert (
+        f"`opdctl run fork {finished_run} {finished_run}-fork --set weight.gamma=0.7 --set train.steps=4`" in error.hint
+    )
     assert "step 2" in error.hint
     assert "another --output" in error.hint
 
