@@ -31,7 +31,17 @@ def registered(name: str) -> Benchmark:
 
 
 def test_shipped_benchmarks_are_complete() -> None:
-    wanted = {*TASKS, "amc23", "minerva", "olympiadbench", "humaneval_plus", "mbpp_plus", *SIZES}
+    wanted = {
+        *TASKS,
+        "aime26",
+        "hmmt26_feb",
+        "amc23",
+        "minerva",
+        "olympiadbench",
+        "humaneval_plus",
+        "mbpp_plus",
+        *SIZES,
+    }
     assert set(BENCHMARKS.names()) == wanted
     for name in BENCHMARKS.names():
         benchmark = registered(name)
