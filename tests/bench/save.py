@@ -1,8 +1,8 @@
 """Seconds and memory of writing a student and a trainer state: `python tests/bench/save.py --out DIR [--before TREE]`.
 
-A random Qwen3 with the sizes of Qwen3-0.6B is exported in bfloat16, and its trainer state saved, by one and by two
-processes on CPUs. `--before`: a checkout of an older commit, measured in the same run, in turns. Memory is the peak of
-a process during the call, less that before it.
+A random Qwen3 with the sizes of Qwen3-0.6B, in files of at most 600 MB, is exported in bfloat16, and its trainer state
+saved, by one and by two processes on CPUs. `--before`: a checkout of an older commit, measured in the same run, in
+turns. Memory is the peak of a process during the call, less that before it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def make_student(folder: Path, layers: int) -> None:
         **SIZES, head_dim=128, vocab_size=151_936, num_hidden_layers=layers, tie_word_embeddings=True, bos_token_id=None
     )
     torch.set_default_dtype(torch.bfloat16)
-    save(Qwen3ForCausalLM(config), folder)
+    save(Qwen3ForCausalLM(config), folder, max_shard_size="600MB")
 
 
 # ── One process ──────────────────────────────────────────────────────────────────────────────────────────────────────
