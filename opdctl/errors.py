@@ -154,6 +154,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether the error is that of a library in Rust, such as tokenizers, which is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
 def summarize_exception(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

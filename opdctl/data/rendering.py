@@ -10,7 +10,7 @@ from opdctl import console
 from opdctl.artifacts.records import Ids
 from opdctl.data.messages import Message
 from opdctl.data.template_process import TemplateError, TemplateProcess
-from opdctl.errors import OpdctlError
+from opdctl.errors import OpdctlError, is_panic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,9 @@ class PromptRenderer:
         except TemplateError as error:
             reason = f"the chat template of {self._tokenizer.name_or_path} {error}"
             raise OpdctlError("invalid_data", f"{location}: {reason}", hint=TEMPLATE_HINT) from None
-        except Exception as error:  # tokenizers raises bare Exception
+        except BaseException as error:  # tokenizers raises bare Exception
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             raise OpdctlError(
                 "invalid_data",
                 f"{location}: cannot be tokenized: {error}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from opdctl import console
-from opdctl.errors import OpdctlError, summarize_exception
+from opdctl.errors import OpdctlError, is_panic, summarize_exception
 from opdctl.models.json_files import check_model_files, read_json_object, read_model_file
 
 if TYPE_CHECKING:
@@ -60,11 +60,17 @@ def _load_once(
     if not trust_remote_code and not any(any(path.glob(pattern)) for pattern in VOCABULARY_PATTERNS):
         hint = "copy the tokenizer's files of the model into the directory, such as tokenizer.json"
         raise OpdctlError("missing_file", f"{path}: no tokenizer in this directory", hint=hint)
-    tokenizer = _load_file(path) if source == "file" else _load_class(path, trust_remote_code=trust_remote_code)
-    if source == "auto" and (path / "tokenizer.json").exists():
-        tokenizer = _choose(tokenizer, path)
-    elif source == "auto":
-        _check_sentencepiece(tokenizer, path)
+    try:
+        tokenizer = _load_file(path) if source == "file" else _load_class(path, trust_remote_code=trust_remote_code)
+        if source == "auto" and (path / "tokenizer.json").exists():
+            tokenizer = _choose(tokenizer, path)
+        elif source == "auto":
+            _check_sentencepiece(tokenizer, path)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        detail = f"{path}: the tokenizer fails: {summarize_exception(error)}"
+        raise OpdctlError("invalid_model", detail, hint="correct the patterns in tokenizer.json") from None
     tokenizer.clean_up_tokenization_spaces = False  # decoding gives the text, not a tidier one
     template = path / "chat_template.json"  # of older multimodal models; transformers reads it for processors only
     if not tokenizer.chat_template and template.exists():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from helpers.tokenizers import CHATML, NUM_IDS, SPECIAL, byte_level, surround, write_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from opdctl.data import template_process
 from opdctl.data.messages import Message
@@ -153,6 +153,16 @@ def test_fork_leaves_the_process_to_its_parent(tmp_path: Path) -> None:
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert template.render([{"role": "user", "content": "Hello"}], {})[0].startswith("<|im_start|>user\nHello")
+
+
+def test_prompt_that_a_pattern_of_the_tokenizer_cannot_read_is_named(tmp_path: Path) -> None:
+    """The error of the library is no Exception."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(q|q)+(?=\d\z)"), "isolated")
+    renderer = make_renderer(tmp_path, CHATML, tokenizer)
+    with pytest.raises(OpdctlError, match=r"p.jsonl: row 7: cannot be tokenized: Onig") as caught:
+        renderer.token_ids("q" * 40, "p.jsonl: row 7")
+    assert caught.value.code == ExitCode.BAD_DATA
 
 
 def test_default_of_several_templates_is_used(tmp_path: Path) -> None:

@@ -292,3 +292,14 @@ def test_error_of_trusted_code_names_the_directory(tmp_path, monkeypatch):
         load(folder, trust_remote_code=True)
     assert caught.value.kind == "unsupported_model"
     assert str(folder) in caught.value.message
+
+
+@pytest.mark.parametrize("source", ["auto", "file"])
+def test_pattern_that_takes_too_many_steps_is_refused(tmp_path, source):
+    """The error of the library is no Exception."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(.|.)+(?=\d\z)"), "isolated")
+    with pytest.raises(OpdctlError) as caught:
+        load_tokenizer(write_tokenizer(tmp_path, tokenizer), source, trust_remote_code=False)
+    assert (caught.value.kind, caught.value.code) == ("invalid_model", ExitCode.BAD_DATA)
+    assert f"{tmp_path}: the tokenizer fails" in caught.value.message
