@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import code_mutants
 from helpers.code_sandbox import needs_sandbox
 
 from opdctl.evaluation import code_execution, code_sandbox
@@ -76,6 +77,17 @@ def test_responses_are_graded_as_by_the_commands_of_evalplus(tmp_path: Path) -> 
     assert wrong == []
     assert by_task(evalplus) == by_task(expected)
     assert len(RESPONSES) == 40
+
+
+def test_mutants_are_graded_as_by_evalplus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of `python -m helpers.code_mutants`."""
+    monkeypatch.setattr(code_execution, "MIN_TIME_LIMIT_SECONDS", code_mutants.TIME_LIMIT_SECONDS)
+    solutions = [code_mutants.Mutant(task, task["canonical_solution"]) for task in code_mutants.TASKS]
+    answers = solutions + random.Random(0).sample(code_mutants.mutants(), 30)
+    verdicts = code_mutants.grade_by_opdctl(answers)
+    assert verdicts == code_mutants.grade_by_evalplus(answers)
+    assert all(verdicts[: len(solutions)])
+    assert not all(verdicts)
 
 
 def test_extracted_lines_are_those_of_evalplus() -> None:
