@@ -161,10 +161,10 @@ def is_opaque(value: Any) -> bool:
 
 def _encode_numpy(value: Any) -> Any:
     numpy = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, numpy.generic | numpy.ndarray) or value.dtype.kind not in "biufcU":
+    if numpy is None or not isinstance(value, numpy.generic | numpy.ndarray) or value.dtype.kind not in "biufcUO":
         return None
     shape = list(value.shape) if isinstance(value, numpy.ndarray) else None
-    dtype = "U" if value.dtype.kind == "U" else value.dtype.str
+    dtype = value.dtype.kind if value.dtype.kind in "UO" else value.dtype.str
     return ["numpy", dtype, shape, [encode(item) for item in value.reshape(-1).tolist()]]
 
 

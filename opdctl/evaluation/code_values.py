@@ -87,11 +87,15 @@ def _decode(encoded: Any) -> Any:
 def _decode_numpy(dtype_name: str, shape: list[int] | None, items: list[Any]) -> Any:
     import numpy as np
 
-    # An array of texts takes the space of the longest for each.
-    dtype = np.dtype(object if dtype_name == "U" else dtype_name)
-    if dtype_name != "U" and dtype.kind not in NUMPY_KINDS:
-        raise MalformedValueError(f"an array of {dtype}")
-    array = np.array([_decode(item) for item in items], dtype)
+    if dtype_name in ("U", "O"):  # an array of texts takes the space of the longest for each
+        array = np.empty(len(items), object)
+        for number, item in enumerate(items):
+            array[number] = _decode(item)  # at once, lists would become dimensions
+    else:
+        dtype = np.dtype(dtype_name)
+        if dtype.kind not in NUMPY_KINDS:
+            raise MalformedValueError(f"an array of {dtype}")
+        array = np.array([_decode(item) for item in items], dtype)
     return array.reshape(shape) if shape is not None else array.reshape(())[()]
 
 
