@@ -46,7 +46,13 @@ class EqualsAll(float):
     __hash__ = float.__hash__
 
 
-@pytest.mark.parametrize("value", [EqualsAll(2), [EqualsAll(2)], object(), lambda: 1, iter([1]), np.array([object()])])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(EqualsAll(2), [EqualsAll(2)], object(), lambda: 1, iter([1])),
+        *(np.array([object()]), np.array([EqualsAll(2)], object), np.array(EqualsAll(2), object)),
+    ],
+)
 def test_methods_of_a_class_do_not_come_along(value: Any) -> None:
     found = decode(json.loads(json.dumps(code_sandbox.encode(value))))
     assert found not in (1, [1])
