@@ -5,10 +5,13 @@ With --json the JSON object alone is on stdout, and what was asked for is on std
 Text from prompts, responses and models is never interpreted as markup or as terminal escape codes.
 """
 
+import codecs
 import contextlib
 import functools
+import io
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +48,27 @@ PROGRESS_DELAY_SECONDS = 10.0
 """Work that takes less time prints no progress lines outside a terminal."""
 PROGRESS_SECONDS = 30.0
 """The longest time without a progress line."""
+
+
+PLAIN = {"≤": "<=", "≥": ">=", "→": "->", "–": "-", "─": "-", "│": "|", "…": "...", "×": "x", "±": "+-", "Δ": "d"}
+"""What is printed in the place of a character that the encoding of a terminal or a pipe lacks."""
+
+
+def use_plain_characters() -> None:
+    """Let stdout and stderr replace characters that their encoding lacks, such as ASCII in the locale C."""
+    codecs.register_error("plain", _encode_plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _encode_plainly(error: UnicodeError) -> tuple[str, int]:
+    """Return a plain form of the characters that cannot be encoded; box characters are `+`, unknown ones an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    plain = [PLAIN.get(each) or ("+" if "─" <= each <= "╿" else ascii(each)[1:-1]) for each in characters]
+    return "".join(plain), error.end
 
 
 def _print_answer(renderable: RenderableType) -> None:

@@ -66,6 +66,7 @@ def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bo
 
     if dry_run:
         steps, skipped = analyze.scored_steps(run)
+        analyze.analyze_run(run, weights, phases)
         console.answer(f"{len(steps)} scored steps to read, {len(skipped)} with incomplete scores; nothing was written")
         if as_json:
             print_json({"run_dir": str(run.path), "steps": steps, "skipped": skipped})

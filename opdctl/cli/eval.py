@@ -92,7 +92,10 @@ def evaluate(
         if model is not None and step is not None:
             raise OpdctlError("invalid_usage", "--step cannot be combined with --model", hint="give one of them")
         if dry_run:
+            unavailable = _check(chosen, recipe, path, model, step, data)
             show_evaluation_plan(chosen, path, data, json_)
+            if unavailable:
+                raise unavailable
             return
         opened, device = _open(resolved, recipe, path, model)
         opened = replace(opened, recipe=with_benchmarks(opened.recipe, chosen.eval.bench))
@@ -121,6 +124,30 @@ def _open(recipe: "Recipe", given: list[str] | None, path: Path, model: str | No
         return standalone_eval_run(recipe, path), set_up_device(recipe)
     needs = model if model in recipe.scorers() else "student"
     return open_run_and_device(recipe, path, str(needs), check_source=False)
+
+
+def _check(
+    recipe: "Recipe", given: list[str] | None, path: Path, model: str | None, step: int | None, data: Path | None
+) -> OpdctlError | None:
+    """Check what the evaluation needs. Nothing is written. Return the error of a resource that is unavailable."""
+    from opdctl.evaluation.evaluate import check_benchmark, check_evaluation
+    from opdctl.pipeline.plan import defer_unavailable, make_plan
+    from opdctl.runs.open import check_run, resolve_open_settings, standalone_eval_run
+
+    unavailable: list[OpdctlError] = []
+    is_run = (path / "run.json").exists()
+    with defer_unavailable(unavailable):
+        if is_run or not (given or (path / "recipe.toml").exists()):
+            needs = [model if model in recipe.scorers() else "student"]
+            resolved = resolve_open_settings(recipe, path)
+            run = check_run(resolved, path, needs, check_source=False) if is_run else standalone_eval_run(recipe, path)
+            check_evaluation(run, model, step, data)
+        elif error := make_plan(recipe, path).unavailable:
+            raise error
+        else:
+            for name in recipe.eval.bench:
+                check_benchmark(recipe, name, None, data)
+    return unavailable[0] if unavailable else None
 
 
 def _evaluate(

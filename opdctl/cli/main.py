@@ -1,11 +1,13 @@
 """The command line: parse, call, print. Data go to stdout, everything else to stderr. Imports no torch at the top."""
 
 import importlib.metadata
+import os
 import sys
 from typing import Annotated
 
 import typer
 
+from opdctl import console
 from opdctl.cli.analyze_position import analyze_position
 from opdctl.cli.compare import compare
 from opdctl.cli.eval import evaluate
@@ -58,4 +60,7 @@ app.add_typer(run_app, name="run")
 
 def main() -> None:
     """Run the command line."""
+    if sys.getfilesystemencoding() != "utf-8":  # an ASCII locale without UTF-8 mode: names of files would be escaped
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "opdctl", *sys.argv[1:]])
+    console.use_plain_characters()
     app(prog_name="opdctl")

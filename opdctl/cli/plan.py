@@ -1,5 +1,6 @@
 """`--dry-run`: show the plan of a run or an evaluation."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,15 +16,23 @@ from opdctl.recipe.schema import Recipe
 GIB = 2**30
 
 
-def show_plan(recipe: Recipe, path: Path, as_json: bool, *, colocated: bool) -> None:
-    """Print the plan of a run, whose stages are colocated or have separate allocations. Nothing is written."""
-    plan = make_plan(recipe, path, colocated=colocated)
+def show_plan(recipe: Recipe, path: Path, needs: Collection[str], as_json: bool, *, colocated: bool) -> None:
+    """Print the plan of a run, whose stages are colocated or have separate allocations. Nothing is written.
+
+    needs: the models whose files the command reads.
+
+    Raises:
+        OpdctlError: as the run would.
+    """
+    plan = make_plan(recipe, path, needs, colocated=colocated)
     if as_json:
         print_json(plan.as_dict())
     console.print_fields("plan", _plan_rows(plan))
     console.print_table(*_memory_table(plan.stages))
     console.print_fields("memory", _memory_rows(plan.stages))
     console.info("nothing was written")
+    if plan.unavailable:
+        raise plan.unavailable
 
 
 def show_evaluation_plan(recipe: Recipe, path: Path, data: Path | None, as_json: bool) -> None:

@@ -102,7 +102,7 @@ def _run(
     if follow and step is not None:
         raise OpdctlError("invalid_usage", "--follow cannot be combined with --step", hint="give one of them")
     if dry_run:
-        show_plan(recipe, path, as_json, colocated=False)
+        show_plan(recipe, path, models, as_json, colocated=False)
         return
     run, device = open_run_and_device(recipe, path, *models)
     if not follow:

@@ -47,16 +47,16 @@ def train(
             from opdctl.training.publish import check_repo_id
 
             check_repo_id(push)
+        fill = not (no_fill or follow)
+        models = resolved.models() if fill else _updated_from(resolved)
         if dry_run:
             from opdctl.cli.plan import show_plan
 
-            show_plan(resolved, path, json_, colocated=not (no_fill or follow))
+            show_plan(resolved, path, models, json_, colocated=fill)
             return
         from opdctl.pipeline.loop import run_training  # loads torch: a recipe error comes before
         from opdctl.pipeline.progress import summarize_training
 
-        fill = not (no_fill or follow)
-        models = resolved.models() if fill else _updated_from(resolved)
         opened, device = open_run_and_device(resolved, path, *models)
         before = opened.current_step()
         clock = run_training(opened, device, fill=fill, follow=follow)

@@ -21,10 +21,11 @@ from opdctl.recipe.schema import (
     TABLE_SUFFIXES,
     TEACHER_NAME_PATTERN,
     Eval,
+    Recipe,
     data_file_stem,
     is_data_file,
 )
-from opdctl.registry import BENCHMARKS
+from opdctl.registry import BENCHMARKS, are_imported
 
 TOY_PROBLEMS = 256  # of a toy benchmark unless a limit is given
 
@@ -220,6 +221,11 @@ class EvalPlus:
 
     def problems(self, name: str, limit: int | None, data: Path | None) -> Iterator[Problem]:
         return code_execution.load_tasks(self.dataset, benchmark_file(name, data) if data else None)
+
+
+def is_of_unknown_plugin(recipe: Recipe, name: str) -> bool:
+    """Whether a benchmark belongs to a plugin that was not imported."""
+    return name not in BENCHMARKS.names() and not is_data_file(name) and not are_imported(recipe.plugins)
 
 
 def find_benchmark(name: str, settings: Eval) -> Benchmark:

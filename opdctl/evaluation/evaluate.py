@@ -31,11 +31,11 @@ from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import contamination, statistics
-from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
+from opdctl.evaluation.benchmarks import Benchmark, find_benchmark, is_of_unknown_plugin
 from opdctl.evaluation.graders import Grade
-from opdctl.models.directory import ModelDir
+from opdctl.models.directory import ModelDir, find_local, find_or_download
 from opdctl.recipe.dependencies import fingerprint_settings
-from opdctl.recipe.schema import AUTO, Eval, Recipe
+from opdctl.recipe.schema import AUTO, Eval, Model, Recipe
 from opdctl.runs.layout import PROMPTS, step_name
 from opdctl.runs.models import check_positions, find_model
 from opdctl.runs.run import Run, open_stage_dir
@@ -71,13 +71,17 @@ def scorer_target(run: Run, name: str) -> EvalTarget:
     return EvalTarget(name, run.models[name], run.digests[name], name, f"--model {name}")
 
 
+def _external_settings(name: str, recipe: Recipe) -> Model:
+    """Return the student's settings for another model, without what belongs to the student's directory."""
+    if recipe.student.model == name:
+        return recipe.student
+    own = {"revision": None, "trust_remote_code": False, "tokenizer": AUTO}
+    return recipe.student.model_copy(update={"model": name, **own})
+
+
 def external_target(name: str, recipe: Recipe) -> EvalTarget:
     """Return a model that is not part of the run: a directory or a hub id, loaded with the student's settings."""
-    settings = recipe.student
-    if settings.model != name:  # what belongs to the student's directory does not apply to this one
-        own = {"revision": None, "trust_remote_code": False, "tokenizer": AUTO}
-        settings = settings.model_copy(update={"model": name, **own})
-    model = find_model(recipe, settings, "--model")
+    model = find_model(recipe, _external_settings(name, recipe), "--model")
     digest = model.digest()
     label = name if name.startswith("toy:") else Path(name).name
     return EvalTarget(f"{label.replace(':', '-')}-{digest[:8]}", model, digest, "model", f"--model {name}")
@@ -130,6 +134,47 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
         "engine": recipe.rollout.engine,
         "dtype": recipe.student.dtype,
     }
+
+
+# ── Checks before an evaluation ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_benchmark(recipe: Recipe, name: str, model: ModelDir | None, data: Path | None = None) -> None:
+    """Check what an evaluation needs besides an engine: permission to run code, problems, and their prompts.
+
+    model: whose tokenizer and positions the prompts have to fit, if it is known. data: as in `run_eval`.
+
+    Raises:
+        OpdctlError: as `run_eval` does.
+    """
+    benchmark = find_benchmark(name, recipe.eval)
+    _check_code_execution(benchmark, recipe.eval)
+    problems = benchmark.problems(recipe.eval.limit, data)
+    if benchmark.grader.runs_code:
+        benchmark.grader.grade([])  # checks the sandbox
+    if model is not None:
+        prompts = _render(recipe.eval, benchmark, problems, str(data or benchmark.source.location), model)
+        longest = max(len(prompt.prompt_ids) for prompt in prompts)
+        check_positions(model, longest, recipe.eval.max_tokens, "eval.max_tokens")
+
+
+def check_evaluation(run: Run, model: str | None, step: int | None, data: Path | None) -> None:
+    """Check what `evaluate_benchmarks` needs besides an engine. Nothing is written.
+
+    Raises:
+        OpdctlError: as `evaluate_benchmarks` does.
+    """
+    recipe = run.recipe
+    settings = _external_settings(model, recipe) if model is not None and model not in run.scorers() else None
+    is_on_hub = settings is not None and find_local(settings, "--model") is None
+    target = None if is_on_hub else find_target(run, model, step)
+    if settings is not None and target is None:  # its weights are not downloaded
+        directory = ModelDir.from_recipe(find_or_download(settings, "--model", weights=False), settings, recipe)
+    for name in [name for name in recipe.eval.bench if not is_of_unknown_plugin(recipe, name)]:
+        check_benchmark(recipe, name, target.model if target else directory, data)
+        if target:
+            benchmark = find_benchmark(name, recipe.eval)
+            _stage(run, benchmark, benchmark.problems(recipe.eval.limit, data), target)
 
 
 # ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────

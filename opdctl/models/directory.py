@@ -36,13 +36,15 @@ def toy_model_names() -> list[str]:
     return sorted(f"toy:{entry.name}" for entry in folder.iterdir() if entry.is_dir())
 
 
-def find_or_download(model: Model, key: str) -> Path:
-    """Return the directory of a model: toy, local, or downloaded from the hub. `key` names it in errors.
+def find_or_download(model: Model, key: str, *, weights: bool = True) -> Path:
+    """Return the directory of a model: toy, local, or downloaded from the hub, with or without its weights.
+
+    key: names it in errors.
 
     Raises:
         OpdctlError: the name is invalid, the directory is not a model's, or the download fails.
     """
-    return find_local(model, key) or _download(model, key)
+    return find_local(model, key) or _download(model, key, weights=weights)
 
 
 def find_local(model: Model, key: str) -> Path | None:
@@ -80,11 +82,11 @@ def _check_is_model_directory(path: Path, key: str) -> None:
     raise OpdctlError("missing_model", f"{key}: {path}: not a model directory: config.json is missing")
 
 
-def _download(model: Model, key: str) -> Path:
+def _download(model: Model, key: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    weights = () if model.server else WEIGHT_PATTERNS  # a server holds the weights
-    patterns = [*weights, *SETTINGS_PATTERNS]
+    needs_weights = weights and not model.server  # a server holds them
+    patterns = [*(WEIGHT_PATTERNS if needs_weights else ()), *SETTINGS_PATTERNS]
     try:
         path = Path(snapshot_download(model.model, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own errors, and those of requests, httpx and the OS

@@ -4,10 +4,9 @@ import operator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opdctl.evaluation.benchmarks import find_benchmark
+from opdctl.evaluation.benchmarks import find_benchmark, is_of_unknown_plugin
 from opdctl.pipeline.costs import if_known
-from opdctl.recipe.schema import Recipe, is_data_file
-from opdctl.registry import BENCHMARKS, are_imported
+from opdctl.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ def plan_benchmarks(recipe: Recipe, data: Path | None = None) -> list[BenchmarkP
     """
     settings, plans = recipe.eval, []
     for name in settings.bench:
-        if name not in BENCHMARKS.names() and not is_data_file(name) and not are_imported(recipe.plugins):
-            plans.append(BenchmarkPlan(name, None, None, None))  # of a plugin that was not imported
+        if is_of_unknown_plugin(recipe, name):
+            plans.append(BenchmarkPlan(name, None, None, None))
             continue
         benchmark = find_benchmark(name, settings)
         if data is not None or benchmark.source.is_local:

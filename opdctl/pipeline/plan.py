@@ -1,11 +1,14 @@
-"""The plan of a run (`--dry-run`): its size, before anything is loaded, downloaded or written.
+"""The plan of a run (`--dry-run`): its size, and every check that needs no GPU and no response, before anything is
+written.
 
-All sizes are upper bounds: every prompt and response has its maximum length. Memory and GPU-hours are estimates of
-pipeline/stage_plan.py for the hardware that the recipe names, not measured on GPUs.
+Weights are read, not loaded, and not downloaded. All sizes are upper bounds: every prompt and response has its maximum
+length. Memory and GPU-hours are estimates of pipeline/stage_plan.py for the hardware that the recipe names, not
+measured on GPUs.
 """
 
+import contextlib
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,26 +16,30 @@ from typing import Any
 from opdctl import console
 from opdctl.artifacts import files
 from opdctl.artifacts.records import ONE_BYTE_EXPERTS
-from opdctl.data.prompts import load_local_problems
+from opdctl.data.prompts import load_problems
 from opdctl.environment import resolve_device
+from opdctl.errors import ExitCode, OpdctlError
+from opdctl.evaluation.benchmarks import is_of_unknown_plugin
 from opdctl.models.directory import ModelDir
 from opdctl.models.shapes import count_parameters, read_shape
 from opdctl.pipeline.costs import DTYPE_BYTES, gpus_per_engine, if_known, state_bytes
 from opdctl.pipeline.pruning import is_kept
 from opdctl.pipeline.stage_plan import ModelShapes, StagePlan, plan_stages
 from opdctl.recipe.schema import ModelShape, Recipe, Rollout, Score, Train
-from opdctl.runs.compatibility import check_same_recipe
-from opdctl.runs.layout import run_path
 from opdctl.runs.models import check_lengths, prepare_models, print_lines
-from opdctl.runs.open import check_output_dir, prepare_prompts, resolve_open_settings
+from opdctl.runs.open import check_output_dir, check_run, prepare_prompts, resolve_open_settings
 from opdctl.runs.run import Run
+from opdctl.training.tracking import warn_of_missing_trackers
 
 ID_BYTES = LOGPROB_BYTES = HIDDEN_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run. None is unknown: data, or a model and its shape, are not on this machine."""
+    """The plan of a run. None is unknown: data, or a model and its shape, are not on this machine.
+
+    unavailable: the first error of the hub, a server or a missing package, which ends a run.
+    """
 
     run_dir: str
     device: str
@@ -56,40 +63,31 @@ class Plan:
     students_kept: int
     disk_bytes: int | None
     stages: StagePlan
+    unavailable: OpdctlError | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values, in one flat object."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "unavailable"}
         return values | values.pop("stages").as_dict()
 
 
-def make_plan(recipe: Recipe, output: Path | None, *, colocated: bool = True) -> Plan:
-    """Plan a run, with colocated stages or with separate allocations. Nothing is downloaded or written.
+def make_plan(recipe: Recipe, path: Path, needs: Collection[str] | None = None, *, colocated: bool = True) -> Plan:
+    """Plan a run, with colocated stages or with separate allocations, and check what the run would. Nothing is written.
 
-    Local models and prompts are read and checked.
+    Of hub models, config and tokenizer are downloaded; prompts and benchmarks are downloaded. needs: the models whose
+    files the command reads, all if None.
 
     Raises:
-        OpdctlError: as in a run: a local model or file is missing, tokenizers differ, prompts are invalid, or the run
-            directory was made with a different recipe.
+        OpdctlError: as in a run: a model or file is missing or corrupt, tokenizers differ, prompts are invalid, or the
+            run directory was made with a different recipe or model. Not if a resource is unavailable: then the plan
+            contains the error.
     """
-    path = run_path(recipe, output)
     recipe = resolve_open_settings(recipe, path)
-    if (path / "run.json").exists():
-        check_same_recipe(recipe, path)
-    else:
-        check_output_dir(recipe, path)
-    warn_of_zero_rate(recipe.train)
-    models, lines = prepare_models(recipe, download=False)
-    if "student" in models:
-        from opdctl.training.policy import check_trainable
-
-        check_trainable(models["student"], recipe)
-    prompts = _count_prompts(recipe, models)
-    print_lines(lines)
+    unavailable: list[OpdctlError] = []
+    models, prompts = _check(recipe, path, needs, unavailable)
     shapes = {name: if_known(read_shape, models.get(name)) or model.shape for name, model in recipe.models().items()}
     parameters = {  # those stored in a local model; otherwise those of its shape
-        name: models[name].weights.num_parameters if name in models else if_known(count_parameters, shape)
-        for name, shape in shapes.items()
+        name: _count_stored(models.get(name)) or if_known(count_parameters, shape) for name, shape in shapes.items()
     }
     steps, responses = recipe.train.steps, recipe.responses_per_step()
     rollout, scores = _step_bytes(recipe, shapes)
@@ -121,15 +119,93 @@ def make_plan(recipe: Recipe, output: Path | None, *, colocated: bool = True) ->
         students_kept=_count_kept_students(recipe),
         disk_bytes=if_known(operator.add, artifacts, students),
         stages=plan_stages(recipe, shapes, colocated=colocated),
+        unavailable=unavailable[0] if unavailable else None,
     )
 
 
-def _count_prompts(recipe: Recipe, models: Mapping[str, ModelDir]) -> int | None:
-    problems = load_local_problems(recipe.prompts)
-    if problems is not None and "student" in models:
+def _check(
+    recipe: Recipe, path: Path, needs: Collection[str] | None, unavailable: list[OpdctlError]
+) -> tuple[dict[str, ModelDir], int | None]:
+    """Check what the run would. Return the models that are on this machine, and the number of prompts if it is known.
+
+    unavailable: receives the errors of resources that are out of reach.
+    """
+    lines: list[str] = []
+    if (path / "run.json").exists():
+        models = _check_existing(recipe, path, needs)
+    else:
+        check_output_dir(recipe, path)
+        models = {}
+        with defer_unavailable(unavailable):
+            models, lines = prepare_models(recipe, "settings")
+        if unavailable:
+            models, lines = prepare_models(recipe, "none")
+    warn_of_zero_rate(recipe.train)
+    student = models.get("student")
+    if student and student.weights.files:
+        from opdctl.training.policy import check_trainable
+
+        check_trainable(student, recipe)
+    prompts = recipe.prompts.limit
+    with defer_unavailable(unavailable):
+        prompts = _count_prompts(recipe, models)
+    with defer_unavailable(unavailable):
+        _check_benchmarks(recipe, student)
+    with defer_unavailable(unavailable):
+        _connect_to_servers(recipe, models)
+    warn_of_missing_trackers(recipe)
+    print_lines(lines)
+    return models, prompts
+
+
+@contextlib.contextmanager
+def defer_unavailable(unavailable: list[OpdctlError]) -> Iterator[None]:
+    """Collect the error of a resource that is out of reach: the plan has a use without it."""
+    try:
+        yield
+    except OpdctlError as error:
+        if error.code != ExitCode.UNAVAILABLE:
+            raise
+        unavailable.append(error)
+
+
+def _check_existing(recipe: Recipe, path: Path, needs: Collection[str] | None) -> dict[str, ModelDir]:
+    """Check an existing run as a command that continues it does. Return its models that are on this machine."""
+    run = check_run(recipe, path, needs)
+    if needs is None or "student" in needs:
+        run.student_at(run.current_step())
+    return {name: model.without_code() for name, model in run.models.items() if model.path.is_dir()}
+
+
+def _count_stored(model: ModelDir | None) -> int | None:
+    """Return the number of parameters of a model that has weights on this machine."""
+    return model.weights.num_parameters if model and model.weights.files else None
+
+
+def _count_prompts(recipe: Recipe, models: Mapping[str, ModelDir]) -> int:
+    problems = load_problems(recipe.prompts)
+    if "student" in models:
         prompts, _ = prepare_prompts(recipe, problems, models["student"])
         check_lengths(recipe, models, prompts)
-    return recipe.prompts.limit if problems is None else len(problems)
+    return len(problems)
+
+
+def _check_benchmarks(recipe: Recipe, student: ModelDir | None) -> None:
+    """Check the benchmarks that training evaluates."""
+    from opdctl.evaluation.evaluate import check_benchmark
+
+    for name in recipe.eval.bench if recipe.eval.every_steps else ():
+        if not is_of_unknown_plugin(recipe, name):
+            check_benchmark(recipe, name, student)
+
+
+def _connect_to_servers(recipe: Recipe, models: Mapping[str, ModelDir]) -> None:
+    """Connect to the servers of the scorers, and check what they serve."""
+    from opdctl.engines.pool import open_engine_pool
+
+    if recipe.score.engine == "server":
+        with open_engine_pool(recipe, "cpu") as engines:
+            engines.start({name: ("server", models[name]) for name in recipe.scorers() if name in models})
 
 
 def _count_kept_students(recipe: Recipe) -> int:

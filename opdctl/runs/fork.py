@@ -61,7 +61,7 @@ def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
 
     Raises:
         OpdctlError: `path` exists; nothing changes that affects artifacts; a setting changes that is fixed for a run;
-            or the current step has no trainer state to start from.
+            or the current step has no trainer state to start from, or a corrupt one.
     """
     if path.exists():
         raise OpdctlError("unusable_output", f"{path} exists", hint="give the path of a directory that does not exist")
@@ -86,6 +86,9 @@ def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
             f"{run.trainer_path(step)}: not saved (train.save_every_steps = {run.recipe.train.save_every_steps})",
             hint=f"train one more step, which is saved: `{run.command_line('train')} --set train.steps={step + 1}`",
         )
+    if step:  # the state to start from is not corrupt
+        run.student_at(step)
+        run.check_trainer_state(step)
     return ForkPlan(run, path, recipe, step, changes, _reusable_paths(run, step, changes))
 
 
@@ -121,7 +124,6 @@ def create_fork(plan: ForkPlan) -> int:
     run, step = plan.run, plan.step
     start: Mapping[str, object] = {}
     if step:
-        run.student_at(step)
         digests = {"student": run.student_digests(step), "trainer": run.check_trainer_state(step)}
         start = {"forked_from": {"run_dir": str(run.path), "step": step, **digests}}
     reused = 0

@@ -1,7 +1,9 @@
 """The models of a recipe: found or downloaded, inspected, and checked against one another and against the lengths."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from opdctl import console
 from opdctl.artifacts.records import Prompt
@@ -23,20 +25,30 @@ def find_model(recipe: Recipe, model: Model, key: str) -> ModelDir:
     return directory
 
 
-def prepare_models(recipe: Recipe, *, download: bool = True) -> tuple[dict[str, ModelDir], list[str]]:
+HubFiles = Literal["all", "settings", "none"]
+"""What is downloaded of a hub model: all files, config and tokenizer only, or nothing: the model is omitted then."""
+
+
+def prepare_models(recipe: Recipe, hub_files: HubFiles = "all") -> tuple[dict[str, ModelDir], list[str]]:
     """Return the models of a recipe by name, inspected and checked against one another, and lines that describe them.
 
-    Without `download`, models that are not on this machine are omitted.
+    The weights of a model that has none, because they were not downloaded, are not inspected.
 
     Raises:
         OpdctlError: a model is missing or unusable, the tokenizers differ, or the hub is unavailable.
     """
-    find = find_or_download if download else find_local
+    find = find_local if hub_files == "none" else partial(find_or_download, weights=hub_files == "all")
     for settings in recipe.models().values():
         warn_of_code(settings)
     paths = {name: find(model, f"{model_key(name)}.model") for name, model in recipe.models().items()}
     models = {name: ModelDir.from_recipe(path, recipe.models()[name], recipe) for name, path in paths.items() if path}
-    lines = [line for name, model in models.items() for line in _inspect(name, model, _loading_engine(recipe, name))]
+    lines = []
+    for name, model in models.items():
+        is_without_weights = hub_files == "settings" and not model.weights.files
+        if is_without_weights and find_local(recipe.models()[name], name) is None:
+            lines.append(f"{name}: {model.path}: its weights are not on this machine, and were not checked")
+        else:
+            lines += _inspect(name, model, _loading_engine(recipe, name))
     if "student" not in models:
         return models, lines
     for name in [name for name in recipe.scorers() if name in models]:

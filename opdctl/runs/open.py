@@ -50,20 +50,30 @@ def open_run(
     path = run_path(recipe, output)
     recipe = resolve_open_settings(recipe, path)
     is_new = _create_once(recipe, path)
+    run = check_run(recipe, path, needs, check_source=check_source)
+    if not (path / "prompts.parquet").exists():
+        _restore_prompts(run)
+    for name in [name for name in run.models if not is_new and (needs is None or name in needs)]:
+        warn_of_code(recipe.models()[name])
+    for directory in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
+        files.remove_temporary_files(directory)
+    return run
+
+
+def check_run(recipe: Recipe, path: Path, needs: Collection[str] | None = None, *, check_source: bool = True) -> Run:
+    """Return the run in `path` after the checks of `open_run` on an existing run. Nothing is written.
+
+    Raises:
+        OpdctlError: as `open_run` does.
+    """
     check_same_recipe(recipe, path)
     if check_source:
         _check_source(recipe, path)
     run = Run.from_record(recipe, path)
     needed = [name for name in run.models if needs is None or name in needs]
     run = replace(run, models={**run.models, **{name: _relocate_model(run, name) for name in needed}})
-    if not (path / "prompts.parquet").exists():
-        _restore_prompts(run)
     for name in needed:
         _check_model(path, name, run.models[name])
-        if not is_new:
-            warn_of_code(recipe.models()[name])
-    for directory in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
-        files.remove_temporary_files(directory)
     return run
 
 

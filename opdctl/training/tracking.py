@@ -4,6 +4,7 @@ A tracker must never stop a run: it is disabled at its first exception.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,13 @@ def _open_wandb(recipe: Recipe, path: Path) -> Tracker:
 
 
 TRACKER_FACTORIES = {"tensorboard": _open_tensorboard, "trackio": _open_trackio, "wandb": _open_wandb}
+
+
+def warn_of_missing_trackers(recipe: Recipe) -> None:
+    """Warn of trackers whose package is not installed."""
+    for kind in recipe.tracking.report_to:
+        if importlib.util.find_spec(kind) is None:
+            console.warn(f"{kind} is not installed: it will be disabled; metrics.jsonl has all metrics")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,8 @@ BLOCKS = [block for block in shell_blocks() if block[0] not in (SETUP, *NOT_RUN)
 def shorten(command: str) -> str:
     """Return the command with two steps of training: the length is not the point."""
     is_training = command.startswith("opdctl train ") and "--recipe" in command and "--dry-run" not in command
+    if "--recipe cross_scale --dry-run" in command:  # without a network it ends with 5, after the plan
+        return f"{command} || [ $? = 5 ]"
     return f"{command} --set train.steps=2" if is_training else command
 
 

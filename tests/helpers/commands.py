@@ -64,6 +64,11 @@ def invoke(*args: object) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
+def has_plan(result: Result) -> bool:
+    """Whether a dry run printed its plan, and reported nothing but the hub, which tests cannot reach."""
+    return result.code == 0 or (result.kind == "failed_download" and bool(result.out))
+
+
 class Launch(NamedTuple):
     """How many processes a command line starts, and the arguments that opdctl gets from it."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
-from helpers.commands import ROOT, Launch, invoke, split_launcher
+from helpers.commands import ROOT, Launch, has_plan, invoke, split_launcher
 from helpers.documents import PAGES, shown_commands
 
 from opdctl.artifacts.files import format_bytes
@@ -100,7 +100,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_command_of_a_recipe_resolves(path: Path, checkout: Path) -> None:
     result = invoke(*words_of(path), "--dry-run", "--json")
-    assert result.code == 0, result.err
+    assert has_plan(result), result.err
     assert Path(result.json()["run_dir"]) == Path("runs") / "-".join(file.stem for file in files_of(path))
     assert files_of(path)[-1] == path
     recipe = load_recipe(files_of(path))
@@ -448,7 +448,7 @@ def test_base_recipes() -> None:
 def test_dry_run_writes_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke("train", "--recipe", path, "--dry-run")
-    assert result.code == 0, result.err
+    assert has_plan(result), result.err
     assert result.out.startswith("plan\n")
     assert "nothing was written" in result.err
     assert list(tmp_path.iterdir()) == []

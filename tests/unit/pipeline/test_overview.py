@@ -31,7 +31,7 @@ def test_best_student_is_the_earliest_of_the_highest_accuracy(finished_copy: Pat
     files = [path for path in finished_copy.rglob("*") if path.is_file()]
     assert seen.bytes == sum(path.stat().st_size for path in files)
     status = invoke("status", finished_copy).out
-    assert f"{finished_copy}/student/step-00001, 50.0% @1" in status
+    assert f"{finished_copy}/student/step-00001  (50.0% @1)" in status
     assert f"{finished_copy}/student/step-00002\n" in status
 
 
