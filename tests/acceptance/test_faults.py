@@ -44,7 +44,7 @@ def test_killed_workers_make_the_student_of_an_undisturbed_run(tmp_path: Path) -
 
 
 def test_double_signals_at_random_moments(tmp_path: Path) -> None:
-    """Each ends with the exit code of the first signal; the run is that of an undisturbed one."""
+    """Each ends with a signal's exit code; the run is that of an undisturbed one."""
     assert run_harness(tmp_path, "faults", "--signals", "6", *SMALL).startswith("6 double signals (")
 
 
