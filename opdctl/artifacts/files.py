@@ -157,6 +157,9 @@ def atomic_write(final: Path, check: Callable[[], None] | None = None) -> Iterat
             _check_before_rename(final, check)
             os.replace(temporary, final)
             fsync_path(final.parent)
+        except Exception:
+            _check_before_rename(final, check)  # a new owner of the lease has removed the temporary file
+            raise
         finally:
             discard(temporary)
 

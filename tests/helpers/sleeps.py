@@ -128,8 +128,13 @@ def sleep_once(folder: Path, starts: dict[str, Path], whole: Path, stage: str, m
     assert code in CODES, f"{stage}, {moment}: exit {code}: {messages}"
     after = contents(output)
     assert {name for name in {*before, *after} if before.get(name) != after.get(name)} == set(), f"{stage}, {moment}"
-    assert made(output) == made(whole), f"{stage}, {moment}"
-    assert set(run_files(output)) == set(run_files(whole)), f"{stage}, {moment}"
+    left_out = "eval" if stage == "update" else " "  # `train --no-fill` evaluates no student, and steps are made once
+    for files_of in (made, lambda run: dict.fromkeys(run_files(run))):
+        found, expected = (
+            {name: data for name, data in files_of(run).items() if not name.startswith(left_out)}
+            for run in (output, whole)
+        )
+        assert found == expected, f"{stage}, {moment}"
     shutil.rmtree(output)
     return code
 

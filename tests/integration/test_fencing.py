@@ -47,6 +47,29 @@ def test_trainer_that_slept_past_its_lease_changes_nothing(finished_copy: Path, 
     heir.release()
 
 
+@pytest.mark.parametrize("name", ["student/step-00002", "trainer/step-00002"])
+def test_trainer_whose_temporary_files_are_gone_has_lost_its_lease(finished_copy: Path, monkeypatch, name: str) -> None:
+    """It sleeps while it writes a directory. The new owner of the lease removes what others have left."""
+    run, wanted, flush, seen = finished_copy, finished_copy / name, files.fsync_path, {}
+    for path in (run / "student/step-00002", run / "trainer/step-00002", run / "step-00001/update.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def sleep_and_flush(path: Path) -> None:
+        if not seen and path.parent.parent == wanted.parent and path.parent.name.endswith(f"-{wanted.name}"):
+            (run / ".train.lock").unlink()
+            assert heir.acquire()
+            shutil.rmtree(path.parent)
+            seen.update(contents(run))
+        flush(path)
+
+    heir = leases.Lease(run, "train")
+    monkeypatch.setattr(files, "fsync_path", sleep_and_flush)
+    result = invoke("train", "--output", run, "--set", "eval.every_steps=0")
+    assert (result.code, result.kind) == (ExitCode.UNAVAILABLE, "lost_lease"), result.err
+    assert contents(run) == seen
+    heir.release()
+
+
 EVALUATION = ("eval", "--model", "toy:student", "--bench", "sort12")
 EVAL_SETTINGS = ("--set", "eval.limit=4", "--set", "eval.max_tokens=8", "--set", "eval.num_parts=2")
 
