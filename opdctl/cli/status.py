@@ -53,6 +53,8 @@ def status(
 
 def _rows(status: "RunStatus") -> list[tuple[str, str]]:
     """Return (what, state) rows. The steps before the first unfinished one share a row."""
+    from opdctl.runs.status import protocol_differences
+
     run = status.run
     unfinished = {stage.step for stage in status.stages if stage.state != "done" and stage.step is not None}
     finished = range(run.start_step, min([*unfinished, run.current_step()]))
@@ -68,7 +70,8 @@ def _rows(status: "RunStatus") -> list[tuple[str, str]]:
         rows.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
     rows += [(each.stage, f"{each.state}  {each.detail}") for each in status.evaluations if each.state != "done"]
     rows += [(beat.stage, _describe(beat)) for beat in status.heartbeats]
-    rows += [(f"eval {each['bench']}", f"{each['model']}: {each['avg']:.1%}") for each in status.summaries]
+    for each, protocol in zip(status.summaries, protocol_differences(status.summaries), strict=True):
+        rows.append((f"eval {each['bench']}", f"{each['model']}: {each['avg']:.1%}  {protocol}".rstrip()))
     return [*rows, *_student_rows(run), ("next", status.next_command())]
 
 

@@ -64,9 +64,11 @@ def kept_by_earlier_settings(run: Run) -> EarlierStates:
     A training that was killed before it removed a state leaves one more than train.keep_latest.
     """
     saved, latest = saved_steps(run), run.recipe.train.keep_latest
-    if _retention(read_recipe(run.path)) == _retention(run.recipe):
+    earlier, current = read_recipe(run.path), run.current_step()
+    if _retention(earlier) == _retention(run.recipe):
         return EarlierStates(frozenset(), frozenset(saved[: -latest - 1]))
-    return EarlierStates(frozenset(list_steps(run.path / "student")) - {run.current_step()}, frozenset(saved[:-latest]))
+    students = {step for step in list_steps(run.path / "student") if step != current or is_kept(earlier, current)}
+    return EarlierStates(frozenset(students), frozenset(saved[:-latest]))
 
 
 def _retention(recipe: Recipe) -> tuple[int, ...]:

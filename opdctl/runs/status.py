@@ -1,7 +1,8 @@
 """The state of a run directory: what is finished, missing or corrupt, and the next command. Only reads."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,19 @@ def _read_summary(run: Run, path: Path) -> dict[str, Any]:
     hint = corrupt_file_hint(path, run.evaluation_command_line(path.parent.parent.name, path.parent.name), repair)
     summary: dict[str, Any] = files.read_json(path, SummaryRecord, hint)
     return summary
+
+
+def protocol_differences(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each evaluation the settings, as text, in which those of its benchmark differ; "" if in none."""
+    by_bench: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for summary in summaries:
+        by_bench[summary["bench"]].append(summary.get("protocol", {}))
+    texts = []
+    for summary in summaries:
+        others, protocol = by_bench[summary["bench"]], summary.get("protocol", {})
+        differing = [key for key in protocol if any(other.get(key) != protocol[key] for other in others)]
+        texts.append(", ".join(f"{key} {protocol[key]}" for key in differing))
+    return texts
 
 
 def check_start(run: Run, *, verify: bool) -> list[StageStatus]:

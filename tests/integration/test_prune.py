@@ -144,6 +144,14 @@ def test_students_that_were_evaluated_or_kept_by_earlier_settings_stay(finished_
     assert steps(run / "trainer") == ["step-00001", "step-00004"]
 
 
+def test_newest_student_stays_if_earlier_settings_keep_it(finished_copy: Path) -> None:
+    assert invoke("train", "--output", finished_copy, "--set", "train.keep_every_steps=1").code == 0
+    settings = ("train.steps=4", "train.keep_latest=1", "train.keep_every_steps=9", "eval.every_steps=0")
+    shutil.rmtree(finished_copy / "eval")
+    assert invoke("train", "--output", finished_copy, *(w for each in settings for w in ("--set", each))).code == 0
+    assert steps(finished_copy / "student") == ["step-00001", "step-00002", "step-00004"]
+
+
 # ── Settings that may change ─────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -7,7 +7,7 @@ from helpers.commands import rewrite_json
 
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.runs.run import Run
-from opdctl.runs.status import RunStatus, collect_status
+from opdctl.runs.status import RunStatus, collect_status, protocol_differences
 
 
 def status(path: Path, *, verify: bool = False) -> RunStatus:
@@ -135,3 +135,10 @@ def test_status_only_reads(finished_copy):
     before = {path: path.stat().st_mtime_ns for path in finished_copy.rglob("*")}
     status(finished_copy, verify=True)
     assert {path: path.stat().st_mtime_ns for path in finished_copy.rglob("*")} == before
+
+
+def test_evaluations_under_different_protocols_are_told_apart() -> None:
+    protocols = [{"temperature": 1.0, "samples": 4}, {"temperature": 0.5, "samples": 4}, {"samples": 4}]
+    summaries = [{"bench": "a", "protocol": each} for each in protocols]
+    assert protocol_differences(summaries) == ["temperature 1.0", "temperature 0.5", ""]
+    assert protocol_differences([*summaries[:1], {"bench": "b", "protocol": protocols[1]}]) == ["", ""]
