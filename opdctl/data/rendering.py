@@ -42,6 +42,7 @@ class PromptRenderer:
     ) -> None:
         self._tokenizer, self._vocab_size, self._arguments = tokenizer, vocab_size, dict(arguments)
         self._content: Content = str
+        self._section = key.partition(".")[0]
         if tokenizer.chat_template:
             self._template = TemplateProcess(tokenizer)
             self._test_template(key)
@@ -70,7 +71,7 @@ class PromptRenderer:
             raise OpdctlError(
                 "invalid_data",
                 f"{location}: cannot be tokenized: {error}",
-                hint=f"remove or correct the prompt, whose text starts with {text[:60]!r}",
+                hint=f"set {self._section}.suffix if the appended text is the cause, otherwise correct {text[:100]!r}",
             ) from error
         outside = next((id_ for id_ in ids if id_ >= self._vocab_size), None)
         if outside is not None:

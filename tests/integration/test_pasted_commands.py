@@ -210,3 +210,10 @@ def test_missing_sample_is_suggested(home: Path) -> None:
 
 def quoted() -> str:
     return '"my runs/o\'ne ü"'
+
+
+def test_setting_for_a_problem_that_the_tokenizer_cannot_write(home: Path) -> None:
+    (home / "own.jsonl").write_text('{"problem": "ab", "answer": "ab"}\n')
+    refused = invoke("eval", NAME, "--bench", "own.jsonl")
+    (setting,) = re.findall(r"set (eval\.\w+) if the appended text is the cause", refused.err)
+    assert invoke("eval", NAME, "--bench", "own.jsonl", "--set", f"{setting}=").code == 0
