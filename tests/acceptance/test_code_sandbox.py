@@ -1,11 +1,14 @@
 """Model-generated code in the real sandbox: the verdicts of EvalPlus, and the limits of the programs."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,13 +263,29 @@ def test_hostile_code_is_incorrect_and_affects_no_other_grade(body: str, verdict
     assert [(grade.correct, grade.verdict) for grade in grades] == [(False, verdict), (True, "ok")]
 
 
+def processes_with(mark: str) -> list[Path]:
+    """Return the processes that have `mark` in their environment."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            found += [environment.parent] * (mark.encode() in environment.read_bytes())
+    return found
+
+
 @needs_sandbox
 def test_timeout_ends_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_execution, "CODE_TIMEOUT_SECONDS", 1)
+    mark = f"/{uuid.uuid4()}"  # other tests have sandboxes at the same time
+    monkeypatch.setattr(os, "defpath", f"{os.defpath}:{mark}")
+    monkeypatch.setattr(code_execution, "CODE_TIMEOUT_SECONDS", 2)
     task = SELF_TEST_TASK | {"canonical_solution": "    while True: pass\n"}  # the task itself hangs
-    assert graded(program("return x"), task).verdict == "timeout"
+    with ThreadPoolExecutor(1) as grading:
+        grade = grading.submit(graded, program("return x"), task)
+        while not processes_with(mark):
+            assert not grade.done()
+            time.sleep(0.02)
+        assert grade.result().verdict == "timeout"
     deadline = time.monotonic() + 10  # the kernel ends the processes after the first one of their namespace
-    while subprocess.run(["pgrep", "-f", "--", "-P /code_sandbox.py"], capture_output=True).stdout:
+    while processes_with(mark):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
