@@ -84,6 +84,7 @@ def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bo
     figures, tables = len(written["figures"]), len(written["tables"])
     report_path = shlex.quote(str(written["report"]))
     console.info(f"wrote {report_path}, {figures} figures, {tables} tables; open it in a browser")
-    console.info(f"next: {run.command_line('run show')} {shlex.quote(analysis.samples[-1].sample_id)}")
+    if analysis.samples:  # not if all responses are empty
+        console.info(f"next: {run.command_line('run show')} {shlex.quote(analysis.samples[-1].sample_id)}")
     if as_json:
         print_json(written)
