@@ -114,15 +114,15 @@ def separated(separator: str) -> bytes:
         ("p.json", json.dumps(ROWS).encode()),
         ("p.json", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2).encode()),
         ("p.jsonl", json.dumps(ROWS, indent=2).encode()),
-        ("p.jsonl.gz", gzip.compress(JSON_LINES)),
-        ("p.JSONL.GZ", gzip.compress(JSON_LINES)),
+        ("p.jsonl.gz", gzip.compress(JSON_LINES, mtime=0)),
+        ("p.JSONL.GZ", gzip.compress(JSON_LINES, mtime=0)),
         ("p.jsonl.zst", pa.compress(JSON_LINES, "zstd", asbytes=True)),
         ("p.json.zst", pa.compress(json.dumps(ROWS, indent=2).encode(), "zstd", asbytes=True)),
         ("p.csv", separated(",")),
         ("p.csv", separated(";")),
         ("p.csv", separated("\t")),
         ("p.tsv", separated("\t")),
-        ("p.csv.gz", gzip.compress(separated(";"))),
+        ("p.csv.gz", gzip.compress(separated(";"), mtime=0)),
     ],
 )
 def test_forms_of_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
@@ -142,11 +142,13 @@ def test_other_names_are_no_data_files(name: str) -> None:
 def test_cut_compression_is_rejected(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"p.jsonl.{suffix}"
     content = JSON_LINES * 1000
-    path.write_bytes((gzip.compress(content) if suffix == "gz" else pa.compress(content, "zstd", asbytes=True))[:-20])
+    path.write_bytes(
+        (gzip.compress(content, mtime=0) if suffix == "gz" else pa.compress(content, "zstd", asbytes=True))[:-20]
+    )
     rejection(path)
 
 
-@pytest.mark.parametrize("content", [b"not compressed", gzip.compress(JSON_LINES)[:8] + b"\xff" * 40])
+@pytest.mark.parametrize("content", [b"not compressed", gzip.compress(JSON_LINES, mtime=0)[:8] + b"\xff" * 40])
 def test_corrupt_compression_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(content)
