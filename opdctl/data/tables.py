@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from opdctl.artifacts import parsing
 from opdctl.artifacts.parquet_footer import check_parquet_size
 from opdctl.errors import OpdctlError, did_you_mean, summarize_exception
-from opdctl.recipe.schema import TABLE_SUFFIXES
+from opdctl.recipe.schema import is_data_file
 
 TableRow = dict[str, Any]
 BATCH_ROWS = 128
@@ -32,7 +32,7 @@ def read_table(path: Path) -> Iterator[TableRow]:
         OpdctlError: the file is missing, a line is invalid, or two columns have one name.
     """
     if not path.is_file():
-        siblings = [file.name for suffix in TABLE_SUFFIXES for file in path.parent.glob(f"*{suffix}")]
+        siblings = [file.name for file in path.parent.glob("*") if is_data_file(file.name)]
         raise OpdctlError("missing_file", f"{path}{did_you_mean(path.name, siblings, path.parent)}")
     *_, kind = [suffix for suffix in path.name.lower().split(".") if suffix not in COMPRESSIONS]
     yield from READERS[kind](path)

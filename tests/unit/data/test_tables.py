@@ -28,7 +28,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return list(read_table(path))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".CSV", ".json.gz"])
 def test_missing_file_suggests_the_nearest(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"prompts{suffix}").touch()
     assert (
