@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from opdctl.runs.run import Run
     from opdctl.runs.status import RunStatus
 
+OVERVIEW = ("state", "newest", "best", "newest_student", "best_student", "bytes", "age")
+"""What --json has of the overview of a run."""
+
 
 def status(
     run_dir: RunDir = None,
@@ -33,6 +36,7 @@ def status(
     opdctl status runs
     """
     with command_session(verbose, as_json=json_):
+        from opdctl.pipeline.overview import summarize_run
         from opdctl.runs.run import Run
         from opdctl.runs.status import collect_status
 
@@ -46,7 +50,8 @@ def status(
         steps = f"{found.run.current_step()} of {found.run.recipe.train.steps} steps"
         console.print_fields(f"{path}: {steps}", _rows(found))
         if json_:
-            print_json(found.as_dict())
+            seen = summarize_run(found.run).as_dict()
+            print_json({**found.as_dict(), **{name: seen[name] for name in OVERVIEW}})
         if found.is_corrupt:
             raise typer.Exit(ExitCode.BAD_DATA)
 
@@ -80,12 +85,10 @@ def _student_rows(run: "Run") -> list[tuple[str, str]]:
     from opdctl.pipeline.overview import format_accuracy, summarize_run
 
     seen = summarize_run(run)
-    newest = shlex.quote(str(run.student_path(seen.steps_done)))
-    rows = [("newest student", newest)] if seen.steps_done > run.start_step else []
+    rows = [("newest student", shlex.quote(str(seen.newest_student)))] if seen.newest_student else []
     if seen.best:
-        path = run.student_path(seen.best[0]) if seen.best[0] else run.student.path
-        state = format_accuracy(seen.best) + ("" if path.is_dir() else ", pruned")
-        rows.append(("best student", f"{shlex.quote(str(path))}  ({state})"))
+        path = shlex.quote(str(seen.best_student)) if seen.best_student else "pruned"
+        rows.append(("best student", f"{path}  ({format_accuracy(seen.best)})"))
     return [*rows, ("disk", files.format_bytes(seen.bytes))]
 
 

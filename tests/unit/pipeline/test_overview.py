@@ -1,11 +1,13 @@
 """Runs side by side, and the run that a command takes without an argument."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers.commands import invoke, rewrite_json
 
+from opdctl.artifacts import leases
 from opdctl.pipeline.overview import summarize_run
 from opdctl.runs.run import Run
 
@@ -35,6 +37,28 @@ def test_best_student_is_the_earliest_of_the_highest_accuracy(finished_copy: Pat
     assert f"{finished_copy}/student/step-00002\n" in status
 
 
+def test_state_of_a_run(finished_copy: Path) -> None:
+    def state() -> str:
+        return str(invoke("status", finished_copy, "--json").json()["state"])
+
+    assert state() == "finished"
+    with leases.hold_lease(finished_copy, "train"):
+        assert state() == "running"
+    (finished_copy / "step-00001/update.json").unlink()
+    assert state() == "stopped"
+
+
+def test_status_as_json_names_students_and_size(finished_copy: Path) -> None:
+    rewrite_json(finished_copy / "eval/sort12/step-00001/summary.json", avg=0.99)
+    seen = invoke("status", finished_copy, "--json").json()
+    assert seen["newest_student"] == f"{finished_copy}/student/step-00002"
+    assert (seen["best"], seen["best_student"]) == ([1, 0.99], f"{finished_copy}/student/step-00001")
+    assert seen["bytes"] == sum(path.stat().st_size for path in finished_copy.rglob("*") if path.is_file())
+    shutil.rmtree(finished_copy / "student/step-00001")
+    assert invoke("status", finished_copy, "--json").json()["best_student"] is None
+    assert "pruned  (99.0% @1)" in invoke("status", finished_copy).out
+
+
 def test_folder_of_runs_is_listed(runs: Path, finished_run: Path) -> None:
     """A run that cannot be read does not hide the others."""
     for arguments in (["status", runs], ["list", "runs"]):
@@ -42,6 +66,7 @@ def test_folder_of_runs_is_listed(runs: Path, finished_run: Path) -> None:
         assert shown.code == 0, shown.err
         row = next(line for line in shown.out.splitlines() if "good" in line)
         assert "2/2" in row
+        assert "finished" in row
         assert "broken/run.json" in shown.err
         (listed,) = invoke(*arguments, "--json").json()["runs"]
         expected = summarize_run(Run.load(finished_run))
