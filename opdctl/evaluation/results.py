@@ -128,11 +128,12 @@ def latest_by_benchmark(path: Path) -> dict[str, Evaluation]:
     Raises:
         OpdctlError: there is no finished evaluation.
     """
-    if (path / "summary.json").exists() or not (path / "eval").is_dir():
+    is_run = (path / "run.json").exists() or (path / "eval").is_dir()
+    if (path / "summary.json").exists() or not is_run:
         evaluation = load_evaluation(path)
         return {evaluation.summary["bench"]: evaluation}
     latest = {}
-    for directory in sorted((path / "eval").iterdir()):
+    for directory in sorted(path.glob("eval/*")):
         finished = [step for step in list_steps(directory).values() if (step / "summary.json").exists()]
         if finished:
             latest[directory.name] = load_evaluation(finished[-1])

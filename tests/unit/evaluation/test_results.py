@@ -49,8 +49,12 @@ def test_run_is_compared_with_a_single_evaluation(tmp_path: Path) -> None:
     assert comparison["a"]["path"].endswith("step-00012")
 
 
-def test_run_without_an_evaluated_student_is_rejected(tmp_path: Path) -> None:
-    plant_evaluation(tmp_path / "x" / "eval" / "mine" / "teacher", ONE)
+@pytest.mark.parametrize("is_teacher_evaluated", [True, False])
+def test_run_without_an_evaluated_student_is_rejected(tmp_path: Path, is_teacher_evaluated: bool) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/run.json").touch()
+    if is_teacher_evaluated:
+        plant_evaluation(tmp_path / "x" / "eval" / "mine" / "teacher", ONE)
     with pytest.raises(OpdctlError) as caught:
         compare_evaluations(tmp_path / "x", plant_evaluation(tmp_path / "base", OTHER))
     assert caught.value.kind == "missing_evaluation"
