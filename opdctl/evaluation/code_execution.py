@@ -41,7 +41,8 @@ GT_TIME_LIMIT_FACTOR = 8.0
 LOST = "lost"
 """The status of a response whose sandbox ended itself: by the code, or by the system."""
 MAX_SANDBOXES = 2
-"""How often a response whose sandbox ended itself is run. Then it counts as a crash."""
+"""How often a response or a reference solution is run whose sandbox or process ended itself, by the code or by the
+system. Then it counts as a crash."""
 SPARE_OUTPUT_BYTES, MAX_OUTPUT_FACTOR = 2**16, 4
 """A response may return this many bytes more, and times as many, than its reference solution does."""
 MAX_REFERENCE_BYTES = 2**28
@@ -208,9 +209,17 @@ class _TooLongError(Exception):
 
 
 def _run_reference(gold: str) -> _Reference:
+    task = json.loads(gold)
+    for _ in range(MAX_SANDBOXES):
+        reference = _try_reference(task)
+        if reference.failure != "crash":
+            break
+    return reference
+
+
+def _try_reference(task: dict[str, Any]) -> _Reference:
     from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS
 
-    task = json.loads(gold)
     is_mbpp = task["dataset"] == "mbpp"
     limits = [[float(CODE_TIMEOUT_SECONDS)] * len(task[key]) for key in INPUT_KEYS]
     request = _request(task, limits, code=task["prompt"] + task["canonical_solution"], total_limit=CODE_TIMEOUT_SECONDS)
@@ -252,7 +261,7 @@ def _grade(computed: Future[_Reference], response: str) -> Grade:
     max_bytes = len(json.dumps(answer)) + MAX_OUTPUT_FACTOR * reference.num_bytes + SPARE_OUTPUT_BYTES
     for _ in range(MAX_SANDBOXES):
         code, status = _run_response(reference, request, max_bytes)
-        if status != LOST:
+        if status not in (LOST, "crash"):
             break
     if status == "no_answer":
         return Grade(None, False, status)

@@ -1,6 +1,7 @@
 """Model-generated code in the real sandbox: the verdicts of EvalPlus, and the limits of the programs."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -261,6 +262,24 @@ return x
 def test_hostile_code_is_incorrect_and_affects_no_other_grade(body: str, verdict: str) -> None:
     grades = CODE_GRADER.grade([(json.dumps(SELF_TEST_TASK), program(each)) for each in (body, "return x")])
     assert [(grade.correct, grade.verdict) for grade in grades] == [(False, verdict), (True, "ok")]
+
+
+@needs_sandbox
+@pytest.mark.parametrize("lost", [0, 1])  # the sandbox of the reference solution, or of the response
+@pytest.mark.parametrize("messages", [[], [["code", "def add(x):\n    return sum(x)"], ["end", "crash"]]])
+def test_program_that_the_system_ended_is_run_again(
+    lost: int, messages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code_execution._check_sandbox()
+    numbers, run = itertools.count(), code_execution._run_sandbox
+
+    def run_sandbox(*arguments: Any) -> Any:
+        return (message for message in messages) if next(numbers) == lost else run(*arguments)
+
+    monkeypatch.setattr(code_execution, "_run_sandbox", run_sandbox)
+    grade = graded("def add(x):\n    return sum(x)", ADD)
+    assert (grade.correct, grade.verdict) == (True, "ok")
+    assert next(numbers) == 3
 
 
 def processes_with(mark: str) -> list[Path]:

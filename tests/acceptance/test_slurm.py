@@ -16,6 +16,7 @@ from opdctl.errors import ExitCode
 from opdctl.recipe.load import load_recipe
 
 SCRIPTS = ROOT / "docs/slurm"
+CROSS_SCALE = ROOT / "recipes/cross_scale.toml"
 COMMANDS = {
     "opdctl": f'exec {sys.executable} -m opdctl "$@"',
     "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
@@ -49,6 +50,13 @@ RUN_ARRAY = """
 """Of sbatch: runs the job at once, as Slurm would, all tasks of an array at the same time."""
 
 
+ON_TOY_MODELS = (
+    *("student.model=toy:student", "teacher.model=toy:teacher", "prompts.source=toy:sort12", "prompts.suffix="),
+    *("prompts.limit=1024", 'eval.bench=["sort12"]'),
+)
+"""What lets a recipe of large models be planned without a network."""
+
+
 class Cluster:
     """A directory in which the scripts are submitted, with the commands of Slurm."""
 
@@ -59,6 +67,7 @@ class Cluster:
             (path / name).chmod(0o755)
         overrides = ("rollout.num_parts=4", "train.steps=2", "rollout.max_tokens=40", "train.keep_latest=9")
         (path / "small.toml").write_text(load_recipe([QUICKSTART], [*SMALL, *overrides]).to_toml())
+        (path / "large.toml").write_text(load_recipe([CROSS_SCALE], ON_TOY_MODELS).to_toml())
         self.environment = {**os.environ, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
 
     def submit(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -123,9 +132,9 @@ def test_script_is_valid_bash(script):
     ],
 )
 def test_jobs_have_the_gpus_of_the_recipe(tmp_path, script, arguments, expected):
-    """cross_scale has engines of four GPUs. The last word is the number of processes on a node."""
+    """large.toml, like cross_scale, has engines of four GPUs. The last word is the number of processes on a node."""
     cluster = Cluster(tmp_path)
-    done = cluster.submit(script, "cross_scale", "run", *arguments, NODES="4", GPUS="8", WORKERS="2")
+    done = cluster.submit(script, "large.toml", "run", *arguments, NODES="4", GPUS="8", WORKERS="2")
     assert done.returncode == 0, done.stderr
     jobs = {job[job.index("run") + 2]: job for job in cluster.jobs()}
     assert list(jobs) == list(expected)
@@ -138,7 +147,7 @@ def test_jobs_have_the_gpus_of_the_recipe(tmp_path, script, arguments, expected)
 
 def test_engine_that_is_no_part_of_a_node_is_refused(tmp_path):
     cluster = Cluster(tmp_path)
-    done = cluster.submit("colocated.sh", "cross_scale", "run", GPUS="6")
+    done = cluster.submit("colocated.sh", "large.toml", "run", GPUS="6")
     assert done.returncode == 2
     assert "GPUS=6" in done.stderr
     assert not (tmp_path / "jobs").exists()

@@ -172,7 +172,7 @@ def test_misspelt_benchmark_and_data(home: Path) -> None:
     assert run_pasted(f"opdctl eval {quoted()} --bench {near}", home).code == 0
     (home / "own.jsonl").write_text('{"problem": "ab", "answer": "ab"}\n')
     near = suggestion(invoke("eval", NAME, "--bench", "onw.jsonl"))
-    assert run_pasted(f"opdctl eval {quoted()} --bench {near} --dry-run", home).code == 0
+    assert run_pasted(f"opdctl eval {quoted()} --bench {near} --set eval.suffix= --dry-run", home).code == 0
 
 
 def test_misspelt_weight_and_key(home: Path) -> None:

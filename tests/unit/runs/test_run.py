@@ -159,7 +159,12 @@ def test_students_by_step(finished_copy):
 def test_one_rank_of_a_machine_reads_a_student_to_check_it_once_until_it_changes(finished_copy, monkeypatch):
     """Engines load 61 GB at 30B parameters; every rank would read them twice."""
     run, read = Run.load(finished_copy), []
-    monkeypatch.setattr(directories, "sha256_file", lambda path: read.append(path.name) or files.sha256_file(path))
+
+    def sha256_files(paths: list[Path]) -> dict[Path, str]:
+        read.extend(path.name for path in paths)
+        return files.sha256_files(paths)
+
+    monkeypatch.setattr(directories, "sha256_files", sha256_files)
     for _ in range(2):
         run.student_at(1)
     assert read.count("model.safetensors") == 1
