@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import contents, invoke
+from helpers.commands import contents, invoke, sets
 from helpers.forks import fork, wait
 
 from opdctl.artifacts import files, leases
@@ -71,7 +71,7 @@ def test_trainer_whose_temporary_files_are_gone_has_lost_its_lease(finished_copy
 
 
 EVALUATION = ("eval", "--model", "toy:student", "--bench", "sort12")
-EVAL_SETTINGS = ("--set", "eval.limit=4", "--set", "eval.max_tokens=8", "--set", "eval.num_parts=2")
+EVAL_SETTINGS = sets("eval.limit=4", "eval.max_tokens=8", "eval.num_parts=2", "rollout.engine=transformers")
 
 
 def test_evaluation_that_slept_past_its_lease_writes_no_summary(tmp_path: Path, monkeypatch) -> None:
