@@ -16,10 +16,10 @@ from typing import Any
 from opdctl import console
 from opdctl.artifacts import files
 from opdctl.artifacts.records import ONE_BYTE_EXPERTS
-from opdctl.data.prompts import load_problems
+from opdctl.data.prompts import load_local_problems, load_problems
 from opdctl.environment import resolve_device
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.evaluation.benchmarks import is_of_unknown_plugin
+from opdctl.evaluation.benchmarks import find_benchmark, is_of_unknown_plugin
 from opdctl.models.directory import ModelDir
 from opdctl.models.shapes import count_parameters, read_shape
 from opdctl.pipeline.costs import DTYPE_BYTES, gpus_per_engine, if_known, state_bytes
@@ -148,9 +148,9 @@ def _check(
         check_trainable(student, recipe)
     prompts = recipe.prompts.limit
     with defer_unavailable(unavailable):
-        prompts = _count_prompts(recipe, models)
+        prompts = _count_prompts(recipe, models, asks_hub=not unavailable)
     with defer_unavailable(unavailable):
-        _check_benchmarks(recipe, student)
+        _check_benchmarks(recipe, student, asks_hub=not unavailable)
     with defer_unavailable(unavailable):
         _connect_to_servers(recipe, models)
     warn_of_missing_trackers(recipe)
@@ -182,20 +182,22 @@ def _count_stored(model: ModelDir | None) -> int | None:
     return model.weights.num_parameters if model and model.weights.files else None
 
 
-def _count_prompts(recipe: Recipe, models: Mapping[str, ModelDir]) -> int:
-    problems = load_problems(recipe.prompts)
-    if "student" in models:
+def _count_prompts(recipe: Recipe, models: Mapping[str, ModelDir], *, asks_hub: bool) -> int | None:
+    """Check the prompts. Return their number, without the hub that of the recipe. asks_hub: it answered before."""
+    problems = load_problems(recipe.prompts) if asks_hub else load_local_problems(recipe.prompts)
+    if problems and "student" in models:
         prompts, _ = prepare_prompts(recipe, problems, models["student"])
         check_lengths(recipe, models, prompts)
-    return len(problems)
+    return len(problems) if problems else recipe.prompts.limit
 
 
-def _check_benchmarks(recipe: Recipe, student: ModelDir | None) -> None:
-    """Check the benchmarks that training evaluates."""
+def _check_benchmarks(recipe: Recipe, student: ModelDir | None, *, asks_hub: bool) -> None:
+    """Check the benchmarks that training evaluates. asks_hub: it answered before."""
     from opdctl.evaluation.evaluate import check_benchmark
 
-    for name in recipe.eval.bench if recipe.eval.every_steps else ():
-        if not is_of_unknown_plugin(recipe, name):
+    names = [name for name in recipe.eval.bench if not is_of_unknown_plugin(recipe, name)]
+    for name in names if recipe.eval.every_steps else ():
+        if asks_hub or find_benchmark(name, recipe.eval).source.is_local:
             check_benchmark(recipe, name, student)
 
 

@@ -122,3 +122,18 @@ def test_plan_is_printed_although_the_hub_is_out_of_reach(home: Path) -> None:
     assert (dry.code, dry.kind) == (5, "failed_download")
     assert dry.json()["steps"] > 0
     assert list(home.iterdir()) == [home / "digits.jsonl"]
+
+
+def test_hub_that_is_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request waits for its retries."""
+    asked = []
+
+    def refuse(*arguments: object, **options: object) -> None:
+        asked.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    result = invoke("train", "--recipe", "cross_scale", "--dry-run")
+    assert (result.kind, len(asked)) == ("failed_download", 1)
+    assert result.out.startswith("plan\n")
