@@ -68,8 +68,11 @@ def _report_stop(stop: signals.StopRequested) -> int:
 
 def _report_peer_failure(failure: distributed.Failure | None) -> int:
     """Report that another rank ended, and return the exit code: that of the other rank if it is known."""
-    unknown = "another rank ended without a message, as by SIGKILL; its launcher may name the signal"
-    console.error(f"Failed rank: {failure.message if failure else unknown}", None)
+    if failure:
+        console.error(f"Failed rank: {failure.message}", None)
+    else:
+        hint = "the launcher's output may name the signal; if it is SIGKILL, the usual cause is that memory ran out"
+        console.error("Failed rank: another rank ended without a message, as by a signal", hint)
     return failure.exit_code if failure else ExitCode.FAILED
 
 

@@ -89,7 +89,7 @@ def training(tmp_path) -> Iterator[list[RankProcess]]:
 def test_rank_that_is_killed_ends_the_other_with_one_error(training):
     os.kill(training[1].pid, signal.SIGKILL)
     assert training[0].wait() == ExitCode.FAILED
-    check_one_error(training[0])
+    check_one_error(training[0], "if it is SIGKILL, the usual cause is that memory ran out")
 
 
 def test_rank_that_is_stopped_by_a_signal_ends_the_other_which_names_it(training):
