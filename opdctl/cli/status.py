@@ -13,8 +13,8 @@ from opdctl.cli.session import command_session, named_or_newest_run, print_json
 from opdctl.errors import ExitCode
 
 if TYPE_CHECKING:
+    from opdctl.pipeline.overview import RunOverview
     from opdctl.runs.heartbeats import Heartbeat
-    from opdctl.runs.run import Run
     from opdctl.runs.status import RunStatus
 
 OVERVIEW = ("state", "newest", "best", "newest_student", "best_student", "bytes", "age")
@@ -48,15 +48,16 @@ def status(
             return
         found = collect_status(Run.load(path), verify=verify)
         steps = f"{found.run.current_step()} of {found.run.recipe.train.steps} steps"
-        console.print_fields(f"{path}: {steps}", _rows(found))
+        seen = summarize_run(found.run)
+        console.print_fields(f"{path}: {steps}", _rows(found, seen))
         if json_:
-            seen = summarize_run(found.run).as_dict()
-            print_json({**found.as_dict(), **{name: seen[name] for name in OVERVIEW}})
+            values = seen.as_dict()
+            print_json({**found.as_dict(), **{name: values[name] for name in OVERVIEW}})
         if found.is_corrupt:
             raise typer.Exit(ExitCode.BAD_DATA)
 
 
-def _rows(status: "RunStatus") -> list[tuple[str, str]]:
+def _rows(status: "RunStatus", seen: "RunOverview") -> list[tuple[str, str]]:
     """Return (what, state) rows. The steps before the first unfinished one share a row."""
     from opdctl.runs.status import protocol_differences
 
@@ -77,14 +78,13 @@ def _rows(status: "RunStatus") -> list[tuple[str, str]]:
     rows += [(beat.stage, _describe(beat)) for beat in status.heartbeats]
     for each, protocol in zip(status.summaries, protocol_differences(status.summaries), strict=True):
         rows.append((f"eval {each['bench']}", f"{each['model']}: {each['avg']:.1%}  {protocol}".rstrip()))
-    return [*rows, *_student_rows(run), ("next", status.next_command())]
+    return [*rows, *_student_rows(seen), ("next", status.next_command())]
 
 
-def _student_rows(run: "Run") -> list[tuple[str, str]]:
+def _student_rows(seen: "RunOverview") -> list[tuple[str, str]]:
     """Return the newest and the best student with their directories, and the size of the run."""
-    from opdctl.pipeline.overview import format_accuracy, summarize_run
+    from opdctl.pipeline.overview import format_accuracy
 
-    seen = summarize_run(run)
     rows = [("newest student", shlex.quote(str(seen.newest_student)))] if seen.newest_student else []
     if seen.best:
         path = shlex.quote(str(seen.best_student)) if seen.best_student else "pruned"

@@ -72,7 +72,7 @@ def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
         raise OpdctlError(
             "immutable_setting",
             f"{run.path}: these settings are fixed when a run starts\n{describe_changes(fixed)}",
-            hint=f"start a new run: `{_new_run_command(run, changes)}`",
+            hint=f"start a new run: `{new_run_command(run, changes)}`",
         )
     if run.must_save_trainer_state():
         raise OpdctlError(
@@ -92,7 +92,7 @@ def plan_fork(run: Run, path: Path, recipe: Recipe) -> ForkPlan:
     return ForkPlan(run, path, recipe, step, changes, _reusable_paths(run, step, changes))
 
 
-def _new_run_command(run: Run, changes: Changes) -> str:
+def new_run_command(run: Run, changes: Changes) -> str:
     """Return the command that starts a run with the recipe of another and changed settings."""
     overrides, recipe = as_overrides(changes), run.path / "recipe.toml"
     options = [word for text in overrides or [] for word in ("--set", text)]

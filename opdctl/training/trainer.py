@@ -3,7 +3,6 @@
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
-import json
 import math
 import shlex
 import time
@@ -39,7 +38,7 @@ from opdctl.models.shapes import attention_span, read_shape
 from opdctl.recipe.components import build_objective, build_token_weight, reads_trainer_logprobs
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.registry import plugin_errors
-from opdctl.runs.layout import free_path
+from opdctl.runs.fork import new_run_command
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish, sharding
@@ -484,10 +483,8 @@ def latest_checkpoint(run: Run, done: int) -> int:
     saved = _latest_intact_checkpoint(run, done)
     if lost := [step for step in range(saved, done) if step in run.removed_steps()]:
         why = f"no intact trainer state since step {saved}, and the responses of step {lost[0]} were removed"
-        setting = f"student.model={json.dumps(str(run.student_path(done)), ensure_ascii=False)}"
-        recipe, output = str(run.path / "recipe.toml"), str(free_path(run.path, "new"))
-        words = ["opdctl", "train", "--recipe", recipe, "--set", setting, "--output", output]
-        path, command = shlex.quote(str(run.step_path(lost[0]))), shlex.join(words)
+        command = new_run_command(run, [("student.model", run.recipe.student.model, str(run.student_path(done)))])
+        path = shlex.quote(str(run.step_path(lost[0])))
         hint = f"restore {path} from a copy, or start a new run from the student: `{command}`"
         raise files.corrupt_artifact(run.trainer_path(done), why, hint)
     return saved
