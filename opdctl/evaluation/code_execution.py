@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from opdctl import console
 from opdctl.data.prompts import Problem
@@ -40,9 +40,11 @@ GT_TIME_LIMIT_FACTOR = 8.0
 """Time limit of one input, as a multiple of the time of the reference solution. Source: as above."""
 LOST = "lost"
 """The status of a response whose sandbox ended itself: by the code, or by the system."""
-MAX_SANDBOXES = 2
+MAX_SANDBOXES = 3
 """How often a response or a reference solution is run whose sandbox or process ended itself, by the code or by the
-system. Then it counts as a crash."""
+system. Then it counts as a crash. A sandbox is started as often; then the evaluation ends with an error."""
+START_WAIT_SECONDS = 1.0
+"""Between two starts of a sandbox."""
 SPARE_OUTPUT_BYTES, MAX_OUTPUT_FACTOR = 2**16, 4
 """A response may return this many bytes more, and times as many, than its reference solution does."""
 MAX_REFERENCE_BYTES = 2**28
@@ -58,6 +60,7 @@ SYSTEM_PATHS = (
     "/nix/store",
 )
 """What Python needs besides its directories. The code can read these, and nothing else."""
+SANDBOX_HINT = "use Linux as root or with user namespaces; in a container, allow it to make namespaces"
 INPUT_KEYS = ("base_input", "plus_input")
 TASK_KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 Dataset = Literal["humaneval", "mbpp"]
@@ -303,7 +306,9 @@ def _compare(reference: _Reference, lines: Iterator[list[Any]]) -> str:
         if kind == "error":
             return "fail"
         if remaining:
-            return "timeout" if contents == ["timeout"] else "crash"
+            ending, exit_code = contents
+            console.debug(f"code of {task['task_id']}: {ending}, exit code {exit_code}")
+            return "timeout" if ending == "timeout" else "crash"
     return "pass"
 
 
@@ -333,14 +338,36 @@ def _request(
 # ── Sandbox ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _run_sandbox(request: dict[str, Any], max_bytes: int, errors: int = subprocess.DEVNULL) -> Generator[list[Any]]:
+def _run_sandbox(request: dict[str, Any], max_bytes: int, errors: IO[bytes] | None = None) -> Generator[list[Any]]:
     """Run a request in the sandbox and yield the messages of code_sandbox.py; closing ends the sandbox.
 
+    Args:
+        errors: a file for what the walls write to stderr.
+
     Raises:
+        OpdctlError: the sandbox does not start.
         subprocess.TimeoutExpired: it does not end in time.
         MalformedValueError: what it writes is not as code_sandbox.py writes it.
         _TooLongError: it writes more than `max_bytes`.
     """
+    with contextlib.ExitStack() as files:
+        errors = errors or files.enter_context(tempfile.TemporaryFile())
+        for attempt in range(MAX_SANDBOXES):
+            time.sleep(START_WAIT_SECONDS * bool(attempt))
+            with contextlib.closing(_start_sandbox(request, max_bytes, errors)) as messages:
+                if next(messages, None) == ["started"]:
+                    yield from messages
+                    return
+        lines = _lines(errors)
+    raise OpdctlError(
+        "missing_sandbox",
+        f"this system cannot isolate model-generated code: {lines[-1] if lines else 'the sandbox ended at its start'}",
+        hint=SANDBOX_HINT,
+    )
+
+
+def _start_sandbox(request: dict[str, Any], max_bytes: int, errors: IO[bytes]) -> Generator[list[Any]]:
+    """Run a request in one sandbox and yield its messages."""
     deadline = time.monotonic() + CODE_TIMEOUT_SECONDS
     with tempfile.TemporaryDirectory(prefix="opdctl-sandbox-") as root, tempfile.TemporaryFile() as requests:
         requests.write(json.dumps(request).encode())
@@ -356,9 +383,17 @@ def _run_sandbox(request: dict[str, Any], max_bytes: int, errors: int = subproce
         )
         try:
             yield from _messages(process, deadline, max_bytes)
+            if process.wait(max(0.0, deadline - time.monotonic())):
+                reason = "; ".join(_lines(errors)[-1:])
+                console.debug(f"sandbox of {request['task_id']} ended with exit code {process.returncode}: {reason}")
         finally:
             process.kill()
             process.communicate()
+
+
+def _lines(errors: IO[bytes]) -> list[str]:
+    errors.seek(0)
+    return errors.read().decode(errors="replace").splitlines()
 
 
 def _messages(process: subprocess.Popen[bytes], deadline: float, max_bytes: int) -> Iterator[list[Any]]:
@@ -411,20 +446,19 @@ def _check_sandbox() -> None:
     request = _request(
         SELF_TEST_TASK, [[10.0], [10.0]], response=SELF_TEST_TASK["prompt"] + SELF_TEST_TASK["canonical_solution"]
     )
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+    with tempfile.TemporaryFile() as errors:
         try:
-            with contextlib.closing(_run_sandbox(request, SPARE_OUTPUT_BYTES, errors.fileno())) as messages:
+            with contextlib.closing(_run_sandbox(request, SPARE_OUTPUT_BYTES, errors)) as messages:
                 values = [message[2] for message in messages if message[0] == "value"]
             reason = "a program returned wrong values in it"
         except (OSError, subprocess.TimeoutExpired, MalformedValueError) as error:
             values, reason = [], str(error)
-        errors.seek(0)
-        lines = errors.read().splitlines()
+        lines = _lines(errors)
     if values != [1, 2]:
         raise OpdctlError(
             "missing_sandbox",
             f"this system cannot isolate model-generated code: {lines[-1] if lines else reason}",
-            hint="use Linux as root or with user namespaces; in a container, allow it to make namespaces",
+            hint=SANDBOX_HINT,
         )
     for line in lines:
         if line.startswith(code_walls.WARNING_PREFIX):

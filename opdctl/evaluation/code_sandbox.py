@@ -3,10 +3,11 @@
 It imports nothing of opdctl, and knows neither expected values nor verdicts: whatever the code does to this process, it
 can only change which values leave it. It reads one JSON object from stdin and writes JSON lines to stdout:
 
-    ["code", code]              first: the code that EvalPlus' `sanitize` extracts from the response
+    ["started"]                 first
+    ["code", code]              the code that EvalPlus' `sanitize` extracts from the response
     ["value", seconds, value]   for each input: the encoded return value
     ["error"]                   the code raised an exception; no more inputs are run
-    ["end", status]             after each set of inputs; status: ended, crash or timeout
+    ["end", status, exit code]  after each set of inputs; status: ended, crash or timeout; -N is signal N
 
 Values are encoded by `encode` and decoded by code_values.py.
 """
@@ -43,6 +44,7 @@ def serve_request() -> None:
     sys.modules["datasets"].load_dataset = None  # type: ignore[attr-defined]
     request = json.load(sys.stdin)
     os.dup2(sys.stdout.fileno(), RESULT_FD)
+    _emit(["started"])
     if request["code"] is None:
         request["code"] = extract_code(request["response"], request["entry_point"])
     _emit(["code", request["code"]])
@@ -58,7 +60,7 @@ def serve_request() -> None:
         if not child:
             _confine()
             _run_inputs(request, inputs, limits)
-        _emit(["end", _wait(child, request["total_limit"] or min(60, sum(limits)) + 2)])
+        _emit(["end", *_wait(child, request["total_limit"] or min(60, sum(limits)) + 2)])
 
 
 def _inputs(request: dict[str, Any]) -> list[Any]:
@@ -69,16 +71,16 @@ def _inputs(request: dict[str, Any]) -> list[Any]:
     return [mbpp_deserialize_inputs(request["task_id"], inputs) for inputs in request["inputs"]]
 
 
-def _wait(child: int, seconds: float) -> str:
-    """Return how the process ended, after `seconds` by force."""
+def _wait(child: int, seconds: float) -> tuple[str, int]:
+    """Return how the process ended, after `seconds` by force, and its exit code."""
     deadline = time.monotonic() + seconds
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return "timeout"
+            return "timeout", -signal.SIGKILL
         time.sleep(WAIT_SECONDS)
-    return "crash" if ended[1] else "ended"
+    return "crash" if ended[1] else "ended", os.waitstatus_to_exitcode(ended[1])
 
 
 def _confine() -> None:

@@ -122,7 +122,8 @@ return 0
 """
 DESCRIPTORS = """
 import os
-lines = ['["value", 0.0, true]', '["end", "ended"]', '["pass"]', '{"status": "pass", "code": ""}', '["value", 0, NaN]']
+lines = ['["value", 0.0, true]', '["end", "ended", 0]', '["end", "ended"]', '["pass"]']
+lines += ['{"status": "pass", "code": ""}', '["value", 0, NaN]']
 for descriptor in range(64):
     for line in lines:
         try:
@@ -136,7 +137,7 @@ import os, sys
 program = """
 import os
 for fd in range(9):
-    try: os.write(fd, b'["end", "ended"]\\n' * 9)
+    try: os.write(fd, b'["end", "ended", 0]\\n' * 9)
     except OSError: pass
 """
 os.execv(sys.executable, [sys.executable, "-c", program])

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from helpers.code_sandbox import needs_sandbox
 
+from opdctl import console
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import code_execution, code_walls
 from opdctl.evaluation.code_execution import CODE_GRADER, SELF_TEST_TASK
@@ -260,13 +261,14 @@ return x
     ],
 )
 def test_hostile_code_is_incorrect_and_affects_no_other_grade(body: str, verdict: str) -> None:
-    grades = CODE_GRADER.grade([(json.dumps(SELF_TEST_TASK), program(each)) for each in (body, "return x")])
+    with console.settings(level=1, is_stdout_json=False):  # what ended the code is shown if the test fails
+        grades = CODE_GRADER.grade([(json.dumps(SELF_TEST_TASK), program(each)) for each in (body, "return x")])
     assert [(grade.correct, grade.verdict) for grade in grades] == [(False, verdict), (True, "ok")]
 
 
 @needs_sandbox
 @pytest.mark.parametrize("lost", [0, 1])  # the sandbox of the reference solution, or of the response
-@pytest.mark.parametrize("messages", [[], [["code", "def add(x):\n    return sum(x)"], ["end", "crash"]]])
+@pytest.mark.parametrize("messages", [[], [["code", "def add(x):\n    return sum(x)"], ["end", "crash", -9]]])
 def test_program_that_the_system_ended_is_run_again(
     lost: int, messages: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +282,27 @@ def test_program_that_the_system_ended_is_run_again(
     grade = graded("def add(x):\n    return sum(x)", ADD)
     assert (grade.correct, grade.verdict) == (True, "ok")
     assert next(numbers) == 3
+
+
+@needs_sandbox
+@pytest.mark.parametrize("failures", [2, 3])
+def test_sandbox_that_does_not_start_is_started_again_and_no_grade(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code_execution._check_sandbox()
+    start, numbers = subprocess.Popen, itertools.count()
+
+    def start_or_fail(command: list[str], **options: Any) -> Any:
+        failing = [sys.executable, "-c", "import sys; sys.exit('no memory')"]
+        return start(failing if next(numbers) < failures else command, **options)
+
+    monkeypatch.setattr(code_execution, "START_WAIT_SECONDS", 0)
+    monkeypatch.setattr(subprocess, "Popen", start_or_fail)
+    if failures < code_execution.MAX_SANDBOXES:
+        assert graded("def add(x):\n    return sum(x)", ADD).correct
+    else:
+        with pytest.raises(OpdctlError, match="isolate model-generated code: no memory"):
+            graded("def add(x):\n    return sum(x)", ADD)
 
 
 def processes_with(mark: str) -> list[Path]:
