@@ -9,7 +9,8 @@ A plugin registers components with the decorators of the registries:
     class Mine(Weight): ...
 """
 
-from opdctl.evaluation.benchmarks import Benchmark, Columns, Hub, Table
+from opdctl.data.columns import Columns
+from opdctl.evaluation.benchmarks import Benchmark, Hub, Table
 from opdctl.evaluation.graders import Text
 from opdctl.losses.objectives import Divergence, Objective, PolicyGradient, TokenBatch
 from opdctl.losses.token_weights import Floats, ResponseTokens, Weight

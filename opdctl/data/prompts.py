@@ -9,6 +9,7 @@ from typing import Any
 
 from opdctl.artifacts.records import Prompt
 from opdctl.data.cells import parse_cell, read_cell
+from opdctl.data.columns import PROMPT_COLUMNS, find_prompt
 from opdctl.data.messages import Message, parse_messages
 from opdctl.data.rendering import PromptRenderer
 from opdctl.data.tables import TableRow, load_from_hub, read_table
@@ -174,7 +175,8 @@ def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
     name: Any = number - 1
     if settings.id_column:
         name = read_cell(row, settings.id_column, "prompts.id_column", location)
-    *earlier, last = _messages_of(row, settings.prompt_column, "prompts.prompt_column", location)
+    names = (settings.prompt_column,) if settings.prompt_column else PROMPT_COLUMNS
+    *earlier, last = parse_messages(*find_prompt(row, names, "prompts.prompt_column", location))
     problem = Problem(
         parse_cell(name, f"{location}: `{settings.id_column}`"),
         _with_suffix(last.text, settings),
@@ -185,12 +187,9 @@ def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
     )
     if settings.teacher_prompt_column is None:
         return problem
-    *earlier, last = _messages_of(row, settings.teacher_prompt_column, "prompts.teacher_prompt_column", location)
+    names = (settings.teacher_prompt_column,)
+    *earlier, last = parse_messages(*find_prompt(row, names, "prompts.teacher_prompt_column", location))
     return replace(problem, teacher_text=_with_suffix(last.text, settings), teacher_earlier=tuple(earlier))
-
-
-def _messages_of(row: TableRow, column: str, key: str, location: str) -> tuple[Message, ...]:
-    return parse_messages(read_cell(row, column, key, location), f"{location}: `{column}`")
 
 
 def _with_suffix(text: str, settings: Prompts) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from opdctl.data.cells import parse_cell
+from opdctl.data.columns import Columns, find_cell, find_prompt
 from opdctl.data.messages import parse_messages
 from opdctl.data.prompts import Problem
 from opdctl.data.tables import TableRow, load_from_hub, read_table
 from opdctl.data.toy import TASKS
 from opdctl.data.toy.task import Task
-from opdctl.errors import OpdctlError, did_you_mean
+from opdctl.errors import OpdctlError
 from opdctl.evaluation import code_execution
 from opdctl.evaluation.graders import BOX_GRADERS, MATH_GRADER, Grader, Text
 from opdctl.recipe.schema import (
@@ -93,42 +94,19 @@ class Benchmark:
         return problems
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names that each column may have, tried in order. If there is no id column, the row number is the id."""
+def read_problems(rows: Iterator[TableRow], columns: Columns, location: str) -> Iterator[Problem]:
+    """Yield the problem of each row. location: of the rows, for errors.
 
-    id: tuple[str, ...] = ("id", "problem_idx", "unique_id")
-    problem: tuple[str, ...] = ("problem", "question", "prompt")
-    answer: tuple[str, ...] = ("answer", "final_answer")
-
-    def problems(self, rows: Iterator[TableRow], location: str) -> Iterator[Problem]:
-        """Yield the problem of each row. location: of the rows, for errors.
-
-        Raises:
-            OpdctlError: a row has no problem or no answer.
-        """
-        for number, row in enumerate(rows, 1):
-            at = f"{location}: row {number}"
-            name = _read_cell(row, self.id, at) if set(self.id) & {*row} else (number - 1, at)
-            cell, at_problem = _read_cell(row, self.problem, at)
-            *earlier, last = parse_messages(cell, at_problem)
-            answer = parse_gold(*_read_cell(row, self.answer, at))
-            yield Problem(parse_cell(*name), last.text, answer, row=number, earlier=tuple(earlier))
-
-
-def _read_cell(row: TableRow, columns: tuple[str, ...], location: str) -> tuple[Any, str]:
-    """Return the first cell that is not null, and where it is, for errors."""
-    present = [column for column in columns if column in row]
-    for column in present:
-        if row[column] is not None:
-            return row[column], f"{location}: `{column}`"
-    if present:
-        raise OpdctlError("invalid_data", f"{location}: `{present[0]}` is null")
-    raise OpdctlError(
-        "invalid_data",
-        f"{location}: no column {', '.join(columns)}; the columns are {', '.join(row)}{did_you_mean(columns[0], row)}",
-        hint="name the columns by eval.id_column, eval.problem_column and eval.answer_column",
-    )
+    Raises:
+        OpdctlError: a row has no problem or no answer.
+    """
+    for number, row in enumerate(rows, 1):
+        at = f"{location}: row {number}"
+        has_id = len(columns.id) == 1 or bool({*columns.id} & {*row})
+        name = find_cell(row, columns.id, "eval.id_column", at) if has_id else (number - 1, at)
+        *earlier, last = parse_messages(*find_prompt(row, columns.problem, "eval.problem_column", at))
+        answer = parse_gold(*find_cell(row, columns.answer, "eval.answer_column", at))
+        yield Problem(parse_cell(*name), last.text, answer, row=number, earlier=tuple(earlier))
 
 
 def parse_gold(answer: Any, location: str) -> str:
@@ -158,10 +136,10 @@ class Hub:
 
     def problems(self, name: str, limit: int | None, data: Path | None) -> Iterator[Problem]:
         if data is not None:
-            return Columns().problems(read_table(benchmark_file(name, data)), str(data))
+            return read_problems(read_table(benchmark_file(name, data)), Columns(), str(data))
         hint = f"give a local copy by --data FILE_OR_DIR, such as {name}.jsonl; or run it once with a network"
         rows = load_from_hub(self.id, self.split, self.revision, f"--bench {name}", subset=self.subset, hint=hint)
-        return Columns().problems(rows, self.id)
+        return read_problems(rows, Columns(), self.id)
 
 
 def benchmark_file(name: str, data: Path) -> Path:
@@ -205,7 +183,7 @@ class Table:
     is_local: bool = True
 
     def problems(self, name: str, limit: int | None, data: Path | None) -> Iterator[Problem]:
-        return self.columns.problems(read_table(Path(self.location).expanduser()), self.location)
+        return read_problems(read_table(Path(self.location).expanduser()), self.columns, self.location)
 
 
 @dataclass(frozen=True)

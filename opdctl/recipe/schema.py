@@ -106,9 +106,10 @@ class Prompts(Section):
     id_column: str | None = None
     """Column of unique prompt ids; the row number if unset. As in all columns, a dot leads to a field of a column:
     `extra_info.index`."""
-    prompt_column: str = "prompt"
+    prompt_column: str | None = None
     """Column of the prompt: a text, or a list of chat messages `{"role": …, "content": …}`, of which the last must be
-    the user's."""
+    the user's. If unset, it is the first of `prompt`, `messages`, `conversations`, `problem`, `question` and
+    `instruction` that is not null; a non-empty `input` beside `instruction` follows it in a paragraph below."""
     answer_column: str | None = None
     """Column of the gold answer, which is copied into the run."""
     teacher_column: str | None = None
@@ -362,7 +363,7 @@ class Eval(Sampling):
     id_column: str | None = None
     """Column of the problem ids in a benchmark file; `id`, or the row number, if unset."""
     problem_column: str | None = None
-    """Column of the problem text in a benchmark file; `problem`, `question` or `prompt` if unset."""
+    """Column of the problem in a benchmark file. If unset, it is found as `prompts.prompt_column` is."""
     answer_column: str | None = None
     """Column of the gold answers in a benchmark file; `answer` if unset."""
     allow_code_execution: bool = False

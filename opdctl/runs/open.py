@@ -98,13 +98,17 @@ def standalone_eval_run(recipe: Recipe, path: Path) -> Run:
 
 
 def resolve_open_settings(recipe: Recipe, path: Path, sections: Sequence[str] = ("rollout", "score")) -> Recipe:
-    """Return the recipe with what it leaves open and the run in `path` was started with: an engine for each `auto`,
-    and the number of parts. Of a new run the engine is the best available on this machine, which is logged."""
+    """Return the recipe with what it leaves open and the run in `path` was started with: an engine for each `auto`, the
+    number of parts, and the column of the prompts. Of a new run the engine is the best available on this machine,
+    which is logged."""
     recorded = read_recipe(path) if (path / "recipe.toml").exists() else None
     update = {}
     if recorded and "num_parts" not in recipe.rollout.model_fields_set:
         num_parts = {"num_parts": recorded.rollout.num_parts}
         recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=num_parts)})
+    if recorded and recipe.prompts.prompt_column is None:
+        column = {"prompt_column": recorded.prompts.prompt_column}  # earlier versions recorded a default
+        recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=column)})
     for section in sections:
         settings = getattr(recipe, section)
         if settings.engine == AUTO:

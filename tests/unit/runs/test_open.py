@@ -197,6 +197,16 @@ def test_auto_engine_is_what_is_installed_and_then_what_the_run_recorded(
     assert resolve_open_settings(recipe, finished_run).rollout.engine == "transformers"
 
 
+def test_column_of_a_run_that_recorded_the_default_of_earlier_versions(finished_copy):
+    recorded = finished_copy / "recipe.toml"
+    unset = load_recipe([recorded])
+    recorded.write_text(recorded.read_text().replace("[prompts]", '[prompts]\nprompt_column = "prompt"'))
+    assert unset.prompts.prompt_column is None
+    assert open_run(unset, finished_copy).recipe.prompts.prompt_column == "prompt"
+    other = load_recipe([recorded], ["prompts.prompt_column=question"])
+    assert error_of(lambda: open_run(other, finished_copy)).kind == "recipe_mismatch"
+
+
 def test_standalone_evaluation_has_no_models_of_a_run(small, tmp_path):
     run = standalone_eval_run(small(), tmp_path)
     assert (run.path, run.models, run.digests, run.prompts_digest) == (tmp_path, {}, {}, None)
