@@ -72,10 +72,12 @@ def compare(
     opdctl compare runs/uniform-0 runs/uniform-1 runs/iw_opd-0 runs/iw_opd-1 --table --at best --format latex
     """
     with command_session(verbose, as_json=json_):
+        from opdctl.recipe.schema import benchmark_directory
+
         options = {"--target": target is not None, "--output": output is not None, "--table": table}
         are_runs = _check_usage(paths, options)
         _check_table_options(table, at, format_, target, json_)
-        benches = None if bench is None else split_names(bench)
+        benches = None if bench is None else [benchmark_directory(name) for name in split_names(bench)]
         comparison: dict[str, Any] = {"evaluations": [], "curves": [], "table": None, "files": []}
         if len(paths) == 2 and not table:
             comparison["evaluations"] = _compare_evaluations(paths[0], paths[1], benches)

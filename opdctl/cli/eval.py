@@ -43,7 +43,7 @@ Benchmarks = Annotated[
     typer.Option(
         "--bench",
         metavar="A,B,…",
-        help="Benchmarks, or files of problems. Default: the recipe's.",
+        help="Benchmarks, files of problems, or `hub:ORG/NAME:SUBSET`. Default: the recipe's.",
         autocompletion=completion.complete_benchmarks,
     ),
 ]

@@ -68,7 +68,7 @@ def _list_benchmarks() -> list[dict[str, Any]]:
         for each in benchmarks
     ]
     _print("benchmarks", rows)
-    console.answer("or a file of problems: --bench mine.jsonl (.parquet, .csv)")
+    console.answer("or a file of problems: --bench mine.jsonl (.parquet, .csv), or a hub data set: hub:ORG/NAME:SUBSET")
     return rows
 
 

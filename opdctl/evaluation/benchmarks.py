@@ -1,8 +1,8 @@
 """Benchmarks: the source of the problems, the form of a prompt, and the grader of an answer. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,12 +19,13 @@ from opdctl.evaluation import code_execution
 from opdctl.evaluation.graders import BOX_GRADERS, MATH_GRADER, Grader, Text
 from opdctl.recipe.schema import (
     COMPRESSED_SUFFIXES,
+    HUB_BENCHMARK_PATTERN,
     TABLE_SUFFIXES,
     TEACHER_NAME_PATTERN,
     Eval,
     Recipe,
-    data_file_stem,
-    is_data_file,
+    benchmark_directory,
+    is_named_by_data,
 )
 from opdctl.registry import BENCHMARKS, are_imported
 
@@ -60,7 +61,8 @@ class Benchmark:
 
     samples: per problem, unless the recipe sets them. answer_format: what the prompt asks for: a \\boxed{} answer, a
     block of code, or no special form. size: the number of problems, if it is fixed. on_track: whether the prefix of a
-    response to a prompt is right so far; None if the task cannot decide that.
+    response to a prompt is right so far; None if the task cannot decide that. selection: settings that select the
+    problems of this benchmark alone, for its protocol and fingerprint.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Benchmark:
     answer_format: Literal["box", "code", "any"] = "box"
     size: int | None = None
     on_track: Callable[[str, str], bool] | None = None
+    selection: Mapping[str, Any] = field(default_factory=dict)
 
     def samples_per_problem(self, settings: Eval) -> int:
         """Return the number of samples per problem; by default 1 at temperature 0, where all are equal."""
@@ -125,21 +128,22 @@ class Hub:
     """A data set of the Hugging Face hub at one revision; the `datasets` library caches it."""
 
     id: str
-    revision: str
+    revision: str | None
     split: str = "test"
     subset: str | None = None
+    columns: Columns = field(default_factory=Columns)
     is_local: bool = False
 
     @property
     def location(self) -> str:
-        return f"{self.id}@{self.revision}"
+        return f"{self.id}@{self.revision}" if self.revision else self.id
 
     def problems(self, name: str, limit: int | None, data: Path | None) -> Iterator[Problem]:
         if data is not None:
-            return read_problems(read_table(benchmark_file(name, data)), Columns(), str(data))
+            return read_problems(read_table(benchmark_file(name, data)), self.columns, str(data))
         hint = f"give a local copy by --data FILE_OR_DIR, such as {name}.jsonl; or run it once with a network"
         rows = load_from_hub(self.id, self.split, self.revision, f"--bench {name}", subset=self.subset, hint=hint)
-        return read_problems(rows, Columns(), self.id)
+        return read_problems(rows, self.columns, self.id)
 
 
 def benchmark_file(name: str, data: Path) -> Path:
@@ -203,29 +207,32 @@ class EvalPlus:
 
 def is_of_unknown_plugin(recipe: Recipe, name: str) -> bool:
     """Whether a benchmark belongs to a plugin that was not imported."""
-    return name not in BENCHMARKS.names() and not is_data_file(name) and not are_imported(recipe.plugins)
+    return name not in BENCHMARKS.names() and not is_named_by_data(name) and not are_imported(recipe.plugins)
 
 
 def find_benchmark(name: str, settings: Eval) -> Benchmark:
-    """Return the registered benchmark `name`, or the benchmark of the file `name`, with the columns of the recipe.
+    """Return the registered benchmark `name`, or that of the file or hub data set `name` with the recipe's columns.
 
     Raises:
         OpdctlError: there is no such benchmark, or the file's name is not allowed.
     """
-    if not is_data_file(name):
+    if not is_named_by_data(name):
         benchmark: Benchmark = BENCHMARKS.get(name)()
         return replace(benchmark, grader=BOX_GRADERS[settings.grader]) if benchmark.grader is MATH_GRADER else benchmark
-    stem = data_file_stem(name)
-    if stem in BENCHMARKS.names():
-        detail = f"{name}: `{stem}` is the name of a registered benchmark"
-        raise OpdctlError("invalid_usage", detail, hint=f"give --bench {stem} --data {name}")
-    if not TEACHER_NAME_PATTERN.fullmatch(stem):
-        detail = f"{name}: the name of a benchmark consists of letters, digits, `_` and `-`"
-        raise OpdctlError("invalid_usage", detail, hint="rename the file")
     chosen = (settings.id_column, settings.problem_column, settings.answer_column)
     defaults = (Columns.id, Columns.problem, Columns.answer)
     columns = Columns(*((column,) if column else names for column, names in zip(chosen, defaults, strict=True)))
-    return Benchmark(stem, Table(name, columns), BOX_GRADERS[settings.grader])
+    label, grader = benchmark_directory(name), BOX_GRADERS[settings.grader]
+    if match := HUB_BENCHMARK_PATTERN.fullmatch(name):
+        source = Hub(match["id"], match["revision"], settings.split, match["subset"], columns)
+        return Benchmark(label, source, grader, selection={"source": name, "split": settings.split})
+    if label in BENCHMARKS.names():
+        detail = f"{name}: `{label}` is the name of a registered benchmark"
+        raise OpdctlError("invalid_usage", detail, hint=f"give --bench {label} --data {name}")
+    if not TEACHER_NAME_PATTERN.fullmatch(label):
+        detail = f"{name}: the name of a benchmark consists of letters, digits, `_` and `-`"
+        raise OpdctlError("invalid_usage", detail, hint="rename the file")
+    return Benchmark(label, Table(name, columns), grader)
 
 
 def _toy(task: Task) -> Benchmark:

@@ -128,6 +128,7 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
         "suffix": benchmark.prompt_suffix(settings),
         "template_arguments": settings.template_arguments,
         "limit": settings.limit,
+        **benchmark.selection,
         "grader": benchmark.grader.name,
         **benchmark.grader.rules,
         "seed": recipe.seed,
@@ -258,7 +259,7 @@ def _check_code_execution(benchmark: Benchmark, settings: Eval) -> None:
 
 
 def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], target: EvalTarget) -> StageDir:
-    rules = {f"eval.{key}": value for key, value in benchmark.grader.rules.items()}
+    rules = {f"eval.{key}": value for key, value in (*benchmark.grader.rules.items(), *benchmark.selection.items())}
     samples = {"eval.samples": benchmark.samples_per_problem(run.recipe.eval)}
     return open_stage_dir(
         run.evaluation_path(benchmark.name, target.name),

@@ -12,6 +12,7 @@ from opdctl.evaluation import statistics
 from opdctl.evaluation.compared_runs import ComparedRun, ResultColumn
 from opdctl.evaluation.results import load_evaluation, load_student_evaluations
 from opdctl.evaluation.statistics import Estimate
+from opdctl.recipe.schema import benchmark_directory
 from opdctl.runs.run import read_recipe
 
 Curve = dict[int, Estimate]
@@ -21,7 +22,7 @@ Curve = dict[int, Estimate]
 def accuracy_curve(path: Path) -> dict[str, Any] | None:
     """Return a run's accuracy by step on its first benchmark, with the accuracies of its teachers; None without one."""
     evaluations = load_student_evaluations(path)
-    in_recipe = [Path(name).stem for name in read_recipe(path).eval.bench]
+    in_recipe = [benchmark_directory(name) for name in read_recipe(path).eval.bench]
     bench = next((name for name in (*in_recipe, *evaluations) if name in evaluations), None)
     if bench is None:
         return None

@@ -27,6 +27,8 @@ PROTOCOL_KEYS = (
     "eos_token_ids",
     "suffix",
     "template_arguments",
+    "source",
+    "split",
     "grader",
     "grader_version",
     "min_time_limit_seconds",
@@ -35,7 +37,7 @@ PROTOCOL_KEYS = (
     "dtype",
 )
 """Keys of the protocol that must be equal for two accuracies to be comparable. A protocol may lack eos_token_ids and
-what belongs to other graders; that of an older summary has no grader_version."""
+what belongs to other graders or benchmarks; that of an older summary has no grader_version."""
 
 
 @dataclass(frozen=True)

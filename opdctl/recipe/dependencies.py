@@ -69,6 +69,8 @@ ADDED_PARAMETERS: dict[str, dict[str, Any]] = {
 }
 """Parameters that were added to token weights since version 5, with the values that older runs used. A recorded recipe
 without them has these values, and a fingerprint contains them only if they differ."""
+BENCHMARK_KEYS = ("eval.split",)
+"""Settings that select the problems of some benchmarks, whose fingerprints contain them: see `Benchmark.selection`."""
 IMMUTABLE_KEYS = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
 """Keys that no fork of a run can change: every artifact of the run depends on them. The remaining keys can change in a
 fork."""
@@ -94,7 +96,7 @@ def unaffected_stages(keys: Iterable[str]) -> list[str]:
 
 def fingerprint_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings in the fingerprint of a stage's artifacts, by dotted key."""
-    excluded = ("eval.every_steps", "eval.bench", "eval.batch_size", "eval.allow_code_execution")
+    excluded = ("eval.every_steps", "eval.bench", "eval.batch_size", "eval.allow_code_execution", *BENCHMARK_KEYS)
     keys = sorted(key for key in recipe.flat() if key.startswith(STAGE_DEPENDENCIES[stage]))
     if stage not in ("eval", "continuations"):
         keys = [key for key in keys if not is_mutable(key)]

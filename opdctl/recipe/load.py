@@ -23,6 +23,7 @@ from opdctl.recipe.schema import (
     Recipe,
     WeightSettings,
     is_data_file,
+    is_named_by_data,
     model_key,
 )
 from opdctl.recipe.validate import combination_errors, component_errors, format_error
@@ -240,7 +241,7 @@ def with_benchmarks(recipe: Recipe, names: Sequence[str]) -> Recipe:
         OpdctlError: a benchmark is unknown.
     """
     for name in names:
-        if not is_data_file(name) and are_imported(recipe.plugins):
+        if not is_named_by_data(name) and are_imported(recipe.plugins):
             BENCHMARKS.get(name)
     bench = [_absolute(name) if is_data_file(name) else name for name in names]
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"bench": bench})})

@@ -29,6 +29,10 @@ MIN_TEMPERATURE = 0.01
 RESPONSES_PER_PART = 32
 """Engines that stream across parts balance by parts of 16 to 32 responses: four for each of 8 engines of 1,024."""
 TEACHER_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,200}")
+HUB_BENCHMARK_PATTERN = re.compile(
+    r"hub:(?P<id>(?:[\w.-]{1,96}/)?[\w.-]{1,96})(?::(?P<subset>[^:@/]{1,96}))?(?:@(?P<revision>[^:@]{1,96}))?", re.ASCII
+)
+"""A data set of the hub as a benchmark: hub:ORG/NAME[:SUBSET][@REVISION]."""
 
 
 class Section(BaseModel):
@@ -333,7 +337,10 @@ class Eval(Sampling):
     """Evaluation on benchmarks."""
 
     bench: list[str] = Field(default=["sort12"], min_length=1)
-    """Benchmarks to run: registered names, or `.jsonl`, `.parquet` or `.csv` files."""
+    """Benchmarks to run: registered names, `.jsonl`, `.parquet` or `.csv` files, or data sets of the hub as
+    `hub:ORG/NAME`, `hub:ORG/NAME:SUBSET`, `hub:ORG/NAME:SUBSET@REVISION`."""
+    split: str = "test"
+    """Split of a benchmark `hub:ORG/NAME`."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature, at least 0.01. 0 is greedy decoding, with one response to each problem."""
     samples: int | None = Field(default=None, gt=0)
@@ -361,11 +368,11 @@ class Eval(Sampling):
     """How to grade answers in a box: by mathematical value (docs/eval.md lists the rules that precede math-verify), by
     math-verify alone, or as exact text."""
     id_column: str | None = None
-    """Column of the problem ids in a benchmark file; `id`, or the row number, if unset."""
+    """Column of the problem ids in a file or hub data set; `id`, or the row number, if unset."""
     problem_column: str | None = None
-    """Column of the problem in a benchmark file. If unset, it is found as `prompts.prompt_column` is."""
+    """Column of the problem in a file or hub data set. If unset, it is found as `prompts.prompt_column` is."""
     answer_column: str | None = None
-    """Column of the gold answers in a benchmark file; `answer` if unset."""
+    """Column of the gold answers in a file or hub data set; `answer` if unset."""
     allow_code_execution: bool = False
     """Let HumanEval+ and MBPP+ run the code that the model wrote, in a sandbox. `opdctl eval --allow-code-execution`
     sets it."""
@@ -585,7 +592,7 @@ def model_key(name: str) -> str:
 
 def is_data_file(name: str) -> bool:
     """Whether the name of a benchmark or of a prompt source is that of a file."""
-    return name.lower().endswith((*TABLE_SUFFIXES, *COMPRESSED_SUFFIXES))
+    return name.lower().endswith((*TABLE_SUFFIXES, *COMPRESSED_SUFFIXES)) and not is_hub_benchmark(name)
 
 
 def data_file_stem(name: str) -> str:
@@ -593,6 +600,23 @@ def data_file_stem(name: str) -> str:
     base = name.rpartition("/")[2]
     *stem, _ = [part for part in base.split(".") if part.lower() not in ("gz", "zst")]
     return ".".join(stem)
+
+
+def is_hub_benchmark(name: str) -> bool:
+    """Whether the name of a benchmark is that of a data set of the hub."""
+    return HUB_BENCHMARK_PATTERN.fullmatch(name) is not None
+
+
+def is_named_by_data(bench: str) -> bool:
+    """Whether a benchmark is a file or a data set of the hub. The others are registered."""
+    return is_data_file(bench) or is_hub_benchmark(bench)
+
+
+def benchmark_directory(name: str) -> str:
+    """Return the name of a benchmark's directory under eval/: `ORG-NAME-SUBSET` of hub:ORG/NAME:SUBSET@REVISION."""
+    if is_hub_benchmark(name):
+        return re.sub(r"[^\w-]", "-", name.removeprefix("hub:").partition("@")[0], flags=re.ASCII)
+    return data_file_stem(name) if is_data_file(name) else name
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

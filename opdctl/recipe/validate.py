@@ -19,6 +19,7 @@ from opdctl.recipe.schema import (
     Section,
     WeightSettings,
     is_data_file,
+    is_named_by_data,
     model_key,
 )
 from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry
@@ -117,7 +118,7 @@ def _name_errors(merged: Mapping[str, Any]) -> Errors:
     names += [("eval.bench", BENCHMARKS, _get(merged, "eval", "bench"))]
     for key, registry, values in names:
         for value in values if isinstance(values, list) else []:
-            if isinstance(value, str) and value not in registry.names() and not is_data_file(value):
+            if isinstance(value, str) and value not in registry.names() and not is_named_by_data(value):
                 errors.append((key, f"unknown {registry.kind} `{value}`{did_you_mean(value, registry.names())}"))
     return errors
 

@@ -28,7 +28,7 @@ from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir, Probe
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
 from opdctl.recipe.load import Purpose, load_recorded_recipe
-from opdctl.recipe.schema import Recipe, data_file_stem, is_data_file
+from opdctl.recipe.schema import Recipe, benchmark_directory
 from opdctl.registry import plugin_file
 from opdctl.runs.layout import list_steps, parse_step, step_name
 
@@ -107,7 +107,7 @@ class Run:
         return self.step_path(step) / "update.json"
 
     def evaluation_path(self, bench: str, target: str) -> Path:
-        return self.path / "eval" / (data_file_stem(bench) if is_data_file(bench) else bench) / target
+        return self.path / "eval" / benchmark_directory(bench) / target
 
     @property
     def metrics_path(self) -> Path:

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,36 @@ def test_local_file_is_evaluated_under_its_name() -> None:
     assert (result.json()["bench"], result.json()["problems"]) == ("mine", 2)
     assert result.json()["verdicts"] == {"no_answer": 8}
     assert result.json()["benchmark"]["source"] == str(Path("mine.csv").resolve())
+
+
+def test_data_set_of_the_hub_is_evaluated_in_a_run(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name has a slash and a colon; every command finds the evaluation by it."""
+    name, directory = "hub:sorters/sort.it:v1@main", "sorters-sort-it-v1"
+    rows = [
+        {"q": problem.prompt, "gold": {"text": problem.answer}} for problem in islice(sort12.problems("test", 0), 4)
+    ]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: rows)
+    options = [
+        *("--bench", name, "--set", "eval.problem_column=q", "--set", "eval.answer_column=gold.text"),
+        *("--set", "eval.suffix=", "--set", "eval.grader=text", "--json"),
+    ]
+    before = contents(finished_copy)
+    plan = invoke("eval", finished_copy, *options, "--dry-run")
+    assert plan.code == 0, plan.err
+    assert (plan.code, plan.json()["benches"][0]["bench"]) == (0, name), plan.err
+    assert contents(finished_copy) == before
+    for step in ("1", "2"):
+        result = invoke("eval", finished_copy, "--step", step, *options)
+        assert result.code == 0, result.err
+        assert (result.json()["bench"], result.json()["problems"]) == (directory, 4)
+        assert result.json()["protocol"]["source"] == name
+    steps = [finished_copy / "eval" / directory / f"step-{step:05d}" for step in (1, 2)]
+    assert invoke("compare", *steps, "--bench", name, "--json").json()["evaluations"][0]["bench"] == directory
+    assert invoke("compare", *steps, "--bench", directory).code == 0
+    assert f"eval {directory}" in invoke("status", finished_copy).out
+    other = invoke("eval", finished_copy, "--step", "2", *options, "--set", "eval.split=train")
+    assert (other.code, other.kind) == (4, "settings_mismatch")
+    assert "eval.split" in other.err
 
 
 @pytest.mark.parametrize("grader", ["mathematics", "math-verify"])

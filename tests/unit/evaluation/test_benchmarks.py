@@ -16,6 +16,7 @@ from opdctl.data.toy.task import split_of
 from opdctl.errors import OpdctlError
 from opdctl.evaluation.benchmarks import Benchmark, Hub, benchmark_file, find_benchmark, parse_gold
 from opdctl.evaluation.graders import MATH_GRADER
+from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.recipe.schema import Eval, Prompts
 from opdctl.registry import BENCHMARKS
 
@@ -270,3 +271,59 @@ def test_directory_is_searched_for_each_format(tmp_path: Path) -> None:
     write(tmp_path / "aime24.parquet")
     assert benchmark_file("aime24", tmp_path) == tmp_path / "aime24.parquet"
     assert benchmark_file("aime24", tmp_path / "any.csv") == tmp_path / "any.csv"
+
+
+# ── Data sets of the hub ─────────────────────────────────────────────────────────────────────────────────────────────
+
+HUB_NAMES = {
+    "hub:openai/gsm8k:main": (("openai/gsm8k", "main", None), "openai-gsm8k-main"),
+    "hub:a/b": (("a/b", None, None), "a-b"),
+    "hub:math-ai/amc23@80815d37": (("math-ai/amc23", None, "80815d37"), "math-ai-amc23"),
+    "hub:cais/mmlu_v1.0:en-US@refs/pr/1": (("cais/mmlu_v1.0", "en-US", "refs/pr/1"), "cais-mmlu_v1-0-en-US"),
+    "hub:squad": (("squad", None, None), "squad"),
+    "hub:a/rows.jsonl": (("a/rows.jsonl", None, None), "a-rows-jsonl"),  # not a file
+}
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_data_set_of_the_hub_is_a_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, object]]:
+        asked.append((args, kwargs))
+        return [{"nr": 7, "frage": [{"role": "user", "content": "1+1?"}], "gold": {"text": "2"}}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    columns = {"id_column": "nr", "problem_column": "frage", "answer_column": "gold.text"}
+    benchmark = find_benchmark(name, Eval(split="validation", grader="text", **columns))
+    (problem,) = benchmark.problems(None, None)
+    (source, subset, revision), directory = HUB_NAMES[name]
+    assert (problem.id, problem.text, problem.answer) == ("7", "1+1?", "2")
+    assert asked == [((source, subset), {"data_files": None, "split": "validation", "revision": revision})]
+    assert (benchmark.name, benchmark.grader.name, benchmark.source.is_local) == (directory, "text", False)
+    assert benchmark.selection == {"source": name, "split": "validation"}
+    assert small_recipe(f'eval.bench=["{name}"]').eval.bench == [name]
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:a b", "hub:a/b/c", "hub:a/b:", "hub:a/b:c:d", "hub:a/b@", "a/b"])
+def test_malformed_name_of_the_hub_is_unknown(name: str) -> None:
+    with pytest.raises(OpdctlError, match=f"unknown benchmark `{name}`"):
+        small_recipe(f'eval.bench=["{name}"]')
+
+
+def test_unavailable_data_set_can_be_given_as_a_file(tmp_path: Path) -> None:
+    benchmark = find_benchmark("hub:openai/gsm8k:main", Eval())
+    with pytest.raises(OpdctlError) as caught:
+        benchmark.problems(None, None)
+    assert caught.value.kind == "failed_download"
+    assert "--bench openai-gsm8k-main: `openai/gsm8k`" in caught.value.message
+    assert "--data FILE_OR_DIR, such as openai-gsm8k-main.jsonl" in str(caught.value.hint)
+    (tmp_path / "openai-gsm8k-main.jsonl").write_text('{"question": "1+1?", "answer": "It is two.\\n#### 2"}\n')
+    (problem,) = benchmark.problems(None, tmp_path)
+    assert (problem.id, problem.text, problem.answer) == ("0", "1+1?", "2")
+
+
+def test_selection_of_a_benchmark_is_in_its_own_fingerprint_only() -> None:
+    fingerprints = [fingerprint_settings(small_recipe(f"eval.split={split}"), "eval") for split in ("test", "train")]
+    assert fingerprints[0] == fingerprints[1]
+    assert find_benchmark("aime24", Eval(split="train")).selection == {}
