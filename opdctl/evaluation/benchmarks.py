@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +17,8 @@ from opdctl.data.toy import TASKS
 from opdctl.data.toy.task import Task
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import code_execution
-from opdctl.evaluation.graders import BOX_GRADERS, MATH_GRADER, Grader, Text
+from opdctl.evaluation.gpqa import read_gpqa
+from opdctl.evaluation.graders import CHOICE_GRADER, GRADERS, MATH_GRADER, Grader, Text
 from opdctl.recipe.schema import (
     COMPRESSED_SUFFIXES,
     HUB_BENCHMARK_PATTERN,
@@ -97,7 +99,10 @@ class Benchmark:
         return problems
 
 
-def read_problems(rows: Iterator[TableRow], columns: Columns, location: str) -> Iterator[Problem]:
+USUAL_COLUMNS = Columns()
+
+
+def read_problems(rows: Iterator[TableRow], location: str, columns: Columns = USUAL_COLUMNS) -> Iterator[Problem]:
     """Yield the problem of each row. location: of the rows, for errors.
 
     Raises:
@@ -125,13 +130,17 @@ def parse_gold(answer: Any, location: str) -> str:
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set of the Hugging Face hub at one revision; the `datasets` library caches it."""
+    """A data set of the Hugging Face hub at one revision; the `datasets` library caches it.
+
+    read: rows and their location → problems. access: what to do if it cannot be downloaded.
+    """
 
     id: str
     revision: str | None
     split: str = "test"
     subset: str | None = None
-    columns: Columns = field(default_factory=Columns)
+    read: Callable[[Iterator[TableRow], str], Iterator[Problem]] = read_problems
+    access: str = "run it once with a network"
     is_local: bool = False
 
     @property
@@ -140,10 +149,10 @@ class Hub:
 
     def problems(self, name: str, limit: int | None, data: Path | None) -> Iterator[Problem]:
         if data is not None:
-            return read_problems(read_table(benchmark_file(name, data)), self.columns, str(data))
-        hint = f"give a local copy by --data FILE_OR_DIR, such as {name}.jsonl; or run it once with a network"
+            return self.read(read_table(benchmark_file(name, data)), str(data))
+        hint = f"give a local copy by --data FILE_OR_DIR, such as {name}.jsonl; or {self.access}"
         rows = load_from_hub(self.id, self.split, self.revision, f"--bench {name}", subset=self.subset, hint=hint)
-        return read_problems(rows, self.columns, self.id)
+        return self.read(rows, self.id)
 
 
 def benchmark_file(name: str, data: Path) -> Path:
@@ -187,7 +196,7 @@ class Table:
     is_local: bool = True
 
     def problems(self, name: str, limit: int | None, data: Path | None) -> Iterator[Problem]:
-        return read_problems(read_table(Path(self.location).expanduser()), self.columns, self.location)
+        return read_problems(read_table(Path(self.location).expanduser()), self.location, self.columns)
 
 
 @dataclass(frozen=True)
@@ -218,13 +227,15 @@ def find_benchmark(name: str, settings: Eval) -> Benchmark:
     """
     if not is_named_by_data(name):
         benchmark: Benchmark = BENCHMARKS.get(name)()
-        return replace(benchmark, grader=BOX_GRADERS[settings.grader]) if benchmark.grader is MATH_GRADER else benchmark
+        is_boxed = benchmark.grader is MATH_GRADER and settings.grader != CHOICE_GRADER.name
+        return replace(benchmark, grader=GRADERS[settings.grader]) if is_boxed else benchmark
     chosen = (settings.id_column, settings.problem_column, settings.answer_column)
     defaults = (Columns.id, Columns.problem, Columns.answer)
     columns = Columns(*((column,) if column else names for column, names in zip(chosen, defaults, strict=True)))
-    label, grader = benchmark_directory(name), BOX_GRADERS[settings.grader]
+    label, grader = benchmark_directory(name), GRADERS[settings.grader]
     if match := HUB_BENCHMARK_PATTERN.fullmatch(name):
-        source = Hub(match["id"], match["revision"], settings.split, match["subset"], columns)
+        read = partial(read_problems, columns=columns)
+        source = Hub(match["id"], match["revision"], settings.split, match["subset"], read)
         return Benchmark(label, source, grader, selection={"source": name, "split": settings.split})
     if label in BENCHMARKS.names():
         detail = f"{name}: `{label}` is the name of a registered benchmark"
@@ -241,6 +252,16 @@ def _toy(task: Task) -> Benchmark:
 
 def _math(name: str, size: int, source: Hub, samples: int = 32) -> Benchmark:
     return Benchmark(name, source, MATH_GRADER, samples, size=size)
+
+
+GPQA = Hub(
+    "Idavidrein/gpqa",
+    "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
+    "train",
+    "gpqa_diamond",
+    read_gpqa,
+    "accept its terms at https://huggingface.co/datasets/Idavidrein/gpqa, set HF_TOKEN and run it once with a network",
+)
 
 
 def _code(name: str, size: int, dataset: code_execution.Dataset) -> Benchmark:
@@ -260,6 +281,7 @@ SHIPPED_BENCHMARKS = (
     _math("gsm8k", 1319, Hub("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", subset="main"), 4),
     _math("minerva", 272, Hub("math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96"), 4),
     _math("olympiadbench", 674, Hub("math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84"), 4),
+    Benchmark("gpqa_diamond", GPQA, CHOICE_GRADER, 4, answer_format="any", size=198),
     _code("humaneval_plus", 164, "humaneval"),
     _code("mbpp_plus", 378, "mbpp"),
 )

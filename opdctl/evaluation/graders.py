@@ -25,6 +25,14 @@ MAX_TASKS_PER_WORKER = 1000
 BOX_OR_BRACE_PATTERN = re.compile(r"\\boxed\s*\{|\\\\|\\[{}]|[{}]")
 GRADABLE_VERDICTS = ("ok", "unparsable")
 """Verdicts of answers that can be compared with other answers."""
+CHOICE = r"\(?([B-HJ]\b|A\b|I\b(?!\s+[a-z]))"
+STATED_CHOICE_PATTERN = re.compile(
+    r"\\boxed\s*\{\s*(?:\\(?:text|textbf|textrm|mathrm|mathbf|bf|rm)\s*\{?\s*)?\(?([A-Ja-j])(?![A-Za-z0-9'_^])"
+    rf"|(?i:answer)(?:[\s:*_\"'$\[{{=]|(?i:is|option|choice|letter)\b)*{CHOICE}"
+)
+"""A letter in a box, or after the word `answer`."""
+LONE_CHOICE_PATTERN = re.compile(r"\(([A-J])\)|^[\W_]*([A-J])[\W_]*$", re.MULTILINE)
+"""A letter in parentheses, or alone on its line."""
 BOX_RULES: dict[str, Any] = {"grader_version": 2}
 """Rules of the graders that read a \\boxed. Version 1 read the last closed one, even if an open one followed."""
 MATH_RULES: dict[str, Any] = {"grader_version": 3}
@@ -83,11 +91,12 @@ class Grader(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """Compares the extracted text with the gold answer, character by character."""
+    """Compares the extracted text with the gold answer, character by character. is_gold: whether any can be equal."""
 
     extract: Callable[[str], str | None]
     rules: dict[str, Any] = field(default_factory=dict)
     name: str = "text"
+    is_gold: Callable[[str], Any] = bool
     runs_code: bool = False
     package: None = None
 
@@ -99,7 +108,7 @@ class Text:
         return [[grade.extracted for grade in grades] for _, grades in problems]
 
     def are_parsable(self, golds: Sequence[str]) -> list[bool]:
-        return [True] * len(golds)
+        return [bool(self.is_gold(gold)) for gold in golds]
 
 
 @dataclass(frozen=True)
@@ -164,13 +173,28 @@ def last_boxed(response: str) -> str | None:
     return None if start is None or end is None else text[start:end].strip(" \t\n$").rstrip(" \t\n$.\\")
 
 
+def last_choice(response: str) -> str | None:
+    """Return the letter of the choice that a response ends with, after any </think>, or None.
+
+    The last letter in a box or after the word `answer` counts; if there is none, the last one in parentheses or alone
+    on its line.
+    """
+    text = response.rpartition("</think>")[2]
+    for pattern in (STATED_CHOICE_PATTERN, LONE_CHOICE_PATTERN):
+        if letters := [one or other for one, other in pattern.findall(text)]:
+            return letters[-1].upper()
+    return None
+
+
 MATH_GRADER = Mathematics()
-BOX_GRADERS: dict[str, Grader] = {
+CHOICE_GRADER = Text(last_choice, name="choice", is_gold=re.compile("[A-J]").fullmatch)
+GRADERS: dict[str, Grader] = {
     "mathematics": MATH_GRADER,
     "math-verify": Mathematics(BOX_RULES.copy(), "math-verify", has_typed_values=False),
     "text": Text(last_boxed, BOX_RULES),
+    "choice": CHOICE_GRADER,
 }
-"""Graders of answers in a box, by the value of eval.grader."""
+"""Graders by the value of eval.grader."""
 
 
 # ── Worker processes ─────────────────────────────────────────────────────────────────────────────────────────────────

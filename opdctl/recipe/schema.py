@@ -364,9 +364,9 @@ class Eval(Sampling):
     num_parts: int = Field(default=8, gt=0, lt=MAX_PARTS)
     """Number of files for the graded responses, at most one for each problem. A part is the unit of resuming and of
     distributing work: engines beyond this number are idle."""
-    grader: Literal["mathematics", "math-verify", "text"] = "mathematics"
-    """How to grade answers in a box: by mathematical value (docs/eval.md lists the rules that precede math-verify), by
-    math-verify alone, or as exact text."""
+    grader: Literal["mathematics", "math-verify", "text", "choice"] = "mathematics"
+    """How to grade answers: in a box by mathematical value (docs/eval.md lists the rules that precede math-verify), by
+    math-verify alone, or as exact text; `choice` by the letter of a choice, of files and hub data sets only."""
     id_column: str | None = None
     """Column of the problem ids in a file or hub data set; `id`, or the row number, if unset."""
     problem_column: str | None = None

@@ -39,6 +39,7 @@ def test_shipped_benchmarks_are_complete() -> None:
         "amc23",
         "minerva",
         "olympiadbench",
+        "gpqa_diamond",
         "humaneval_plus",
         "mbpp_plus",
         *SIZES,
@@ -224,6 +225,8 @@ def test_grader_applies_to_registered_benchmarks_with_mathematics() -> None:
     assert find_benchmark("aime24", Eval()).grader is MATH_GRADER
     assert find_benchmark("aime24", Eval(grader="math-verify")).grader.name == "math-verify"
     assert find_benchmark("sort12", Eval(grader="math-verify")).grader.name == "text"
+    assert find_benchmark("aime24", Eval(grader="choice")).grader is MATH_GRADER  # no benchmark of choices
+    assert find_benchmark("hub:a/b", Eval(grader="choice")).grader.name == "choice"
 
 
 @pytest.mark.parametrize(

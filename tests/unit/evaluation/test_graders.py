@@ -4,7 +4,7 @@ import pytest
 
 from opdctl.data.toy import sort12
 from opdctl.evaluation import graders
-from opdctl.evaluation.graders import BOX_GRADERS, MATH_GRADER, Grade, Text, last_boxed
+from opdctl.evaluation.graders import CHOICE_GRADER, GRADERS, MATH_GRADER, Grade, Text, last_boxed, last_choice
 
 
 def boxed(answer: str) -> str:
@@ -51,6 +51,57 @@ def test_last_box_after_the_thinking_is_the_answer(response: str, answer: str | 
     assert last_boxed(response) == answer
 
 
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("Answer: C", "C"),
+        ("answer: C.", "C"),
+        ("**Answer:** C", "C"),
+        ("**Answer: C**", "C"),
+        ("Answer: $C$", "C"),
+        ("Answer: (C) 5 m", "C"),
+        ("Answer: C) 5 m", "C"),
+        ('{"answer": "C"}', "C"),
+        ("The correct answer is option C.", "C"),
+        ("So the answer is (C), since it is the largest.", "C"),
+        (r"Answer: $\boxed{C}$", "C"),
+        (r"\boxed{C}", "C"),
+        (r"\boxed{c}", "C"),
+        (r"\boxed{(C)}", "C"),
+        (r"\boxed{\text{C}}", "C"),
+        (r"\boxed{\textbf{(C)}\ 12}", "C"),
+        (r"\boxed{C) 10^{-4}}", "C"),
+        ("(C)", "C"),
+        ("I choose (A), no, (C).", "C"),
+        ("It is\n\nC", "C"),
+        ("**C**", "C"),
+        ("Answer: A\nOn reflection, Answer: C", "C"),
+        ("Answer: A. But \\boxed{C}", "C"),
+        ("\\boxed{A}, so Answer: C", "C"),
+        ("Answer: C\n(A) and (B) are too small.", "C"),  # a stated answer precedes a mentioned one
+        ("<think>Answer: A</think>Answer: C", "C"),
+        ("<think>Answer: A", "A"),
+        ("<think>Answer: A</think>", None),
+        ("The answer is a matter of taste", None),
+        ("Answer: I think it is complicated", None),
+        ("Answer: Carbon", None),
+        (r"\boxed{\alpha}", None),
+        (r"\boxed{C_2}", None),
+        ("Compound CD and A", None),
+        ("", None),
+    ],
+)
+def test_last_stated_choice_after_the_thinking_is_the_answer(response: str, letter: str | None) -> None:
+    assert last_choice(response) == letter
+
+
+def test_choices_are_graded_and_voted_on_by_letter() -> None:
+    grades = CHOICE_GRADER.grade([("C", "Answer: C"), ("C", "Answer: B"), ("C", "none")])
+    assert grades == [Grade("C", True, "ok"), Grade("B", False, "ok"), Grade(None, False, "no_answer")]
+    assert CHOICE_GRADER.votes([("C", grades)]) == [["C", "B", None]]
+    assert CHOICE_GRADER.are_parsable(["C", "c", "(C)", "2", ""]) == [True, False, False, False, False]
+
+
 # ── Grades ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -68,7 +119,7 @@ def test_both_verdicts_are_reported() -> None:
     boxes = [(gold, boxed(answer)) for gold, answer in pairs]
     verdicts = [(grade.correct, grade.math_verify) for grade in MATH_GRADER.grade(boxes)]
     assert verdicts == [(True, False), (False, True), (False, True), (True, True)]
-    plain = BOX_GRADERS["math-verify"]
+    plain = GRADERS["math-verify"]
     assert [(grade.correct, grade.math_verify) for grade in plain.grade(boxes)] == [(b, b) for _, b in verdicts]
     assert plain.votes([("1", plain.grade([("1", boxed("x")), ("1", boxed("X"))]))]) == [["x", "x"]]
     assert MATH_GRADER.votes([("1", MATH_GRADER.grade([("1", boxed("x")), ("1", boxed("X"))]))]) == [["x", "X"]]
