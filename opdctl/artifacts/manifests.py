@@ -87,15 +87,29 @@ DEFAULT_PROMPT_ORDER: PromptOrder = "numpy"
 """Of records without an order, which opdctl 0.2.0 wrote."""
 
 
+class SourceRecord(TypedDict):
+    """One source of a mixture with weights: its prompts, and those that it gives to every step. A step takes them from
+    the start of the prompts on, source by source in the order of the record."""
+
+    rows: Annotated[int, Field(gt=0, lt=2**63)]
+    per_step: Annotated[int, Field(gt=0, lt=2**63)]
+
+
 class PromptsRecord(TypedDict):
-    """prompts.parquet. source_sha256: the digest of the file that they were read from, if it was a file. order: a run
-    keeps the one that it was started with."""
+    """prompts.parquet, and held_out.jsonl if prompts are held out.
+
+    source_files: the digests of the local files that the prompts were read from, by path; older runs have only
+    source_sha256, of a single one. order: a run keeps the one that it was started with.
+    """
 
     rows: Count
     dropped: Count
     sha256: Digest
-    source_sha256: Digest | None
+    source_sha256: NotRequired[Digest | None]
+    source_files: NotRequired[dict[str, Digest]]
     order: NotRequired[PromptOrder]
+    sources: NotRequired[dict[str, SourceRecord]]
+    held_out: NotRequired[Digest]
 
 
 class StartRecord(TypedDict):

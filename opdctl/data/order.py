@@ -1,6 +1,8 @@
 """The order of the prompts in each epoch. Imports no torch."""
 
+from collections.abc import Sequence
 from functools import lru_cache
+from operator import itemgetter
 
 import numpy as np
 
@@ -9,7 +11,22 @@ from opdctl.artifacts.manifests import PromptOrder
 UINT32_RANGE = 2**32
 
 
-@lru_cache(maxsize=4)
+def step_order(rule: PromptOrder, sources: Sequence[tuple[int, int]], seed: int, step: int) -> list[int]:
+    """Return the indices of the prompts of a step.
+
+    sources: for each source its prompts and those that it gives to every step. An epoch of a source is as many complete
+    steps as its prompts allow. Prompts of several sources alternate, so that each part of a step has all of them.
+    """
+    first, ranked = 0, []
+    for num_prompts, per_step in sources:
+        epoch, index = divmod(step, num_prompts // per_step)
+        order = epoch_order(rule, num_prompts, seed, epoch)[index * per_step : (index + 1) * per_step]
+        ranked += [((rank + 0.5) / per_step, first + i) for rank, i in enumerate(order)]
+        first += num_prompts
+    return [i for _, i in sorted(ranked, key=itemgetter(0))]
+
+
+@lru_cache(maxsize=16)
 def epoch_order(rule: PromptOrder, num_prompts: int, seed: int, epoch: int) -> tuple[int, ...]:
     """Return the indices of the prompts in the order of an epoch.
 

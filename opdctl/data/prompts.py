@@ -1,21 +1,23 @@
 """Prompts: read from the toy task, a file or the hub, put into the chat template, and tokenized."""
 
-import math
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from opdctl.artifacts.records import Prompt
 from opdctl.data.cells import parse_cell, read_cell
 from opdctl.data.columns import PROMPT_COLUMNS, find_prompt
 from opdctl.data.messages import Message, parse_messages
 from opdctl.data.rendering import PromptRenderer
-from opdctl.data.tables import TableRow, load_from_hub, read_table
+from opdctl.data.sources import LocatedRow, read_source
+from opdctl.data.tables import TableRow
 from opdctl.data.toy import TASKS
 from opdctl.errors import OpdctlError, did_you_mean
-from opdctl.recipe.schema import TABLE_SUFFIXES, Prompts, is_data_file, teacher_name
+from opdctl.recipe.schema import MixedSource, Prompts, PromptSource, is_local, teacher_name
 
 MAX_LISTED_PROMPTS = 5  # in an error message
 
@@ -25,7 +27,7 @@ class Problem:
     """A prompt before the chat template.
 
     text: the user's message. answer: the gold answer, if there is one. teacher: the name of its teacher in a run with
-    several. teacher_text: the teacher's version of the text, if it differs. row: its number in the source, from 1.
+    several. teacher_text: the teacher's version of the text, if it differs. location: the file and the row, for errors.
     earlier, teacher_earlier: the messages of the chat before `text` and `teacher_text`.
     """
 
@@ -34,14 +36,12 @@ class Problem:
     answer: str | None
     teacher: str | None = None
     teacher_text: str | None = None
-    row: int | None = field(default=None, compare=False)
+    location: str = field(default="", compare=False)
     earlier: tuple[Message, ...] = ()
     teacher_earlier: tuple[Message, ...] = ()
 
-    def location(self, source: str) -> str:
-        """Return where the prompt is, for errors."""
-        row = f"row {self.row}: " if self.row is not None else ""
-        return f"{source}: {row}prompt `{self.id}`"
+    def __str__(self) -> str:
+        return f"{self.location}: prompt `{self.id}`" if self.location else f"prompt `{self.id}`"
 
 
 def tokenize(
@@ -58,7 +58,7 @@ def tokenize(
     prompts: list[Prompt] = []
     too_long: list[tuple[str, int]] = []
     for problem in problems:
-        location = problem.location(settings.location)
+        location = str(problem)
         prompt_ids = renderer.token_ids(problem.text, location, problem.earlier)
         teacher_ids = None
         if problem.teacher_text is not None:
@@ -68,92 +68,111 @@ def tokenize(
         if max(lengths) > settings.max_tokens:
             too_long.append((problem.id, max(lengths)))
         elif not min(lengths):
-            raise OpdctlError("invalid_data", f"{settings.location}: prompt `{problem.id}` has no tokens")
+            raise OpdctlError("invalid_data", f"{location} has no tokens")
         else:
-            teacher = _teacher_of(problem, settings, teachers)
+            teacher = _teacher_of(problem, teachers)
             prompts.append(Prompt(problem.id, prompt_ids, problem.answer, teacher, teacher_ids))
     if too_long and settings.on_too_long == "error":
         shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:MAX_LISTED_PROMPTS])
         raise OpdctlError(
             "invalid_data",
-            f"{settings.location}: {len(too_long)} prompts exceed prompts.max_tokens = {settings.max_tokens}: {shown}",
+            f"{settings.names}: {len(too_long)} prompts exceed prompts.max_tokens = {settings.max_tokens}: {shown}",
             hint='raise prompts.max_tokens, or set prompts.on_too_long = "drop"',
         )
     if not prompts:
-        raise OpdctlError("invalid_data", f"{settings.location}: no prompts left after filtering")
+        raise OpdctlError("invalid_data", f"{settings.names}: no prompts left after filtering")
     return prompts, len(too_long)
 
 
-def _teacher_of(problem: Problem, settings: Prompts, teachers: Sequence[str]) -> str:
+def _teacher_of(problem: Problem, teachers: Sequence[str]) -> str:
     if problem.teacher is None:
         return teachers[0]
     if (name := teacher_name(problem.teacher)) not in teachers:
         known = [teacher.removeprefix(teacher_name("")) for teacher in teachers]
         raise OpdctlError(
             "invalid_data",
-            f"{settings.location}: prompt `{problem.id}`: no teacher `{problem.teacher}`"
-            f"{did_you_mean(problem.teacher, known)}",
-            hint=f"put a name of [teachers] into column `{settings.teacher_column}`",
+            f"{problem}: no teacher `{problem.teacher}`{did_you_mean(problem.teacher, known)}",
+            hint="put a name of [teachers] into the column of prompts.teacher_column",
         )
     return name
 
 
 def load_problems(settings: Prompts) -> list[Problem]:
-    """Read the prompts of the recipe, and check every row.
+    """Read the prompts of the recipe, source by source, and check every row.
 
     Raises:
-        OpdctlError: a row or the source is invalid, or the download fails.
+        OpdctlError: a row or a source is invalid, or a download fails.
     """
-    problems = load_local_problems(settings)
-    if problems is not None:
-        return problems
-    source, files = settings.source, settings.data_files
-    rows = load_from_hub(source, settings.split, settings.revision, "prompts.source", data_files=files)
-    return _parse_rows(rows, settings)
+    problems: list[Problem] = []
+    for name, source in settings.parts().items():
+        part = _load_part(source, f"prompts.sources.{name}" if name else "prompts", settings.shuffle_seed)
+        teacher = source.teacher if isinstance(source, MixedSource) else None
+        problems += [
+            replace(problem, id=f"{name}/{problem.id}" if name else problem.id, teacher=teacher or problem.teacher)
+            for problem in part
+        ]
+    return problems
 
 
 def load_local_problems(settings: Prompts) -> list[Problem] | None:
-    """Read toy or local prompts, or return None for a hub data set. Raises OpdctlError as `load_problems` does."""
-    if settings.source.startswith("toy:"):
-        return _toy_problems(settings)
-    path = Path(settings.source).expanduser()
-    if is_data_file(settings.source):
-        return _parse_rows(read_table(path), settings)
-    if path.exists():
-        suffixes = " or ".join(TABLE_SUFFIXES)
-        raise OpdctlError("unsupported_setting", f"prompts.source: {path}: the name must end in {suffixes}")
-    return None
+    """Read toy or local prompts, or return None if a source is a hub data set. Raises OpdctlError as `load_problems`
+    does."""
+    are_local = all(source.is_toy or is_local(source.source) for source in settings.parts().values())
+    return load_problems(settings) if are_local else None
 
 
-def _toy_problems(settings: Prompts) -> list[Problem]:
-    task = TASKS.get(settings.source.removeprefix("toy:"))
+def split_held_out(problems: Sequence[Problem], share: float) -> tuple[list[Problem], list[Problem]]:
+    """Return the prompts for training, and those that are held out: a share of the texts, by their hash."""
+    parts: tuple[list[Problem], list[Problem]] = [], []
+    for problem in problems:
+        digest = hashlib.sha256(problem.text.encode()).digest()
+        parts[int.from_bytes(digest[:8], "big") < share * 2**64].append(problem)
+    return parts
+
+
+def _load_part(source: PromptSource, key: str, shuffle_seed: int | None) -> list[Problem]:
+    if source.is_toy:
+        return _toy_problems(source, key)
+    rows = read_source(source, key)
+    if shuffle_seed is None:
+        return _parse_rows(islice(rows, source.limit), source, key)
+    problems = _parse_rows(rows, source, key)
+    order = np.random.default_rng(shuffle_seed).permutation(len(problems))
+    return [problems[i] for i in order[: source.limit]]
+
+
+def _toy_problems(source: PromptSource, key: str) -> list[Problem]:
+    (name,) = source.paths
+    task = TASKS.get(name.removeprefix("toy:"))
     if task is None:
-        known = [f"toy:{name}" for name in TASKS]
-        suggestion = did_you_mean(settings.source, known)
-        raise OpdctlError("unknown_name", f"prompts.source: no toy task `{settings.source}`{suggestion}")
-    for key in ("teacher_column", "teacher_prompt_column"):
-        if getattr(settings, key):
+        known = [f"toy:{each}" for each in TASKS]
+        raise OpdctlError("unknown_name", f"{key}.source: no toy task `{name}`{did_you_mean(name, known)}")
+    for column in ("teacher_column", "teacher_prompt_column"):
+        if getattr(source, column):
             raise OpdctlError(
                 "unsupported_setting",
-                f"prompts.{key}: `{settings.source}` has no columns",
+                f"{key}.{column}: `{name}` has no columns",
                 hint="use prompts from a file or the hub",
             )
     try:
-        stream = task.problems(settings.split, seed=0)
-        return [Problem(p.id, _with_suffix(p.prompt, settings), p.answer) for p in islice(stream, settings.limit)]
+        stream = task.problems(source.split, seed=0)
+        return [
+            Problem(each.id, _with_suffix(each.prompt, source), each.answer, location=name)
+            for each in islice(stream, source.limit)
+        ]
     except ValueError as error:
-        raise OpdctlError("unsupported_setting", f"prompts.split: {error}") from error
+        raise OpdctlError("unsupported_setting", f"{key}.split: {error}") from error
 
 
-def _parse_rows(rows: Iterator[TableRow], settings: Prompts) -> list[Problem]:
+def _parse_rows(rows: Iterator[LocatedRow], settings: PromptSource, key: str) -> list[Problem]:
     problems: list[Problem] = []
-    row_numbers: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     duplicates: list[str] = []
-    for number, row in islice(_filter_rows(rows, settings), settings.limit):
-        problem = _parse_row(row, number, settings)
-        if problem.id in row_numbers:
-            duplicates.append(f"`{problem.id}` of row {row_numbers[problem.id]} in row {number}")
-        row_numbers.setdefault(problem.id, number)
+    for located in rows:
+        problem = _parse_row(located, settings)
+        if problem.id in numbers:
+            duplicates.append(f"`{problem.id}` of row {numbers[problem.id]} in row {located.number}")
+        numbers.setdefault(problem.id, located.number)
         problems.append(problem)
     if duplicates:
         more = ", …" if len(duplicates) > MAX_LISTED_PROMPTS else ""
@@ -164,15 +183,15 @@ def _parse_rows(rows: Iterator[TableRow], settings: Prompts) -> list[Problem]:
             hint="give each prompt a unique id (prompts.id_column), or unset the column to use row numbers",
         )
     if not problems:
-        condition = f"no row satisfies prompts.min_values = {settings.min_values}"
-        reason = condition if settings.min_values else "contains no prompts"
+        condition = f"no row satisfies {key}.where = {settings.where}"
+        reason = condition if settings.where else "contains no prompts"
         raise OpdctlError("invalid_data", f"{settings.location}: {reason}", hint="provide at least one prompt")
     return problems
 
 
-def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
-    location = f"{settings.location}: row {number}"
-    name: Any = number - 1
+def _parse_row(located: LocatedRow, settings: PromptSource) -> Problem:
+    row, location = located.row, located.location
+    name: Any = located.number - 1
     if settings.id_column:
         name = read_cell(row, settings.id_column, "prompts.id_column", location)
     names = (settings.prompt_column,) if settings.prompt_column else PROMPT_COLUMNS
@@ -182,7 +201,7 @@ def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
         _with_suffix(last.text, settings),
         _answer_cell(row, settings, location),
         _teacher_cell(row, settings, location),
-        row=number,
+        location=location,
         earlier=tuple(earlier),
     )
     if settings.teacher_prompt_column is None:
@@ -192,13 +211,13 @@ def _parse_row(row: TableRow, number: int, settings: Prompts) -> Problem:
     return replace(problem, teacher_text=_with_suffix(last.text, settings), teacher_earlier=tuple(earlier))
 
 
-def _with_suffix(text: str, settings: Prompts) -> str:
+def _with_suffix(text: str, settings: PromptSource) -> str:
     """Return the text of a user message with the suffix, which is not repeated."""
     suffix = settings.suffix.rstrip()
     return text if suffix and text.rstrip().endswith(suffix) else text + settings.suffix
 
 
-def _answer_cell(row: TableRow, settings: Prompts, location: str) -> str | None:
+def _answer_cell(row: TableRow, settings: PromptSource, location: str) -> str | None:
     if settings.answer_column is None:
         return None
     answer = read_cell(row, settings.answer_column, "prompts.answer_column", location)
@@ -209,28 +228,10 @@ def _answer_cell(row: TableRow, settings: Prompts, location: str) -> str | None:
     return None if answer is None else parse_cell(answer, f"{location}: `{settings.answer_column}`")
 
 
-def _teacher_cell(row: TableRow, settings: Prompts, location: str) -> str | None:
+def _teacher_cell(row: TableRow, settings: PromptSource, location: str) -> str | None:
     if settings.teacher_column is None:
         return None
     name = read_cell(row, settings.teacher_column, "prompts.teacher_column", location)
     if not isinstance(name, str):
         raise OpdctlError("invalid_data", f"{location}: `{settings.teacher_column}` must be text, got {name!r}")
     return name
-
-
-def _filter_rows(rows: Iterator[TableRow], settings: Prompts) -> Iterator[tuple[int, TableRow]]:
-    """Yield (number from 1, row) of the rows that satisfy `prompts.min_values`."""
-    for number, row in enumerate(rows, 1):
-        location = f"{settings.location}: row {number}"
-        if all(_number(row, column, location) >= minimum for column, minimum in settings.min_values.items()):
-            yield number, row
-
-
-def _number(row: TableRow, column: str, location: str) -> float:
-    value = read_cell(row, column, "prompts.min_values", location)
-    if value is None:
-        return -math.inf  # null satisfies no minimum
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        reason = f"`{column}` (prompts.min_values) must be a number, got {value!r}"
-        raise OpdctlError("invalid_data", f"{location}: {reason}")
-    return value

@@ -146,15 +146,17 @@ def _read_parquet(path: Path) -> Iterator[TableRow]:
         file = pq.ParquetFile(path)
         _check_unique(file.schema_arrow.names, path)
         for batch in file.iter_batches(BATCH_ROWS):
-            columns = {
-                field.name: _to_python(column, field.type) for field, column in zip(batch.schema, batch, strict=True)
-            }
-            yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+            yield from _rows_of(batch)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise OpdctlError("invalid_data", f"{path}: not readable as Parquet: {error}") from error
 
 
-def _to_python(column: pa.Array, kind: pa.DataType) -> list[Any]:
+def _rows_of(batch: pa.RecordBatch | pa.Table) -> Iterator[TableRow]:
+    columns = {field.name: _to_python(column, field.type) for field, column in zip(batch.schema, batch, strict=True)}
+    yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def _to_python(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> list[Any]:
     values: list[Any] = column.to_pylist()
     return [_shorten(value, kind) for value in values] if _has_short_floats(kind) else values
 
@@ -186,7 +188,7 @@ READERS: dict[str, Callable[[Path], Iterator[TableRow]]] = {
 }
 
 
-# ── The hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Data sets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_from_hub(
@@ -208,7 +210,43 @@ def load_from_hub(
     import datasets
 
     try:
-        yield from datasets.load_dataset(source, subset, data_files=data_files, split=split, revision=revision)
+        loaded = datasets.load_dataset(source, subset, data_files=data_files, split=split, revision=revision)
+        yield from _read_dataset(loaded)
     except Exception as error:  # datasets raises its own errors, and those of huggingface_hub, httpx and the OS
         reason = f"`{source}` is not a local file, and the hub request failed: {summarize_exception(error)}"
         raise OpdctlError("failed_download", f"{key}: {reason}", hint=hint) from error
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk` of `datasets`."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def load_from_disk(path: Path, split: str, key: str) -> Iterator[TableRow]:
+    """Yield the rows of a folder that `datasets` saved. `key` names the setting of the split in errors.
+
+    Raises:
+        OpdctlError: it is corrupt, or has no such split.
+    """
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # the errors of datasets, pyarrow, fsspec and the OS
+        raise OpdctlError("invalid_data", f"{path}: not readable by datasets: {summarize_exception(error)}") from error
+    if not isinstance(saved, datasets.DatasetDict):
+        yield from _read_dataset(saved)
+        return
+    if split not in saved:
+        raise OpdctlError(
+            "unsupported_setting",
+            f"{key}: {path}: no split `{split}`{did_you_mean(split, saved)}",
+            hint=f"use one of the splits {', '.join(f'`{name}`' for name in saved)}",
+        )
+    yield from _read_dataset(saved[split])
+
+
+def _read_dataset(dataset: Any) -> Iterator[TableRow]:
+    """Yield the rows of a `datasets.Dataset`. In its Arrow format no image or sound is decoded."""
+    for table in dataset.with_format("arrow").iter(BATCH_ROWS):
+        yield from _rows_of(table)

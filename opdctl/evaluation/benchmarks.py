@@ -114,7 +114,7 @@ def read_problems(rows: Iterator[TableRow], location: str, columns: Columns = US
         name = find_cell(row, columns.id, "eval.id_column", at) if has_id else (number - 1, at)
         *earlier, last = parse_messages(*find_prompt(row, columns.problem, "eval.problem_column", at))
         answer = parse_gold(*find_cell(row, columns.answer, "eval.answer_column", at))
-        yield Problem(parse_cell(*name), last.text, answer, row=number, earlier=tuple(earlier))
+        yield Problem(parse_cell(*name), last.text, answer, location=at, earlier=tuple(earlier))
 
 
 def parse_gold(answer: Any, location: str) -> str:
@@ -184,7 +184,7 @@ class Toy:
 
     def problems(self, name: str, limit: int | None, data: Path | None) -> Iterator[Problem]:
         for problem in islice(self.task.problems("test", seed=0), limit or TOY_PROBLEMS):
-            yield Problem(problem.id, problem.prompt, problem.answer)
+            yield Problem(problem.id, problem.prompt, problem.answer, location=self.location)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def _problem(dataset: Dataset, task: Any, location: str) -> Problem:
             hint=f"give the file {RELEASES[dataset][0]}.jsonl that EvalPlus publishes",
         )
     gold = json.dumps({"dataset": dataset} | {key: task[key] for key in TASK_KEYS})
-    return Problem(task["task_id"], task["prompt"].strip() + "\n", gold)  # as `evalplus.codegen` asks it
+    text = task["prompt"].strip() + "\n"  # as `evalplus.codegen` asks it
+    return Problem(task["task_id"], text, gold, location=location)
 
 
 def _download_tasks(dataset: Dataset) -> Path:

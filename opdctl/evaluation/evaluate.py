@@ -395,7 +395,7 @@ def _render(
 ) -> list[EvalPrompt]:
     arguments, suffix = settings.template_arguments, benchmark.prompt_suffix(settings)
     renderer = PromptRenderer(model.tokenizer, model.vocab_size, arguments, "eval.template_arguments")
-    return [EvalPrompt(p.id, renderer.token_ids(p.text + suffix, p.location(source), p.earlier)) for p in problems]
+    return [EvalPrompt(p.id, renderer.token_ids(p.text + suffix, str(p), p.earlier)) for p in problems]
 
 
 def _grade(

@@ -27,7 +27,8 @@ from opdctl.pipeline.pruning import is_kept
 from opdctl.pipeline.stage_plan import ModelShapes, StagePlan, plan_stages
 from opdctl.recipe.schema import ModelShape, Recipe, Rollout, Score, Train
 from opdctl.runs.models import check_lengths, prepare_models, print_lines
-from opdctl.runs.open import check_output_dir, check_run, prepare_prompts, resolve_open_settings
+from opdctl.runs.open import check_output_dir, check_run, resolve_open_settings
+from opdctl.runs.prompts import prepare_prompts
 from opdctl.runs.run import Run
 from opdctl.training.tracking import warn_of_missing_trackers
 
@@ -146,7 +147,7 @@ def _check(
         from opdctl.training.policy import check_trainable
 
         check_trainable(student, recipe)
-    prompts = recipe.prompts.limit
+    prompts = recipe.prompts.num_rows
     with defer_unavailable(unavailable):
         prompts = _count_prompts(recipe, models, asks_hub=not unavailable)
     with defer_unavailable(unavailable):
@@ -186,9 +187,10 @@ def _count_prompts(recipe: Recipe, models: Mapping[str, ModelDir], *, asks_hub: 
     """Check the prompts. Return their number, without the hub that of the recipe. asks_hub: it answered before."""
     problems = load_problems(recipe.prompts) if asks_hub else load_local_problems(recipe.prompts)
     if problems and "student" in models:
-        prompts, _ = prepare_prompts(recipe, problems, models["student"])
-        check_lengths(recipe, models, prompts)
-    return len(problems) if problems else recipe.prompts.limit
+        prompts = prepare_prompts(recipe, problems, models["student"])
+        check_lengths(recipe, models, prompts.training)
+        return len(prompts.training)
+    return len(problems) if problems else recipe.prompts.num_rows
 
 
 def _check_benchmarks(recipe: Recipe, student: ModelDir | None, *, asks_hub: bool) -> None:

@@ -68,7 +68,7 @@ def _row(run: Run, version: int, sample_id: str, prompt: Prompt, completion: Com
         prompt_id=prompt.prompt_id,
         prompt_ids=prompt.prompt_ids,
         policy_version=version,
-        source=run.recipe.prompts.source,
+        source=run.recipe.prompts.names,
         teacher=prompt.teacher,
         answer=prompt.answer,
     )

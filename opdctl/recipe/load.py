@@ -17,13 +17,16 @@ from opdctl.recipe.schema import (
     DEFAULT_COMPONENTS,
     DEFAULT_NAME,
     MAX_NAME_CHARS,
+    SOURCE_OPTIONS,
     Component,
     Model,
     ObjectiveSettings,
+    PromptSource,
     Recipe,
     WeightSettings,
     is_data_file,
     is_named_by_data,
+    is_pattern,
     model_key,
 )
 from opdctl.recipe.validate import combination_errors, component_errors, format_error
@@ -32,6 +35,9 @@ from opdctl.registry import BENCHMARKS, OBJECTIVES, WEIGHTS, Registry, are_impor
 Purpose = Literal["read", "repair", "plan", "run"]
 """What a command does with a run: read its artifacts, move corrupt files away, plan its continuation (--dry-run), or
 continue it."""
+
+PROMPTS_KEY = re.compile(r"prompts(\.sources\.[^.]+)?")
+"""The sections with a `source`."""
 
 
 def load_recipe(files: Sequence[Path], overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
@@ -224,8 +230,22 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         if model
     }
     update["teachers"] = {name: resolve(model) for name, model in recipe.teachers.items()}
-    update["prompts"] = recipe.prompts.model_copy(update={"source": _absolute(recipe.prompts.source)})
+    update["prompts"] = recipe.prompts.model_copy(
+        update={
+            "source": _absolute_source(recipe.prompts),
+            "sources": {
+                name: part.model_copy(update={"source": _absolute_source(part)})
+                for name, part in recipe.prompts.sources.items()
+            },
+        }
+    )
     return with_benchmarks(recipe.model_copy(update=update), recipe.eval.bench)
+
+
+def _absolute_source(prompts: PromptSource) -> str | list[str]:
+    """Return the source with absolute paths, of patterns too."""
+    paths = [str(Path(path).expanduser().absolute()) if is_pattern(path) else _absolute(path) for path in prompts.paths]
+    return paths[0] if isinstance(prompts.source, str) else paths
 
 
 def _absolute(source: str) -> str:
@@ -287,9 +307,8 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
             if default is not None and "name" in value and value["name"] != into[name].get("name", default):
                 # A new component does not inherit the parameters of the previous one.
                 into[name] = {k: v for k, v in into[name].items() if k in WeightSettings.model_fields}
-            if key == "prompts" and value.get("source", into[name].get("source")) != into[name].get("source"):
-                # Revision and file are those of the previous source.
-                into[name] = {k: v for k, v in into[name].items() if k not in ("revision", "data_files")}
+            if PROMPTS_KEY.fullmatch(key) and value.get("source", into[name].get("source")) != into[name].get("source"):
+                into[name] = {k: v for k, v in into[name].items() if k not in ("sources", *SOURCE_OPTIONS)}
             _merge(into[name], value, source, origin, f"{key}.")
         elif value is False and isinstance(into.get(name), dict | str):
             del into[name]  # remove the section, or the text, of an earlier file

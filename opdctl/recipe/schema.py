@@ -8,10 +8,13 @@ setting. The docstring below a key is its documentation.
 import re
 from collections.abc import Mapping
 from math import ceil
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from opdctl.recipe.conditions import Condition
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AUTO = "auto"
@@ -91,19 +94,22 @@ class Model(Section):
     """The name of the model on the server. If unset, the server must serve a single model."""
 
 
-class Prompts(Section):
-    """The prompts and their columns."""
+class PromptSource(Section):
+    """Where prompts come from, and what the columns of their rows are."""
 
-    source: str
-    """`toy:sort12`, `toy:perm`, a hub dataset id, or a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; text also
-    as `.gz` or `.zst`. A later file or `--set` with another source also removes `revision` and `data_files`, which
-    belong to the previous one."""
+    source: str | list[str] = ""
+    """`toy:sort12`, `toy:perm`, a hub data set, or local data: a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file
+    (text also as `.gz` or `.zst`), a folder of such files, a folder saved by `datasets`, a pattern such as
+    `data/*.parquet`, or a list of these. A later file or `--set` with another source also removes `subset`, `revision`
+    and `data_files`, which belong to the previous one."""
+    subset: str | None = None
+    """The subset (configuration) of the hub data set, such as `main` of `openai/gsm8k`."""
     split: str = "train"
-    """The split of a toy task or a hub dataset."""
+    """The split of a toy task, a hub data set or a folder. A folder without splits is read whole."""
     revision: str | None = None
-    """The revision of the hub dataset."""
+    """The revision of the hub data set."""
     data_files: str | None = None
-    """A file of the hub dataset, such as `math/train.parquet`. If unset, the dataset decides which files are read. A
+    """A file of the hub data set, such as `math/train.parquet`. If unset, the data set decides which files are read. A
     file without a split is the split `train`."""
     limit: int | None = Field(default=None, gt=0)
     """Use the first N prompts; all if unset. A toy task is an infinite stream and requires a limit."""
@@ -120,11 +126,66 @@ class Prompts(Section):
     """Column with the name of the teacher of each prompt, one of [teachers]."""
     teacher_prompt_column: str | None = None
     """Column of a separate prompt for the teacher, for example one that contains the solution."""
-    min_values: dict[str, float] = {}
-    """Use only rows with at least this value in the column, such as `difficulty = 6`."""
+    where: dict[str, Condition] = {}
+    """Use only rows that satisfy all of these conditions on columns, such as
+    `{ difficulty = ">= 6", source = ["a", "b"] }`: a value, one of several values, or a comparison (`>=`, `>`, `<=`,
+    `<`, `==`, `!=`). Null satisfies none."""
     suffix: str = ""
     """Text that is appended to every prompt, of a chat to its last message, unless it ends with this text already,
     trailing white space aside. With the suffix of the evaluation, training and evaluation ask for the answer alike."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_min_values(cls, values: Any) -> Any:
+        """Read a key of earlier versions: the least value of columns."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("min_values"), Mapping):
+            return values
+        conditions = {column: f">= {least!r}" for column, least in values["min_values"].items()}
+        others = {key: value for key, value in values.items() if key != "min_values"}
+        return others | ({"where": {**values.get("where", {}), **conditions}} if conditions else {})
+
+    @property
+    def location(self) -> str:
+        """The source with the file in it, for errors."""
+        name = self.source if isinstance(self.source, str) else ", ".join(self.source)
+        return f"{name}/{self.data_files}" if self.data_files else name
+
+    @property
+    def paths(self) -> list[str]:
+        """What the source consists of, each with one name."""
+        return [self.source] if isinstance(self.source, str) else self.source
+
+    @property
+    def is_toy(self) -> bool:
+        return isinstance(self.source, str) and self.source.startswith("toy:")
+
+
+class MixedSource(PromptSource):
+    """One source of several. A key that is unset has the value of [prompts]."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """The share of the source in every step, relative to the weights of the others. Either all sources have a weight or
+    none: then the prompts of all are one set."""
+    teacher: str | None = None
+    """The teacher of all prompts of the source, one of [teachers]."""
+
+
+SOURCE_OPTIONS = ("subset", "revision", "data_files")
+"""Keys that belong to one `source`."""
+
+
+class Prompts(PromptSource):
+    """The prompts and their columns."""
+
+    sources: dict[str, MixedSource] = {}
+    """Several sources by name, with the keys of [prompts] that differ, and `weight` and `teacher`. The ids of their
+    prompts begin with the name."""
+    shuffle_seed: int | None = Field(default=None, ge=0)
+    """Shuffle the rows of each source with this seed before `limit`; if unset, their order is that of the files. The
+    order in training is always random, by `seed`."""
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the prompts that training does not use, for an evaluation on prompts of the same kind: held_out.jsonl of
+    the run has them. The text of a prompt decides, so that equal prompts are on the same side."""
     template_arguments: dict[str, bool | int | str] = {}
     """Arguments of the chat template, such as `enable_thinking = false`."""
     max_tokens: int = Field(default=2048, gt=0)
@@ -132,10 +193,47 @@ class Prompts(Section):
     on_too_long: Literal["drop", "error"] = "error"
     """What to do with a longer prompt. Prompts are never truncated."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sources(cls, values: Any) -> Any:
+        """Give the keys of [prompts] to each source that does not have them."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("sources"), Mapping):
+            return values
+        common = {key: value for key, value in values.items() if key in MixedSource.model_fields}
+        return {**values, "sources": {name: _complete(source, common) for name, source in values["sources"].items()}}
+
+    def parts(self) -> dict[str, PromptSource]:
+        """Return the sources by name; a single one has the name ""."""
+        return dict(self.sources) if self.sources else {"": self}
+
     @property
-    def location(self) -> str:
-        """The source with the file in it, for errors."""
-        return f"{self.source}/{self.data_files}" if self.data_files else self.source
+    def names(self) -> str:
+        """The sources, for errors and model cards."""
+        return ", ".join(dict.fromkeys(part.location for part in self.parts().values()))
+
+    def split_step(self, prompts_per_step: int) -> dict[str, int]:
+        """Return how many prompts of a step each source with a weight gives: by the largest remainders."""
+        weights = {name: source.weight for name, source in self.sources.items() if source.weight is not None}
+        quotas = {name: prompts_per_step * weight / sum(weights.values()) for name, weight in weights.items()}
+        counts = {name: int(quota) for name, quota in quotas.items()}
+        most_cut = sorted(counts, key=lambda name: counts[name] - quotas[name])
+        for name in most_cut[: prompts_per_step - sum(counts.values())]:
+            counts[name] += 1
+        return counts
+
+    @property
+    def num_rows(self) -> int | None:
+        """The greatest number of prompts, None if it is unknown without the data."""
+        limits = [part.limit for part in self.parts().values()]
+        return sum(filter(None, limits)) if all(limits) else None
+
+
+def _complete(source: Any, common: Mapping[str, Any]) -> Any:
+    """Return the keys of one source of several with those of [prompts]."""
+    if not isinstance(source, Mapping):
+        return source
+    is_other = source.get("source", common.get("source")) != common.get("source")
+    return {key: value for key, value in common.items() if not (is_other and key in SOURCE_OPTIONS)} | {**source}
 
 
 class Sampling(Section):
@@ -593,6 +691,21 @@ def model_key(name: str) -> str:
 def is_data_file(name: str) -> bool:
     """Whether the name of a benchmark or of a prompt source is that of a file."""
     return name.lower().endswith((*TABLE_SUFFIXES, *COMPRESSED_SUFFIXES)) and not is_hub_benchmark(name)
+
+
+def is_local(source: str | list[str]) -> bool:
+    """Whether a prompt source is local data, by its name or because it exists."""
+    if isinstance(source, list):
+        return True
+    try:
+        return is_data_file(source) or is_pattern(source) or Path(source).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long; the home of an unknown user
+        return False
+
+
+def is_pattern(name: str) -> bool:
+    """Whether the name of a prompt source is a pattern of local files."""
+    return any(char in name for char in "*?[")
 
 
 def data_file_stem(name: str) -> str:

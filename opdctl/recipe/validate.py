@@ -9,16 +9,20 @@ from typing import Any
 from opdctl.errors import did_you_mean
 from opdctl.losses.objectives import Objective, PolicyGradient, Power
 from opdctl.recipe.components import build_objective
+from opdctl.recipe.conditions import parse_condition
 from opdctl.recipe.schema import (
     AUTO,
     DEFAULT_COMPONENTS,
     MIN_TEMPERATURE,
+    SOURCE_OPTIONS,
     TEACHER_NAME_PATTERN,
     Component,
+    MixedSource,
+    PromptSource,
     Recipe,
     Section,
     WeightSettings,
-    is_data_file,
+    is_local,
     is_named_by_data,
     model_key,
 )
@@ -133,14 +137,23 @@ def _get(merged: Mapping[str, Any], section: str, key: str) -> Any:
 
 def combination_errors(recipe: Recipe) -> Errors:
     """Validate settings that are valid by themselves and not together."""
-    checks = (_path_errors, _sampling_errors, _teacher_errors, _train_errors, _eval_errors, _continuation_errors)
+    checks = (
+        _path_errors,
+        _prompt_errors,
+        _sampling_errors,
+        _teacher_errors,
+        _train_errors,
+        _eval_errors,
+        _continuation_errors,
+    )
     return [error for check in checks for error in check(recipe)]
 
 
 def _path_errors(recipe: Recipe) -> Errors:
     """Validate what may be a path: the system rejects some before it looks for them."""
     values = [(f"{model_key(name)}.model", model.model) for name, model in recipe.models().items()]
-    values += [("prompts.source", recipe.prompts.source), *(("eval.bench", name) for name in recipe.eval.bench)]
+    values += [(f"{key}.source", path) for key, part in _prompt_sources(recipe) for path in part.paths]
+    values += [("eval.bench", name) for name in recipe.eval.bench]
     errors = []
     for key, value in values:
         try:
@@ -151,17 +164,54 @@ def _path_errors(recipe: Recipe) -> Errors:
     return errors
 
 
+def _prompt_sources(recipe: Recipe) -> list[tuple[str, PromptSource]]:
+    """Return the key and the settings of each source of prompts."""
+    return [(f"prompts.sources.{name}" if name else "prompts", part) for name, part in recipe.prompts.parts().items()]
+
+
+def _prompt_errors(recipe: Recipe) -> Errors:
+    prompts, per_step = recipe.prompts, recipe.rollout.prompts_per_step
+    errors = [error for key, part in _prompt_sources(recipe) for error in _source_errors(key, part)]
+    if prompts.num_rows is not None and prompts.num_rows < per_step:
+        text = f"{prompts.num_rows} is less than rollout.prompts_per_step, {per_step}"
+        errors.append(("prompts.limit", text))
+    if invalid := [name for name in prompts.sources if not TEACHER_NAME_PATTERN.fullmatch(name)]:
+        errors.append((f"prompts.sources.{invalid[0]}", "the name must consist of letters, digits, `_` and `-`"))
+    weights = {name: source.weight for name, source in prompts.sources.items()}
+    if missing := [name for name, weight in weights.items() if weight is None and any(weights.values())]:
+        errors.append((f"prompts.sources.{missing[0]}.weight", "is required: other sources have a weight"))
+    elif 0 in (shares := prompts.split_step(per_step)).values():
+        name = next(name for name, count in shares.items() if not count)
+        text = f"gives no prompt of {per_step}: raise it, or rollout.prompts_per_step"
+        errors.append((f"prompts.sources.{name}.weight", text))
+    return errors
+
+
+def _source_errors(key: str, source: PromptSource) -> Errors:
+    errors = []
+    if not source.paths or "" in source.paths:
+        errors.append((f"{key}.source", "is required"))
+    if source.is_toy and source.limit is None:
+        errors.append((f"{key}.limit", "is required: a toy task is an infinite stream"))
+    for name in SOURCE_OPTIONS if source.is_toy or is_local(source.source) else ():
+        if getattr(source, name) is not None:
+            errors.append((f"{key}.{name}", f"is for a hub data set, and not for `{source.location}`"))
+    for column, condition in source.where.items():
+        try:
+            parse_condition(condition)
+        except ValueError as error:
+            errors.append((f"{key}.where.{column}", str(error)))
+    return errors
+
+
 def _sampling_errors(recipe: Recipe) -> Errors:
     errors = []
-    rollout, prompts = recipe.rollout, recipe.prompts
+    rollout = recipe.rollout
     if rollout.num_parts > recipe.responses_per_step():
         text = f"{rollout.num_parts} exceeds the number of responses of a step, {recipe.responses_per_step()}"
         errors.append(("rollout.num_parts", text))
     if rollout.temperature != 1 or rollout.top_p != 1:
         errors.append(("rollout", "temperature and top_p must be 1: on-policy distillation samples from the student"))
-    if prompts.limit is not None and prompts.limit < rollout.prompts_per_step:
-        text = f"{prompts.limit} is less than rollout.prompts_per_step, {rollout.prompts_per_step}"
-        errors.append(("prompts.limit", text))
     if rollout.routed_experts or recipe.train.router_replay:
         key = "train.router_replay" if recipe.train.router_replay else "rollout.routed_experts"
         if rollout.engine == "server":
@@ -170,10 +220,6 @@ def _sampling_errors(recipe: Recipe) -> Errors:
             errors.append((key, "vLLM returns no experts on a CPU: use another rollout.engine"))
         if recipe.vllm.pipeline_parallel_size > 1:
             errors.append((key, "vLLM returns no experts with vllm.pipeline_parallel_size above 1"))
-    if prompts.source.startswith("toy:") and prompts.limit is None:
-        errors.append(("prompts.limit", "is required: a toy task is an infinite stream"))
-    if prompts.data_files is not None and (prompts.source.startswith("toy:") or is_data_file(prompts.source)):
-        errors.append(("prompts.data_files", "is a file of a hub dataset; for a local file, set prompts.source"))
     return errors
 
 
@@ -182,10 +228,17 @@ def _teacher_errors(recipe: Recipe) -> Errors:
     for name in recipe.teachers:
         if not TEACHER_NAME_PATTERN.fullmatch(name):
             errors.append((f"teachers.{name}", "the name must consist of letters, digits, `_` and `-`"))
-    if recipe.teachers and recipe.prompts.teacher_column is None:
-        errors.append(("prompts.teacher_column", "is required with [teachers]: the column with each prompt's teacher"))
-    if not recipe.teachers and recipe.prompts.teacher_column is not None:
-        errors.append(("prompts.teacher_column", "requires [teachers]"))
+    for key, source in _prompt_sources(recipe):
+        teacher = source.teacher if isinstance(source, MixedSource) else None
+        if recipe.teachers and source.teacher_column is None and teacher is None:
+            text = "is required with [teachers]: the column with each prompt's teacher"
+            errors.append((f"{key}.teacher_column", text))
+        if not recipe.teachers and source.teacher_column is not None:
+            errors.append((f"{key}.teacher_column", "requires [teachers]"))
+        if teacher is not None and teacher not in recipe.teachers:
+            errors.append((f"{key}.teacher", f"no teacher `{teacher}`{did_you_mean(teacher, recipe.teachers)}"))
+        if teacher is not None and source.teacher_column is not None:
+            errors.append((f"{key}.teacher", "and teacher_column are mutually exclusive"))
     if recipe.train.extrapolation != 1:
         objective = _valid_objective(recipe)
         if objective is not None and objective.support != "sampled":

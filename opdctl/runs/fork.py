@@ -16,7 +16,7 @@ from opdctl.errors import OpdctlError
 from opdctl.recipe.dependencies import IMMUTABLE_KEYS, as_overrides, describe_changes, unaffected_stages
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.compatibility import artifact_changes, describe_reusable_artifacts
-from opdctl.runs.layout import free_path, step_name
+from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS_FILE, free_path, step_name
 from opdctl.runs.run import Run, read_run_record
 
 
@@ -112,7 +112,8 @@ def _reusable_paths(run: Run, step: int, changes: Changes) -> list[Path]:
     state = [run.student_path(step), run.trainer_path(step)] if step else []
     evaluated = (step_name(step), *run.scorers(), "benchmark.json")
     evaluations = [path for path in sorted(run.path.glob("eval/*/*")) if path.name in evaluated]
-    return [path for path in (run.path / "prompts.parquet", *state, *unfinished, *evaluations) if path.exists()]
+    prompts = [run.path / name for name in (PROMPTS_FILE, HELD_OUT_FILE)]
+    return [path for path in (*prompts, *state, *unfinished, *evaluations) if path.exists()]
 
 
 def create_fork(plan: ForkPlan) -> int:

@@ -7,6 +7,7 @@ from opdctl.errors import OpdctlError
 from opdctl.recipe.schema import Recipe
 
 STEP_PREFIX = "step-"
+PROMPTS_FILE, HELD_OUT_FILE = "prompts.parquet", "held_out.jsonl"
 PROMPTS = "prompts"
 """The directory of an evaluation's prompts, within that of the evaluation."""
 

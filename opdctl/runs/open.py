@@ -13,19 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from opdctl import console
-from opdctl.artifacts import files, tables
-from opdctl.artifacts.records import Prompt
+from opdctl.artifacts import files
 from opdctl.artifacts.stage_dir import changed_settings
 from opdctl.artifacts.versions import versioned
-from opdctl.data.prompts import Problem, load_problems, tokenize
-from opdctl.data.rendering import PromptRenderer
 from opdctl.environment import has_vllm
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
-from opdctl.recipe.schema import AUTO, Recipe, is_data_file, model_key
+from opdctl.recipe.schema import AUTO, Recipe, model_key
 from opdctl.runs.compatibility import check_same_recipe
-from opdctl.runs.layout import list_steps, run_path
+from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS_FILE, list_steps, run_path
 from opdctl.runs.models import check_lengths, prepare_models, print_lines, warn_of_code
+from opdctl.runs.prompts import (
+    check_source_files,
+    describe_prompts,
+    read_kept_prompts,
+    read_prompts,
+    restore_prompts,
+    store_prompts,
+)
 from opdctl.runs.run import Run, read_recipe, read_run_record
 
 LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers")
@@ -51,8 +56,7 @@ def open_run(
     recipe = resolve_open_settings(recipe, path)
     is_new = _create_once(recipe, path)
     run = check_run(recipe, path, needs, check_source=check_source)
-    if not (path / "prompts.parquet").exists():
-        _restore_prompts(run)
+    restore_prompts(run)
     for name in [name for name in run.models if not is_new and (needs is None or name in needs)]:
         warn_of_code(recipe.models()[name])
     for directory in (path, path / "student", path / "trainer", run.step_path(run.current_step())):
@@ -68,7 +72,7 @@ def check_run(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
     """
     check_same_recipe(recipe, path)
     if check_source:
-        _check_source(recipe, path)
+        check_source_files(recipe, path)
     run = Run.from_record(recipe, path)
     needed = [name for name in run.models if needs is None or name in needs]
     run = replace(run, models={**run.models, **{name: _relocate_model(run, name) for name in needed}})
@@ -130,17 +134,6 @@ def _relocate_model(run: Run, name: str) -> ModelDir:
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_source(recipe: Recipe, path: Path) -> None:
-    """Check that the file that the prompts came from is unchanged, if it still exists."""
-    digest, source = read_run_record(path)["prompts"]["source_sha256"], Path(recipe.prompts.source)
-    if digest and source.is_file() and files.sha256_file(source) != digest:
-        raise OpdctlError(
-            "source_mismatch",
-            f"{source} changed after the run {path} read its prompts from it",
-            hint="restore the file, delete it (the run has a copy of its prompts), or use another --output",
-        )
-
-
 def _check_model(path: Path, name: str, model: ModelDir) -> None:
     """Check that a model's files are those that the run was started with."""
     record = read_run_record(path)["models"][name]
@@ -163,7 +156,7 @@ def check_output_dir(recipe: Recipe, path: Path) -> None:
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise OpdctlError("unusable_output", f"{path}: {part} is a file", hint="use another --output")
-    start, recorded = {"recipe.toml", "prompts.parquet"}, path / "recipe.toml"
+    start, recorded = {"recipe.toml", PROMPTS_FILE, HELD_OUT_FILE}, path / "recipe.toml"
     present = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} if path.is_dir() else set()
     is_same = recorded.exists() and files.read_text(recorded) == recipe.to_toml()
     is_other = recorded.exists() and not is_same
@@ -197,10 +190,9 @@ def _create_once(recipe: Recipe, path: Path) -> bool:
 def _create(recipe: Recipe, path: Path) -> None:
     """Write the records of a new run, or those of a run whose run.json was lost: that one keeps its prompts."""
     models, lines = prepare_models(recipe)
-    stored = path / "prompts.parquet"
-    is_kept = stored.exists() and bool(list_steps(path))
-    prompts, dropped = (tables.read_rows(stored, Prompt), 0) if is_kept else _read_prompts(recipe, models["student"])
-    check_lengths(recipe, models, prompts)
+    kept = read_kept_prompts(path) if list_steps(path) else None
+    prompts = kept or read_prompts(recipe, models["student"])
+    check_lengths(recipe, models, prompts.training)
     records = {name: _model_record(model) for name, model in models.items()}
     _warn_of_identical_models(recipe, records)
     try:
@@ -209,65 +201,17 @@ def _create(recipe: Recipe, path: Path) -> None:
         raise OpdctlError("unusable_output", f"{path}: {error.strerror}", hint="use another --output") from None
     print_lines(lines)
     files.write_text(path / "recipe.toml", recipe.to_toml())
-    sha256 = files.sha256_file(stored) if is_kept else tables.write_prompts(stored, prompts)
-    source = files.sha256_file(Path(recipe.prompts.source)) if is_data_file(recipe.prompts.source) else None
+    if not kept:
+        store_prompts(path, prompts)
     record = {
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_revision(),
         "models": records,
         "vocab_size": models["student"].vocab_size,
-        "prompts": {
-            "rows": len(prompts),
-            "dropped": dropped,
-            "sha256": sha256,
-            "source_sha256": source,
-            "order": "random_sampler",
-        },
+        "prompts": describe_prompts(recipe, path, prompts),
         "recipe": recipe.to_toml(),
     }
     files.write_json(path / "run.json", versioned("run") | record)
-
-
-def _restore_prompts(run: Run) -> None:
-    """Write the prompts of a run, whose file was lost, again from their source.
-
-    Raises:
-        OpdctlError: the source has other prompts now.
-    """
-    path = run.path / "prompts.parquet"
-    prompts, _ = _read_prompts(run.recipe, run.student)
-    if tables.write_prompts(path, prompts) != read_run_record(run.path)["prompts"]["sha256"]:
-        files.discard(path)
-        why = f"is missing, and {run.recipe.prompts.source} has other prompts than at the start of the run"
-        raise files.corrupt_artifact(path, why, "restore it from a copy, or restore the source of the prompts")
-    console.warn(f"{path} was missing: written again from {run.recipe.prompts.source}")
-
-
-def _read_prompts(recipe: Recipe, student: ModelDir) -> tuple[list[Prompt], int]:
-    problems = load_problems(recipe.prompts)
-    prompts, dropped = prepare_prompts(recipe, problems, student)
-    if dropped:
-        console.warn(f"dropped {dropped} of {len(problems)} prompts: longer than prompts.max_tokens")
-    return prompts, dropped
-
-
-def prepare_prompts(recipe: Recipe, problems: list[Problem], student: ModelDir) -> tuple[list[Prompt], int]:
-    """Return the prompts as token ids and the number that were too long.
-
-    Raises:
-        OpdctlError: fewer are left than one step needs.
-    """
-    arguments = recipe.prompts.template_arguments
-    renderer = PromptRenderer(student.tokenizer, student.vocab_size, arguments, "prompts.template_arguments")
-    prompts, dropped = tokenize(problems, renderer, recipe.prompts, list(recipe.teacher_models()))
-    if len(prompts) < recipe.rollout.prompts_per_step:
-        raise OpdctlError(
-            "invalid_data",
-            f"{recipe.prompts.source}: {len(prompts)} prompts, rollout.prompts_per_step = "
-            f"{recipe.rollout.prompts_per_step}",
-            hint="lower rollout.prompts_per_step, or provide more prompts",
-        )
-    return prompts, dropped
 
 
 def _warn_of_identical_models(recipe: Recipe, records: Mapping[str, Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from opdctl.artifacts.manifests import Manifest, PartRecord, StageHeader, Summar
 from opdctl.artifacts.stage_dir import STAGE_MARKERS, recorded_stage
 from opdctl.errors import OpdctlError
 from opdctl.recipe.load import load_recorded_recipe
-from opdctl.runs.layout import PROMPTS, list_steps, parse_step
+from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS, PROMPTS_FILE, list_steps, parse_step
 from opdctl.runs.run import Run, read_run_record
 
 
@@ -97,9 +97,11 @@ def find_corrupt_artifacts(run: Run) -> list[CorruptArtifact]:
 
 
 def _find_prompts(run: Run) -> Iterator[CorruptArtifact]:
-    path = run.path / "prompts.parquet"
-    if path.exists() and files.sha256_file(path) != read_run_record(run.path)["prompts"]["sha256"]:
-        yield CorruptArtifact(path, f"{path}: checksum mismatch", run.command_line("train"))
+    record = read_run_record(run.path)["prompts"]
+    for name, digest in ((PROMPTS_FILE, record["sha256"]), (HELD_OUT_FILE, record.get("held_out"))):
+        path = run.path / name
+        if digest and path.exists() and files.sha256_file(path) != digest:
+            yield CorruptArtifact(path, f"{path}: checksum mismatch", run.command_line("train"))
 
 
 def _find_json(path: Path, form: Any, command: str | None) -> Iterator[CorruptArtifact]:

@@ -23,14 +23,14 @@ from opdctl.artifacts.manifests import (
 )
 from opdctl.artifacts.records import Ids, Prompt, Response, sample_id
 from opdctl.artifacts.stage_dir import Fingerprint, FingerprintMismatchError, StageDir
-from opdctl.data.order import epoch_order
+from opdctl.data.order import step_order
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir, Probe
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
 from opdctl.recipe.load import Purpose, load_recorded_recipe
 from opdctl.recipe.schema import Recipe, benchmark_directory
 from opdctl.registry import plugin_file
-from opdctl.runs.layout import list_steps, parse_step, step_name
+from opdctl.runs.layout import PROMPTS_FILE, list_steps, parse_step, step_name
 
 REFERENCE = "reference"
 _checked_students: set[tuple[object, ...]] = set()
@@ -375,7 +375,7 @@ class Run:
         Raises:
             OpdctlError: the file is missing, or differs from the one recorded.
         """
-        path, record = self.path / "prompts.parquet", read_run_record(self.path)["prompts"]
+        path, record = self.path / PROMPTS_FILE, read_run_record(self.path)["prompts"]
         if not path.exists():
             raise files.corrupt_artifact(path, "is missing", f"run `{self.command_line('train')}`, which writes it")
         hint = f"run `{self.manage_command_line('repair')}`, then `{self.command_line('train')}`"
@@ -388,6 +388,18 @@ class Run:
         return tables.read_rows(path, Prompt, record["rows"])
 
     @cached_property
+    def _prompt_sources(self) -> list[tuple[int, int]]:
+        """The prompts of each source, and those that it gives to every step."""
+        total, per_step = len(self.prompts), self.recipe.rollout.prompts_per_step
+        recorded = read_run_record(self.path)["prompts"].get("sources", {}).values()
+        sources = [(source["rows"], source["per_step"]) for source in recorded] or [(total, per_step)]
+        sums = tuple(map(sum, zip(*sources, strict=True)))
+        if sums != (total, per_step) or any(size > rows for rows, size in sources):
+            why = f"its sources do not make up {total} prompts and {per_step} of each step"
+            raise files.corrupt_artifact(self.path / "run.json", why, f"run `{self.manage_command_line('repair')}`")
+        return sources
+
+    @cached_property
     def prompts_digest(self) -> str | None:
         """The digest of the prompts, or None if a model is only evaluated."""
         return read_run_record(self.path)["prompts"]["sha256"] if (self.path / "run.json").exists() else None
@@ -397,12 +409,9 @@ class Run:
 
         An epoch is as many complete steps as the prompts allow. Each epoch has a different order.
         """
-        settings = self.recipe.rollout
-        size, samples = settings.prompts_per_step, settings.samples_per_prompt
-        epoch, index = divmod(step, len(self.prompts) // size)
         rule = read_run_record(self.path)["prompts"].get("order", DEFAULT_PROMPT_ORDER)
-        order = epoch_order(rule, len(self.prompts), self.recipe.seed, epoch)
-        prompts = [self.prompts[i] for i in order[index * size : (index + 1) * size]]
+        order = step_order(rule, self._prompt_sources, self.recipe.seed, step)
+        prompts, samples = [self.prompts[i] for i in order], self.recipe.rollout.samples_per_prompt
         return [(sample_id(prompt.prompt_id, step, n), prompt) for prompt in prompts for n in range(samples)]
 
     @cached_property

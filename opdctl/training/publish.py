@@ -45,7 +45,7 @@ def _card_body(recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> str:
     training = {
         "initial student": _model_name(recipe.student),
         "teacher": ", ".join(_model_name(model) for model in recipe.teacher_models().values()),
-        "prompts": f"`{recipe.prompts.source}`",
+        "prompts": f"`{recipe.prompts.names}`",
         "method": f"objective `{recipe.objective.name}`, token weight `{weight}`",
         "trained": f"LoRA, rank {recipe.lora.rank}" if recipe.lora.rank else "all weights",
         "updates": f"{step * recipe.train.updates_per_step:,}",

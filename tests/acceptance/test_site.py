@@ -69,5 +69,5 @@ def test_a_key_affects_the_stages_with_it_in_their_fingerprint(site):
     assert rows["<code>learning_rate</code>"][1:3] == ["number &gt; 0", "<code>1e-05</code>"]
     assert rows["<code>learning_rate</code>"][4] == "update"
     assert rows["<code>steps</code>"][2:5:2] == ["required", ""]  # may increase
-    assert rows["<code>min_values</code>"][4] == "prompts"
+    assert rows["<code>where</code>"][4] == "prompts"
     assert rows["<code>seed</code>"][4] == "prompts, rollout, update, eval, continuations"

@@ -1,13 +1,10 @@
 """The recipes of the repository: correct headers, commands that resolve, and the settings of the paper."""
 
-import json
 import re
 import shlex
 import tomllib
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -16,7 +13,7 @@ from helpers.commands import ROOT, Launch, has_plan, invoke, split_launcher
 from helpers.documents import PAGES, shown_commands
 
 from opdctl.artifacts.files import format_bytes
-from opdctl.data.prompts import Problem, load_problems
+from opdctl.data.prompts import load_problems
 from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Weight
@@ -25,7 +22,7 @@ from opdctl.pipeline.plan import ID_BYTES
 from opdctl.recipe.components import build_objective, build_token_weight
 from opdctl.recipe.library import find_recipe
 from opdctl.recipe.load import load_recipe
-from opdctl.recipe.schema import Eval, Prompts, Recipe
+from opdctl.recipe.schema import Eval, Recipe
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.toml"))
@@ -87,12 +84,8 @@ def recipe_of(name: str) -> Recipe:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with the recipes, and placeholders for the data that `recipes/prompts.py` writes."""
+    """A directory with the recipes."""
     (tmp_path / "recipes").symlink_to(FOLDER)
-    rows = [{"id": str(i), "domain": ("math", "code")[i % 2], "prompt": "?", "answer": None} for i in range(1024)]
-    (tmp_path / "data").mkdir()
-    for name in ("code", "math-code"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -107,7 +100,7 @@ def test_command_of_a_recipe_resolves(path: Path, checkout: Path) -> None:
     assert isinstance(build_token_weight(recipe), Weight)
     assert isinstance(build_objective(recipe), Objective)
     assert [find_benchmark(name, recipe.eval).name for name in recipe.eval.bench] == recipe.eval.bench
-    assert {entry.name for entry in checkout.iterdir()} == {"recipes", "data"}  # nothing was written
+    assert {entry.name for entry in checkout.iterdir()} == {"recipes"}  # nothing was written
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -344,8 +337,8 @@ def test_cross_scale_has_the_settings_of_the_paper() -> None:
     } == {4}
     for name in ("cross_scale", "code", "two_teachers"):  # three epochs of complete steps
         recipe = recipe_of(name)
-        assert recipe.prompts.limit is not None
-        assert recipe.train.steps == 3 * (recipe.prompts.limit // recipe.rollout.prompts_per_step), name
+        assert recipe.prompts.num_rows is not None
+        assert recipe.train.steps == 3 * (recipe.prompts.num_rows // recipe.rollout.prompts_per_step), name
 
 
 def test_settings_of_the_variants() -> None:
@@ -386,58 +379,59 @@ BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{
 THINK = "\nYou need to think first then write the Python code."
 
 
-def test_prompts_script_makes_the_prompts_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question occurs once, with its first answer, if any of its occurrences is difficult enough."""
-    script = prompts_script()
-    questions = [("a?", 5.0, 1), ("b?", 6.0, 2), ("c?", 5.5, 3), ("a?", 7.0, 9), ("b?", 8.0, 2)]
-    turns = [{"role": "system", "content": "Act so."}, {"role": "user", "content": "Add two numbers."}]
-    sources = {
-        "math": [{"question": q, "difficulty": d, "final_answer": a, "topic": ""} for q, d, a in questions],
-        "code": [{"ability": ability, "prompt": turns} for ability in ("math", "code")],
-    }
-    for name, rows in sources.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    options = [word for name in sources for word in (f"--{name}", str(tmp_path / name))]
-    monkeypatch.setattr("sys.argv", ["prompts.py", "--out", str(tmp_path / "data"), *options])
-    script.main()
-
-    columns = {"id_column": "id", "answer_column": "answer"}
-    made = {}
-    for name in ("math", "code", "math-code"):
-        # Prompts that end with the instruction of the evaluation do not get it again.
-        settings = Prompts(source=str(tmp_path / "data" / f"{name}.jsonl"), suffix=BOXED if name == "math" else "")
-        made[name] = load_problems(settings.model_copy(update=columns))
-    assert made["math"] == [Problem("math-0", f"a?{BOXED}", "1"), Problem("math-1", f"b?{BOXED}", "2")]
-    assert made["code"] == [Problem("code-1", f"Add two numbers.{THINK}", None)]
-    assert made["math-code"] == made["math"] + made["code"]
-    domains = [json.loads(line)["domain"] for line in (tmp_path / "data/math-code.jsonl").read_text().splitlines()]
-    assert domains == ["math", "math", "code"]
-    assert (Eval().suffix, script.BOXED_INSTRUCTION) == (BOXED, BOXED)
+CHAT = [{"role": "user", "content": "Prove it."}]
+PUBLISHED: dict[tuple[str, str | None], list[dict[str, Any]]] = {
+    ("Keven16/G-OPD-Training-Data", "DeepMath-103K/train_filtered_level6.parquet"): [
+        {"prompt": [{"role": "user", "content": f"{text}?{BOXED}"}], "reward_model": {"ground_truth": answer}}
+        for text, answer in (("a", "1"), ("b", "2"))
+    ],
+    ("Keven16/G-OPD-Training-Data", "Eurus/code_train.parquet"): [
+        {"prompt": [{"role": "user", "content": f"Add.{THINK}"}], "reward_model": {"ground_truth": "tests " * 99}}
+    ],
+    ("zwhe99/DeepMath-103K", "data/train-*.parquet"): [
+        {"question": text, "difficulty": difficulty, "final_answer": "1", "topic": ""}
+        for text, difficulty in (("a?", 5.9), ("b?", 6.0), ("c?", 8.5))
+    ],
+    ("PRIME-RL/Eurus-2-RL-Data", None): [
+        {"ability": ability, "prompt": [{"role": "system", "content": "Act so."}, *CHAT]}
+        for ability in ("math", "code")
+    ],
+}
+"""Rows in the form of each published data set that a recipe reads, by data set and file."""
 
 
-def test_prompts_script_pins_the_revisions_of_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    script, asked = prompts_script(), {}
-
-    def load_dataset(source: str, split: str, revision: str | None) -> datasets.Dataset:
-        asked[source] = revision
-        return datasets.Dataset.from_list([{"question": "?"}])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cross_scale", [("0", f"a?{BOXED}", "1", None), ("1", f"b?{BOXED}", "2", None)]),
+        ("deepmath", [("1", f"b?{BOXED}", "1", None), ("2", f"c?{BOXED}", "1", None)]),
+        ("code", [("0", f"Add.{THINK}", None, None)]),
+        ("eurus", [("1", f"Prove it.{THINK}", None, None)]),
+        (
+            "two_teachers",
+            [
+                ("math/0", f"a?{BOXED}", "1", "math"),
+                ("math/1", f"b?{BOXED}", "2", "math"),
+                ("code/0", f"Add.{THINK}", None, "code"),
+            ],
+        ),
+    ],
+)
+def test_recipe_reads_the_published_data_as_they_are(
+    name: str, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(
+        source: str, subset: str | None, *, data_files: str | None, split: str, revision: str | None
+    ) -> datasets.Dataset:
+        assert (subset, split) == (None, "train")
+        assert revision is not None
+        assert len(revision) == 40
+        return datasets.Dataset.from_list(PUBLISHED[source, data_files])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for source in (script.MATH, script.CODE, "mirror/of-it"):
-        assert list(script.read(source, ["question"])) == [{"question": "?"}]
-    assert {len(asked[source]) for source in (script.MATH, script.CODE)} == {40}
-    assert asked["mirror/of-it"] is None
-
-
-def prompts_script() -> ModuleType:
-    spec = spec_from_file_location("recipe_prompts", FOLDER / "prompts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+    problems = load_problems(recipe_of(name).prompts)
+    assert [(each.id, each.text, each.answer, each.teacher) for each in problems] == expected
+    assert Eval().suffix == BOXED
 
 
 def test_base_recipes() -> None:

@@ -20,6 +20,7 @@ from opdctl.recipe.schema import Model, Prompts
 
 Rows = list[dict[str, Any]]
 SUFFIXES = (".jsonl", ".parquet")
+HARD = {"difficulty": ">= 6"}
 
 
 @pytest.fixture(scope="module")
@@ -139,32 +140,32 @@ def test_limit_takes_the_first_rows(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_min_values_filters_before_limit_and_drops_null(tmp_path: Path, suffix: str) -> None:
+def test_conditions_are_before_limit_and_drop_null(tmp_path: Path, suffix: str) -> None:
     grades = [("a", 5.9), ("b", 6.0), ("c", None), ("d", 7.0), ("e", 8.0)]
     path = table(tmp_path / f"p{suffix}", [{"prompt": prompt, "difficulty": grade} for prompt, grade in grades])
-    assert texts(path, min_values={"difficulty": 6.0}) == ["b", "d", "e"]
-    assert texts(path, min_values={"difficulty": 6.0}, limit=2) == ["b", "d"]
-    ids = [problem.id for problem in load_problems(Prompts(source=str(path), min_values={"difficulty": 6.0}))]
+    assert texts(path, where=HARD) == ["b", "d", "e"]
+    assert texts(path, where=HARD, limit=2) == ["b", "d"]
+    ids = [problem.id for problem in load_problems(Prompts(source=str(path), where=HARD))]
     assert ids == ["1", "3", "4"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_filter_on_unknown_column_suggests_the_nearest(tmp_path: Path, suffix: str) -> None:
     path = table(tmp_path / f"p{suffix}", [{"prompt": "a", "difficulty": 6.0}])
-    error = rejection(path, min_values={"dificulty": 6.0})
+    error = rejection(path, where={"dificulty": ">= 6"})
     assert "`difficulty`" in error.message
-    assert "prompts.min_values" in error.message
+    assert "prompts.where" in error.message
 
 
 def test_filter_on_a_text_column_is_rejected(tmp_path: Path) -> None:
-    path = table(tmp_path / "p.jsonl", [{"prompt": "a", "difficulty": "7"}])
-    assert "difficulty" in rejection(path, min_values={"difficulty": 6.0}).message
+    path = table(tmp_path / "p.jsonl", [{"prompt": "a", "difficulty": "hard"}])
+    assert "`difficulty` (prompts.where) must be a number, got 'hard'" in rejection(path, where=HARD).message
 
 
 def test_filter_without_matches_is_rejected(tmp_path: Path) -> None:
     path = table(tmp_path / "p.jsonl", [{"prompt": "a", "difficulty": 5.0}])
-    error = rejection(path, min_values={"difficulty": 6.0})
-    assert "prompts.min_values" in error.message
+    error = rejection(path, where=HARD)
+    assert "prompts.where" in error.message
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_rows_in_the_form_of_verl(tmp_path: Path, suffix: str) -> None:
     path = table(tmp_path / f"p{suffix}", VERL)
     problems = load_problems(Prompts(source=str(path), suffix="!", **VERL_COLUMNS))
     assert problems == [Problem("0", "0+1?!", "1"), Problem("10", "1+1?!", "2"), Problem("20", "2+1?!", "3")]
-    assert texts(path, min_values={"extra_info.index": 10.0}) == ["1+1?", "2+1?"]
+    assert texts(path, where={"extra_info.index": ">= 10"}) == ["1+1?", "2+1?"]
 
 
 def test_suffix_belongs_to_the_last_message(tmp_path: Path) -> None:
@@ -304,9 +305,9 @@ def test_wrong_path_suggests_the_nearest(tmp_path: Path, suffix: str, column: st
 def test_data_files_selects_a_file_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(*args: object, **kwargs: object) -> Rows:
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
         asked.append((args, kwargs))
-        return VERL
+        return datasets.Dataset.from_list(VERL)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = {"source": "owner/data", "revision": "abc", **VERL_COLUMNS}

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -77,13 +78,11 @@ def test_unavailable_hub_is_reported_with_both_solutions() -> None:
 
 
 def test_hub_request_has_the_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     asked = []
 
-    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, object]]:
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
         asked.append((args, kwargs))
-        return [{"question": "1+1?", "answer": "It is two.\n#### 2"}]
+        return datasets.Dataset.from_list([{"question": "1+1?", "answer": "It is two.\n#### 2"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (problem,) = registered("gsm8k").problems(None, None)
@@ -292,9 +291,10 @@ HUB_NAMES = {
 def test_data_set_of_the_hub_is_a_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, object]]:
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
         asked.append((args, kwargs))
-        return [{"nr": 7, "frage": [{"role": "user", "content": "1+1?"}], "gold": {"text": "2"}}]
+        row = {"nr": 7, "frage": [{"role": "user", "content": "1+1?"}], "gold": {"text": "2"}}
+        return datasets.Dataset.from_list([row])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     columns = {"id_column": "nr", "problem_column": "frage", "answer_column": "gold.text"}

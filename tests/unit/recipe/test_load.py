@@ -108,7 +108,9 @@ def test_false_removes_a_section_or_a_text(smallest: Path, tmp_path: Path) -> No
         ("student.model=./a=b", "student.model", "./a=b"),
         ("eval.suffix=", "eval.suffix", ""),
         ("eval.suffix=answer in one word", "eval.suffix", "answer in one word"),
-        ("prompts.min_values.difficulty=6", "prompts.min_values.difficulty", 6.0),
+        ("prompts.where.difficulty='>= 6'", "prompts.where.difficulty", ">= 6"),
+        ("prompts.where.difficulty=6", "prompts.where.difficulty", 6),
+        ("prompts.min_values.difficulty=6", "prompts.where.difficulty", ">= 6"),  # the key of 0.2.0
         ("prompts.template_arguments={enable_thinking=false}", "prompts.template_arguments.enable_thinking", False),
         ("weight.gamma=0.25", "weight.gamma", 0.25),
     ],

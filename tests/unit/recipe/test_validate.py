@@ -38,7 +38,6 @@ TOY_TEACHERS = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teac
         ("rollout.engine=transfomers", "rollout.engine", "did you mean `transformers`?"),
         ("score.engine=transfomers", "score.engine", "did you mean `transformers`?"),
         ("eval.bench=['aime25', 'amie24']", "eval.bench", "did you mean `aime24`?"),
-        ("prompts.min_values.difficulty=hard", "prompts.min_values.difficulty", "number"),
     ],
 )
 def test_error_names_source_key_and_reason(smallest: Path, override: str, key: str, detail: str) -> None:
@@ -53,6 +52,14 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
         (["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.num_parts=5"], "rollout.num_parts"),
         (["rollout.prompts_per_step=10", "prompts.limit=9"], "prompts.limit"),
         (["prompts.data_files=a.parquet"], "prompts.data_files"),
+        (["prompts.subset=main"], "prompts.subset"),
+        (["prompts.source="], "prompts.source"),
+        (["prompts.source=[]"], "prompts.source"),
+        (["prompts.where.difficulty='>= hard'"], "prompts.where.difficulty"),
+        (["prompts.sources.a.weight=1", "prompts.sources.b.limit=9"], "prompts.sources.b.weight"),
+        (["prompts.sources.a.weight=1e-9", "prompts.sources.b.weight=1"], "prompts.sources.a.weight"),
+        (["prompts.sources.a.teacher=math"], "prompts.sources.a.teacher"),
+        (["prompts.sources={'a b' = {limit = 2000}}"], "prompts.sources.a b"),
         (["prompts.source=a.parquet", "prompts.data_files=b.parquet"], "prompts.data_files"),
         (["train.betas=[0.9, 1.0]"], "train.betas"),
         (["rollout.temperature=0.5"], "rollout"),

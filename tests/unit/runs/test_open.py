@@ -3,16 +3,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.commands import rewrite_json
 
 from opdctl.artifacts import files
 from opdctl.artifacts.versions import VERSIONS
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.models.directory import ModelDir, find_or_download
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import Model
 from opdctl.runs import open as opening
 from opdctl.runs.models import find_model
 from opdctl.runs.open import check_output_dir, open_run, record_settings, resolve_open_settings, standalone_eval_run
+from opdctl.runs.repair import find_corrupt_artifacts
+from opdctl.runs.run import Run
 
 
 def error_of(call) -> OpdctlError:
@@ -35,10 +39,10 @@ def test_new_run_records_models_prompts_and_libraries(small, tmp_path):
     assert (record["artifact"], record["version"]) == ("run", VERSIONS["run"])
     assert set(record["models"]) == {"student", "teacher"}
     assert record["models"]["student"]["digest"] == run.digests["student"] == run.student.digest()
-    assert (record["prompts"]["rows"], record["prompts"]["dropped"], record["prompts"]["source_sha256"]) == (
+    assert (record["prompts"]["rows"], record["prompts"]["dropped"], record["prompts"]["source_files"]) == (
         32,
         0,
-        None,
+        {},
     )
     assert len(run.prompts) == 32
     assert set(record["libraries"]) >= {"opdctl", "torch", "transformers"}
@@ -168,6 +172,103 @@ def test_prompts_of_a_run_are_kept_when_their_file_changes_or_goes(small, tmp_pa
     assert str(source) in error.message
     source.unlink()
     assert len(open_run(recipe, tmp_path / "run").prompts) == 3
+
+
+def test_run_records_every_file_of_its_prompts(small, tmp_path):
+    for name, text in (("a", "ab?"), ("b", "ba?")):
+        (tmp_path / f"data/{name}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / f"data/{name}.jsonl").write_text(json.dumps({"prompt": text}))
+    recipe = small(f"prompts.source={tmp_path}/data", "rollout.prompts_per_step=2", "rollout.num_parts=1")
+    open_run(recipe, tmp_path / "run")
+    record = files.read_json(tmp_path / "run/run.json")["prompts"]
+    paths = [tmp_path / "data/a.jsonl", tmp_path / "data/b.jsonl"]
+    assert record["source_files"] == {str(path): files.sha256_file(path) for path in paths}
+    paths[0].unlink()
+    open_run(recipe, tmp_path / "run")
+    paths[1].write_text(json.dumps({"prompt": "other"}))
+    error = error_of(lambda: open_run(recipe, tmp_path / "run"))
+    assert (error.kind, error.code) == ("source_mismatch", ExitCode.RECIPE_MISMATCH)
+    assert str(paths[1]) in error.message
+
+
+def test_file_of_a_run_of_an_earlier_version_is_compared(small, tmp_path):
+    source = tmp_path / "mine.jsonl"
+    source.write_text(json.dumps({"prompt": "ab?"}))
+    recipe = small(f"prompts.source={source}", "rollout.prompts_per_step=1", "rollout.num_parts=1")
+    open_run(recipe, tmp_path / "run")
+    record = files.read_json(tmp_path / "run/run.json")["prompts"]
+    (digest,) = record.pop("source_files").values()
+    rewrite_json(tmp_path / "run/run.json", prompts={**record, "source_sha256": digest})
+    open_run(recipe, tmp_path / "run")
+    source.write_text(json.dumps({"prompt": "ba?"}))
+    assert error_of(lambda: open_run(recipe, tmp_path / "run")).kind == "source_mismatch"
+
+
+# ── Mixtures and held-out prompts ────────────────────────────────────────────────────────────────────────────────────
+
+MIXTURE = (
+    "prompts.sources.long.source=toy:sort12",
+    "prompts.sources.long.weight=3",
+    "prompts.sources.short.source=toy:sort12",
+    "prompts.sources.short.split=test",
+    "prompts.sources.short.limit=5",
+    "prompts.sources.short.weight=1",
+)
+
+
+def test_every_step_has_the_weights_of_its_sources(small, tmp_path):
+    run = open_run(small(*MIXTURE), tmp_path / "run")
+    record = files.read_json(run.path / "run.json")["prompts"]
+    assert record["sources"] == {"long": {"rows": 32, "per_step": 6}, "short": {"rows": 5, "per_step": 2}}
+    seen = []
+    for step in range(10):
+        names = [prompt.prompt_id for _, prompt in run.samples(step)]
+        assert sum(name.startswith("long/") for name in names) == 6
+        seen += [name for name in names if name.startswith("short/")]
+    assert [len(set(seen[epoch : epoch + 4])) for epoch in range(0, 20, 4)] == [4] * 5  # two steps, one prompt is left
+    assert len(set(seen)) == 5
+    assert [name for name, _ in Run.load(run.path).samples(7)] == [name for name, _ in run.samples(7)]
+
+
+def test_sources_without_weights_are_one_set(small, tmp_path):
+    run = open_run(small(*(text for text in MIXTURE if "weight" not in text)), tmp_path / "run")
+    assert "sources" not in files.read_json(run.path / "run.json")["prompts"]
+    seen = [prompt.prompt_id for step in range(4) for _, prompt in run.samples(step)]
+    assert len(set(seen)) == 32  # of 37
+    assert len({name.partition("/")[0] for name in seen}) == 2
+
+
+def test_source_with_too_few_prompts_is_named(small, tmp_path):
+    error = error_of(lambda: open_run(small(*MIXTURE, "prompts.sources.short.limit=1"), tmp_path / "run"))
+    assert (error.kind, error.code) == ("invalid_data", ExitCode.BAD_DATA)
+    assert "[prompts.sources.short]: 1 prompts, its share of rollout.prompts_per_step is 2" in error.message
+
+
+@pytest.mark.parametrize("sources", [{"long": {"rows": 32, "per_step": 6}}, {"a": {"rows": 1, "per_step": 8}}])
+def test_record_of_sources_that_does_not_fit_is_corrupt(small, tmp_path, sources):
+    run = open_run(small(*MIXTURE), tmp_path / "run")
+    prompts = files.read_json(run.path / "run.json")["prompts"]
+    rewrite_json(run.path / "run.json", prompts={**prompts, "sources": sources})
+    assert "its sources do not make up" in error_of(lambda: Run.load(run.path).samples(0)).message
+
+
+def test_held_out_prompts_are_kept_as_a_benchmark(small, tmp_path):
+    recipe = small("prompts.limit=100", "prompts.held_out=0.3")
+    run = open_run(recipe, tmp_path / "run")
+    stored = run.path / "held_out.jsonl"
+    rows = [json.loads(line) for line in stored.read_text().splitlines()]
+    assert len(rows) + len(run.prompts) == 100
+    assert 15 < len(rows) < 45
+    assert not {row["id"] for row in rows} & {prompt.prompt_id for prompt in run.prompts}
+    assert all(row["answer"] == "".join(sorted(row["prompt"][:-1])) for row in rows)
+    benchmark = find_benchmark(str(stored), recipe.eval)
+    assert [problem.id for problem in benchmark.problems(None, None)] == [row["id"] for row in rows]
+    before = stored.read_bytes()
+    stored.unlink()
+    open_run(recipe, run.path)
+    assert stored.read_bytes() == before
+    stored.write_bytes(before[:-9])
+    assert [artifact.path for artifact in find_corrupt_artifacts(run)] == [stored]
 
 
 # ── Models and engines ───────────────────────────────────────────────────────────────────────────────────────────────
