@@ -34,7 +34,7 @@ def read_gpqa(rows: Iterator[TableRow], location: str) -> Iterator[Problem]:
         order = sorted(range(len(choices)), key=partial(_rank, name))
         lines = [f"{letter}) {choices[choice]}" for letter, choice in zip(ascii_uppercase, order, strict=False)]
         text = QUESTION_TEMPLATE.format(question=question, choices="\n".join(lines))
-        yield Problem(name, text, ascii_uppercase[order.index(CHOICES.index(CORRECT))], row=number)
+        yield Problem(name, text, ascii_uppercase[order.index(CHOICES.index(CORRECT))], location=at)
 
 
 def _read_text(row: TableRow, column: str, location: str) -> str:
