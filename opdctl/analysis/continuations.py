@@ -25,7 +25,7 @@ from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
 from opdctl.evaluation.evaluate import graded_response
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.dependencies import fingerprint_settings
-from opdctl.recipe.schema import Continuations, Recipe, Rollout
+from opdctl.recipe.schema import Continuations, Recipe, Sampling
 from opdctl.runs.layout import step_name
 from opdctl.runs.models import check_positions
 from opdctl.runs.run import Run, open_stage_dir
@@ -151,17 +151,19 @@ def continuations_path(run: Run, step: int) -> Path:
     return run.path / "continuations" / step_name(step)
 
 
-def _sampling(recipe: Recipe) -> Rollout:
-    """Return the settings that sample continuations: those of rollouts, with the budget of a continuation."""
-    max_tokens = recipe.continuations.max_tokens or recipe.rollout.max_tokens
-    return recipe.rollout.model_copy(update={"max_tokens": max_tokens})
+def _sampling(recipe: Recipe) -> Sampling:
+    """Return how continuations are sampled: from the model's own distribution. They end as rollouts do."""
+    rollout = recipe.rollout
+    max_tokens = recipe.continuations.max_tokens or rollout.max_tokens
+    return Sampling(max_tokens=max_tokens, stop=rollout.stop, stop_token_ids=rollout.stop_token_ids)
 
 
 def _recipe_for_engines(recipe: Recipe) -> Recipe:
     """Return the recipe for engines whose prompts include a prefix of a response."""
     prompt_tokens = recipe.prompts.max_tokens + recipe.rollout.max_tokens
     prompts = recipe.prompts.model_copy(update={"max_tokens": prompt_tokens})
-    return recipe.model_copy(update={"prompts": prompts, "rollout": _sampling(recipe)})
+    rollout = recipe.rollout.model_copy(update={"max_tokens": _sampling(recipe).max_tokens})
+    return recipe.model_copy(update={"prompts": prompts, "rollout": rollout})
 
 
 def _prefix_lengths(settings: Continuations) -> list[PrefixLength]:
@@ -264,7 +266,7 @@ def _generate_continuations(
     engines: EnginePool,
     stage: StageDir,
 ) -> int:
-    settings = _sampling(run.recipe)
+    settings = run.recipe.rollout
 
     def prepare() -> StageWork[Request, Completion]:
         engine = engines.get(name, settings.engine, _model(run, step, name))
@@ -281,9 +283,9 @@ def _generate_continuations(
             return requests, lambda done: rows_part(_grade(run, benchmark, continued, done), GradedResponse)
 
         return StageWork(
-            engine.logprob_metadata | {"temperature": settings.temperature, "top_p": settings.top_p},
+            engine.logprob_metadata | {"temperature": 1.0, "top_p": 1.0},
             open_part,
-            partial(engine.stream_completions, sampling=settings, batch_size=settings.batch_size),
+            partial(engine.stream_completions, sampling=_sampling(run.recipe), batch_size=settings.batch_size),
             engine.batches_across_parts,
         )
 

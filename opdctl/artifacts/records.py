@@ -29,10 +29,13 @@ Ids = npt.NDArray[np.int32]
 Logprobs = npt.NDArray[np.float32]
 """Log-probs or entropies in nats, [T]."""
 PER_TOKEN = "per token"
+STORED_IF_PRESENT = "stored if present"
 TopKIds = Annotated[Ids, PER_TOKEN]
 """Token ids, [T, K], most probable first."""
 TopKLogprobs = Annotated[Logprobs, PER_TOKEN]
 """Their log-probs in nats, [T, K]."""
+SamplingLogprobs = Annotated[Logprobs, STORED_IF_PRESENT]
+"""Log-probs in nats, [T], in a column that a file lacks if no row has them."""
 RoutedExperts = npt.NDArray[np.uint8]
 """The ids of the experts of each token that the engine read, flat: [prompt and response tokens but the last, decoder
 layers, experts of a token], one byte each, or two (little-endian) of more than 256 experts. 0 in dense layers."""
@@ -59,11 +62,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine samples: response ids, their log-probs under the sampling policy, and why it ended.
+    """What an engine samples: response ids, their log-probs under the sampled distribution, and why it ended.
 
-    finish_reason: "stop" (the last id is an end of sequence, which belongs to the response) or "length". On request:
-    entropies [T] of the policy's whole distribution at each token, its most probable tokens with their log-probs, and
-    the experts that its routers chose.
+    finish_reason: "stop" (with the last id, which belongs to the response: an end of sequence, another id that ends it,
+    or the end of a stop string) or "length". On request: entropies [T] of the policy's own distribution at each token,
+    its most probable tokens with their log-probs, and the experts that its routers chose.
+
+    sampling_logprobs: on request, if the settings change the distribution that is sampled: the log-probs under it. Then
+    `logprobs` are those of the policy's own, at temperature 1.
     """
 
     response_ids: Ids
@@ -73,6 +79,12 @@ class Completion:
     top_ids: TopKIds | None = None
     top_logprobs: TopKLogprobs | None = None
     routed_experts: RoutedExperts | None = None
+    sampling_logprobs: SamplingLogprobs | None = None
+
+    @property
+    def sampled_logprobs(self) -> Logprobs:
+        """The log-probs under the distribution that was sampled, [T]."""
+        return self.logprobs if self.sampling_logprobs is None else self.sampling_logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

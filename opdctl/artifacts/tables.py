@@ -23,6 +23,7 @@ from opdctl.artifacts.manifests import ScoresRecord
 from opdctl.artifacts.parquet_footer import check_parquet_size
 from opdctl.artifacts.records import (
     PER_TOKEN,
+    STORED_IF_PRESENT,
     EvalPrompt,
     GradedResponse,
     HiddenStates,
@@ -62,7 +63,8 @@ class Column:
         variants = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
         (kind,) = (variant for variant in variants if variant is not type(None))
         self.name, self.default, self.is_nullable = name, default, type(None) in variants
-        self.is_per_token = get_origin(kind) is Annotated and PER_TOKEN in get_args(kind)[1:]
+        notes = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+        self.is_per_token, self.is_stored_if_present = PER_TOKEN in notes, STORED_IF_PRESENT in notes
         self.kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
@@ -72,11 +74,16 @@ def columns_of(record: type) -> tuple[Column, ...]:
     return tuple(Column(field.name, hints[field.name], field.default) for field in fields(record))
 
 
-def arrow_schema(record: type) -> pa.Schema:
-    """Return the Parquet schema of a record."""
-    return pa.schema(
-        [pa.field(each.name, ARROW_TYPES[each.kind], nullable=each.is_nullable) for each in columns_of(record)]
-    )
+def arrow_schema(record: type, rows: Sequence[Any] | None = None) -> pa.Schema:
+    """Return the Parquet schema of a record, or of the columns with which `rows` are stored."""
+    columns = columns_of(record)
+    if rows is not None:
+        columns = tuple(
+            each
+            for each in columns
+            if not each.is_stored_if_present or any(getattr(row, each.name) is not None for row in rows)
+        )
+    return pa.schema([pa.field(each.name, ARROW_TYPES[each.kind], nullable=each.is_nullable) for each in columns])
 
 
 @cache
@@ -94,7 +101,7 @@ def tensor_specs() -> dict[str, tuple[str, int]]:
 
 def write_rows(path: Path, rows: Sequence[Row], record: type[Row]) -> None:
     """Write rows as Parquet with page checksums: without them most bit flips go undetected."""
-    schema = arrow_schema(record)
+    schema = arrow_schema(record, rows)
     columns = {name: [_flatten(getattr(row, name)) for row in rows] for name in schema.names}
     # A dictionary of binary values, which are long and unequal, would only take time.
     leaves = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in schema if f.type != pa.binary()]

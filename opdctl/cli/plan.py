@@ -1,8 +1,9 @@
 """`--dry-run`: show the plan of a run or an evaluation."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from opdctl import console
 from opdctl.artifacts import files
@@ -39,7 +40,8 @@ def show_evaluation_plan(recipe: Recipe, path: Path, data: Path | None, as_json:
     """Print the plan of an evaluation. Nothing is written."""
     plans = plan_benchmarks(recipe, data)
     if as_json:
-        print_json({"run_dir": str(path), "benches": [asdict(plan) for plan in plans]})
+        benches = [asdict(plan) for plan in plans]
+        print_json({"run_dir": str(path), "benches": benches, "sampling": recipe.eval.changes})
     rows = [
         (
             plan.bench,
@@ -48,7 +50,8 @@ def show_evaluation_plan(recipe: Recipe, path: Path, data: Path | None, as_json:
         )
         for plan in plans
     ]
-    console.print_fields("plan", rows)
+    sampling = [("sampling", _format_settings(recipe.eval.changes))] if recipe.eval.changes else []
+    console.print_fields("plan", [*rows, *sampling])
     console.info("nothing was written")
 
 
@@ -65,6 +68,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("prompts", f"{_format_count(plan.prompts)}; {plan.steps} steps of {plan.prompts_per_step}{epochs}"),
         ("responses", f"{plan.responses_per_step:,} per step in {plan.parts_per_step} parts"),
         ("tokens", f"≤ {prompt_tokens:,} prompt + {response_tokens:,} response per step"),
+        ("sampling", _format_settings(plan.sampling)),
         ("artifacts", f"≤ {artifacts} in total; per step ≤ {rollout} rollout + {scores} scores"),
         ("disk", f"≤ {disk}: artifacts, {plan.students_kept} students, newest checkpoints"),
         *(
@@ -85,7 +89,9 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
             "(estimate, not measured on GPUs)",
         ),
     ]
-    return [row for row in rows if row[0] != "CPU memory" or stages.node_bytes != 0]
+    hidden = {"CPU memory"} if stages.node_bytes == 0 else set()
+    hidden |= set() if plan.sampling else {"sampling"}
+    return [row for row in rows if row[0] not in hidden]
 
 
 def _time_text(plan: StagePlan, name: str) -> str:
@@ -125,6 +131,10 @@ def _memory_rows(plan: StagePlan) -> list[tuple[str, str]]:
         elif items not in rows.values():
             rows[name] = items
     return list(rows.items())
+
+
+def _format_settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in settings.items())
 
 
 def _format_count(number: int | None) -> str:

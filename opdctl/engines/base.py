@@ -98,6 +98,11 @@ class Engine(Protocol):
         ...
 
 
+def sampling_params(sampling: Sampling) -> dict[str, Any]:
+    """Return the settings by their names in vLLM's requests, without those that end a response."""
+    return {name: getattr(sampling, name) for name in Sampling.model_fields if not name.startswith("stop")}
+
+
 class InOrder:
     """The base class of all engines: `generate` and `score` from the streams."""
 

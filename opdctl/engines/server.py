@@ -22,7 +22,7 @@ import numpy as np
 
 from opdctl import console
 from opdctl.artifacts.records import Completion, Ids, Logprobs, TokenScores
-from opdctl.engines.base import EngineContext, InOrder, Request, ScoreRequest
+from opdctl.engines.base import EngineContext, InOrder, Request, ScoreRequest, sampling_params
 from opdctl.engines.http import MAX_RESPONSE_BYTES, Client, MalformedResponseError, Parse, Parsed
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_local
@@ -34,14 +34,6 @@ TokenEntries = tuple[np.ndarray[Any, np.dtype[np.int64]], Numbers]
 """Ids and log-probs of the tokens that the server returns at one position."""
 VLLM_NEG_INF = -9999.0  # vLLM's JSON encoding of minus infinity
 MAX_LOGPROB = 1e-3  # rounding above 0
-NEUTRAL_SAMPLING_PARAMS = {
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "top_k": 0,
-    "min_p": 0.0,
-}
-"""Sent with every request: the server would otherwise apply the defaults of the model's generation config."""
 MISSING_ENDPOINT_STATUSES = (404, 405, 501)
 TOKENIZER_SAMPLE_SIZE = 128  # ids of the vocabulary in each text that compares the tokenizers
 PADDING_CONTEXTS, PADDING_SAMPLE_SIZE = 4, 32  # requests: one for each of these ids after each context
@@ -71,7 +63,7 @@ class ServerEngine(InOrder):
         except BaseException:
             self.close()
             raise
-        kind = "processed" if _is_unmodified(context.recipe.rollout) else "raw or processed, as configured"
+        kind = "processed" if not context.recipe.rollout.modifications else "raw or processed, as configured"
         self.logprob_metadata = {"engine": "server", "dtype": model.dtype, "logprobs": f"{kind}, float32, nats"}
 
     def load_weights(self, model: ModelDir) -> None:
@@ -101,15 +93,18 @@ class ServerEngine(InOrder):
         hint = 'set rollout.engine = "transformers"'
         if columns.entropy:
             raise OpdctlError("unsupported_setting", "rollout.entropy: a server returns no entropies", hint=hint)
-        if columns.top_k and not _is_unmodified(sampling):
-            why = "at a temperature or top-p other than 1 the server's most probable tokens may be raw or processed"
-            raise OpdctlError("unsupported_setting", f"rollout.top_k: {why}", hint=hint)
+        if columns.sampling_logprobs or (columns.top_k and sampling.modifications):
+            why = "a server's log-probs of a modified distribution may be raw or processed"
+            names = ", ".join(sampling.modifications)
+            raise OpdctlError("unsupported_setting", f"rollout: {names}: {why}", hint=hint)
         requests = self._check_padding(requests, lambda request: request.prompt_ids)
-        eos_ids = list(self._model.eos_ids)
+        end_ids = self._model.end_ids(sampling.stop_token_ids)
         vocab_size, top_k = self._model.vocab_size, columns.top_k
-        parse = partial(_parse_completion, sampling=sampling, eos_ids=eos_ids, vocab_size=vocab_size, top_k=top_k)
+        parse = partial(_parse_completion, sampling=sampling, end_ids=end_ids, vocab_size=vocab_size, top_k=top_k)
         entries = self._num_entries(top_k)
-        fixed: dict[str, Any] = {"logprobs": entries, "stop_token_ids": eos_ids}
+        fixed: dict[str, Any] = {"logprobs": entries, "stop_token_ids": end_ids}
+        if sampling.stop:
+            fixed |= {"stop": sampling.stop, "include_stop_str_in_output": True}
         if self._padding_ids:
             fixed["logit_bias"] = dict.fromkeys(map(str, self._padding_ids), FORBIDDEN_LOGIT_BIAS)
 
@@ -195,12 +190,10 @@ class ServerEngine(InOrder):
         self._has_checked_padding = True
 
     def _body(self, ids: Ids, sampling: Sampling) -> dict[str, Any]:
-        return NEUTRAL_SAMPLING_PARAMS | {
+        # All settings: for absent ones the server would apply the defaults of the model's generation config.
+        return sampling_params(sampling) | {
             "model": self._served_name,
             "prompt": ids.tolist(),
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
@@ -302,11 +295,6 @@ def _server_url(server: str | None, key: str) -> str:
         raise OpdctlError("invalid_recipe", f"{key}.server: {server}: {error}") from None
 
 
-def _is_unmodified(sampling: Sampling) -> bool:
-    """Whether raw and processed log-probs are the same."""
-    return sampling.temperature == 1 and sampling.top_p == 1
-
-
 def _max_response_bytes(body: dict[str, Any], entries: int) -> int:
     """Return the maximum size of a completions response with this many most probable tokens at each position."""
     num_tokens = len(body["prompt"]) + body["max_tokens"]
@@ -386,11 +374,12 @@ def _parse_top_k(rows: list[TokenEntries], top_k: int) -> tuple[Ids, Logprobs]:
     return ids_TK, _to_logprobs(logp_TK.ravel()).reshape(logp_TK.shape)
 
 
-def _parse_completion(choice: Any, sampling: Sampling, eos_ids: list[int], vocab_size: int, top_k: int) -> Completion:
+def _parse_completion(choice: Any, sampling: Sampling, end_ids: list[int], vocab_size: int, top_k: int) -> Completion:
     ids, reason, logprobs = _to_ids(choice["token_ids"]), choice["finish_reason"], choice["logprobs"]
     if logprobs["tokens"] != [f"token_id:{id_}" for id_ in ids] or len(logprobs["token_logprobs"]) != len(ids):
         raise MalformedResponseError(f"the log-probs do not belong to the {len(ids)} tokens of the response")
-    if not (ids[-1] in eos_ids if reason == "stop" else reason == "length" and len(ids) == sampling.max_tokens):
+    is_ended = ids[-1] in end_ids or choice.get("stop_reason") in sampling.stop
+    if not (is_ended if reason == "stop" else reason == "length" and len(ids) == sampling.max_tokens):
         raise MalformedResponseError(f"finish reason `{reason}` after {len(ids)} tokens, the last one {ids[-1]}")
     if max(ids) >= vocab_size:
         raise MalformedResponseError(f"the response contains id {max(ids)} despite its logit bias")

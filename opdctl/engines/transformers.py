@@ -3,7 +3,7 @@
 Sampling is a separate loop instead of transformers' `generate`, for two reasons. Each response has its own random
 stream, so the same seed gives the same response in any batch. Finished responses leave the batch.
 
-Shape suffixes: see Notation in CONTRIBUTING.md. In `_inverse_cdf`, N blocks of b = BLOCK ids.
+Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import itertools
@@ -18,6 +18,8 @@ from torch import Tensor
 from opdctl import signals
 from opdctl.artifacts.records import Completion, RoutedExperts, TokenScores
 from opdctl.engines.base import InOrder, Request, ScoreRequest
+from opdctl.engines.sampling import Penalties, sample, uniform_stream
+from opdctl.engines.stop_strings import StopSearch
 from opdctl.models.architectures import check_rope, rope_limit
 from opdctl.models.batching import by_token_budget, pad_batch
 from opdctl.models.decoding import BatchRules, DecodeBatch
@@ -30,7 +32,6 @@ from opdctl.models.self_check import find_batch_rules
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 
 _T = TypeVar("_T")
-BLOCK = 512  # ids per block of the two-level cumulative sum
 COMPACT_BELOW = 0.75  # unfinished fraction that triggers dropping finished rows; each time copies the cache
 
 
@@ -58,8 +59,7 @@ class TransformersEngine(InOrder):
         self.close()
         self._model = load_model(model, device=self._device)
         self._head = output_head(self._model, model.vocab_size)
-        self._eos = torch.tensor(model.eos_ids, device=self._device)
-        self._path, self._rope_limit = model.path, rope_limit(self._model.config)
+        self._directory, self._rope_limit = model, rope_limit(self._model.config)
         self.logprob_metadata = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}
         if not model.is_quantized:
             tensors = itertools.chain(self._model.named_parameters(), self._model.named_buffers())  # tied weights once
@@ -116,8 +116,8 @@ class TransformersEngine(InOrder):
     ) -> Generator[tuple[int, Completion]]:
         requests = list(requests)
         longest = max((len(request.prompt_ids) for request in requests), default=0)
-        check_rope(self._model.config, self._path, longest, sampling.max_tokens)
-        self._rules = self._rules or find_batch_rules(self._model, self._path)
+        check_rope(self._model.config, self._directory.path, longest, sampling.max_tokens)
+        self._rules = self._rules or find_batch_rules(self._model, self._directory.path)
         if columns.routed_experts:
             self._routers = self._routers or Routers(self._model)
             check_has_experts(self._routers)
@@ -134,17 +134,21 @@ class TransformersEngine(InOrder):
     ) -> Iterator[int]:
         """Yield the row of each response as soon as it is finished."""
         max_tokens = sampling.max_tokens
-        uniform_BT = torch.from_numpy(np.stack([_uniform_stream(request.seed, max_tokens) for request in requests]))
+        uniform_BT = torch.from_numpy(np.stack([uniform_stream(request.seed, max_tokens) for request in requests]))
         uniform_BT = uniform_BT.to(self._device)
         rows_B = torch.arange(len(requests), device=self._device)
         record = buffer.routing.record if buffer.routing else _call
         prompts = [request.prompt_ids for request in requests]
+        penalties = Penalties(prompts, self._head.vocab_size, sampling, self._device)
+        ends = _ResponseEnds(self._directory, len(requests), sampling, self._device)
         batch = record(rows_B, lambda: DecodeBatch(self._model, prompts, rules, self._device))
         for t in range(max_tokens):
             signals.check()
             logits_BV = self._head.logits(batch.hidden_BD)
-            token_B, logp_B = sample(logits_BV, uniform_BT[rows_B, t], sampling.temperature, sampling.top_p)
-            ended_B = torch.isin(token_B, self._eos) & ~buffer.stopped_B[rows_B]
+            penalized_BV = penalties.apply(rows_B, logits_BV)
+            token_B, logp_B = sample(penalized_BV, uniform_BT[rows_B, t], sampling)
+            penalties.add(rows_B, token_B)
+            ended_B = ends.find(rows_B, token_B) & ~buffer.stopped_B[rows_B]
             buffer.add(rows_B, t, token_B, logp_B, logits_BV, ended_B)
             yield from rows_B[ended_B].tolist()
             unfinished_B = ~buffer.stopped_B[rows_B]
@@ -213,6 +217,22 @@ class _RoutingBuffer:
         return encode_experts(ids_TLK, self._routers.num_experts)
 
 
+class _ResponseEnds:
+    """What ends the responses of a batch: token ids and stop strings."""
+
+    def __init__(self, model: ModelDir, count: int, sampling: Sampling, device: str):
+        self._ids, self._device = torch.tensor(model.end_ids(sampling.stop_token_ids), device=device), device
+        self._searches = [StopSearch(model.tokenizer, sampling.stop) for _ in range(count)] if sampling.stop else []
+
+    def find(self, rows_B: Tensor, token_B: Tensor) -> Tensor:
+        """Return whether the responses in `rows_B` end with these tokens, [B]."""
+        ended_B = torch.isin(token_B, self._ids)
+        if self._searches:
+            tokens = zip(rows_B.tolist(), token_B.tolist(), strict=True)
+            ended_B |= torch.tensor([self._searches[row].add(token) for row, token in tokens], device=self._device)
+        return ended_B
+
+
 class _SampleBuffer:
     """The sampled tokens of a batch of responses, with what is stored beside them."""
 
@@ -223,6 +243,8 @@ class _SampleBuffer:
             "response_ids": torch.zeros(count, max_tokens, dtype=torch.int32, device=device),
             "logprobs": torch.zeros(count, max_tokens, device=device),
         }
+        if columns.sampling_logprobs:
+            self._columns["sampling_logprobs"] = torch.zeros(count, max_tokens, device=device)
         if columns.entropy:
             self._columns["entropies"] = torch.zeros(count, max_tokens, device=device)
         if columns.top_k:
@@ -233,10 +255,15 @@ class _SampleBuffer:
         self.stopped_B = torch.zeros(count, dtype=torch.bool, device=device)
 
     def add(self, rows_B: Tensor, t: int, token_B: Tensor, logp_B: Tensor, logits_BV: Tensor, ended_B: Tensor) -> None:
-        """Record token t of the responses in `rows_B`; those in `ended_B` end with it."""
-        values = {"response_ids": token_B.int(), "logprobs": logp_B}
-        if self._top_k or "entropies" in self._columns:
+        """Record token t of the responses in `rows_B`; those in `ended_B` end with it.
+
+        logp_B: under the sampled distribution. logits_BV: of the model's own.
+        """
+        values = {"response_ids": token_B.int(), "logprobs": logp_B, "sampling_logprobs": logp_B}
+        if self._top_k or self._columns.keys() & {"entropies", "sampling_logprobs"}:
             logp_BV = logits_BV.log_softmax(-1)
+            own_logp_B = logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+            values["logprobs"] = own_logp_B if "sampling_logprobs" in self._columns else logp_B
             values["entropies"] = -(logp_BV.exp() * logp_BV).sum(-1).clamp(max=0)
             values["top_logprobs"], top_ids_BK = logp_BV.topk(self._top_k, dim=-1)
             values["top_ids"] = top_ids_BK.int()
@@ -253,54 +280,3 @@ class _SampleBuffer:
             finish_reason="stop" if self.stopped_B[row] else "length",
             routed_experts=self.routing.experts(row, length) if self.routing else None,
         )
-
-
-def _uniform_stream(seed: int, count: int) -> np.ndarray:
-    """Return `count` uniform numbers in [0, 1) that depend on the response's seed only.
-
-    They are float32, multiples of 2⁻²⁴: of several tokens whose probabilities sum to less, at most one can be sampled.
-    """
-    return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float32)
-
-
-def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by the inverse CDF at `uniform_B`; return ids and their log-probs in nats, [B].
-
-    The log-probs are those of the sampled distribution, after temperature and top-p. At temperature 0 the most probable
-    token has probability 1.
-    """
-    if temperature == 0:
-        return logits_BV.argmax(-1), torch.zeros_like(uniform_B)
-    if temperature != 1:
-        logits_BV = logits_BV / temperature
-    if top_p < 1:
-        logits_BV = _top_p_filter(logits_BV, top_p)
-    logz_B1 = logits_BV.logsumexp(-1, keepdim=True)
-    token_B1 = _inverse_cdf((logits_BV - logz_B1).exp_(), uniform_B[:, None].double())
-    return token_B1.squeeze(-1), (logits_BV.gather(-1, token_B1) - logz_B1).squeeze(-1)
-
-
-def _top_p_filter(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Return the logits with -inf for all but the fewest most probable tokens whose probabilities sum to `top_p`."""
-    sorted_BV, order_BV = logits_BV.sort(stable=True, dim=-1, descending=True)
-    p_BV = sorted_BV.softmax(-1)
-    sorted_BV = sorted_BV.masked_fill(p_BV.cumsum(-1) - p_BV >= top_p, -torch.inf)
-    return torch.full_like(logits_BV, -torch.inf).scatter(-1, order_BV, sorted_BV)
-
-
-def _inverse_cdf(p_BV: Tensor, uniform_B1: Tensor) -> Tensor:
-    """Return the first id whose cumulative probability, in float64, exceeds `uniform_B1`, [B, 1].
-
-    It finds the block first, then the id within it: a float64 sum over a large vocabulary costs as much as the model.
-    """
-    blocks_BNb = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    ends_BN = blocks_BNb.sum(-1, dtype=torch.float64).cumsum(-1)
-    # Scaled by the sum, so that rounding can sample neither past the end nor a token of probability zero.
-    target_B1 = uniform_B1 * ends_BN[:, -1:]
-    block_B1 = torch.searchsorted(ends_BN, target_B1, right=True).clamp(max=ends_BN.shape[-1] - 1)
-    block_Bb = blocks_BNb.take_along_dim(block_B1[..., None], dim=1).squeeze(1)
-    ends_Bb = block_Bb.cumsum(-1, dtype=torch.float64)
-    within_B1 = target_B1 - torch.where(block_B1 > 0, ends_BN.gather(-1, (block_B1 - 1).clamp(min=0)), 0.0)
-    token_B1 = torch.searchsorted(ends_Bb, within_B1, right=True)
-    last_B1 = BLOCK - 1 - (block_Bb.flip(-1) > 0).int().argmax(-1, keepdim=True)
-    return block_B1 * BLOCK + token_B1.minimum(last_B1)

@@ -5,6 +5,8 @@ Workarounds for vLLM behavior that opdctl cannot use:
 - vLLM samples ids of the output matrix's padding rows: they are masked.
 - It stops at the end-of-sequence ids of the model's config: it receives those of the model directory.
 - Its log-probs are by default those before temperature and top-p: processed ones are requested.
+- Without its tokenizer, which nothing else needs, it knows no stop strings: these are found here, token by token.
+- It returns log-probs of the sampled distribution or of the model's own: where both are stored, it scores the response.
 - It shortens responses that exceed its maximum length: the length is checked, and too long is an error.
 - It multiplies by the output matrix in 16 bits: float32 is requested.
 - On a CPU it cannot sample with a seed from a prompt of which a step computes a part: prompts are not split there.
@@ -30,10 +32,11 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from logging import getLogger
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +45,17 @@ from pydantic import ValidationError
 from opdctl import console
 from opdctl.artifacts.files import digest_of
 from opdctl.artifacts.records import Completion, Ids, Logprobs, RoutedExperts, TokenScores
-from opdctl.engines.base import RESUME_HINT, SCORED_AT_ONCE, EngineContext, Handover, InOrder, Request, ScoreRequest
+from opdctl.engines.base import (
+    RESUME_HINT,
+    SCORED_AT_ONCE,
+    EngineContext,
+    Handover,
+    InOrder,
+    Request,
+    ScoreRequest,
+    sampling_params,
+)
+from opdctl.engines.stop_strings import StopSearch
 from opdctl.errors import OpdctlError, is_out_of_memory, summarize_exception
 from opdctl.models.directory import WEIGHT_PATTERNS, ModelDir
 from opdctl.models.held_weights import digest_held_weights
@@ -115,9 +128,9 @@ GIVEN_IDS = "prompt_logprob_token_ids"  # an argument that is new in vLLM 0.32
 SMALL_VOCABULARY_IDS = 4096  # up to this size, vLLM is asked for the log-prob of every id
 
 
-_Result = TypeVar("_Result")
-_Prompt = tuple[Ids, dict[str, Any], Callable[[Any], _Result]]
-"""Token ids, sampling parameters, and a function of vLLM's output."""
+_Prompt = tuple[Ids, dict[str, Any], Callable[[Any], Any]]
+"""Token ids, sampling parameters, and a function of vLLM's output that returns the result, another prompt whose output
+gives it, or None if it needs further output."""
 
 
 class VllmEngine(InOrder):
@@ -286,8 +299,8 @@ class VllmEngine(InOrder):
             raise _unsupported("rollout", "the experts of this model")
         if columns.entropy:
             raise _unsupported("rollout", "the entropy of the sampled distribution")
-        if columns.top_k and (sampling.temperature, sampling.top_p) != (1, 1):
-            raise _unsupported("rollout", "the most probable ids before temperature and top-p")
+        if columns.routed_experts and sampling.stop:
+            raise _unsupported("rollout", "the experts of a response that ends at a stop string")
         if sampling.temperature > MAX_TEMPERATURE:
             raise OpdctlError(
                 "unsupported_setting",
@@ -295,53 +308,74 @@ class VllmEngine(InOrder):
                 hint='reduce it, or set rollout.engine = "transformers"',
             )
 
-        def prompts() -> Iterator[_Prompt[Completion]]:
+        top_k = 0 if columns.sampling_logprobs else columns.top_k
+        params: dict[str, Any] = sampling_params(sampling) | {"logprobs": top_k}
+        params["stop_token_ids"] = self._model.end_ids(sampling.stop_token_ids)
+        if sampling.stop:
+            params["output_kind"] = RequestOutputKind.DELTA
+
+        def prompts() -> Iterator[_Prompt]:
             for request in requests:
                 length = len(request.prompt_ids)
                 self._check_length(length + sampling.max_tokens, f"a prompt of {length} + {sampling.max_tokens} tokens")
-                params = {
-                    "seed": request.seed,
-                    "temperature": sampling.temperature,
-                    "top_p": sampling.top_p,
-                    "max_tokens": sampling.max_tokens,
-                    "stop_token_ids": list(self._model.eos_ids),
-                    "logprobs": columns.top_k,
-                }
-                yield request.prompt_ids, params, partial(_completion, columns=columns)
+                convert: Callable[[Any], Any] = partial(_completion, columns=columns, top_k=top_k)
+                if sampling.stop:
+                    convert = _StopAtString(StopSearch(self._model.tokenizer, sampling.stop), top_k)
+                if columns.sampling_logprobs:
+                    convert = partial(self._score_completion, convert, request, columns)
+                yield request.prompt_ids, params | {"seed": request.seed}, convert
 
         return self._run(prompts(), batch_size)
 
+    def _score_completion(
+        self, convert: Callable[[Any], Completion | None], request: Request, columns: RolloutColumns, output: Any
+    ) -> _Prompt | None:
+        """Return the prompt by which vLLM scores a response that it sampled from another distribution than its own."""
+        if (completion := convert(output)) is None:
+            return None
+        scored = ScoreRequest(request.prompt_ids, completion.response_ids)
+        ids, params, read_scores = self._score_prompt(scored, Score(top_k=columns.top_k))
+
+        def join(output: Any) -> Completion:
+            scores = read_scores(output)
+            top = {"top_ids": scores.top_ids, "top_logprobs": scores.top_logprobs}
+            return replace(completion, logprobs=scores.logprobs, sampling_logprobs=completion.logprobs, **top)
+
+        return ids, params, join
+
     def stream_scores(self, requests: Iterable[ScoreRequest], settings: Score) -> Generator[tuple[int, TokenScores]]:
-        needs_distribution = settings.entropy or (settings.student_top_k and not self._scores_given_ids)
         if settings.hidden_states:
             raise _unsupported("score", "hidden states")
         vocab_size = self._model.vocab_size
-        if needs_distribution and vocab_size > SMALL_VOCABULARY_IDS:
+        if self._needs_distribution(settings) and vocab_size > SMALL_VOCABULARY_IDS:
             feature = "entropies" if settings.entropy else "log-probs of given ids"
             raise _unsupported("score", f"{feature} over {vocab_size} ids, only over {SMALL_VOCABULARY_IDS}")
+        return self._run((self._score_prompt(request, settings) for request in requests), SCORED_AT_ONCE)
+
+    def _needs_distribution(self, settings: Score) -> bool:
+        return settings.entropy or (settings.student_top_k and not self._scores_given_ids)
+
+    def _score_prompt(self, request: ScoreRequest, settings: Score) -> _Prompt:
+        needs_distribution = self._needs_distribution(settings)
         gives_ids = self._scores_given_ids and not needs_distribution
+        ids = np.concatenate([request.prompt_ids, request.response_ids])
+        self._check_length(len(ids), f"a prompt and response of {len(ids)} tokens")
+        # vLLM samples at least one token; it is discarded.
+        params: dict[str, Any] = {"max_tokens": 1}
+        if not gives_ids or settings.top_k:
+            params["prompt_logprobs"] = -1 if needs_distribution else settings.top_k
+        if gives_ids and len(request.response_ids):
+            params[GIVEN_IDS] = _given_ids(request, settings)
+            params["prompt_logprob_start"] = len(request.prompt_ids) - 1  # whose successor is the first token
+        if self._returns_experts:
+            params["routed_experts_prompt_start"] = len(ids)
 
-        def prompts() -> Iterator[_Prompt[TokenScores]]:
-            for request in requests:
-                ids = np.concatenate([request.prompt_ids, request.response_ids])
-                self._check_length(len(ids), f"a prompt and response of {len(ids)} tokens")
-                # vLLM samples at least one token; it is discarded.
-                params: dict[str, Any] = {"max_tokens": 1}
-                if not gives_ids or settings.top_k:
-                    params["prompt_logprobs"] = -1 if needs_distribution else settings.top_k
-                if gives_ids and len(request.response_ids):
-                    params[GIVEN_IDS] = _given_ids(request, settings)
-                    params["prompt_logprob_start"] = len(request.prompt_ids) - 1  # whose successor is the first token
-                if self._returns_experts:
-                    params["routed_experts_prompt_start"] = len(ids)
-                yield ids, params, partial(convert, request)
-
-        def convert(request: ScoreRequest, output: Any) -> TokenScores:
+        def convert(output: Any) -> TokenScores:
             if gives_ids:
                 return _scores_of_given_ids(request, output, settings)
-            return _scores(request, output.prompt_logprobs, settings, vocab_size)
+            return _scores(request, output.prompt_logprobs, settings, self._model.vocab_size)
 
-        return self._run(prompts(), SCORED_AT_ONCE)
+        return ids, params, convert
 
     def _check_not_nan(self, result: Any) -> None:
         # From NaN logits vLLM makes a normal-looking response: token 0 repeated.
@@ -356,27 +390,40 @@ class VllmEngine(InOrder):
                 hint="raise vllm.max_model_len if the model allows it, or reduce the maximum response length",
             )
 
-    def _run(self, prompts: Iterable[_Prompt[_Result]], at_once: int) -> Generator[tuple[int, _Result]]:
+    def _run(self, prompts: Iterable[_Prompt], at_once: int) -> Generator[tuple[int, Any]]:
         """Process all prompts, `at_once` at a time, and yield the number and result of each when it is finished."""
         if self._wake_up() == 2:
             self._reload(self._model)
-        engine, waiting = self._llm.llm_engine, enumerate(prompts)
-        running: dict[str, Callable[[Any], _Result]] = {}
+        engine, waiting, request_ids = self._llm.llm_engine, enumerate(prompts), itertools.count()
+        running: dict[str, tuple[int, Callable[[Any], Any]]] = {}
+
+        def add(number: int, prompt: _Prompt) -> None:
+            (ids, params, convert), request_id = prompt, str(next(request_ids))
+            engine.add_request(request_id, vllm.TokensPrompt(prompt_token_ids=ids.tolist()), _sampling_params(**params))
+            running[request_id] = number, convert
+
         try:
             while True:
                 with self._translate_failures():
-                    for index, (ids, params, convert) in itertools.islice(waiting, at_once - len(running)):
-                        prompt = vllm.TokensPrompt(prompt_token_ids=ids.tolist())
-                        engine.add_request(str(index), prompt, _sampling_params(**params))
-                        running[str(index)] = convert
+                    for number, prompt in itertools.islice(waiting, at_once - len(running)):
+                        add(number, prompt)
                     if not running:
                         break
                     outputs = engine.step()
                 self.num_passes += 1
                 for output in outputs:
-                    result = running.pop(output.request_id)(output)
+                    number, convert = running[output.request_id]
+                    if (result := convert(output)) is None:
+                        continue
+                    del running[output.request_id]
+                    with self._translate_failures():
+                        if not output.finished:  # it has a stop string, which vLLM does not know
+                            engine.abort_request([output.request_id])
+                        if isinstance(result, tuple):
+                            add(number, result)
+                            continue
                     self._check_not_nan(result)
-                    yield int(output.request_id), result
+                    yield number, result
         finally:
             engine.abort_request(list(running))  # an interrupted call must leave no request for the next call
 
@@ -617,8 +664,8 @@ def _max_model_len(model: ModelDir, recipe: Recipe) -> int:
 def _sampling_params(**settings: Any) -> Any:
     # ignore_eos: only the ids in stop_token_ids end a sequence.
     # FINAL_ONLY: by default each step copies each unfinished response.
-    kind = RequestOutputKind.FINAL_ONLY
-    return vllm.SamplingParams(ignore_eos=True, detokenize=False, flat_logprobs=True, output_kind=kind, **settings)
+    fixed = {"ignore_eos": True, "detokenize": False, "flat_logprobs": True}
+    return vllm.SamplingParams(**({"output_kind": RequestOutputKind.FINAL_ONLY} | fixed | settings))
 
 
 def _logprob_table(flat: Any, ids_T: Ids, first: int, top_k: int) -> tuple[Ids, Logprobs]:
@@ -640,19 +687,43 @@ def _select_top_k(ids_TE: Ids, logp_TE: Logprobs, top_k: int) -> tuple[Ids, Logp
     return np.take_along_axis(ids_TE[:, 1:], order_TK, 1), np.take_along_axis(logp_TE[:, 1:], order_TK, 1)
 
 
-def _completion(result: Any, columns: RolloutColumns) -> Completion:
-    output, top_k = result.outputs[0], columns.top_k
+def _completion(result: Any, columns: RolloutColumns, top_k: int) -> Completion:
+    output = result.outputs[0]
     ids_T = np.array(output.token_ids, np.int32)
-    ids_TE, logp_TE = _logprob_table(output.logprobs, ids_T, 0, top_k)
+    completion = _sampled(ids_T, _logprob_table(output.logprobs, ids_T, 0, top_k), output.finish_reason, top_k)
+    return replace(completion, routed_experts=_routed_experts(result)) if columns.routed_experts else completion
+
+
+def _sampled(ids_T: Ids, table: tuple[Ids, Logprobs], finish_reason: str, top_k: int) -> Completion:
+    ids_TE, logp_TE = table
     top_ids_TK, top_logp_TK = _select_top_k(ids_TE, logp_TE, top_k) if top_k else (None, None)
-    return Completion(
-        ids_T,
-        logp_TE[:, 0].copy(),
-        "stop" if output.finish_reason == "stop" else "length",
-        top_ids=top_ids_TK,
-        top_logprobs=top_logp_TK,
-        routed_experts=_routed_experts(result) if columns.routed_experts else None,
-    )
+    reason = "stop" if finish_reason == "stop" else "length"
+    return Completion(ids_T, logp_TE[:, 0].copy(), reason, top_ids=top_ids_TK, top_logprobs=top_logp_TK)
+
+
+class _StopAtString:
+    """A response that vLLM returns token by token, until it contains a stop string or ends."""
+
+    def __init__(self, search: StopSearch, top_k: int):
+        self._search, self._top_k = search, top_k
+        self._ids: list[int] = []
+        self._tables: list[tuple[Ids, Logprobs]] = []
+
+    def __call__(self, result: Any) -> Completion | None:
+        output = result.outputs[0]
+        ids_T = np.array(output.token_ids, np.int32)
+        self._tables.append(_logprob_table(output.logprobs, ids_T, 0, self._top_k))
+        reason = output.finish_reason
+        for token in ids_T.tolist():
+            self._ids.append(token)
+            if self._search.add(token):
+                reason = "stop"
+                break
+        if reason is None:
+            return None
+        count, (ids, logps) = len(self._ids), zip(*self._tables, strict=True)
+        table = np.concatenate(ids)[:count], np.concatenate(logps)[:count]
+        return _sampled(np.array(self._ids, np.int32), table, reason, self._top_k)
 
 
 def _routed_experts(result: Any) -> RoutedExperts:

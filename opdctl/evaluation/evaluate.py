@@ -29,6 +29,7 @@ from opdctl.data.prompts import Problem
 from opdctl.data.rendering import PromptRenderer
 from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
+from opdctl.engines.stop_strings import text_before_stop
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import contamination, statistics
 from opdctl.evaluation.benchmarks import Benchmark, find_benchmark, is_of_unknown_plugin
@@ -120,7 +121,8 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
     settings = recipe.eval
     chosen = {"eos_token_ids": recipe.rollout.eos_token_ids} if recipe.rollout.eos_token_ids else {}
     return {
-        **chosen,  # older summaries lack the key
+        **chosen,  # older summaries lack the key, and those of the changes
+        **settings.changes,
         "samples": benchmark.samples_per_problem(settings),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -155,6 +157,7 @@ def check_benchmark(recipe: Recipe, name: str, model: ModelDir | None, data: Pat
         benchmark.grader.grade([])  # checks the sandbox
     if model is not None:
         prompts = _render(recipe.eval, benchmark, problems, str(data or benchmark.source.location), model)
+        model.end_ids(recipe.eval.stop_token_ids)  # checks them
         longest = max(len(prompt.prompt_ids) for prompt in prompts)
         check_positions(model, longest, recipe.eval.max_tokens, "eval.max_tokens")
 
@@ -340,9 +343,10 @@ def _answer_problems(
             part = stage.items_of_part(problems, index)
             asked = [(problem, f"{benchmark.name}/{problem.id}/{n}") for problem in part for n in range(samples)]
             requests = [Request(prompts[p.id], sample_seed(run.recipe.seed, name)) for p, name in asked]
-            return requests, lambda done: rows_part(_grade(benchmark, target.model, asked, done), GradedResponse)
+            grade = partial(_grade, benchmark, target.model, asked, stop=settings.stop)
+            return requests, lambda done: rows_part(grade(done), GradedResponse)
 
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p} | settings.modifications
         return StageWork(
             engine.logprob_metadata | sampling | _grader_package(benchmark),
             open_part,
@@ -399,10 +403,18 @@ def _render(
 
 
 def _grade(
-    benchmark: Benchmark, model: ModelDir, asked: list[tuple[Problem, str]], completions: list[Completion]
+    benchmark: Benchmark,
+    model: ModelDir,
+    asked: list[tuple[Problem, str]],
+    completions: list[Completion],
+    stop: Sequence[str],
 ) -> list[GradedResponse]:
-    """Return the rows of complete problems: the vote of a sample depends on the problem's other samples."""
+    """Return the rows of complete problems: the vote of a sample depends on the problem's other samples.
+
+    What is graded is the text before a stop string.
+    """
     texts = model.tokenizer.batch_decode([c.response_ids for c in completions], skip_special_tokens=True)
+    texts = [text_before_stop(text, stop) for text in texts]
     golds = [problem.answer or "" for problem, _ in asked]
     grades = benchmark.grader.grade(list(zip(golds, texts, strict=True)))
     by_problem = [

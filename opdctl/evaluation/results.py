@@ -23,8 +23,15 @@ PROTOCOL_KEYS = (
     "samples",
     "temperature",
     "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
     "max_tokens",
     "eos_token_ids",
+    "stop",
+    "stop_token_ids",
     "suffix",
     "template_arguments",
     "source",
@@ -36,8 +43,8 @@ PROTOCOL_KEYS = (
     "engine",
     "dtype",
 )
-"""Keys of the protocol that must be equal for two accuracies to be comparable. A protocol may lack eos_token_ids and
-what belongs to other graders or benchmarks; that of an older summary has no grader_version."""
+"""Keys of the protocol that must be equal for two accuracies to be comparable. A protocol lacks sampling settings that
+have no effect, and what belongs to other graders or benchmarks; that of an older summary has no grader_version."""
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,10 @@ class TokenBatch:
     """Log-probs of some tokens, in nats. Only those of the student carry gradient.
 
     logp_N: of the sampled token, under the student. old_logp_N: under the policy before the first update of the step,
-    computed by the trainer. rollout_logp_N: computed by the rollout engine. target_logp_N: under the teacher, or its
-    extrapolation. student_logp_NS, teacher_logp_NS: of every token of the support; None for the support "sampled".
-    student_tail_logp_N: of all tokens outside a top-k; None for other supports.
+    computed by the trainer. rollout_logp_N: under the distribution that the rollout's engine sampled, computed by it:
+    the student's own, unless temperature, top-p or other settings of the rollout change it. target_logp_N: under the
+    teacher, or its extrapolation. student_logp_NS, teacher_logp_NS: of every token of the support; None for the support
+    "sampled". student_tail_logp_N: of all tokens outside a top-k; None for other supports.
     """
 
     logp_N: Tensor
@@ -81,8 +82,9 @@ class PolicyGradient(Objective):
 
     With ratio = p_student / p_old, the loss is max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)); for a
     negative A it is at most -A dual_clip. The loss is multiplied by the truncated importance weight
-    min(p_old / p_rollout, rollout_correction_cap), which corrects for the log-probs of the rollout engine. Advantages
-    are clipped to ± advantage_clip; 0 disables this.
+    min(p_old / p_rollout, rollout_correction_cap). p_rollout is the probability under the distribution that the
+    rollout's engine sampled; it differs from p_old by rounding, staleness, or settings such as the temperature.
+    Advantages are clipped to ± advantage_clip; 0 disables this.
     """
 
     clip_low: float = 0.2

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from opdctl import console
 from opdctl.artifacts.files import digest_of, sha256_file, sha256_files
 from opdctl.errors import ErrorKind, OpdctlError, did_you_mean, is_out_of_memory, summarize_exception
-from opdctl.models.end_of_sequence import check_eos_ids, describe_tokens, find_eos_ids
+from opdctl.models.end_of_sequence import check_ids_in_vocabulary, describe_tokens, find_eos_ids
 from opdctl.models.json_files import check_model_files, read_json_object
 from opdctl.models.tokenizers import TokenizerSource, load_tokenizer
 from opdctl.models.weights import StoredWeights, digest_weights, read_weights
@@ -185,12 +185,22 @@ class ModelDir:
             raise OpdctlError("unsupported_model", detail, hint="set rollout.eos_token_ids")
         return self.named_eos_ids
 
+    def end_ids(self, stop_token_ids: Sequence[int]) -> list[int]:
+        """Return the ids that end a response: the end of sequence, and those of the sampling settings.
+
+        Raises:
+            OpdctlError: there is no end of sequence; an id is outside the model's vocabulary.
+        """
+        check_ids_in_vocabulary("stop_token_ids", stop_token_ids, self.path, self.vocab_size)
+        return list(dict.fromkeys([*self.eos_ids, *stop_token_ids]))
+
     @cached_property
     def named_eos_ids(self) -> tuple[int, ...]:
         """The end-of-sequence ids of the recipe, otherwise those of generation config and tokenizer, which may be
         none."""
         if self.eos_token_ids:
-            return check_eos_ids(self.eos_token_ids, self.path, self.vocab_size)
+            check_ids_in_vocabulary("rollout.eos_token_ids", self.eos_token_ids, self.path, self.vocab_size)
+            return self.eos_token_ids
         return find_eos_ids(self.path, self.tokenizer, self.vocab_size)
 
     def with_path(self, path: Path, probe: Probe | None = None) -> "ModelDir":

@@ -30,12 +30,11 @@ def find_eos_ids(path: Path, tokenizer: "PreTrainedTokenizerBase", vocab_size: i
     return eos_ids
 
 
-def check_eos_ids(chosen: tuple[int, ...], path: Path, vocab_size: int) -> tuple[int, ...]:
-    """Return the ids that the recipe chooses. Raises OpdctlError if one is outside the model's vocabulary."""
-    if outside := [id_ for id_ in chosen if id_ >= vocab_size]:
-        detail = f"rollout.eos_token_ids: {outside[0]} is outside the vocabulary of {path}, {vocab_size} ids"
+def check_ids_in_vocabulary(key: str, ids: Sequence[int], path: Path, vocab_size: int) -> None:
+    """Raise OpdctlError if an id that the recipe's key chooses is outside the model's vocabulary."""
+    if outside := [id_ for id_ in ids if id_ >= vocab_size]:
+        detail = f"{key}: {outside[0]} is outside the vocabulary of {path}, {vocab_size} ids"
         raise OpdctlError("unsupported_setting", detail)
-    return chosen
 
 
 def _read_generation_config(path: Path) -> list[int | None]:

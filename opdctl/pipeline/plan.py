@@ -24,6 +24,7 @@ from opdctl.models.directory import ModelDir
 from opdctl.models.shapes import count_parameters, read_shape
 from opdctl.pipeline.costs import DTYPE_BYTES, gpus_per_engine, if_known, state_bytes
 from opdctl.pipeline.pruning import is_kept
+from opdctl.pipeline.rollout import warn_of_modified_sampling
 from opdctl.pipeline.stage_plan import ModelShapes, StagePlan, plan_stages
 from opdctl.recipe.schema import ModelShape, Recipe, Rollout, Score, Train
 from opdctl.runs.models import check_lengths, prepare_models, print_lines
@@ -54,6 +55,8 @@ class Plan:
     parts_per_step: int
     prompt_tokens_per_step: int
     response_tokens_per_step: int
+    sampling: dict[str, Any]
+    """The settings by which responses are not sampled from the student's own distribution, or end early."""
     rollout_bytes_per_step: int
     score_bytes_per_step: int | None
     artifact_bytes: int | None
@@ -109,6 +112,7 @@ def make_plan(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
         parts_per_step=recipe.rollout.num_parts,
         prompt_tokens_per_step=responses * recipe.prompts.max_tokens,
         response_tokens_per_step=responses * recipe.rollout.max_tokens,
+        sampling=recipe.rollout.changes,
         rollout_bytes_per_step=rollout,
         score_bytes_per_step=scores,
         artifact_bytes=artifacts,
@@ -142,6 +146,7 @@ def _check(
         if unavailable:
             models, lines = prepare_models(recipe, "none")
     warn_of_zero_rate(recipe.train)
+    warn_of_modified_sampling(recipe.rollout)
     student = models.get("student")
     if student and student.weights.files:
         from opdctl.training.policy import check_trainable
@@ -262,7 +267,8 @@ def _step_bytes(recipe: Recipe, shapes: ModelShapes) -> tuple[int, int | None]:
     responses = recipe.responses_per_step()
     tokens = responses * recipe.rollout.max_tokens
     read = responses * recipe.prompts.max_tokens + tokens
-    rollout = ID_BYTES * read + _bytes_per_token(recipe.rollout) * tokens
+    logprobs = LOGPROB_BYTES * recipe.rollout.sampling_logprobs
+    rollout = ID_BYTES * read + (_bytes_per_token(recipe.rollout) + logprobs) * tokens
     if recipe.rollout.routed_experts and (shape := shapes["student"]):
         rollout += expert_bytes_per_token(shape) * read
     return rollout, if_known(operator.mul, _score_bytes_per_token(recipe, shapes), tokens)

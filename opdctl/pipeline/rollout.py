@@ -4,12 +4,27 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from opdctl import console
 from opdctl.artifacts.records import Completion, Prompt, Response, sample_seed
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.parity import check_parity
 from opdctl.engines.pool import EnginePool
+from opdctl.recipe.schema import Rollout
 from opdctl.runs.run import Run
 from opdctl.runs.stage_loop import BuildPart, Part, StageWork, make_missing_parts, rows_part
+
+CUT_OFFS = frozenset({"top_p", "min_p", "sampling_top_k"})
+"""Settings by which some tokens are never sampled."""
+
+
+def warn_of_modified_sampling(settings: Rollout) -> None:
+    """Warn if rollouts do not sample from the student's own distribution."""
+    if names := ", ".join(settings.modifications):
+        cut_off = "; tokens that are cut off have no correction" * bool(CUT_OFFS & settings.modifications.keys())
+        console.warn_once(
+            f"rollout: {names}: the responses are not sampled from the student's own distribution; the objective's "
+            f"importance weights correct for it{cut_off}"
+        )
 
 
 def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False) -> int:
@@ -24,6 +39,7 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
     stage, samples, version = run.rollout_stage(step), run.samples(step), run.policy_version(step)
 
     def prepare() -> StageWork[Request, Completion]:
+        warn_of_modified_sampling(run.recipe.rollout)
         settings, student = run.recipe.rollout, run.student_at(version)
         engine = engines.get("student", settings.engine, student)
 
@@ -45,16 +61,13 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
         metadata: dict[str, Any] = engine.logprob_metadata | {
             "temperature": settings.temperature,
             "top_p": settings.top_p,
+            **settings.modifications,
             "policy_version": version,
         }
         if (rms := engines.probe_rms("student", settings.engine)) is not None:
             metadata["probe_rms"] = rms
-        return StageWork(
-            metadata,
-            open_part,
-            partial(engine.stream_completions, sampling=settings, batch_size=settings.batch_size, columns=settings),
-            engine.batches_across_parts,
-        )
+        stream = partial(engine.stream_completions, sampling=settings.sampling(), batch_size=settings.batch_size)
+        return StageWork(metadata, open_part, partial(stream, columns=settings), engine.batches_across_parts)
 
     title = f"rollout, step {step}"
     has_engine = engines.owns(run.recipe.rollout.engine)

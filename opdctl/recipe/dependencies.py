@@ -16,7 +16,7 @@ STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "eval": ("seed", "eval.", "student.dtype", "student.tokenizer", "rollout.engine", "rollout.eos_token_ids"),
     "continuations": (
         *("seed", "continuations.", "student.dtype", "student.tokenizer"),
-        *("rollout.engine", "rollout.eos_token_ids", "rollout.max_tokens"),
+        *("rollout.engine", "rollout.eos_token_ids", "rollout.max_tokens", "rollout.stop"),
     ),
 }
 """Each stage with the settings that its artifacts depend on, as keys or prefixes of keys."""
@@ -51,6 +51,10 @@ ADDED_KEYS: dict[str, Any] = {
     r"rollout\.eos_token_ids": [],
     r"(student|teacher|teachers\.[^.]+|reference)\.tokenizer": AUTO,
     r"rollout\.routed_experts": False,
+    r"rollout\.sampling_top_k|eval\.top_k": 0,
+    r"(rollout|eval)\.(min_p|(presence|frequency)_penalty)": 0.0,
+    r"(rollout|eval)\.repetition_penalty": 1.0,
+    r"(rollout|eval)\.(stop|stop_token_ids)": [],
     r"train\.router_replay": False,
     r"train\.denominator": "all",
     r"train\.decay_vectors": False,

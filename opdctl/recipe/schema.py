@@ -236,17 +236,66 @@ def _complete(source: Any, common: Mapping[str, Any]) -> Any:
     return {key: value for key, value in common.items() if not (is_other and key in SOURCE_OPTIONS)} | {**source}
 
 
-class Sampling(Section):
+class SamplingSettings(Section):
+    """What rollouts and evaluations have in common, named and defined as in vLLM."""
+
     max_tokens: int = Field(default=16384, gt=0)
     """Maximum length of a response in tokens, end-of-sequence token included."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature. It must be 1 for rollouts: on-policy distillation samples from the student."""
+    """Sampling temperature, at least 0.01."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling: the probability mass to sample from. It must be 1 for rollouts."""
+    """Nucleus sampling: the probability mass to sample from."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample only tokens with at least this fraction of the probability of the most probable one."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divide the positive logits of tokens that are in the prompt or in the response so far by this number, and
+    multiply negative ones by it; 1 does not change them."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Subtract this number from the logits of tokens that are in the response so far."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Subtract this number from the logit of a token for each time it is in the response so far."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a response. The response ends with the token that completes one. Special tokens have no text."""
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    """Token ids that end a response, in addition to the end of sequence."""
+
+    @property
+    def modifications(self) -> dict[str, float]:
+        """The settings by which tokens are not sampled from the model's own distribution, with their values."""
+        neutral = {"temperature": 1, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+        neutral |= {"presence_penalty": 0, "frequency_penalty": 0}
+        return {name: value for name, default in neutral.items() if (value := getattr(self, name)) != default}
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings by which responses differ from the model's own, with their values: modifications and ends."""
+        ends = {"stop": self.stop, "stop_token_ids": self.stop_token_ids}
+        return {**self.modifications, **{name: value for name, value in ends.items() if value}}
+
+
+class Sampling(SamplingSettings):
+    """How an engine samples."""
+
+    top_k: int = Field(default=0, ge=0)
+    """Sample only the K most probable tokens; 0 is all."""
+
+    @property
+    def modifications(self) -> dict[str, float]:
+        return super().modifications | ({"top_k": self.top_k} if self.top_k else {})
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the distribution of a token depends on which tokens precede it, beyond the model's."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 class RolloutColumns(Section):
     """The columns that a rollout stores besides the log-probs."""
+
+    @property
+    def sampling_logprobs(self) -> bool:
+        """Whether a response has log-probs under the sampled distribution beside those of the student's own."""
+        return False
 
     entropy: bool = False
     """Store the entropy of the student's distribution at each token. It is enabled automatically if a weight needs
@@ -262,8 +311,12 @@ def _default_num_parts(values: Mapping[str, Any]) -> int:
     return min(ceil(values["prompts_per_step"] * values["samples_per_prompt"] / RESPONSES_PER_PART), MAX_PARTS - 1)
 
 
-class Rollout(Sampling, RolloutColumns):
-    """How the student samples responses."""
+class Rollout(SamplingSettings, RolloutColumns):
+    """How the student samples responses.
+
+    On-policy distillation samples from the student. `temperature`, `top_p`, `min_p`, `sampling_top_k` and the penalties
+    change the distribution that is sampled. They require an objective with a rollout correction.
+    """
 
     engine: str = "auto"
     """The engine that samples responses, also for evaluations: `transformers`, `vllm` or `server`. `auto` is vLLM if it
@@ -282,6 +335,21 @@ class Rollout(Sampling, RolloutColumns):
     eos_token_ids: list[Annotated[int, Field(ge=0)]] = []
     """Token ids that end a response, also in evaluations. If empty, they are those of the model's
     generation_config.json and of its tokenizer."""
+    sampling_top_k: int = Field(default=0, ge=0)
+    """Sample only the K most probable tokens; 0 is all. This is vLLM's `top_k`; here `top_k` stores tokens."""
+
+    @property
+    def modifications(self) -> dict[str, float]:
+        return super().modifications | ({"sampling_top_k": self.sampling_top_k} if self.sampling_top_k else {})
+
+    @property
+    def sampling_logprobs(self) -> bool:
+        return bool(self.modifications)
+
+    def sampling(self) -> Sampling:
+        """Return how an engine samples the responses."""
+        shared = {name: getattr(self, name) for name in SamplingSettings.model_fields}
+        return Sampling(**shared, top_k=self.sampling_top_k)
 
 
 class Score(Section):

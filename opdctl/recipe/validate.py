@@ -210,8 +210,11 @@ def _sampling_errors(recipe: Recipe) -> Errors:
     if rollout.num_parts > recipe.responses_per_step():
         text = f"{rollout.num_parts} exceeds the number of responses of a step, {recipe.responses_per_step()}"
         errors.append(("rollout.num_parts", text))
-    if rollout.temperature != 1 or rollout.top_p != 1:
-        errors.append(("rollout", "temperature and top_p must be 1: on-policy distillation samples from the student"))
+    if rollout.temperature < MIN_TEMPERATURE:
+        errors.append(("rollout.temperature", f"must be at least {MIN_TEMPERATURE}, got {rollout.temperature:g}"))
+    if rollout.modifications and rollout.engine == "server":
+        text = "a server does not return two log-probs of a token: use another rollout.engine"
+        errors += [(f"rollout.{name}", text) for name in rollout.modifications]
     if rollout.routed_experts or recipe.train.router_replay:
         key = "train.router_replay" if recipe.train.router_replay else "rollout.routed_experts"
         if rollout.engine == "server":
@@ -264,11 +267,18 @@ def _train_errors(recipe: Recipe) -> Errors:
         errors.append(("train.checkpoint_every_n_layers", "requires train.gradient_checkpointing"))
     if train.master_dtype == "bfloat16" and (recipe.student.dtype != "bfloat16" or recipe.lora.rank):
         errors.append(("train.master_dtype", '`bfloat16` requires student.dtype = "bfloat16" and lora.rank = 0'))
+    return [*errors, *_correction_errors(recipe)]
+
+
+def _correction_errors(recipe: Recipe) -> Errors:
+    """Validate settings by which another distribution than the student's own is sampled."""
     objective = _valid_objective(recipe)
-    if recipe.pipeline.max_staleness and objective is not None and not isinstance(objective, PolicyGradient):
-        text = f"objective `{recipe.objective.name}` has no rollout correction; use `policy_gradient` or a variant"
-        errors.append(("pipeline.max_staleness", text))
-    return errors
+    if objective is None or isinstance(objective, PolicyGradient):
+        return []
+    text = f"objective `{recipe.objective.name}` has no rollout correction; use `policy_gradient` or a variant"
+    stale = [("pipeline.max_staleness", text)] if recipe.pipeline.max_staleness else []
+    why = "the student's own distribution is not sampled, and"
+    return [*stale, *((f"rollout.{name}", f"{why} {text}") for name in recipe.rollout.modifications)]
 
 
 def _valid_objective(recipe: Recipe) -> Objective | None:

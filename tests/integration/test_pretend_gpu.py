@@ -49,6 +49,7 @@ def scored(tmp_path_factory):
     ("sampling", "columns", "settings"),
     [
         ({"temperature": 0.7, "top_p": 0.9}, {}, ENTROPY_AND_TOP_K),
+        ({"top_k": 9, "min_p": 0.01, "repetition_penalty": 1.1, "presence_penalty": 0.5, "stop": ["0 1"]}, {}, {}),
         ({}, {}, {"hidden_states": True}),
         ({}, ENTROPY_AND_TOP_K, {"student_top_k": True}),
     ],

@@ -15,7 +15,7 @@ from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.engines.server import ServerEngine
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
-from opdctl.recipe.schema import Model, RolloutColumns, Sampling, Score
+from opdctl.recipe.schema import Model, Rollout, RolloutColumns, Sampling, Score
 
 EOS = 1
 MODELS = {"data": [{"id": "teacher", "max_model_len": 256}, {"id": "adapter", "parent": "teacher"}]}
@@ -406,6 +406,47 @@ def test_unsupported_score_settings_are_rejected(engine, name):
     error = rejection(lambda: engine.score([], Score(**{name: True}), print), "unsupported_setting")
     assert f"score.{name}" in error.message
     assert "score.engine" in error.hint
+
+
+def test_sampling_settings_and_stop_strings_are_sent(engine, api):
+    """The imitation reverses the prompt, and ends at the stop string's token as a server that knows it would."""
+    (request,) = requests(1)
+    last = int(request.prompt_ids[8])
+
+    def stop(choice: Any) -> None:
+        for values in (choice["token_ids"], *choice["logprobs"].values()):
+            del values[5:]
+        choice.update(finish_reason="stop", stop_reason="END")
+
+    api.edit = stop
+    penalties = {"repetition_penalty": 1.1, "presence_penalty": 1.5, "frequency_penalty": 0.5}
+    settings = penalties | {"top_k": 20, "min_p": 0.1, "stop": ["END", "\nQ:"]}
+    (done,) = engine.generate([request], Sampling(max_tokens=12, **settings, stop_token_ids=[7]), 64, lambda n: None)
+    (body,) = api.bodies
+    expected = settings | {"include_stop_str_in_output": True, "stop_token_ids": [EOS, 7]}
+    assert expected == {name: body[name] for name in expected}
+    assert (done.response_ids.tolist()[-1], len(done.logprobs), done.finish_reason) == (last, 5, "stop")
+
+
+@pytest.mark.parametrize("reason", [None, "other", 7])
+def test_end_for_a_reason_that_was_not_requested_is_malformed(engine, api, reason):
+    def stop(choice: Any) -> None:
+        for values in (choice["token_ids"], *choice["logprobs"].values()):
+            del values[5:]
+        choice.update(finish_reason="stop", stop_reason=reason)
+
+    api.edit = stop
+    rejection(
+        lambda: engine.generate(requests(1), Sampling(max_tokens=12, stop=["END"]), 1, lambda n: None),
+        "malformed_response",
+    )
+
+
+def test_rollouts_from_another_distribution_are_rejected(engine):
+    rollout = Rollout(temperature=0.5)
+    error = rejection(lambda: engine.generate([], rollout.sampling(), 1, print, columns=rollout), "unsupported_setting")
+    assert "rollout: temperature: " in error.message
+    assert "rollout.engine" in error.hint
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,15 @@
 """The transformers engine, on the toy models and on distributions computed by hand."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from helpers.engines import directory, generate, requests
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers.sampling import logprobs_of
 
 from opdctl.engines.base import Request, ScoreRequest
-from opdctl.engines.transformers import TransformersEngine, sample
-from opdctl.recipe.schema import MIN_TEMPERATURE, RolloutColumns, Sampling, Score
+from opdctl.engines.transformers import TransformersEngine
+from opdctl.errors import OpdctlError
+from opdctl.recipe.schema import Rollout, RolloutColumns, Sampling, Score
 
 
 @pytest.fixture(scope="module")
@@ -111,47 +109,67 @@ def test_loaded_weights_give_the_logprobs_of_a_fresh_engine(engine):
         np.testing.assert_array_equal(b.logprobs, c.logprobs)
 
 
-def test_sample_by_hand():
-    # probabilities 1/2, 1/4, 1/4: u in [0, .5) → 0, [.5, .75) → 1, [.75, 1) → 2
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]])).repeat(5, 1)
-    tokens, logps = sample(logits, torch.tensor([0.0, 0.499, 0.501, 0.749, 0.751]), 1.0, 1.0)
-    assert tokens.tolist() == [0, 0, 1, 1, 2]
-    np.testing.assert_allclose(logps, np.log([0.5, 0.5, 0.25, 0.25, 0.25]), rtol=1e-6)
+# ── Sampling settings ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_top_p_keeps_the_fewest_tokens_and_renormalizes():
-    # of 1/2, 3/10, 2/10, top-p 0.6 keeps the first two: 5/8 and 3/8
-    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).repeat(2, 1)
-    tokens, logps = sample(logits, torch.tensor([0.1, 0.999]), 1.0, 0.6)
-    assert set(tokens.tolist()) == {1, 2}
-    assert sorted(logps.exp().tolist()) == pytest.approx([3 / 8, 5 / 8])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7, "top_p": 0.9, "sampling_top_k": 8, "min_p": 0.02},
+        {"temperature": 1.3, "repetition_penalty": 1.2, "presence_penalty": 0.8, "frequency_penalty": 0.4},
+    ],
+)
+def test_both_logprobs_of_a_modified_distribution_are_those_of_the_reference(engine, settings):
+    """Rows leave the batch, and prompts are padded: penalties must follow their responses."""
+    rollout, wanted = Rollout(max_tokens=60, **settings), requests(8, cut=5)
+    completions = engine.generate(wanted, rollout.sampling(), 256, lambda n: None, columns=rollout)
+    assert len({len(each.response_ids) for each in completions}) > 1
+    for request, done in zip(wanted, completions, strict=True):
+        own, sampled = logprobs_of(engine._model, request, done, rollout.sampling())
+        np.testing.assert_allclose(done.logprobs, own, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(done.sampling_logprobs, sampled, rtol=0, atol=1e-4)
+        assert np.abs(own - sampled).max() > 0.01
 
 
-def test_temperature_changes_logprobs():
-    # logits log 4 and 0 at temperature 2: 2 to 1
-    _, logps = sample(torch.tensor([[math.log(4), 0.0]]), torch.tensor([0.0]), 2.0, 1.0)
-    assert logps.exp().item() == pytest.approx(2 / 3)
+def test_a_default_rollout_has_one_column_of_logprobs(engine):
+    rollout = Rollout(max_tokens=20)
+    (default,) = engine.generate(requests(1), rollout.sampling(), 1, lambda n: None, columns=rollout)
+    assert default.sampling_logprobs is None
+    (plain,) = generate(engine, requests(1), max_tokens=20)
+    np.testing.assert_array_equal(default.logprobs, plain.logprobs)
 
 
-def test_least_temperature_samples_the_most_probable_token():
-    logits = torch.tensor([[-3e4, 0.0, 3e4, 2.9e4]]).repeat(3, 1)
-    tokens, logps = sample(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), MIN_TEMPERATURE, 1.0)
-    assert (tokens.tolist(), logps.tolist()) == ([2, 2, 2], [0.0, 0.0, 0.0])
+def test_response_ends_with_the_token_that_completes_a_stop_string(engine):
+    wanted, tokenizer = requests(12, cut=4), directory("toy:student").tokenizer
+    complete = generate(engine, wanted, max_tokens=60)
+    stop = [tokenizer.decode(complete[0].response_ids[5:7])]
+    stopped = generate(engine, wanted, max_tokens=60, stop=stop)
+    ends = 0
+    for before, after in zip(complete, stopped, strict=True):
+        count = len(after.response_ids)
+        np.testing.assert_array_equal(after.response_ids, before.response_ids[:count])
+        np.testing.assert_allclose(after.logprobs, before.logprobs[:count], rtol=0, atol=2e-5)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (before.response_ids, after.response_ids)]
+        assert (stop[0] in texts[0]) == (stop[0] in texts[1])
+        if stop[0] in texts[1]:
+            ends += 1
+            assert after.finish_reason == "stop"
+            assert stop[0] not in tokenizer.decode(after.response_ids[:-1], skip_special_tokens=True)
+        else:
+            assert count == len(before.response_ids)
+    assert ends
 
 
-@given(st.lists(st.floats(-60, 60), min_size=1, max_size=40), st.floats(0, 1, exclude_max=True, width=32))
-@settings(max_examples=200)
-def test_tokens_of_probability_zero_are_never_sampled(logits, uniform):
-    barred = torch.tensor([[*logits, -torch.inf, -torch.inf]])
-    token, logp = sample(barred, torch.tensor([uniform]), 1.0, 1.0)
-    assert token.item() < len(logits)
-    assert torch.isfinite(logp).all()
+def test_response_ends_with_a_stop_token_id(engine):
+    (complete,) = generate(engine, requests(1))
+    token = int(complete.response_ids[6])
+    (stopped,) = generate(engine, requests(1), stop_token_ids=[token])
+    end = complete.response_ids.tolist().index(token) + 1
+    assert stopped.finish_reason == "stop"
+    np.testing.assert_array_equal(stopped.response_ids, complete.response_ids[:end])
 
 
-def test_samples_follow_the_distribution():
-    """A chi-squared test of 20,000 fixed samples of 4 tokens; by chance one in a thousand exceeds 16.27."""
-    share = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    uniforms = torch.from_numpy(np.random.default_rng(3).random(20_000, dtype=np.float32))
-    tokens, _ = sample(share.log().repeat(20_000, 1), uniforms, 1.0, 1.0)
-    found = torch.bincount(tokens, minlength=4)
-    assert ((found - 20_000 * share) ** 2 / (20_000 * share)).sum() < 16.27
+def test_stop_token_id_outside_the_vocabulary_is_an_error(engine):
+    size = directory("toy:student").vocab_size
+    with pytest.raises(OpdctlError, match=rf"stop_token_ids: {size} is outside the vocabulary of .*, {size} ids"):
+        generate(engine, requests(1), stop_token_ids=[size])

@@ -6,6 +6,7 @@ import pytest
 from helpers.recipes import SMALLEST, error_lines, load_error
 
 from opdctl.recipe.load import load_recipe
+from opdctl.recipe.schema import Sampling
 
 TOY_TEACHERS = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teacher"]
 
@@ -25,6 +26,12 @@ TOY_TEACHERS = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teac
         ("rollout.temperature=inf", "rollout.temperature", "finite"),
         ("rollout.temperature=nan", "rollout.temperature", "finite"),
         ("eval.top_p=1.5", "eval.top_p", "less than or equal to 1"),
+        ("eval.top_k=-1", "eval.top_k", "greater than or equal to 0"),
+        ("eval.min_p=1.1", "eval.min_p", "less than or equal to 1"),
+        ("eval.repetition_penalty=0", "eval.repetition_penalty", "greater than 0"),
+        ("rollout.presence_penalty=2.1", "rollout.presence_penalty", "less than or equal to 2"),
+        ("eval.stop=['']", "eval.stop.0", "at least 1 character"),
+        ("rollout.stop_token_ids=[-1]", "rollout.stop_token_ids.0", "greater than or equal to 0"),
         ("student.dtype=bf16", "student.dtype", "'bfloat16'"),
         ("name=a/b", "name", "a/b"),
         ("name=..", "name", ".."),
@@ -62,8 +69,12 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
         (["prompts.sources={'a b' = {limit = 2000}}"], "prompts.sources.a b"),
         (["prompts.source=a.parquet", "prompts.data_files=b.parquet"], "prompts.data_files"),
         (["train.betas=[0.9, 1.0]"], "train.betas"),
-        (["rollout.temperature=0.5"], "rollout"),
-        (["rollout.top_p=0.9"], "rollout"),
+        (["rollout.temperature=0.0099"], "rollout.temperature"),
+        (["rollout.temperature=0.5", "rollout.engine=server"], "rollout.temperature"),
+        (["rollout.temperature=0.5", "objective.name=jsd"], "rollout.temperature"),
+        (["rollout.top_p=0.9", "objective.name=sampled_kl"], "rollout.top_p"),
+        (["rollout.sampling_top_k=20", "objective.name=reverse_kl"], "rollout.sampling_top_k"),
+        (["rollout.presence_penalty=1.5", "objective.name=forward_kl"], "rollout.presence_penalty"),
         (["rollout.routed_experts=true", "rollout.engine=server"], "rollout.routed_experts"),
         (["train.router_replay=true", "rollout.engine=vllm", "pipeline.device=cpu"], "train.router_replay"),
         (["train.router_replay=true", "vllm.pipeline_parallel_size=2"], "train.router_replay"),
@@ -79,6 +90,29 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
 )
 def test_invalid_combination(smallest: Path, overrides: list[str], key: str) -> None:
     assert error_lines([smallest], *overrides)[0].startswith(f"--set: {key}: ")
+
+
+@pytest.mark.parametrize("objective", ["policy_gradient", "power", "top_d"])
+def test_other_distributions_are_sampled_with_a_rollout_correction(smallest: Path, objective: str) -> None:
+    recipe = load_recipe([smallest], ["rollout.temperature=0.6", "rollout.min_p=0.1", f"objective.name={objective}"])
+    assert recipe.rollout.modifications == {"temperature": 0.6, "min_p": 0.1}
+    assert recipe.rollout.sampling_logprobs
+
+
+@pytest.mark.parametrize("name", ["stop=['Question']", "stop_token_ids=[7]", "top_k=4", "max_tokens=9"])
+def test_settings_that_leave_the_distribution_need_no_correction(smallest: Path, name: str) -> None:
+    recipe = load_recipe([smallest], [f"rollout.{name}", "objective.name=sampled_kl"])
+    assert recipe.rollout.modifications == {}
+    assert not recipe.rollout.sampling_logprobs
+
+
+def test_rollout_samples_as_an_evaluation_with_its_settings(smallest: Path) -> None:
+    shared = ["top_p=0.9", "min_p=0.1", "temperature=0.6", "repetition_penalty=1.1", "stop=['a']"]
+    settings = [*(f"{section}.{each}" for each in shared for section in ("rollout", "eval")), "eval.max_tokens=16384"]
+    recipe = load_recipe([smallest], [*settings, "rollout.sampling_top_k=5", "rollout.top_k=2", "eval.top_k=5"])
+    sampling = recipe.rollout.sampling()
+    assert sampling == Sampling(**{name: getattr(recipe.eval, name) for name in Sampling.model_fields})
+    assert sampling.top_k == 5
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.01])

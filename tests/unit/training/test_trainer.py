@@ -20,10 +20,10 @@ from opdctl.runs.scored_responses import read_scored
 from opdctl.training.trainer import Trainer
 
 
-def gradient(run, step=0) -> dict[str, torch.Tensor]:
-    """Return the gradient that a step's responses give, before clipping."""
+def gradient(run, samples=None) -> dict[str, torch.Tensor]:
+    """Return the gradient that the first step's responses give, before clipping."""
     trainer = Trainer(run, "cpu")
-    for batch in trainer.make_micro_batches(step, list(read_scored(run, step))):
+    for batch in trainer.make_micro_batches(0, samples or list(read_scored(run, 0))):
         trainer._backward(batch)
     return {name: parameter.grad.clone() for name, parameter in trainer._model.named_parameters()}
 
@@ -73,10 +73,12 @@ def test_gradient_checkpointing_recomputes_and_keeps_the_gradient(scored_run, ev
     assert recomputed == [once + 1, once + (every_n_layers == 1)]  # of the two layers
 
 
-def test_gradient_is_that_of_the_formula_on_full_logits(scored_run):
-    """- (1 / tokens) Σ w_t A_t ∇ log p, one response at a time, in float64."""
-    model = load_model(scored_run.student, device="cpu").double()
-    samples = list(read_scored(scored_run, 0))
+def formula_gradient(run, samples) -> dict[str, torch.Tensor]:
+    """Return the gradient of - (1 / tokens) Σ w_t c_t A_t log p, one response at a time, in float64.
+
+    c = min(p / p_sampled, 5) is the correction if another distribution was sampled.
+    """
+    model = load_model(run.student, device="cpu").double()
     tokens = sum(len(sample.response.response_ids) for sample in samples)
     for sample in samples:
         prompt, response = sample.response.prompt_ids, sample.response.response_ids
@@ -86,8 +88,49 @@ def test_gradient_is_that_of_the_formula_on_full_logits(scored_run):
         advantage = torch.from_numpy(sample.teacher.logprobs).double() - logp.detach()
         spent = advantage.abs().cumsum(0) - advantage.abs()
         weight = 1 + 0.5 * (1 - spent / advantage.abs().sum())
+        if sample.response.sampling_logprobs is not None:
+            ratio = (logp.detach() - torch.from_numpy(sample.response.sampling_logprobs)).exp()
+            weight *= ratio.clamp(max=5)
         (-(weight * advantage * logp).sum() / tokens).backward()
-    assert_same_gradient(gradient(scored_run), {name: p.grad for name, p in model.named_parameters()})
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_gradient_is_that_of_the_formula_on_full_logits(scored_run):
+    assert_same_gradient(gradient(scored_run), formula_gradient(scored_run, list(read_scored(scored_run, 0))))
+
+
+@pytest.fixture(scope="module")
+def corrected_samples(scored_run):
+    """Responses with log-probs of another distribution: some ratios exceed the cap, others are far below 1."""
+    noise, samples = np.random.default_rng(0), list(read_scored(scored_run, 0))
+    sampled = [s.response.logprobs + noise.normal(0, 1.5, len(s.response.logprobs)).astype(np.float32) for s in samples]
+    return [
+        dataclasses.replace(sample, response=dataclasses.replace(sample.response, sampling_logprobs=logp_T))
+        for sample, logp_T in zip(samples, sampled, strict=True)
+    ]
+
+
+def test_gradient_of_another_sampled_distribution_is_corrected(scored_run, corrected_samples):
+    assert_same_gradient(gradient(scored_run, corrected_samples), formula_gradient(scored_run, corrected_samples))
+
+
+@pytest.mark.parametrize(("budget", "packing"), [(1, True), (120, True), (120, False)])
+def test_corrected_gradient_does_not_depend_on_the_micro_batches(scored_run, corrected_samples, budget, packing):
+    split = with_settings(scored_run, tokens_per_micro_batch=budget, packing=packing)
+    assert_same_gradient(gradient(split, corrected_samples), gradient(scored_run, corrected_samples))
+
+
+def test_weights_and_mismatch_read_the_students_own_log_probs(scored_run, corrected_samples):
+    trainer = Trainer(scored_run, "cpu")
+    sums = []
+    for samples in (list(read_scored(scored_run, 0)), corrected_samples):
+        (batch,) = trainer.make_micro_batches(0, samples)
+        sums.append((batch.weight_N.sum().item(), trainer._backward(batch)[1]))
+    (own_weight, own), (weight, corrected) = sums
+    assert weight == own_weight
+    for name in own.keys() - {"loss", "rollout_correction", "rollout_correction_squared"}:
+        assert corrected[name] == own[name], name
+    assert corrected["rollout_correction"] != pytest.approx(own["rollout_correction"], rel=1e-2)
 
 
 # ── Weights by the trainer's own log-probs ───────────────────────────────────────────────────────────────────────────
