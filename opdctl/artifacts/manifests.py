@@ -99,7 +99,8 @@ class PromptsRecord(TypedDict):
     """prompts.parquet, and held_out.jsonl if prompts are held out.
 
     source_files: the digests of the local files that the prompts were read from, by path; older runs have only
-    source_sha256, of a single one. order: a run keeps the one that it was started with.
+    source_sha256, of a single one. order: a run keeps the one that it was started with. chat_templates: the texts of
+    those that the recipe names, by section.
     """
 
     rows: Count
@@ -108,6 +109,7 @@ class PromptsRecord(TypedDict):
     source_sha256: NotRequired[Digest | None]
     source_files: NotRequired[dict[str, Digest]]
     order: NotRequired[PromptOrder]
+    chat_templates: NotRequired[dict[str, str]]
     sources: NotRequired[dict[str, SourceRecord]]
     held_out: NotRequired[Digest]
 

@@ -8,6 +8,7 @@ from opdctl.data.tables import TableRow
 from opdctl.errors import OpdctlError, did_you_mean
 
 MAX_SHOWN_CHARS = 80  # of a wrong value, in an error message
+MEDIA_HINT = "use data without images, audio and video, or remove these rows"
 
 
 def read_cell(row: TableRow, column: str, key: str, location: str) -> Any:

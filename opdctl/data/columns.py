@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdctl import console
-from opdctl.data.cells import read_cell
+from opdctl.data.cells import MEDIA_HINT, read_cell
 from opdctl.data.tables import TableRow
 from opdctl.errors import OpdctlError, did_you_mean
 
@@ -13,6 +13,8 @@ Names = tuple[str, ...]
 used in each row."""
 PROMPT_COLUMNS: Names = ("prompt", "messages", "conversations", "problem", "question", "instruction")
 """The usual names: those of TRL and verl, OpenAI, ShareGPT, data sets with answers, and Alpaca."""
+MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+EMPTY_CELLS: tuple[Any, ...] = (None, "", [])
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,14 @@ def find_prompt(row: TableRow, names: Names, key: str, location: str) -> tuple[A
     """Return the cell of a prompt as `find_cell` does, and log a usual name that was found once.
 
     Alpaca's `instruction` has the text of a second column `input`, if there is one, in a paragraph below.
+
+    Raises:
+        OpdctlError: as `find_cell` does; or the row has images, audio or video.
     """
+    for name in MEDIA_COLUMNS:
+        if row.get(name) not in EMPTY_CELLS:
+            reason = f"`{name}` is not empty: images, audio and video are not supported yet"
+            raise OpdctlError("invalid_data", f"{location}: {reason}", hint=MEDIA_HINT)
     if len(names) == 1:
         return find_cell(row, names, key, location)
     name = _find_name(row, names, key, location)

@@ -1,7 +1,7 @@
 """Prompts: read from the toy task, a file or the hub, put into the chat template, and tokenized."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -10,8 +10,8 @@ import numpy as np
 
 from opdctl.artifacts.records import Prompt
 from opdctl.data.cells import parse_cell, read_cell
-from opdctl.data.columns import PROMPT_COLUMNS, find_prompt
-from opdctl.data.messages import Message, parse_messages
+from opdctl.data.columns import PROMPT_COLUMNS, Names, find_prompt
+from opdctl.data.messages import Chat, Message, Tool, parse_chat, parse_tools
 from opdctl.data.rendering import PromptRenderer
 from opdctl.data.sources import LocatedRow, read_source
 from opdctl.data.tables import TableRow
@@ -26,51 +26,60 @@ MAX_LISTED_PROMPTS = 5  # in an error message
 class Problem:
     """A prompt before the chat template.
 
-    text: the user's message. answer: the gold answer, if there is one. teacher: the name of its teacher in a run with
-    several. teacher_text: the teacher's version of the text, if it differs. location: the file and the row, for errors.
-    earlier, teacher_earlier: the messages of the chat before `text` and `teacher_text`.
+    text: the last message of the user. answer: the gold answer, if there is one. teacher: the name of its teacher in a
+    run with several. teacher_chat: the teacher's version of the chat, if it differs. location: the file and the row,
+    for errors. earlier, later: the messages of the chat before and after `text`. tools: schemas for the chat template.
     """
 
     id: str
     text: str
     answer: str | None
     teacher: str | None = None
-    teacher_text: str | None = None
+    teacher_chat: Chat | None = None
     location: str = field(default="", compare=False)
     earlier: tuple[Message, ...] = ()
-    teacher_earlier: tuple[Message, ...] = ()
+    later: tuple[Message, ...] = ()
+    tools: tuple[Tool, ...] = ()
+
+    @property
+    def chat(self) -> Chat:
+        return Chat(self.text, self.earlier, self.later)
 
     def __str__(self) -> str:
         return f"{self.location}: prompt `{self.id}`" if self.location else f"prompt `{self.id}`"
 
 
 def tokenize(
-    problems: list[Problem], renderer: PromptRenderer, settings: Prompts, teachers: Sequence[str] = ("teacher",)
+    problems: list[Problem],
+    renderer: PromptRenderer,
+    settings: Prompts,
+    teachers: Mapping[str, PromptRenderer | None] | None = None,
 ) -> tuple[list[Prompt], int]:
     """Return the prompts of at most `max_tokens` tokens, in order, and the number of longer ones that were dropped.
 
-    teachers: the names of the run's teachers. A prompt without a name has the first one.
+    teachers: by the names of the run's teachers, the renderers of those with separate prompts. A prompt without a
+    name has the first teacher.
 
     Raises:
         OpdctlError: a prompt is empty, cannot be tokenized, names an unknown teacher, or is too long and
             `prompts.on_too_long` is "error"; or no prompt is left.
     """
+    teachers = teachers or {"teacher": None}
     prompts: list[Prompt] = []
     too_long: list[tuple[str, int]] = []
     for problem in problems:
         location = str(problem)
-        prompt_ids = renderer.token_ids(problem.text, location, problem.earlier)
-        teacher_ids = None
-        if problem.teacher_text is not None:
-            for_teacher = f"{location} for the teacher"
-            teacher_ids = renderer.token_ids(problem.teacher_text, for_teacher, problem.teacher_earlier)
+        prompt_ids = renderer.token_ids(problem.chat, location, problem.tools)
+        teacher, teacher_ids = _teacher_of(problem, [*teachers]), None
+        if problem.teacher_chat is not None or teachers[teacher]:
+            chat, for_teacher = problem.teacher_chat or problem.chat, f"{location} for the teacher"
+            teacher_ids = (teachers[teacher] or renderer).token_ids(chat, for_teacher, problem.tools)
         lengths = [len(ids) for ids in (prompt_ids, teacher_ids) if ids is not None]
         if max(lengths) > settings.max_tokens:
             too_long.append((problem.id, max(lengths)))
         elif not min(lengths):
             raise OpdctlError("invalid_data", f"{location} has no tokens")
         else:
-            teacher = _teacher_of(problem, teachers)
             prompts.append(Prompt(problem.id, prompt_ids, problem.answer, teacher, teacher_ids))
     if too_long and settings.on_too_long == "error":
         shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:MAX_LISTED_PROMPTS])
@@ -147,7 +156,7 @@ def _toy_problems(source: PromptSource, key: str) -> list[Problem]:
     if task is None:
         known = [f"toy:{each}" for each in TASKS]
         raise OpdctlError("unknown_name", f"{key}.source: no toy task `{name}`{did_you_mean(name, known)}")
-    for column in ("teacher_column", "teacher_prompt_column"):
+    for column in ("teacher_column", "teacher_prompt_column", "tools_column"):
         if getattr(source, column):
             raise OpdctlError(
                 "unsupported_setting",
@@ -195,20 +204,27 @@ def _parse_row(located: LocatedRow, settings: PromptSource) -> Problem:
     if settings.id_column:
         name = read_cell(row, settings.id_column, "prompts.id_column", location)
     names = (settings.prompt_column,) if settings.prompt_column else PROMPT_COLUMNS
-    *earlier, last = parse_messages(*find_prompt(row, names, "prompts.prompt_column", location))
-    problem = Problem(
+    chat = _parse_chat(row, names, "prompts.prompt_column", settings, location)
+    teacher_chat = None
+    if settings.teacher_prompt_column is not None:
+        names = (settings.teacher_prompt_column,)
+        teacher_chat = _parse_chat(row, names, "prompts.teacher_prompt_column", settings, location)
+    return Problem(
         parse_cell(name, f"{location}: `{settings.id_column}`"),
-        _with_suffix(last.text, settings),
+        chat.text,
         _answer_cell(row, settings, location),
         _teacher_cell(row, settings, location),
-        location=location,
-        earlier=tuple(earlier),
+        teacher_chat,
+        location,
+        chat.earlier,
+        chat.later,
+        _tools_cell(row, settings, location),
     )
-    if settings.teacher_prompt_column is None:
-        return problem
-    names = (settings.teacher_prompt_column,)
-    *earlier, last = parse_messages(*find_prompt(row, names, "prompts.teacher_prompt_column", location))
-    return replace(problem, teacher_text=_with_suffix(last.text, settings), teacher_earlier=tuple(earlier))
+
+
+def _parse_chat(row: TableRow, names: Names, key: str, settings: PromptSource, location: str) -> Chat:
+    chat = parse_chat(*find_prompt(row, names, key, location), settings.final_assistant)
+    return replace(chat, text=_with_suffix(chat.text, settings))
 
 
 def _with_suffix(text: str, settings: PromptSource) -> str:
@@ -235,3 +251,10 @@ def _teacher_cell(row: TableRow, settings: PromptSource, location: str) -> str |
     if not isinstance(name, str):
         raise OpdctlError("invalid_data", f"{location}: `{settings.teacher_column}` must be text, got {name!r}")
     return name
+
+
+def _tools_cell(row: TableRow, settings: PromptSource, location: str) -> tuple[Tool, ...]:
+    if settings.tools_column is None:
+        return ()
+    cell = read_cell(row, settings.tools_column, "prompts.tools_column", location)
+    return parse_tools(cell, f"{location}: `{settings.tools_column}`")

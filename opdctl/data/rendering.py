@@ -1,16 +1,21 @@
 """From the text of a prompt to token ids: through the chat template, or as it is for a base model. Imports no torch."""
 
+import itertools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opdctl import console
 from opdctl.artifacts.records import Ids
-from opdctl.data.messages import Message
+from opdctl.data.messages import Chat, Message, Tool, find_texts, map_texts, tool_name
+from opdctl.data.special_tokens import SpecialTokens, choose_mark
 from opdctl.data.template_process import TemplateError, TemplateProcess
 from opdctl.errors import OpdctlError, is_panic
+from opdctl.recipe.schema import SpecialTokensInText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,38 +33,60 @@ def _as_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-class PromptRenderer:
-    """Renders prompts with a tokenizer and the arguments of its chat template.
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a chat becomes a prompt.
 
-    vocab_size: ids from this one on are refused. key: of the arguments in the recipe.
+    arguments: of the chat template. system: the text of the system turn, in place of that of the chat; "" removes it.
+    chat_template: the text of a template in place of the tokenizer's. special_tokens_in_text: whether a prompt whose
+    text spells a special token is refused, or the token is split.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    chat_template: str | None = None
+    special_tokens_in_text: SpecialTokensInText = "error"
+
+
+class PromptRenderer:
+    """Renders prompts with a tokenizer in a format.
+
+    vocab_size: ids from this one on are refused. section: of the format in the recipe, for messages.
 
     Raises:
-        OpdctlError: the chat template fails its test: it drops the text of a prompt, for example.
+        OpdctlError: the chat template fails its test: it drops the text of a prompt, for example; or the format has a
+            system turn, and there is no chat template.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, arguments: Mapping[str, Any], key: str
+        self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, form: PromptFormat, section: str = "prompts"
     ) -> None:
-        self._tokenizer, self._vocab_size, self._arguments = tokenizer, vocab_size, dict(arguments)
+        self._tokenizer, self._vocab_size, self._format, self._section = tokenizer, vocab_size, form, section
         self._content: Content = str
-        self._section = key.partition(".")[0]
-        if tokenizer.chat_template:
-            self._template = TemplateProcess(tokenizer)
-            self._test_template(key)
+        self._special_tokens = SpecialTokens(tokenizer)
+        self._has_template = bool(form.chat_template or tokenizer.chat_template)
+        if self._has_template:
+            self._template = TemplateProcess(tokenizer, form.chat_template)
+            self._test_template()
+        elif form.system:
+            reason = f"{tokenizer.name_or_path} has no chat template, which a system turn needs"
+            hint = f"unset {section}.system, or set prompts.chat_template"
+            raise OpdctlError("unsupported_setting", f"{section}.system: {reason}", hint=hint)
         else:
             console.info_once(f"{tokenizer.name_or_path}: no chat template: prompts are plain text")
 
-    def token_ids(self, text: str, location: str, earlier: Sequence[Message] = ()) -> Ids:
-        """Return the ids of a user turn with the generation prompt; of plain text without a chat template.
+    def token_ids(self, chat: Chat, location: str, tools: Sequence[Tool] = ()) -> Ids:
+        """Return the ids of a chat with the generation prompt; of plain text without a chat template.
 
-        earlier: the messages before the turn. location: of the prompt, for errors.
+        If the last message is the assistant's, the response continues it. location: of the prompt, for errors. tools:
+        their schemas.
 
         Raises:
-            OpdctlError: the template or the tokenizer fails, or drops an earlier message; there are earlier messages
-                and no template; or an id is outside the vocabulary.
+            OpdctlError: the template or the tokenizer fails, or the template drops a message or a tool; there are
+                several messages and no template; a text spells a special token; or an id is outside the vocabulary.
         """
         try:
-            ids = self._turn_ids(text, location, earlier)
+            ids = self._chat_ids(self._with_system(chat.messages), tools, location)
         except OpdctlError:
             raise
         except TemplateError as error:
@@ -68,10 +95,11 @@ class PromptRenderer:
         except BaseException as error:  # tokenizers raises bare Exception
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
+            text = chat.text[:100]
             raise OpdctlError(
                 "invalid_data",
                 f"{location}: cannot be tokenized: {error}",
-                hint=f"set {self._section}.suffix if the appended text is the cause, otherwise correct {text[:100]!r}",
+                hint=f"set {self._section}.suffix if the appended text is the cause, otherwise correct {text!r}",
             ) from error
         outside = next((id_ for id_ in ids if id_ >= self._vocab_size), None)
         if outside is not None:
@@ -83,57 +111,93 @@ class PromptRenderer:
             )
         return np.asarray(ids, np.int32)
 
-    def _turn_ids(self, text: str, location: str, earlier: Sequence[Message]) -> list[int]:
-        if self._tokenizer.chat_template:
-            # A template's variables cannot be listed, so a typo among its arguments is not detected.
-            rendered, _ = self._render(text, self._content, earlier=earlier)
-            for number, message in enumerate(earlier, 1):
-                # The reasoning of an assistant's message is dropped by design.
-                if message.role != "assistant" and message.text.strip() not in rendered:
-                    reason = f"the chat template drops or changes message {number}, role `{message.role}`"
-                    raise OpdctlError("invalid_data", f"{location}: {reason}", hint="use a template that has this role")
-            return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
-        if earlier:
-            roles = ", ".join(f"`{message.role}`" for message in earlier)
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages with the system turn of the format in place of theirs."""
+        if self._format.system is None:
+            return messages
+        rest = itertools.dropwhile(lambda message: message.role in ("system", "developer"), messages)
+        return [*([Message("system", self._format.system)] if self._format.system else []), *rest]
+
+    def _chat_ids(self, messages: Sequence[Message], tools: Sequence[Tool], location: str) -> list[int]:
+        texts = [text for message in messages for text in message.texts()] + list(find_texts(tools))
+        spelled = self._special_tokens.first_in(texts)
+        if spelled is None:
+            return self._encode(messages, tools, "", location)
+        if self._format.special_tokens_in_text == "error":
+            raise _spelling_error(location, spelled, ', or set prompts.special_tokens_in_text = "split" to split it')
+        mark = choose_mark(texts)
+
+        def split(text: str) -> str:
+            return self._special_tokens.mark(text, mark)
+
+        messages, tools = [message.map_texts(split) for message in messages], map_texts(tools, split)
+        if (left := self._special_tokens.first_in([split(text) for text in texts])) is not None:
+            raise _spelling_error(location, left, "; a token of one character cannot be split")
+        return self._encode(messages, tools, mark, location)
+
+    def _encode(self, messages: Sequence[Message], tools: Sequence[Tool], mark: str, location: str) -> list[int]:
+        """Return the ids of messages and tools whose texts have a mark in each special token; "" if none has one."""
+        if self._has_template:
+            text = self._render_checked(messages, tools, location)
+            before = []
+        elif len(messages) > 1 or tools:
+            roles = ", ".join(f"`{message.role}`" for message in messages)
             raise OpdctlError(
                 "invalid_data",
-                f"{location}: messages before the user's ({roles}) need a chat template, and the tokenizer has none",
-                hint="use a model with a chat template, or prompts of one user message",
+                f"{location}: several messages ({roles}) or tools need a chat template, and the tokenizer has none",
+                hint="use a model with a chat template, prompts.chat_template, or prompts of one user message",
             )
-        return self._text_ids(text)
+        else:
+            text = messages[0].text
+            before = self._ids_before(text.partition(mark)[0] if mark else text)
+        ids, unsplit = self._special_tokens.encode(text, mark)
+        if unsplit is not None:
+            raise _spelling_error(location, unsplit, "; the tokenizer cannot split it")
+        return before + ids
 
-    def _text_ids(self, text: str) -> list[int]:
-        """Return the ids of a text and what the tokenizer puts before it, but not after it: an end of sequence."""
+    def _render_checked(self, messages: Sequence[Message], tools: Sequence[Tool], location: str) -> str:
+        # A template's variables cannot be listed, so a typo among its arguments is not detected.
+        text, _ = self._render(messages, self._content, **({"tools": [*tools]} if tools else {}))
+        for number, message in enumerate(messages, 1):
+            what = f"message {number}, role `{message.role}`"
+            # The reasoning of an assistant's message is dropped by design.
+            if message.role != "assistant" and not _contains(text, message.text.strip()):
+                raise _dropping_error(location, what, "that has this role")
+            names = [tool_name(call) or "" for call in message.extra.get("tool_calls", ())]
+            if not all(_contains(text, name) for name in names):
+                raise _dropping_error(location, f"the tool calls of {what}", "with tool calls")
+        if not all(_contains(text, tool_name(tool) or "") for tool in tools):
+            raise _dropping_error(location, "the tools (prompts.tools_column)", "with tools")
+        return text
+
+    def _ids_before(self, text: str) -> list[int]:
+        """Return what the tokenizer puts before a text, but not what it puts after it: an end of sequence."""
         with_special_tokens = list(self._tokenizer(text)["input_ids"])
         ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         starts = range(len(with_special_tokens) - len(ids) + 1)
         start = next((i for i in starts if with_special_tokens[i : i + len(ids)] == ids), 0)
-        return with_special_tokens[:start] + ids
+        return with_special_tokens[:start]
 
-    def _render(
-        self, text: str, content: Content, answer: str | None = None, earlier: Sequence[Message] = (), **arguments: Any
-    ) -> tuple[str, bool]:
-        """Return a user turn as text, and whether the template read the clock.
+    def _render(self, messages: Sequence[Message], content: Content, **arguments: Any) -> tuple[str, bool]:
+        """Return a chat as text, and whether the template read the clock.
 
-        The turn has the generation prompt, unless `arguments` override it, or an answer.
+        It has the generation prompt, unless `arguments` override it; a last message of the assistant is left open.
         """
-        turns = [*earlier, Message("user", text)]
-        messages = [{"role": message.role, "content": content(message.text)} for message in turns]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": content(answer)})
-        arguments = {"add_generation_prompt": answer is None, **self._arguments, **arguments}
-        return self._template.render(messages, arguments)
+        turns = [{"role": each.role, "content": content(each.text), **each.extra} for each in messages]
+        is_continued = messages[-1].role == "assistant"
+        end = {"continue_final_message": True} if is_continued else {"add_generation_prompt": True}
+        return self._template.render(turns, {**end, **self._format.arguments, **arguments})
 
     # ── The test of a chat template ──────────────────────────────────────────────────────────────────────────────────
 
-    def _test_template(self, key: str) -> None:
+    def _test_template(self) -> None:
         """Choose the form of a message's content, strings before lists of parts; warn of a template with a clock."""
         reasons = []
         for content in (str, _as_parts):
             reason = self._find_fault(content)
             if reason is None:
                 self._content = content
-                self._warn_of_clock(key)
+                self._warn_of_clock()
                 return
             reasons.append(reason)
         raise OpdctlError(
@@ -145,7 +209,7 @@ class PromptRenderer:
     def _find_fault(self, content: Content) -> str | None:
         """Return what the template does wrong with contents of this form."""
         try:
-            rendered = [self._render(text, content)[0] for text in TEST_TEXTS]
+            rendered = [self._render([Message("user", text)], content)[0] for text in TEST_TEXTS]
             is_changed = (text not in result for text, result in zip(TEST_TEXTS, rendered, strict=True))
             is_printed = content is _as_parts and re.search("[\"']type[\"']", rendered[0])  # the list itself
             if any(is_changed) or is_printed:
@@ -162,20 +226,26 @@ class PromptRenderer:
         With a generation prompt, the result is longer than without. The templates of some models, such as Llama 2, have
         none and need none: the answer follows directly.
         """
-        turn, _ = self._render(TEST_TEXTS[0], content, add_generation_prompt=False)
+        question = Message("user", TEST_TEXTS[0])
+        turn, _ = self._render([question], content, add_generation_prompt=False)
         if len(prompt) > len(turn):
             return False
-        dialogue, _ = self._render(TEST_TEXTS[0], content, TEST_ANSWER)
+        answered = [question, Message("assistant", TEST_ANSWER)]
+        dialogue, _ = self._render(answered, content, continue_final_message=False, add_generation_prompt=False)
         header, answer, _ = dialogue.removeprefix(prompt).partition(TEST_ANSWER)
         return dialogue.startswith(prompt) and bool(answer and header.strip())
 
-    def _warn_of_clock(self, key: str) -> None:
+    def _warn_of_clock(self) -> None:
         if not self._reads_clock():
             return
-        words = sorted({*re.findall(r"\w+", self._tokenizer.get_chat_template())})
+        words = sorted({*re.findall(r"\w+", self._format.chat_template or self._tokenizer.get_chat_template())})
         names = [word for word in words if any(part in word for part in ("date", "time", "day"))][:MAX_DATE_ARGUMENTS]
         argument = next((name for name in names if not self._reads_clock(**{name: TEST_DATE})), None)
-        remedy = f'; {key} = {{ {argument} = "{TEST_DATE}" }} fixes the date' if argument else ""
+        remedy = (
+            f'; {self._section}.template_arguments = {{ {argument} = "{TEST_DATE}" }} fixes the date'
+            if argument
+            else ""
+        )
         console.warn_once(
             f"{self._tokenizer.name_or_path}: the chat template reads the clock: a run that starts at another time has "
             f"other prompts{remedy}"
@@ -184,7 +254,23 @@ class PromptRenderer:
     def _reads_clock(self, **arguments: Any) -> bool:
         """Whether rendering reads the clock, or does not use the arguments."""
         try:
-            rendered, reads_clock = self._render(TEST_TEXTS[0], self._content, **arguments)
+            rendered, reads_clock = self._render([Message("user", TEST_TEXTS[0])], self._content, **arguments)
         except TemplateError:  # the argument has another meaning
             return True
         return reads_clock or any(value not in rendered for value in arguments.values())
+
+
+def _contains(rendered: str, text: str) -> bool:
+    """Whether a rendered chat contains a text, as it is or as in JSON, the form in which templates give tools."""
+    return text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered
+
+
+def _dropping_error(location: str, what: str, template: str) -> OpdctlError:
+    reason = f"the chat template drops or changes {what}"
+    return OpdctlError("invalid_data", f"{location}: {reason}", hint=f"use a template {template}")
+
+
+def _spelling_error(location: str, token: str, more: str) -> OpdctlError:
+    reason = f"the text of the prompt spells the special token `{token}`"
+    hint = f"remove it{more}; for a chat, give a list of messages without the tokens of a chat template"
+    return OpdctlError("invalid_data", f"{location}: {reason}", hint=hint)

@@ -39,13 +39,13 @@ class TemplateError(Exception):
 
 
 class TemplateProcess:
-    """Renders chats with the chat template of a tokenizer."""
+    """Renders chats with the chat template of a tokenizer, or with another template."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None):
         self._connection, other_end = Pipe()
         process_id = os.fork()
         if not process_id:
-            _serve(tokenizer, other_end, self._connection)
+            _serve(tokenizer, chat_template, other_end, self._connection)
         other_end.close()
         self._end = weakref.finalize(self, _end_process, os.getpid(), process_id, self._connection)
         self._reason = ""
@@ -93,7 +93,9 @@ def _end_process(parent_id: int, process_id: int, connection: Connection) -> int
     return os.waitpid(process_id, 0)[1]
 
 
-def _serve(tokenizer: "PreTrainedTokenizerBase", connection: Connection, parents_end: Connection) -> NoReturn:
+def _serve(
+    tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, connection: Connection, parents_end: Connection
+) -> NoReturn:
     """Render requests until the parent closes the connection, or ends."""
     try:
         parents_end.close()
@@ -106,7 +108,9 @@ def _serve(tokenizer: "PreTrainedTokenizerBase", connection: Connection, parents
             messages, arguments = connection.recv()
             remaining, _ = signal.getitimer(signal.ITIMER_PROF)
             signal.setitimer(signal.ITIMER_PROF, min(remaining + MEAN_CPU_SECONDS, CPU_SECONDS))
-            connection.send_bytes(json.dumps(_render(tokenizer, messages, arguments)).encode())
+            connection.send_bytes(
+                json.dumps(_render(tokenizer, messages, {"chat_template": chat_template, **arguments})).encode()
+            )
     finally:
         os._exit(0)  # nothing of the parent's end, such as buffered output, belongs to this process
 

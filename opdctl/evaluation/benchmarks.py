@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from opdctl.data.cells import parse_cell
 from opdctl.data.columns import Columns, find_cell, find_prompt
-from opdctl.data.messages import parse_messages
+from opdctl.data.messages import parse_chat
 from opdctl.data.prompts import Problem
 from opdctl.data.tables import TableRow, load_from_hub, read_table
 from opdctl.data.toy import TASKS
@@ -112,9 +112,9 @@ def read_problems(rows: Iterator[TableRow], location: str, columns: Columns = US
         at = f"{location}: row {number}"
         has_id = len(columns.id) == 1 or bool({*columns.id} & {*row})
         name = find_cell(row, columns.id, "eval.id_column", at) if has_id else (number - 1, at)
-        *earlier, last = parse_messages(*find_prompt(row, columns.problem, "eval.problem_column", at))
+        chat = parse_chat(*find_prompt(row, columns.problem, "eval.problem_column", at))
         answer = parse_gold(*find_cell(row, columns.answer, "eval.answer_column", at))
-        yield Problem(parse_cell(*name), last.text, answer, location=at, earlier=tuple(earlier))
+        yield Problem(parse_cell(*name), chat.text, answer, location=at, earlier=chat.earlier, later=chat.later)
 
 
 def parse_gold(answer: Any, location: str) -> str:

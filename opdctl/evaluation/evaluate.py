@@ -2,8 +2,8 @@
 
 import importlib.metadata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -25,8 +25,10 @@ from opdctl.artifacts.stage_dir import (
 )
 from opdctl.artifacts.tables import write_rows
 from opdctl.artifacts.versions import versioned
+from opdctl.data.formats import evaluation_format
+from opdctl.data.messages import Message
 from opdctl.data.prompts import Problem
-from opdctl.data.rendering import PromptRenderer
+from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.engines.stop_strings import text_before_stop
@@ -112,16 +114,30 @@ def stored_summary(run: Run, bench: str, target: str) -> dict[str, Any] | None:
         path, run.evaluation_command_line(path.parent.parent.name, path.parent.name), _repair_command(run)
     )
     summary: dict[str, Any] | None = files.read_json(path, hint=hint) if path.exists() else None
-    protocol = _protocol(run.recipe, find_benchmark(bench, run.recipe.eval)) if summary else None
-    return summary if summary and summary["protocol"] == protocol else None
+    if summary is None:
+        return None
+    benchmark = find_benchmark(bench, run.recipe.eval)
+    protocol = _protocol(_with_prompt_settings(run, target), benchmark, _template_digest(run, target))
+    return summary if summary["protocol"] == protocol else None
 
 
-def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
+def _with_prompt_settings(run: Run, name: str) -> Run:
+    """Return the run with the prompt settings of an evaluation of the model `name` in its [eval]."""
+    return replace(run, recipe=run.recipe.model_copy(update={"eval": run.recipe.eval_of(name)}))
+
+
+def _template_digest(run: Run, name: str) -> dict[str, str]:
+    """Return the digest of the chat template in place of that of the model `name`, if there is one."""
+    template = evaluation_format(run.recipe, name, run.chat_templates).chat_template
+    return {"chat_template": digest_of(template)} if template else {}
+
+
+def _protocol(run: Run, benchmark: Benchmark, template: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings that decide which problems are asked, and how they are answered and graded."""
-    settings = recipe.eval
-    chosen = {"eos_token_ids": recipe.rollout.eos_token_ids} if recipe.rollout.eos_token_ids else {}
+    recipe, settings = run.recipe, run.recipe.eval
+    added: dict[str, Any] = {"eos_token_ids": recipe.rollout.eos_token_ids, "system": settings.system, **template}
     return {
-        **chosen,  # older summaries lack the key, and those of the changes
+        **{key: value for key, value in added.items() if value not in ([], None)},  # older summaries lack these keys
         **settings.changes,
         "samples": benchmark.samples_per_problem(settings),
         "temperature": settings.temperature,
@@ -142,10 +158,17 @@ def _protocol(recipe: Recipe, benchmark: Benchmark) -> dict[str, Any]:
 # ── Checks before an evaluation ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_benchmark(recipe: Recipe, name: str, model: ModelDir | None, data: Path | None = None) -> None:
+def check_benchmark(
+    recipe: Recipe,
+    name: str,
+    model: ModelDir | None,
+    data: Path | None = None,
+    templates: Mapping[str, str] | None = None,
+) -> None:
     """Check what an evaluation needs besides an engine: permission to run code, problems, and their prompts.
 
-    model: whose tokenizer and positions the prompts have to fit, if it is known. data: as in `run_eval`.
+    model: the student, whose tokenizer and positions the prompts have to fit, if it is known. data: as in `run_eval`.
+    templates: the chat templates that the recipe names, by section.
 
     Raises:
         OpdctlError: as `run_eval` does.
@@ -156,7 +179,8 @@ def check_benchmark(recipe: Recipe, name: str, model: ModelDir | None, data: Pat
     if benchmark.grader.runs_code:
         benchmark.grader.grade([])  # checks the sandbox
     if model is not None:
-        prompts = _render(recipe.eval, benchmark, problems, str(data or benchmark.source.location), model)
+        form = evaluation_format(recipe, "student", templates or {})
+        prompts = _render(form, recipe.eval, benchmark, problems, model)
         model.end_ids(recipe.eval.stop_token_ids)  # checks them
         longest = max(len(prompt.prompt_ids) for prompt in prompts)
         check_positions(model, longest, recipe.eval.max_tokens, "eval.max_tokens")
@@ -178,7 +202,8 @@ def check_evaluation(run: Run, model: str | None, step: int | None, data: Path |
         check_benchmark(recipe, name, target.model if target else directory, data)
         if target:
             benchmark = find_benchmark(name, recipe.eval)
-            _stage(run, benchmark, benchmark.problems(recipe.eval.limit, data), target)
+            problems = benchmark.problems(recipe.eval.limit, data)
+            _stage(_with_prompt_settings(run, target.role), benchmark, problems, target)
 
 
 # ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -220,14 +245,14 @@ def run_eval(
         OpdctlError: code execution is disabled; the benchmark's data are invalid or unavailable; the evaluation was
             started with different settings.
     """
+    run = _with_prompt_settings(run, target.role)
     benchmark = find_benchmark(bench, run.recipe.eval)
     _check_code_execution(benchmark, run.recipe.eval)
     problems = benchmark.problems(run.recipe.eval.limit, data)
     stage = _stage(run, benchmark, problems, target)
     for directory in (stage.path, stage.path.parent):
         files.remove_temporary_files(directory)
-    source = str(data or benchmark.source.location)
-    made = _answer_problems(run, benchmark, problems, source, target, engines, stage, wait=wait)
+    made = _answer_problems(run, benchmark, problems, target, engines, stage, wait=wait)
     if not distributed.is_main() or not stage.is_finished():
         return None, made
     summarize_stage = partial(_summarize_stage, run, benchmark, problems, target, stage, data)
@@ -247,7 +272,7 @@ def _summarize_stage(
         "bench": benchmark.name,
         "model": target.name,
         **summarize(stage.read_all(GradedResponse)),
-        "protocol": _protocol(run.recipe, benchmark),
+        "protocol": _protocol(run, benchmark, _template_digest(run, target.role)),
         "benchmark": _describe_benchmark(run, benchmark, problems, data),
     }
 
@@ -271,7 +296,11 @@ def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], target: 
         suffix=".parquet",
         fingerprint=Fingerprint(
             fingerprint_settings(run.recipe, "eval") | samples | rules,
-            {"model": target.digest, "problems": _problems_digest(problems)},
+            {
+                "model": target.digest,
+                "problems": _problems_digest(problems),
+                **_template_digest(run, target.role),
+            },
         ),
         rerun_command=f"{run.command_line('eval')} --bench {benchmark.name} {target.options}",
         repair_command=_repair_command(run),
@@ -284,9 +313,13 @@ def _repair_command(run: Run) -> str:
 
 
 def _problems_digest(problems: Sequence[Problem]) -> str:
-    earlier = [[[message.role, message.text] for message in problem.earlier] for problem in problems]
-    rows = zip(problems, earlier, strict=True)
+    others = [[_message_values(message) for message in (*each.earlier, *each.later)] for each in problems]
+    rows = zip(problems, others, strict=True)
     return digest_of([(problem.id, problem.text, problem.answer, *messages) for problem, messages in rows])
+
+
+def _message_values(message: Message) -> list[Any]:
+    return [message.role, message.text, *([message.extra] if message.extra else [])]
 
 
 def _describe_benchmark(
@@ -325,7 +358,6 @@ def _answer_problems(
     run: Run,
     benchmark: Benchmark,
     problems: list[Problem],
-    source: str,
     target: EvalTarget,
     engines: EnginePool,
     stage: StageDir,
@@ -335,7 +367,7 @@ def _answer_problems(
     settings, samples = run.recipe.eval, benchmark.samples_per_problem(run.recipe.eval)
 
     def prepare() -> StageWork[Request, Completion]:
-        prompts = _render_once(run, benchmark, problems, source, target, stage)
+        prompts = _render_once(run, benchmark, problems, target, stage)
         check_positions(target.model, max(map(len, prompts.values())), settings.max_tokens, "eval.max_tokens")
         engine = engines.get(target.role, run.recipe.rollout.engine, target.model)
 
@@ -366,13 +398,14 @@ def _grader_package(benchmark: Benchmark) -> dict[str, str]:
 
 
 def _render_once(
-    run: Run, benchmark: Benchmark, problems: Sequence[Problem], source: str, target: EvalTarget, stage: StageDir
+    run: Run, benchmark: Benchmark, problems: Sequence[Problem], target: EvalTarget, stage: StageDir
 ) -> dict[str, Ids]:
     """Return the prompt of each problem, as the first worker rendered it: a chat template may contain the date."""
     prompts = _prompts_stage(stage)
     with prompts.claim_parts(wait=True) as parts:
         for index in parts or ():
-            rows = _render(run.recipe.eval, benchmark, problems, source, target.model)
+            form = evaluation_format(run.recipe, target.role, run.chat_templates)
+            rows = _render(form, run.recipe.eval, benchmark, problems, target.model)
             prompts.start({})
             tokens = sum(len(row.prompt_ids) for row in rows)
             prompts.write(index, partial(write_rows, rows=rows, record=EvalPrompt), rows=len(rows), tokens=tokens)
@@ -395,11 +428,12 @@ def _prompts_stage(stage: StageDir) -> StageDir:
 
 
 def _render(
-    settings: Eval, benchmark: Benchmark, problems: Sequence[Problem], source: str, model: ModelDir
+    form: PromptFormat, settings: Eval, benchmark: Benchmark, problems: Sequence[Problem], model: ModelDir
 ) -> list[EvalPrompt]:
-    arguments, suffix = settings.template_arguments, benchmark.prompt_suffix(settings)
-    renderer = PromptRenderer(model.tokenizer, model.vocab_size, arguments, "eval.template_arguments")
-    return [EvalPrompt(p.id, renderer.token_ids(p.text + suffix, str(p), p.earlier)) for p in problems]
+    suffix = benchmark.prompt_suffix(settings)
+    renderer = PromptRenderer(model.tokenizer, model.vocab_size, form, "eval")
+    chats = [(problem, replace(problem.chat, text=problem.text + suffix)) for problem in problems]
+    return [EvalPrompt(problem.id, renderer.token_ids(chat, str(problem), problem.tools)) for problem, chat in chats]
 
 
 def _grade(

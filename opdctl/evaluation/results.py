@@ -34,6 +34,8 @@ PROTOCOL_KEYS = (
     "stop_token_ids",
     "suffix",
     "template_arguments",
+    "system",
+    "chat_template",
     "source",
     "split",
     "grader",
@@ -43,8 +45,8 @@ PROTOCOL_KEYS = (
     "engine",
     "dtype",
 )
-"""Keys of the protocol that must be equal for two accuracies to be comparable. A protocol lacks sampling settings that
-have no effect, and what belongs to other graders or benchmarks; that of an older summary has no grader_version."""
+"""Keys of the protocol that must be equal for two accuracies to be comparable. A protocol lacks settings that have no
+effect, and what belongs to other graders or benchmarks; that of an older summary has no grader_version."""
 
 
 @dataclass(frozen=True)

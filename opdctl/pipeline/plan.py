@@ -30,7 +30,7 @@ from opdctl.recipe.schema import ModelShape, Recipe, Rollout, Score, Train
 from opdctl.runs.models import check_lengths, prepare_models, print_lines
 from opdctl.runs.open import check_output_dir, check_run, resolve_open_settings
 from opdctl.runs.prompts import prepare_prompts
-from opdctl.runs.run import Run
+from opdctl.runs.run import Run, read_recorded_chat_templates
 from opdctl.training.tracking import warn_of_missing_trackers
 
 ID_BYTES = LOGPROB_BYTES = HIDDEN_BYTES = 4
@@ -154,9 +154,9 @@ def _check(
         check_trainable(student, recipe)
     prompts = recipe.prompts.num_rows
     with defer_unavailable(unavailable):
-        prompts = _count_prompts(recipe, models, asks_hub=not unavailable)
+        prompts = _count_prompts(recipe, path, models, asks_hub=not unavailable)
     with defer_unavailable(unavailable):
-        _check_benchmarks(recipe, student, asks_hub=not unavailable)
+        _check_benchmarks(recipe, path, student, asks_hub=not unavailable)
     with defer_unavailable(unavailable):
         _connect_to_servers(recipe, models)
     warn_of_missing_trackers(recipe)
@@ -188,24 +188,25 @@ def _count_stored(model: ModelDir | None) -> int | None:
     return model.weights.num_parameters if model and model.weights.files else None
 
 
-def _count_prompts(recipe: Recipe, models: Mapping[str, ModelDir], *, asks_hub: bool) -> int | None:
+def _count_prompts(recipe: Recipe, path: Path, models: Mapping[str, ModelDir], *, asks_hub: bool) -> int | None:
     """Check the prompts. Return their number, without the hub that of the recipe. asks_hub: it answered before."""
+    templates = read_recorded_chat_templates(recipe, path)
     problems = load_problems(recipe.prompts) if asks_hub else load_local_problems(recipe.prompts)
     if problems and "student" in models:
-        prompts = prepare_prompts(recipe, problems, models["student"])
+        prompts = prepare_prompts(recipe, problems, models["student"], templates)
         check_lengths(recipe, models, prompts.training)
         return len(prompts.training)
     return len(problems) if problems else recipe.prompts.num_rows
 
 
-def _check_benchmarks(recipe: Recipe, student: ModelDir | None, *, asks_hub: bool) -> None:
+def _check_benchmarks(recipe: Recipe, path: Path, student: ModelDir | None, *, asks_hub: bool) -> None:
     """Check the benchmarks that training evaluates. asks_hub: it answered before."""
     from opdctl.evaluation.evaluate import check_benchmark
 
     names = [name for name in recipe.eval.bench if not is_of_unknown_plugin(recipe, name)]
     for name in names if recipe.eval.every_steps else ():
         if asks_hub or find_benchmark(name, recipe.eval).source.is_local:
-            check_benchmark(recipe, name, student)
+            check_benchmark(recipe, name, student, templates=read_recorded_chat_templates(recipe, path))
 
 
 def _connect_to_servers(recipe: Recipe, models: Mapping[str, ModelDir]) -> None:

@@ -50,6 +50,8 @@ MUTABLE_MODEL_KEYS = re.compile(r"(student|teacher|teachers\.[^.]+|reference)\.(
 ADDED_KEYS: dict[str, Any] = {
     r"rollout\.eos_token_ids": [],
     r"(student|teacher|teachers\.[^.]+|reference)\.tokenizer": AUTO,
+    r"(teacher|teachers\.[^.]+)\.(system|chat_template|template_arguments)": None,
+    r"eval\.system": None,
     r"rollout\.routed_experts": False,
     r"rollout\.sampling_top_k|eval\.top_k": 0,
     r"(rollout|eval)\.(min_p|(presence|frequency)_penalty)": 0.0,

@@ -23,6 +23,7 @@ from opdctl.recipe.schema import (
     ObjectiveSettings,
     PromptSource,
     Recipe,
+    Teacher,
     WeightSettings,
     is_data_file,
     is_named_by_data,
@@ -181,8 +182,11 @@ def _check_remote_code(recipe: Recipe, origin: Mapping[str, str], file: Path) ->
 
 
 def default_eval_recipe(model: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a recipe for the evaluation of a model without a run. Its teacher, prompts and training are never used."""
-    unused = {"teacher": {"model": model}, "prompts": {"source": "toy:sort12", "limit": 1024}, "train": {"steps": 1}}
+    """Return a recipe for the evaluation of a model without a run. Its teacher and training are never used, and of its
+    prompts only the arguments of the chat template: those of the paper."""
+    arguments = {"enable_thinking": False}
+    prompts = {"source": "toy:sort12", "limit": 1024, "template_arguments": arguments}
+    unused = {"teacher": {"model": model}, "prompts": prompts, "train": {"steps": 1}}
     return load_recipe([], overrides, {"name": "eval", "student": {"model": model}} | unused)
 
 
@@ -222,7 +226,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make the paths of local models, prompts and benchmarks absolute, so that a run can resume in any directory."""
 
     def resolve(model: Model) -> Model:
-        return model.model_copy(update={"model": _absolute(model.model)})
+        template = {"chat_template": _absolute_or_unset(model.chat_template)} if isinstance(model, Teacher) else {}
+        return model.model_copy(update={"model": _absolute(model.model), **template})
 
     update: dict[str, Any] = {
         name: resolve(model)
@@ -233,6 +238,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     update["prompts"] = recipe.prompts.model_copy(
         update={
             "source": _absolute_source(recipe.prompts),
+            "chat_template": _absolute_or_unset(recipe.prompts.chat_template),
             "sources": {
                 name: part.model_copy(update={"source": _absolute_source(part)})
                 for name, part in recipe.prompts.sources.items()
@@ -252,6 +258,10 @@ def _absolute(source: str) -> str:
     """Return the absolute path of a file or directory. Other strings, such as a hub id, are returned as they are."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
+
+
+def _absolute_or_unset(file: str | None) -> str | None:
+    return None if file is None else _absolute(file)
 
 
 def with_benchmarks(recipe: Recipe, names: Sequence[str]) -> Recipe:

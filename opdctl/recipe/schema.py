@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from opdctl.recipe.conditions import Condition
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+FinalAssistant = Literal["drop", "continue", "error"]
+SpecialTokensInText = Literal["error", "split"]
 AUTO = "auto"
 DEFAULT_NAME = "run"
 """The name of a recipe without files."""
@@ -94,6 +96,22 @@ class Model(Section):
     """The name of the model on the server. If unset, the server must serve a single model."""
 
 
+class Teacher(Model):
+    """A teacher: a model, and how its prompts differ from the student's."""
+
+    system: str | None = None
+    """The system turn that this teacher reads in place of the student's; "" is none. If unset, it is the student's."""
+    chat_template: str | None = None
+    """A Jinja file: the chat template of the prompts that this teacher reads. If unset, it is the student's."""
+    template_arguments: dict[str, bool | int | str] | None = None
+    """Arguments of the chat template for this teacher, such as `enable_thinking = true`. If unset, they are
+    `prompts.template_arguments`."""
+
+    def has_own_prompts(self) -> bool:
+        """Whether the teacher's prompts are rendered separately."""
+        return (self.system, self.chat_template, self.template_arguments) != (None, None, None)
+
+
 class PromptSource(Section):
     """Where prompts come from, and what the columns of their rows are."""
 
@@ -126,6 +144,11 @@ class PromptSource(Section):
     """Column with the name of the teacher of each prompt, one of [teachers]."""
     teacher_prompt_column: str | None = None
     """Column of a separate prompt for the teacher, for example one that contains the solution."""
+    tools_column: str | None = None
+    """Column of the schemas of tools that the chat template describes: a list, or its text in JSON."""
+    final_assistant: FinalAssistant = "drop"
+    """What to do with an assistant's message at the end of a chat: `drop` it as the answer, `continue` it, so that it
+    starts every response, or refuse it (`error`)."""
     where: dict[str, Condition] = {}
     """Use only rows that satisfy all of these conditions on columns, such as
     `{ difficulty = ">= 6", source = ["a", "b"] }`: a value, one of several values, or a comparison (`>=`, `>`, `<=`,
@@ -188,6 +211,15 @@ class Prompts(PromptSource):
     the run has them. The text of a prompt decides, so that equal prompts are on the same side."""
     template_arguments: dict[str, bool | int | str] = {}
     """Arguments of the chat template, such as `enable_thinking = false`."""
+    system: str | None = None
+    """The system turn of every prompt, in place of that of the data; "" removes it. If unset, it is that of the
+    data."""
+    chat_template: str | None = None
+    """A Jinja file: the chat template in place of the tokenizer's, in training and evaluations. The run keeps its text,
+    and the students that it writes have it."""
+    special_tokens_in_text: SpecialTokensInText = "error"
+    """What to do with a prompt whose text spells a special token, such as `<|im_end|>`: refuse it (`error`), or read it
+    as other text (`split`). It is never read as this token, in training and evaluations."""
     max_tokens: int = Field(default=2048, gt=0)
     """Maximum length of a prompt in tokens, chat template included."""
     on_too_long: Literal["drop", "error"] = "error"
@@ -523,8 +555,11 @@ class Eval(Sampling):
     )
     """Text that is appended to the problems of a benchmark with code as the answer. The default is that of RUCBM/G-OPD,
     on which the authors' code is built."""
-    template_arguments: dict[str, bool | int | str] = {"enable_thinking": False}
-    """Arguments of the chat template. Templates ignore unknown arguments."""
+    template_arguments: dict[str, bool | int | str] | None = None
+    """Arguments of the chat template. Templates ignore unknown arguments. If unset, they are those of training: of
+    [prompts], or of the teacher that is evaluated."""
+    system: str | None = None
+    """The system turn; "" is none. If unset, it is that of training, as with `template_arguments`."""
     batch_size: int = Field(default=256, gt=0)
     """Responses that an engine samples at the same time. With transformers a batch never exceeds one part."""
     num_parts: int = Field(default=8, gt=0, lt=MAX_PARTS)
@@ -680,9 +715,9 @@ class Recipe(Section):
     """Python modules that register components. They are imported, so their code runs."""
     student: Model
     """The model that is trained."""
-    teacher: Model | None = None
+    teacher: Teacher | None = None
     """The teacher. Several teachers are [teachers.NAME] each; `prompts.teacher_column` assigns the prompts."""
-    teachers: dict[str, Model] = {}
+    teachers: dict[str, Teacher] = {}
     """Several teachers, by name."""
     reference: Model | None = None
     """R of reward extrapolation, for example the teacher's base model. It also scores every response. If unset and
@@ -728,13 +763,25 @@ class Recipe(Section):
             update={"shape": None, "server": None, "served_name": None}
         )
 
-    def teacher_models(self) -> dict[str, Model]:
+    def teacher_models(self) -> dict[str, Teacher]:
         """Return the teachers by name: `teacher`, or `teacher-NAME` for each of several."""
         return {"teacher": self.teacher} if self.teacher else {teacher_name(n): m for n, m in self.teachers.items()}
 
+    def has_teacher_prompts(self) -> bool:
+        """Whether a teacher may read another prompt than the student."""
+        is_own = any(teacher.has_own_prompts() for teacher in self.teacher_models().values())
+        return is_own or self.prompts.teacher_prompt_column is not None
+
+    def eval_of(self, name: str) -> Eval:
+        """Return [eval] with the prompt settings that are unset there: a teacher's own, or those of [prompts]."""
+        sources = [self.eval, *filter(None, [self.teacher_models().get(name)]), self.prompts]
+        keys = ("template_arguments", "system")
+        values = {key: [value for each in sources if (value := getattr(each, key)) is not None] for key in keys}
+        return self.eval.model_copy(update={key: found[0] for key, found in values.items() if found})
+
     def scorers(self) -> dict[str, Model]:
         """Return the models that score responses, by name: the teachers, and `reference` if there is one."""
-        return self.teacher_models() | ({"reference": self.reference} if self.reference else {})
+        return {**self.teacher_models(), **({"reference": self.reference} if self.reference else {})}
 
     def models(self) -> dict[str, Model]:
         """Return all models by name: the student and the scorers."""

@@ -16,6 +16,7 @@ from opdctl import console
 from opdctl.artifacts import files
 from opdctl.artifacts.stage_dir import changed_settings
 from opdctl.artifacts.versions import versioned
+from opdctl.data.formats import read_chat_templates
 from opdctl.environment import has_vllm
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
@@ -24,6 +25,7 @@ from opdctl.runs.compatibility import check_same_recipe
 from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS_FILE, list_steps, run_path
 from opdctl.runs.models import check_lengths, prepare_models, print_lines, warn_of_code
 from opdctl.runs.prompts import (
+    check_chat_templates,
     check_source_files,
     describe_prompts,
     read_kept_prompts,
@@ -73,6 +75,7 @@ def check_run(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
     check_same_recipe(recipe, path)
     if check_source:
         check_source_files(recipe, path)
+        check_chat_templates(recipe, path)
     run = Run.from_record(recipe, path)
     needed = [name for name in run.models if needs is None or name in needs]
     run = replace(run, models={**run.models, **{name: _relocate_model(run, name) for name in needed}})
@@ -103,16 +106,20 @@ def standalone_eval_run(recipe: Recipe, path: Path) -> Run:
 
 def resolve_open_settings(recipe: Recipe, path: Path, sections: Sequence[str] = ("rollout", "score")) -> Recipe:
     """Return the recipe with what it leaves open and the run in `path` was started with: an engine for each `auto`, the
-    number of parts, and the column of the prompts. Of a new run the engine is the best available on this machine,
-    which is logged."""
+    number of parts, the column of the prompts, and the template arguments of evaluations.
+
+    Of a new run the engine is the best available on this machine, which is logged.
+    """
     recorded = read_recipe(path) if (path / "recipe.toml").exists() else None
     update = {}
     if recorded and "num_parts" not in recipe.rollout.model_fields_set:
         num_parts = {"num_parts": recorded.rollout.num_parts}
         recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=num_parts)})
-    if recorded and recipe.prompts.prompt_column is None:
-        column = {"prompt_column": recorded.prompts.prompt_column}  # earlier versions recorded a default
-        recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=column)})
+    if recorded:  # earlier versions recorded defaults of these keys
+        for section, key in (("prompts", "prompt_column"), ("eval", "template_arguments")):
+            if getattr(getattr(recipe, section), key) is None:
+                settings = {key: getattr(getattr(recorded, section), key)}
+                recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=settings)})
     for section in sections:
         settings = getattr(recipe, section)
         if settings.engine == AUTO:
@@ -191,7 +198,8 @@ def _create(recipe: Recipe, path: Path) -> None:
     """Write the records of a new run, or those of a run whose run.json was lost: that one keeps its prompts."""
     models, lines = prepare_models(recipe)
     kept = read_kept_prompts(path) if list_steps(path) else None
-    prompts = kept or read_prompts(recipe, models["student"])
+    templates = read_chat_templates(recipe)
+    prompts = kept or read_prompts(recipe, models["student"], templates)
     check_lengths(recipe, models, prompts.training)
     records = {name: _model_record(model) for name, model in models.items()}
     _warn_of_identical_models(recipe, records)
@@ -208,7 +216,7 @@ def _create(recipe: Recipe, path: Path) -> None:
         "git": _git_revision(),
         "models": records,
         "vocab_size": models["student"].vocab_size,
-        "prompts": describe_prompts(recipe, path, prompts),
+        "prompts": describe_prompts(recipe, path, prompts, templates),
         "recipe": recipe.to_toml(),
     }
     files.write_json(path / "run.json", versioned("run") | record)
@@ -216,7 +224,8 @@ def _create(recipe: Recipe, path: Path) -> None:
 
 def _warn_of_identical_models(recipe: Recipe, records: Mapping[str, Mapping[str, Any]]) -> None:
     for name in recipe.teacher_models():
-        if records[name]["digest"] == records["student"]["digest"] and not recipe.prompts.teacher_prompt_column:
+        own = recipe.prompts.teacher_prompt_column or recipe.teacher_models()[name].has_own_prompts()
+        if records[name]["digest"] == records["student"]["digest"] and not own:
             console.warn(f"student and {name} are identical: the advantage is 0 until the student changes")
 
 

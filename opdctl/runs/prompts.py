@@ -1,7 +1,7 @@
 """The prompts of a run: read from their sources, tokenized, and kept in the run directory."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ from typing import Any
 from opdctl import console
 from opdctl.artifacts import files, tables
 from opdctl.artifacts.records import Prompt
+from opdctl.data.formats import chat_template_files, read_chat_template, teacher_formats, training_format
 from opdctl.data.prompts import Problem, load_problems, split_held_out, tokenize
 from opdctl.data.rendering import PromptRenderer
 from opdctl.data.sources import find_files
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
-from opdctl.recipe.schema import Recipe
+from opdctl.recipe.schema import Recipe, model_key
 from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS_FILE
 from opdctl.runs.run import Run, read_run_record
 
@@ -35,14 +36,14 @@ class PromptSet:
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_prompts(recipe: Recipe, student: ModelDir) -> PromptSet:
-    """Return the prompts of the recipe's sources.
+def read_prompts(recipe: Recipe, student: ModelDir, templates: Mapping[str, str]) -> PromptSet:
+    """Return the prompts of the recipe's sources. templates: texts by `read_chat_templates`.
 
     Raises:
         OpdctlError: a source or a prompt is invalid, a download fails, or there are too few prompts.
     """
     problems = load_problems(recipe.prompts)
-    prompts = prepare_prompts(recipe, problems, student)
+    prompts = prepare_prompts(recipe, problems, student, templates)
     if prompts.num_dropped:
         fraction = prompts.num_dropped / len(problems)
         remedy = "; the longest prompts are often the hardest: raise it" if fraction > MANY_DROPPED_FRACTION else ""
@@ -53,16 +54,22 @@ def read_prompts(recipe: Recipe, student: ModelDir) -> PromptSet:
     return prompts
 
 
-def prepare_prompts(recipe: Recipe, problems: Sequence[Problem], student: ModelDir) -> PromptSet:
-    """Return the prompts as token ids, and those that are held out.
+def prepare_prompts(
+    recipe: Recipe, problems: Sequence[Problem], student: ModelDir, templates: Mapping[str, str]
+) -> PromptSet:
+    """Return the prompts as token ids, and those that are held out. templates: texts by `read_chat_templates`.
 
     Raises:
         OpdctlError: a prompt is invalid, or fewer are left than one step needs.
     """
-    arguments = recipe.prompts.template_arguments
-    renderer = PromptRenderer(student.tokenizer, student.vocab_size, arguments, "prompts.template_arguments")
+    renderer = PromptRenderer(student.tokenizer, student.vocab_size, training_format(recipe, templates))
+    own = {
+        name: PromptRenderer(student.tokenizer, student.vocab_size, form, model_key(name))
+        for name, form in teacher_formats(recipe, templates).items()
+    }
     training, held_out = split_held_out(problems, recipe.prompts.held_out)
-    prompts, dropped = tokenize(training, renderer, recipe.prompts, list(recipe.teacher_models()))
+    teachers = {name: own.get(name) for name in recipe.teacher_models()}
+    prompts, dropped = tokenize(training, renderer, recipe.prompts, teachers)
     needed = recipe.prompts.split_step(recipe.rollout.prompts_per_step) or {"": recipe.rollout.prompts_per_step}
     for name, per_step in needed.items():
         if (rows := _count(prompts, name)) < per_step:
@@ -85,9 +92,9 @@ def _format_held_out(problems: Sequence[Problem]) -> str:
     """Return held-out prompts as the lines of a benchmark file."""
     rows = []
     for problem in problems:
-        earlier = [{"role": message.role, "content": message.text} for message in problem.earlier]
-        messages = [*earlier, {"role": "user", "content": problem.text}]
-        rows.append({"id": problem.id, "prompt": messages if earlier else problem.text, "answer": problem.answer})
+        messages = [{"role": each.role, "content": each.text, **each.extra} for each in problem.chat.messages]
+        prompt = messages if len(messages) > 1 else problem.text
+        rows.append({"id": problem.id, "prompt": prompt, "answer": problem.answer})
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -116,7 +123,7 @@ def _write_file(path: Path, prompts: PromptSet) -> None:
         files.write_text(path, prompts.held_out or "")
 
 
-def describe_prompts(recipe: Recipe, path: Path, prompts: PromptSet) -> dict[str, Any]:
+def describe_prompts(recipe: Recipe, path: Path, prompts: PromptSet, templates: Mapping[str, str]) -> dict[str, Any]:
     """Return the entry of the prompts in run.json."""
     shares = recipe.prompts.split_step(recipe.rollout.prompts_per_step)
     sources = {name: {"rows": _count(prompts.training, name), "per_step": size} for name, size in shares.items()}
@@ -128,6 +135,7 @@ def describe_prompts(recipe: Recipe, path: Path, prompts: PromptSet) -> dict[str
         "sha256": files.sha256_file(path / PROMPTS_FILE),
         "source_files": {str(file): digest for file, digest in files.sha256_files(source_files).items()},
         "order": "random_sampler",
+        **({"chat_templates": {**templates}} if templates else {}),
         **({"sources": sources} if sources else {}),
         **({"held_out": files.sha256_file(path / HELD_OUT_FILE)} if prompts.held_out is not None else {}),
     }
@@ -156,6 +164,22 @@ def check_source_files(recipe: Recipe, path: Path) -> None:
             )
 
 
+def check_chat_templates(recipe: Recipe, path: Path) -> None:
+    """Check that the files of chat templates are unchanged, as far as they still exist: the run has their texts.
+
+    Raises:
+        OpdctlError: a file has another text.
+    """
+    templates = read_run_record(path)["prompts"].get("chat_templates", {})
+    for section, file in chat_template_files(recipe).items():
+        if file.exists() and read_chat_template(file, section) != templates.get(section):
+            raise OpdctlError(
+                "source_mismatch",
+                f"{file}: {section}.chat_template changed after the start of the run {path}",
+                hint="restore the file, delete it (the run has its text), or use another --output",
+            )
+
+
 def restore_prompts(run: Run) -> None:
     """Write lost prompts of a run again from their sources.
 
@@ -167,7 +191,7 @@ def restore_prompts(run: Run) -> None:
     missing = [run.path / name for name, digest in digests.items() if digest and not (run.path / name).exists()]
     if not missing:
         return
-    prompts, sources = read_prompts(run.recipe, run.student), run.recipe.prompts.names
+    prompts, sources = read_prompts(run.recipe, run.student, run.chat_templates), run.recipe.prompts.names
     for path in missing:
         _write_file(path, prompts)
         if files.sha256_file(path) != digests[path.name]:

@@ -23,6 +23,7 @@ from opdctl.artifacts.manifests import (
 )
 from opdctl.artifacts.records import Ids, Prompt, Response, sample_id
 from opdctl.artifacts.stage_dir import Fingerprint, FingerprintMismatchError, StageDir
+from opdctl.data.formats import read_chat_templates
 from opdctl.data.order import step_order
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir, Probe
@@ -404,6 +405,11 @@ class Run:
         """The digest of the prompts, or None if a model is only evaluated."""
         return read_run_record(self.path)["prompts"]["sha256"] if (self.path / "run.json").exists() else None
 
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """The texts of the chat templates that the recipe names, by section, as they were at the start of the run."""
+        return read_recorded_chat_templates(self.recipe, self.path)
+
     def samples(self, step: int) -> list[tuple[str, Prompt]]:
         """Return (sample id, prompt) of every response of a step, in order.
 
@@ -421,9 +427,9 @@ class Run:
 
     def prompt_ids(self, name: str, response: Response) -> Ids:
         """Return the prompt that the model `name` reads before a response: a teacher's may differ."""
-        if name in ("student", REFERENCE) or self.recipe.prompts.teacher_prompt_column is None:
+        if name in ("student", REFERENCE) or not self.recipe.has_teacher_prompts():
             return response.prompt_ids
-        return self._teacher_prompts[response.prompt_id]
+        return self._teacher_prompts.get(response.prompt_id, response.prompt_ids)
 
     # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -501,6 +507,18 @@ def read_run_record(path: Path) -> RunRecord:
     hint = f"run `opdctl run repair {shlex.quote(str(path))}`, which moves it away"
     record: RunRecord = files.read_json(path / "run.json", RunRecord, hint)
     return record
+
+
+def read_recorded_chat_templates(recipe: Recipe, path: Path) -> dict[str, str]:
+    """Return the texts of the chat templates that a recipe names, by section: those at the start of the run in `path`,
+    or the present ones if it has not started.
+
+    Raises:
+        OpdctlError: a file is missing or invalid.
+    """
+    if not (path / "run.json").exists():
+        return read_chat_templates(recipe)
+    return read_run_record(path)["prompts"].get("chat_templates", {})
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = (), purpose: Purpose = "read") -> Recipe:

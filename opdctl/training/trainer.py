@@ -469,6 +469,8 @@ class Trainer:
         recipe = self._run.recipe
         digests = export_student(self._model, self._run.student, recipe.student.dtype, directory)
         if distributed.is_main():
+            if template := self._run.chat_templates.get("prompts"):  # transformers and vLLM prefer this file
+                (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
             publish.write_model_card(directory, recipe, step, metrics or {})
         return digests
 

@@ -79,3 +79,12 @@ def test_unusual_columns_are_listed(tmp_path: Path, read: Any, key: str) -> None
     with pytest.raises(OpdctlError, match=r"p.jsonl: row 1: no column `prompt` or `messages` or") as caught:
         read(source)
     assert caught.value.hint == f"set {key} to one of the columns `task`, `answer`"
+
+
+@pytest.mark.parametrize("read", [training_texts, evaluation_texts])
+def test_columns_of_images_are_refused_unless_they_are_empty(tmp_path: Path, read: Any) -> None:
+    row = {"prompt": "1+1?", "answer": "2"}
+    assert read(write(tmp_path / "p.jsonl", {**row, "images": [], "image": None})) == ["1+1?"]
+    source = write(tmp_path / "p.jsonl", {**row, "images": [{"bytes": None, "path": "a.png"}]})
+    with pytest.raises(OpdctlError, match=r"row 1: `images` is not empty: images, audio and video are not supported"):
+        read(source)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opdctl.data.messages import Message
+from opdctl.data.messages import Chat, Message
 from opdctl.data.prompts import Problem, load_problems, tokenize
-from opdctl.data.rendering import PromptRenderer
+from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.toy.task import split_of
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
@@ -27,7 +27,7 @@ HARD = {"difficulty": ">= 6"}
 def renderer() -> PromptRenderer:
     """The toy models' tokenizer: `a` is 2, `b` is 3, one id per character, no unknown token."""
     model = ModelDir(find_or_download(Model(model="toy:student"), "student.model"), "float32")
-    return PromptRenderer(model.tokenizer, model.vocab_size, {}, "prompts.template_arguments")
+    return PromptRenderer(model.tokenizer, model.vocab_size, PromptFormat())
 
 
 def table(path: Path, rows: Rows) -> Path:
@@ -92,7 +92,7 @@ def test_suffix_is_appended_to_the_prompt() -> None:
 def test_suffix_is_not_repeated(tmp_path: Path, text: str, suffix: str, expected: str) -> None:
     path = table(tmp_path / "p.jsonl", [{"prompt": text, "hint": text}])
     (problem,) = load_problems(Prompts(source=str(path), suffix=suffix, teacher_prompt_column="hint"))
-    assert (problem.text, problem.teacher_text) == (expected, expected)
+    assert (problem.text, problem.teacher_chat) == (expected, Chat(expected))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_suffix_belongs_to_the_last_message(tmp_path: Path) -> None:
     (problem,) = load_problems(Prompts(source=str(path), suffix="!", teacher_prompt_column="hint"))
     assert (problem.earlier, problem.text) == ((Message("system", "Add."),), "1+1?!")
     earlier = (Message("user", "0+1?"), Message("assistant", "1"))
-    assert (problem.teacher_earlier, problem.teacher_text) == (earlier, "1+1?!")
+    assert problem.teacher_chat == Chat("1+1?!", earlier)
 
 
 def test_malformed_message_is_rejected_with_its_row(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_prompt_that_cannot_be_tokenized_is_named(renderer: PromptRenderer) -> N
 
 
 def test_teacher_text_has_its_own_token_ids(renderer: PromptRenderer) -> None:
-    problems = [Problem("x", "ab", None, teacher_text="bab"), Problem("y", "a", None)]
+    problems = [Problem("x", "ab", None, teacher_chat=Chat("bab")), Problem("y", "a", None)]
     (first, second), _ = tokenize(problems, renderer, Prompts(source="p.jsonl"))
     assert first.prompt_ids.tolist() == [2, 3]
     assert first.teacher_prompt_ids is not None
@@ -371,7 +371,7 @@ def test_teacher_text_has_its_own_token_ids(renderer: PromptRenderer) -> None:
 def test_chat_becomes_token_ids(renderer: PromptRenderer) -> None:
     """The template of the toy models joins the messages."""
     earlier, hint = (Message("system", "ab"),), (Message("system", "bb"),)
-    problem = Problem("x", "a", None, teacher_text="b", earlier=earlier, teacher_earlier=hint)
+    problem = Problem("x", "a", None, teacher_chat=Chat("b", hint), earlier=earlier)
     ((prompt,), _) = tokenize([problem], renderer, Prompts(source="p.jsonl"))
     assert prompt.prompt_ids.tolist() == [2, 3, 2]
     assert prompt.teacher_prompt_ids is not None
@@ -379,7 +379,7 @@ def test_chat_becomes_token_ids(renderer: PromptRenderer) -> None:
 
 
 @pytest.mark.parametrize(
-    "problem", [Problem("x", "", None), Problem("x", "a", None, teacher_text="")], ids=["text", "teacher text"]
+    "problem", [Problem("x", "", None), Problem("x", "a", None, teacher_chat=Chat(""))], ids=["text", "teacher text"]
 )
 def test_prompt_without_tokens_is_rejected(renderer: PromptRenderer, problem: Problem) -> None:
     with pytest.raises(OpdctlError, match="`x`") as caught:
@@ -388,7 +388,7 @@ def test_prompt_without_tokens_is_rejected(renderer: PromptRenderer, problem: Pr
 
 
 def test_length_limit_applies_to_the_teacher_text(renderer: PromptRenderer) -> None:
-    problems = [Problem("x", "a", None, teacher_text="aaaa"), Problem("y", "a", None)]
+    problems = [Problem("x", "a", None, teacher_chat=Chat("aaaa")), Problem("y", "a", None)]
     prompts, dropped = tokenize(problems, renderer, Prompts(source="p.jsonl", max_tokens=3, on_too_long="drop"))
     assert [prompt.prompt_id for prompt in prompts] == ["y"]
     assert dropped == 1

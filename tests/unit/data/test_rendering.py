@@ -10,8 +10,8 @@ from helpers.tokenizers import CHATML, NUM_IDS, SPECIAL, byte_level, surround, w
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from opdctl.data import template_process
-from opdctl.data.messages import Message
-from opdctl.data.rendering import PromptRenderer
+from opdctl.data.messages import Chat, Message
+from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.models.directory import ModelDir
 
@@ -38,11 +38,11 @@ def make_renderer(
     folder: Path, template: str | None = CHATML, tokenizer: Tokenizer | None = None, **arguments: Any
 ) -> PromptRenderer:
     model = ModelDir(write_tokenizer(folder, tokenizer, template=template), "float32")
-    return PromptRenderer(model.tokenizer, model.vocab_size, arguments, "prompts.template_arguments")
+    return PromptRenderer(model.tokenizer, model.vocab_size, PromptFormat(arguments))
 
 
 def render(renderer: PromptRenderer, text: str, *earlier: Message) -> str:
-    return byte_level().decode(renderer.token_ids(text, "p.jsonl", earlier).tolist(), skip_special_tokens=False)
+    return byte_level().decode(renderer.token_ids(Chat(text, earlier), "p.jsonl").tolist(), skip_special_tokens=False)
 
 
 # ── The test of a template ───────────────────────────────────────────────────────────────────────────────────────────
@@ -161,7 +161,7 @@ def test_prompt_that_a_pattern_of_the_tokenizer_cannot_read_is_named(tmp_path: P
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(q|q)+(?=\d\z)"), "isolated")
     renderer = make_renderer(tmp_path, CHATML, tokenizer)
     with pytest.raises(OpdctlError, match=r"p.jsonl: row 7: cannot be tokenized: Onig") as caught:
-        renderer.token_ids("q" * 40, "p.jsonl: row 7")
+        renderer.token_ids(Chat("q" * 40), "p.jsonl: row 7")
     assert caught.value.code == ExitCode.BAD_DATA
 
 
@@ -171,7 +171,7 @@ def test_default_of_several_templates_is_used(tmp_path: Path) -> None:
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     model = ModelDir(folder, "float32")
     assert isinstance(model.tokenizer.chat_template, dict)
-    assert "<|im_start|>user\nab" in render(PromptRenderer(model.tokenizer, model.vocab_size, {}, "key"), "ab")
+    assert "<|im_start|>user\nab" in render(PromptRenderer(model.tokenizer, model.vocab_size, PromptFormat()), "ab")
 
 
 def test_arguments_reach_the_template(tmp_path: Path) -> None:
@@ -224,13 +224,13 @@ def test_template_that_does_not_read_the_clock_is_not_warned_of(
         ("<|endoftext|> <|im_start|> $A <|im_end|> <|endoftext|>", [END, IM_START]),
     ],
 )
-@pytest.mark.parametrize("text", ["ab", "a", "<|im_start|>ab<|im_end|>", "aaaa"])
+@pytest.mark.parametrize("text", ["ab", "a", "aaaa"])
 def test_prompt_of_a_base_model_ends_with_its_text(
     tmp_path: Path, post_processor: str, before: list[int], text: str
 ) -> None:
     renderer = make_renderer(tmp_path, None, surround(byte_level(), post_processor))
     expected = before + byte_level().encode(text, add_special_tokens=False).ids
-    assert renderer.token_ids(text, "p.jsonl").tolist() == expected
+    assert renderer.token_ids(Chat(text), "p.jsonl").tolist() == expected
 
 
 def test_missing_template_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +241,7 @@ def test_missing_template_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_chat_prompt_has_no_token_of_the_post_processor(tmp_path: Path) -> None:
     processed = surround(byte_level(), "<|endoftext|> $A <|im_end|>")
-    assert make_renderer(tmp_path, CHATML, processed).token_ids("ab", "p.jsonl")[0] == IM_START
+    assert make_renderer(tmp_path, CHATML, processed).token_ids(Chat("ab"), "p.jsonl")[0] == IM_START
 
 
 # ── Chats ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -295,10 +295,10 @@ def test_template_may_cut_white_space_and_answers(tmp_path: Path) -> None:
 def test_id_outside_the_vocabulary_is_refused_with_its_token(tmp_path: Path) -> None:
     """The tokenizer has one id more than the matrices have rows."""
     tokenizer = byte_level()
-    tokenizer.add_special_tokens(["<think>"])
+    tokenizer.add_tokens(["<think>"])
     renderer = make_renderer(tmp_path, CHATML, tokenizer)
-    assert len(renderer.token_ids("think", "p.jsonl")) > len(SPECIAL)
+    assert len(renderer.token_ids(Chat("think"), "p.jsonl")) > len(SPECIAL)
     with pytest.raises(OpdctlError) as caught:
-        renderer.token_ids("a <think>", "p.jsonl: row 7: prompt `x`")
+        renderer.token_ids(Chat("a <think>"), "p.jsonl: row 7: prompt `x`")
     assert (caught.value.kind, caught.value.code) == ("invalid_data", ExitCode.BAD_DATA)
     assert all(part in caught.value.message for part in ("p.jsonl: row 7", "`<think>`", str(NUM_IDS)))
