@@ -10,11 +10,13 @@ from opdctl.artifacts import files
 from opdctl.cli.session import print_json
 from opdctl.pipeline.costs import FIT_FRACTION
 from opdctl.pipeline.evaluation_plan import plan_benchmarks
-from opdctl.pipeline.plan import Plan, make_plan
+from opdctl.pipeline.plan import Plan, ShownPrompt, make_plan
 from opdctl.pipeline.stage_plan import StagePlan
 from opdctl.recipe.schema import Recipe
 
 GIB = 2**30
+SHOWN_CHARS, SHOWN_TOKENS = 2000, 16
+"""Of the first prompt: its characters, and the tokens at its start and at its end."""
 
 
 def show_plan(recipe: Recipe, path: Path, needs: Collection[str], as_json: bool, *, colocated: bool) -> None:
@@ -31,6 +33,9 @@ def show_plan(recipe: Recipe, path: Path, needs: Collection[str], as_json: bool,
     console.print_fields("plan", _plan_rows(plan))
     console.print_table(*_memory_table(plan.stages))
     console.print_fields("memory", _memory_rows(plan.stages))
+    for name, prompt in plan.first_prompt.items():
+        readers = f", {name}" if len(plan.first_prompt) > 1 else ""
+        console.print_fields(f"first prompt{readers}", _prompt_rows(prompt))
     console.info("nothing was written")
     if plan.unavailable:
         raise plan.unavailable
@@ -92,6 +97,18 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     hidden = {"CPU memory"} if stages.node_bytes == 0 else set()
     hidden |= set() if plan.sampling else {"sampling"}
     return [row for row in rows if row[0] not in hidden]
+
+
+def _prompt_rows(prompt: ShownPrompt) -> list[tuple[str, str]]:
+    """Return a prompt as text and as tokens. The middle of a long one is left out."""
+    pieces = [f"{token_id} {piece!r}" for token_id, piece in zip(prompt["token_ids"], prompt["pieces"], strict=True)]
+    text, half = prompt["text"], SHOWN_CHARS // 2
+    if len(text) > SHOWN_CHARS:
+        text = f"{text[:half]} … {text[-half:]}"
+    if len(pieces) > 2 * SHOWN_TOKENS:
+        pieces = [*pieces[:SHOWN_TOKENS], "…", *pieces[-SHOWN_TOKENS:]]
+    count = len(prompt["token_ids"])
+    return [("id", prompt["id"]), ("text", text), (f"{count} tokens", ", ".join(pieces))]
 
 
 def _time_text(plan: StagePlan, name: str) -> str:

@@ -11,11 +11,11 @@ import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from opdctl import console
 from opdctl.artifacts import files
-from opdctl.artifacts.records import ONE_BYTE_EXPERTS
+from opdctl.artifacts.records import ONE_BYTE_EXPERTS, Prompt
 from opdctl.data.prompts import load_local_problems, load_problems
 from opdctl.environment import resolve_device
 from opdctl.errors import ExitCode, OpdctlError
@@ -36,6 +36,15 @@ from opdctl.training.tracking import warn_of_missing_trackers
 ID_BYTES = LOGPROB_BYTES = HIDDEN_BYTES = 4
 
 
+class ShownPrompt(TypedDict):
+    """A prompt after the chat template. pieces: the text of each token."""
+
+    id: str
+    text: str
+    token_ids: list[int]
+    pieces: list[str]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The plan of a run. None is unknown: data, or a model and its shape, are not on this machine.
@@ -49,6 +58,8 @@ class Plan:
     gpus_per_engine: dict[str, int]
     """Of an engine of `rollout` and of `score`; 0 if it is behind a server."""
     prompts: int | None
+    first_prompt: dict[str, ShownPrompt]
+    """As the student reads it and as each teacher does that reads another one, by name. Empty if it is not known."""
     prompts_per_step: int
     responses_per_step: int
     epochs: float | None
@@ -88,7 +99,7 @@ def make_plan(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
     """
     recipe = resolve_open_settings(recipe, path)
     unavailable: list[OpdctlError] = []
-    models, prompts = _check(recipe, path, needs, unavailable)
+    models, prompts, first_prompt = _check(recipe, path, needs, unavailable)
     shapes = {name: if_known(read_shape, models.get(name)) or model.shape for name, model in recipe.models().items()}
     parameters = {  # those stored in a local model; otherwise those of its shape
         name: _count_stored(models.get(name)) or if_known(count_parameters, shape) for name, shape in shapes.items()
@@ -106,6 +117,7 @@ def make_plan(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
             for name, engine in (("rollout", recipe.rollout.engine), ("score", recipe.score.engine))
         },
         prompts=prompts,
+        first_prompt=first_prompt,
         prompts_per_step=recipe.rollout.prompts_per_step,
         responses_per_step=responses,
         epochs=steps * recipe.rollout.prompts_per_step / prompts if prompts else None,
@@ -130,8 +142,9 @@ def make_plan(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
 
 def _check(
     recipe: Recipe, path: Path, needs: Collection[str] | None, unavailable: list[OpdctlError]
-) -> tuple[dict[str, ModelDir], int | None]:
-    """Check what the run would. Return the models that are on this machine, and the number of prompts if it is known.
+) -> tuple[dict[str, ModelDir], int | None, dict[str, ShownPrompt]]:
+    """Check what the run would. Return the models that are on this machine, and of the prompts their number and the
+    first one if they are known.
 
     unavailable: receives the errors of resources that are out of reach.
     """
@@ -152,16 +165,16 @@ def _check(
         from opdctl.training.policy import check_trainable
 
         check_trainable(student, recipe)
-    prompts = recipe.prompts.num_rows
+    prompts, first = recipe.prompts.num_rows, None
     with defer_unavailable(unavailable):
-        prompts = _count_prompts(recipe, path, models, asks_hub=not unavailable)
+        prompts, first = _read_prompts(recipe, path, models, asks_hub=not unavailable)
     with defer_unavailable(unavailable):
         _check_benchmarks(recipe, path, student, asks_hub=not unavailable)
     with defer_unavailable(unavailable):
         _connect_to_servers(recipe, models)
     warn_of_missing_trackers(recipe)
     print_lines(lines)
-    return models, prompts
+    return models, prompts, _show_prompt(first, student) if first and student else {}
 
 
 @contextlib.contextmanager
@@ -188,15 +201,32 @@ def _count_stored(model: ModelDir | None) -> int | None:
     return model.weights.num_parameters if model and model.weights.files else None
 
 
-def _count_prompts(recipe: Recipe, path: Path, models: Mapping[str, ModelDir], *, asks_hub: bool) -> int | None:
-    """Check the prompts. Return their number, without the hub that of the recipe. asks_hub: it answered before."""
+def _read_prompts(
+    recipe: Recipe, path: Path, models: Mapping[str, ModelDir], *, asks_hub: bool
+) -> tuple[int | None, Prompt | None]:
+    """Check the prompts. Return their number, without the hub that of the recipe, and the first one. asks_hub: it
+    answered before."""
     templates = read_recorded_chat_templates(recipe, path)
     problems = load_problems(recipe.prompts) if asks_hub else load_local_problems(recipe.prompts)
     if problems and "student" in models:
         prompts = prepare_prompts(recipe, problems, models["student"], templates)
         check_lengths(recipe, models, prompts.training)
-        return len(prompts.training)
-    return len(problems) if problems else recipe.prompts.num_rows
+        return len(prompts.training), prompts.training[0]
+    return len(problems) if problems else recipe.prompts.num_rows, None
+
+
+def _show_prompt(prompt: Prompt, student: ModelDir) -> dict[str, ShownPrompt]:
+    """Return a prompt for the student, and for its teacher if that reads another one."""
+    versions = {"student": prompt.prompt_ids}
+    if prompt.teacher_prompt_ids is not None:
+        versions[prompt.teacher] = prompt.teacher_prompt_ids
+    shown: dict[str, ShownPrompt] = {}
+    for name, ids in versions.items():
+        token_ids = ids.tolist()
+        pieces = [student.tokenizer.decode([id_]) for id_ in token_ids]
+        text = student.tokenizer.decode(token_ids)
+        shown[name] = {"id": prompt.prompt_id, "text": text, "token_ids": token_ids, "pieces": pieces}
+    return shown
 
 
 def _check_benchmarks(recipe: Recipe, path: Path, student: ModelDir | None, *, asks_hub: bool) -> None:

@@ -1,5 +1,6 @@
 """rollout: the current student answers the step's prompts. Reads prompts, writes Parquet parts of responses."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from opdctl.artifacts.records import Completion, Prompt, Response, sample_seed
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.parity import check_parity
 from opdctl.engines.pool import EnginePool
+from opdctl.models.end_of_sequence import describe_tokens
 from opdctl.recipe.schema import Rollout
 from opdctl.runs.run import Run
 from opdctl.runs.stage_loop import BuildPart, Part, StageWork, make_missing_parts, rows_part
@@ -53,6 +55,8 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
                     scored = [ScoreRequest(request.prompt_ids, done.response_ids) for request, done in pairs]
                     logprobs = [completion.logprobs for completion in completions]
                     check_parity(run.recipe, settings.engine, student, scored, logprobs, engines.device)
+                    if step == run.start_step:
+                        _warn_of_endless_responses(run, completions)
                 rows = [_row(run, version, *sample, done) for sample, done in zip(part, completions, strict=True)]
                 return rows_part(rows, Response)
 
@@ -72,6 +76,17 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
     title = f"rollout, step {step}"
     has_engine = engines.owns(run.recipe.rollout.engine)
     return make_missing_parts(stage, title, len(samples), prepare, wait=wait, has_engine=has_engine)
+
+
+def _warn_of_endless_responses(run: Run, completions: Sequence[Completion]) -> None:
+    """Warn at the start of a run if no response ends by itself."""
+    if all(completion.finish_reason == "length" for completion in completions):
+        ends = describe_tokens(run.student.eos_ids, run.student.tokenizer)
+        console.warn(
+            f"none of the first {len(completions)} responses ended within rollout.max_tokens = "
+            f"{run.recipe.rollout.max_tokens}: a response ends at {ends}. `opdctl run show` shows what they contain; "
+            "rollout.eos_token_ids adds tokens, and the chat template decides what the student continues"
+        )
 
 
 def _row(run: Run, version: int, sample_id: str, prompt: Prompt, completion: Completion) -> Response:

@@ -70,6 +70,7 @@ def prepare_prompts(
     training, held_out = split_held_out(problems, recipe.prompts.held_out)
     teachers = {name: own.get(name) for name in recipe.teacher_models()}
     prompts, dropped = tokenize(training, renderer, recipe.prompts, teachers)
+    _warn_of_repeated_start(prompts, student)
     needed = recipe.prompts.split_step(recipe.rollout.prompts_per_step) or {"": recipe.rollout.prompts_per_step}
     for name, per_step in needed.items():
         if (rows := _count(prompts, name)) < per_step:
@@ -81,6 +82,17 @@ def prepare_prompts(
                 hint="lower rollout.prompts_per_step, or provide more prompts",
             )
     return PromptSet(prompts, dropped, _format_held_out(held_out) if recipe.prompts.held_out else None)
+
+
+def _warn_of_repeated_start(prompts: Sequence[Prompt], student: ModelDir) -> None:
+    """Warn if prompts start with two begin-of-sequence tokens: the template's and that of a text, for example."""
+    start = student.tokenizer.bos_token_id
+    repeated = [prompt.prompt_id for prompt in prompts if prompt.prompt_ids[:2].tolist() == [start, start]]
+    if start is not None and repeated:
+        console.warn(
+            f"{len(repeated)} of {len(prompts)} prompts start with two {student.tokenizer.bos_token}, the first is "
+            f"`{repeated[0]}`: remove it from the chat template or the data"
+        )
 
 
 def _count(prompts: Sequence[Prompt], source: str) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from opdctl.artifacts.records import ScoredResponse
 from opdctl.losses.objectives import MAX_LOG_RATIO
+from opdctl.losses.token_weights import top_k_overlap
+from opdctl.runs.scored_responses import to_weight_inputs
 
 ROLLOUT_CORRECTION_SQUARED = "rollout_correction_squared"
 QUANTILES = (0.5, 0.9, 0.99)
@@ -48,6 +50,9 @@ def response_stats(scored: Sequence[ScoredResponse]) -> dict[str, float]:
         abs_advantages = [np.abs(sample.teacher.logprobs - sample.response.logprobs) for sample in scored]
         quantiles = np.quantile(np.concatenate(abs_advantages), QUANTILES)
         stats |= {f"abs_advantage_p{q * 100:.0f}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}
+        if all(sample.response.top_ids is not None and sample.teacher.top_ids is not None for sample in scored):
+            overlaps = [top_k_overlap(to_weight_inputs(sample, step=0)) for sample in scored]
+            stats["top_k_overlap"] = float(np.concatenate(overlaps).mean())
     return stats
 
 

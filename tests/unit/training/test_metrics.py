@@ -2,15 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers.commands import ROOT
 
+from opdctl.artifacts.records import ScoredResponse
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
-from opdctl.training.metrics import mismatch_metrics
+from opdctl.training.metrics import mismatch_metrics, response_stats
 
 
 def recorded_metrics(run):
@@ -40,3 +42,21 @@ def test_mismatch_by_hand():
     metrics = mismatch_metrics(torch.tensor([math.log(2), 0.0, -math.log(2)]))
     assert metrics["mismatch_ratio"].tolist() == pytest.approx([2, 1, 0.5])
     assert metrics["mismatch_kl"].tolist() == pytest.approx([1 - math.log(2), 0, math.log(2) - 0.5], abs=1e-6)
+
+
+def test_overlap_of_the_most_probable_tokens_by_hand(finished_run):
+    sample = next(iter(read_scored(Run.load(finished_run), 0)))
+    student = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
+    teacher = np.array([[2, 1], [4, 9], [7, 8]], np.int32)  # two shared, one, none
+
+    def cut(response_top: np.ndarray | None, teacher_top: np.ndarray | None) -> ScoredResponse:
+        response = replace(
+            sample.response, response_ids=sample.response.response_ids[:3], logprobs=sample.response.logprobs[:3]
+        )
+        scores = replace(sample.teacher, logprobs=sample.teacher.logprobs[:3], top_ids=teacher_top)
+        return ScoredResponse(replace(response, top_ids=response_top), scores)
+
+    assert response_stats([cut(student, teacher)])["top_k_overlap"] == pytest.approx(0.5)
+    assert response_stats([cut(student, teacher), cut(student, student)])["top_k_overlap"] == pytest.approx(0.75)
+    assert "top_k_overlap" not in response_stats([cut(student, None)])
+    assert "top_k_overlap" not in response_stats([cut(None, teacher)])
