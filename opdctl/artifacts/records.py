@@ -36,6 +36,8 @@ TopKLogprobs = Annotated[Logprobs, PER_TOKEN]
 """Their log-probs in nats, [T, K]."""
 SamplingLogprobs = Annotated[Logprobs, STORED_IF_PRESENT]
 """Log-probs in nats, [T], in a column that a file lacks if no row has them."""
+TokenSpan = Annotated[Ids, STORED_IF_PRESENT]
+"""The span [start, end) of some tokens of a response, in a column that a file lacks if no row has it."""
 RoutedExperts = npt.NDArray[np.uint8]
 """The ids of the experts of each token that the engine read, flat: [prompt and response tokens but the last, decoder
 layers, experts of a token], one byte each, or two (little-endian) of more than 256 experts. 0 in dense layers."""
@@ -136,6 +138,7 @@ class GradedResponse:
     extracted: the answer found in it. verdict: "ok", or why the answer could not be graded. vote: what it counts as in
     a majority vote: the gold answer if it is correct, else one spelling for all equal incorrect answers; None without
     an answer. math_verify: whether math-verify alone calls it correct; None where it was not asked, as in older rows.
+    ended_thinking: the tokens that ended its thinking at the end of the budget, which were not sampled.
     """
 
     sample_id: str
@@ -149,6 +152,7 @@ class GradedResponse:
     verdict: str
     vote: str | None
     math_verify: bool | None = None
+    ended_thinking: TokenSpan | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         f"responses: mean length {summary['response_length']:.0f} tokens (p50 {lengths['p50']:.0f}, p90 "
         f"{lengths['p90']:.0f}), {summary['truncated_fraction']:.1%} truncated; verdicts: {verdicts}"
     )
+    if "ended_thinking_fraction" in summary:
+        console.answer(f"thinking was ended in {summary['ended_thinking_fraction']:.1%} of the responses")
     if summary.get("math_verify_differences"):  # older summaries lack the key
         console.answer(
             f"math-verify alone: {summary['avg_math_verify']:.1%}; it differs on {summary['math_verify_differences']} "

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -36,6 +36,7 @@ from opdctl.errors import OpdctlError
 from opdctl.evaluation import contamination, statistics
 from opdctl.evaluation.benchmarks import Benchmark, find_benchmark, is_of_unknown_plugin
 from opdctl.evaluation.graders import Grade
+from opdctl.evaluation.thinking import BudgetedCompletion, ThinkingBudget
 from opdctl.models.directory import ModelDir, find_local, find_or_download
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.recipe.schema import AUTO, Eval, Model, Recipe
@@ -182,6 +183,8 @@ def check_benchmark(
         form = evaluation_format(recipe, "student", templates or {})
         prompts = _render(form, recipe.eval, benchmark, problems, model)
         model.end_ids(recipe.eval.stop_token_ids)  # checks them
+        if recipe.eval.max_thinking_tokens:
+            ThinkingBudget.from_settings(recipe.eval, model)
         longest = max(len(prompt.prompt_ids) for prompt in prompts)
         check_positions(model, longest, recipe.eval.max_tokens, "eval.max_tokens")
 
@@ -267,11 +270,13 @@ def _summarize_stage(
     stage: StageDir,
     data: Path | None,
 ) -> dict[str, Any]:
+    rows = stage.read_all(GradedResponse)
     return {
         **versioned("eval"),
         "bench": benchmark.name,
         "model": target.name,
-        **summarize(stage.read_all(GradedResponse)),
+        **summarize(rows),
+        **_summarize_thinking(rows, run.recipe.eval),
         "protocol": _protocol(run, benchmark, _template_digest(run, target.role)),
         "benchmark": _describe_benchmark(run, benchmark, problems, data),
     }
@@ -378,12 +383,15 @@ def _answer_problems(
             grade = partial(_grade, benchmark, target.model, asked, stop=settings.stop)
             return requests, lambda done: rows_part(grade(done), GradedResponse)
 
+        stream: Callable[..., Generator[tuple[int, Completion]]] = engine.stream_completions
+        if settings.max_thinking_tokens:
+            stream = partial(ThinkingBudget.from_settings(settings, target.model).stream_completions, engine)
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p} | settings.modifications
         return StageWork(
             engine.logprob_metadata | sampling | _grader_package(benchmark),
             open_part,
-            partial(engine.stream_completions, sampling=settings, batch_size=settings.batch_size),
-            engine.batches_across_parts,
+            partial(stream, sampling=settings, batch_size=settings.batch_size),
+            engine.batches_across_parts and not settings.max_thinking_tokens,
         )
 
     title = f"eval {benchmark.name}, {target.name}"
@@ -479,6 +487,7 @@ def graded_response(
         verdict=grade.verdict,
         vote=vote,
         math_verify=grade.math_verify,
+        ended_thinking=completion.ended_thinking if isinstance(completion, BudgetedCompletion) else None,
     )
 
 
@@ -525,6 +534,13 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
             if row.verdict in ("timeout", "crash")
         ],
     }
+
+
+def _summarize_thinking(rows: Sequence[GradedResponse], settings: Eval) -> dict[str, Any]:
+    """Return the fraction of responses whose thinking was ended, if the recipe has a budget."""
+    if not settings.max_thinking_tokens:
+        return {}
+    return {"ended_thinking_fraction": float(np.mean([row.ended_thinking is not None for row in rows]))}
 
 
 def _summarize_math_verify(rows: Sequence[GradedResponse]) -> dict[str, Any]:

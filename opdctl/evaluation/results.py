@@ -32,6 +32,8 @@ PROTOCOL_KEYS = (
     "eos_token_ids",
     "stop",
     "stop_token_ids",
+    "max_thinking_tokens",
+    "end_thinking",
     "suffix",
     "template_arguments",
     "system",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from opdctl.recipe.schema import AUTO, Recipe, model_key
+from opdctl.recipe.schema import AUTO, Eval, Recipe, model_key
 
 STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "prompts": ("seed", "prompts.", "student."),
@@ -57,6 +57,8 @@ ADDED_KEYS: dict[str, Any] = {
     r"(rollout|eval)\.(min_p|(presence|frequency)_penalty)": 0.0,
     r"(rollout|eval)\.repetition_penalty": 1.0,
     r"(rollout|eval)\.(stop|stop_token_ids)": [],
+    r"eval\.max_thinking_tokens": None,
+    r"eval\.end_thinking": Eval().end_thinking,
     r"train\.router_replay": False,
     r"train\.denominator": "all",
     r"train\.decay_vectors": False,

@@ -31,6 +31,7 @@ MAX_PARTS = 10**5
 MAX_STEPS = 10**7
 MIN_TEMPERATURE = 0.01
 """The least temperature above 0: vLLM samples lower ones at this one, and far below it the logits overflow."""
+START_OF_THINKING, END_OF_THINKING = "<think>", "</think>"
 RESPONSES_PER_PART = 32
 """Engines that stream across parts balance by parts of 16 to 32 responses: four for each of 8 engines of 1,024."""
 TEACHER_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,200}")
@@ -541,6 +542,14 @@ class Eval(Sampling):
     """Split of a benchmark `hub:ORG/NAME`."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature, at least 0.01. 0 is greedy decoding, with one response to each problem."""
+    max_thinking_tokens: int | None = Field(default=None, gt=0)
+    """End the thinking of a response after this many of its tokens by `end_thinking`, and sample the answer within the
+    rest of `max_tokens`. It is for models with the tokens `<think>` and `</think>`. If unset, thinking is not ended."""
+    end_thinking: str = (
+        "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
+        "\n</think>\n\n"
+    )
+    """The text that ends thinking. The default is Qwen3's."""
     samples: int | None = Field(default=None, gt=0)
     """Responses to each problem. If unset, the benchmark sets the number, such as 32 for AIME and HMMT."""
     limit: int | None = Field(default=None, gt=0)
@@ -577,6 +586,11 @@ class Eval(Sampling):
     allow_code_execution: bool = False
     """Let HumanEval+ and MBPP+ run the code that the model wrote, in a sandbox. `opdctl eval --allow-code-execution`
     sets it."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        budget = {"max_thinking_tokens": self.max_thinking_tokens, "end_thinking": self.end_thinking}
+        return super().changes | (budget if self.max_thinking_tokens else {})
 
 
 class Continuations(Section):

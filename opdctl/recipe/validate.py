@@ -13,10 +13,12 @@ from opdctl.recipe.conditions import parse_condition
 from opdctl.recipe.schema import (
     AUTO,
     DEFAULT_COMPONENTS,
+    END_OF_THINKING,
     MIN_TEMPERATURE,
     SOURCE_OPTIONS,
     TEACHER_NAME_PATTERN,
     Component,
+    Eval,
     MixedSource,
     PromptSource,
     Recipe,
@@ -298,6 +300,21 @@ def _eval_errors(recipe: Recipe) -> Errors:
         errors.append(("eval.temperature", text))
     if settings.temperature == 0 and settings.samples not in (None, 1):
         errors.append(("eval.samples", "must be 1 or unset at temperature 0, where all samples are identical"))
+    return [*errors, *_thinking_errors(settings)]
+
+
+def _thinking_errors(settings: Eval) -> Errors:
+    """Validate what a budget of thinking needs: it makes two requests for a response."""
+    if settings.max_thinking_tokens is None:
+        return []
+    names = ("presence_penalty", "frequency_penalty", "stop")
+    text = "concerns all tokens of a response, and eval.max_thinking_tokens samples them by two requests: remove one"
+    errors = [(f"eval.{name}", text) for name in names if name in settings.changes]
+    if settings.max_thinking_tokens >= settings.max_tokens:
+        text = f"{settings.max_thinking_tokens} is not less than eval.max_tokens, {settings.max_tokens}"
+        errors.append(("eval.max_thinking_tokens", text))
+    if settings.end_thinking.count(END_OF_THINKING) != 1:
+        errors.append(("eval.end_thinking", f"must contain `{END_OF_THINKING}` once"))
     return errors
 
 

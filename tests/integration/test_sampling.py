@@ -9,6 +9,7 @@ import pytest
 from helpers.commands import QUICKSTART, contents, invoke, sets
 from helpers.engines import directory
 from helpers.evaluations import TRANSFORMERS, evaluate_toy, evaluation_path
+from helpers.thinking import END_OF_THINK, save_thinking_model
 from helpers.training import train
 
 from opdctl import console
@@ -120,3 +121,39 @@ def test_graded_text_ends_before_the_stop_string(tmp_path: Path) -> None:
         if stop in before.text:
             assert after.finish_reason == "stop"
             assert len(after.response_ids) < len(before.response_ids) or before.text.endswith(stop)
+
+
+def test_thinking_is_ended_after_its_budget(tmp_path: Path) -> None:
+    model, output = save_thinking_model(tmp_path / "thinker"), tmp_path / "out"
+    settings = (*TRANSFORMERS, "eval.limit=4", "eval.samples=2", "eval.max_tokens=90", "eval.max_thinking_tokens=30")
+    arguments = ("eval", "--model", model, "--bench", "sort12", "--output", output)
+    result = invoke(*arguments, *sets(*settings, "eval.end_thinking=</think>"))
+    assert result.code == 0, result.err
+    assert "thinking was ended in " in result.out
+    summary = files.read_json(evaluation_path(output) / "summary.json")
+    assert summary["protocol"] | {"max_thinking_tokens": 30, "end_thinking": "</think>"} == summary["protocol"]
+    rows = load_evaluation(evaluation_path(output)).rows()
+    ended = [row for row in rows if row.ended_thinking is not None]
+    assert summary["ended_thinking_fraction"] == len(ended) / len(rows) > 0
+    for row in ended:
+        assert row.ended_thinking is not None
+        assert row.ended_thinking.tolist() == [30, 31]
+        assert row.response_ids[30] == END_OF_THINK
+        assert 31 < len(row.response_ids) <= 90
+        assert "</think>" in row.text
+    assert summary["response_length"] == np.mean([len(row.response_ids) for row in rows])
+    again = invoke(*arguments, *sets(*settings, "eval.end_thinking=</think>"))
+    assert "nothing to do" in again.err
+    plan = invoke(*arguments, *sets(*settings, "eval.end_thinking=</think>"), "--dry-run")
+    assert "max_thinking_tokens = 30" in " ".join((plan.out + plan.err).split())
+    plain = evaluate_toy(
+        "--output", tmp_path / "plain", "--dry-run", settings=(*settings, "eval.end_thinking=</think>")
+    )
+    assert (plain.code, plain.kind) == (2, "unsupported_setting")
+
+
+def test_files_of_a_default_evaluation_have_no_column_of_ended_thinking(tmp_path: Path) -> None:
+    assert evaluate_toy("--output", tmp_path, settings=(*TRANSFORMERS, "eval.limit=2", "eval.samples=1")).code == 0
+    (*_, part) = evaluation_path(tmp_path).glob("part-*.parquet")
+    assert "ended_thinking" not in pq.read_schema(part).names
+    assert "ended_thinking_fraction" not in files.read_json(evaluation_path(tmp_path) / "summary.json")

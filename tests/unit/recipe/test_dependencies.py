@@ -79,6 +79,8 @@ def test_fingerprints_exclude_mutable_settings(smallest: Path) -> None:
         ("eval.presence_penalty=1.5", "eval"),
         ("rollout.frequency_penalty=0.5", "rollout"),
         ("eval.stop=['a']", "eval"),
+        ("eval.max_thinking_tokens=99", "eval"),
+        ("eval.end_thinking='</think>'", "eval"),
         ("rollout.stop=['a']", "continuations"),
         ("rollout.stop_token_ids=[3]", "rollout"),
     ],
