@@ -237,7 +237,7 @@ def _affected(key: str) -> list[str]:
 @functools.cache
 def _example() -> schema.Recipe:
     """Return a recipe with one key in each table, and with the keys that are in no fingerprint by default."""
-    tables = ["prompts.where.a=1.0", "prompts.template_arguments.a=1"]
+    tables = ["prompts.where.a=1.0", "prompts.sources.NAME.weight=1.0", "prompts.template_arguments.a=1"]
     added = ["rollout.eos_token_ids=[1]", "student.tokenizer=file", "teacher.tokenizer=file"]
     added += [f"teacher.{key}=a" for key in ("system", "chat_template")]
     added += ["teacher.template_arguments.a=1", "eval.system=a", "eval.template_arguments.a=1"]
