@@ -52,7 +52,7 @@ ShowFailures = Annotated[
     int, typer.Option("--show-failures", metavar="K", min=0, help="Print K incorrect responses per benchmark.")
 ]
 AllowCodeExecution = Annotated[
-    bool, typer.Option("--allow-code-execution", help="Let HumanEval+ and MBPP+ run model-generated code.")
+    bool, typer.Option("--allow-code-execution", help="Let benchmarks of code run model-generated code.")
 ]
 
 

@@ -21,7 +21,9 @@ from opdctl.recipe.schema import is_data_file
 
 TableRow = dict[str, Any]
 BATCH_ROWS = 128
-"""Rows of a Parquet file that are Python objects at the same time: a row of a code data set has 64 KB of test cases."""
+BATCH_BYTES = 2**26
+"""Rows of a Parquet file that are Python objects at the same time: a row of a code data set has 64 KB of test cases, of
+LiveCodeBench megabytes."""
 SEPARATORS = ",;\t|"
 
 
@@ -145,10 +147,15 @@ def _read_parquet(path: Path) -> Iterator[TableRow]:
         check_parquet_size(path, follow_links=True)
         file = pq.ParquetFile(path)
         _check_unique(file.schema_arrow.names, path)
-        for batch in file.iter_batches(BATCH_ROWS):
+        for batch in file.iter_batches(_rows_per_batch(file.metadata)):
             yield from _rows_of(batch)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise OpdctlError("invalid_data", f"{path}: not readable as Parquet: {error}") from error
+
+
+def _rows_per_batch(metadata: pq.FileMetaData) -> int:
+    num_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(num_bytes, 1)))
 
 
 def _rows_of(batch: pa.RecordBatch | pa.Table) -> Iterator[TableRow]:

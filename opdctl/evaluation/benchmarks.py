@@ -16,7 +16,7 @@ from opdctl.data.tables import TableRow, load_from_hub, read_table
 from opdctl.data.toy import TASKS
 from opdctl.data.toy.task import Task
 from opdctl.errors import OpdctlError
-from opdctl.evaluation import code_execution
+from opdctl.evaluation import code_execution, livecodebench
 from opdctl.evaluation.gpqa import read_gpqa
 from opdctl.evaluation.graders import CHOICE_GRADER, GRADERS, MATH_GRADER, Grader, Text
 from opdctl.recipe.schema import (
@@ -225,6 +225,8 @@ def find_benchmark(name: str, settings: Eval) -> Benchmark:
     Raises:
         OpdctlError: there is no such benchmark, or the file's name is not allowed.
     """
+    if name == "livecodebench":
+        return _livecodebench(settings)
     if not is_named_by_data(name):
         benchmark: Benchmark = BENCHMARKS.get(name)()
         is_boxed = benchmark.grader is MATH_GRADER and settings.grader != CHOICE_GRADER.name
@@ -268,6 +270,14 @@ def _code(name: str, size: int, dataset: code_execution.Dataset) -> Benchmark:
     return Benchmark(name, EvalPlus(dataset), code_execution.CODE_GRADER, 4, answer_format="code", size=size)
 
 
+def _livecodebench(settings: Eval) -> Benchmark:
+    keys = ("release_version", "start_date", "end_date")
+    selection = {key: getattr(settings, key) for key in keys}
+    questions = livecodebench.Questions(*selection.values())
+    grader = livecodebench.Programs(questions)
+    return Benchmark("livecodebench", questions, grader, 4, "any", questions.size, selection=selection)
+
+
 SHIPPED_BENCHMARKS = (
     *(_toy(task) for task in TASKS.values()),
     _math("aime24", 30, Hub("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train")),
@@ -287,3 +297,4 @@ SHIPPED_BENCHMARKS = (
 )
 for _benchmark in SHIPPED_BENCHMARKS:
     BENCHMARKS.register(_benchmark.name)(lambda benchmark=_benchmark: benchmark)
+BENCHMARKS.register("livecodebench")(lambda: _livecodebench(Eval()))

@@ -11,22 +11,25 @@ import gzip
 import importlib.util
 import json
 import os
-import select
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from opdctl import console
 from opdctl.data.prompts import Problem
 from opdctl.errors import OpdctlError
-from opdctl.evaluation import code_sandbox, code_walls
+from opdctl.evaluation.code_processes import (
+    MAX_SANDBOXES,
+    SPARE_OUTPUT_BYTES,
+    TooLongError,
+    check_sandbox,
+    run_sandbox,
+)
 from opdctl.evaluation.code_values import MalformedValueError, OutputComparison, decode
 from opdctl.evaluation.graders import Grade, Votes
 
@@ -40,27 +43,9 @@ GT_TIME_LIMIT_FACTOR = 8.0
 """Time limit of one input, as a multiple of the time of the reference solution. Source: as above."""
 LOST = "lost"
 """The status of a response whose sandbox ended itself: by the code, or by the system."""
-MAX_SANDBOXES = 3
-"""How often a response or a reference solution is run whose sandbox or process ended itself, by the code or by the
-system. Then it counts as a crash. A sandbox is started as often; then the evaluation ends with an error."""
-START_WAIT_SECONDS = 1.0
-"""Between two starts of a sandbox."""
-SPARE_OUTPUT_BYTES, MAX_OUTPUT_FACTOR = 2**16, 4
-"""A response may return this many bytes more, and times as many, than its reference solution does."""
+MAX_OUTPUT_FACTOR = 4
+"""A response may return this many times as many bytes as its reference solution does."""
 MAX_REFERENCE_BYTES = 2**28
-SYSTEM_PATHS = (
-    "/usr",
-    "/bin",
-    "/sbin",
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/etc/ld.so.cache",
-    "/etc/alternatives",
-    "/nix/store",
-)
-"""What Python needs besides its directories. The code can read these, and nothing else."""
-SANDBOX_HINT = "use Linux as root or with user namespaces; in a container, allow it to make namespaces"
 INPUT_KEYS = ("base_input", "plus_input")
 TASK_KEYS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 Dataset = Literal["humaneval", "mbpp"]
@@ -208,10 +193,6 @@ class _Reference:
     failure: str | None = None
 
 
-class _TooLongError(Exception):
-    """The code returned more than any correct answer has."""
-
-
 def _run_reference(gold: str) -> _Reference:
     task = json.loads(gold)
     for _ in range(MAX_SANDBOXES):
@@ -228,14 +209,14 @@ def _try_reference(task: dict[str, Any]) -> _Reference:
     limits = [[float(CODE_TIMEOUT_SECONDS)] * len(task[key]) for key in INPUT_KEYS]
     request = _request(task, limits, code=task["prompt"] + task["canonical_solution"], total_limit=CODE_TIMEOUT_SECONDS)
     try:
-        with contextlib.closing(_run_sandbox(request, MAX_REFERENCE_BYTES)) as lines:
+        with contextlib.closing(run_sandbox(request, MAX_REFERENCE_BYTES, CODE_TIMEOUT_SECONDS)) as lines:
             values = [line for line in lines if line[0] == "value"]
         if len(values) != sum(map(len, limits)):
             return _Reference(task, [], [], [], 0, failure="crash")
         outputs = [decode(value) for _, _, value in values]
     except subprocess.TimeoutExpired:
         return _Reference(task, [], [], [], 0, failure="timeout")
-    except (MalformedValueError, ValueError, _TooLongError):
+    except (MalformedValueError, ValueError, TooLongError):
         return _Reference(task, [], [], [], 0, failure="crash")
     if is_mbpp and task["entry_point"] in MBPP_OUTPUT_NOT_NONE_TASKS:
         outputs = [output is not None for output in outputs]
@@ -277,7 +258,7 @@ def _run_response(reference: _Reference, request: dict[str, Any], max_bytes: int
     """Return the code of a response, None if it is unknown, and the status: as of `_compare`, or no_answer."""
     code = None
     try:
-        with contextlib.closing(_run_sandbox(request, max_bytes)) as lines:
+        with contextlib.closing(run_sandbox(request, max_bytes, CODE_TIMEOUT_SECONDS)) as lines:
             if (first := next(lines, None)) is None:
                 return None, LOST
             _, code = first
@@ -286,7 +267,7 @@ def _run_response(reference: _Reference, request: dict[str, Any], max_bytes: int
         return code, "timeout"
     except (MalformedValueError, ValueError):
         return code, "crash"
-    except _TooLongError:
+    except TooLongError:
         return code, "fail"
 
 
@@ -339,103 +320,6 @@ def _request(
 # ── Sandbox ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _run_sandbox(request: dict[str, Any], max_bytes: int, errors: IO[bytes] | None = None) -> Generator[list[Any]]:
-    """Run a request in the sandbox and yield the messages of code_sandbox.py; closing ends the sandbox.
-
-    Args:
-        errors: a file for what the walls write to stderr.
-
-    Raises:
-        OpdctlError: the sandbox does not start.
-        subprocess.TimeoutExpired: it does not end in time.
-        MalformedValueError: what it writes is not as code_sandbox.py writes it.
-        _TooLongError: it writes more than `max_bytes`.
-    """
-    with contextlib.ExitStack() as files:
-        errors = errors or files.enter_context(tempfile.TemporaryFile())
-        for attempt in range(MAX_SANDBOXES):
-            time.sleep(START_WAIT_SECONDS * bool(attempt))
-            with contextlib.closing(_start_sandbox(request, max_bytes, errors)) as messages:
-                if next(messages, None) == ["started"]:
-                    yield from messages
-                    return
-        lines = _lines(errors)
-    raise OpdctlError(
-        "missing_sandbox",
-        f"this system cannot isolate model-generated code: {lines[-1] if lines else 'the sandbox ended at its start'}",
-        hint=SANDBOX_HINT,
-    )
-
-
-def _start_sandbox(request: dict[str, Any], max_bytes: int, errors: IO[bytes]) -> Generator[list[Any]]:
-    """Run a request in one sandbox and yield its messages."""
-    deadline = time.monotonic() + CODE_TIMEOUT_SECONDS
-    with tempfile.TemporaryDirectory(prefix="opdctl-sandbox-") as root, tempfile.TemporaryFile() as requests:
-        requests.write(json.dumps(request).encode())
-        requests.seek(0)
-        paths = sorted({*SYSTEM_PATHS, *_python_paths()})
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", code_walls.__file__, root, code_sandbox.__file__, *paths],
-            stdin=requests,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            cwd="/",
-            env={"PATH": os.defpath, "TMPDIR": "/tmp", "HOME": "/tmp", "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            yield from _messages(process, deadline, max_bytes)
-            if process.wait(max(0.0, deadline - time.monotonic())):
-                reason = "; ".join(_lines(errors)[-1:])
-                console.debug(f"sandbox of {request['task_id']} ended with exit code {process.returncode}: {reason}")
-        finally:
-            process.kill()
-            process.communicate()
-
-
-def _lines(errors: IO[bytes]) -> list[str]:
-    errors.seek(0)
-    return errors.read().decode(errors="replace").splitlines()
-
-
-def _messages(process: subprocess.Popen[bytes], deadline: float, max_bytes: int) -> Iterator[list[Any]]:
-    assert process.stdout is not None
-    output, num_bytes = process.stdout.fileno(), 0
-    poll, line = select.poll(), bytearray()
-    poll.register(output, select.POLLIN)
-    while True:
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise subprocess.TimeoutExpired(process.args, CODE_TIMEOUT_SECONDS)
-        if not (chunk := os.read(output, 2**16)):
-            return
-        num_bytes += len(chunk)
-        if num_bytes > max_bytes:
-            raise _TooLongError
-        for part in chunk.splitlines(keepends=True):
-            line += part
-            if line.endswith(b"\n"):
-                yield _parse_message(bytes(line))
-                line.clear()
-
-
-def _parse_message(line: bytes) -> list[Any]:
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MalformedValueError(str(error)) from None
-    if not isinstance(message, list) or not message:
-        raise MalformedValueError("not a message")
-    return message
-
-
-def _python_paths() -> Iterator[str]:
-    """Yield the directories of this Python."""
-    yield from (sys.prefix, sys.base_prefix)
-    executable = Path(sys.executable)
-    while executable.is_symlink():
-        executable = Path(os.path.normpath(executable.parent / executable.readlink()))
-        yield str(executable.parent)
-
-
 @cache
 def _check_sandbox() -> None:
     """Run a correct program in the sandbox and say which wall is missing.
@@ -444,23 +328,5 @@ def _check_sandbox() -> None:
         OpdctlError: the program does not run.
     """
     _check_evalplus()
-    request = _request(
-        SELF_TEST_TASK, [[10.0], [10.0]], response=SELF_TEST_TASK["prompt"] + SELF_TEST_TASK["canonical_solution"]
-    )
-    with tempfile.TemporaryFile() as errors:
-        try:
-            with contextlib.closing(_run_sandbox(request, SPARE_OUTPUT_BYTES, errors)) as messages:
-                values = [message[2] for message in messages if message[0] == "value"]
-            reason = "a program returned wrong values in it"
-        except (OSError, subprocess.TimeoutExpired, MalformedValueError) as error:
-            values, reason = [], str(error)
-        lines = _lines(errors)
-    if values != [1, 2]:
-        raise OpdctlError(
-            "missing_sandbox",
-            f"this system cannot isolate model-generated code: {lines[-1] if lines else reason}",
-            hint=SANDBOX_HINT,
-        )
-    for line in lines:
-        if line.startswith(code_walls.WARNING_PREFIX):
-            console.warn(line.removeprefix(code_walls.WARNING_PREFIX))
+    response = SELF_TEST_TASK["prompt"] + SELF_TEST_TASK["canonical_solution"]
+    check_sandbox(_request(SELF_TEST_TASK, [[10.0], [10.0]], response=response), [1, 2], CODE_TIMEOUT_SECONDS)

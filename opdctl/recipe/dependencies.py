@@ -77,7 +77,7 @@ ADDED_PARAMETERS: dict[str, dict[str, Any]] = {
 }
 """Parameters that were added to token weights since version 5, with the values that older runs used. A recorded recipe
 without them has these values, and a fingerprint contains them only if they differ."""
-BENCHMARK_KEYS = ("eval.split",)
+BENCHMARK_KEYS = ("eval.split", "eval.release_version", "eval.start_date", "eval.end_date")
 """Settings that select the problems of some benchmarks, whose fingerprints contain them: see `Benchmark.selection`."""
 IMMUTABLE_KEYS = ("seed", "student.", "teacher.", "teachers.", "reference.", "prompts.", "lora.")
 """Keys that no fork of a run can change: every artifact of the run depends on them. The remaining keys can change in a

@@ -5,6 +5,7 @@ earlier ones; `key = false` removes a section or a text of an earlier file. The 
 setting. The docstring below a key is its documentation.
 """
 
+import datetime
 import re
 from collections.abc import Mapping
 from math import ceil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from opdctl.recipe.conditions import Condition
 
@@ -39,6 +40,31 @@ HUB_BENCHMARK_PATTERN = re.compile(
     r"hub:(?P<id>(?:[\w.-]{1,96}/)?[\w.-]{1,96})(?::(?P<subset>[^:@/]{1,96}))?(?:@(?P<revision>[^:@]{1,96}))?", re.ASCII
 )
 """A data set of the hub as a benchmark: hub:ORG/NAME[:SUBSET][@REVISION]."""
+
+
+LiveCodeBenchRelease = Literal[
+    "release_v1",
+    "release_v2",
+    "release_v3",
+    "release_v4",
+    "release_v5",
+    "release_v6",
+    "v1",
+    "v2",
+    "v3",
+    "v4",
+    "v5",
+    "v6",
+]
+
+
+def _parse_date(value: Any) -> str:
+    text = value.isoformat()[:10] if isinstance(value, datetime.date) else str(value)
+    return datetime.date.fromisoformat(text).isoformat()
+
+
+Date = Annotated[str, BeforeValidator(_parse_date)]
+"""A date, as TOML has it or as text."""
 
 
 class Section(BaseModel):
@@ -540,6 +566,12 @@ class Eval(Sampling):
     `hub:ORG/NAME`, `hub:ORG/NAME:SUBSET`, `hub:ORG/NAME:SUBSET@REVISION`."""
     split: str = "test"
     """Split of a benchmark `hub:ORG/NAME`."""
+    release_version: LiveCodeBenchRelease = "release_v6"
+    """Release of LiveCodeBench: the problems of the first N versions, or those that version N added."""
+    start_date: Date | None = None
+    """First date of the contests of LiveCodeBench, such as 2025-02-01; that of the release if unset."""
+    end_date: Date | None = None
+    """Last date of the contests of LiveCodeBench; that of the release if unset."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature, at least 0.01. 0 is greedy decoding, with one response to each problem."""
     max_thinking_tokens: int | None = Field(default=None, gt=0)
@@ -584,8 +616,8 @@ class Eval(Sampling):
     answer_column: str | None = None
     """Column of the gold answers in a file or hub data set; `answer` if unset."""
     allow_code_execution: bool = False
-    """Let HumanEval+ and MBPP+ run the code that the model wrote, in a sandbox. `opdctl eval --allow-code-execution`
-    sets it."""
+    """Let HumanEval+, MBPP+ and LiveCodeBench run the code that the model wrote, in a sandbox.
+    `opdctl eval --allow-code-execution` sets it."""
 
     @property
     def changes(self) -> dict[str, Any]:

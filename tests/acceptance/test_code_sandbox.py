@@ -18,7 +18,7 @@ from helpers.code_sandbox import needs_sandbox
 
 from opdctl import console
 from opdctl.errors import OpdctlError
-from opdctl.evaluation import code_execution, code_walls
+from opdctl.evaluation import code_execution, code_processes, code_walls
 from opdctl.evaluation.code_execution import CODE_GRADER, SELF_TEST_TASK
 from opdctl.evaluation.graders import Grade
 
@@ -273,12 +273,12 @@ def test_program_that_the_system_ended_is_run_again(
     lost: int, messages: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code_execution._check_sandbox()
-    numbers, run = itertools.count(), code_execution._run_sandbox
+    numbers, run = itertools.count(), code_execution.run_sandbox
 
     def run_sandbox(*arguments: Any) -> Any:
         return (message for message in messages) if next(numbers) == lost else run(*arguments)
 
-    monkeypatch.setattr(code_execution, "_run_sandbox", run_sandbox)
+    monkeypatch.setattr(code_execution, "run_sandbox", run_sandbox)
     grade = graded("def add(x):\n    return sum(x)", ADD)
     assert (grade.correct, grade.verdict) == (True, "ok")
     assert next(numbers) == 3
@@ -296,9 +296,9 @@ def test_sandbox_that_does_not_start_is_started_again_and_no_grade(
         failing = [sys.executable, "-c", "import sys; sys.exit('no memory')"]
         return start(failing if next(numbers) < failures else command, **options)
 
-    monkeypatch.setattr(code_execution, "START_WAIT_SECONDS", 0)
+    monkeypatch.setattr(code_processes, "START_WAIT_SECONDS", 0)
     monkeypatch.setattr(subprocess, "Popen", start_or_fail)
-    if failures < code_execution.MAX_SANDBOXES:
+    if failures < code_processes.MAX_SANDBOXES:
         assert graded("def add(x):\n    return sum(x)", ADD).correct
     else:
         with pytest.raises(OpdctlError, match="isolate model-generated code: no memory"):
