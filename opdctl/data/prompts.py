@@ -166,7 +166,7 @@ def _toy_problems(source: PromptSource, key: str) -> list[Problem]:
     try:
         stream = task.problems(source.split, seed=0)
         return [
-            Problem(each.id, _with_suffix(each.prompt, source), each.answer, location=name)
+            Problem(each.id, append_suffix(each.prompt, source.suffix), each.answer, location=name)
             for each in islice(stream, source.limit)
         ]
     except ValueError as error:
@@ -224,13 +224,13 @@ def _parse_row(located: LocatedRow, settings: PromptSource) -> Problem:
 
 def _parse_chat(row: TableRow, names: Names, key: str, settings: PromptSource, location: str) -> Chat:
     chat = parse_chat(*find_prompt(row, names, key, location), settings.final_assistant)
-    return replace(chat, text=_with_suffix(chat.text, settings))
+    return replace(chat, text=append_suffix(chat.text, settings.suffix))
 
 
-def _with_suffix(text: str, settings: PromptSource) -> str:
+def append_suffix(text: str, suffix: str) -> str:
     """Return the text of a user message with the suffix, which is not repeated."""
-    suffix = settings.suffix.rstrip()
-    return text if suffix and text.rstrip().endswith(suffix) else text + settings.suffix
+    is_there = suffix.strip() and text.rstrip().endswith(suffix.rstrip())
+    return text if is_there else text + suffix
 
 
 def _answer_cell(row: TableRow, settings: PromptSource, location: str) -> str | None:

@@ -27,7 +27,7 @@ from opdctl.artifacts.tables import write_rows
 from opdctl.artifacts.versions import versioned
 from opdctl.data.formats import evaluation_format
 from opdctl.data.messages import Message
-from opdctl.data.prompts import Problem
+from opdctl.data.prompts import Problem, append_suffix
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.engines.base import Request
 from opdctl.engines.pool import EnginePool, open_engine_pool
@@ -440,7 +440,7 @@ def _render(
 ) -> list[EvalPrompt]:
     suffix = benchmark.prompt_suffix(settings)
     renderer = PromptRenderer(model.tokenizer, model.vocab_size, form, "eval")
-    chats = [(problem, replace(problem.chat, text=problem.text + suffix)) for problem in problems]
+    chats = [(problem, replace(problem.chat, text=append_suffix(problem.text, suffix))) for problem in problems]
     return [EvalPrompt(problem.id, renderer.token_ids(chat, str(problem), problem.tools)) for problem, chat in chats]
 
 

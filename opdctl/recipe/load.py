@@ -320,8 +320,8 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
             if PROMPTS_KEY.fullmatch(key) and value.get("source", into[name].get("source")) != into[name].get("source"):
                 into[name] = {k: v for k, v in into[name].items() if k not in ("sources", *SOURCE_OPTIONS)}
             _merge(into[name], value, source, origin, f"{key}.")
-        elif value is False and isinstance(into.get(name), dict | str):
-            del into[name]  # remove the section, or the text, of an earlier file
+        elif value is False and name in into and not isinstance(into[name], bool):
+            del into[name]  # remove the section, or the value, of an earlier file
         else:
             into[name] = value
         origin[key] = source

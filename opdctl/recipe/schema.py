@@ -1,7 +1,7 @@
 """The schema of a recipe, with the default of every key. Imports no torch.
 
 A recipe is one complete run in TOML. `load_recipe` merges files and `--set a.b=c` key by key, and later values override
-earlier ones; `key = false` removes a section or a text of an earlier file. The default of a key is the recommended
+earlier ones; `key = false` removes a section or a value of an earlier file. The default of a key is the recommended
 setting. The docstring below a key is its documentation.
 """
 

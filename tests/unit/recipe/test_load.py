@@ -81,12 +81,13 @@ def test_later_values_override_key_by_key(smallest: Path, tmp_path: Path) -> Non
     assert load_recipe([other, smallest]).train.steps == 3
 
 
-def test_false_removes_a_section_or_a_text(smallest: Path, tmp_path: Path) -> None:
+def test_false_removes_a_section_or_a_value(smallest: Path, tmp_path: Path) -> None:
     cross_scale, over = ROOT / "recipes" / "cross_scale.toml", tmp_path / "over.toml"
     over.write_text("prompts.template_arguments = false\nprompts.answer_column = false\nstudent.shape = false\n")
     recipe = load_recipe([cross_scale, over])
     assert (recipe.prompts.template_arguments, recipe.prompts.answer_column) == ({}, None)
     assert recipe.student.shape is None
+    assert load_recipe([cross_scale], ["prompts.limit=false"]).prompts.limit is None
     assert load_recipe([cross_scale], ["train.gradient_checkpointing=false"]).train.gradient_checkpointing is False
     over.write_text("teacher = false\n")
     (line,) = error_lines([cross_scale, over])
