@@ -165,24 +165,33 @@ def _rows_of(batch: pa.RecordBatch | pa.Table) -> Iterator[TableRow]:
 
 def _to_python(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> list[Any]:
     values: list[Any] = column.to_pylist()
-    return [_shorten(value, kind) for value in values] if _has_short_floats(kind) else values
+    return [_convert(value, kind) for value in values] if _is_converted(kind) else values
 
 
-def _has_short_floats(kind: pa.DataType) -> bool:
-    """Whether a type contains numbers of 16 or 32 bits."""
-    is_short = pa.types.is_float32(kind) or pa.types.is_float16(kind)
-    return is_short or any(_has_short_floats(kind.field(i).type) for i in range(kind.num_fields))
+def _is_converted(kind: pa.DataType) -> bool:
+    """Whether a type contains numbers of 16 or 32 bits, or JSON."""
+    is_own = pa.types.is_float32(kind) or pa.types.is_float16(kind) or _is_json(kind)
+    return is_own or any(_is_converted(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _shorten(value: Any, kind: pa.DataType) -> Any:
-    """Return a value with its short numbers as they were written: 0.1, not 0.10000000149 for the float32 next to it."""
-    if isinstance(value, float):
-        short = np.float16 if pa.types.is_float16(kind) else np.float32
-        return float(str(short(value)))
+def _is_json(kind: pa.DataType) -> bool:
+    """Whether a type is the text of JSON values, by which `datasets` stores those of mixed types."""
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
+
+
+def _convert(value: Any, kind: pa.DataType) -> Any:
+    """Return a value with its short numbers as they were written, 0.1 and not 0.10000000149 for the float32 next to it,
+    and with its JSON read."""
+    if value is None:
+        return None
+    if pa.types.is_float32(kind) or pa.types.is_float16(kind):
+        return float(str((np.float16 if pa.types.is_float16(kind) else np.float32)(value)))
+    if _is_json(kind):
+        return parsing.parse_json(value)
     if isinstance(value, dict):
-        return {field.name: _shorten(value[field.name], field.type) for field in kind}
+        return {field.name: _convert(value[field.name], field.type) for field in kind}
     if isinstance(value, list) and not pa.types.is_map(kind):
-        return [_shorten(item, kind.value_type) for item in value]
+        return [_convert(item, kind.value_type) for item in value]
     return value
 
 

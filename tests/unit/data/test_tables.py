@@ -174,11 +174,17 @@ def test_short_numbers_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     short, nested = pa.array([0.1, None, 3.0], pa.float32()), pa.array([0.7, 2.5, None], pa.float32())
     lists = pa.ListArray.from_arrays([0, 1, 3, 3], nested)
-    tree = pa.StructArray.from_arrays([short, lists, pa.array(["a", "b", "c"])], names=["x", "list", "text"])
+    third, letters = pa.array([1 / 3] * 3), pa.array(["a", "b", "c"])
+    tree = pa.StructArray.from_arrays([short, lists, letters, third], names=["x", "list", "text", "third"])
     half = pa.array(np.array([0.1, 0.2, 0.3], np.float16))
     pq.write_table(pa.table({"short": short, "half": half, "tree": tree, "double": [0.1, 0.2, 0.3]}), path)
     assert rows(path) == [
-        {"short": 0.1, "half": 0.1, "tree": {"x": 0.1, "list": [0.7], "text": "a"}, "double": 0.1},
-        {"short": None, "half": 0.2, "tree": {"x": None, "list": [2.5, None], "text": "b"}, "double": 0.2},
-        {"short": 3.0, "half": 0.3, "tree": {"x": 3.0, "list": [], "text": "c"}, "double": 0.3},
+        {"short": 0.1, "half": 0.1, "tree": {"x": 0.1, "list": [0.7], "text": "a", "third": 1 / 3}, "double": 0.1},
+        {
+            "short": None,
+            "half": 0.2,
+            "tree": {"x": None, "list": [2.5, None], "text": "b", "third": 1 / 3},
+            "double": 0.2,
+        },
+        {"short": 3.0, "half": 0.3, "tree": {"x": 3.0, "list": [], "text": "c", "third": 1 / 3}, "double": 0.3},
     ]
