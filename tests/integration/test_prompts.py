@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from helpers.commands import QUICKSTART, Result, contents, invoke, sets
 from helpers.evaluations import SHORT_EVAL, evaluation_path
+from transformers import AutoTokenizer
 
 from opdctl.artifacts import files, tables
-from opdctl.artifacts.records import EvalPrompt, GradedResponse, Response
+from opdctl.artifacts.records import EvalPrompt, GradedResponse, Prompt, Response
 from opdctl.artifacts.stage_dir import recorded_stage
 from opdctl.errors import ExitCode
 from opdctl.evaluation.results import load_evaluation
@@ -120,6 +121,65 @@ def test_run_with_a_clock_in_its_template_is_warned_of_once(tmp_path: Path) -> N
     result = invoke("rollout", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run")
     assert result.code == 0, result.err
     assert result.err.count("reads the clock") == 1
+
+
+# ── Chat templates of the recipe ─────────────────────────────────────────────────────────────────────────────────────
+
+AB = "{% for m in messages %}{{ m.content }}{% endfor %}ab"
+C_AND_LETTER = "c{% for m in messages %}{{ m.content }}{% endfor %}{{ letter }}"
+A, B, C, D = 2, 3, 4, 5
+
+
+def test_templates_of_student_and_teacher_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    for name, template in (("student", AB), ("teacher", C_AND_LETTER)):
+        Path(f"{name}.jinja").write_text(template)
+    teacher = ("teacher.chat_template=teacher.jinja", "teacher.template_arguments={letter='d'}")
+    settings = sets(
+        "prompts.chat_template=student.jinja", *teacher, "train.steps=1", "eval.limit=4", "prompts.max_tokens=15"
+    )
+    run = tmp_path / "run"
+    result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", run)
+    assert result.code == 0, result.err
+    for prompt in tables.read_rows(run / "prompts.parquet", Prompt):
+        text = prompt.prompt_ids[:-2].tolist()
+        assert prompt.prompt_ids.tolist() == [*text, A, B]
+        assert prompt.teacher_prompt_ids is not None
+        assert prompt.teacher_prompt_ids.tolist() == [C, *text, D]
+    student = run / "student/step-00001"
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "dd"}], tokenize=False) == "ddab"
+    for model in ([], ["--model", "teacher"]):
+        assert invoke("eval", "--run", run, "--bench", "sort12", *model).code == 0
+    evaluations = [run / "eval/sort12" / name for name in ("step-00001", "teacher")]
+    for path, (start, end) in zip(evaluations, (([], [A, B]), ([C], [D])), strict=True):
+        for row in stored_prompts(path):
+            ids = row.prompt_ids.tolist()
+            assert (ids[: len(start)], ids[-len(end) :]) == (start, end)
+    protocols = [files.read_json(path / "summary.json")["protocol"] for path in evaluations]
+    assert [protocol["template_arguments"] for protocol in protocols] == [{}, {"letter": "d"}]
+    assert len({protocol["chat_template"] for protocol in protocols}) == 2
+
+    Path("student.jinja").write_text(AB + "c")
+    changed = invoke("train", run)
+    assert (changed.code, changed.kind) == (ExitCode.RECIPE_MISMATCH, "source_mismatch")
+    assert "prompts.chat_template changed" in changed.err
+    for name in ("student", "teacher"):
+        Path(f"{name}.jinja").unlink()
+    (run / "prompts.parquet").unlink()
+    again = invoke("train", run, "--set", "train.steps=2")
+    assert again.code == 0, again.err
+    assert (run / "student/step-00002/chat_template.jinja").read_text() == AB
+
+
+def test_template_of_the_recipe_is_checked_by_a_plan(tmp_path: Path) -> None:
+    for content, kind in ((None, "missing_file"), ("hello", "unsupported_model")):
+        if content:
+            Path("chat.jinja").write_text(content)
+        for dry in ([], ["--dry-run"]):
+            settings = sets("prompts.chat_template=chat.jinja")
+            result = invoke("train", "--recipe", QUICKSTART, *settings, "--output", tmp_path / "run", *dry)
+            assert result.kind == kind, result.err
+            assert not (tmp_path / "run").exists()
 
 
 # ── The vocabulary ───────────────────────────────────────────────────────────────────────────────────────────────────
