@@ -813,10 +813,10 @@ class Recipe(Section):
         """Return the teachers by name: `teacher`, or `teacher-NAME` for each of several."""
         return {"teacher": self.teacher} if self.teacher else {teacher_name(n): m for n, m in self.teachers.items()}
 
-    def has_teacher_prompts(self) -> bool:
-        """Whether a teacher may read another prompt than the student."""
-        is_own = any(teacher.has_own_prompts() for teacher in self.teacher_models().values())
-        return is_own or self.prompts.teacher_prompt_column is not None
+    def has_teacher_prompts(self, name: str) -> bool:
+        """Whether the teacher `name` may read other prompts than the student."""
+        columns = [part.teacher_prompt_column for part in self.prompts.parts().values()]
+        return self.teacher_models()[name].has_own_prompts() or any(columns)
 
     def eval_of(self, name: str) -> Eval:
         """Return [eval] with the prompt settings that are unset there: a teacher's own, or those of [prompts]."""

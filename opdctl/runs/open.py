@@ -224,8 +224,8 @@ def _create(recipe: Recipe, path: Path) -> None:
 
 def _warn_of_identical_models(recipe: Recipe, records: Mapping[str, Mapping[str, Any]]) -> None:
     for name in recipe.teacher_models():
-        own = recipe.prompts.teacher_prompt_column or recipe.teacher_models()[name].has_own_prompts()
-        if records[name]["digest"] == records["student"]["digest"] and not own:
+        is_same = records[name]["digest"] == records["student"]["digest"]
+        if is_same and not recipe.has_teacher_prompts(name):
             console.warn(f"student and {name} are identical: the advantage is 0 until the student changes")
 
 

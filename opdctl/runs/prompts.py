@@ -1,10 +1,12 @@
 """The prompts of a run: read from their sources, tokenized, and kept in the run directory."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from opdctl import console
 from opdctl.artifacts import files, tables
@@ -71,6 +73,7 @@ def prepare_prompts(
     teachers = {name: own.get(name) for name in recipe.teacher_models()}
     prompts, dropped = tokenize(training, renderer, recipe.prompts, teachers)
     _warn_of_repeated_start(prompts, student)
+    _warn_of_settings_without_effect(prompts, own)
     needed = recipe.prompts.split_step(recipe.rollout.prompts_per_step) or {"": recipe.rollout.prompts_per_step}
     for name, per_step in needed.items():
         if (rows := _count(prompts, name)) < per_step:
@@ -93,6 +96,18 @@ def _warn_of_repeated_start(prompts: Sequence[Prompt], student: ModelDir) -> Non
             f"{len(repeated)} of {len(prompts)} prompts start with two {student.tokenizer.bos_token}, the first is "
             f"`{repeated[0]}`: remove it from the chat template or the data"
         )
+
+
+def _warn_of_settings_without_effect(prompts: Sequence[Prompt], teachers: Collection[str]) -> None:
+    """Warn of a teacher whose settings change no prompt: a template ignores an unknown argument."""
+    for name in teachers:
+        pairs = [(each.prompt_ids, each.teacher_prompt_ids) for each in prompts if each.teacher == name]
+        if pairs and all(ids is not None and np.array_equal(ids, student_ids) for student_ids, ids in pairs):
+            key = model_key(name)
+            console.warn(
+                f"{key}: its system turn, chat template and template arguments change no prompt: it reads what the "
+                f"student reads"
+            )
 
 
 def _count(prompts: Sequence[Prompt], source: str) -> int:

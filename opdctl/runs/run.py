@@ -427,7 +427,7 @@ class Run:
 
     def prompt_ids(self, name: str, response: Response) -> Ids:
         """Return the prompt that the model `name` reads before a response: a teacher's may differ."""
-        if name in ("student", REFERENCE) or not self.recipe.has_teacher_prompts():
+        if name in ("student", REFERENCE) or not self.recipe.has_teacher_prompts(name):
             return response.prompt_ids
         return self._teacher_prompts.get(response.prompt_id, response.prompt_ids)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -485,6 +486,26 @@ def test_same_teacher_prompt_gives_the_same_student(own_prompts, tmp_path):
         assert invoke("train", *own_prompts(model, *settings, output=output)).code == 0
     student = "student/step-00001/model.safetensors"
     assert (tmp_path / "plain" / student).read_bytes() == (tmp_path / "same" / student).read_bytes()
+
+
+def test_teacher_of_a_source_reads_the_column_of_that_source(own_prompts, tmp_path):
+    sources = [f"prompts.sources.{name}.source={tmp_path / 'told.jsonl'}" for name in "ab"]
+    column = "prompts.sources.b.teacher_prompt_column=told"
+    assert invoke("rollout", *own_prompts(*sources, column)).code == 0
+    run = Run.load(tmp_path / "run")
+    lengths = {}
+    for prompt in run.prompts:
+        response = SimpleNamespace(prompt_id=prompt.prompt_id, prompt_ids=prompt.prompt_ids)
+        lengths.setdefault(prompt.prompt_id[0], set()).add(len(run.prompt_ids("teacher", response)))
+    assert lengths == {"a": {13}, "b": {26}}
+
+
+def test_settings_of_a_teacher_that_change_nothing_are_warned_of(own_prompts):
+    setting = "teacher.template_arguments={enable_thinkng=true}"
+    result = invoke("rollout", *own_prompts(setting), "--dry-run")
+    assert "warning: teacher: its system turn, chat template and template arguments change no prompt" in " ".join(
+        result.err.split()
+    )
 
 
 @pytest.mark.parametrize(
