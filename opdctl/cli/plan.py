@@ -46,7 +46,7 @@ def show_evaluation_plan(recipe: Recipe, path: Path, data: Path | None, as_json:
     plans = plan_benchmarks(recipe, data)
     if as_json:
         benches = [asdict(plan) for plan in plans]
-        print_json({"run_dir": str(path), "benches": benches, "sampling": recipe.eval.changes})
+        print_json({"run_dir": str(path), "benches": benches, "settings": recipe.eval.changes})
     rows = [
         (
             plan.bench,
@@ -55,8 +55,8 @@ def show_evaluation_plan(recipe: Recipe, path: Path, data: Path | None, as_json:
         )
         for plan in plans
     ]
-    sampling = [("sampling", _format_settings(recipe.eval.changes))] if recipe.eval.changes else []
-    console.print_fields("plan", [*rows, *sampling])
+    settings = [("settings", _format_settings(recipe.eval.changes))] if recipe.eval.changes else []
+    console.print_fields("plan", [*rows, *settings])
     console.info("nothing was written")
 
 

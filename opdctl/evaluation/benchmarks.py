@@ -34,6 +34,9 @@ from opdctl.registry import BENCHMARKS, are_imported
 TOY_PROBLEMS = 256  # of a toy benchmark unless a limit is given
 
 
+AnswerFormat = Literal["box", "code", "any"]
+
+
 class Source(Protocol):
     """The origin of a benchmark's problems.
 
@@ -71,7 +74,7 @@ class Benchmark:
     source: Source
     grader: Grader
     samples: int = 32
-    answer_format: Literal["box", "code", "any"] = "box"
+    answer_format: AnswerFormat = "box"
     size: int | None = None
     on_track: Callable[[str, str], bool] | None = None
     selection: Mapping[str, Any] = field(default_factory=dict)
@@ -219,6 +222,13 @@ def is_of_unknown_plugin(recipe: Recipe, name: str) -> bool:
     return name not in BENCHMARKS.names() and not is_named_by_data(name) and not are_imported(recipe.plugins)
 
 
+def chosen_columns(settings: Eval) -> Columns:
+    """Return the columns of the recipe, and the usual ones for those that it does not name."""
+    chosen = (settings.id_column, settings.problem_column, settings.answer_column)
+    defaults = (Columns.id, Columns.problem, Columns.answer)
+    return Columns(*((column,) if column else names for column, names in zip(chosen, defaults, strict=True)))
+
+
 def find_benchmark(name: str, settings: Eval) -> Benchmark:
     """Return the registered benchmark `name`, or that of the file or hub data set `name` with the recipe's columns.
 
@@ -231,9 +241,7 @@ def find_benchmark(name: str, settings: Eval) -> Benchmark:
         benchmark: Benchmark = BENCHMARKS.get(name)()
         is_boxed = benchmark.grader is MATH_GRADER and settings.grader != CHOICE_GRADER.name
         return replace(benchmark, grader=GRADERS[settings.grader]) if is_boxed else benchmark
-    chosen = (settings.id_column, settings.problem_column, settings.answer_column)
-    defaults = (Columns.id, Columns.problem, Columns.answer)
-    columns = Columns(*((column,) if column else names for column, names in zip(chosen, defaults, strict=True)))
+    columns = chosen_columns(settings)
     label, grader = benchmark_directory(name), GRADERS[settings.grader]
     if match := HUB_BENCHMARK_PATTERN.fullmatch(name):
         read = partial(read_problems, columns=columns)

@@ -35,6 +35,7 @@ from opdctl.engines.stop_strings import text_before_stop
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import contamination, statistics
 from opdctl.evaluation.benchmarks import Benchmark, find_benchmark, is_of_unknown_plugin
+from opdctl.evaluation.few_shot import add_examples, read_examples, to_plain_text
 from opdctl.evaluation.graders import Grade
 from opdctl.evaluation.thinking import BudgetedCompletion, ThinkingBudget
 from opdctl.models.directory import ModelDir, find_local, find_or_download
@@ -304,6 +305,7 @@ def _stage(run: Run, benchmark: Benchmark, problems: Sequence[Problem], target: 
             {
                 "model": target.digest,
                 "problems": _problems_digest(problems),
+                **_examples_digest(run.recipe.eval, benchmark),
                 **_template_digest(run, target.role),
             },
         ),
@@ -321,6 +323,12 @@ def _problems_digest(problems: Sequence[Problem]) -> str:
     others = [[_message_values(message) for message in (*each.earlier, *each.later)] for each in problems]
     rows = zip(problems, others, strict=True)
     return digest_of([(problem.id, problem.text, problem.answer, *messages) for problem, messages in rows])
+
+
+def _examples_digest(settings: Eval, benchmark: Benchmark) -> dict[str, str]:
+    """Return the digest of the examples, if there are any."""
+    examples = read_examples(settings, benchmark.answer_format)
+    return {"examples": digest_of([(each.problem, each.solution) for each in examples])} if examples else {}
 
 
 def _message_values(message: Message) -> list[Any]:
@@ -440,8 +448,16 @@ def _render(
 ) -> list[EvalPrompt]:
     suffix = benchmark.prompt_suffix(settings)
     renderer = PromptRenderer(model.tokenizer, model.vocab_size, form, "eval")
-    chats = [(problem, replace(problem.chat, text=append_suffix(problem.text, suffix))) for problem in problems]
-    return [EvalPrompt(problem.id, renderer.token_ids(chat, str(problem), problem.tools)) for problem, chat in chats]
+    examples = read_examples(settings, benchmark.answer_format)
+    has_template = bool(form.chat_template or model.tokenizer.chat_template)
+    rows = []
+    for problem in problems:
+        chat = replace(problem.chat, text=append_suffix(problem.text, suffix))
+        if examples:
+            add = add_examples if has_template else to_plain_text
+            chat = add(chat, problem.text, examples, settings, suffix)
+        rows.append(EvalPrompt(problem.id, renderer.token_ids(chat, str(problem), problem.tools)))
+    return rows
 
 
 def _grade(

@@ -34,6 +34,8 @@ PROTOCOL_KEYS = (
     "stop_token_ids",
     "max_thinking_tokens",
     "end_thinking",
+    "few_shot",
+    "few_shot_file",
     "suffix",
     "template_arguments",
     "system",

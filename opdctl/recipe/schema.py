@@ -596,6 +596,12 @@ class Eval(Sampling):
     )
     """Text that is appended to the problems of a benchmark with code as the answer. The default is that of RUCBM/G-OPD,
     on which the authors' code is built."""
+    few_shot: int = Field(default=0, ge=0)
+    """Put N solved examples of `few_shot_file` before each problem: as turns of the chat, or as plain text without a
+    chat template. They are the first ones of the file that are not the problem itself."""
+    few_shot_file: str | None = None
+    """A data file of examples, with the columns of a benchmark file. Their answers are the column `solution`, if there
+    is one."""
     template_arguments: dict[str, bool | int | str] | None = None
     """Arguments of the chat template. Templates ignore unknown arguments. If unset, they are those of training: of
     [prompts], or of the teacher that is evaluated."""
@@ -622,7 +628,8 @@ class Eval(Sampling):
     @property
     def changes(self) -> dict[str, Any]:
         budget = {"max_thinking_tokens": self.max_thinking_tokens, "end_thinking": self.end_thinking}
-        return super().changes | (budget if self.max_thinking_tokens else {})
+        examples = {"few_shot": self.few_shot, "few_shot_file": self.few_shot_file}
+        return super().changes | (budget if self.max_thinking_tokens else {}) | (examples if self.few_shot else {})
 
 
 class Continuations(Section):

@@ -156,6 +156,7 @@ def _path_errors(recipe: Recipe) -> Errors:
     values = [(f"{model_key(name)}.model", model.model) for name, model in recipe.models().items()]
     values += [(f"{key}.source", path) for key, part in _prompt_sources(recipe) for path in part.paths]
     values += [("eval.bench", name) for name in recipe.eval.bench]
+    values += [("eval.few_shot_file", recipe.eval.few_shot_file)] if recipe.eval.few_shot_file else []
     errors = []
     for key, value in values:
         try:
@@ -300,6 +301,10 @@ def _eval_errors(recipe: Recipe) -> Errors:
         errors.append(("eval.temperature", text))
     if settings.temperature == 0 and settings.samples not in (None, 1):
         errors.append(("eval.samples", "must be 1 or unset at temperature 0, where all samples are identical"))
+    if settings.few_shot and settings.few_shot_file is None:
+        errors.append(("eval.few_shot_file", "is required by eval.few_shot"))
+    if settings.few_shot_file is not None and not settings.few_shot:
+        errors.append(("eval.few_shot_file", "requires eval.few_shot, the number of examples"))
     return [*errors, *_thinking_errors(settings)]
 
 

@@ -1,5 +1,6 @@
 """Sampling settings from end to end: rollouts from another distribution, and evaluations as model cards recommend."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from helpers.training import train
 
 from opdctl import console
 from opdctl.artifacts import files
-from opdctl.artifacts.records import Response
+from opdctl.artifacts.records import EvalPrompt, Response
+from opdctl.artifacts.tables import read_rows
+from opdctl.data.toy import sort12
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.evaluation.results import load_evaluation
@@ -157,3 +160,29 @@ def test_files_of_a_default_evaluation_have_no_column_of_ended_thinking(tmp_path
     (*_, part) = evaluation_path(tmp_path).glob("part-*.parquet")
     assert "ended_thinking" not in pq.read_schema(part).names
     assert "ended_thinking_fraction" not in files.read_json(evaluation_path(tmp_path) / "summary.json")
+
+
+def test_examples_precede_each_problem(tmp_path: Path) -> None:
+    examples, output = tmp_path / "examples.jsonl", tmp_path / "out"
+    problems = [problem for problem, _ in zip(sort12.problems("test", 0), range(5), strict=False)]
+    rows = [{"problem": each.prompt, "answer": each.answer} for each in problems]
+    examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (*TRANSFORMERS, "eval.limit=3", "eval.samples=1", "eval.max_tokens=30", "eval.few_shot=2")
+    settings = (*settings, f"eval.few_shot_file={examples}")
+    result = evaluate_toy("--output", output, settings=settings)
+    assert result.code == 0, result.err
+    protocol = files.read_json(evaluation_path(output) / "summary.json")["protocol"]
+    assert protocol | {"few_shot": 2, "few_shot_file": str(examples)} == protocol
+    (path,) = (evaluation_path(output) / "prompts").glob("*.parquet")
+    stored, tokenizer = read_rows(path, EvalPrompt), directory("toy:student-spread").tokenizer
+    for number, row in enumerate(stored):
+        shots = [each for each in problems if each != problems[number]][:2]
+        expected = "".join(each.prompt + each.answer for each in shots) + problems[number].prompt
+        assert tokenizer.decode(row.prompt_ids) == expected
+    examples.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    changed = evaluate_toy("--output", output, settings=settings)
+    assert (changed.code, changed.kind) == (4, "settings_mismatch")
+    assert "few_shot = 2" in " ".join((evaluate_toy("--dry-run", settings=settings).out).split())
+    examples.unlink()
+    missing = evaluate_toy("--output", tmp_path / "other", "--dry-run", settings=settings)
+    assert missing.kind == "missing_file"

@@ -37,6 +37,12 @@ def test_affected_stages(key: str, stages: list[str]) -> None:
     assert affected_stages(key) == stages
 
 
+def test_few_shot_is_in_the_fingerprint_if_it_is_set(smallest: Path) -> None:
+    recipes = [load_recipe([smallest], values) for values in ([], ["eval.few_shot=2", "eval.few_shot_file=a.jsonl"])]
+    default, chosen = (fingerprint_settings(recipe, "eval") for recipe in recipes)
+    assert chosen.keys() - default.keys() == {"eval.few_shot", "eval.few_shot_file"}
+
+
 def test_fingerprints_exclude_mutable_settings(smallest: Path) -> None:
     recipe = load_recipe([smallest])
     assert {"seed", "student.model", "weight.name", "train.learning_rate"} <= set(
