@@ -25,7 +25,9 @@ test: lint
 	$(PYTEST) --dist worksteal tests/unit tests/integration
 
 test-all: lint
-	$(PYTEST) --dist loadscope --durations 25 --durations-min 5 tests
+	$(PYTEST) --dist loadscope --durations 25 --durations-min 5 tests || \
+	  { test $$? = 1 && echo "The tests that failed beside others run once more, alone." && \
+	    $(VENV)/bin/pytest --last-failed --last-failed-no-failures none tests; }
 
 # Nothing is installed: the environment has a vLLM for GPUs.
 test-gpu:

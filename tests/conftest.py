@@ -28,6 +28,20 @@ SHORT = ("rollout.max_tokens=40", "eval.every_steps=1", "eval.limit=4", "eval.ma
 COLUMNS = ("rollout.entropy=true", "rollout.top_k=4", "score.entropy=true", "score.top_k=4", "score.student_top_k=true")
 
 
+lost_tests: list[str] = []
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_handlecrashitem(crashitem: str) -> None:
+    lost_tests.append(crashitem)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Report the end of a test process, whose other tests were not run, by another exit code than failed tests."""
+    if lost_tests:
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+
+
 @pytest.fixture
 def opdctl() -> Callable[..., Result]:
     return invoke
