@@ -95,12 +95,9 @@ class PromptRenderer:
         except BaseException as error:  # tokenizers raises bare Exception
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
-            text = chat.text[:100]
-            raise OpdctlError(
-                "invalid_data",
-                f"{location}: cannot be tokenized: {error}",
-                hint=f"set {self._section}.suffix if the appended text is the cause, otherwise correct {text!r}",
-            ) from error
+            key = "eval.suffix" if self._section == "eval" else "prompts.suffix"
+            hint = f"set {key} if the appended text is the cause, otherwise correct {chat.text[:100]!r}"
+            raise OpdctlError("invalid_data", f"{location}: cannot be tokenized: {error}", hint=hint) from error
         outside = next((id_ for id_ in ids if id_ >= self._vocab_size), None)
         if outside is not None:
             token = self._tokenizer.convert_ids_to_tokens(outside)

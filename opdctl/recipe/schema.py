@@ -162,9 +162,9 @@ class PromptSource(Section):
     """Column of unique prompt ids; the row number if unset. As in all columns, a dot leads to a field of a column:
     `extra_info.index`."""
     prompt_column: str | None = None
-    """Column of the prompt: a text, or a list of chat messages `{"role": …, "content": …}`, of which the last must be
-    the user's. If unset, it is the first of `prompt`, `messages`, `conversations`, `problem`, `question` and
-    `instruction` that is not null; a non-empty `input` beside `instruction` follows it in a paragraph below."""
+    """Column of the prompt: a text, or a list of messages `{"role": …, "content": …}`. If unset, it is the first of
+    `prompt`, `messages`, `conversations`, `problem`, `question` and `instruction` that is not null; a non-empty `input`
+    beside `instruction` follows it in a paragraph below."""
     answer_column: str | None = None
     """Column of the gold answer, which is copied into the run."""
     teacher_column: str | None = None
@@ -181,8 +181,8 @@ class PromptSource(Section):
     `{ difficulty = ">= 6", source = ["a", "b"] }`: a value, one of several values, or a comparison (`>=`, `>`, `<=`,
     `<`, `==`, `!=`). Null satisfies none."""
     suffix: str = ""
-    """Text that is appended to every prompt, of a chat to its last message, unless it ends with this text already,
-    trailing white space aside. With the suffix of the evaluation, training and evaluation ask for the answer alike."""
+    """Text that is appended to every prompt, of a chat to the user's last message, unless it has this text at its end
+    already, white space aside. With the suffix of the evaluation, training and evaluation ask for the answer alike."""
 
     @model_validator(mode="before")
     @classmethod

@@ -178,6 +178,8 @@ def _prompt_errors(recipe: Recipe) -> Errors:
     if prompts.num_rows is not None and prompts.num_rows < per_step:
         text = f"{prompts.num_rows} is less than rollout.prompts_per_step, {per_step}"
         errors.append(("prompts.limit", text))
+    if prompts.held_out and any(part.tools_column for part in prompts.parts().values()):
+        errors.append(("prompts.held_out", "is not supported with prompts.tools_column: evaluations have no tools"))
     if invalid := [name for name in prompts.sources if not TEACHER_NAME_PATTERN.fullmatch(name)]:
         errors.append((f"prompts.sources.{invalid[0]}", "the name must consist of letters, digits, `_` and `-`"))
     weights = {name: source.weight for name, source in prompts.sources.items()}

@@ -171,6 +171,19 @@ def test_templates_of_student_and_teacher_are_those_of_the_whole_run(tmp_path: P
     assert (run / "student/step-00002/chat_template.jinja").read_text() == AB
 
 
+def test_evaluation_has_the_system_turn_of_training(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = sets("prompts.system=ab", "prompts.max_tokens=15", "eval.limit=4")
+    assert invoke("rollout", "--recipe", QUICKSTART, *settings, "--output", run).code == 0
+    assert invoke("eval", "--run", run, "--bench", "sort12").code == 0
+    path = run / "eval/sort12/step-00000"
+    assert {tuple(row.prompt_ids[:2].tolist()) for row in stored_prompts(path)} == {(A, B)}
+    assert files.read_json(path / "summary.json")["protocol"]["system"] == "ab"
+    other = invoke("eval", "--run", run, "--bench", "sort12", "--set", "eval.system=''")
+    assert (other.code, other.kind) == (ExitCode.RECIPE_MISMATCH, "settings_mismatch")
+    assert "eval.system 'ab' → ''" in other.err
+
+
 def test_template_of_the_recipe_is_checked_by_a_plan(tmp_path: Path) -> None:
     for content, kind in ((None, "missing_file"), ("hello", "unsupported_model")):
         if content:

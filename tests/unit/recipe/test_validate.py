@@ -66,6 +66,8 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
         (["prompts.sources.a.weight=1", "prompts.sources.b.limit=9"], "prompts.sources.b.weight"),
         (["prompts.sources.a.weight=1e-9", "prompts.sources.b.weight=1"], "prompts.sources.a.weight"),
         (["prompts.sources.a.teacher=math"], "prompts.sources.a.teacher"),
+        (["prompts.tools_column=tools", "prompts.held_out=0.1"], "prompts.held_out"),
+        (["prompts.sources.a.tools_column=tools", "prompts.held_out=0.1"], "prompts.held_out"),
         (["prompts.sources={'a b' = {limit = 2000}}"], "prompts.sources.a b"),
         (["prompts.source=a.parquet", "prompts.data_files=b.parquet"], "prompts.data_files"),
         (["train.betas=[0.9, 1.0]"], "train.betas"),

@@ -298,6 +298,17 @@ def test_auto_engine_is_what_is_installed_and_then_what_the_run_recorded(
     assert resolve_open_settings(recipe, finished_run).rollout.engine == "transformers"
 
 
+def test_evaluations_of_a_run_keep_recorded_template_arguments(finished_copy):
+    """Earlier versions recorded a default; a recipe without the key continues them."""
+    recorded = finished_copy / "recipe.toml"
+    unset = load_recipe([recorded])
+    assert unset.eval.template_arguments is None
+    recorded.write_text(f"{recorded.read_text()}\n[eval.template_arguments]\nenable_thinking = false\n")
+    assert resolve_open_settings(unset, finished_copy).eval.template_arguments == {"enable_thinking": False}
+    other = load_recipe([recorded], ["eval.template_arguments={enable_thinking=true}"])
+    assert resolve_open_settings(other, finished_copy).eval.template_arguments == {"enable_thinking": True}
+
+
 def test_column_of_a_run_that_recorded_the_default_of_earlier_versions(finished_copy):
     recorded = finished_copy / "recipe.toml"
     unset = load_recipe([recorded])
