@@ -125,10 +125,14 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class EvalPrompt:
-    """The prompt of a problem, templated to token ids at the start of the evaluation."""
+    """The prompt of a problem, templated to token ids at the start of the evaluation.
+
+    text: the ids, decoded with special tokens; None in older files.
+    """
 
     problem_id: str
     prompt_ids: Ids
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """`opdctl eval`."""
 
+import json
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +24,7 @@ from opdctl.cli.session import (
 from opdctl.errors import OpdctlError
 
 if TYPE_CHECKING:
+    from opdctl.evaluation.results import Evaluation
     from opdctl.recipe.load import Purpose
     from opdctl.recipe.schema import Recipe
     from opdctl.runs.run import Run
@@ -51,6 +54,10 @@ Data = Annotated[Path | None, typer.Option("--data", help="Local benchmark file,
 ShowFailures = Annotated[
     int, typer.Option("--show-failures", metavar="K", min=0, help="Print K incorrect responses per benchmark.")
 ]
+LogSamples = Annotated[
+    Path | None,
+    typer.Option("--log-samples", metavar="FILE", help="Write every prompt and response to a JSON Lines file."),
+]
 AllowCodeExecution = Annotated[
     bool, typer.Option("--allow-code-execution", help="Let benchmarks of code run model-generated code.")
 ]
@@ -66,6 +73,7 @@ def evaluate(
     bench: Benchmarks = None,
     data: Data = None,
     show_failures: ShowFailures = 0,
+    log_samples: LogSamples = None,
     allow_code_execution: AllowCodeExecution = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -91,6 +99,8 @@ def evaluate(
             raise OpdctlError("missing_file", f"--data {data}")
         if model is not None and step is not None:
             raise OpdctlError("invalid_usage", "--step cannot be combined with --model", hint="give one of them")
+        if log_samples is not None and log_samples.is_dir():
+            raise OpdctlError("unusable_output", f"--log-samples {log_samples}: is a directory", hint="name a file")
         if dry_run:
             unavailable = _check(chosen, recipe, path, model, step, data)
             show_evaluation_plan(chosen, path, data, json_)
@@ -99,7 +109,13 @@ def evaluate(
             return
         opened, device = _open(resolved, recipe, path, model)
         opened = replace(opened, recipe=with_benchmarks(opened.recipe, chosen.eval.bench))
-        _evaluate(opened, device, model, step, data, show_failures, json_)
+        evaluations = _evaluate(opened, device, model, step, data, show_failures)
+        if log_samples is not None and evaluations:
+            _log_samples(evaluations, log_samples)
+        summaries = [evaluation.summary for evaluation in evaluations]
+        console.info(f"next: {_next_command(opened, summaries)}")
+        if json_:
+            print_json(summaries[0] if len(summaries) == 1 else {"benches": summaries})
 
 
 def _select_recipe(
@@ -151,28 +167,37 @@ def _check(
 
 
 def _evaluate(
-    run: "Run", device: str, model: str | None, step: int | None, data: Path | None, failures: int, as_json: bool
-) -> None:
+    run: "Run", device: str, model: str | None, step: int | None, data: Path | None, failures: int
+) -> list["Evaluation"]:
+    """Evaluate on each benchmark, print the results, and return the finished evaluations."""
     from opdctl.cli.eval_view import print_failures, print_summary
     from opdctl.evaluation.evaluate import evaluate_benchmarks
-    from opdctl.evaluation.results import load_evaluation
+    from opdctl.evaluation.results import Evaluation
 
-    summaries = []
+    evaluations = []
     for result in evaluate_benchmarks(run, device, model, step, data):
         if result.summary is None:
             console.info(f"wrote {result.parts_made} parts of {result.path}; other workers are producing the rest")
             continue
-        summaries.append(result.summary)
-        print_summary(result.summary)
+        evaluations.append(evaluation := Evaluation(result.path, result.summary))
+        print_summary(evaluation.summary)
         if failures:
-            print_failures(load_evaluation(result.path), failures)
+            print_failures(evaluation, failures)
         console.info(f"wrote {result.path}" if result.parts_made else f"nothing to do: {result.path} is finished")
-    console.info(f"next: {_next_command(run, summaries)}")
-    if as_json:
-        print_json(summaries[0] if len(summaries) == 1 else {"benches": summaries})
+    return evaluations
 
 
-def _next_command(run: "Run", summaries: list[dict[str, Any]]) -> str:
+def _log_samples(evaluations: Sequence["Evaluation"], path: Path) -> None:
+    """Write the samples of the evaluations, one problem a line."""
+    from opdctl.artifacts import files
+
+    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for each in evaluations for sample in each.samples())
+    with files.atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    console.info(f"wrote {path}")
+
+
+def _next_command(run: "Run", summaries: Sequence[Mapping[str, Any]]) -> str:
     """Return the command that continues the run or, without a run, one that compares models."""
     if (run.path / "run.json").exists():
         return run.next_command()

@@ -276,6 +276,7 @@ def _summarize_stage(
         **versioned("eval"),
         "bench": benchmark.name,
         "model": target.name,
+        "model_digest": target.digest,
         **summarize(rows),
         **_summarize_thinking(rows, run.recipe.eval),
         "protocol": _protocol(run, benchmark, _template_digest(run, target.role)),
@@ -456,7 +457,8 @@ def _render(
         if examples:
             add = add_examples if has_template else to_plain_text
             chat = add(chat, problem.text, examples, settings, suffix)
-        rows.append(EvalPrompt(problem.id, renderer.token_ids(chat, str(problem), problem.tools)))
+        ids = renderer.token_ids(chat, str(problem), problem.tools)
+        rows.append(EvalPrompt(problem.id, ids, model.tokenizer.decode(ids)))
     return rows
 
 
@@ -531,6 +533,7 @@ def summarize(rows: Sequence[GradedResponse]) -> dict[str, Any]:
         "problems": len(by_problem),
         "samples": samples_per_problem,
         "avg": avg.value,
+        "stderr": statistics.standard_error([float(np.mean(samples)) for samples in correct]),
         "ci": [avg.low, avg.high],
         "ci_same_problems": [same_problems.low, same_problems.high] if same_problems else None,
         "pass_at": _estimates(pass_at, samples_per_problem),

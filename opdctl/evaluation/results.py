@@ -2,9 +2,10 @@
 
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 
 from opdctl import console
 from opdctl.artifacts import files
-from opdctl.artifacts.records import GradedResponse
+from opdctl.artifacts.records import EvalPrompt, GradedResponse, sample_seed
 from opdctl.artifacts.stage_dir import recorded_stage
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import statistics
 from opdctl.evaluation.statistics import Estimate
-from opdctl.runs.layout import list_steps
+from opdctl.runs.layout import PROMPTS, list_steps
 
 PROTOCOL_KEYS = (
     "samples",
@@ -89,6 +90,27 @@ class Evaluation:
             correct[row.problem_id].append(row.correct)
         return {name: float(np.mean(samples)) for name, samples in correct.items()}
 
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Yield each problem with its prompt, its gold answer and its responses, as JSON values.
+
+        The prompt is None in evaluations of earlier versions.
+
+        Raises:
+            OpdctlError: a part is missing or corrupt.
+        """
+        stage = recorded_stage(self.path / PROMPTS, "opdctl eval")
+        prompts = {row.problem_id: row.text for row in stage.read_all(EvalPrompt)} if stage else {}
+        for name, group in groupby(self.rows(), key=lambda row: row.problem_id):
+            rows = list(group)
+            yield {
+                **{key: self.summary[key] for key in ("bench", "model")},
+                "id": name,
+                "prompt": prompts.get(name),
+                "gold": rows[0].gold,
+                "accuracy": float(np.mean([row.correct for row in rows])),
+                "responses": [_describe_response(row, self.summary["protocol"]["seed"]) for row in rows],
+            }
+
     def has_same_problems(self, other: "Evaluation") -> bool:
         """Whether both evaluations are on the same problems, with the same gold answers."""
         return bool(self.summary["benchmark"]["digest"] == other.summary["benchmark"]["digest"])
@@ -101,6 +123,20 @@ class Evaluation:
         """Return the protocol keys whose values differ."""
         protocols = self.summary["protocol"], other.summary["protocol"]
         return [key for key in PROTOCOL_KEYS if protocols[0].get(key) != protocols[1].get(key)]
+
+
+def _describe_response(row: GradedResponse, seed: int) -> dict[str, Any]:
+    return {
+        "sample_id": row.sample_id,
+        "seed": sample_seed(seed, row.sample_id),
+        "text": row.text,
+        "extracted": row.extracted,
+        "correct": row.correct,
+        "verdict": row.verdict,
+        "math_verify": row.math_verify,
+        "num_tokens": len(row.response_ids),
+        "finish_reason": row.finish_reason,
+    }
 
 
 def load_evaluation(path: Path) -> Evaluation:

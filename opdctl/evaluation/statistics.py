@@ -50,6 +50,14 @@ class Estimate:
         return "" if math.isnan(self.low) else f"[{self.low:{spec}}, {self.high:{spec}}]"
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of the problems' accuracies, None for one problem.
+
+    It is that of lm-evaluation-harness and Inspect, with n - 1 in the denominator of the variance.
+    """
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
 def estimate_ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
     """Return the ratio of two independent estimates with symmetric intervals, and its interval (Fieller 1954).
 

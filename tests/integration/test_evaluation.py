@@ -9,13 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from helpers.commands import QUICKSTART, ROOT, contents, has_plan, invoke, sets
 from helpers.evaluations import SHORT_EVAL, TRANSFORMERS, evaluate_toy, evaluation_path
 
 from opdctl.artifacts import files, leases
-from opdctl.artifacts.records import GradedResponse
+from opdctl.artifacts.records import GradedResponse, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint
 from opdctl.artifacts.versions import SCHEMA_VERSION
 from opdctl.data.toy import sort12
@@ -147,6 +148,38 @@ def test_incorrect_responses_are_shown_with_the_extracted_answer(complete: Path)
     assert incorrect[0].text in result.out
 
 
+def test_samples_are_logged(complete: Path) -> None:
+    result = evaluate_toy("--output", complete, "--log-samples", "logs/samples.jsonl", "--json")
+    assert result.code == 0, result.err
+    samples = [json.loads(line) for line in Path("logs/samples.jsonl").read_text().splitlines()]
+    problems = [*islice(sort12.problems("test", 0), 6)]
+    assert [sample["id"] for sample in samples] == [problem.id for problem in problems]
+    assert all(problem.prompt in sample["prompt"] for sample, problem in zip(samples, problems, strict=True))
+    assert [sample["gold"] for sample in samples] == [problem.answer for problem in problems]
+    summary, rows = result.json(), rows_of(complete)
+    assert np.mean([sample["accuracy"] for sample in samples]) == pytest.approx(summary["avg"])
+    assert samples[0]["bench"] == "sort12"
+    assert samples[0]["model"] == summary["model"]
+    assert len(summary["model_digest"]) == 64
+    assert [response["sample_id"] for sample in samples for response in sample["responses"]] == [
+        r.sample_id for r in rows
+    ]
+    row, response = rows[0], samples[0]["responses"][0]
+    assert response == {
+        "sample_id": row.sample_id,
+        "seed": sample_seed(0, row.sample_id),
+        "text": row.text,
+        "extracted": row.extracted,
+        "correct": row.correct,
+        "verdict": row.verdict,
+        "math_verify": None,
+        "num_tokens": len(row.response_ids),
+        "finish_reason": row.finish_reason,
+    }
+    refused = evaluate_toy("--output", complete, "--log-samples", "logs")
+    assert (refused.code, refused.kind) == (2, "unusable_output")
+
+
 def test_code_runs_only_if_allowed() -> None:
     result = invoke("eval", "--model", "toy:student", "--bench", "humaneval_plus")
     assert (result.code, result.kind) == (2, "code_execution_disabled")
@@ -171,7 +204,7 @@ def test_data_set_of_the_hub_is_evaluated_in_a_run(finished_copy: Path, monkeypa
     rows = [
         {"q": problem.prompt, "gold": {"text": problem.answer}} for problem in islice(sort12.problems("test", 0), 4)
     ]
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: datasets.Dataset.from_list(rows))
     options = [
         *("--bench", name, "--set", "eval.problem_column=q", "--set", "eval.answer_column=gold.text"),
         *("--set", "eval.suffix=", "--set", "eval.grader=text", "--json"),

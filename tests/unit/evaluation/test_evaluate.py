@@ -41,10 +41,15 @@ def test_summary_by_hand() -> None:
     assert summary["pass_at"]["2"]["mean"] == pytest.approx(0.5)
     assert summary["maj_at"]["2"]["mean"] == pytest.approx(0.25)  # problem a: a tie of 1 and 2
     assert summary["ci"][0] < 0.25 < summary["ci"][1]
+    assert summary["stderr"] == pytest.approx(0.25)  # of 0.5 and 0: 0.3536 / √2
     assert summary["truncated_fraction"] == pytest.approx(0.25)
     assert summary["response_length"] == pytest.approx(15)
     assert summary["response_lengths"]["max"] == 20
     assert summary["verdicts"] == {"no_answer": 1, "ok": 2, "timeout": 1}
+
+
+def test_one_problem_has_no_standard_error() -> None:
+    assert summarize(ROWS[:2])["stderr"] is None
 
 
 def test_math_verify_is_reported_beside_the_grade() -> None:
