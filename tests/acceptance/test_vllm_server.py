@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import QUICKSTART, invoke, sets, small_recipe
+from helpers.sampling import logprobs_of
 from helpers.servers import (
     KEY,
     Answer,
@@ -46,6 +47,7 @@ from opdctl.artifacts.tables import read_rows
 from opdctl.engines import http
 from opdctl.engines import server as server_engine
 from opdctl.engines.base import Request, ScoreRequest
+from opdctl.engines.stop_strings import StopSearch
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.environment import has_vllm
 from opdctl.errors import ExitCode, OpdctlError
@@ -248,6 +250,30 @@ def test_finish_reasons_and_the_end_of_sequence(engine, rolled_out):
         np.testing.assert_array_equal(completion.response_ids, whole.response_ids[:longest])
         assert len(completion.logprobs) == len(completion.response_ids)
     assert (whole.response_ids == 1).nonzero()[0].tolist() == [length - 1]
+
+
+def test_sampling_settings_and_ends_are_those_of_the_other_engines(engine):
+    """Each sampled token is one that the reference can sample. The same seed gives the same tokens up to an end."""
+    rng, tokenizer = np.random.default_rng(7), teacher().tokenizer
+    requests = [Request(rng.choice(np.arange(2, 28), 13, replace=False).astype(np.int32), n) for n in range(6)]
+    settings = {"temperature": 1.5, "top_k": 4, "min_p": 0.01, "repetition_penalty": 1.3, "presence_penalty": 0.5}
+    sampling = Sampling(max_tokens=40, **settings)
+    complete = engine.generate(requests, sampling, 256, lambda n: None)
+    model = load_model(teacher(), device="cpu")
+    for request, done in zip(requests, complete, strict=True):
+        assert np.isfinite(logprobs_of(model, request, done, sampling)[1]).all()
+    stop = [tokenizer.decode(complete[0].response_ids[5:7])]
+    ending = sampling.model_copy(update={"stop": stop})
+    for before, after in zip(complete, engine.generate(requests, ending, 256, lambda n: None), strict=True):
+        search = StopSearch(tokenizer, stop)
+        count = next((n for n, token in enumerate(before.response_ids, 1) if search.add(int(token))), None)
+        np.testing.assert_array_equal(after.response_ids, before.response_ids[:count])
+        assert after.finish_reason == ("stop" if count else before.finish_reason)
+        assert len(after.logprobs) == len(after.response_ids)
+    ids = complete[0].response_ids.tolist()
+    ending = sampling.model_copy(update={"stop_token_ids": [ids[6]]})
+    (ended,) = engine.generate(requests[:1], ending, 256, lambda n: None)
+    assert (ended.response_ids.tolist(), ended.finish_reason) == (ids[: ids.index(ids[6]) + 1], "stop")
 
 
 def test_unsupported_settings_are_rejected(engine, rolled_out):

@@ -2,28 +2,17 @@
 
 import pytest
 from helpers.engines import directory
+from helpers.tokenizers import byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from opdctl.engines.stop_strings import StopSearch, text_before_stop
 
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One id for each byte, some for several, and a special token: characters and strings span tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("a", "b"), ("ab", "c"), ("Ċ", "Q"), ("Ċ", "Ċ")]
-    vocabulary = {piece: i for i, piece in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.clean_up_tokenization_spaces = False
-    return fast
-
-
-BYTES = byte_tokenizer()
+MERGES = [("a", "b"), ("ab", "c"), ("Ċ", "Q"), ("Ċ", "Ċ")]
+BYTES = PreTrainedTokenizerFast(tokenizer_object=byte_level(MERGES, ["<end>"]), eos_token="<end>")
+"""Characters and strings span tokens."""
+BYTES.clean_up_tokenization_spaces = False
 TEXTS = ["a", "b", "c", "abc", "\n", "Q", "\n\n", "é", "好", "🙂", " "]
 
 

@@ -121,9 +121,10 @@ def test_loaded_weights_give_the_logprobs_of_a_fresh_engine(engine):
 )
 def test_both_logprobs_of_a_modified_distribution_are_those_of_the_reference(engine, settings):
     """Rows leave the batch, and prompts are padded: penalties must follow their responses."""
-    rollout, wanted = Rollout(max_tokens=60, **settings), requests(8, cut=5)
+    rollout, wanted = Rollout(max_tokens=60, stop_token_ids=[2, 5], **settings), requests(8, cut=5)
     completions = engine.generate(wanted, rollout.sampling(), 256, lambda n: None, columns=rollout)
-    assert len({len(each.response_ids) for each in completions}) > 1
+    lengths = sorted(len(each.response_ids) for each in completions)
+    assert lengths[0] < lengths[3] < lengths[6]
     for request, done in zip(wanted, completions, strict=True):
         own, sampled = logprobs_of(engine._model, request, done, rollout.sampling())
         np.testing.assert_allclose(done.logprobs, own, rtol=0, atol=1e-4)

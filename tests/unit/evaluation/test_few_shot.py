@@ -2,11 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from helpers.tokenizers import byte_level
+from transformers import PreTrainedTokenizerFast
 
 from opdctl.data.messages import Chat, Message
+from opdctl.data.rendering import PromptFormat
 from opdctl.errors import OpdctlError
+from opdctl.evaluation.benchmarks import find_benchmark
+from opdctl.evaluation.evaluate import _render
 from opdctl.evaluation.few_shot import Example, add_examples, read_examples, to_plain_text
 from opdctl.recipe.schema import Eval
 
@@ -74,3 +80,21 @@ def test_plain_text_is_that_of_lm_evaluation_harness(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
     to_plain_text(Chat("5+5?"), "5+5?", EXAMPLES, Eval(few_shot=2), "")
     assert "eval.stop = ['Question:'] ends the response before it" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("has_template", [False, True])
+def test_prompt_of_a_model_with_and_without_a_chat_template(has_template: bool, tmp_path: Path) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>" if has_template else None
+    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
+    settings = settings_of(tmp_path / "examples.jsonl", rows, suffix=" Box it.", stop=["Question:"])
+    model = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=byte_level()), vocab_size=999)
+    model.tokenizer.chat_template = template
+    benchmark = find_benchmark(str(tmp_path / "examples.jsonl"), settings)
+    prompts = _render(PromptFormat(), settings, benchmark, benchmark.problems(None, None), model)
+    texts = [model.tokenizer.decode(prompt.prompt_ids, clean_up_tokenization_spaces=False) for prompt in prompts]
+    if has_template:
+        first = "<user>2+2? Box it.\n<assistant>\\boxed{4}\n<user>1+1? Box it.\n<assistant>"
+    else:
+        first = "Question: 2+2? Box it.\nAnswer: \\boxed{4}\n\nQuestion: 1+1? Box it.\nAnswer:"
+    assert texts[0] == first
+    assert "1+1?" in texts[1]
