@@ -68,6 +68,9 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
             **settings.modifications,
             "policy_version": version,
         }
+        if settings.sampling_logprobs:
+            processed = metadata["logprobs"]
+            metadata |= {"logprobs": "raw, float32, nats, at temperature 1", "sampling_logprobs": processed}
         if (rms := engines.probe_rms("student", settings.engine)) is not None:
             metadata["probe_rms"] = rms
         stream = partial(engine.stream_completions, sampling=settings.sampling(), batch_size=settings.batch_size)

@@ -55,6 +55,10 @@ def test_two_columns_of_logprobs_are_stored(modified_run: Path) -> None:
         assert response.sampling_logprobs is not None
         assert len(response.sampling_logprobs) == len(response.response_ids)
         assert np.isfinite(response.sampling_logprobs).all()
+    manifest = Run.load(modified_run).rollout_stage(0).manifest()
+    assert manifest is not None
+    assert manifest["logprob_metadata"]["logprobs"].startswith("raw")
+    assert manifest["logprob_metadata"]["sampling_logprobs"].startswith("processed")
     difference = np.concatenate([r.logprobs - r.sampled_logprobs for r in responses])
     assert np.abs(difference).mean() > 0.01
 
