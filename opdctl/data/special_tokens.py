@@ -6,6 +6,7 @@ pieces, cut at the marks. A prompt without such text is one piece: its ids are t
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -45,9 +46,8 @@ class SpecialTokens:
         ids = self._encode(first)
         for piece in others:
             ids += self._encode_continuation(piece)
-        found = [id_ for id_ in ids if id_ in self._ids]
-        excess = len(found) - len(self._pattern.findall(text))
-        return ids, self._tokenizer.convert_ids_to_tokens(found[-1]) if excess > 0 else None
+        found = Counter(self._tokenizer.convert_ids_to_tokens([id_ for id_ in ids if id_ in self._ids]))
+        return ids, next(iter(found - Counter(self._pattern.findall(text))), None)
 
     @cached_property
     def _ids(self) -> frozenset[int]:

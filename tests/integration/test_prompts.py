@@ -184,6 +184,16 @@ def test_evaluation_has_the_system_turn_of_training(tmp_path: Path) -> None:
     assert "eval.system 'ab' → ''" in other.err
 
 
+def test_evaluation_of_a_model_depends_on_the_text_of_the_template(tmp_path: Path) -> None:
+    model, template = copy_model(tmp_path / "model"), ("--set", "prompts.chat_template=chat.jinja")
+    Path("chat.jinja").write_text(AB)
+    assert evaluate(model, *template).code == 0
+    assert {tuple(row.prompt_ids[-2:].tolist()) for row in stored_prompts(evaluation_path(tmp_path))} == {(A, B)}
+    Path("chat.jinja").write_text(AB + "c")
+    again = evaluate(model, *template)
+    assert (again.code, again.kind) == (ExitCode.RECIPE_MISMATCH, "settings_mismatch")
+
+
 def test_template_of_the_recipe_is_checked_by_a_plan(tmp_path: Path) -> None:
     for content, kind in ((None, "missing_file"), ("hello", "unsupported_model")):
         if content:

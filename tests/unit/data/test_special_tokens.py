@@ -12,7 +12,7 @@ from helpers.tokenizers import byte_level, surround, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep.tokenizer_kinds import KINDS
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from opdctl.data.messages import Chat, Message
 from opdctl.data.rendering import PromptFormat, PromptRenderer
@@ -87,7 +87,7 @@ def test_text_never_has_a_special_id(kind: str, tmp_path: Path) -> None:
         except OpdctlError as error:
             assert "spells the special token" in error.message  # noqa: PT017
             assert any(token in text for token in spelled)
-            if "byte-level" in kind:
+            if "byte-level" in kind or "metaspace" in kind:
                 assert tokenizer.decode(ids) == rendered
         else:
             assert ids == plain == tokenizer(rendered, add_special_tokens=False)["input_ids"]
@@ -161,6 +161,20 @@ def test_added_token_that_is_not_special_is_text(tmp_path: Path) -> None:
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
     model = ModelDir(write_tokenizer(tmp_path, tokenizer, rows=300), "float32")
     assert tokenizer.token_to_id("<think>") in make_renderer(model).token_ids(Chat("<think>"), "row 1").tolist()
+
+
+def test_special_token_that_a_vocabulary_has_as_an_ordinary_piece_is_refused(tmp_path: Path) -> None:
+    """A text of wide characters becomes, by NFKC, the piece of a special token."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("▁", -1.0), *((letter, -9.0) for letter in "<s>ab")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_special_tokens(["<unk>", "<s>"])
+    folder = write_tokenizer(tmp_path, tokenizer, template="<s>{{ messages[0].content }}", eos_token="<s>")
+    model = ModelDir(folder, "float32")
+    assert model.tokenizer("a＜s＞b", add_special_tokens=False)["input_ids"].count(1) == 1
+    for choice in ("error", "split"):
+        with pytest.raises(OpdctlError, match="spells the special token `<s>`"):
+            make_renderer(model, choice, "{{ messages[0].content }}").token_ids(Chat("a＜s＞b"), "row 1")
 
 
 def test_special_token_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
