@@ -1,5 +1,6 @@
 """Programs for problems of LiveCodeBench in the real sandbox."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def test_model_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     write_questions(Path("data/test6.jsonl"), [ADD, old, SECRET])
     settings = ("eval.release_version=v6", "eval.start_date=2025-01-01", "eval.max_tokens=4", "eval.samples=2")
     options = ("--bench", "livecodebench", "--data", "data", *sets(*settings, *TRANSFORMERS[:2]))
-    command = ("eval", "--model", model, *options)
+    command = ("eval", "--model", model, *options, "--log-samples", "samples.jsonl")
     refused = invoke(*command)
     assert (refused.code, refused.kind) == (2, "code_execution_disabled")
     plan = invoke(*command, "--allow-code-execution", "--dry-run", "--json")
@@ -175,3 +176,6 @@ def test_model_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rows = load_evaluation(Path("eval/livecodebench") / summary["model"]).rows()
     assert [row.correct for row in rows] == [True, True, False, False]
     assert max(len(row.gold) for row in rows) < 150
+    sample = json.loads(Path("samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].startswith("<|im_start|>system\nYou are an expert Python programmer.")
+    assert "<|im_end|>\n<|im_start|>user\n### Question:\nSolve add.\n\n### Format: Read" in sample["prompt"]
