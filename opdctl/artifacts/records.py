@@ -168,6 +168,36 @@ class ScoredResponse:
     reference: TokenScores | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedResponse:
+    """A response with its scores, for other programs: one row of the file that `opdctl run export` writes.
+
+    prompt, response: the decoded ids, special tokens included. teacher_prompt_ids: the prompt that the teacher reads,
+    if it differs. sampling_logprobs: under the distribution that was sampled, if it is not the student's own. weights:
+    of each token, by the stored log-probs.
+    """
+
+    step: int
+    sample_id: str
+    prompt_id: str
+    policy_version: int
+    prompt: str
+    response: str
+    answer: str | None
+    prompt_ids: Ids
+    response_ids: Ids
+    finish_reason: str
+    teacher: str
+    teacher_prompt_ids: Ids | None
+    student_logprobs: Logprobs
+    sampling_logprobs: Logprobs | None
+    teacher_logprobs: Logprobs
+    reference_logprobs: Logprobs | None
+    student_entropies: Logprobs | None
+    teacher_entropies: Logprobs | None
+    weights: Logprobs
+
+
 def sample_id(prompt_id: str, step: int, sample: int) -> str:
     """Return the id of the `sample`-th response to a prompt at a step."""
     return f"{prompt_id}/{step:05d}/{sample}"

@@ -1,10 +1,11 @@
 """Rows as Parquet and scores as safetensors. The columns are those of the records; their types come from the
 annotations."""
 
+import contextlib
 import json
 import shlex
 import types
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from opdctl.artifacts.records import (
     PER_TOKEN,
     STORED_IF_PRESENT,
     EvalPrompt,
+    ExportedResponse,
     GradedResponse,
     HiddenStates,
     Ids,
@@ -37,7 +39,7 @@ from opdctl.artifacts.records import (
 )
 from opdctl.errors import OpdctlError
 
-Row = TypeVar("Row", Prompt, EvalPrompt, Response, GradedResponse)
+Row = TypeVar("Row", Prompt, EvalPrompt, Response, GradedResponse, ExportedResponse)
 COMPRESSION = "zstd"
 ARROW_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
@@ -108,6 +110,29 @@ def write_rows(path: Path, rows: Sequence[Row], record: type[Row]) -> None:
     pq.write_table(
         pa.table(columns, schema=schema), path, compression=COMPRESSION, use_dictionary=leaves, write_page_checksum=True
     )
+
+
+@contextlib.contextmanager
+def open_row_writer(
+    path: Path, record: type[Row], metadata: Mapping[str, str]
+) -> Iterator[Callable[[Sequence[Row]], None]]:
+    """Yield a function that appends rows to a new Parquet file, which exists when the block has ended. Each call is a
+    row group.
+
+    Raises:
+        OpdctlError: the file cannot be written.
+    """
+    schema = arrow_schema(record).with_metadata(dict(metadata))
+    with (
+        atomic_write(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression=COMPRESSION, write_page_checksum=True) as writer,
+    ):
+
+        def write(rows: Sequence[Row]) -> None:
+            columns = {name: [_flatten(getattr(row, name)) for row in rows] for name in schema.names}
+            writer.write_table(pa.table(columns, schema=schema))
+
+        yield write
 
 
 def _flatten(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`opdctl run …`: fork, repair, prune and show a run, and continue its prefixes."""
+"""`opdctl run …`: fork, repair, prune, show and export a run, and continue its prefixes."""
 
 import shlex
 from dataclasses import replace
@@ -23,7 +23,7 @@ from opdctl.errors import ExitCode, OpdctlError
 if TYPE_CHECKING:
     from opdctl.runs.repair import CorruptArtifact
 
-run_app = typer.Typer(help="Manage a run: fork, repair, prune, show, continuations.", no_args_is_help=True)
+run_app = typer.Typer(help="Manage a run: fork, repair, prune, show, export, continuations.", no_args_is_help=True)
 
 
 @run_app.command()
@@ -222,6 +222,53 @@ def show(
         print_sample(sample, shade)
         if json_:
             print_json(sample.as_dict())
+
+
+@run_app.command()
+def export(
+    run_dir: RunDirOrWord = None,
+    file: Annotated[str | None, typer.Argument(metavar="FILE", help="A new .parquet file.", show_default=False)] = None,
+    set_: Overrides = None,
+    run: RunOption = None,
+    step: Annotated[
+        list[int] | None, typer.Option("--step", min=0, help="A step; may be repeated. Default: all scored ones.")
+    ] = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Write responses with their scores and token weights as one Parquet file, for other programs.
+
+    \b
+    opdctl run export runs/quickstart responses.parquet --step 0 --step 1
+    """
+    with command_session(verbose, as_json=json_):
+        from opdctl.analysis.analyze import scored_steps
+        from opdctl.analysis.export import export_responses
+        from opdctl.analysis.shown_weights import chosen_weights
+
+        named, word = _split_words(run_dir, file, "FILE")
+        loaded, path = load_run_for_analysis(named_run(named, run), None, set_), Path(word)
+        if path.suffix != ".parquet" or path.exists():
+            reason = "exists" if path.exists() else "the name must end in .parquet"
+            raise OpdctlError("unusable_output", f"{path}: {reason}", hint="give the name of a new .parquet file")
+        scored, _ = scored_steps(loaded)
+        steps = sorted({*step}) if step else scored
+        if missing := sorted({*steps} - {*scored}):
+            raise OpdctlError(
+                "missing_input",
+                f"{loaded.path}: step {missing[0]} is not sampled and scored",
+                hint=f"use one of the steps {', '.join(map(str, scored)) or '(none)'}",
+            )
+        weight = next(iter(chosen_weights(loaded).items()))  # the recipe's
+        if dry_run:
+            console.answer(f"{path}: the responses of steps {', '.join(map(str, steps))}")
+            console.info("nothing was written")
+            return
+        count = export_responses(loaded, steps, weight, path)
+        console.answer(f"wrote {path}: {count:,} responses")
+        if json_:
+            print_json({"file": str(path), "responses": count, "steps": steps})
 
 
 @run_app.command()

@@ -19,7 +19,7 @@ from opdctl.cli.main import app
 
 WITHOUT_A_RUN = {"compare": "several runs or evaluations", "list": "what a command can name"}
 """Commands that do not work on one run, and what they are about."""
-WORDS = {"run show": ["SAMPLE_ID"], "run fork": ["forked", "--set", "weight.gamma=0.25"]}
+WORDS = {"run show": ["SAMPLE_ID"], "run export": ["out.parquet"], "run fork": ["forked", "--set", "weight.gamma=0.25"]}
 """Further arguments."""
 
 
@@ -100,7 +100,9 @@ def test_prune_removes_nothing_of_a_run_that_is_not_named(folder: Path, monkeypa
     assert invoke(*shlex.split(command)[1:], "--dry-run").code == 0
 
 
-@pytest.mark.parametrize(("name", "word"), [("run show", "SAMPLE_ID"), ("run fork", "NEW_RUN_DIR")])
+@pytest.mark.parametrize(
+    ("name", "word"), [("run show", "SAMPLE_ID"), ("run export", "FILE"), ("run fork", "NEW_RUN_DIR")]
+)
 def test_missing_word_after_the_run_is_named(
     name: str, word: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

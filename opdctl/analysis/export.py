@@ -1,0 +1,72 @@
+"""Responses with their scores and weights as one Parquet file: `opdctl run export`. docs/artifacts.md defines it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from opdctl import signals
+from opdctl.analysis.samples import response_groups
+from opdctl.artifacts import tables
+from opdctl.artifacts.records import ExportedResponse, ScoredResponse
+from opdctl.losses.token_weights import Floats, Weight, weigh
+from opdctl.recipe.schema import Recipe
+from opdctl.runs.run import Run
+from opdctl.runs.scored_responses import to_weight_inputs
+
+FORMAT_VERSION = 1
+"""It changes if a column changes its name or meaning. New columns may be added without."""
+
+
+def export_responses(run: Run, steps: Sequence[int], weight: tuple[str, Weight], path: Path) -> int:
+    """Write the scored responses of these steps, and return their number. weight: its label and the weight.
+
+    Responses are read and written in groups, so that a step need not fit into memory.
+
+    Raises:
+        OpdctlError: a part is missing or corrupt, or the file cannot be written.
+    """
+    label, token_weight = weight
+    count = 0
+    with tables.open_row_writer(path, ExportedResponse, _describe(run.recipe, label)) as write:
+        for step in steps:
+            for group in response_groups(run, step, {label: token_weight}):
+                signals.check()
+                rows = list(_rows(run, step, group, token_weight))
+                write(rows)
+                count += len(rows)
+    return count
+
+
+def _describe(recipe: Recipe, label: str) -> Mapping[str, str]:
+    """Return the metadata of the file."""
+    units = {"opdctl.format": f"responses {FORMAT_VERSION}", "opdctl.logprobs": "natural logarithms, temperature 1"}
+    return {**units, "opdctl.weight": label, "opdctl.recipe": recipe.to_toml()}
+
+
+def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) -> Iterator[ExportedResponse]:
+    decode = run.student.tokenizer.decode
+    weights: list[Floats] = weigh(weight, [to_weight_inputs(scored, step) for scored in group])
+    for scored, weight_T in zip(group, weights, strict=True):
+        response, teacher, reference = scored.response, scored.teacher, scored.reference
+        teacher_prompt_ids = run.prompt_ids(response.teacher, response)
+        has_own_prompt = teacher_prompt_ids is not response.prompt_ids
+        yield ExportedResponse(
+            step=step,
+            sample_id=response.sample_id,
+            prompt_id=response.prompt_id,
+            policy_version=response.policy_version,
+            prompt=decode(response.prompt_ids),
+            response=decode(response.response_ids),
+            answer=response.answer,
+            prompt_ids=response.prompt_ids,
+            response_ids=response.response_ids,
+            finish_reason=response.finish_reason,
+            teacher=response.teacher,
+            teacher_prompt_ids=teacher_prompt_ids if has_own_prompt else None,
+            student_logprobs=response.logprobs,
+            sampling_logprobs=response.sampling_logprobs,
+            teacher_logprobs=teacher.logprobs,
+            reference_logprobs=reference.logprobs if reference else None,
+            student_entropies=response.entropies,
+            teacher_entropies=teacher.entropies,
+            weights=weight_T.astype("float32"),
+        )
