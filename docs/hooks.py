@@ -30,6 +30,7 @@ from opdctl.artifacts import records
 from opdctl.artifacts.tables import arrow_schema, tensor_specs
 from opdctl.cli.main import app
 from opdctl.recipe import dependencies, load, schema
+from opdctl.recipe.section import Section
 from opdctl.registry import OBJECTIVES, WEIGHTS, Registry
 
 DOCS = Path(__file__).resolve().parent
@@ -170,7 +171,7 @@ def _help(text: str) -> str:
 
 def recipe_page() -> str:
     """Return the reference of the recipe, with the sections in the order of the schema."""
-    sections: dict[type[schema.Section], list[str]] = {}
+    sections: dict[type[Section], list[str]] = {}
     for section, header in _headers(schema.Recipe):
         sections.setdefault(section, []).append(header)
     top_level = {name: field for name, field in schema.Recipe.model_fields.items() if not _section(field)}
@@ -183,7 +184,7 @@ def recipe_page() -> str:
     return RECIPE_HEAD + "\n\n".join(parts) + "\n"
 
 
-def _headers(outer: type[schema.Section], prefix: str = "") -> Iterator[tuple[type[schema.Section], str]]:
+def _headers(outer: type[Section], prefix: str = "") -> Iterator[tuple[type[Section], str]]:
     """Yield all sections within a section, each with its header in TOML."""
     for name, field in outer.model_fields.items():
         if section := _section(field):
@@ -219,10 +220,10 @@ def _components(registry: Registry[Any]) -> str:
     return _table(("name", registry.kind, "parameters"), rows)
 
 
-def _section(field: FieldInfo) -> type[schema.Section] | None:
+def _section(field: FieldInfo) -> type[Section] | None:
     """Return the section type of a field, or of the values of a table; None for other fields."""
     kinds = typing.get_args(field.annotation) or (field.annotation,)
-    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, schema.Section)]
+    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
     return sections[0] if sections else None
 
 
@@ -266,7 +267,7 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    unset = field.default_factory or field.default is None or isinstance(field.default, schema.Section)
+    unset = field.default_factory or field.default is None or isinstance(field.default, Section)
     return "" if unset else f"`{json.dumps(field.default, ensure_ascii=False)}`"
 
 

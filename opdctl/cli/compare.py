@@ -72,7 +72,7 @@ def compare(
     opdctl compare runs/uniform-0 runs/uniform-1 runs/iw_opd-0 runs/iw_opd-1 --table --at best --format latex
     """
     with command_session(verbose, as_json=json_):
-        from opdctl.recipe.schema import benchmark_directory
+        from opdctl.recipe.data_names import benchmark_directory
 
         options = {"--target": target is not None, "--output": output is not None, "--table": table}
         are_runs = _check_usage(paths, options)

@@ -58,7 +58,7 @@ def _settings() -> Iterator[tuple[str, list[str]]]:
 
 
 def _section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    from opdctl.recipe.schema import Section
+    from opdctl.recipe.section import Section
 
     for name, field in section.model_fields.items():
         kinds = [kind for kind in typing.get_args(field.annotation) or (field.annotation,) if kind is not type(None)]

@@ -8,7 +8,7 @@ from typing import Any
 from opdctl.artifacts import parsing
 from opdctl.data.cells import MAX_SHOWN_CHARS, MEDIA_HINT, check_unicode
 from opdctl.errors import OpdctlError, did_you_mean
-from opdctl.recipe.schema import FinalAssistant
+from opdctl.recipe.prompts import FinalAssistant
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}

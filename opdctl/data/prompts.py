@@ -17,7 +17,9 @@ from opdctl.data.sources import LocatedRow, read_source
 from opdctl.data.tables import TableRow
 from opdctl.data.toy import TASKS
 from opdctl.errors import OpdctlError, did_you_mean
-from opdctl.recipe.schema import MixedSource, Prompts, PromptSource, is_local, teacher_name
+from opdctl.recipe.data_names import is_local
+from opdctl.recipe.prompts import MixedSource, Prompts, PromptSource
+from opdctl.recipe.schema import teacher_name
 
 MAX_LISTED_PROMPTS = 5  # in an error message
 

@@ -15,7 +15,7 @@ from opdctl.data.messages import Chat, Message, Tool, find_texts, map_texts, too
 from opdctl.data.special_tokens import SpecialTokens, choose_mark
 from opdctl.data.template_process import TemplateError, TemplateProcess
 from opdctl.errors import OpdctlError, is_panic
-from opdctl.recipe.schema import SpecialTokensInText
+from opdctl.recipe.prompts import SpecialTokensInText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

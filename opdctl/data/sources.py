@@ -10,7 +10,8 @@ from opdctl.data.cells import read_cell
 from opdctl.data.tables import TableRow, is_saved_dataset, load_from_disk, load_from_hub, read_table
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.conditions import parse_condition
-from opdctl.recipe.schema import TABLE_SUFFIXES, PromptSource, is_data_file, is_local, is_pattern
+from opdctl.recipe.data_names import TABLE_SUFFIXES, is_data_file, is_local, is_pattern
+from opdctl.recipe.prompts import PromptSource
 
 SPLIT_WORDS = {
     "train": ("train", "training"),

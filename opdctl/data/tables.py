@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from opdctl.artifacts import parsing
 from opdctl.artifacts.parquet_footer import check_parquet_size
 from opdctl.errors import OpdctlError, did_you_mean, summarize_exception
-from opdctl.recipe.schema import is_data_file
+from opdctl.recipe.data_names import is_data_file
 
 TableRow = dict[str, Any]
 BATCH_ROWS = 128

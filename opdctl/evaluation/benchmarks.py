@@ -19,16 +19,14 @@ from opdctl.errors import OpdctlError
 from opdctl.evaluation import code_execution, livecodebench
 from opdctl.evaluation.gpqa import read_gpqa
 from opdctl.evaluation.graders import CHOICE_GRADER, GRADERS, MATH_GRADER, Grader, Text
-from opdctl.recipe.schema import (
+from opdctl.recipe.data_names import (
     COMPRESSED_SUFFIXES,
     HUB_BENCHMARK_PATTERN,
     TABLE_SUFFIXES,
-    TEACHER_NAME_PATTERN,
-    Eval,
-    Recipe,
     benchmark_directory,
     is_named_by_data,
 )
+from opdctl.recipe.schema import TEACHER_NAME_PATTERN, Eval, Recipe
 from opdctl.registry import BENCHMARKS, are_imported
 
 TOY_PROBLEMS = 256  # of a toy benchmark unless a limit is given

@@ -12,7 +12,7 @@ from opdctl.evaluation import statistics
 from opdctl.evaluation.compared_runs import ComparedRun, ResultColumn
 from opdctl.evaluation.results import load_evaluation, load_student_evaluations
 from opdctl.evaluation.statistics import Estimate
-from opdctl.recipe.schema import benchmark_directory
+from opdctl.recipe.data_names import benchmark_directory
 from opdctl.runs.run import read_recipe
 
 Curve = dict[int, Estimate]

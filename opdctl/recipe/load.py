@@ -12,22 +12,19 @@ from opdctl import console
 from opdctl.artifacts import parsing
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.components import has_known_components, required_columns, unmet_requirements
+from opdctl.recipe.data_names import is_data_file, is_named_by_data, is_pattern
 from opdctl.recipe.dependencies import ADDED_PARAMETERS
+from opdctl.recipe.prompts import SOURCE_OPTIONS, PromptSource
 from opdctl.recipe.schema import (
     DEFAULT_COMPONENTS,
     DEFAULT_NAME,
     MAX_NAME_CHARS,
-    SOURCE_OPTIONS,
     Component,
     Model,
     ObjectiveSettings,
-    PromptSource,
     Recipe,
     Teacher,
     WeightSettings,
-    is_data_file,
-    is_named_by_data,
-    is_pattern,
     model_key,
 )
 from opdctl.recipe.validate import combination_errors, component_errors, format_error

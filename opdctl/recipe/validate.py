@@ -10,24 +10,21 @@ from opdctl.errors import did_you_mean
 from opdctl.losses.objectives import Objective, PolicyGradient, Power
 from opdctl.recipe.components import build_objective
 from opdctl.recipe.conditions import parse_condition
+from opdctl.recipe.data_names import is_local, is_named_by_data
+from opdctl.recipe.prompts import SOURCE_OPTIONS, MixedSource, PromptSource
 from opdctl.recipe.schema import (
     AUTO,
     DEFAULT_COMPONENTS,
     END_OF_THINKING,
     MIN_TEMPERATURE,
-    SOURCE_OPTIONS,
     TEACHER_NAME_PATTERN,
     Component,
     Eval,
-    MixedSource,
-    PromptSource,
     Recipe,
-    Section,
     WeightSettings,
-    is_local,
-    is_named_by_data,
     model_key,
 )
+from opdctl.recipe.section import Section
 from opdctl.registry import BENCHMARKS, ENGINES, OBJECTIVES, WEIGHTS, Registry
 
 Errors = list[tuple[str, str]]

@@ -27,9 +27,10 @@ from opdctl.data.formats import read_chat_templates
 from opdctl.data.order import step_order
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir, Probe
+from opdctl.recipe.data_names import benchmark_directory
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
 from opdctl.recipe.load import Purpose, load_recorded_recipe
-from opdctl.recipe.schema import Recipe, benchmark_directory
+from opdctl.recipe.schema import Recipe
 from opdctl.registry import plugin_file
 from opdctl.runs.layout import PROMPTS_FILE, list_steps, parse_step, step_name
 

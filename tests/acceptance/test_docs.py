@@ -14,7 +14,7 @@ from opdctl.artifacts.versions import VERSIONS
 from opdctl.cli.main import app
 from opdctl.errors import ExitCode
 from opdctl.recipe.load import load_recipe
-from opdctl.recipe.schema import Section
+from opdctl.recipe.section import Section
 from opdctl.registry import OBJECTIVES, WEIGHTS
 
 DOCS = ROOT / "docs"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from helpers.commands import ROOT
 
-from opdctl.recipe.schema import Recipe, Section
+from opdctl.recipe.schema import Recipe
+from opdctl.recipe.section import Section
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 SHOWN_COMMAND = re.compile(

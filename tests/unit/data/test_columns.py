@@ -11,7 +11,8 @@ from opdctl.data.columns import PROMPT_COLUMNS
 from opdctl.data.prompts import load_problems
 from opdctl.errors import OpdctlError
 from opdctl.evaluation.benchmarks import find_benchmark
-from opdctl.recipe.schema import Eval, Prompts
+from opdctl.recipe.prompts import Prompts
+from opdctl.recipe.schema import Eval
 
 CHAT = [{"role": "user", "content": "1+1?"}]
 

@@ -15,7 +15,7 @@ from helpers.tokenizers import write_tokenizer
 from opdctl.data.prompts import load_problems, tokenize
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.models.directory import ModelDir
-from opdctl.recipe.schema import Prompts
+from opdctl.recipe.prompts import Prompts
 
 Rows = list[dict[str, Any]]
 TEMPLATE = (

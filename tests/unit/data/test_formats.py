@@ -12,7 +12,8 @@ from opdctl.data.prompts import Problem, tokenize
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
-from opdctl.recipe.schema import Prompts, Recipe
+from opdctl.recipe.prompts import Prompts
+from opdctl.recipe.schema import Recipe
 
 TOOLS = (
     "{% if tools %}<|im_start|>tools\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"

@@ -16,7 +16,8 @@ from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.toy.task import split_of
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
-from opdctl.recipe.schema import Model, Prompts
+from opdctl.recipe.prompts import Prompts
+from opdctl.recipe.schema import Model
 
 Rows = list[dict[str, Any]]
 SUFFIXES = (".jsonl", ".parquet")

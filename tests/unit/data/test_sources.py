@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opdctl.data.prompts import Problem, load_problems, split_held_out
 from opdctl.data.sources import find_files
 from opdctl.errors import OpdctlError
-from opdctl.recipe.schema import Prompts
+from opdctl.recipe.prompts import Prompts
 
 
 def write(path: Path, texts: str, **columns: Any) -> Path:

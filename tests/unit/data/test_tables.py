@@ -12,7 +12,7 @@ import pytest
 
 from opdctl.data.tables import read_table
 from opdctl.errors import OpdctlError
-from opdctl.recipe.schema import data_file_stem, is_data_file
+from opdctl.recipe.data_names import data_file_stem, is_data_file
 
 
 def rejection(path: Path, kind: str = "invalid_data") -> OpdctlError:

@@ -18,7 +18,8 @@ from opdctl.errors import OpdctlError
 from opdctl.evaluation.benchmarks import Benchmark, Hub, benchmark_file, find_benchmark, parse_gold
 from opdctl.evaluation.graders import MATH_GRADER
 from opdctl.recipe.dependencies import fingerprint_settings
-from opdctl.recipe.schema import Eval, Prompts
+from opdctl.recipe.prompts import Prompts
+from opdctl.recipe.schema import Eval
 from opdctl.registry import BENCHMARKS
 
 DATA = ROOT.parent / "shared" / "benchmarks"
