@@ -87,8 +87,8 @@ def _warn_of_endless_responses(run: Run, completions: Sequence[Completion]) -> N
         ends = describe_tokens(run.student.eos_ids, run.student.tokenizer)
         console.warn(
             f"none of the first {len(completions)} responses ended within rollout.max_tokens = "
-            f"{run.recipe.rollout.max_tokens}: a response ends at {ends}. `opdctl run show` shows what they contain; "
-            "rollout.eos_token_ids adds tokens, and the chat template decides what the student continues"
+            f"{run.recipe.rollout.max_tokens}: a response ends at {ends}; rollout.eos_token_ids adds tokens, "
+            "and the chat template decides what the student continues"
         )
 
 

@@ -165,7 +165,7 @@ def check_output_dir(recipe: Recipe, path: Path) -> None:
             raise OpdctlError("unusable_output", f"{path}: {part} is a file", hint="use another --output")
     start, recorded = {"recipe.toml", PROMPTS_FILE, HELD_OUT_FILE}, path / "recipe.toml"
     present = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} if path.is_dir() else set()
-    is_same = recorded.exists() and files.read_text(recorded) == recipe.to_toml()
+    is_same = recorded.exists() and _is_recorded_as(recipe, path)
     is_other = recorded.exists() and not is_same
     if is_other or (present - start and not (is_same and list_steps(path))):
         hint = f"run `opdctl train {shlex.quote(str(path))}`, or use another --output"
@@ -174,6 +174,16 @@ def check_output_dir(recipe: Recipe, path: Path) -> None:
             f"{path} is not empty and not a run directory" + "; it has a recipe.toml of a run" * is_other,
             hint=hint if is_other else "use another --output",
         )
+
+
+def _is_recorded_as(recipe: Recipe, path: Path) -> bool:
+    """Whether recipe.toml is this recipe. It lacks the keys that were added after it was written."""
+    if files.read_text(path / "recipe.toml") == recipe.to_toml():
+        return True
+    try:
+        return read_recipe(path).to_toml() == recipe.to_toml()
+    except OpdctlError:  # it is not that of a run
+        return False
 
 
 # ── Creation ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -27,12 +27,13 @@ MANY_DROPPED_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a run. num_dropped: longer than the limit. held_out: the text of held_out.jsonl, None without
-    it."""
+    """The prompts of a run. num_dropped: longer than the limit. held_out: the text of held_out.jsonl, None without it.
+    is_kept: they are those of a run whose record was lost, whatever their sources have now."""
 
     training: list[Prompt]
     num_dropped: int = 0
     held_out: str | None = None
+    is_kept: bool = False
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,7 +135,7 @@ def read_kept_prompts(path: Path) -> PromptSet | None:
     if not stored.exists():
         return None
     text = files.read_text(held_out) if held_out.exists() else None
-    return PromptSet(tables.read_rows(stored, Prompt), held_out=text)
+    return PromptSet(tables.read_rows(stored, Prompt), held_out=text, is_kept=True)
 
 
 def store_prompts(path: Path, prompts: PromptSet) -> None:
@@ -155,7 +156,9 @@ def describe_prompts(recipe: Recipe, path: Path, prompts: PromptSet, templates: 
     shares = recipe.prompts.split_step(recipe.rollout.prompts_per_step)
     sources = {name: {"rows": _count(prompts.training, name), "per_step": size} for name, size in shares.items()}
     parts = recipe.prompts.parts().items()
-    source_files = [file for name, part in parts for file in find_files(part, _key(name))]
+    source_files = (
+        [file for name, part in parts for file in find_files(part, _key(name))] if not prompts.is_kept else []
+    )
     return {
         "rows": len(prompts.training),
         "dropped": prompts.num_dropped,

@@ -65,6 +65,24 @@ def test_creation_resumes_after_a_kill(small, tmp_path):
     assert (tmp_path / "run/run.json").read_bytes() == record
 
 
+def test_lost_record_is_written_again_after_an_upgrade_and_without_the_source(small, tmp_path):
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("ab?", "ba?")))
+    recipe = small(f"prompts.source={source}", "prompts.limit=2", "rollout.prompts_per_step=2", "rollout.num_parts=1")
+    run = open_run(recipe, tmp_path / "run")
+    before = files.read_json(run.path / "run.json")["prompts"]
+    (run.path / "step-00000").mkdir()
+    (run.path / "run.json").unlink()
+    source.unlink()
+    recorded = run.path / "recipe.toml"
+    lines = recorded.read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(("held_out", "few_shot", "min_p"))]
+    assert len(older) < len(lines) - 3
+    recorded.write_text("".join(older))  # by a version without these keys
+    open_run(recipe, run.path)
+    assert files.read_json(run.path / "run.json")["prompts"] == {**before, "source_files": {}}
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl"])
 def test_other_files_are_not_written_beside(small, tmp_path, name):
     (tmp_path / name).write_text("mine")
