@@ -307,7 +307,9 @@ def test_teacher_that_ends_elsewhere_is_warned_of(tmp_path: Path, dry: list[str]
 
 def test_suffix_of_an_evaluation_is_not_repeated(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"problem": "ab? go", "answer": "1"}\n{"problem": "ab?", "answer": "1"}\n')
-    options = sets("eval.suffix= go", "eval.samples=1", "eval.max_tokens=2", "eval.limit=2")
+    options = sets(
+        "rollout.engine=transformers", "eval.suffix= go", "eval.samples=1", "eval.max_tokens=2", "eval.limit=2"
+    )
     result = invoke("eval", "--model", "toy:student", "--bench", "mine.jsonl", *options, "--output", "out")
     assert result.code == 0, result.err
     (path,) = Path("out/eval/mine").glob("toy-student-*")
