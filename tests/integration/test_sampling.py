@@ -38,6 +38,7 @@ CARD = ("eval.temperature=0.7", "eval.top_p=0.8", "eval.top_k=20", "eval.min_p=0
 @pytest.fixture(scope="module")
 def modified_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("modified") / "run"
+    console.warn_once.cache_clear()  # the words of another test in this process
     result = train(path, *MODIFIED, "train.steps=2")
     assert result.code == 0, result.err
     words = " ".join(result.err.split())

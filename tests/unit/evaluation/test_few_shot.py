@@ -8,6 +8,7 @@ import pytest
 from helpers.tokenizers import byte_level
 from transformers import PreTrainedTokenizerFast
 
+from opdctl import console
 from opdctl.data.messages import Chat, Message
 from opdctl.data.rendering import PromptFormat
 from opdctl.errors import OpdctlError
@@ -74,6 +75,7 @@ def test_problem_is_no_example_of_itself() -> None:
 
 
 def test_plain_text_is_that_of_lm_evaluation_harness(capsys: pytest.CaptureFixture[str]) -> None:
+    console.warn_once.cache_clear()  # the words of another test in this process
     chat = to_plain_text(Chat("5+5?"), "5+5?", EXAMPLES, Eval(few_shot=2, stop=["Question:"]), "")
     shots = "Question: 1+1?\nAnswer: \\boxed{2}\n\nQuestion: 2+2?\nAnswer: \\boxed{4}\n\n"
     assert chat == Chat(f"{shots}Question: 5+5?\nAnswer:")
