@@ -173,9 +173,9 @@ def num_tokens(fraction: float, length: int) -> int:
 def top_k_overlap(tokens: ResponseTokens, top_k: int | None = None) -> Floats:
     """Return the fraction of the student's `top_k` most probable tokens that are among the teacher's, [T].
 
-    top_k: all stored tokens by default.
+    top_k: all stored tokens by default. The ids of a model are distinct, so that one which occurs twice is shared.
     """
     student_TK = tokens.column("student_top_ids")[:, :top_k]
     teacher_TK = tokens.column("teacher_top_ids")[:, :top_k]
-    shared_TK = (student_TK[:, :, None] == teacher_TK[:, None, :]).any(-1)
-    return shared_TK.sum(-1) / max(student_TK.shape[-1], 1)
+    sorted_TK = np.sort(np.concatenate([student_TK, teacher_TK], axis=1), axis=1)
+    return (sorted_TK[:, 1:] == sorted_TK[:, :-1]).sum(-1) / max(student_TK.shape[-1], 1)

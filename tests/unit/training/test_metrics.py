@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opdctl.artifacts.records import ScoredResponse
+from opdctl.losses.token_weights import ResponseTokens, top_k_overlap
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 from opdctl.training.metrics import mismatch_metrics, response_stats
@@ -60,3 +63,18 @@ def test_overlap_of_the_most_probable_tokens_by_hand(finished_run):
     assert response_stats([cut(student, teacher), cut(student, student)])["top_k_overlap"] == pytest.approx(0.75)
     assert "top_k_overlap" not in response_stats([cut(student, None)])
     assert "top_k_overlap" not in response_stats([cut(None, teacher)])
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_overlap_is_that_of_sets(student_k, teacher_k, seed):
+    generator = np.random.default_rng(seed)
+    student, teacher = (
+        np.stack([generator.permutation(12)[:size] for _ in range(5)]).astype(np.int32)
+        for size in (student_k, teacher_k)
+    )
+    zeros = np.zeros(5)
+    tokens = ResponseTokens(zeros, zeros, zeros, 0, {"student_top_ids": student, "teacher_top_ids": teacher})
+    for top_k in (None, 1, 3):
+        chosen = [({*own[:top_k]}, {*others[:top_k]}) for own, others in zip(student, teacher, strict=True)]
+        expected = [len(own & others) / len(own) for own, others in chosen]
+        assert top_k_overlap(tokens, top_k).tolist() == pytest.approx(expected)
