@@ -1,4 +1,4 @@
-"""Responses with their scores and weights as one Parquet file: `opdctl run export`. docs/artifacts.md defines it."""
+"""Responses with their scores and weights as one Parquet file: `opdctl run export`. docs/notebook.md defines it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from opdctl.artifacts import manifests, parsing
-from opdctl.artifacts.files import atomic_write, corrupt_artifact, sha256_file
+from opdctl.artifacts.files import atomic_write, corrupt_artifact
 from opdctl.artifacts.manifests import ScoresRecord
 from opdctl.artifacts.parquet_footer import check_parquet_size
 from opdctl.artifacts.records import (
@@ -151,11 +151,10 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> list[Path]:
     return paths
 
 
-def write_prompts(path: Path, prompts: Sequence[Prompt]) -> str:
-    """Write the run's prompts atomically and return the file's SHA-256."""
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write the run's prompts atomically."""
     with atomic_write(path) as temporary:
         write_rows(temporary, prompts, Prompt)
-    return sha256_file(path)
 
 
 def read_rows(path: Path, record: type[Row], count: int | None = None) -> list[Row]:

@@ -18,7 +18,7 @@ from opdctl.data.tables import TableRow
 from opdctl.data.toy import TASKS
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.recipe.data_names import is_local
-from opdctl.recipe.prompts import MixedSource, Prompts, PromptSource
+from opdctl.recipe.prompts import MixedSource, Prompts, PromptSource, source_key
 from opdctl.recipe.schema import teacher_name
 
 MAX_LISTED_PROMPTS = 5  # in an error message
@@ -116,7 +116,7 @@ def load_problems(settings: Prompts) -> list[Problem]:
     """
     problems: list[Problem] = []
     for name, source in settings.parts().items():
-        part = _load_part(source, f"prompts.sources.{name}" if name else "prompts", settings.shuffle_seed)
+        part = _load_part(source, source_key(name), settings.shuffle_seed)
         teacher = source.teacher if isinstance(source, MixedSource) else None
         problems += [
             replace(problem, id=f"{name}/{problem.id}" if name else problem.id, teacher=teacher or problem.teacher)

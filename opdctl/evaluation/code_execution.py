@@ -31,7 +31,7 @@ from opdctl.evaluation.code_processes import (
     run_sandbox,
 )
 from opdctl.evaluation.code_values import MalformedValueError, OutputComparison, decode
-from opdctl.evaluation.graders import Grade, Votes
+from opdctl.evaluation.graders import Grade, WithoutMajority
 
 CODE_TIMEOUT_SECONDS = 300
 """Time limit of one response, and of one reference solution: the extraction of the code, and two sets of inputs, which
@@ -126,7 +126,7 @@ def _check_evalplus() -> None:
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(WithoutMajority):
     """Runs the function that a response defines on a task's inputs."""
 
     name: str = "code"
@@ -161,10 +161,6 @@ class Code:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-    def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
-        """Return no votes: there is no majority among programs."""
-        return [[None] * len(grades) for _, grades in problems]
 
     def are_parsable(self, golds: Sequence[str]) -> list[bool]:
         """Return for each task whether its canonical solution passes its tests."""

@@ -53,6 +53,14 @@ class Grade:
     math_verify: bool | None = None
 
 
+class WithoutMajority:
+    """The base class of graders of programs, among which there is no majority."""
+
+    def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
+        """Return no votes."""
+        return [[None] * len(grades) for _, grades in problems]
+
+
 class Grader(Protocol):
     """Extracts answers and compares them with the gold answers.
 

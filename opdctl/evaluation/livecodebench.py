@@ -37,7 +37,7 @@ from opdctl.evaluation.code_processes import (
     run_sandbox,
 )
 from opdctl.evaluation.code_values import MalformedValueError, decode
-from opdctl.evaluation.graders import Grade, Votes
+from opdctl.evaluation.graders import Grade, WithoutMajority
 from opdctl.evaluation.pickled_text import decompress, read_pickled_text
 
 DATASET, REVISION = "livecodebench/code_generation_lite", "48d36ed304dca42cf8ab20e941262ccd096518a3"
@@ -254,7 +254,7 @@ def _decode_private(encoded: str) -> str:
 
 
 @dataclass(frozen=True)
-class Programs:
+class Programs(WithoutMajority):
     """Runs the program of a response on the tests of its problem. The first test that it fails decides."""
 
     questions: Questions
@@ -294,10 +294,6 @@ class Programs:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-    def votes(self, problems: Sequence[tuple[str, Sequence[Grade]]]) -> Votes:
-        """Return no votes: there is no majority among programs."""
-        return [[None] * len(grades) for _, grades in problems]
 
     def are_parsable(self, golds: Sequence[str]) -> list[bool]:
         """Return True for each problem: its tests have been read, and there is no reference solution."""

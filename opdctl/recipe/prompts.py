@@ -14,6 +14,11 @@ SOURCE_OPTIONS = ("subset", "revision", "data_files")
 """Keys that belong to one `source`."""
 
 
+def source_key(name: str) -> str:
+    """Return the recipe key of a source by its name in `Prompts.parts`, such as `prompts.sources.math`."""
+    return f"prompts.sources.{name}" if name else "prompts"
+
+
 class PromptSource(Section):
     """Where prompts come from, and what the columns of their rows are."""
 

@@ -11,7 +11,7 @@ from opdctl.losses.objectives import Objective, PolicyGradient, Power
 from opdctl.recipe.components import build_objective
 from opdctl.recipe.conditions import parse_condition
 from opdctl.recipe.data_names import is_local, is_named_by_data
-from opdctl.recipe.prompts import SOURCE_OPTIONS, MixedSource, PromptSource
+from opdctl.recipe.prompts import SOURCE_OPTIONS, MixedSource, PromptSource, source_key
 from opdctl.recipe.schema import (
     AUTO,
     DEFAULT_COMPONENTS,
@@ -166,7 +166,7 @@ def _path_errors(recipe: Recipe) -> Errors:
 
 def _prompt_sources(recipe: Recipe) -> list[tuple[str, PromptSource]]:
     """Return the key and the settings of each source of prompts."""
-    return [(f"prompts.sources.{name}" if name else "prompts", part) for name, part in recipe.prompts.parts().items()]
+    return [(source_key(name), part) for name, part in recipe.prompts.parts().items()]
 
 
 def _prompt_errors(recipe: Recipe) -> Errors:
@@ -178,14 +178,14 @@ def _prompt_errors(recipe: Recipe) -> Errors:
     if prompts.held_out and any(part.tools_column for part in prompts.parts().values()):
         errors.append(("prompts.held_out", "is not supported with prompts.tools_column: evaluations have no tools"))
     if invalid := [name for name in prompts.sources if not TEACHER_NAME_PATTERN.fullmatch(name)]:
-        errors.append((f"prompts.sources.{invalid[0]}", "the name must consist of letters, digits, `_` and `-`"))
+        errors.append((source_key(invalid[0]), "the name must consist of letters, digits, `_` and `-`"))
     weights = {name: source.weight for name, source in prompts.sources.items()}
     if missing := [name for name, weight in weights.items() if weight is None and any(weights.values())]:
-        errors.append((f"prompts.sources.{missing[0]}.weight", "is required: other sources have a weight"))
+        errors.append((f"{source_key(missing[0])}.weight", "is required: other sources have a weight"))
     elif 0 in (shares := prompts.split_step(per_step)).values():
         name = next(name for name, count in shares.items() if not count)
         text = f"gives no prompt of {per_step}: raise it, or rollout.prompts_per_step"
-        errors.append((f"prompts.sources.{name}.weight", text))
+        errors.append((f"{source_key(name)}.weight", text))
     return errors
 
 

@@ -17,6 +17,7 @@ from opdctl.data.rendering import PromptRenderer
 from opdctl.data.sources import find_files
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
+from opdctl.recipe.prompts import source_key
 from opdctl.recipe.schema import Recipe, model_key
 from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS_FILE
 from opdctl.runs.run import Run, read_run_record
@@ -78,7 +79,7 @@ def prepare_prompts(
     needed = recipe.prompts.split_step(recipe.rollout.prompts_per_step) or {"": recipe.rollout.prompts_per_step}
     for name, per_step in needed.items():
         if (rows := _count(prompts, name)) < per_step:
-            location = f"[prompts.sources.{name}]" if name else recipe.prompts.names
+            location = f"[{source_key(name)}]" if name else recipe.prompts.names
             share = f"its share of rollout.prompts_per_step is {per_step}" if name else ""
             raise OpdctlError(
                 "invalid_data",
@@ -157,7 +158,7 @@ def describe_prompts(recipe: Recipe, path: Path, prompts: PromptSet, templates: 
     sources = {name: {"rows": _count(prompts.training, name), "per_step": size} for name, size in shares.items()}
     parts = recipe.prompts.parts().items()
     source_files = (
-        [file for name, part in parts for file in find_files(part, _key(name))] if not prompts.is_kept else []
+        [file for name, part in parts for file in find_files(part, source_key(name))] if not prompts.is_kept else []
     )
     return {
         "rows": len(prompts.training),
@@ -169,10 +170,6 @@ def describe_prompts(recipe: Recipe, path: Path, prompts: PromptSet, templates: 
         **({"sources": sources} if sources else {}),
         **({"held_out": files.sha256_file(path / HELD_OUT_FILE)} if prompts.held_out is not None else {}),
     }
-
-
-def _key(source: str) -> str:
-    return f"prompts.sources.{source}" if source else "prompts"
 
 
 def check_source_files(recipe: Recipe, path: Path) -> None:
