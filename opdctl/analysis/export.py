@@ -1,4 +1,4 @@
-"""Responses with their scores and weights as one Parquet file: `opdctl run export`. docs/notebook.md defines it."""
+"""Responses with their scores and weights as one Parquet file: `opdctl run export`. docs/artifacts.md defines it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +59,10 @@ def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) 
             answer=response.answer,
             prompt_ids=response.prompt_ids,
             response_ids=response.response_ids,
+            loss_mask=response.loss_mask,
+            turns=response.turns,
+            tool_seconds=response.tool_seconds,
+            reward=response.reward,
             finish_reason=response.finish_reason,
             teacher=response.teacher,
             teacher_prompt_ids=teacher_prompt_ids if has_own_prompt else None,
@@ -68,5 +72,10 @@ def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) 
             reference_logprobs=reference.logprobs if reference else None,
             student_entropies=response.entropies,
             teacher_entropies=teacher.entropies,
+            student_top_ids=response.top_ids,
+            student_top_logprobs=response.top_logprobs,
+            teacher_top_ids=teacher.top_ids,
+            teacher_top_logprobs=teacher.top_logprobs,
+            teacher_student_top_logprobs=teacher.student_top_logprobs,
             weights=weight_T.astype("float32"),
         )

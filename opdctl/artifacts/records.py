@@ -38,6 +38,12 @@ SamplingLogprobs = Annotated[Logprobs, STORED_IF_PRESENT]
 """Log-probs in nats, [T], in a column that a file lacks if no row has them."""
 TokenSpan = Annotated[Ids, STORED_IF_PRESENT]
 """The span [start, end) of some tokens of a response, in a column that a file lacks if no row has it."""
+StoredInt = Annotated[int, STORED_IF_PRESENT]
+StoredFloat = Annotated[float, STORED_IF_PRESENT]
+LossMask = npt.NDArray[np.bool_]
+"""Whether each token of a response is the student's own, [T]. The others, such as the outputs of tools, were read by
+it: they are not learned and not analysed."""
+StoredMask = Annotated[LossMask, STORED_IF_PRESENT]
 RoutedExperts = npt.NDArray[np.uint8]
 """The ids of the experts of each token that the engine read, flat: [prompt and response tokens but the last, decoder
 layers, experts of a token], one byte each, or two (little-endian) of more than 256 experts. 0 in dense layers."""
@@ -95,6 +101,10 @@ class Response(Completion):
 
     policy_version: the number of updates of the policy that sampled it. For example, the first sample of prompt
     `sort12-abc` at step 3 is `sort12-abc/00003/0`.
+
+    loss_mask: None if all tokens are the student's own. Of a trajectory: `response_ids` are all tokens after the first
+    prompt, the other columns have arbitrary finite values at tokens that are not the student's own, and the remaining
+    fields are the number of calls of the student, the seconds between them, and the environment's reward.
     """
 
     sample_id: str
@@ -104,6 +114,10 @@ class Response(Completion):
     source: str
     teacher: str
     answer: str | None
+    loss_mask: StoredMask | None = None
+    turns: StoredInt | None = None
+    tool_seconds: StoredFloat | None = None
+    reward: StoredFloat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,33 +183,72 @@ class ScoredResponse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """A response that another program sampled, as read from its files. What is unknown is None.
+
+    response_ids: all tokens after the first prompt, those of tools and other speakers too; loss_mask, as in Response,
+    marks those of the student. The columns of tokens are as long as `response_ids`, with arbitrary finite values
+    at tokens that are not the student's own. logprobs: under the policy that sampled it, at temperature 1.
+    sampling_logprobs: under the distribution that was sampled, if it differs. teacher_logprobs: of a file that was
+    scored. location: the file and the row, for errors.
+    """
+
+    sample_id: str
+    prompt_id: str
+    prompt_ids: Ids
+    response_ids: Ids
+    loss_mask: LossMask | None = None
+    finish_reason: str | None = None
+    logprobs: Logprobs | None = None
+    sampling_logprobs: Logprobs | None = None
+    teacher_logprobs: Logprobs | None = None
+    top_ids: Ids | None = None
+    top_logprobs: Logprobs | None = None
+    answer: str | None = None
+    reward: float | None = None
+    turns: int | None = None
+    tool_seconds: float | None = None
+    location: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedResponse:
-    """A response with its scores, for other programs: one row of the file that `opdctl run export` writes.
+    """A response with its scores, for other programs: one row of the files that `opdctl run export` and `opdctl
+    score-teacher --input` write. docs/artifacts.md defines the columns.
 
     prompt, response: the decoded ids, special tokens included. teacher_prompt_ids: the prompt that the teacher reads,
     if it differs. sampling_logprobs: under the distribution that was sampled, if it is not the student's own. weights:
-    of each token, by the stored log-probs.
+    of each token, by the stored log-probs. What is unknown is None.
     """
 
-    step: int
+    step: int | None = None
     sample_id: str
     prompt_id: str
-    policy_version: int
+    policy_version: int | None = None
     prompt: str
     response: str
-    answer: str | None
+    answer: str | None = None
     prompt_ids: Ids
     response_ids: Ids
-    finish_reason: str
+    loss_mask: LossMask | None = None
+    finish_reason: str | None = None
+    turns: int | None = None
+    tool_seconds: float | None = None
+    reward: float | None = None
     teacher: str
-    teacher_prompt_ids: Ids | None
-    student_logprobs: Logprobs
-    sampling_logprobs: Logprobs | None
+    teacher_prompt_ids: Ids | None = None
+    student_logprobs: Logprobs | None = None
+    sampling_logprobs: Logprobs | None = None
     teacher_logprobs: Logprobs
-    reference_logprobs: Logprobs | None
-    student_entropies: Logprobs | None
-    teacher_entropies: Logprobs | None
-    weights: Logprobs
+    reference_logprobs: Logprobs | None = None
+    student_entropies: Logprobs | None = None
+    teacher_entropies: Logprobs | None = None
+    student_top_ids: TopKIds | None = None
+    student_top_logprobs: TopKLogprobs | None = None
+    teacher_top_ids: TopKIds | None = None
+    teacher_top_logprobs: TopKLogprobs | None = None
+    teacher_student_top_logprobs: TopKLogprobs | None = None
+    weights: Logprobs | None = None
 
 
 def sample_id(prompt_id: str, step: int, sample: int) -> str:

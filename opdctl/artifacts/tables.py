@@ -31,6 +31,7 @@ from opdctl.artifacts.records import (
     HiddenStates,
     Ids,
     Logprobs,
+    LossMask,
     Prompt,
     Response,
     RoutedExperts,
@@ -44,9 +45,11 @@ COMPRESSION = "zstd"
 ARROW_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
     int: pa.int32(),
+    float: pa.float64(),
     bool: pa.bool_(),
     Ids: pa.list_(pa.int32()),
     Logprobs: pa.list_(pa.float32()),
+    LossMask: pa.list_(pa.bool_()),
     RoutedExperts: pa.binary(),
 }
 """The Arrow type of each annotation. Arrays of several dimensions are stored flat. Lists of bytes take ten times the
