@@ -131,7 +131,7 @@ def _add_step(
         for part in split_by_tokens(responses, CHUNK_TOKENS):
             group_R = groups.assign(scored.response.prompt_id for scored in group[part])
             batch = Batch(responses[part], group_R)
-            token_ids = [scored.response.response_ids for scored in group[part]]
+            token_ids = [scored.response.own_ids for scored in group[part]]
             weights_by_name = {
                 name: by_step[name][part] if name in by_step else weigh(weight, batch.responses)
                 for name, weight in weights.items()

@@ -226,6 +226,9 @@ def _responses(run: Run, step: int) -> list[Response]:
     if not responses or any(response.answer is None for response in responses):
         why = "the prompts have no answers to grade by" if responses else "every response is empty"
         raise OpdctlError("invalid_data", f"{rollout.path}: {why}", hint="set prompts.answer_column to their column")
+    if masked := [response.sample_id for response in responses if response.loss_mask is not None]:
+        why = f"{masked[0]} has tokens that the student did not sample: its prefixes need the environment to continue"
+        raise OpdctlError("unsupported_setting", f"{rollout.path}: {why}", hint="use a step of single-turn rollouts")
     if not _count_continuations(run, "student", responses):
         detail = f"{rollout.path}: none of {len(responses)} responses is longer than one of continuations.prefix_tokens"
         raise OpdctlError("invalid_data", detail, hint="set shorter prefixes, or continuations.prefix_percents")

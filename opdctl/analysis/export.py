@@ -1,12 +1,16 @@
 """Responses with their scores and weights as one Parquet file: `opdctl run export`. docs/artifacts.md defines it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from opdctl import signals
 from opdctl.analysis.samples import response_groups
 from opdctl.artifacts import tables
-from opdctl.artifacts.records import ExportedResponse, ScoredResponse
+from opdctl.artifacts.records import ExportedResponse, Response, ScoredResponse
 from opdctl.losses.token_weights import Floats, Weight, weigh
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.run import Run
@@ -48,6 +52,7 @@ def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) 
     for scored, weight_T in zip(group, weights, strict=True):
         response, teacher, reference = scored.response, scored.teacher, scored.reference
         teacher_prompt_ids = run.prompt_ids(response.teacher, response)
+        spread = partial(_spread, response)
         has_own_prompt = teacher_prompt_ids is not response.prompt_ids
         yield ExportedResponse(
             step=step,
@@ -66,16 +71,25 @@ def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) 
             finish_reason=response.finish_reason,
             teacher=response.teacher,
             teacher_prompt_ids=teacher_prompt_ids if has_own_prompt else None,
-            student_logprobs=response.logprobs,
-            sampling_logprobs=response.sampling_logprobs,
-            teacher_logprobs=teacher.logprobs,
-            reference_logprobs=reference.logprobs if reference else None,
-            student_entropies=response.entropies,
-            teacher_entropies=teacher.entropies,
-            student_top_ids=response.top_ids,
-            student_top_logprobs=response.top_logprobs,
-            teacher_top_ids=teacher.top_ids,
-            teacher_top_logprobs=teacher.top_logprobs,
-            teacher_student_top_logprobs=teacher.student_top_logprobs,
-            weights=weight_T.astype("float32"),
+            student_logprobs=spread(response.logprobs),
+            sampling_logprobs=spread(response.sampling_logprobs),
+            teacher_logprobs=spread(teacher.logprobs),
+            reference_logprobs=spread(reference.logprobs) if reference else None,
+            student_entropies=spread(response.entropies),
+            teacher_entropies=spread(teacher.entropies),
+            student_top_ids=spread(response.top_ids),
+            student_top_logprobs=spread(response.top_logprobs),
+            teacher_top_ids=spread(teacher.top_ids),
+            teacher_top_logprobs=spread(teacher.top_logprobs),
+            teacher_student_top_logprobs=spread(teacher.student_top_logprobs),
+            weights=spread(weight_T.astype(np.float32)),
         )
+
+
+def _spread(response: Response, values: Any) -> Any:
+    """Return values of the student's own tokens with 0 at all other tokens of the response."""
+    if values is None or response.loss_mask is None:
+        return values
+    spread = np.zeros((len(response.response_ids), *values.shape[1:]), values.dtype)
+    spread[response.loss_mask] = values
+    return spread

@@ -4,6 +4,7 @@ Text from a model, a prompt or a recipe reaches the page through the escaping of
 """
 
 import base64
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -166,7 +167,7 @@ def _sample_sections(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def _sample_section(sample: Sample, shades: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    texts = [printable(piece) for piece in sample.pieces[:MAX_REPORT_TOKENS]]
+    shown = [(printable(piece), t) for piece, t in itertools.islice(sample.numbered_pieces(), MAX_REPORT_TOKENS)]
     return {
         "title": sample.title(),
         "prompt": printable(sample.prompt),
@@ -177,9 +178,11 @@ def _sample_section(sample: Sample, shades: Mapping[str, np.ndarray]) -> dict[st
                 "weight_shade": f"{shades['weight'][t]:.2f}",
                 "tooltip": _tooltip(sample, t),
             }
-            for t, text in enumerate(texts)
+            if t is not None
+            else {"text": text}
+            for text, t in shown
         ],
-        "omitted": len(sample.pieces) - len(texts),
+        "omitted": len(sample.pieces) - len(shown),
     }
 
 

@@ -1,5 +1,6 @@
 """Single responses, token by token: their text, their numbers and their shades. No model, no torch."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opdctl import console
-from opdctl.artifacts.records import ScoredResponse
+from opdctl.artifacts.records import LossMask, ScoredResponse
 from opdctl.errors import OpdctlError
 from opdctl.losses.token_weights import Floats, ResponseTokens, Weight, weigh
 from opdctl.runs.run import Run
@@ -22,7 +23,10 @@ SHADES = {"signal": (194, 65, 12), "weight": (29, 78, 216)}
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: the text of its prompt and of each token, its numbers, and its weights by name, [T] each."""
+    """One response: the text of its prompt and of each token, and the numbers of the student's own tokens, [T] each.
+
+    pieces: the text of all tokens. loss_mask: which of these are the student's own, None if all are. weights: by name.
+    """
 
     sample_id: str
     step: int
@@ -32,10 +36,26 @@ class Sample:
     weights: Mapping[str, Floats]
     finish_reason: str
     answer: str | None
+    loss_mask: LossMask | None = None
 
     def title(self) -> str:
         answer = "" if self.answer is None else f", gold answer {self.answer}"
-        return f"{self.sample_id}, step {self.step}: {len(self.pieces)} tokens, {self.finish_reason}{answer}"
+        read = len(self.pieces) - len(self.tokens)
+        others = f" and {read} that it read" if read else ""
+        return f"{self.sample_id}, step {self.step}: {len(self.tokens)} tokens{others}, {self.finish_reason}{answer}"
+
+    def numbered_pieces(self) -> Iterator[tuple[str, int | None]]:
+        """Yield the text of each token, with its number among the student's own; None if it is not one of these."""
+        numbers = itertools.count()
+        for piece, is_own in zip(self.pieces, self._mask(), strict=True):
+            yield piece, next(numbers) if is_own else None
+
+    def own_pieces(self) -> list[str]:
+        """Return the text of each of the student's own tokens."""
+        return [piece for piece, number in self.numbered_pieces() if number is not None]
+
+    def _mask(self) -> list[bool]:
+        return [True] * len(self.pieces) if self.loss_mask is None else self.loss_mask.tolist()
 
     def values(self, by: str) -> Floats:
         """Return the quantity that the tokens are shaded by, [T]: |A|, or the first weight."""
@@ -47,7 +67,7 @@ class Sample:
         return np.clip((self.values(by) - low) / (high - low or 1.0), 0, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the response as JSON values."""
+        """Return the response as JSON values. The numbers of a token that is not the student's own are null."""
         columns = {"advantage": self.tokens.advantage_T, "student_logp": self.tokens.student_logp_T}
         columns |= {"teacher_logp": self.tokens.teacher_logp_T} | dict(self.weights)
         return {
@@ -57,8 +77,13 @@ class Sample:
             "answer": self.answer,
             "finish_reason": self.finish_reason,
             "tokens": list(self.pieces),
-            **{name: value_T.tolist() for name, value_T in columns.items()},
+            "loss_mask": self._mask(),
+            **{name: self._with_nulls(value_T) for name, value_T in columns.items()},
         }
+
+    def _with_nulls(self, value_T: Floats) -> list[float | None]:
+        values = value_T.tolist()
+        return [None if number is None else values[number] for _, number in self.numbered_pieces()]
 
 
 def shade_range(samples: Sequence[Sample], by: str) -> tuple[float, float]:
@@ -83,7 +108,7 @@ def response_groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Itera
     size = 0
     for scored in read_scored(run, step):
         group.append(scored)
-        size += len(scored.response.response_ids)
+        size += len(scored.response.own_ids)
         if size >= CHUNK_TOKENS:
             yield group
             group, size = [], 0
@@ -111,6 +136,7 @@ def load_samples(run: Run, step: int, sample_ids: Sequence[str], weights: Mappin
                     weights={name: weight_RT[index] for name, weight_RT in weights_by_name.items()},
                     finish_reason=response.finish_reason,
                     answer=response.answer,
+                    loss_mask=response.loss_mask,
                 )
     return [samples[name] for name in sample_ids if name in samples]
 
@@ -123,7 +149,7 @@ def representative_ids(run: Run, step: int) -> list[str]:
             response.sample_id,
         )
         for scored in read_scored(run, step)
-        if len((response := scored.response).response_ids)
+        if len((response := scored.response).own_ids)
     )
     return list(dict.fromkeys(means[index][1] for index in (len(means) // 2, -1))) if means else []
 

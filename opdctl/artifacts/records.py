@@ -119,6 +119,11 @@ class Response(Completion):
     tool_seconds: StoredFloat | None = None
     reward: StoredFloat | None = None
 
+    @property
+    def own_ids(self) -> Ids:
+        """The ids of the student's own tokens."""
+        return self.response_ids if self.loss_mask is None else self.response_ids[self.loss_mask]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
@@ -175,7 +180,11 @@ class GradedResponse:
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponse:
-    """A response joined with the scores of its teacher and, if there is one, of the reference model."""
+    """A response joined with the scores of its teacher and, if there is one, of the reference model.
+
+    The columns of tokens have the T tokens of the student only. `response.response_ids` and `response.loss_mask` have
+    all.
+    """
 
     response: Response
     teacher: TokenScores

@@ -23,17 +23,17 @@ def print_sample(sample: Sample, by: str) -> None:
     quantity = "|A| in nats" if by == "signal" else f"weight {name}"
     console.answer(f"{sample.title()}; shaded by {quantity}, from {low:.3g} to {high:.3g}", "bold")
     text = Text().append(printable(sample.prompt), style="dim")
-    for piece, shade in zip(sample.pieces, shade_T, strict=True):
-        text.append(printable(piece), style=_shade_style(by, float(shade)))
+    for piece, number in sample.numbered_pieces():
+        text.append(printable(piece), style="dim" if number is None else _shade_style(by, float(shade_T[number])))
     console.print_renderable(text)
-    signal_T = np.abs(sample.tokens.advantage_T)
+    signal_T, pieces = np.abs(sample.tokens.advantage_T), sample.own_pieces()
     listed = np.sort(np.argsort(-signal_T, kind="stable")[:MAX_LISTED_TOKENS])
     console.print_table(
         f"the {len(listed)} tokens with the most signal",
         ("token", "position", "log p student", "log p teacher", "A", f"weight {name}"),
         [
             [
-                printable(sample.pieces[t]),
+                printable(pieces[t]),
                 str(t + 1),
                 f"{sample.tokens.student_logp_T[t]:.3f}",
                 f"{sample.tokens.teacher_logp_T[t]:.3f}",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from opdctl.artifacts.records import Ids
+from opdctl.artifacts.records import Ids, LossMask
 from opdctl.models.packing import PackedSequences
 
 
@@ -57,8 +57,9 @@ def pack_by_token_budget(
 class SequenceBatch:
     """Prompts with their responses, one in each row and padded on the right, or packed into a single row.
 
-    Response token n, in the order of the given sequences, is input_ids_BT[rows_N[n], positions_N[n]]. lengths: the
-    tokens of each response. packed: the sequences of the single row; None if each row has one.
+    Response token n, in the order of the given sequences, is input_ids_BT[rows_N[n], positions_N[n]]; of a response
+    with a mask, only the student's own tokens count. lengths: the number of these tokens of each response. packed: the
+    sequences of the single row; None if each row has one.
     """
 
     input_ids_BT: Tensor
@@ -72,39 +73,50 @@ class SequenceBatch:
         return iter(values_N.split(self.lengths))
 
 
-def pad_batch(sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str) -> SequenceBatch:
+Masks = Sequence[LossMask | None]
+"""The masks of responses, [T] each; None of a response whose tokens are all the student's own."""
+
+
+def pad_batch(
+    sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str, masks: Masks | None = None
+) -> SequenceBatch:
     """Pad (prompt ids, response ids) pairs with id 0. It is a valid id too, so the batch holds the real lengths."""
-    lengths = [len(response) for _, response in sequences]
-    starts = np.array([len(prompt) for prompt, _ in sequences], np.int64)
-    ids = np.zeros((len(sequences), max(int(s) + n for s, n in zip(starts, lengths, strict=True))), np.int64)
+    places = _places_of_tokens(sequences, masks)
+    ids = np.zeros((len(sequences), max(len(prompt) + len(response) for prompt, response in sequences)), np.int64)
     for row, (prompt, response) in enumerate(sequences):
         ids[row, : len(prompt)] = prompt
         ids[row, len(prompt) : len(prompt) + len(response)] = response
-    rows = np.repeat(np.arange(len(sequences)), lengths)
+    lengths = [len(each) for each in places]
     return SequenceBatch(
         torch.from_numpy(ids).to(device),
-        torch.from_numpy(rows).to(device),
-        torch.from_numpy(starts[rows] + _positions_within(lengths)).to(device),
+        torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths)).to(device),
+        torch.from_numpy(np.concatenate(places)).to(device),
         lengths,
     )
 
 
-def pack_batch(sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str) -> SequenceBatch:
+def pack_batch(
+    sequences: Sequence[tuple[Ids, Ids]], device: torch.device | str, masks: Masks | None = None
+) -> SequenceBatch:
     """Put (prompt ids, response ids) pairs one after another into one row. A prompt has at least one id."""
-    lengths = [len(response) for _, response in sequences]
-    ends = np.cumsum([len(prompt) + len(response) for prompt, response in sequences])
-    positions = np.repeat(ends - lengths, lengths) + _positions_within(lengths)
+    places = _places_of_tokens(sequences, masks)
+    sizes = [len(prompt) + len(response) for prompt, response in sequences]
+    starts = np.cumsum([0, *sizes[:-1]])
+    positions = np.concatenate([start + each for start, each in zip(starts, places, strict=True)])
     ids = np.concatenate([ids for pair in sequences for ids in pair]).astype(np.int64)
     device = torch.device(device)
     return SequenceBatch(
         torch.from_numpy(ids[None]).to(device),
         torch.zeros(len(positions), dtype=torch.int64, device=device),
         torch.from_numpy(positions).to(device),
-        lengths,
-        PackedSequences(tuple(np.diff(ends, prepend=0).tolist()), device),
+        [len(each) for each in places],
+        PackedSequences(tuple(sizes), device),
     )
 
 
-def _positions_within(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Return the position of each token in its response, [N]."""
-    return np.arange(sum(lengths)) - np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+def _places_of_tokens(sequences: Sequence[tuple[Ids, Ids]], masks: Masks | None) -> list[npt.NDArray[np.int64]]:
+    """Return the positions of each response's tokens that count in its sequence."""
+    return [
+        len(prompt) + (np.arange(len(response)) if mask is None else np.flatnonzero(mask))
+        for (prompt, response), mask in zip(sequences, masks or [None] * len(sequences), strict=True)
+    ]

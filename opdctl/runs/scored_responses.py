@@ -1,18 +1,30 @@
 """Responses joined with their scores, by id, part by part. Imports no torch, so the analysis needs no model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from opdctl import console
-from opdctl.artifacts.records import Logprobs, Response, ScoredResponse, TokenScores
+from opdctl.artifacts.records import HiddenStates, Logprobs, LossMask, Response, ScoredResponse, TokenScores
 from opdctl.artifacts.tables import read_scores
 from opdctl.errors import OpdctlError
 from opdctl.losses.token_weights import COLUMN_SETTINGS, Floats, ResponseTokens
 from opdctl.models.directory import ModelDir
 from opdctl.runs.run import REFERENCE, Run
+
+_Record = TypeVar("_Record", Response, TokenScores)
+TOKEN_COLUMNS = (
+    "logprobs",
+    "sampling_logprobs",
+    "entropies",
+    "top_ids",
+    "top_logprobs",
+    "student_top_logprobs",
+)
+"""The columns of responses and scores with one row for each token."""
 
 
 def read_scored(run: Run, step: int) -> Iterator[ScoredResponse]:
@@ -51,8 +63,8 @@ def join(
 ) -> list[ScoredResponse]:
     """Join responses with the scores of each model, by the model's name and the sample's id.
 
-    A teacher scores the responses that name it, the reference all, and neither any other. Up to `max_invalid` responses
-    with short or non-finite columns are skipped.
+    A teacher scores the responses that name it, the reference all, and neither any other. Only the student's own tokens
+    are left. Up to `max_invalid` responses with short columns, or non-finite ones at these tokens, are skipped.
 
     Raises:
         OpdctlError: one more response is invalid; a score is missing or has no response.
@@ -69,18 +81,19 @@ def join(
     for response in responses:
         teacher = scores[response.teacher][response.sample_id]
         reference = scores[REFERENCE][response.sample_id] if REFERENCE in scores else None
-        records: dict[str, Response | TokenScores] = {"student": response, response.teacher: teacher}
-        records |= {REFERENCE: reference} if reference else {}
         try:
-            for name, record in records.items():
-                _check_columns(response, name, record)
+            own = ScoredResponse(
+                _own_tokens(response, "student", response),
+                _own_tokens(response, response.teacher, teacher),
+                _own_tokens(response, REFERENCE, reference) if reference else None,
+            )
         except OpdctlError as error:
             max_invalid -= 1
             if max_invalid < 0:
                 raise
             console.warn(f"{error.message}; this response is skipped")
         else:
-            joined.append(ScoredResponse(response, teacher, reference))
+            joined.append(own)
     return joined
 
 
@@ -88,15 +101,26 @@ def _join_error(name: str, examples: Iterable[str]) -> OpdctlError:
     return OpdctlError("corrupt_artifact", f"responses and scores do not join: {name}: {', '.join(examples)}")
 
 
-def _check_columns(response: Response, name: str, record: Response | TokenScores) -> None:
-    """Check that each stored column of the model `name` has one row per token, all finite."""
-    for column in ("logprobs", "sampling_logprobs", "entropies", "top_logprobs", "student_top_logprobs"):
-        values = getattr(record, column, None)
-        if values is None:
-            continue
-        if len(values) != len(response.response_ids):
-            why = f"{response.sample_id}: {len(response.response_ids)} tokens, {len(values)} {column} of the {name}"
-            raise OpdctlError("corrupt_artifact", why)
+def _own_tokens(response: Response, name: str, record: _Record) -> _Record:
+    """Return the response, or its scores by the model `name`, with the columns of the student's own tokens only.
+
+    Raises:
+        OpdctlError: a column does not have one row for each token of the response, or a row is not finite.
+    """
+    mask_T, length = response.loss_mask, len(response.response_ids)
+    columns = {each: values for each in TOKEN_COLUMNS if (values := getattr(record, each, None)) is not None}
+    lengths = {each: len(values) for each, values in columns.items()}
+    lengths |= {} if mask_T is None else {"loss_mask": len(mask_T)}
+    if wrong := [each for each in lengths if lengths[each] != length]:
+        why = f"{response.sample_id}: {length} tokens, {lengths[wrong[0]]} {wrong[0]} of the {name}"
+        raise OpdctlError("corrupt_artifact", why)
+    if mask_T is not None:
+        columns = {each: values[mask_T] for each, values in columns.items()}
+        own: dict[str, Any] = dict(columns)
+        if isinstance(record, TokenScores) and record.hidden_states is not None:
+            own["hidden_states"] = _own_hidden_states(record.hidden_states, mask_T)
+        record = replace(record, **own)
+    for column, values in columns.items():
         if not np.isfinite(values).all():
             position = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(-1)))
             raise OpdctlError(
@@ -105,6 +129,11 @@ def _check_columns(response: Response, name: str, record: Response | TokenScores
                 hint="the model gives a token probability 0, or computes NaN in its dtype; train.max_invalid_responses "
                 "allows a few",
             )
+    return record
+
+
+def _own_hidden_states(read: HiddenStates, mask_T: LossMask) -> HiddenStates:
+    return lambda: read()[mask_T]
 
 
 def target_logprobs(scored: ScoredResponse, extrapolation: float, weight_T: Floats | None = None) -> Logprobs:

@@ -39,7 +39,7 @@ class MetricSums:
 def response_stats(scored: Sequence[ScoredResponse]) -> dict[str, float]:
     """Return statistics of all responses of a step. The quantiles of |A|, in nats, are of the stored log-probs."""
     responses = [sample.response for sample in scored]
-    lengths = [len(response.response_ids) for response in responses]
+    lengths = [len(response.own_ids) for response in responses]
     stats = {
         "responses": len(responses),
         "tokens": sum(lengths),

@@ -66,8 +66,9 @@ def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
 
 
 def _join(samples: list[ScoredResponse], packs: bool, device: torch.device | str) -> SequenceBatch:
-    join = pack_batch if packs else pad_batch
-    return join([(sample.response.prompt_ids, sample.response.response_ids) for sample in samples], device)
+    join, responses = pack_batch if packs else pad_batch, [sample.response for sample in samples]
+    pairs = [(response.prompt_ids, response.response_ids) for response in responses]
+    return join(pairs, device, [response.loss_mask for response in responses])
 
 
 def make_micro_batches(

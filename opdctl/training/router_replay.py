@@ -54,7 +54,8 @@ def token_places(samples: Sequence[ScoredResponse], batch: SequenceBatch) -> Ten
 
 def _places(samples: Sequence[ScoredResponse], batch: SequenceBatch) -> Iterator[tuple[Response, int]]:
     """Yield each response with the place of the first token of its prompt."""
-    places = (batch.rows_N * batch.input_ids_BT.shape[1] + batch.positions_N).tolist()
-    starts = np.cumsum([0, *batch.lengths[:-1]])
+    width = batch.input_ids_BT.shape[1]
+    sizes = [len(sample.response.prompt_ids) + len(sample.response.response_ids) for sample in samples]
+    starts = width * np.arange(len(samples)) if batch.packed is None else np.cumsum([0, *sizes[:-1]])
     for sample, start in zip(samples, starts.tolist(), strict=True):
-        yield sample.response, places[start] - len(sample.response.prompt_ids)
+        yield sample.response, start

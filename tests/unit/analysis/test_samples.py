@@ -60,3 +60,15 @@ def test_unknown_sample_is_rejected_with_an_example(run, name):
     assert error.value.kind == "unknown_name"
     assert f"`{name}`" in error.value.message
     assert "planted/00000/0" in error.value.hint
+
+
+def test_tokens_that_the_student_only_read_have_no_numbers():
+    a_T = np.array([-1.0, -2.0])
+    mask = np.array([True, False, True])
+    sample = Sample("s", 0, "", list("abc"), ResponseTokens(a_T, a_T, a_T), {"w": -a_T}, "stop", None, mask)
+    assert [*sample.numbered_pieces()] == [("a", 0), ("b", None), ("c", 1)]
+    assert sample.own_pieces() == ["a", "c"]
+    assert sample.title() == "s, step 0: 2 tokens and 1 that it read, stop"
+    values = sample.as_dict()
+    assert (values["advantage"], values["w"]) == ([-1.0, None, -2.0], [1.0, None, 2.0])
+    assert values["loss_mask"] == [True, False, True]

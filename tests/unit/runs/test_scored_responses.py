@@ -1,5 +1,7 @@
 """Responses join their scores strictly."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -84,3 +86,33 @@ def test_a_few_invalid_responses_are_skipped(responses, scores, capsys):
     joined = join(responses, {"teacher": broken}, 1)
     assert [sample.response.sample_id for sample in joined] == [response.sample_id for response in responses[1:]]
     assert first in capsys.readouterr().err
+
+
+# ── Masks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_mask_leaves_own_tokens_in_every_column(responses, scores):
+    first, *others = responses
+    length = len(first.response_ids)
+    own_T = np.arange(length) % 3 > 0
+    top_TK = np.arange(2 * length).reshape(length, 2)
+    states_TD = np.arange(3.0 * length, dtype=np.float32).reshape(length, 3)
+    response = replace(first, loss_mask=own_T, entropies=first.logprobs, top_ids=top_TK)
+    score = replace(scores[first.sample_id], top_logprobs=states_TD, hidden_states=lambda: states_TD)
+    sample, *rest = join([response, *others], {"teacher": scores | {first.sample_id: score}})
+    np.testing.assert_array_equal(sample.response.logprobs, first.logprobs[own_T])
+    np.testing.assert_array_equal(sample.response.entropies, first.logprobs[own_T])
+    np.testing.assert_array_equal(sample.response.top_ids, top_TK[own_T])
+    np.testing.assert_array_equal(sample.response.own_ids, first.response_ids[own_T])
+    np.testing.assert_array_equal(sample.response.response_ids, first.response_ids)
+    np.testing.assert_array_equal(sample.teacher.logprobs, score.logprobs[own_T])
+    np.testing.assert_array_equal(sample.teacher.top_logprobs, states_TD[own_T])
+    np.testing.assert_array_equal(sample.teacher.hidden_states(), states_TD[own_T])
+    assert [other.response for other in rest] == others
+
+
+def test_a_mask_of_another_length_is_corrupt(responses, scores):
+    first = responses[0].sample_id
+    error = join_error([replace(responses[0], loss_mask=np.ones(1, bool)), *responses[1:]], {"teacher": scores})
+    assert error.kind == "corrupt_artifact"
+    assert f"{first}: {len(responses[0].response_ids)} tokens, 1 loss_mask" in error.message

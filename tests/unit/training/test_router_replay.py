@@ -147,11 +147,13 @@ def test_experts_are_stored_and_read_as_they_are(folder, tmp_path):
         assert len(row.routed_experts) == (len(row.prompt_ids) + len(row.response_ids) - 1) * 2 * 2
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("join", [pad_batch, pack_batch])
-def test_experts_lie_where_the_tokens_lie(join, folder):
+def test_experts_lie_where_the_tokens_lie(join, is_masked, folder):
     samples = scored(*sampled(folder))[:3]
     pairs = [(each.response.prompt_ids, each.response.response_ids) for each in samples]
-    batch, routers = join(pairs, "cpu"), Routers(make("qwen3_moe"))
+    masks = [np.arange(len(response)) > 1 for _, response in pairs] if is_masked else None  # not the first tokens
+    batch, routers = join(pairs, "cpu", masks), Routers(make("qwen3_moe"))
     given_NLK, is_token_N = given_experts(samples, batch, routers), token_places(samples, batch)
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     starts = np.cumsum([0, *lengths]) if join is pack_batch else np.arange(4) * max(lengths)
