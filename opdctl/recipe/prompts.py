@@ -23,10 +23,10 @@ class PromptSource(Section):
     """Where prompts come from, and what the columns of their rows are."""
 
     source: str | list[str] = ""
-    """`toy:sort12`, `toy:perm`, a hub data set, or local data: a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file
-    (text also as `.gz` or `.zst`), a folder of such files, a folder saved by `datasets`, a pattern such as
-    `data/*.parquet`, or a list of these. A later file or `--set` with another source also removes `subset`, `revision`
-    and `data_files`, which belong to the previous one."""
+    """`toy:sort12`, `toy:perm`, `toy:calc`, a hub data set, or local data: a `.jsonl`, `.json`, `.csv`, `.tsv` or
+    `.parquet` file (text also as `.gz` or `.zst`), a folder of such files, a folder saved by `datasets`, a pattern such
+    as `data/*.parquet`, or a list of these. A later file or `--set` with another source also removes `subset`,
+    `revision` and `data_files`, which belong to the previous one."""
     subset: str | None = None
     """The subset (configuration) of the hub data set, such as `main` of `openai/gsm8k`."""
     split: str = "train"

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,13 +20,28 @@ class ToyProblem:
 
 
 @dataclass(frozen=True, slots=True)
+class ToyTool:
+    """A tool that responses call. `run` returns the output after a call; each ends with a fixed character."""
+
+    run: Callable[[str], str]
+    call_end: str
+    output_end: str
+
+    def outputs(self, response: str) -> Iterator[range]:
+        """Yield the positions of each output in a worked answer."""
+        for match in re.finditer(f"(?<={self.call_end})[^{self.output_end}]*{self.output_end}", response):
+            yield range(*match.span())
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """A task. `generate` returns a prompt without its final `?`. `write_solution` returns the worked answer to it, on
-    which the teacher was trained; the answer follows its last `>`."""
+    which the teacher was trained, with the outputs of the tool; the answer follows its last `>`."""
 
     name: str
     generate: Callable[[random.Random], str]
     write_solution: Callable[[str], str]
+    tool: ToyTool | None = None
 
     def problems(self, split: str, seed: int) -> Iterator[ToyProblem]:
         """Yield an endless sequence of distinct problems of `split`, determined by `seed`."""

@@ -10,6 +10,7 @@ answers:
     student          stops writing the remaining letters early on and guesses: its errors are at the start
     student-spread   makes an occasional wrong step and continues from it: its errors are spread out
     perm-student     the teacher of perm, degraded in the same way: a student of the teacher's size
+    calc-student     the teacher of calc, degraded by calls with an incorrect digit, most of them early
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opdctl.data.toy import perm, perm4, perm8, sort12, swapping
+from opdctl.data.toy import calc, calculating, perm, perm4, perm8, sort12, swapping
 from opdctl.data.toy.task import Task, ToyProblem
 
 PUNCTUATION = "?:;>,.=+-*/()<[]| "
@@ -34,6 +35,7 @@ SHAPES = {  # hidden size, layers, heads, feed-forward size
     "teacher": (96, 3, 3, 288),
     "student": (64, 2, 2, 192),
 }
+MAX_CALLS = 8  # of a tool in one response when accuracy is measured
 Trace = Callable[[str, random.Random], str]
 
 
@@ -111,6 +113,20 @@ def wrong_swaps(text: str, rng: random.Random, rate: float = 0.09) -> str:
     return f"{''.join(passes)}>{''.join(cells)}"
 
 
+def wrong_calls(text: str, rng: random.Random) -> str:
+    """In two of five calls at first, later in fewer, replace a digit by a random one, and continue from the output."""
+    value, *others = calculating.parse_numbers(text)
+    written = ""
+    for number, rate in zip(others, (0.4, 0.3, 0.2, 0.1, 0.1), strict=True):
+        call = f"{value}{number}="
+        if rng.random() < rate:
+            place = rng.choice([place for place, character in enumerate(call) if character.isdigit()])
+            call = call[:place] + rng.choice(string.digits) + call[place + 1 :]
+        output = calculating.calculate(call)
+        value, written = output.removesuffix(";"), written + call + output
+    return f"{written}>{value}"
+
+
 @dataclass(frozen=True)
 class TrainingStage:
     """Training on `steps` batches, one task after another, with AdamW (0.9, 0.98), a short warm-up, and cosine decay
@@ -145,6 +161,7 @@ def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: TrainingSt
         ids = tok(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
         labels[:, : len(pairs[0][0])] = -100  # a task's prompts have one length
+        mask_tool_outputs(labels, pairs, stage.tasks[step % len(stage.tasks)])
         loss = model(**ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -155,19 +172,45 @@ def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: TrainingSt
             print(f"  step {step + 1}/{steps}  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
 
 
+def mask_tool_outputs(labels: torch.Tensor, pairs: list[tuple[str, str]], task: Task) -> None:
+    """Remove the outputs of the task's tool from the labels: the model reads them and does not write them."""
+    for row, (prompt, response) in zip(labels, pairs, strict=True):
+        for span in task.tool.outputs(response) if task.tool else ():
+            row[len(prompt) + span.start : len(prompt) + span.stop] = -100
+
+
 @torch.inference_mode()
+def write_responses(
+    model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, task: Task, prompts: list[str], **options: Any
+) -> list[str]:
+    """Return a response to each prompt. After each call of the task's tool comes its output."""
+    texts, active = list(prompts), list(range(len(prompts)))
+    stops = [tok.eos_token_id] + ([tok.convert_tokens_to_ids(task.tool.call_end)] if task.tool else [])
+    for _ in range(1 + MAX_CALLS):
+        inputs = tok([texts[i] for i in active], return_tensors="pt", padding=True, padding_side="left")
+        out = model.generate(**inputs, max_new_tokens=160, eos_token_id=stops, **options)
+        written = tok.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        turns, active = zip(active, written, strict=True), []
+        for i, text in turns:
+            texts[i] += text
+            if task.tool and text.endswith(task.tool.call_end):
+                texts[i] += task.tool.run(text)
+                active.append(i)
+        if not active:
+            break
+    return [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)]
+
+
 def measure_accuracy(
     model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, task: Task, *, sample: bool, count: int = 256
 ) -> float:
     """Return the fraction of `count` test problems answered correctly, sampled at temperature 1 or greedily."""
     stream = task.problems("test", 0)
     problems = [next(stream) for _ in range(count)]
-    ids = tok([p.prompt for p in problems], return_tensors="pt")["input_ids"]
     model.eval()
     torch.manual_seed(0)
     options: dict[str, Any] = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
-    out = model.generate(ids, max_new_tokens=160, **options)
-    texts = tok.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    texts = write_responses(model, tok, task, [p.prompt for p in problems], **options)
     return sum(task.extract(text) == p.answer for text, p in zip(texts, problems, strict=True)) / count
 
 
@@ -214,20 +257,32 @@ def make_perm_models(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM
     }
 
 
+def make_calc_models(tok: PreTrainedTokenizerFast) -> dict[str, Qwen3ForCausalLM]:
+    """Train the models of calc. A small teacher suffices, since the calculator does the arithmetic."""
+    teacher = build_model("student", len(tok), seed=2)
+    train_stage(teacher, tok, "calc-teacher", TrainingStage((calc,), steps=800, lr=3e-3, batch=48), seed=2)
+    return {
+        "calc-teacher": teacher,
+        "calc-student": degrade(teacher, tok, "calc-student", calc, wrong_calls, steps=60),
+    }
+
+
+MAKERS = {"sort12": make_sort12_models, "perm": make_perm_models, "calc": make_calc_models}
+
+
 def save_models(out: Path, make_models: Callable[[PreTrainedTokenizerFast], dict[str, Qwen3ForCausalLM]]) -> None:
     """Train models and save each under `out`, in a directory of its name."""
-    tok = make_tokenizer()
-    for name, model in make_models(tok).items():
+    for name, model in make_models(make_tokenizer()).items():
         model.save_pretrained(out / name)
-        tok.save_pretrained(out / name)
+        make_tokenizer().save_pretrained(out / name)  # a tokenizer saves the padding of its last call
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory for the model directories")
-    parser.add_argument("--task", choices=("sort12", "perm"), nargs="+", default=("sort12", "perm"))
+    parser.add_argument("--task", choices=MAKERS, nargs="+", default=list(MAKERS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for task in args.task:
-        save_models(args.out, {"sort12": make_sort12_models, "perm": make_perm_models}[task])
+        save_models(args.out, MAKERS[task])

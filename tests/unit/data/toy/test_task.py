@@ -4,7 +4,8 @@ from itertools import islice
 
 import pytest
 
-from opdctl.data.toy import TASKS, perm, perm4, sort12
+from opdctl.data.toy import TASKS, calc, perm, perm4, sort12
+from opdctl.data.toy.calculating import calculate
 from opdctl.models.directory import ModelDir, find_or_download, toy_model_names
 from opdctl.recipe.schema import Model
 
@@ -14,6 +15,7 @@ EVERY_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_worked_answers_by_hand():
     assert sort12.solve("cab?") == "a:cb;b:c;c:;>abc"
     assert perm.solve("abcde:0134?") == "01bacde;34baced;>baced"
+    assert calc.solve("37+48-15-90?") == "37+48=85;85-15=70;70-90=-20;>-20"
 
 
 def test_worked_answers_are_correct_and_have_the_documented_length():
@@ -27,6 +29,11 @@ def test_worked_answers_are_correct_and_have_the_documented_length():
         assert len(problem.prompt) == 31
         assert len(perm.solve(problem.prompt)) == 102
         assert followed(problem.prompt) == problem.answer
+    for problem in islice(calc.problems("train", 3), 50):
+        assert len(problem.prompt) == 18
+        worked = calc.solve(problem.prompt)
+        assert worked.count("=") == 5
+        assert calc.extract(worked) == problem.answer == str(eval(problem.prompt.removesuffix("?")))
 
 
 def followed(prompt: str) -> str:
@@ -45,7 +52,23 @@ def test_perm4_has_fewer_swaps():
     assert followed(problem.prompt) == problem.answer
 
 
-@pytest.mark.parametrize("task", [sort12, perm], ids=["sort12", "perm"])
+@pytest.mark.parametrize(
+    ("call", "output"),
+    [("37+48=", "85;"), ("-5+6=", "1;"), ("12-40=", "-28;"), ("0+00=", "0;"), ("999999+1=", "1000000;")]
+    + [(call, "?;") for call in ("", "=", "3=", "3+=", "3a+4=", "3+4", "3+4+5=", "3+4==", "1234567+1=", "٣+4=")],
+)
+def test_calculator_answers_every_call(call, output):
+    assert calculate(call) == output
+
+
+def test_outputs_of_the_tool_are_found_in_a_worked_answer():
+    worked = "37+48=85;85-90=-5;>-5"
+    assert calc.tool is not None
+    assert ["".join(worked[i] for i in span) for span in calc.tool.outputs(worked)] == ["85;", "-5;"]
+    assert list(calc.tool.outputs(">-5")) == []
+
+
+@pytest.mark.parametrize("task", [sort12, perm, calc], ids=["sort12", "perm", "calc"])
 def test_splits_are_disjoint_for_all_seeds(task):
     train = {p.id for seed in range(3) for p in islice(task.problems("train", seed), 2000)}
     test = {p.id for seed in range(3) for p in islice(task.problems("test", seed), 2000)}
@@ -76,12 +99,12 @@ def test_answer_follows_the_last_marker(response, answer):
 
 def test_toy_models_are_small_and_share_one_tokenizer():
     directories = [ModelDir(find_or_download(Model(model=name), "model"), "float32") for name in toy_model_names()]
-    names = ["perm-student", "perm-teacher", "student", "student-spread", "teacher"]
+    names = ["calc-student", "calc-teacher", "perm-student", "perm-teacher", "student", "student-spread", "teacher"]
     assert toy_model_names() == [f"toy:{name}" for name in names]
     assert sum(f.stat().st_size for d in directories for f in d.path.iterdir()) < 6 * 2**20
     assert len({d.tokenizer_digest for d in directories}) == 1
     sizes = {name: d.weights.num_parameters for name, d in zip(toy_model_names(), directories, strict=True)}
-    small = {"toy:student", "toy:student-spread"}
+    small = {"toy:student", "toy:student-spread", "toy:calc-student", "toy:calc-teacher"}
     assert sizes == {name: 110_528 if name in small else 365_664 for name in toy_model_names()}
 
 
