@@ -1,7 +1,7 @@
 """The messages of a prompt: a text of the user, or a chat in the form of OpenAI or of ShareGPT. Imports no torch."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,16 +66,34 @@ def parse_chat(cell: Any, location: str, final_assistant: FinalAssistant = "drop
         OpdctlError: the cell or a message has another form, has images, or a key or role that is unknown; no message
             is the user's, or its text is empty; the last message is the assistant's and `final_assistant` is "error".
     """
-    if isinstance(cell, list) and cell:
-        messages = [_parse_message(turn, f"{location}: message {n}") for n, turn in enumerate(cell, 1)]
-    elif isinstance(cell, str) and cell:
-        messages = [Message("user", check_unicode(cell, location))]
-    else:
-        wanted = f"must be text or a list of chat messages, got {cell!r:.{MAX_SHOWN_CHARS}}"
-        reason = "is null" if cell is None else wanted
-        raise OpdctlError("invalid_data", f"{location} {reason}")
+    messages = parse_messages(cell, location)
     if messages[-1].role == "assistant" and final_assistant != "continue":
         _drop_answer(messages, location, final_assistant)
+    return make_chat(messages, location)
+
+
+def parse_messages(cell: Any, location: str) -> list[Message]:
+    """Return the messages of a cell: of a list, or the user's one of a text.
+
+    Raises:
+        OpdctlError: the cell or a message has another form, has images, or a key or role that is unknown.
+    """
+    if isinstance(cell, list) and cell:
+        return [_parse_message(turn, f"{location}: message {n}") for n, turn in enumerate(cell, 1)]
+    if isinstance(cell, str) and cell:
+        return [Message("user", check_unicode(cell, location))]
+    wanted = f"must be text or a list of chat messages, got {cell!r:.{MAX_SHOWN_CHARS}}"
+    reason = "is null" if cell is None else wanted
+    raise OpdctlError("invalid_data", f"{location} {reason}")
+
+
+def make_chat(messages: Sequence[Message], location: str) -> Chat:
+    """Return the chat of messages.
+
+    Raises:
+        OpdctlError: no message is the user's, or its text is empty; or none of the user, a tool or the assistant is
+            last.
+    """
     index = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
     if index is None:
         raise OpdctlError("invalid_data", f"{location}: no message has role `user`")
@@ -180,11 +198,21 @@ def tool_name(tool: Tool) -> str | None:
 
 
 def _parse_tool_calls(calls: Any, location: str) -> list[dict[str, Any]]:
-    """Return the calls with their arguments as an object, which templates expect; OpenAI's are its text in JSON."""
+    """Return the calls with their arguments as an object, which templates expect; OpenAI's are its text in JSON, and
+    a whole call of verifiers is one."""
+    if isinstance(calls, list):
+        calls = [_parse_call(call) for call in calls]
     if not isinstance(calls, list) or not all(isinstance(call, dict) and tool_name(call) for call in calls):
         form = 'tool_calls must be a list of {"function": {"name": …, "arguments": …}}'
         raise OpdctlError("invalid_data", f"{location}: {form}, got {calls!r:.{MAX_SHOWN_CHARS}}")
     return [_with_object(call) for call in calls]
+
+
+def _parse_call(call: Any) -> Any:
+    try:
+        return parsing.parse_json(call) if isinstance(call, str) else call
+    except ValueError:
+        return call
 
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:

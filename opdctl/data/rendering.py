@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from opdctl import console
 from opdctl.artifacts.records import Ids
 from opdctl.data.messages import Chat, Message, Tool, find_texts, map_texts, tool_name
-from opdctl.data.special_tokens import SpecialTokens, choose_mark
+from opdctl.data.special_tokens import MarkedText, SpecialTokens, choose_mark
 from opdctl.data.template_process import TemplateError, TemplateProcess
 from opdctl.errors import OpdctlError, is_panic
 from opdctl.recipe.prompts import SpecialTokensInText
@@ -85,20 +86,56 @@ class PromptRenderer:
             OpdctlError: the template or the tokenizer fails, or the template drops a message or a tool; there are
                 several messages and no template; a text spells a special token; or an id is outside the vocabulary.
         """
+        return np.asarray(self.encode(self.render(chat, location, tools), location), np.int32)
+
+    def render(self, chat: Chat, location: str, tools: Sequence[Tool] = (), *, is_closed: bool = False) -> MarkedText:
+        """Return the text of a chat, as for `token_ids`. A special token that a message spells has a mark in it.
+
+        is_closed: the last message is whole, and no response follows.
+
+        Raises:
+            OpdctlError: as by `token_ids`, but for the tokenizer.
+        """
+        messages = self._with_system(chat.messages)
+        texts = [text for message in messages for text in message.texts()] + list(find_texts(tools))
+        mark = ""
+        if spelled := self._special_tokens.first_in(texts):
+            mark = choose_mark(texts)
+            split = partial(self._special_tokens.mark, mark=mark)
+            if (left := self._special_tokens.first_in([split(text) for text in texts])) is not None:
+                self._check_spelled(location, left)
+                raise _spelling_error(location, left, "; a token of one character cannot be split")
+            messages, tools = [message.map_texts(split) for message in messages], map_texts(tools, split)
         try:
-            ids = self._chat_ids(self._with_system(chat.messages), tools, location)
-        except OpdctlError:
-            raise
+            return MarkedText(self._render_text(messages, tools, location, is_closed=is_closed), mark, spelled)
         except TemplateError as error:
             reason = f"the chat template of {self._tokenizer.name_or_path} {error}"
             raise OpdctlError("invalid_data", f"{location}: {reason}", hint=TEMPLATE_HINT) from None
+
+    def encode(self, text: MarkedText, location: str, *, is_continuation: bool = False) -> list[int]:
+        """Return the ids of a text. is_continuation: other tokens precede it.
+
+        Raises:
+            OpdctlError: the tokenizer fails; the text has a mark, and special tokens in it are refused, or one cannot
+                be split; an id is outside the vocabulary.
+        """
+        if text.mark and text.mark in text.text:
+            self._check_spelled(location, text.spelled or "")
+        try:
+            has_start = not self._has_template and not is_continuation
+            before = (
+                self._ids_before(text.text.partition(text.mark)[0] if text.mark else text.text) if has_start else []
+            )
+            ids, unsplit = self._special_tokens.encode(text, is_continuation=is_continuation)
         except BaseException as error:  # tokenizers raises bare Exception
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             key = "eval.suffix" if self._section == "eval" else "prompts.suffix"
-            hint = f"set {key} if the appended text is the cause, otherwise correct {chat.text[:100]!r}"
+            hint = f"set {key} if the appended text is the cause, otherwise correct {text.plain[:100]!r}"
             raise OpdctlError("invalid_data", f"{location}: cannot be tokenized: {error}", hint=hint) from error
-        outside = next((id_ for id_ in ids if id_ >= self._vocab_size), None)
+        if unsplit is not None:
+            raise _spelling_error(location, unsplit, "; the tokenizer cannot split it")
+        outside = next((id_ for id_ in before + ids if id_ >= self._vocab_size), None)
         if outside is not None:
             token = self._tokenizer.convert_ids_to_tokens(outside)
             raise OpdctlError(
@@ -106,7 +143,12 @@ class PromptRenderer:
                 f"{location}: token {outside} `{token}` is outside the models' vocabulary of {self._vocab_size} ids",
                 hint="remove it from the prompt, or use models that have this token",
             )
-        return np.asarray(ids, np.int32)
+        return before + ids
+
+    def _check_spelled(self, location: str, spelled: str) -> None:
+        """Raise OpdctlError if a special token in the text of a message is refused."""
+        if self._format.special_tokens_in_text == "error":
+            raise _spelling_error(location, spelled, ', or set prompts.special_tokens_in_text = "split" to split it')
 
     def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the messages with the system turn of the format in place of theirs."""
@@ -115,46 +157,43 @@ class PromptRenderer:
         rest = itertools.dropwhile(lambda message: message.role in ("system", "developer"), messages)
         return [*([Message("system", self._format.system)] if self._format.system else []), *rest]
 
-    def _chat_ids(self, messages: Sequence[Message], tools: Sequence[Tool], location: str) -> list[int]:
-        texts = [text for message in messages for text in message.texts()] + list(find_texts(tools))
-        spelled = self._special_tokens.first_in(texts)
-        if spelled is None:
-            return self._encode(messages, tools, "", location)
-        if self._format.special_tokens_in_text == "error":
-            raise _spelling_error(location, spelled, ', or set prompts.special_tokens_in_text = "split" to split it')
-        mark = choose_mark(texts)
+    def end_of_turn(self, text: MarkedText) -> int:
+        """Return the number of characters of a turn up to the last special token, which the student sampled; all but
+        white space at the end if there is none."""
+        return self._special_tokens.end_of_last(text) or len(text.plain.rstrip())
 
-        def split(text: str) -> str:
-            return self._special_tokens.mark(text, mark)
+    def lacks_special_tokens(self, text: str) -> bool:
+        """Whether the text of a prompt is that of the chat template without its special tokens, as far as the end of
+        the prompt shows. The beginning of sequence, which the tokenizer adds, may be missing."""
+        if not self._has_template or self._special_tokens.first_in([text]):
+            return False
+        rendered, _ = self._render([Message("user", TEST_TEXTS[0])], self._content)
+        rendered = rendered.removeprefix(self._tokenizer.bos_token or "")
+        end = self._special_tokens.remove_from(rendered.partition(TEST_TEXTS[0])[2]).strip()
+        has_special_tokens = self._special_tokens.first_in([rendered]) is not None
+        return has_special_tokens and bool(end) and text.rstrip().endswith(end)
 
-        messages, tools = [message.map_texts(split) for message in messages], map_texts(tools, split)
-        if (left := self._special_tokens.first_in([split(text) for text in texts])) is not None:
-            raise _spelling_error(location, left, "; a token of one character cannot be split")
-        return self._encode(messages, tools, mark, location)
-
-    def _encode(self, messages: Sequence[Message], tools: Sequence[Tool], mark: str, location: str) -> list[int]:
-        """Return the ids of messages and tools whose texts have a mark in each special token; "" if none has one."""
+    def _render_text(
+        self, messages: Sequence[Message], tools: Sequence[Tool], location: str, *, is_closed: bool
+    ) -> str:
+        """Return the text of messages and tools: by the chat template, or of the one message of a base model."""
         if self._has_template:
-            text = self._render_checked(messages, tools, location)
-            before = []
-        elif len(messages) > 1 or tools:
+            return self._render_checked(messages, tools, location, is_closed=is_closed)
+        if len(messages) > 1 or tools:
             roles = ", ".join(f"`{message.role}`" for message in messages)
             raise OpdctlError(
                 "invalid_data",
                 f"{location}: several messages ({roles}) or tools need a chat template, and the tokenizer has none",
                 hint="use a model with a chat template, prompts.chat_template, or prompts of one user message",
             )
-        else:
-            text = messages[0].text
-            before = self._ids_before(text.partition(mark)[0] if mark else text)
-        ids, unsplit = self._special_tokens.encode(text, mark)
-        if unsplit is not None:
-            raise _spelling_error(location, unsplit, "; the tokenizer cannot split it")
-        return before + ids
+        return messages[0].text
 
-    def _render_checked(self, messages: Sequence[Message], tools: Sequence[Tool], location: str) -> str:
+    def _render_checked(
+        self, messages: Sequence[Message], tools: Sequence[Tool], location: str, *, is_closed: bool
+    ) -> str:
         # A template's variables cannot be listed, so a typo among its arguments is not detected.
-        text, _ = self._render(messages, self._content, **({"tools": [*tools]} if tools else {}))
+        end = {"add_generation_prompt": False, "continue_final_message": False} if is_closed else {}
+        text, _ = self._render(messages, self._content, **end, **({"tools": [*tools]} if tools else {}))
         for number, message in enumerate(messages, 1):
             what = f"message {number}, role `{message.role}`"
             # The reasoning of an assistant's message is dropped by design.

@@ -101,7 +101,7 @@ class TokenCells:
         if array.ndim != 1 or array.dtype.kind not in "biuf":
             raise self.error(name, f"must be a list with one number a token, got {self._show(name)}")
         if length is not None and len(array) != length:
-            raise self.error(name, f"has {len(array)} values, `{other}` has {length}")
+            raise self.error(name, f"must have {length} values, by `{other}`, has {len(array)}")
         return array if len(array) else np.zeros(0, np.int64)
 
     def _show(self, name: str) -> str:

@@ -4,43 +4,36 @@ docs/artifacts.md lists the columns that are recognised, by program. Nothing is 
 """
 
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opdctl import console
-from opdctl.artifacts.records import Ids, Logprobs, LossMask, Trajectory
-from opdctl.data.cells import parse_cell, read_cell
-from opdctl.data.rendering import PromptRenderer
+from opdctl.artifacts.records import Ids, LossMask, Trajectory
+from opdctl.data.message_graphs import is_message_graph, split_paths
+from opdctl.data.messages import Message, parse_messages, parse_tools
+from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.sources import LocatedRow, read_source
-from opdctl.data.tables import TableRow
 from opdctl.data.token_cells import TokenCells
 from opdctl.data.token_forms import StoredTokens, find_tokens
+from opdctl.data.trajectory_columns import find_finish_reason, read_logprobs, read_values
+from opdctl.data.turns import render_texts, render_turns
 from opdctl.errors import OpdctlError
 from opdctl.recipe.prompts import PromptSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLE_IDS = ("sample_id", "id")
-PROMPT_NAMES = ("prompt_id", "uid", "group_index", "example_id")
-ANSWERS = ("answer", "reward_model.ground_truth", "ground_truth", "label", "solution")
-REWARDS = ("reward", "score")
-LOGPROBS = (
-    "student_logprobs",
-    "logprobs",
-    "completion_logprobs",
-    "rollout_log_probs",
-    "inference_logprobs",
-    "old_log_probs",
-)
-TEACHER_LOGPROBS = ("teacher_logprobs", "teacher_log_probs")
+MESSAGES = ("messages", "conversations")
+TEXT_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("input", "output"))
+"""A prompt and a response, both texts or both messages; verl's names are the last."""
 RESPONSE_TEXTS = ("response", "completion")
-CUT_STATUSES = ("length", "truncated", "aborted")
-ENDED_STATUSES = ("stop", "completed")
+"""Texts of a response beside its ids."""
+TOOLS = ("tools", "tool_defs")
 PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 SHOWN_TEXT_CHARS = 20
 
@@ -65,26 +58,36 @@ def read_trajectories(
     for path in paths:
         _check_not_pickled(path)
     names = [str(path) for path in paths]
-    reader = _RowReader(tokenizer, vocab_size)
+    reader = _RowReader(tokenizer, vocab_size, renderer)
     locations: dict[str, str] = {}
     skipped: list[str] = []
     number = 0
-    for located in read_source(PromptSource(source=names), "input"):
+    rows = _split_rows(read_source(PromptSource(source=names), "input"))
+    for trajectory in (trajectory for located in rows for trajectory in reader.read(located)):
         number += 1
-        trajectory = reader.read(located)
         if not _has_own_tokens(trajectory):
-            skipped.append(located.location)
+            skipped.append(trajectory.location)
             continue
-        if (other := locations.setdefault(trajectory.sample_id, located.location)) != located.location:
+        if (other := locations.get(trajectory.sample_id)) is not None:
             reason = f"the sample id `{trajectory.sample_id}` is that of {other}, too"
-            raise OpdctlError("invalid_data", f"{located.location}: {reason}", hint="give each row its own id")
+            raise OpdctlError("invalid_data", f"{trajectory.location}: {reason}", hint="give each row its own id")
+        locations[trajectory.sample_id] = trajectory.location
         yield trajectory
     if len(skipped) == number:
         raise OpdctlError("invalid_data", f"{', '.join(names)}: no row has a token of the student")
     if skipped:
-        console.warn(
-            f"{skipped[0]}: no token of the student; {len(skipped)} of {number} rows are skipped for this reason"
-        )
+        reason = f"{len(skipped)} of {number} rows have no token of the student and are skipped"
+        console.warn(f"{skipped[0]}: {reason}")
+
+
+def _split_rows(rows: Iterable[LocatedRow]) -> Iterator[LocatedRow]:
+    """Yield each row, and the paths of one that is a graph of messages."""
+    for located in rows:
+        if not is_message_graph(located.row):
+            yield located
+            continue
+        for number, row in enumerate(split_paths(located.row, str(located.number), located.location)):
+            yield LocatedRow(located.number, f"{located.location}, path {number}", row)
 
 
 def _check_not_pickled(path: Path) -> None:
@@ -103,43 +106,79 @@ def _has_own_tokens(trajectory: Trajectory) -> bool:
 class _RowReader:
     """Reads the rows of files with the tokenizer of the student."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int):
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, renderer: PromptRenderer | None) -> None:
+        self._tokenizer, self._vocab_size, self._given_renderer = tokenizer, vocab_size, renderer
 
-    def read(self, located: LocatedRow) -> Trajectory:
-        """Return the trajectory of a row."""
-        row, location = located.row, located.location
-        cells = TokenCells(row, location)
-        found = find_tokens(cells, self._tokenizer)
-        if found is None:
-            known = ", ".join(f"`{name}`" for name in row)
+    @cached_property
+    def _renderer(self) -> PromptRenderer:
+        form = PromptFormat(special_tokens_in_text="split")
+        return self._given_renderer or PromptRenderer(self._tokenizer, self._vocab_size, form)
+
+    def read(self, located: LocatedRow) -> Iterator[Trajectory]:
+        """Yield the trajectories of a row: one, unless its messages make several sequences."""
+        cells = TokenCells(located.row, located.location)
+        if (tokens := find_tokens(cells, self._tokenizer)) is not None:
+            console.info_once(f"input: {', '.join(tokens.columns)}")
+            yield self._read_tokens(located, cells, tokens)
+        elif (name := cells.find(MESSAGES)) is not None:
+            yield from self._read_messages(located, name)
+        elif pair := next((pair for pair in TEXT_PAIRS if cells.has(*pair) and not cells.has("instruction")), None):
+            console.info_once(f"input: {', '.join(pair)}")
+            yield from self._read_pair(located, *pair)
+        else:
+            known = ", ".join(f"`{name}`" for name in located.row)
             raise OpdctlError(
                 "invalid_data",
-                f"{location}: no columns of token ids or messages are known among {known}",
+                f"{located.location}: no columns of token ids or messages are known among {known}",
                 hint="store `prompt_ids` and `response_ids`, or `messages`",
             )
-        tokens, columns = found
-        console.info_once(f"input: {', '.join(columns)}")
-        self._check_vocabulary(tokens.prompt_ids, columns[0], location)
-        self._check_vocabulary(tokens.response_ids, tokens.stored, location)
-        if not len(tokens.prompt_ids):
-            reason = f"`{columns[0]}` has no token before the first one that is learned"
-            raise OpdctlError("invalid_data", f"{location}: {reason}", hint="store the prompt, too")
-        self._check_text(cells, tokens)
-        return Trajectory(
-            sample_id=_find_id(row, SAMPLE_IDS, location) or str(located.number),
-            prompt_id=_find_id(row, PROMPT_NAMES, location) or _digest(tokens.prompt_ids),
-            prompt_ids=tokens.prompt_ids,
-            response_ids=tokens.response_ids,
-            loss_mask=None if tokens.loss_mask is None or tokens.loss_mask.all() else tokens.loss_mask,
-            finish_reason=_find_finish_reason(row),
-            **_read_logprobs(cells, tokens),
-            answer=_find_answer(row, location),
-            reward=_find_number(row, REWARDS),
-            turns=_find_turns(row),
-            tool_seconds=_find_number(row, ("tool_seconds", "non_generation_time")),
-            location=location,
+
+    def _read_messages(self, located: LocatedRow, name: str) -> Iterator[Trajectory]:
+        """Read a chat. Every message of the assistant is a turn of the student."""
+        console.info_once(f"input: {name}")
+        messages = parse_messages(located.row[name], f"{located.location}: `{name}`")
+        yield from self._render(located, messages, [each.role == "assistant" for each in messages])
+
+    def _read_pair(self, located: LocatedRow, prompt: str, response: str) -> Iterator[Trajectory]:
+        """Read a prompt and a response, both as text or as messages."""
+        row, location = located.row, located.location
+        if isinstance(row[prompt], str) and isinstance(row[response], str):
+            key = f"{location}: `{prompt}`"
+            prompt_ids, ids = render_texts(self._renderer, self._tokenizer, row[prompt], row[response], key)
+            self._check_vocabulary(prompt_ids, prompt, location)
+            yield _make_trajectory(located, prompt_ids, ids, None)
+            return
+        before = parse_messages(row[prompt], f"{location}: `{prompt}`")
+        answer = row[response]
+        after = (
+            [Message("assistant", answer)]
+            if isinstance(answer, str)
+            else parse_messages(answer, f"{location}: `{response}`")
         )
+        is_own = [False] * len(before) + [message.role == "assistant" for message in after]
+        yield from self._render(located, [*before, *after], is_own)
+
+    def _render(self, located: LocatedRow, messages: Sequence[Message], is_own: Sequence[bool]) -> Iterator[Trajectory]:
+        location, row = located.location, located.row
+        tools_name = next((name for name in TOOLS if row.get(name)), None)
+        tools = parse_tools(row[tools_name], f"{location}: `{tools_name}`") if tools_name else ()
+        is_cut = find_finish_reason(row) == "length"
+        sequences = [*render_turns(self._renderer, messages, is_own, location, tools, is_cut=is_cut)]
+        for number, each in enumerate(sequences):
+            made = _make_trajectory(located, each.prompt_ids, each.response_ids, each.loss_mask, turns=each.turns)
+            yield replace(made, sample_id=f"{made.sample_id}/{number}") if len(sequences) > 1 else made
+        if not sequences:
+            yield _make_trajectory(located, np.zeros(0, np.int32), np.zeros(0, np.int32), None)
+
+    def _read_tokens(self, located: LocatedRow, cells: TokenCells, tokens: StoredTokens) -> Trajectory:
+        self._check_vocabulary(tokens.prompt_ids, tokens.columns[0], located.location)
+        self._check_vocabulary(tokens.response_ids, tokens.columns[0], located.location)
+        if not len(tokens.prompt_ids) and len(tokens.response_ids):
+            reason = f"`{tokens.columns[0]}` has no token before the first one that is learned"
+            raise OpdctlError("invalid_data", f"{located.location}: {reason}", hint="store the prompt, too")
+        self._check_text(cells, tokens)
+        columns = read_logprobs(cells, tokens)
+        return _make_trajectory(located, tokens.prompt_ids, tokens.response_ids, tokens.loss_mask, **columns)
 
     def _check_vocabulary(self, ids: Ids, name: str, location: str) -> None:
         if len(ids) and (largest := int(ids.max())) >= self._vocab_size:
@@ -163,7 +202,7 @@ class _RowReader:
         found, expected = text[at : at + SHOWN_TEXT_CHARS], decoded[at : at + SHOWN_TEXT_CHARS]
         raise OpdctlError(
             "incompatible_tokenizer",
-            f"{cells.location}: `{name}` has {found!r} at character {at}, where `{tokens.stored}` has {expected!r}",
+            f"{cells.location}: `{name}` has {found!r} at character {at}, where the decoded ids have {expected!r}",
             hint="use the model that sampled these responses, or one with its tokenizer",
         )
 
@@ -173,99 +212,18 @@ def _trim(text: str) -> str:
     return text.strip(" \t\r\n\N{REPLACEMENT CHARACTER}")
 
 
-# ── Log-probs ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _read_logprobs(cells: TokenCells, tokens: StoredTokens) -> dict[str, Any]:
-    """Return the columns of log-probs, by their names in `Trajectory`."""
-    found = {
-        "logprobs": _find_logprobs(cells, tokens, LOGPROBS),
-        "sampling_logprobs": _find_logprobs(cells, tokens, ("sampling_logprobs",)),
-        "teacher_logprobs": _find_logprobs(cells, tokens, TEACHER_LOGPROBS),
-    }
-    return found | _read_top(cells, tokens)
-
-
-def _find_logprobs(cells: TokenCells, tokens: StoredTokens, names: Sequence[str]) -> Logprobs | None:
-    name = cells.find(names)
-    if name is None:
-        return None
-    stored = cells.logprobs(name, len(cells.row[tokens.stored]), tokens.stored)
-    values = np.where(_own(tokens), stored[tokens.positions], np.float32(0))
-    if not np.isfinite(values).all():
-        index = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise cells.error(name, f"is {values[index]} at token {index} of the response")
-    return values
-
-
-def _read_top(cells: TokenCells, tokens: StoredTokens) -> dict[str, Any]:
-    """Return the student's most probable tokens, [T, K], which opdctl stores flat."""
-    if not cells.has("student_top_ids", "student_top_logprobs"):
-        return {}
-    count = len(tokens.response_ids)
-    ids = cells.ids("student_top_ids")
-    logprobs = cells.logprobs("student_top_logprobs", len(ids), "student_top_ids")
-    if not count or len(ids) % count:
-        raise cells.error(
-            "student_top_ids", f"has {len(ids)} values, which are not the same number for each of {count} tokens"
-        )
-    values = logprobs.reshape(count, -1)
-    if not np.isfinite(values[_own(tokens)]).all():
-        raise cells.error("student_top_logprobs", "has values that are not finite")
-    return {"top_ids": ids.reshape(count, -1), "top_logprobs": values}
-
-
-def _own(tokens: StoredTokens) -> LossMask:
-    return np.ones(len(tokens.response_ids), bool) if tokens.loss_mask is None else tokens.loss_mask
-
-
-# ── Values of a row ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _find_value(row: TableRow, names: Sequence[str]) -> tuple[str, Any] | None:
-    """Return the first of these columns, or fields of columns, that is not null."""
-    for name in names:
-        if name in row or ("." in name and isinstance(row.get(name.partition(".")[0]), dict)):
-            try:
-                value = read_cell(row, name, name, "")
-            except OpdctlError:
-                continue
-            if value is not None:
-                return name, value
-    return None
-
-
-def _find_id(row: TableRow, names: Sequence[str], location: str) -> str | None:
-    found = _find_value(row, names)
-    return parse_cell(found[1], f"{location}: `{found[0]}`") if found else None
-
-
-def _find_answer(row: TableRow, location: str) -> str | None:
-    found = _find_value(row, ANSWERS)
-    if found is None or not isinstance(found[1], str | int | float) or found[1] == "":
-        return None
-    return parse_cell(found[1], f"{location}: `{found[0]}`")
-
-
-def _find_number(row: TableRow, names: Sequence[str]) -> float | None:
-    found = _find_value(row, names)
-    if found is None or not isinstance(found[1], int | float) or not math.isfinite(found[1]):
-        return None
-    return float(found[1])
-
-
-def _find_turns(row: TableRow) -> int | None:
-    turns = _find_number(row, ("turns", "__num_turns__"))
-    return None if turns is None else int(turns)
-
-
-def _find_finish_reason(row: TableRow) -> str | None:
-    if isinstance(row.get("is_truncated"), bool):
-        return "length" if row["is_truncated"] else "stop"
-    found = _find_value(row, ("finish_reason", "status"))
-    if found is None:
-        return None
-    return "length" if found[1] in CUT_STATUSES else "stop" if found[1] in ENDED_STATUSES else None
+def _make_trajectory(
+    located: LocatedRow, prompt_ids: Ids, response_ids: Ids, loss_mask: LossMask | None, **columns: Any
+) -> Trajectory:
+    """Return the trajectory of a row. columns: those of tokens, and the turns, by their names."""
+    values = read_values(located)
+    return Trajectory(
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        loss_mask=None if loss_mask is None or loss_mask.all() else loss_mask,
+        location=located.location,
+        **{**values, "prompt_id": values["prompt_id"] or _digest(prompt_ids), **columns},
+    )
 
 
 def _digest(ids: Ids) -> str:
