@@ -11,6 +11,8 @@ from opdctl import signals
 from opdctl.analysis.samples import response_groups
 from opdctl.artifacts import tables
 from opdctl.artifacts.records import ExportedResponse, Response, ScoredResponse
+from opdctl.evaluation.benchmarks import find_benchmark
+from opdctl.evaluation.graders import Grade
 from opdctl.losses.token_weights import Floats, Weight, weigh
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.run import Run
@@ -47,9 +49,9 @@ def _describe(recipe: Recipe, label: str) -> Mapping[str, str]:
 
 
 def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) -> Iterator[ExportedResponse]:
-    decode = run.student.tokenizer.decode
+    decode, grades = run.student.tokenizer.decode, _grade(run, [scored.response for scored in group])
     weights: list[Floats] = weigh(weight, [to_weight_inputs(scored, step) for scored in group])
-    for scored, weight_T in zip(group, weights, strict=True):
+    for scored, weight_T, grade in zip(group, weights, grades, strict=True):
         response, teacher, reference = scored.response, scored.teacher, scored.reference
         teacher_prompt_ids = run.prompt_ids(response.teacher, response)
         spread = partial(_spread, response)
@@ -62,6 +64,8 @@ def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) 
             prompt=decode(response.prompt_ids),
             response=decode(response.response_ids),
             answer=response.answer,
+            extracted=grade.extracted if grade else None,
+            correct=grade.correct if grade else None,
             prompt_ids=response.prompt_ids,
             response_ids=response.response_ids,
             loss_mask=response.loss_mask,
@@ -84,6 +88,16 @@ def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) 
             teacher_student_top_logprobs=spread(teacher.student_top_logprobs),
             weights=spread(weight_T.astype(np.float32)),
         )
+
+
+def _grade(run: Run, responses: Sequence[Response]) -> list[Grade | None]:
+    """Grade the answers as the first benchmark of the recipe does; not those that only a sandbox can."""
+    grader = find_benchmark(run.recipe.eval.bench[0], run.recipe.eval).grader
+    graded = [each for each in responses if each.answer is not None and not grader.runs_code]
+    texts = run.student.tokenizer.batch_decode([each.own_ids for each in graded], skip_special_tokens=True)
+    grades = grader.grade([(str(each.answer), text) for each, text in zip(graded, texts, strict=True)])
+    by_id = {each.sample_id: grade for each, grade in zip(graded, grades, strict=True)}
+    return [by_id.get(each.sample_id) for each in responses]
 
 
 def _spread(response: Response, values: Any) -> Any:

@@ -46,6 +46,12 @@ class PolicyRecord(TypedDict):
     policy_version: Count
 
 
+class ImportRecord(TypedDict):
+    """import.json: the SHA-256 of each file from which a step's responses were imported, by path."""
+
+    files: dict[str, Digest]
+
+
 class StageHeader(TypedDict):
     """in_progress.json: the stage that is being made. artifact: the stage's name."""
 

@@ -227,7 +227,8 @@ class ExportedResponse:
 
     prompt, response: the decoded ids, special tokens included. teacher_prompt_ids: the prompt that the teacher reads,
     if it differs. sampling_logprobs: under the distribution that was sampled, if it is not the student's own. weights:
-    of each token, by the stored log-probs. What is unknown is None.
+    of each token, by the stored log-probs. extracted, correct: the answer in the student's own tokens, and whether it
+    is the gold answer. What is unknown is None.
     """
 
     step: int | None = None
@@ -237,6 +238,8 @@ class ExportedResponse:
     prompt: str
     response: str
     answer: str | None = None
+    extracted: str | None = None
+    correct: bool | None = None
     prompt_ids: Ids
     response_ids: Ids
     loss_mask: LossMask | None = None

@@ -1,4 +1,4 @@
-"""`opdctl run …`: fork, repair, prune, show and export a run, and continue its prefixes."""
+"""`opdctl run …`: fork, repair, prune, show and export a run, import responses, and continue its prefixes."""
 
 import shlex
 from dataclasses import replace
@@ -23,7 +23,9 @@ from opdctl.errors import ExitCode, OpdctlError
 if TYPE_CHECKING:
     from opdctl.runs.repair import CorruptArtifact
 
-run_app = typer.Typer(help="Manage a run: fork, repair, prune, show, export, continuations.", no_args_is_help=True)
+run_app = typer.Typer(
+    help="Manage a run: fork, repair, prune, show, export, import, continuations.", no_args_is_help=True
+)
 
 
 @run_app.command()
@@ -269,6 +271,62 @@ def export(
         console.answer(f"wrote {path}: {count:,} responses")
         if json_:
             print_json({"file": str(path), "responses": count, "steps": steps})
+
+
+@run_app.command("import")
+def import_responses(
+    run_dir: RunDirOrWord = None,
+    input_files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILES", help="Parquet or JSONL files, folders or patterns.", show_default=False),
+    ] = None,
+    recipe: Recipes = None,
+    set_: Overrides = None,
+    run: RunOption = None,
+    step: Annotated[int | None, typer.Option("--step", min=0, help="The step. Default: the current one.")] = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Make a step's rollout from responses that another program sampled, and its scores if the files have them.
+
+    With --recipe it starts a run; its prompts are those of the files if prompts.source is `imported`.
+
+    \b
+    opdctl run import runs/mine rollouts.jsonl --recipe mine.toml
+    then: opdctl score-teacher runs/mine
+    """
+    with command_session(verbose, as_json=json_):
+        from opdctl.pipeline.import_step import ImportedFiles, import_step
+        from opdctl.pipeline.stages import resolve_step
+        from opdctl.runs.open import open_run
+
+        named, names = _split_files(run_dir, input_files, run)
+        resolved, path = read_recipe_options(recipe, set_, named_run(named, run), "plan" if dry_run else "run")
+        source = ImportedFiles(names)
+        if dry_run:
+            for line in source.describe(resolved):
+                console.answer(line)
+            console.info("nothing was written")
+            return
+        opened = open_run(resolved, path, needs=("student",), imported_prompts=source.read_prompts)
+        step = resolve_step(opened, step)
+        result = import_step(opened, step, source, set_up_device(opened.recipe))
+        console.info(f"next: {opened.next_command()}")
+        if json_:
+            print_json({"run_dir": str(path), "step": step, **result})
+
+
+def _split_files(first: str | None, rest: list[str] | None, option: Path | None) -> tuple[Path | None, list[str]]:
+    """Return the run, None if it is not among the words, and the files."""
+    words = [*([first] if first else []), *(rest or [])]
+    has_run = bool(words) and ((Path(words[0]) / "recipe.toml").exists() or (len(words) > 1 and option is None))
+    named, names = (Path(words[0]), words[1:]) if has_run else (None, words)
+    if not names:
+        raise OpdctlError(
+            "invalid_usage", "FILES is missing", hint="give them after RUN_DIR, or alone for the newest run"
+        )
+    return named, names
 
 
 @run_app.command()

@@ -144,6 +144,9 @@ def split_held_out(problems: Sequence[Problem], share: float) -> tuple[list[Prob
 def _load_part(source: PromptSource, key: str, shuffle_seed: int | None) -> list[Problem]:
     if source.is_toy:
         return _toy_problems(source, key)
+    if source.is_imported:
+        why = f"{key}.source: the prompts are those of imported responses, and none are imported yet"
+        raise OpdctlError("missing_input", why, hint="run `opdctl run import RUN_DIR FILES --recipe FILE` first")
     rows = read_source(source, key)
     if shuffle_seed is None:
         return _parse_rows(islice(rows, source.limit), source, key)

@@ -10,6 +10,7 @@ from opdctl.artifacts.records import Completion, Prompt, Response, sample_seed
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.parity import check_parity
 from opdctl.engines.pool import EnginePool
+from opdctl.errors import OpdctlError
 from opdctl.models.end_of_sequence import describe_tokens
 from opdctl.recipe.schema import Rollout
 from opdctl.runs.run import Run
@@ -38,6 +39,8 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
         OpdctlError: the step's student does not exist; the stage was made with different settings.
     """
     run.pin_policy_version(step)
+    if run.imported_files(step):
+        return _check_imported(run, step)
     stage, samples, version = run.rollout_stage(step), run.samples(step), run.policy_version(step)
 
     def prepare() -> StageWork[Request, Completion]:
@@ -79,6 +82,19 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
     title = f"rollout, step {step}"
     has_engine = engines.owns(run.recipe.rollout.engine)
     return make_missing_parts(stage, title, len(samples), prepare, wait=wait, has_engine=has_engine)
+
+
+def _check_imported(run: Run, step: int) -> int:
+    """Check that a step's import is finished, and return the number of parts that were sampled for it.
+
+    Raises:
+        OpdctlError: it is not.
+    """
+    stage = run.rollout_stage(step)
+    if not stage.is_finished():
+        why = "its responses are imported, and some are missing"
+        raise OpdctlError("missing_input", f"{stage.path}: {why}", hint=f"run `{stage.rerun_command}`")
+    return 0
 
 
 def _warn_of_endless_responses(run: Run, completions: Sequence[Completion]) -> None:

@@ -62,7 +62,7 @@ class StageResult:
         run, step = self.run, self.step
         if step < run.recipe.train.steps or run.is_scored(step):
             return run.next_command()
-        return run.command_line("score-teacher" if run.is_sampled(step) else "rollout", step)
+        return run.command_line("score-teacher", step) if run.is_sampled(step) else run.rollout_command_line(step)
 
 
 def run_stage(run: Run, device: str, name: StageName, step: int, scorers: Collection[str] = ()) -> StageResult:

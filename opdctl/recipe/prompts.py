@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from opdctl.recipe.conditions import Condition
 from opdctl.recipe.section import Section
 
+IMPORTED = "imported"
+"""The source of a run whose prompts are those of the trajectories that were imported first."""
 FinalAssistant = Literal["drop", "continue", "error"]
 SpecialTokensInText = Literal["error", "split"]
 SOURCE_OPTIONS = ("subset", "revision", "data_files")
@@ -25,8 +27,9 @@ class PromptSource(Section):
     source: str | list[str] = ""
     """`toy:sort12`, `toy:perm`, `toy:calc`, a hub data set, or local data: a `.jsonl`, `.json`, `.csv`, `.tsv` or
     `.parquet` file (text also as `.gz` or `.zst`), a folder of such files, a folder saved by `datasets`, a pattern such
-    as `data/*.parquet`, or a list of these. A later file or `--set` with another source also removes `subset`,
-    `revision` and `data_files`, which belong to the previous one."""
+    as `data/*.parquet`, or a list of these. `imported` is the prompts of the responses with which `opdctl run import`
+    starts the run. A later file or `--set` with another source also removes `subset`, `revision` and `data_files`,
+    which belong to the previous one."""
     subset: str | None = None
     """The subset (configuration) of the hub data set, such as `main` of `openai/gsm8k`."""
     split: str = "train"
@@ -88,6 +91,10 @@ class PromptSource(Section):
     @property
     def is_toy(self) -> bool:
         return isinstance(self.source, str) and self.source.startswith("toy:")
+
+    @property
+    def is_imported(self) -> bool:
+        return self.source == IMPORTED
 
 
 class MixedSource(PromptSource):

@@ -8,6 +8,8 @@ from opdctl.recipe.schema import Recipe
 
 STEP_PREFIX = "step-"
 PROMPTS_FILE, HELD_OUT_FILE = "prompts.parquet", "held_out.jsonl"
+IMPORT_FILE = "import.json"
+"""In the directory of a step's rollout: where its responses were imported from."""
 PROMPTS = "prompts"
 """The directory of an evaluation's prompts, within that of the evaluation."""
 

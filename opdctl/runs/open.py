@@ -7,8 +7,9 @@ with what it recorded: a change that affects artifacts is an error.
 import importlib.metadata
 import shlex
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from opdctl.runs.compatibility import check_same_recipe
 from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS_FILE, list_steps, run_path
 from opdctl.runs.models import check_lengths, prepare_models, print_lines, warn_of_code
 from opdctl.runs.prompts import (
+    PromptSet,
     check_chat_templates,
     check_source_files,
     describe_prompts,
@@ -35,6 +37,7 @@ from opdctl.runs.prompts import (
 )
 from opdctl.runs.run import Run, read_recipe, read_run_record
 
+ReadPrompts = Callable[[Recipe, ModelDir], PromptSet]
 LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers")
 
 
@@ -42,12 +45,17 @@ LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors
 
 
 def open_run(
-    recipe: Recipe, output: Path | None = None, *, needs: Collection[str] | None = None, check_source: bool = True
+    recipe: Recipe,
+    output: Path | None = None,
+    *,
+    needs: Collection[str] | None = None,
+    check_source: bool = True,
+    imported_prompts: ReadPrompts | None = None,
 ) -> Run:
     """Open the run directory of `recipe`, or create it. Settings that may change are used, and not recorded.
 
     needs: the models whose files the command reads, all if None. check_source: check that the file of the prompts is
-    unchanged.
+    unchanged. imported_prompts: the prompts of a new run whose recipe has the source `imported`.
 
     Raises:
         OpdctlError: a model or a tokenizer does not fit; prompts are invalid; the run was started with a different
@@ -56,7 +64,7 @@ def open_run(
     """
     path = run_path(recipe, output)
     recipe = resolve_open_settings(recipe, path)
-    is_new = _create_once(recipe, path)
+    is_new = _create_once(recipe, path, imported_prompts)
     run = check_run(recipe, path, needs, check_source=check_source)
     restore_prompts(run)
     for name in [name for name in run.models if not is_new and (needs is None or name in needs)]:
@@ -189,7 +197,7 @@ def _is_recorded_as(recipe: Recipe, path: Path) -> bool:
 # ── Creation ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _create_once(recipe: Recipe, path: Path) -> bool:
+def _create_once(recipe: Recipe, path: Path, imported_prompts: ReadPrompts | None) -> bool:
     """Create the run if it does not exist, and return whether it was created. Workers that do so at the same time write
     the same complete files."""
     if (path / "run.json").exists():
@@ -200,16 +208,17 @@ def _create_once(recipe: Recipe, path: Path) -> bool:
         if (path / "run.json").exists():
             return False  # another worker was faster
         raise
-    _create(recipe, path)
+    _create(recipe, path, imported_prompts if recipe.prompts.is_imported else None)
     return True
 
 
-def _create(recipe: Recipe, path: Path) -> None:
+def _create(recipe: Recipe, path: Path, imported_prompts: ReadPrompts | None) -> None:
     """Write the records of a new run, or those of a run whose run.json was lost: that one keeps its prompts."""
     models, lines = prepare_models(recipe)
     kept = read_kept_prompts(path) if list_steps(path) else None
     templates = read_chat_templates(recipe)
-    prompts = kept or read_prompts(recipe, models["student"], templates)
+    read = imported_prompts or partial(read_prompts, templates=templates)
+    prompts = kept or read(recipe, models["student"])
     check_lengths(recipe, models, prompts.training)
     records = {name: _model_record(model) for name, model in models.items()}
     _warn_of_identical_models(recipe, records)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from opdctl.artifacts import directories, files
-from opdctl.artifacts.manifests import Manifest, PartRecord, StageHeader, SummaryRecord
+from opdctl.artifacts.manifests import ImportRecord, Manifest, PartRecord, StageHeader, SummaryRecord
 from opdctl.artifacts.stage_dir import STAGE_MARKERS, recorded_stage
 from opdctl.errors import OpdctlError
 from opdctl.recipe.load import load_recorded_recipe
-from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS, PROMPTS_FILE, list_steps, parse_step
+from opdctl.runs.layout import HELD_OUT_FILE, IMPORT_FILE, PROMPTS, PROMPTS_FILE, list_steps, parse_step
 from opdctl.runs.run import Run, read_run_record
 
 
@@ -121,10 +121,11 @@ def _directories(paths: Iterable[Path]) -> list[Path]:
 
 
 def _find_in_step(run: Run, step: int, kept_steps: Collection[int]) -> Iterator[CorruptArtifact]:
-    can_sample = run.policy_version(step) in kept_steps
-    yield from _find_in_stage(
-        run.step_path(step) / "rollout", run.command_line("rollout", step) if can_sample else None
-    )
+    can_sample, rollout = run.policy_version(step) in kept_steps, run.step_path(step) / "rollout"
+    if corrupt := list(_find_json(rollout / IMPORT_FILE, ImportRecord, None)):
+        yield from corrupt
+        return
+    yield from _find_in_stage(rollout, run.rollout_command_line(step) if can_sample else None)
     for name in run.scorers():
         command = f"{run.command_line('score-teacher', step)} --only {name}"
         yield from _find_in_stage(run.step_path(step) / name, command)

@@ -15,6 +15,7 @@ from opdctl.artifacts import directories, files, leases, stage_dir, tables
 from opdctl.artifacts.files import digest_of
 from opdctl.artifacts.manifests import (
     DEFAULT_PROMPT_ORDER,
+    ImportRecord,
     PolicyRecord,
     RunRecord,
     StartRecord,
@@ -32,9 +33,11 @@ from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, s
 from opdctl.recipe.load import Purpose, load_recorded_recipe
 from opdctl.recipe.schema import Recipe
 from opdctl.registry import plugin_file
-from opdctl.runs.layout import PROMPTS_FILE, list_steps, parse_step, step_name
+from opdctl.runs.layout import IMPORT_FILE, PROMPTS_FILE, list_steps, parse_step, step_name
 
 REFERENCE = "reference"
+IMPORT_KEYS = ("rollout.engine", "rollout.entropy", "rollout.num_parts", "rollout.top_k")
+"""The settings that imported responses depend on: what the student computes for them, and their parts."""
 _checked_students: set[tuple[object, ...]] = set()
 
 
@@ -120,6 +123,12 @@ class Run:
         option = f" --step {step}" if step is not None else ""
         return f"opdctl {command} {shlex.quote(str(self.path))}{option}"
 
+    def rollout_command_line(self, step: int) -> str:
+        """Return the command line that makes a step's rollout."""
+        if imported := self.imported_files(step):
+            return shlex.join(["opdctl", "run", "import", str(self.path), *imported, "--step", str(step)])
+        return self.command_line("rollout", step)
+
     def manage_command_line(self, verb: str, step: int | None = None) -> str:
         """Return the command line of `opdctl run VERB` for this run."""
         option = f" --step {step}" if step is not None else ""
@@ -199,7 +208,7 @@ class Run:
         if step >= self.recipe.train.steps:
             return self.command_line("analyze-position")
         if not self.rollout_stage(step).is_finished():
-            return self.command_line("rollout")
+            return self.rollout_command_line(step) if self.imported_files(step) else self.command_line("rollout")
         return self.command_line("train" if self.is_scored(step) else "score-teacher")
 
     # ── Students ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -368,6 +377,39 @@ class Run:
                 hint=f"restore the previous value, or remove {path} to sample it again",
             )
 
+    # ── Imported responses ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _import_path(self, step: int) -> Path:
+        return self.step_path(step) / "rollout" / IMPORT_FILE
+
+    def imported_files(self, step: int) -> Mapping[str, str]:
+        """Return the SHA-256 by path of the files that a step's responses are imported from; none of sampled ones."""
+        path = self._import_path(step)
+        hint = f"remove {shlex.quote(str(path))} and import the files again"
+        return files.read_json(path, ImportRecord, hint)["files"] if path.exists() else {}
+
+    def record_import(self, step: int, digests: Mapping[str, str]) -> None:
+        """Record that a step's responses are imported from files of these digests, by path.
+
+        Raises:
+            OpdctlError: the step has other responses.
+        """
+        path = self._import_path(step)
+        with leases.hold_lease(self.step_path(step), "rollout-import", wait=True):
+            recorded = self.imported_files(step)
+            is_started = any((path.parent / name).exists() for name in stage_dir.STAGE_MARKERS)
+            if [*recorded.values()] == [*digests.values()]:
+                return
+            if recorded or is_started:
+                found = f"imported from {', '.join(recorded)}" if recorded else "sampled by the student"
+                raise OpdctlError(
+                    "settings_mismatch",
+                    f"{path.parent}: its responses are {found}",
+                    hint=f"use another --step, or remove {shlex.quote(str(path.parent))}",
+                )
+            files.make_directory(path.parent)
+            files.write_json(path, {"files": dict(digests)})
+
     # ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @cached_property
@@ -441,16 +483,18 @@ class Run:
             OpdctlError: it was made with different settings, or is too stale.
         """
         self._check_staleness(step)
+        settings, inputs = fingerprint_settings(self.recipe, "rollout"), {"prompts": str(self.prompts_digest)}
+        if imported := self.imported_files(step):
+            settings = {key: settings[key] for key in IMPORT_KEYS}
+            inputs = {"files": digest_of([*imported.values()])}
         policy = self.student_digest(self.policy_version(step))
         return open_stage_dir(
             self.step_path(step) / "rollout",
             stage="rollout",
             num_parts=self.recipe.rollout.num_parts,
             suffix=".parquet",
-            fingerprint=Fingerprint(
-                fingerprint_settings(self.recipe, "rollout"), {"prompts": str(self.prompts_digest), "policy": policy}
-            ),
-            rerun_command=self.command_line("rollout", step),
+            fingerprint=Fingerprint(settings, {**inputs, "policy": policy}),
+            rerun_command=self.rollout_command_line(step),
             repair_command=self.manage_command_line("repair"),
         )
 

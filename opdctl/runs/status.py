@@ -68,7 +68,7 @@ class RunStatus:
         if status.state not in ("partial", "missing") or not self._is_repairable(status):
             return None
         if status.stage == "rollout":
-            return self.run.command_line("rollout", status.step)
+            return self.run.rollout_command_line(status.step)
         return f"{self.run.command_line('score-teacher', status.step)} --only {status.stage}"
 
     def as_dict(self) -> dict[str, Any]:

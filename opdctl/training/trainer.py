@@ -255,14 +255,15 @@ class Trainer:
         run = self._run
         metrics = {"step": step, "staleness": step - run.policy_version(step)} | update_metrics | response_stats(scored)
         manifest = run.rollout_stage(step).manifest()
-        if manifest and "probe_rms" in manifest["logprob_metadata"]:
+        assert manifest  # the step was scored
+        metrics["invalid_responses"] = sum(part["rows"] for part in manifest["parts"]) - len(scored)
+        if "probe_rms" in manifest["logprob_metadata"]:
             metrics["probe_rms"] = float(manifest["logprob_metadata"]["probe_rms"])
         if step == run.start_step and metrics.get("top_k_overlap", 1.0) < LOW_OVERLAP and distributed.is_main():
             console.warn(
                 f"student and teacher share only {metrics['top_k_overlap']:.0%} of their most probable tokens in step "
                 f"{step}: check the prompts that both read, by --dry-run, or use a teacher nearer to the student"
             )
-        metrics["invalid_responses"] = run.recipe.responses_per_step() - len(scored)
         for stage, duration in seconds.items():
             metrics |= {f"{stage}_seconds": duration, f"{stage}_tokens_per_second": metrics["tokens"] / duration}
         metrics["peak_memory_gib"] = peak_memory_gib(self._device)

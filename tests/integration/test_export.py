@@ -37,6 +37,10 @@ def test_rows_are_those_of_the_artifacts(exported: tuple[Run, Path]) -> None:
         assert {len(row[name]) for name in ("student_logprobs", "teacher_logprobs", "weights")} == {
             len(row["response_ids"])
         }
+        gold = row["answer"]
+        text = run.student.tokenizer.decode(response.response_ids, skip_special_tokens=True)
+        assert row["extracted"] == (text.rpartition(">")[2] if ">" in text else None)
+        assert row["correct"] == (row["extracted"] == gold)
         assert row["teacher_prompt_ids"] is row["sampling_logprobs"] is row["reference_logprobs"] is None
 
 

@@ -13,13 +13,19 @@ import pytest
 import typer
 from helpers.commands import QUICKSTART, Result, contents, invoke
 
+from opdctl import console
 from opdctl.artifacts import tables
 from opdctl.artifacts.records import Response
 from opdctl.cli.main import app
 
 WITHOUT_A_RUN = {"compare": "several runs or evaluations", "list": "what a command can name"}
 """Commands that do not work on one run, and what they are about."""
-WORDS = {"run show": ["SAMPLE_ID"], "run export": ["out.parquet"], "run fork": ["forked", "--set", "weight.gamma=0.25"]}
+WORDS = {
+    "run show": ["SAMPLE_ID"],
+    "run export": ["out.parquet"],
+    "run import": ["responses.jsonl"],
+    "run fork": ["forked", "--set", "weight.gamma=0.25"],
+}
 """Further arguments."""
 
 
@@ -42,12 +48,14 @@ def folder(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name, time in (("newest", 2_000_000_000), ("older", 1_000_000_000)):
         run = Path(shutil.copytree(finished_run, made / "runs" / name))
         os.utime(run, (time, time))
+    (made / "responses.jsonl").write_text('{"prompt_ids": [5, 6], "response_ids": [7, 1]}\n')
     return made
 
 
 def call(name: str, run_words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
     """Call a command in `folder`. Of those that have --dry-run nothing is made."""
     monkeypatch.chdir(folder)
+    console.info_once.cache_clear()  # every call prints its messages
     part = next(Path("runs/older").glob("step-00000/rollout/part-00000*.parquet"), None)
     sample = str(tables.read_rows(part, Response)[0].sample_id) if part else "sample"
     words = [sample if word == "SAMPLE_ID" else word for word in WORDS.get(name, [])]
@@ -101,7 +109,8 @@ def test_prune_removes_nothing_of_a_run_that_is_not_named(folder: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("name", "word"), [("run show", "SAMPLE_ID"), ("run export", "FILE"), ("run fork", "NEW_RUN_DIR")]
+    ("name", "word"),
+    [("run show", "SAMPLE_ID"), ("run export", "FILE"), ("run import", "FILES"), ("run fork", "NEW_RUN_DIR")],
 )
 def test_missing_word_after_the_run_is_named(
     name: str, word: str, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,7 @@ def options(*names: str) -> set[str]:
 
 def test_commands():
     assert tuple(command().commands) == COMMANDS
-    assert set(command("run").commands) == {"fork", "repair", "prune", "show", "export", "continuations"}
+    assert set(command("run").commands) == {"fork", "repair", "prune", "show", "export", "import", "continuations"}
 
 
 @pytest.mark.parametrize(("name", "most"), [("train", 9), ("eval", 13), ("analyze-position", 9)])
@@ -30,7 +30,7 @@ def test_number_of_options(name, most):
 
 
 PATHS = [(name,) for name in COMMANDS[:-1]] + [
-    ("run", name) for name in ("fork", "repair", "prune", "show", "export", "continuations")
+    ("run", name) for name in ("fork", "repair", "prune", "show", "export", "import", "continuations")
 ]
 
 
