@@ -10,16 +10,13 @@ import numpy as np
 from opdctl import signals
 from opdctl.analysis.samples import response_groups
 from opdctl.artifacts import tables
+from opdctl.artifacts.exchange import describe_file
 from opdctl.artifacts.records import ExportedResponse, Response, ScoredResponse
 from opdctl.evaluation.benchmarks import find_benchmark
 from opdctl.evaluation.graders import Grade
 from opdctl.losses.token_weights import Floats, Weight, weigh
-from opdctl.recipe.schema import Recipe
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import to_weight_inputs
-
-FORMAT_VERSION = 1
-"""It changes if a column changes its name or meaning. New columns may be added without."""
 
 
 def export_responses(run: Run, steps: Sequence[int], weight: tuple[str, Weight], path: Path) -> int:
@@ -32,7 +29,7 @@ def export_responses(run: Run, steps: Sequence[int], weight: tuple[str, Weight],
     """
     label, token_weight = weight
     count = 0
-    with tables.open_row_writer(path, ExportedResponse, _describe(run.recipe, label)) as write:
+    with tables.open_row_writer(path, ExportedResponse, _describe(run, steps, label)) as write:
         for step in steps:
             for group in response_groups(run, step, {label: token_weight}):
                 signals.check()
@@ -42,10 +39,16 @@ def export_responses(run: Run, steps: Sequence[int], weight: tuple[str, Weight],
     return count
 
 
-def _describe(recipe: Recipe, label: str) -> Mapping[str, str]:
-    """Return the metadata of the file."""
-    units = {"opdctl.format": f"responses {FORMAT_VERSION}", "opdctl.logprobs": "natural logarithms, temperature 1"}
-    return {**units, "opdctl.weight": label, "opdctl.recipe": recipe.to_toml()}
+def _describe(run: Run, steps: Sequence[int], label: str) -> Mapping[str, str]:
+    """Return the metadata of the file. How a scorer computed its log-probs is that of the last of the steps."""
+    manifests = {name: stage.manifest() for step in steps for name, stage in run.score_stages(step).items()}
+    models = run.recipe.models()
+    scorers = {
+        name: {"name": models[name].model, **manifest["logprob_metadata"]}
+        for name, manifest in manifests.items()
+        if manifest
+    }
+    return {**describe_file(scorers), "opdctl.weight": label, "opdctl.recipe": run.recipe.to_toml()}
 
 
 def _rows(run: Run, step: int, group: Sequence[ScoredResponse], weight: Weight) -> Iterator[ExportedResponse]:

@@ -1,5 +1,6 @@
 """`opdctl run export`: the file holds what the run has stored, and an update can be computed from it alone."""
 
+import json
 from pathlib import Path
 
 import datasets
@@ -59,10 +60,16 @@ def test_metrics_of_an_update_follow_from_the_file(exported: tuple[Run, Path]) -
         assert metrics["k1"] == pytest.approx((student - teacher).mean(), abs=1e-4)
 
 
-def test_metadata_name_format_weight_and_recipe(exported: tuple[Run, Path]) -> None:
+def test_metadata_name_format_scorers_weight_and_recipe(exported: tuple[Run, Path]) -> None:
     run, path = exported
     metadata = pq.read_schema(path).metadata
     assert metadata[b"opdctl.format"] == b"responses 1"
+    scorer = json.loads(metadata[b"opdctl.scorers"])["teacher"]
+    assert (scorer["name"], scorer["model"], scorer["engine"]) == (
+        "toy:teacher",
+        run.digests["teacher"],
+        "transformers",
+    )
     assert metadata[b"opdctl.weight"].startswith(b"iw_opd")
     assert metadata[b"opdctl.recipe"].decode() == run.recipe.to_toml()
 
