@@ -199,7 +199,8 @@ class Trajectory:
     marks those of the student. The columns of tokens are as long as `response_ids`, with arbitrary finite values
     at tokens that are not the student's own. logprobs: under the policy that sampled it, at temperature 1.
     sampling_logprobs: under the distribution that was sampled, if it differs. teacher_logprobs: of a file that was
-    scored. location: the file and the row, for errors.
+    scored. teacher_prompt_ids: the prompt that the teacher reads, if it differs. location: the file and the row, for
+    errors.
     """
 
     sample_id: str
@@ -211,12 +212,16 @@ class Trajectory:
     logprobs: Logprobs | None = None
     sampling_logprobs: Logprobs | None = None
     teacher_logprobs: Logprobs | None = None
+    entropies: Logprobs | None = None
     top_ids: Ids | None = None
     top_logprobs: Logprobs | None = None
     answer: str | None = None
     reward: float | None = None
     turns: int | None = None
     tool_seconds: float | None = None
+    step: int | None = None
+    policy_version: int | None = None
+    teacher_prompt_ids: Ids | None = None
     location: str = ""
 
 

@@ -81,7 +81,7 @@ class StageDir:
     """The parts of one stage at one step, and their manifest.
 
     rerun_command: the command that makes its parts. repair_command: the one that moves a corrupt file away, "" for an
-    evaluation that belongs to no run.
+    evaluation that belongs to no run. lease_directory: where the leases are, by default beside the directory.
 
     Raises:
         OpdctlError: the directory was made with another fingerprint, or its manifest is corrupt.
@@ -97,9 +97,11 @@ class StageDir:
         fingerprint: Fingerprint,
         rerun_command: str,
         repair_command: str = "",
+        lease_directory: Path | None = None,
     ):
         self.path, self.stage, self.fingerprint, self.rerun_command = path, stage, fingerprint, rerun_command
         self.repair_command = repair_command
+        self._lease_directory = lease_directory or path.parent
         self.names = [f"part-{i:05d}-of-{num_parts:05d}{suffix}" for i in range(num_parts)]
         self._header_path, self.manifest_path = (path / name for name in STAGE_MARKERS)
         self._leases: dict[int, leases.Lease] = {}  # of the parts that this worker makes
@@ -241,9 +243,14 @@ class StageDir:
     # ── Work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def items_of_part(self, items: list[Item], index: int) -> list[Item]:
-        """Return the items of part `index`. The parts are even slices, in order."""
-        count = len(self.names)
-        return items[index * len(items) // count : (index + 1) * len(items) // count]
+        """Return the items of part `index`."""
+        span = self.span_of_part(len(items), index)
+        return items[span.start : span.stop]
+
+    def span_of_part(self, count: int, index: int) -> range:
+        """Return the numbers of the items of part `index`, of `count` in all. The parts are even slices, in order."""
+        parts = len(self.names)
+        return range(index * count // parts, (index + 1) * count // parts)
 
     def wait_until_finished(self) -> None:
         """Wait until other workers have made all parts."""
@@ -278,7 +285,7 @@ class StageDir:
             if not self.missing(digests=False):
                 with self.hold():  # two workers may finish at the same time
                     self.finalize()
-        leases.remove_stale_leases(self.path.parent, self.path.name)
+        leases.remove_stale_leases(self._lease_directory, self.path.name)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -287,7 +294,7 @@ class StageDir:
         Raises:
             OpdctlError: meanwhile the stage was started anew with another fingerprint.
         """
-        with leases.hold_lease(self.path.parent, self.path.name, wait=True):
+        with leases.hold_lease(self._lease_directory, self.path.name, wait=True):
             self._check_fingerprint()
             yield
 
@@ -298,7 +305,9 @@ class StageDir:
         or if its owner is alive and `wait` is off. A part is yielded only if it is still missing: its owner may have
         finished it between two passes.
         """
-        waiting = {index: leases.Lease(self.path.parent, f"{self.path.name}-part-{index:05d}") for index in indices}
+        waiting = {
+            index: leases.Lease(self._lease_directory, f"{self.path.name}-part-{index:05d}") for index in indices
+        }
         pause = leases.backoff()
         while waiting:
             for index, lease in list(waiting.items()):
@@ -407,7 +416,7 @@ def recorded_stage(path: Path, rerun_command: str, repair_command: str = "") -> 
     Raises:
         OpdctlError: the record is corrupt.
     """
-    header = _recorded_header(path, rerun_command, repair_command)
+    header = recorded_header(path, rerun_command, repair_command)
     if header is None:
         return None
     recorded = [part["name"] for part in header.get("parts", ())]
@@ -429,8 +438,11 @@ def recorded_stage(path: Path, rerun_command: str, repair_command: str = "") -> 
     )
 
 
-def _recorded_header(path: Path, *commands: str) -> Any:
-    """Return the manifest of a stage, or its header, or None. A worker may finish the stage in the meantime."""
+def recorded_header(path: Path, *commands: str) -> Any:
+    """Return the manifest of a stage, or its header, or None. A worker may finish the stage in the meantime.
+
+    commands: as of `corrupt_file_hint`.
+    """
     for name, form in ((STAGE_MARKERS[1], Manifest), (STAGE_MARKERS[0], StageHeader), (STAGE_MARKERS[1], Manifest)):
         try:
             if (path / name).exists():

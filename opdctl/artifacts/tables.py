@@ -104,9 +104,9 @@ def tensor_specs() -> dict[str, tuple[str, int]]:
 # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_rows(path: Path, rows: Sequence[Row], record: type[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row], record: type[Row], metadata: Mapping[str, str] | None = None) -> None:
     """Write rows as Parquet with page checksums: without them most bit flips go undetected."""
-    schema = arrow_schema(record, rows)
+    schema = arrow_schema(record, rows).with_metadata(metadata and dict(metadata))
     columns = {name: [_flatten(getattr(row, name)) for row in rows] for name in schema.names}
     # A dictionary of binary values, which are long and unequal, would only take time.
     leaves = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in schema if f.type != pa.binary()]
@@ -184,6 +184,15 @@ def read_rows(path: Path, record: type[Row], count: int | None = None) -> list[R
     except (OSError, pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise corrupt_artifact(path, str(error)) from error
     return [record(**{name: column[i] for name, column in values.items()}) for i in range(table.num_rows)]
+
+
+def read_columns(path: Path, record: type[Row], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return some columns of a Parquet file, one dictionary a row, for a file that was checked before. Per-token top-k
+    columns are flat."""
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns=list(names))
+    columns = {each.name: _read_column(each, table[each.name]) for each in columns_of(record) if each.name in names}
+    return [{name: column[index] for name, column in columns.items()} for index in range(table.num_rows)]
 
 
 def check_rows(path: Path, count: int | None) -> None:

@@ -15,6 +15,7 @@ VERSIONS = {
     "trainer": 5,
     "eval": 5,
     "continuations": 5,
+    "file_scores": 5,
 }
 """The version that is written, by kind: run.json, the stages, update.json, the digests of a trainer state. A stage's
 summary has the stage's version."""

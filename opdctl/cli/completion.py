@@ -20,6 +20,13 @@ def complete_runs(incomplete: str) -> list[str]:
     return [str(Path(recipe).parent) for recipe in _files(incomplete, "*/recipe.toml", "*/*/recipe.toml")]
 
 
+def complete_data_files(incomplete: str) -> list[str]:
+    """Return the data files, and the folders, whose path begins with `incomplete`."""
+    from opdctl.recipe.data_names import is_data_file
+
+    return [path for path in _files(incomplete, "*") if is_data_file(path) or Path(path).is_dir()]
+
+
 def _files(incomplete: str, *patterns: str) -> list[str]:
     return [file for pattern in patterns for file in sorted(glob.glob(glob.escape(incomplete) + pattern))]
 

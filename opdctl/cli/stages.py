@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opdctl import console, distributed
+from opdctl.cli import completion
 from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunOption, Verbose
+from opdctl.cli.score_files import read_file_options, score_input_files
 from opdctl.cli.session import command_session, named_run, open_run_and_device, print_json, read_recipe_options
 from opdctl.errors import OpdctlError, did_you_mean
 
@@ -25,6 +27,22 @@ Follow = Annotated[
 Only = Annotated[
     str | None,
     typer.Option("--only", metavar="NAME", help="Score with one model: teacher, teacher-NAME or reference."),
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="FILES",
+        help="Score responses of other programs, without a run: a file, a quoted pattern or a folder; may be repeated. "
+        "--output is the directory of the scores.",
+        autocompletion=completion.complete_data_files,
+    ),
+]
+TeacherModel = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher", metavar="PATH_OR_ID", help="With --input: the model that scores, a directory, a hub id or `toy:…`."
+    ),
 ]
 
 
@@ -60,18 +78,34 @@ def score_teacher(
     step: Step = None,
     only: Only = None,
     follow: Follow = False,
+    input_: Input = None,
+    teacher: TeacherModel = None,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
 ) -> None:
     """Score each token of a step's responses with the teacher, or with every teacher and the reference model.
 
+    With --input, a teacher scores the responses in files of any program, without a run.
+
     \b
     opdctl score-teacher --recipe quickstart
     opdctl score-teacher runs/two-teachers --only teacher-math
+    opdctl score-teacher --input 'rollouts/*.jsonl' --teacher Qwen/Qwen3-4B --output scored
     then: opdctl train --no-fill
     """
     with command_session(verbose, as_json=json_):
+        if input_ or teacher is not None:
+            of_run = {
+                "RUN_DIR": run_dir,
+                "--recipe": recipe,
+                "--step": step,
+                "--only": only,
+                "--follow": follow or None,
+            }
+            request = read_file_options(input_, teacher, run, set_ or [], of_run)
+            score_input_files(request, dry_run=dry_run, as_json=json_)
+            return
         resolved, path = read_recipe_options(recipe, set_, named_run(run_dir, run), "plan" if dry_run else "run")
         scorers = _select_scorers(resolved, only)
         _run("score-teacher", resolved, path, scorers, step, follow=follow, dry_run=dry_run, as_json=json_)

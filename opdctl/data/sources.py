@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,23 @@ def find_files(source: PromptSource, key: str) -> list[Path]:
     """
     if not is_local(source.source):
         return []
-    paths = [path for name in source.paths for path in _expand(name, key, source.split)]
-    return [file for path in paths for file in (sorted(path.rglob("*.arrow")) if path.is_dir() else [path])]
+    paths = [path for name in source.paths for path in _expand(name, f"{key}.source", source.split)]
+    return [file for path in paths for file in list_data_files(path)]
+
+
+def find_inputs(names: Sequence[str], option: str) -> list[Path]:
+    """Return what an option of the command line names: files, also by pattern or folder, and folders saved by
+    `datasets`. A folder is read whole, whatever splits the names of its files contain.
+
+    Raises:
+        OpdctlError: nothing is there, or it is of an unknown kind.
+    """
+    return [path for name in names for path in _expand(name, option, None)]
+
+
+def list_data_files(path: Path) -> list[Path]:
+    """Return a file, or the files of a folder saved by `datasets`."""
+    return sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
 
 
 def _number_rows(source: PromptSource, key: str) -> Iterator[LocatedRow]:
@@ -85,34 +100,38 @@ def _open_tables(source: PromptSource, key: str) -> Iterator[tuple[str, Iterator
         yield source.location, rows
         return
     for name in source.paths:
-        for path in _expand(name, key, source.split):
+        for path in _expand(name, f"{key}.source", source.split):
             is_saved = path.is_dir()
             yield str(path), load_from_disk(path, source.split, f"{key}.split") if is_saved else read_table(path)
 
 
-def _expand(name: str, key: str, split: str) -> list[Path]:
-    """Return the files of a name: a file, a pattern or a folder; and folders saved by `datasets`."""
+def _expand(name: str, key: str, split: str | None) -> list[Path]:
+    """Return the files of a name: a file, a pattern or a folder; and folders saved by `datasets`.
+
+    key: where the name was given, for errors. split: of folders, None for all of their files.
+    """
     path = Path(name).expanduser()
     if is_pattern(name) and not path.exists():
         found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
         if not found:
-            raise OpdctlError("missing_file", f"{key}.source: no file matches {name}")
+            raise OpdctlError("missing_file", f"{key}: no file matches {name}")
         return [file for each in found for file in _expand(str(each), key, split)]
     if path.is_dir():
-        return [path] if is_saved_dataset(path) else _files_of_split(path, split, key)
+        return [path] if is_saved_dataset(path) else _files_of_folder(path, split, key)
     if is_data_file(name):
         return [path]
     if path.exists():
         suffixes = " or ".join(TABLE_SUFFIXES)
-        raise OpdctlError("unsupported_setting", f"{key}.source: {path}: the name must end in {suffixes}")
+        raise OpdctlError("unsupported_setting", f"{key}: {path}: the name must end in {suffixes}")
     raise OpdctlError(
         "missing_file",
-        f"{key}.source: {name} is no local file or folder",
-        hint="correct the path; a hub data set beside other sources is a section [prompts.sources.NAME]",
+        f"{key}: {name} is no local file or folder",
+        hint="correct the path"
+        + "; a hub data set beside other sources is a section [prompts.sources.NAME]" * (split is not None),
     )
 
 
-def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
+def _files_of_folder(folder: Path, split: str | None, key: str) -> list[Path]:
     """Return the data files of a folder, those of one split if their names contain splits."""
     files = sorted(
         file
@@ -120,16 +139,16 @@ def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
         if is_data_file(file.name) and file.is_file() and not _is_hidden(file.relative_to(folder))
     )
     if not files:
-        raise OpdctlError("missing_file", f"{key}.source: {folder}: no file that ends in {' or '.join(TABLE_SUFFIXES)}")
+        raise OpdctlError("missing_file", f"{key}: {folder}: no file that ends in {' or '.join(TABLE_SUFFIXES)}")
     splits = {file: _find_split(file.relative_to(folder)) for file in files}
-    if not any(splits.values()):
+    if split is None or not any(splits.values()):
         return files
     if chosen := [file for file in files if splits[file] == split]:
         return chosen
     known = sorted({name for name in splits.values() if name})
     raise OpdctlError(
         "unsupported_setting",
-        f"{key}.split: {folder}: no file of split `{split}`{did_you_mean(split, known)}",
+        f"{key.removesuffix('source')}split: {folder}: no file of split `{split}`{did_you_mean(split, known)}",
         hint=f"use one of the splits {', '.join(f'`{name}`' for name in known)}, or name the files",
     )
 

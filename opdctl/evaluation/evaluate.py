@@ -86,7 +86,7 @@ def _external_settings(name: str, recipe: Recipe) -> Model:
 
 def external_target(name: str, recipe: Recipe) -> EvalTarget:
     """Return a model that is not part of the run: a directory or a hub id, loaded with the student's settings."""
-    model = find_model(recipe, _external_settings(name, recipe), "--model")
+    model = find_model(recipe, _external_settings(name, recipe), "--model", recipe.rollout.engine)
     digest = model.digest()
     label = name if name.startswith("toy:") else Path(name).name
     return EvalTarget(f"{label.replace(':', '-')}-{digest[:8]}", model, digest, "model", f"--model {name}")

@@ -3,9 +3,10 @@
 Reads rollout parts, writes safetensors parts in one directory for each scorer.
 """
 
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from opdctl import distributed
@@ -14,7 +15,8 @@ from opdctl.artifacts.tables import write_scores
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.parity import check_parity
 from opdctl.engines.pool import EnginePool
-from opdctl.recipe.schema import Score
+from opdctl.models.directory import ModelDir
+from opdctl.recipe.schema import Recipe, Score
 from opdctl.runs.run import REFERENCE, Run
 from opdctl.runs.scored_responses import check_ids
 from opdctl.runs.stage_loop import BuildPart, Part, StageWork, make_missing_parts
@@ -34,6 +36,22 @@ class Scorer(Protocol):
     ) -> Generator[tuple[int, TokenScores]]: ...
 
 
+class SaveScores(Protocol):
+    """Writes the scores of a part, in the order of its requests. metadata: how they were computed."""
+
+    def __call__(self, path: Path, scores: list[TokenScores], metadata: Mapping[str, str]) -> None: ...
+
+
+@dataclass(frozen=True)
+class ScorerSource:
+    """Where a stage gets its scorer. get: called once, if there is a part to make. is_here: otherwise never."""
+
+    backend: str
+    device: str
+    get: Callable[[], Scorer]
+    is_here: bool = True
+
+
 def run_scoring(
     run: Run, step: int, engines: EnginePool, *, only: Collection[str] | None = None, wait: bool = False
 ) -> int:
@@ -47,10 +65,13 @@ def run_scoring(
     """
     engine, made = run.recipe.score.engine, 0
     for name in run.scorers() if only is None else only:
-        get_scorer = partial(engines.get, name, engine, run.models[name])
-        source = _ScorerSource(engine, engines.device, get_scorer, engines.owns(engine))
-        made += _score(run, step, name, source, wait=wait)
+        made += _score(run, step, name, pooled_scorer(engines, name, engine, run.models[name]), wait=wait)
     return made
+
+
+def pooled_scorer(engines: EnginePool, name: str, engine: str, model: ModelDir) -> ScorerSource:
+    """Return the scorer `name` of the recipe, in an engine of the pool."""
+    return ScorerSource(engine, engines.device, partial(engines.get, name, engine, model), engines.owns(engine))
 
 
 def score_by_base(run: Run, step: int, scorer: BaseScorer) -> int:
@@ -62,62 +83,72 @@ def score_by_base(run: Run, step: int, scorer: BaseScorer) -> int:
     if not distributed.is_main():
         scorer.follow()
         return 0
-    made = _score(run, step, REFERENCE, _ScorerSource("trainer", scorer.device, lambda: scorer), wait=True)
+    made = _score(run, step, REFERENCE, ScorerSource("trainer", scorer.device, lambda: scorer), wait=True)
     scorer.close()
     return made
 
 
-@dataclass(frozen=True)
-class _ScorerSource:
-    """Where a stage gets its scorer. get: called once, if there is a part to make. is_here: otherwise never."""
-
-    backend: str
-    device: str
-    get: Callable[[], Scorer]
-    is_here: bool = True
-
-
-def _score(run: Run, step: int, name: str, source: _ScorerSource, *, wait: bool) -> int:
+def _score(run: Run, step: int, name: str, source: ScorerSource, *, wait: bool) -> int:
     rollout, stage = run.rollout_stage(step), run.score_stage(step, name)
 
-    def prepare() -> StageWork[ScoreRequest, TokenScores]:
-        settings, model, engine = _settings(run.recipe.score, name), run.models[name], source.get()
-        # Temperature 1 and no top-p: the scorer is a reference, not a sampler.
-        metadata = engine.logprob_metadata | {
-            "temperature": "1",
-            "logprobs": "raw, float32, nats",
-            "model": run.digests[name],
-            "tokenizer": model.tokenizer_digest,
-        }
+    def open_part(index: int) -> tuple[list[ScoreRequest], SaveScores]:
+        responses = rollout.read_part(index, Response)
+        check_ids(responses, run.models[name])
+        scored = [row for row in responses if name in (row.teacher, REFERENCE)]
+        requests = [ScoreRequest(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in scored]
+        ids, digest = [row.sample_id for row in scored], rollout.sha256(index)
 
-        def open_part(index: int) -> tuple[list[ScoreRequest], BuildPart[TokenScores]]:
-            responses = rollout.read_part(index, Response)
-            check_ids(responses, model)
-            scored = [row for row in responses if name in (row.teacher, REFERENCE)]
-            requests = [ScoreRequest(run.prompt_ids(name, row), row.response_ids, row.top_ids) for row in scored]
+        def save(path: Path, scores: list[TokenScores], metadata: Mapping[str, str]) -> None:
+            write_scores(path, ids, scores, {**metadata, "rollout": digest})
 
-            def build(scores: list[TokenScores]) -> Part:
-                if index == 0 and scored:
-                    logprobs = [each.logprobs for each in scores]
-                    check_parity(run.recipe, source.backend, model, requests, logprobs, source.device)
-                metadata_of_part = metadata | {"rollout": rollout.sha256(index)}
-                ids = [row.sample_id for row in scored]
-                save = partial(write_scores, ids=ids, scores=scores, logprob_metadata=metadata_of_part)
-                return Part(save, rows=len(scored), tokens=sum(len(each.logprobs) for each in scores))
+        return requests, save
 
-            return requests, build
-
-        process = partial(engine.stream_scores, settings=settings)
-        return StageWork(metadata, open_part, process, engine.batches_across_parts)
-
+    scorer = _settings(run.recipe, name), run.models[name], run.digests[name]
     count = sum(name in (prompt.teacher, REFERENCE) for _, prompt in run.samples(step))
     title = f"score-teacher {name}, step {step}"
+    prepare = partial(scoring_work, source, *scorer, open_part)
     return make_missing_parts(stage, title, count, prepare, wait=wait, has_engine=source.is_here)
 
 
-def _settings(settings: Score, name: str) -> Score:
-    """Return the settings of a scorer. The reference only ever gives log-probs."""
+def scoring_work(
+    source: ScorerSource,
+    recipe: Recipe,
+    model: ModelDir,
+    digest: str,
+    open_part: Callable[[int], tuple[list[ScoreRequest], SaveScores]],
+) -> StageWork[ScoreRequest, TokenScores]:
+    """Return how the parts of scores are made, after getting the scorer: `model`, by [score] of the recipe.
+
+    digest: of the model. open_part: part index → the requests of the part, and the function that writes their scores.
+    """
+    scorer = source.get()
+    # Temperature 1 and no top-p: the scorer is a reference, not a sampler.
+    metadata = scorer.logprob_metadata | {
+        "temperature": "1",
+        "logprobs": "raw, float32, nats",
+        "model": digest,
+        "tokenizer": model.tokenizer_digest,
+    }
+
+    def open_requests(index: int) -> tuple[list[ScoreRequest], BuildPart[TokenScores]]:
+        requests, save = open_part(index)
+
+        def build(scores: list[TokenScores]) -> Part:
+            if index == 0 and requests:
+                logprobs = [each.logprobs for each in scores]
+                check_parity(recipe, source.backend, model, requests, logprobs, source.device)
+            save_part = partial(save, scores=scores, metadata=metadata)
+            return Part(save_part, rows=len(requests), tokens=sum(len(each.logprobs) for each in scores))
+
+        return requests, build
+
+    process = partial(scorer.stream_scores, settings=recipe.score)
+    return StageWork(metadata, open_requests, process, scorer.batches_across_parts)
+
+
+def _settings(recipe: Recipe, name: str) -> Recipe:
+    """Return the recipe with the settings of a scorer. The reference only ever gives log-probs."""
     if name != REFERENCE:
-        return settings
+        return recipe
     only_logprobs = {"entropy": False, "top_k": 0, "student_top_k": False, "hidden_states": False}
-    return settings.model_copy(update=only_logprobs)
+    return recipe.model_copy(update={"score": recipe.score.model_copy(update=only_logprobs)})

@@ -19,6 +19,7 @@ from opdctl.recipe.schema import (
     DEFAULT_COMPONENTS,
     DEFAULT_NAME,
     MAX_NAME_CHARS,
+    MAX_PARTS,
     Component,
     Model,
     ObjectiveSettings,
@@ -34,6 +35,8 @@ Purpose = Literal["read", "repair", "plan", "run"]
 """What a command does with a run: read its artifacts, move corrupt files away, plan its continuation (--dry-run), or
 continue it."""
 
+SCORING_SECTIONS = ("score", "teacher", "vllm", "server", "pipeline", "plugins")
+"""The sections that the scores of files depend on."""
 PROMPTS_KEY = re.compile(r"prompts(\.sources\.[^.]+)?")
 """The sections with a `source`."""
 
@@ -185,6 +188,27 @@ def default_eval_recipe(model: str, overrides: Sequence[str] = ()) -> Recipe:
     prompts = {"source": "toy:sort12", "limit": 1024, "template_arguments": arguments}
     unused = {"teacher": {"model": model}, "prompts": prompts, "train": {"steps": 1}}
     return load_recipe([], overrides, {"name": "eval", "student": {"model": model}} | unused)
+
+
+def default_score_recipe(teacher: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a recipe for the scores of a model without a run. Its student, prompts and training are never used.
+
+    Raises:
+        OpdctlError: the recipe is invalid, or an override has no effect on scores.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key != "rollout.num_parts" and key.partition(".")[0] not in SCORING_SECTIONS:
+            known = ", ".join(f"{name}.*" for name in SCORING_SECTIONS)
+            raise OpdctlError(
+                "invalid_usage",
+                f"--set {key}: has no effect on scores of files",
+                hint=f"set rollout.num_parts or {known}",
+            )
+    prompts = {"source": "toy:sort12", "limit": MAX_PARTS}
+    unused = {"student": {"model": teacher}, "prompts": prompts, "train": {"steps": 1}}
+    rollout = {"prompts_per_step": MAX_PARTS}  # which limits the number of parts
+    return load_recipe([], overrides, {"name": "score", "teacher": {"model": teacher}, "rollout": rollout} | unused)
 
 
 def _with_default_reference(recipe: Recipe) -> Recipe:

@@ -12,21 +12,22 @@ from opdctl.models.directory import ModelDir, check_same_tokenizer, find_local, 
 from opdctl.models.end_of_sequence import describe_tokens
 from opdctl.recipe.schema import Model, Recipe, model_key
 
+HubFiles = Literal["all", "settings", "none"]
+"""What is downloaded of a hub model: all files, config and tokenizer only, or nothing: the model is omitted then."""
 
-def find_model(recipe: Recipe, model: Model, key: str) -> ModelDir:
-    """Return the directory of a model that is not part of a run, after inspecting it. key: of its name, for errors.
+
+def find_model(recipe: Recipe, model: Model, key: str, engine: str, hub_files: HubFiles = "all") -> ModelDir:
+    """Return the directory of a model that is not part of a run, after inspecting it.
+
+    key: of its name, for errors. engine: that loads it.
 
     Raises:
         OpdctlError: the model is missing or unusable, or the hub is unavailable.
     """
     warn_of_code(model)
-    directory = ModelDir.from_recipe(find_or_download(model, key), model, recipe)
-    print_lines(_inspect(Path(model.model).name, directory, recipe.rollout.engine))
+    directory = ModelDir.from_recipe(find_or_download(model, key, weights=hub_files == "all"), model, recipe)
+    print_lines(_describe(Path(model.model).name, model, directory, engine, hub_files))
     return directory
-
-
-HubFiles = Literal["all", "settings", "none"]
-"""What is downloaded of a hub model: all files, config and tokenizer only, or nothing: the model is omitted then."""
 
 
 def prepare_models(recipe: Recipe, hub_files: HubFiles = "all") -> tuple[dict[str, ModelDir], list[str]]:
@@ -44,11 +45,7 @@ def prepare_models(recipe: Recipe, hub_files: HubFiles = "all") -> tuple[dict[st
     models = {name: ModelDir.from_recipe(path, recipe.models()[name], recipe) for name, path in paths.items() if path}
     lines = []
     for name, model in models.items():
-        is_without_weights = hub_files == "settings" and not model.weights.files
-        if is_without_weights and find_local(recipe.models()[name], name) is None:
-            lines.append(f"{name}: {model.path}: its weights are not on this machine, and were not checked")
-        else:
-            lines += _inspect(name, model, _loading_engine(recipe, name))
+        lines += _describe(name, recipe.models()[name], model, _loading_engine(recipe, name), hub_files)
     if "student" not in models:
         return models, lines
     for name in [name for name in recipe.scorers() if name in models]:
@@ -71,6 +68,13 @@ def print_lines(lines: Sequence[str]) -> None:
 def _loading_engine(recipe: Recipe, name: str) -> str:
     """Return the engine that loads a model; the trainer loads the student by transformers whatever the engine."""
     return "transformers" if name == "student" else recipe.score.engine
+
+
+def _describe(name: str, settings: Model, model: ModelDir, engine: str, hub_files: HubFiles) -> list[str]:
+    """Inspect a model unless its weights were not downloaded, and return lines that describe it."""
+    if hub_files == "settings" and not model.weights.files and find_local(settings, name) is None:
+        return [f"{name}: {model.path}: its weights are not on this machine, and were not checked"]
+    return _inspect(name, model, engine)
 
 
 def _inspect(name: str, model: ModelDir, engine: str) -> list[str]:

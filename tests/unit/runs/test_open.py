@@ -343,7 +343,8 @@ def test_standalone_evaluation_has_no_models_of_a_run(small, tmp_path):
 
 
 def test_remote_code_is_warned_of(small, capsys):
-    assert find_model(small(), Model(model="toy:student", trust_remote_code=True), "--model").trust_remote_code
+    model = Model(model="toy:student", trust_remote_code=True)
+    assert find_model(small(), model, "--model", "transformers").trust_remote_code
     assert "trust_remote_code" in capsys.readouterr().err
 
 
