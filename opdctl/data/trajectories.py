@@ -33,6 +33,7 @@ TEXT_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("input", "outpu
 """A prompt and a response, both texts or both messages; verl's names are the last."""
 RESPONSE_TEXTS = ("response", "completion")
 """Texts of a response beside its ids."""
+TEACHER_PROMPT_IDS = "teacher_prompt_ids"
 TOOLS = ("tools", "tool_defs")
 PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 SHOWN_TEXT_CHARS = 20
@@ -178,6 +179,9 @@ class _RowReader:
             raise OpdctlError("invalid_data", f"{located.location}: {reason}", hint="store the prompt, too")
         self._check_text(cells, tokens)
         columns = read_logprobs(cells, tokens)
+        if cells.has(TEACHER_PROMPT_IDS):
+            columns["teacher_prompt_ids"] = cells.ids(TEACHER_PROMPT_IDS)
+            self._check_vocabulary(columns["teacher_prompt_ids"], TEACHER_PROMPT_IDS, located.location)
         return _make_trajectory(located, tokens.prompt_ids, tokens.response_ids, tokens.loss_mask, **columns)
 
     def _check_vocabulary(self, ids: Ids, name: str, location: str) -> None:

@@ -47,6 +47,7 @@ def read_logprobs(cells: TokenCells, tokens: StoredTokens) -> dict[str, Any]:
         "logprobs": _find_logprobs(cells, tokens, LOGPROBS),
         "sampling_logprobs": _find_logprobs(cells, tokens, ("sampling_logprobs",)),
         "teacher_logprobs": _find_logprobs(cells, tokens, TEACHER_LOGPROBS),
+        "entropies": _find_logprobs(cells, tokens, ("student_entropies",)),
     }
     return found | _read_top(cells, tokens)
 
@@ -95,15 +96,16 @@ def read_values(located: LocatedRow) -> dict[str, Any]:
     """
     row, location = located.row, located.location
     sample_ids = ("index",) if "response_length" in row else SAMPLE_IDS
-    turns = _find_number(row, TURNS)
     return {
         "sample_id": _find_id(row, sample_ids, location) or str(located.number),
         "prompt_id": _find_id(row, PROMPT_NAMES, location),
         "finish_reason": find_finish_reason(row),
         "answer": _find_answer(row, location),
         "reward": _find_number(row, REWARDS),
-        "turns": None if turns is None else int(turns),
+        "turns": _find_integer(row, TURNS),
         "tool_seconds": _find_number(row, TOOL_SECONDS),
+        "step": _find_integer(row, ("step",)),
+        "policy_version": _find_integer(row, ("policy_version",)),
     }
 
 
@@ -137,6 +139,11 @@ def _find_number(row: TableRow, names: Sequence[str]) -> float | None:
     if found is None or not isinstance(found[1], int | float) or not math.isfinite(found[1]):
         return None
     return float(found[1])
+
+
+def _find_integer(row: TableRow, names: Sequence[str]) -> int | None:
+    number = _find_number(row, names)
+    return None if number is None else int(number)
 
 
 def find_finish_reason(row: TableRow) -> str | None:
