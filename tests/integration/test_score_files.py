@@ -87,13 +87,8 @@ def test_scores_are_those_of_a_run_to_the_bit(finished_run_with_columns: Path, t
 def test_columns_of_the_student_pass_through(finished_run_with_columns: Path, tmp_path: Path) -> None:
     exported = export(finished_run_with_columns, tmp_path / "exported.parquet", 1)
     assert score(tmp_path / "scored", exported).code == 0
-    dropped = (
-        "teacher_entropies",
-        "teacher_top_ids",
-        "teacher_top_logprobs",
-        "teacher_student_top_logprobs",
-        "weights",
-    )
+    dropped = ("teacher_entropies", "teacher_top_ids", "teacher_top_logprobs", "teacher_student_top_logprobs")
+    dropped += ("weights", "extracted", "correct")
     before, after = table(exported), table(tmp_path / "scored")
     assert before == [row | {name: old[name] for name in dropped} for row, old in zip(after, before, strict=True)]
     assert {row[name] for row in after for name in dropped} == {None}
