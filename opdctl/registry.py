@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from opdctl.errors import OpdctlError, did_you_mean, is_out_of_memory
 
@@ -171,6 +171,25 @@ def load_plugins(names: Sequence[str]) -> None:
             ) from error
 
 
+def load_function(name: str, key: str) -> Callable[..., Any]:
+    """Return the user's function `module:function`; its module is found as a plugin is. key: of the recipe, for errors.
+
+    Raises:
+        OpdctlError: the module is missing, its import fails, or it has no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        load_plugins([module])
+    except OpdctlError as error:
+        raise OpdctlError(error.kind, f"{key}: {error.detail.partition(': ')[2]}", hint=error.hint) from error
+    found = getattr(sys.modules[module], function, None)
+    if not callable(found):
+        names = [each for each, value in vars(sys.modules[module]).items() if inspect.isfunction(value)]
+        reason = f"`{module}` has no function `{function}`{did_you_mean(function, names)}"
+        raise OpdctlError("invalid_plugin", f"{key}: {reason}", hint='name it as "module:function"')
+    return cast(Callable[..., Any], found)
+
+
 @contextlib.contextmanager
 def plugin_errors(component: object) -> Iterator[None]:
     """Let an exception of a plugin's code name the component, the plugin's file and the line.
@@ -214,24 +233,33 @@ def load_recorded_plugins(names: Sequence[str], run_dir: Path) -> dict[str, str]
     """
     sources = {}
     for name in names:
-        origins = module_origins(name)
-        for origin in reversed(origins):
-            if is_within(origin, run_dir):
-                raise _untrusted_plugin(name, run_dir, f"{origin} is inside the run directory")
-            if _is_found_by_working_directory(origins[0]) and is_within(run_dir, Path.cwd(), depth=1):
-                raise _untrusted_plugin(name, run_dir, f"{origin} is beside the run directory")
+        sources[name] = check_recorded_module(name, run_dir, f"plugins: `{name}`", f'plugins=["{name}"]')
         load_plugins([name])
-        sources[name] = str(origins[-1]) if origins else "built in"
     return sources
 
 
-def _untrusted_plugin(name: str, run_dir: Path, why: str) -> OpdctlError:
-    option = shlex.quote(f'plugins=["{name}"]')
-    return OpdctlError(
-        "untrusted_code",
-        f"{run_dir / 'recipe.toml'}: plugins: `{name}`: {why}",
-        hint=f"to run that code after reading it, add --set {option} or --recipe with your recipe",
-    )
+def check_recorded_module(name: str, run_dir: Path, entry: str, setting: str) -> str:
+    """Check where a module comes from that a run directory records, and return its file. Nothing is imported.
+
+    entry: of the recipe, for the error. setting: by which a command names the module itself.
+
+    Raises:
+        OpdctlError: it would come from the run directory, or from the working directory while that is the directory
+            around the run.
+    """
+    origins = module_origins(name)
+    for origin in reversed(origins):
+        place = "inside" if is_within(origin, run_dir) else ""
+        if not place and _is_found_by_working_directory(origins[0]) and is_within(run_dir, Path.cwd(), depth=1):
+            place = "beside"
+        if place:
+            option = f"--set {shlex.quote(setting)}"
+            raise OpdctlError(
+                "untrusted_code",
+                f"{run_dir / 'recipe.toml'}: {entry}: {origin} is {place} the run directory",
+                hint=f"to run that code after reading it, add {option} or --recipe with your recipe",
+            )
+    return str(origins[-1]) if origins else "built in"
 
 
 def is_within(path: Path, directory: Path, depth: int | None = None) -> bool:

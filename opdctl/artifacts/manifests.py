@@ -31,13 +31,15 @@ Digests = dict[Annotated[str, AfterValidator(_within)], Digest]
 
 
 class PartRecord(TypedDict):
-    """A finished part: its receipt, and its entry in the manifest."""
+    """A finished part: its receipt, and its entry in the manifest. failed: the sample ids of the episodes that failed,
+    of which there is no row."""
 
     name: FileName
     rows: Count
     tokens: Count
     bytes: Count
     sha256: Digest
+    failed: NotRequired[list[str]]
 
 
 class PolicyRecord(TypedDict):
@@ -132,8 +134,9 @@ class StartRecord(TypedDict):
 class RunRecord(TypedDict):
     """run.json: what the run was started with.
 
-    vocab_size: the ids that all models share. forked_from: the run and the step that a fork starts from. recipe: the
-    text of recipe.toml at the start, from which it can be restored; 0.2.0 wrote none.
+    vocab_size: the ids that all models share. environment: the digest of the file of rollout.environment. forked_from:
+    the run and the step that a fork starts from. recipe: the text of recipe.toml at the start, from which it can be
+    restored; 0.2.0 wrote none.
     """
 
     artifact: str
@@ -142,6 +145,7 @@ class RunRecord(TypedDict):
     models: dict[str, ModelRecord]
     vocab_size: NotRequired[Count]
     prompts: PromptsRecord
+    environment: NotRequired[str]
     forked_from: NotRequired[StartRecord]
     recipe: NotRequired[str]
 

@@ -40,6 +40,7 @@ TokenSpan = Annotated[Ids, STORED_IF_PRESENT]
 """The span [start, end) of some tokens of a response, in a column that a file lacks if no row has it."""
 StoredInt = Annotated[int, STORED_IF_PRESENT]
 StoredFloat = Annotated[float, STORED_IF_PRESENT]
+StoredText = Annotated[str, STORED_IF_PRESENT]
 LossMask = npt.NDArray[np.bool_]
 """Whether each token of a response is the student's own, [T]. The others, such as the outputs of tools, were read by
 it: they are not learned and not analysed."""
@@ -58,7 +59,8 @@ class Prompt:
     """One prompt, templated to token ids.
 
     answer: the gold answer, if there is one. teacher: the scorer of its responses, such as `teacher` or `teacher-math`.
-    teacher_prompt_ids: the prompt that this teacher reads, if it differs.
+    teacher_prompt_ids: the prompt that this teacher reads, if it differs. row: that of the source in JSON, for the
+    environment of the rollout.
     """
 
     prompt_id: str
@@ -66,6 +68,7 @@ class Prompt:
     answer: str | None
     teacher: str
     teacher_prompt_ids: Ids | None = None
+    row: StoredText | None = None
 
 
 @dataclass(frozen=True, slots=True)

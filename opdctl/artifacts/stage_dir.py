@@ -14,7 +14,7 @@ import itertools
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -155,6 +155,11 @@ class StageDir:
 
     def _receipt_path(self, index: int) -> Path:
         return self.path / f"{self.names[index]}.receipt.json"
+
+    def failed(self) -> list[str]:
+        """Return the ids of what failed in the parts that are recorded."""
+        records = (self.record(index) for index in range(len(self.names)))
+        return [name for record in records if record for name in record.get("failed", [])]
 
     @property
     def digest(self) -> str:
@@ -340,8 +345,12 @@ class StageDir:
         with contextlib.suppress(leases.LeaseLost):  # of every part: other workers have started the stage
             write_json(self._header_path, header, self._check_any_lease)
 
-    def write(self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int) -> bool:
+    def write(
+        self, index: int, save: Callable[[Path], None], *, rows: int, tokens: int, failed: Sequence[str] = ()
+    ) -> bool:
         """Write part `index` by `save(temporary path)`, release its lease, and return whether the part counts.
+
+        failed: the ids of what the part lacks.
 
         It is dropped if the lease was lost, or if another fingerprint was started in the same directory meanwhile.
         """
@@ -352,6 +361,8 @@ class StageDir:
                 size, digest = temporary.stat().st_size, sha256_file(temporary)
                 fsync_path(temporary)  # slow, so before the receipt
                 receipt = PartRecord(name=name, rows=rows, tokens=tokens, bytes=size, sha256=digest)
+                if failed:
+                    receipt["failed"] = [*failed]
                 write_json(self._receipt_path(index), receipt, check)
         except leases.LeaseLost:
             return False

@@ -1,6 +1,7 @@
 """Prompts: read from the toy task, a file or the hub, put into the chat template, and tokenized."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -31,6 +32,7 @@ class Problem:
     text: the last message of the user. answer: the gold answer, if there is one. teacher: the name of its teacher in a
     run with several. teacher_chat: the teacher's version of the chat, if it differs. location: the file and the row,
     for errors. earlier, later: the messages of the chat before and after `text`. tools: schemas for the chat template.
+    row: of the source in JSON, if it is kept.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Problem:
     earlier: tuple[Message, ...] = ()
     later: tuple[Message, ...] = ()
     tools: tuple[Tool, ...] = ()
+    row: str | None = field(default=None, compare=False)
 
     @property
     def chat(self) -> Chat:
@@ -82,7 +85,7 @@ def tokenize(
         elif not min(lengths):
             raise OpdctlError("invalid_data", f"{location} has no tokens")
         else:
-            prompts.append(Prompt(problem.id, prompt_ids, problem.answer, teacher, teacher_ids))
+            prompts.append(Prompt(problem.id, prompt_ids, problem.answer, teacher, teacher_ids, problem.row))
     if too_long and settings.on_too_long == "error":
         shown = ", ".join(f"`{name}` with {length}" for name, length in too_long[:MAX_LISTED_PROMPTS])
         raise OpdctlError(
@@ -108,15 +111,15 @@ def _teacher_of(problem: Problem, teachers: Sequence[str]) -> str:
     return name
 
 
-def load_problems(settings: Prompts) -> list[Problem]:
-    """Read the prompts of the recipe, source by source, and check every row.
+def load_problems(settings: Prompts, *, keep_rows: bool = False) -> list[Problem]:
+    """Read the prompts of the recipe, source by source, and check every row. keep_rows: with the rows of the sources.
 
     Raises:
         OpdctlError: a row or a source is invalid, or a download fails.
     """
     problems: list[Problem] = []
     for name, source in settings.parts().items():
-        part = _load_part(source, source_key(name), settings.shuffle_seed)
+        part = _load_part(source, source_key(name), settings.shuffle_seed, keep_rows=keep_rows)
         teacher = source.teacher if isinstance(source, MixedSource) else None
         problems += [
             replace(problem, id=f"{name}/{problem.id}" if name else problem.id, teacher=teacher or problem.teacher)
@@ -141,21 +144,21 @@ def split_held_out(problems: Sequence[Problem], share: float) -> tuple[list[Prob
     return parts
 
 
-def _load_part(source: PromptSource, key: str, shuffle_seed: int | None) -> list[Problem]:
+def _load_part(source: PromptSource, key: str, shuffle_seed: int | None, *, keep_rows: bool) -> list[Problem]:
     if source.is_toy:
-        return _toy_problems(source, key)
+        return _toy_problems(source, key, keep_rows=keep_rows)
     if source.is_imported:
         why = f"{key}.source: the prompts are those of imported responses, and none are imported yet"
         raise OpdctlError("missing_input", why, hint="run `opdctl run import RUN_DIR FILES --recipe FILE` first")
     rows = read_source(source, key)
     if shuffle_seed is None:
-        return _parse_rows(islice(rows, source.limit), source, key)
-    problems = _parse_rows(rows, source, key)
+        return _parse_rows(islice(rows, source.limit), source, key, keep_rows=keep_rows)
+    problems = _parse_rows(rows, source, key, keep_rows=keep_rows)
     order = np.random.default_rng(shuffle_seed).permutation(len(problems))
     return [problems[i] for i in order[: source.limit]]
 
 
-def _toy_problems(source: PromptSource, key: str) -> list[Problem]:
+def _toy_problems(source: PromptSource, key: str, *, keep_rows: bool) -> list[Problem]:
     (name,) = source.paths
     task = TASKS.get(name.removeprefix("toy:"))
     if task is None:
@@ -171,19 +174,31 @@ def _toy_problems(source: PromptSource, key: str) -> list[Problem]:
     try:
         stream = task.problems(source.split, seed=0)
         return [
-            Problem(each.id, append_suffix(each.prompt, source.suffix), each.answer, location=name)
+            Problem(
+                each.id,
+                append_suffix(each.prompt, source.suffix),
+                each.answer,
+                location=name,
+                row=_to_json({"id": each.id, "prompt": each.prompt, "answer": each.answer}) if keep_rows else None,
+            )
             for each in islice(stream, source.limit)
         ]
     except ValueError as error:
         raise OpdctlError("unsupported_setting", f"{key}.split: {error}") from error
 
 
-def _parse_rows(rows: Iterator[LocatedRow], settings: PromptSource, key: str) -> list[Problem]:
+def _to_json(row: TableRow) -> str:
+    """Return a row as JSON; values without a form in it, such as dates, are texts."""
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def _parse_rows(rows: Iterator[LocatedRow], settings: PromptSource, key: str, *, keep_rows: bool) -> list[Problem]:
     problems: list[Problem] = []
     numbers: dict[str, int] = {}
     duplicates: list[str] = []
     for located in rows:
         problem = _parse_row(located, settings)
+        problem = replace(problem, row=_to_json(located.row)) if keep_rows else problem
         if problem.id in numbers:
             duplicates.append(f"`{problem.id}` of row {numbers[problem.id]} in row {located.number}")
         numbers.setdefault(problem.id, located.number)

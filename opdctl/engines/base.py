@@ -23,10 +23,23 @@ RESUME_HINT = "run the same command again to resume; finished parts are kept"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt to complete. The seed alone determines the sampled response."""
+    """A prompt to complete. The seed alone determines the sampled response.
+
+    max_tokens: of the response, if fewer than those of the sampling settings. stop: strings that end it, in addition.
+    """
 
     prompt_ids: Ids
     seed: int
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def limit(self, sampling: Sampling) -> int:
+        """Return the maximum length of the response."""
+        return sampling.max_tokens if self.max_tokens is None else min(self.max_tokens, sampling.max_tokens)
+
+    def stops(self, sampling: Sampling) -> list[str]:
+        """Return the strings that end the response."""
+        return [*sampling.stop, *self.stop]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +66,15 @@ class Engine(Protocol):
 
     def stream_completions(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         sampling: Sampling,
         batch_size: int,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
     ) -> Generator[tuple[int, Completion]]:
         """Complete every request; yield its number and its completion as soon as it is finished, in any order.
 
-        At most `batch_size` are in work at a time. A request is taken when there is room for it.
+        At most `batch_size` are in work at a time. A request is taken when there is room for it. None among them, which
+        has no number, is "no request at the moment": an engine that batches across parts continues with those in work.
         """
         ...
 

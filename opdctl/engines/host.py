@@ -8,7 +8,6 @@ its libraries is an error message here.
 """
 
 import contextlib
-import itertools
 import math
 import os
 import re
@@ -68,6 +67,9 @@ ACTIVITIES = {
     "stream_scores": "scoring",
     "release": "falling asleep",
 }
+_END = object()
+ARRIVAL_SECONDS = 0.005
+"""Between two looks for new requests, when there was none."""
 WAITING_REQUESTS = 16
 """For an engine that has room for another request while this process is writing files."""
 
@@ -103,7 +105,7 @@ class HostedEngine(InOrder):
 
     def stream_completions(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         sampling: Sampling,
         batch_size: int,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
@@ -180,37 +182,36 @@ class HostedEngine(InOrder):
         """Let the host process requests, and yield the results. The host has a few more than it processes at once."""
         self._await_start()
         self._send(command, **options)
-        remaining = iter(requests)
-        is_last = self._send_requests(remaining, at_once + WAITING_REQUESTS if self.batches_across_parts else None)
+        feed = _Feed(requests, at_once + WAITING_REQUESTS if self.batches_across_parts else None)
+
+        def send_requests() -> float:
+            """Pass requests to the host, and return for how many seconds to wait for a message."""
+            if (taken := feed.take()) is not None:
+                with contextlib.suppress(OSError):  # the host has ended, which `_messages` reports
+                    self._connection.send(("requests", (taken, feed.is_exhausted), {}))
+            return ARRIVAL_SECONDS if feed.has_paused else POLL_SECONDS
+
         try:
-            for result in self._results():
+            for result in self._results(send_requests):
+                feed.in_work -= 1
                 yield result
-                is_last = is_last or self._send_requests(remaining, 1)
         finally:
             if self._running is not None:
                 self._kill()
-
-    def _send_requests(self, remaining: Iterator[Any], count: int | None) -> bool:
-        """Pass `count` requests to the host, all if None; return whether they are the last."""
-        requests = list(itertools.islice(remaining, count))
-        is_last = count is None or len(requests) < count
-        with contextlib.suppress(OSError):  # the host has ended, which `_results` reports
-            self._connection.send(("requests", (requests, is_last), {}))
-        return is_last
 
     def _send(self, command: str, *arguments: Any, **options: Any) -> None:
         self._running = command
         with contextlib.suppress(OSError):
             self._connection.send((command, arguments, options))
 
-    def _results(self) -> Generator[tuple[int, Any], None, Any]:
-        """Yield the results of the running command, and return its value.
+    def _results(self, before_wait: Callable[[], float] | None = None) -> Generator[tuple[int, Any], None, Any]:
+        """Yield the results of the running command, and return its value. before_wait: as in `_messages`.
 
         Raises:
             OpdctlError: the host has ended or hangs. Any error of the command itself is raised as it is.
         """
         try:
-            for kind, value in self._messages():
+            for kind, value in self._messages(before_wait or (lambda: POLL_SECONDS)):
                 if kind == "result":
                     yield value
                 elif kind == "print":
@@ -228,13 +229,17 @@ class HostedEngine(InOrder):
             if self._running is not None:
                 self._kill()
 
-    def _messages(self) -> Iterator[tuple[str, Any]]:
-        """Yield the host's messages until it ends or hangs, which raises OpdctlError."""
+    def _messages(self, before_wait: Callable[[], float]) -> Iterator[tuple[str, Any]]:
+        """Yield the host's messages until it ends or hangs, which raises OpdctlError.
+
+        before_wait: called before each wait for a message; returns its maximum length in seconds.
+        """
         hang = _HangDetection(self._context.device != "cpu" and self._running in host_process.STREAMS)
         while True:
             signals.check()
+            seconds = before_wait()
             try:
-                if self._connection.poll(POLL_SECONDS):
+                if self._connection.poll(seconds):
                     kind, value = self._connection.recv()
                     if kind == "alive":
                         hang.note(Progress(*value))
@@ -305,6 +310,30 @@ class HostedEngine(InOrder):
             f"{self._model.path}: the process of its engine {what} during {ACTIVITIES[command or '']}{lines}",
             hint=RESUME_HINT,
         )
+
+
+class _Feed:
+    """The requests of a command. limit: that the host may have; None: all at once. has_paused: whether there was none
+    at the moment."""
+
+    def __init__(self, requests: Iterable[Any], limit: int | None):
+        self._remaining, self._limit = iter(requests), limit
+        self.in_work = 0
+        self.is_exhausted = self.has_paused = False
+
+    def take(self) -> list[Any] | None:
+        """Return the next requests up to the limit, None if there are none to send. After the last, `is_exhausted`."""
+        if self.is_exhausted:
+            return None
+        requests: list[Any] = []
+        self.has_paused = False
+        while not (self.is_exhausted or self.has_paused or self.in_work == self._limit):
+            request = next(self._remaining, _END)
+            self.is_exhausted, self.has_paused = request is _END, request is None
+            if request is not None and request is not _END:
+                requests.append(request)
+                self.in_work += 1
+        return requests if requests or self.is_exhausted else None
 
 
 class Progress(NamedTuple):

@@ -54,6 +54,7 @@ class Host:
         self._connection, self._engine = connection, None
         self._inbox: SimpleQueue[tuple[str, tuple[Any, ...], dict[str, Any]]] = SimpleQueue()
         self._outbox: SimpleQueue[tuple[str, Any] | None] = SimpleQueue()
+        self._in_work = 0  # requests that the engine has
         self._busy = threading.Event()
         self._busy.set()  # with the imports that the first message needs
         self._sender = threading.Thread(target=self._send_all, daemon=True)
@@ -87,15 +88,23 @@ class Host:
         function = getattr(self._engine, command)
         if command not in STREAMS:
             return function(*arguments, **options) if callable(function) else function
+        self._in_work = 0
         for result in function(self._take_requests(), **options):
+            self._in_work -= 1
             self._outbox.put(("result", result))
         return None
 
     def _take_requests(self) -> Iterator[Any]:
+        """Yield the requests that arrive, and None while there is none and the engine has others."""
         is_last = False
         while not is_last:
+            if self._in_work and self._inbox.empty():
+                yield None
+                continue
             _, (requests, is_last), _ = self._inbox.get()
-            yield from requests
+            for request in requests:
+                self._in_work += 1
+                yield request
 
     def _start(self, make: Any, model: Any, context: Any, level: int, handover: Any) -> dict[str, str]:
         from opdctl import console

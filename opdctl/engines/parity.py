@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from opdctl import console
-from opdctl.artifacts.records import Logprobs
+from opdctl.artifacts.records import Logprobs, LossMask
 from opdctl.engines.base import Engine, ScoreRequest
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, Probe
@@ -40,11 +40,12 @@ def check_parity(
     requests: Sequence[ScoreRequest],
     engine_logprobs: Sequence[Logprobs],
     device: str,
+    masks: Sequence[LossMask | None] = (),
 ) -> None:
     """Compare an engine's log-probs of the first responses with the trainer's, and print the RMS and maximum in nats.
 
-    engine: its name, or `trainer`. Skipped if `pipeline.max_logprob_rms` is 0, and for `trainer` and the transformers
-    engine, which has the same forward pass.
+    engine: its name, or `trainer`. masks: the loss masks of the responses, all None if empty. Skipped if
+    `pipeline.max_logprob_rms` is 0, and for `trainer` and the transformers engine, which has the same forward pass.
     The reference is loaded into the CPU's memory: the engine has that of the GPU.
 
     Raises:
@@ -62,6 +63,9 @@ def check_parity(
     reference.close()
     pairs = zip(engine_logprobs[:MAX_PARITY_RESPONSES], reference_scores, strict=True)
     differences = [logp_T[:end] - scores.logprobs for logp_T, scores in pairs]
+    for index, mask_T in enumerate(masks[: len(differences)]):
+        if mask_T is not None:
+            differences[index] = differences[index][mask_T[:end]]
     rms, maximum = _difference(differences)
     num_tokens = sum(map(len, differences))
     console.info(

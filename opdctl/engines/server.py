@@ -85,7 +85,7 @@ class ServerEngine(InOrder):
 
     def stream_completions(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         sampling: Sampling,
         batch_size: int,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
@@ -97,21 +97,24 @@ class ServerEngine(InOrder):
             why = "a server's log-probs of a modified distribution may be raw or processed"
             names = ", ".join(sampling.modifications)
             raise OpdctlError("unsupported_setting", f"rollout: {names}: {why}", hint=hint)
-        requests = self._check_padding(requests, lambda request: request.prompt_ids)
+        known = self._check_padding(filter(None, requests), lambda request: request.prompt_ids)
         end_ids = self._model.end_ids(sampling.stop_token_ids)
         vocab_size, top_k = self._model.vocab_size, columns.top_k
-        parse = partial(_parse_completion, sampling=sampling, end_ids=end_ids, vocab_size=vocab_size, top_k=top_k)
         entries = self._num_entries(top_k)
         fixed: dict[str, Any] = {"logprobs": entries, "stop_token_ids": end_ids}
-        if sampling.stop:
-            fixed |= {"stop": sampling.stop, "include_stop_str_in_output": True}
         if self._padding_ids:
             fixed["logit_bias"] = dict.fromkeys(map(str, self._padding_ids), FORBIDDEN_LOGIT_BIAS)
 
         def bodies() -> Iterator[tuple[dict[str, Any], Parse[Completion], int]]:
-            for request in requests:
-                self._check_length(len(request.prompt_ids), sampling.max_tokens, self._max_prompt + sampling.max_tokens)
-                body = self._body(request.prompt_ids, sampling) | fixed | {"seed": request.seed}
+            for request in known:
+                own = sampling.model_copy(
+                    update={"max_tokens": request.limit(sampling), "stop": request.stops(sampling)}
+                )
+                self._check_length(len(request.prompt_ids), own.max_tokens, self._max_prompt + sampling.max_tokens)
+                body = self._body(request.prompt_ids, own) | fixed | {"seed": request.seed}
+                if own.stop:
+                    body |= {"stop": own.stop, "include_stop_str_in_output": True}
+                parse = partial(_parse_completion, sampling=own, end_ids=end_ids, vocab_size=vocab_size, top_k=top_k)
                 yield body, self._response_parser(body, parse), _max_response_bytes(body, entries)
 
         yield from self._client.post_all(f"{self._url}/completions", bodies())

@@ -109,23 +109,23 @@ class TransformersEngine(InOrder):
 
     def stream_completions(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         sampling: Sampling,
         batch_size: int,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
     ) -> Generator[tuple[int, Completion]]:
-        requests = list(requests)
-        longest = max((len(request.prompt_ids) for request in requests), default=0)
-        check_rope(self._model.config, self._directory.path, longest, sampling.max_tokens)
+        taken = [request for request in requests if request is not None]
+        lengths = ((len(request.prompt_ids), request.limit(sampling)) for request in taken)
+        check_rope(self._model.config, self._directory.path, *max(lengths, key=sum, default=(0, 0)))
         self._rules = self._rules or find_batch_rules(self._model, self._directory.path)
         if columns.routed_experts:
             self._routers = self._routers or Routers(self._model)
             check_has_experts(self._routers)
-        for batch in _batch_prompts(requests, batch_size, self._rules):
-            buffer = _SampleBuffer(len(batch), sampling.max_tokens, self._device, columns)
+        for batch in _batch_prompts(taken, batch_size, self._rules):
+            buffer = _SampleBuffer([taken[i].limit(sampling) for i in batch], self._device, columns)
             if columns.routed_experts and self._routers:
-                buffer.routing = _RoutingBuffer(self._routers, [len(requests[i].prompt_ids) for i in batch], sampling)
-            for row in self._generate_batch([requests[i] for i in batch], sampling, self._rules, buffer):
+                buffer.routing = _RoutingBuffer(self._routers, [len(taken[i].prompt_ids) for i in batch], sampling)
+            for row in self._generate_batch([taken[i] for i in batch], sampling, self._rules, buffer):
                 yield batch[row], buffer.completion(row)
 
     @torch.inference_mode()
@@ -133,14 +133,14 @@ class TransformersEngine(InOrder):
         self, requests: Sequence[Request], sampling: Sampling, rules: BatchRules, buffer: "_SampleBuffer"
     ) -> Iterator[int]:
         """Yield the row of each response as soon as it is finished."""
-        max_tokens = sampling.max_tokens
+        max_tokens = buffer.max_tokens
         uniform_BT = torch.from_numpy(np.stack([uniform_stream(request.seed, max_tokens) for request in requests]))
         uniform_BT = uniform_BT.to(self._device)
         rows_B = torch.arange(len(requests), device=self._device)
         record = buffer.routing.record if buffer.routing else _call
         prompts = [request.prompt_ids for request in requests]
         penalties = Penalties(prompts, self._head.vocab_size, sampling, self._device)
-        ends = _ResponseEnds(self._directory, len(requests), sampling, self._device)
+        ends = _ResponseEnds(self._directory, requests, sampling, self._device)
         batch = record(rows_B, lambda: DecodeBatch(self._model, prompts, rules, self._device))
         for t in range(max_tokens):
             signals.check()
@@ -148,19 +148,17 @@ class TransformersEngine(InOrder):
             penalized_BV = penalties.apply(rows_B, logits_BV)
             token_B, logp_B = sample(penalized_BV, uniform_BT[rows_B, t], sampling)
             penalties.add(rows_B, token_B)
-            ended_B = ends.find(rows_B, token_B) & ~buffer.stopped_B[rows_B]
-            buffer.add(rows_B, t, token_B, logp_B, logits_BV, ended_B)
-            yield from rows_B[ended_B].tolist()
-            unfinished_B = ~buffer.stopped_B[rows_B]
+            was_finished_B = buffer.finished_B[rows_B]
+            buffer.add(rows_B, t, token_B, logp_B, logits_BV, ends.find(rows_B, token_B) & ~was_finished_B)
+            yield from rows_B[buffer.finished_B[rows_B] & ~was_finished_B].tolist()
+            unfinished_B = ~buffer.finished_B[rows_B]
             self.num_passes += 1
             if not (unfinished := int(unfinished_B.sum())):
                 return
             if rules.drop_rows and unfinished < COMPACT_BELOW * len(rows_B):
                 batch.select(unfinished_B.nonzero().squeeze(-1))
                 rows_B, token_B = rows_B[unfinished_B], token_B[unfinished_B]
-            if t + 1 < max_tokens:
-                record(rows_B, partial(batch.feed, token_B))
-        yield from (~buffer.stopped_B).nonzero().squeeze(-1).tolist()
+            record(rows_B, partial(batch.feed, token_B))
 
 
 def _batch_prompts(requests: Sequence[Request], batch_size: int, rules: BatchRules) -> list[list[int]]:
@@ -220,25 +218,29 @@ class _RoutingBuffer:
 class _ResponseEnds:
     """What ends the responses of a batch: token ids and stop strings."""
 
-    def __init__(self, model: ModelDir, count: int, sampling: Sampling, device: str):
+    def __init__(self, model: ModelDir, requests: Sequence[Request], sampling: Sampling, device: str):
         self._ids, self._device = torch.tensor(model.end_ids(sampling.stop_token_ids), device=device), device
-        self._searches = [StopSearch(model.tokenizer, sampling.stop) for _ in range(count)] if sampling.stop else []
+        stops = [request.stops(sampling) for request in requests]
+        self._searches = [StopSearch(model.tokenizer, stop) if stop else None for stop in stops] if any(stops) else []
 
     def find(self, rows_B: Tensor, token_B: Tensor) -> Tensor:
         """Return whether the responses in `rows_B` end with these tokens, [B]."""
         ended_B = torch.isin(token_B, self._ids)
         if self._searches:
             tokens = zip(rows_B.tolist(), token_B.tolist(), strict=True)
-            ended_B |= torch.tensor([self._searches[row].add(token) for row, token in tokens], device=self._device)
+            found = [bool(search and search.add(token)) for row, token in tokens for search in [self._searches[row]]]
+            ended_B |= torch.tensor(found, device=self._device)
         return ended_B
 
 
 class _SampleBuffer:
-    """The sampled tokens of a batch of responses, with what is stored beside them."""
+    """The sampled tokens of a batch of responses, with what is stored beside them. limits: their maximum lengths."""
 
     routing: _RoutingBuffer | None = None
 
-    def __init__(self, count: int, max_tokens: int, device: str, columns: RolloutColumns):
+    def __init__(self, limits: Sequence[int], device: str, columns: RolloutColumns):
+        count, max_tokens = len(limits), max(limits)
+        self.max_tokens = max_tokens
         self._columns = {
             "response_ids": torch.zeros(count, max_tokens, dtype=torch.int32, device=device),
             "logprobs": torch.zeros(count, max_tokens, device=device),
@@ -251,8 +253,9 @@ class _SampleBuffer:
             self._columns["top_ids"] = torch.zeros(count, max_tokens, columns.top_k, dtype=torch.int32, device=device)
             self._columns["top_logprobs"] = torch.zeros(count, max_tokens, columns.top_k, device=device)
         self._top_k = columns.top_k
-        self._length_B = torch.full((count,), max_tokens, device=device)
-        self.stopped_B = torch.zeros(count, dtype=torch.bool, device=device)
+        self._length_B = torch.tensor(limits, device=device)  # until a token ends the response
+        self._stopped_B = torch.zeros(count, dtype=torch.bool, device=device)
+        self.finished_B = self._stopped_B.clone()
 
     def add(self, rows_B: Tensor, t: int, token_B: Tensor, logp_B: Tensor, logits_BV: Tensor, ended_B: Tensor) -> None:
         """Record token t of the responses in `rows_B`; those in `ended_B` end with it.
@@ -270,13 +273,14 @@ class _SampleBuffer:
         for name, column in self._columns.items():
             column[rows_B, t] = values[name]
         self._length_B[rows_B[ended_B]] = t + 1
-        self.stopped_B[rows_B[ended_B]] = True
+        self._stopped_B[rows_B[ended_B]] = True
+        self.finished_B[rows_B] |= t + 1 >= self._length_B[rows_B]
 
     def completion(self, row: int) -> Completion:
         """Return a finished response."""
         length = int(self._length_B[row])
         return Completion(
             **{name: column[row, :length].cpu().numpy().copy() for name, column in self._columns.items()},
-            finish_reason="stop" if self.stopped_B[row] else "length",
+            finish_reason="stop" if self._stopped_B[row] else "length",
             routed_experts=self.routing.experts(row, length) if self.routing else None,
         )

@@ -128,6 +128,7 @@ GIVEN_IDS = "prompt_logprob_token_ids"  # an argument that is new in vLLM 0.32
 SMALL_VOCABULARY_IDS = 4096  # up to this size, vLLM is asked for the log-prob of every id
 
 
+_END: Any = object()
 _Prompt = tuple[Ids, dict[str, Any], Callable[[Any], Any]]
 """Token ids, sampling parameters, and a function of vLLM's output that returns the result, another prompt whose output
 gives it, or None if it needs further output."""
@@ -290,7 +291,7 @@ class VllmEngine(InOrder):
 
     def stream_completions(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         sampling: Sampling,
         batch_size: int,
         columns: RolloutColumns = RolloutColumns(),  # noqa: B008 - immutable
@@ -311,19 +312,22 @@ class VllmEngine(InOrder):
         top_k = 0 if columns.sampling_logprobs else columns.top_k
         params: dict[str, Any] = sampling_params(sampling) | {"logprobs": top_k}
         params["stop_token_ids"] = self._model.end_ids(sampling.stop_token_ids)
-        if sampling.stop:
-            params["output_kind"] = RequestOutputKind.DELTA
 
-        def prompts() -> Iterator[_Prompt]:
+        def prompts() -> Iterator[_Prompt | None]:
             for request in requests:
-                length = len(request.prompt_ids)
-                self._check_length(length + sampling.max_tokens, f"a prompt of {length} + {sampling.max_tokens} tokens")
+                if request is None:
+                    yield None
+                    continue
+                length, limit, stop = len(request.prompt_ids), request.limit(sampling), request.stops(sampling)
+                self._check_length(length + limit, f"a prompt of {length} + {limit} tokens")
+                own = {"seed": request.seed, "max_tokens": limit}
                 convert: Callable[[Any], Any] = partial(_completion, columns=columns, top_k=top_k)
-                if sampling.stop:
-                    convert = _StopAtString(StopSearch(self._model.tokenizer, sampling.stop), top_k)
+                if stop:
+                    own["output_kind"] = RequestOutputKind.DELTA
+                    convert = _StopAtString(StopSearch(self._model.tokenizer, stop), top_k)
                 if columns.sampling_logprobs:
                     convert = partial(self._score_completion, convert, request, columns)
-                yield request.prompt_ids, params | {"seed": request.seed}, convert
+                yield request.prompt_ids, params | own, convert
 
         return self._run(prompts(), batch_size)
 
@@ -343,14 +347,17 @@ class VllmEngine(InOrder):
 
         return ids, params, join
 
-    def stream_scores(self, requests: Iterable[ScoreRequest], settings: Score) -> Generator[tuple[int, TokenScores]]:
+    def stream_scores(
+        self, requests: Iterable[ScoreRequest | None], settings: Score
+    ) -> Generator[tuple[int, TokenScores]]:
         if settings.hidden_states:
             raise _unsupported("score", "hidden states")
         vocab_size = self._model.vocab_size
         if self._needs_distribution(settings) and vocab_size > SMALL_VOCABULARY_IDS:
             feature = "entropies" if settings.entropy else "log-probs of given ids"
             raise _unsupported("score", f"{feature} over {vocab_size} ids, only over {SMALL_VOCABULARY_IDS}")
-        return self._run((self._score_prompt(request, settings) for request in requests), SCORED_AT_ONCE)
+        prompts = (None if each is None else self._score_prompt(each, settings) for each in requests)
+        return self._run(prompts, SCORED_AT_ONCE)
 
     def _needs_distribution(self, settings: Score) -> bool:
         return settings.entropy or (settings.student_top_k and not self._scores_given_ids)
@@ -390,11 +397,15 @@ class VllmEngine(InOrder):
                 hint="raise vllm.max_model_len if the model allows it, or reduce the maximum response length",
             )
 
-    def _run(self, prompts: Iterable[_Prompt], at_once: int) -> Generator[tuple[int, Any]]:
-        """Process all prompts, `at_once` at a time, and yield the number and result of each when it is finished."""
+    def _run(self, prompts: Iterable[_Prompt | None], at_once: int) -> Generator[tuple[int, Any]]:
+        """Process all prompts, `at_once` at a time, and yield the number and result of each when it is finished.
+
+        None among the prompts: there is none at the moment.
+        """
         if self._wake_up() == 2:
             self._reload(self._model)
-        engine, waiting, request_ids = self._llm.llm_engine, enumerate(prompts), itertools.count()
+        engine, waiting, request_ids = self._llm.llm_engine, iter(prompts), itertools.count()
+        numbers, has_more = itertools.count(), True
         running: dict[str, tuple[int, Callable[[Any], Any]]] = {}
 
         def add(number: int, prompt: _Prompt) -> None:
@@ -405,9 +416,15 @@ class VllmEngine(InOrder):
         try:
             while True:
                 with self._translate_failures():
-                    for number, prompt in itertools.islice(waiting, at_once - len(running)):
-                        add(number, prompt)
+                    while has_more and len(running) < at_once:
+                        prompt = next(waiting, _END)
+                        has_more = prompt is not _END
+                        if prompt is None or prompt is _END:
+                            break
+                        add(next(numbers), prompt)
                     if not running:
+                        if has_more:
+                            continue
                         break
                     outputs = engine.step()
                 self.num_passes += 1

@@ -54,11 +54,12 @@ def format_row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[s
 def format_line(metrics: dict[str, Any], steps: int) -> str:
     """Return a step's metrics as one line."""
     staleness = f"  staleness {metrics['staleness']}" if metrics["staleness"] else ""
+    reward = f"  reward {metrics['reward']:.3f}" if "reward" in metrics else ""
     return (
         f"step {metrics['step'] + 1:>{len(str(steps))}}/{steps}"
         f"  loss {metrics['loss']:+.4f}  |A| {metrics['abs_advantage']:.4f}  entropy {metrics['entropy']:.3f}"
         f"  length {metrics['response_length']:.0f}  truncated {metrics['truncated_fraction']:.0%}"
-        f"  grad {metrics['grad_norm']:.2f}{staleness}"
+        f"  grad {metrics['grad_norm']:.2f}{reward}{staleness}"
     )
 
 

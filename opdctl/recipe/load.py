@@ -29,7 +29,16 @@ from opdctl.recipe.schema import (
     model_key,
 )
 from opdctl.recipe.validate import combination_errors, component_errors, format_error
-from opdctl.registry import BENCHMARKS, OBJECTIVES, WEIGHTS, Registry, are_imported, load_plugins, load_recorded_plugins
+from opdctl.registry import (
+    BENCHMARKS,
+    OBJECTIVES,
+    WEIGHTS,
+    Registry,
+    are_imported,
+    check_recorded_module,
+    load_plugins,
+    load_recorded_plugins,
+)
 
 Purpose = Literal["read", "repair", "plan", "run"]
 """What a command does with a run: read its artifacts, move corrupt files away, plan its continuation (--dry-run), or
@@ -153,6 +162,8 @@ def load_recorded_recipe(file: Path, overrides: Sequence[str] = (), purpose: Pur
     recipe = _complete(merged, origin, str(file), accept_unknown=not are_imported(_plugin_names(merged)))
     if purpose in ("plan", "run"):
         _check_remote_code(recipe, origin, file)
+    if purpose == "run" and recipe.rollout.environment and origin.get("rollout.environment") != "--set":
+        _check_environment(recipe.rollout.environment, file.parent)
     return recipe
 
 
@@ -166,6 +177,13 @@ def _added_parameters(merged: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(name, str):
         added = added | {"times": {"name": name, **ADDED_PARAMETERS.get(name, {})}}
     return {"weight": {"name": weight["name"], **added}} if added else {}
+
+
+def _check_environment(name: str, run_dir: Path) -> None:
+    """Check that the module of a recorded environment is not the run's own. The rollout imports it."""
+    entry, setting = f"rollout.environment: `{name}`", f"rollout.environment={name}"
+    module = name.partition(":")[0]
+    console.info_once(f"environment `{name}`: {check_recorded_module(module, run_dir, entry, setting)}")
 
 
 def _check_remote_code(recipe: Recipe, origin: Mapping[str, str], file: Path) -> None:

@@ -224,6 +224,13 @@ class Rollout(SamplingSettings, RolloutColumns):
     generation_config.json and of its tokenizer."""
     sampling_top_k: int = Field(default=0, ge=0)
     """Sample only the K most probable tokens; 0 is all. This is vLLM's `top_k`; here `top_k` stores tokens."""
+    environment: str = Field(default="", pattern=r"^$|^\w+(\.\w+)*:\w+$")
+    """A Python function, `module:function`, that plays an episode from the row of a prompt: it calls the student at the
+    address that it gets. If unset, the student answers each prompt once."""
+    environment_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Seconds after which an episode of the environment counts as failed."""
+    max_environments: int = Field(default=64, gt=0)
+    """Episodes of the environment that run at the same time."""
 
     @property
     def modifications(self) -> dict[str, float]:

@@ -52,6 +52,8 @@ def format_error(detail: Mapping[str, Any]) -> tuple[str, str]:
             return key, f"must be {address}: an API key is in the environment variable that server.api_key_env names"
         case "string_pattern_mismatch" if loc[-1] == "api_key_env":
             return key, "must be the name of an environment variable, such as OPDCTL_API_KEY, and not the key itself"
+        case "string_pattern_mismatch" if loc[-1] == "environment":
+            return key, f'must be "module:function", got {value}'
         case "string_pattern_mismatch":
             return key, f"must consist of letters, digits, `.`, `_` and `-`, got {value}"
         case "int_type" | "int_from_float":
@@ -140,6 +142,7 @@ def combination_errors(recipe: Recipe) -> Errors:
         _path_errors,
         _prompt_errors,
         _sampling_errors,
+        _environment_errors,
         _teacher_errors,
         _train_errors,
         _eval_errors,
@@ -225,6 +228,24 @@ def _sampling_errors(recipe: Recipe) -> Errors:
             errors.append((key, "vLLM returns no experts on a CPU: use another rollout.engine"))
         if recipe.vllm.pipeline_parallel_size > 1:
             errors.append((key, "vLLM returns no experts with vllm.pipeline_parallel_size above 1"))
+    return errors
+
+
+def _environment_errors(recipe: Recipe) -> Errors:
+    """Validate what trajectories of an environment cannot have."""
+    rollout = recipe.rollout
+    if not rollout.environment:
+        return []
+    errors = []
+    if rollout.engine == "server":
+        text = "is not supported with the engine `server`, whose weights are fixed: use another rollout.engine"
+        errors.append(("rollout.environment", text))
+    if rollout.routed_experts or recipe.train.router_replay:
+        key = "train.router_replay" if recipe.train.router_replay else "rollout.routed_experts"
+        errors.append((key, "is not supported with rollout.environment"))
+    if any(recipe.has_teacher_prompts(name) for name in recipe.teacher_models()):
+        text = "is not supported with a teacher that reads other prompts: the environment writes the prompts"
+        errors.append(("rollout.environment", text))
     return errors
 
 

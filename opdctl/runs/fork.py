@@ -17,7 +17,7 @@ from opdctl.recipe.dependencies import IMMUTABLE_KEYS, as_overrides, describe_ch
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.compatibility import artifact_changes, describe_reusable_artifacts
 from opdctl.runs.layout import HELD_OUT_FILE, PROMPTS_FILE, free_path, step_name
-from opdctl.runs.run import Run, read_run_record
+from opdctl.runs.run import Run, describe_environment, read_run_record
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def create_fork(plan: ForkPlan) -> int:
         reused = directories.link_or_copy(plan.reused, run.path, directory)
         files.write_text(directory / "recipe.toml", plan.recipe.to_toml())
         recipe = {"recipe": plan.recipe.to_toml()}
-        files.write_json(directory / "run.json", {**read_run_record(run.path), **recipe, **start})
+        has_changed = plan.recipe.rollout.environment != run.recipe.rollout.environment
+        environment = describe_environment(plan.recipe) if has_changed else {}
+        files.write_json(directory / "run.json", {**read_run_record(run.path), **recipe, **environment, **start})
 
     files.remove_temporary_files(plan.path.parent)  # of forks that were killed
     directories.write_directory(plan.path, fill)

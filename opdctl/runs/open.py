@@ -35,7 +35,7 @@ from opdctl.runs.prompts import (
     restore_prompts,
     store_prompts,
 )
-from opdctl.runs.run import Run, read_recipe, read_run_record
+from opdctl.runs.run import Run, describe_environment, read_recipe, read_run_record
 
 ReadPrompts = Callable[[Recipe, ModelDir], PromptSet]
 LIBRARIES = ("opdctl", "torch", "transformers", "numpy", "pyarrow", "safetensors", "tokenizers")
@@ -214,6 +214,7 @@ def _create_once(recipe: Recipe, path: Path, imported_prompts: ReadPrompts | Non
 
 def _create(recipe: Recipe, path: Path, imported_prompts: ReadPrompts | None) -> None:
     """Write the records of a new run, or those of a run whose run.json was lost: that one keeps its prompts."""
+    environment = describe_environment(recipe)
     models, lines = prepare_models(recipe)
     kept = read_kept_prompts(path) if list_steps(path) else None
     templates = read_chat_templates(recipe)
@@ -237,6 +238,7 @@ def _create(recipe: Recipe, path: Path, imported_prompts: ReadPrompts | None) ->
         "vocab_size": models["student"].vocab_size,
         "prompts": describe_prompts(recipe, path, prompts, templates),
         "recipe": recipe.to_toml(),
+        **environment,
     }
     files.write_json(path / "run.json", versioned("run") | record)
 

@@ -46,7 +46,7 @@ def read_prompts(recipe: Recipe, student: ModelDir, templates: Mapping[str, str]
     Raises:
         OpdctlError: a source or a prompt is invalid, a download fails, or there are too few prompts.
     """
-    problems = load_problems(recipe.prompts)
+    problems = load_problems(recipe.prompts, keep_rows=bool(recipe.rollout.environment))
     prompts = prepare_prompts(recipe, problems, student, templates)
     if prompts.num_dropped:
         fraction = prompts.num_dropped / len(problems)

@@ -32,7 +32,7 @@ from opdctl.recipe.data_names import benchmark_directory
 from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
 from opdctl.recipe.load import Purpose, load_recorded_recipe
 from opdctl.recipe.schema import Recipe
-from opdctl.registry import plugin_file
+from opdctl.registry import load_function, plugin_file
 from opdctl.runs.layout import IMPORT_FILE, PROMPTS_FILE, list_steps, parse_step, step_name
 
 REFERENCE = "reference"
@@ -483,7 +483,8 @@ class Run:
             OpdctlError: it was made with different settings, or is too stale.
         """
         self._check_staleness(step)
-        settings, inputs = fingerprint_settings(self.recipe, "rollout"), {"prompts": str(self.prompts_digest)}
+        settings = fingerprint_settings(self.recipe, "rollout")
+        inputs = {"prompts": str(self.prompts_digest), **self._environment_inputs()}
         if imported := self.imported_files(step):
             settings = {key: settings[key] for key in IMPORT_KEYS}
             inputs = {"files": digest_of([*imported.values()])}
@@ -497,6 +498,26 @@ class Run:
             rerun_command=self.rollout_command_line(step),
             repair_command=self.manage_command_line("repair"),
         )
+
+    def _environment_inputs(self) -> dict[str, str]:
+        """Return the digest of the environment's file as it was at the start of the run, if there is an environment."""
+        digest = read_run_record(self.path).get("environment") if self.recipe.rollout.environment else None
+        return {"environment": digest} if digest else {}
+
+    def check_environment(self) -> None:
+        """Check that the file of the environment is unchanged.
+
+        Raises:
+            OpdctlError: it has other contents than at the start of the run.
+        """
+        module = self.recipe.rollout.environment.partition(":")[0]
+        if self._environment_inputs() != {"environment": plugin_digest(module)}:
+            raise OpdctlError(
+                "source_mismatch",
+                f"rollout.environment: {plugin_file(module)} changed after the start of the run {self.path}",
+                hint="restore it, or give the changed module another name and continue in a fork: "
+                f"`{self.manage_command_line('fork')} NEW_RUN_DIR --set rollout.environment=MODULE:FUNCTION`",
+            )
 
     def score_stage(self, step: int, name: str) -> StageDir:
         """Return the stage in which the model `name` scores a step's responses."""
@@ -523,7 +544,7 @@ class Run:
         Raises:
             OpdctlError: the rollout or a score is unfinished.
         """
-        plugins = {f"plugin {name}": _plugin_digest(name) for name in self.recipe.plugins}
+        plugins = {f"plugin {name}": plugin_digest(name) for name in self.recipe.plugins}
         scores = {name: stage.digest for name, stage in self.score_stages(step).items()}
         return {"rollout": self.rollout_stage(step).digest, **scores, **plugins}
 
@@ -542,7 +563,20 @@ def open_stage_dir(path: Path, **definition: Any) -> StageDir:
         raise
 
 
-def _plugin_digest(name: str) -> str:
+def describe_environment(recipe: Recipe) -> dict[str, str]:
+    """Return the entry of the environment in run.json; there is none without one.
+
+    Raises:
+        OpdctlError: the function of the environment is missing, or the import of its module fails.
+    """
+    if not recipe.rollout.environment:
+        return {}
+    load_function(recipe.rollout.environment, "rollout.environment")
+    return {"environment": plugin_digest(recipe.rollout.environment.partition(":")[0])}
+
+
+def plugin_digest(name: str) -> str:
+    """Return the digest of a plugin's file."""
     file = plugin_file(name)
     return files.sha256_file(file) if file and file.is_file() else "no file"
 

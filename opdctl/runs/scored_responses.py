@@ -30,16 +30,25 @@ TOKEN_COLUMNS = (
 def read_scored(run: Run, step: int) -> Iterator[ScoredResponse]:
     """Yield a step's responses with their scores, with one verified part in memory at a time.
 
-    Up to train.max_invalid_responses are skipped with a warning: those with a missing or non-finite log-prob.
+    Up to train.max_invalid_responses are skipped with a warning: those with a missing or non-finite log-prob. Episodes
+    of an environment that failed count as such.
 
     Raises:
-        OpdctlError: more are invalid; a part is missing or corrupt; responses and scores do not join.
+        OpdctlError: more are invalid or failed; a part is missing or corrupt; responses and scores do not join.
     """
     rollout, stages, invalid_left = (
         run.rollout_stage(step),
         run.score_stages(step),
         run.recipe.train.max_invalid_responses,
     )
+    if len(failed := rollout.failed()) > invalid_left:
+        raise OpdctlError(
+            "failed_environment",
+            f"{rollout.path}: {len(failed)} episodes failed, train.max_invalid_responses = {invalid_left}; the first "
+            f"is {failed[0]}",
+            hint=f"remove {rollout.path} and run `{rollout.rerun_command}`, which plays them again",
+        )
+    invalid_left -= len(failed)
     for index in range(len(rollout.names)):
         responses = rollout.read_part(index, Response)
         digest = rollout.sha256(index)

@@ -16,11 +16,12 @@ from opdctl.artifacts.tables import write_rows
 
 @dataclass(frozen=True)
 class Part:
-    """The content of a part: `save` writes it to a path; rows and tokens go into its record."""
+    """The content of a part: `save` writes it to a path; rows, tokens and the ids of what failed go into its record."""
 
     save: Callable[[Path], None]
     rows: int
     tokens: int
+    failed: Sequence[str] = ()
 
 
 _Item = TypeVar("_Item")
@@ -28,10 +29,10 @@ _Result = TypeVar("_Result")
 ResponseRow = TypeVar("ResponseRow", Response, GradedResponse)
 
 
-def rows_part(rows: Sequence[ResponseRow], record: type[ResponseRow]) -> Part:
-    """Return a part of Parquet rows."""
+def rows_part(rows: Sequence[ResponseRow], record: type[ResponseRow], failed: Sequence[str] = ()) -> Part:
+    """Return a part of Parquet rows. failed: the ids of those that it lacks."""
     tokens = sum(len(row.response_ids) for row in rows)
-    return Part(partial(write_rows, rows=rows, record=record), len(rows), tokens)
+    return Part(partial(write_rows, rows=rows, record=record), len(rows), tokens, failed)
 
 
 BuildPart = Callable[[list[_Result]], Part]
@@ -87,7 +88,7 @@ def make_missing_parts(
             contextlib.closing(_make_parts(claims, work, on_progress)) as parts,
         ):
             for index, part in parts:
-                made += stage.write(index, part.save, rows=part.rows, tokens=part.tokens)
+                made += stage.write(index, part.save, rows=part.rows, tokens=part.tokens, failed=part.failed)
     return made
 
 

@@ -46,6 +46,10 @@ def response_stats(scored: Sequence[ScoredResponse]) -> dict[str, float]:
         "response_length": sum(lengths) / max(len(responses), 1),
         "truncated_fraction": sum(r.finish_reason == "length" for r in responses) / max(len(responses), 1),
     }
+    for name in ("turns", "tool_seconds", "reward"):
+        values = [value for response in responses if (value := getattr(response, name)) is not None]
+        if values:
+            stats[name] = sum(values) / len(values)
     if sum(lengths):
         abs_advantages = [np.abs(sample.teacher.logprobs - sample.response.logprobs) for sample in scored]
         quantiles = np.quantile(np.concatenate(abs_advantages), QUANTILES)

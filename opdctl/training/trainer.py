@@ -256,7 +256,8 @@ class Trainer:
         metrics = {"step": step, "staleness": step - run.policy_version(step)} | update_metrics | response_stats(scored)
         manifest = run.rollout_stage(step).manifest()
         assert manifest  # the step was scored
-        metrics["invalid_responses"] = sum(part["rows"] for part in manifest["parts"]) - len(scored)
+        rows = sum(part["rows"] + len(part.get("failed", [])) for part in manifest["parts"])
+        metrics["invalid_responses"] = rows - len(scored)
         if "probe_rms" in manifest["logprob_metadata"]:
             metrics["probe_rms"] = float(manifest["logprob_metadata"]["probe_rms"])
         if step == run.start_step and metrics.get("top_k_overlap", 1.0) < LOW_OVERLAP and distributed.is_main():

@@ -18,7 +18,7 @@ LAYERS = [  # a module imports from lines above its own only; modules on one lin
     {"recipe"},
     {"models", "data"},
     {"engines", "runs"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "agents"},
     {"analysis", "pipeline"},
     {"cli", "plugins"},
 ]
