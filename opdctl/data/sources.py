@@ -30,13 +30,15 @@ class LocatedRow:
     row: TableRow
 
 
-def read_source(source: PromptSource, key: str) -> Iterator[LocatedRow]:
-    """Yield the rows of a source that satisfy its conditions. key: of the source's section in the recipe, for errors.
+def read_source(source: PromptSource, key: str, *, has_arrays: bool = False) -> Iterator[LocatedRow]:
+    """Yield the rows of a source that satisfy its conditions.
+
+    key: of the source's section in the recipe, for errors. has_arrays: as of `read_table`.
 
     Raises:
         OpdctlError: a file is missing or invalid, a value cannot be compared, or the download fails.
     """
-    numbers = _number_rows(source, key)
+    numbers = _number_rows(source, key, has_arrays=has_arrays)
     tests = {column: parse_condition(condition) for column, condition in source.where.items()}
     for located in numbers:
         for column, is_satisfied in tests.items():
@@ -77,15 +79,15 @@ def list_data_files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
 
 
-def _number_rows(source: PromptSource, key: str) -> Iterator[LocatedRow]:
+def _number_rows(source: PromptSource, key: str, *, has_arrays: bool) -> Iterator[LocatedRow]:
     number = 0
-    for location, rows in _open_tables(source, key):
+    for location, rows in _open_tables(source, key, has_arrays=has_arrays):
         for number_in_file, row in enumerate(rows, 1):
             number += 1
             yield LocatedRow(number, f"{location}: row {number_in_file}", row)
 
 
-def _open_tables(source: PromptSource, key: str) -> Iterator[tuple[str, Iterator[TableRow]]]:
+def _open_tables(source: PromptSource, key: str, *, has_arrays: bool) -> Iterator[tuple[str, Iterator[TableRow]]]:
     """Yield the name and the rows of each file of a source."""
     if not is_local(source.source):
         (name,) = source.paths
@@ -101,8 +103,10 @@ def _open_tables(source: PromptSource, key: str) -> Iterator[tuple[str, Iterator
         return
     for name in source.paths:
         for path in _expand(name, f"{key}.source", source.split):
-            is_saved = path.is_dir()
-            yield str(path), load_from_disk(path, source.split, f"{key}.split") if is_saved else read_table(path)
+            if path.is_dir():
+                yield str(path), load_from_disk(path, source.split, f"{key}.split")
+            else:
+                yield str(path), read_table(path, has_arrays=has_arrays)
 
 
 def _expand(name: str, key: str, split: str | None) -> list[Path]:

@@ -106,7 +106,8 @@ class TokenCells:
 
     def _show(self, name: str) -> str:
         value = self.row[name]
-        return f"{(value[:8] if isinstance(value, list) else value)!r:.{MAX_SHOWN_CHARS}}"
+        shown = value[:8].tolist() if isinstance(value, np.ndarray) else value[:8] if isinstance(value, list) else value
+        return f"{shown!r:.{MAX_SHOWN_CHARS}}"
 
 
 def _is_integer(value: Any) -> bool:

@@ -63,7 +63,7 @@ def read_trajectories(
     locations: dict[str, str] = {}
     skipped: list[str] = []
     number = 0
-    rows = _split_rows(read_source(PromptSource(source=names), "input"))
+    rows = _split_rows(read_source(PromptSource(source=names), "input", has_arrays=True))
     for trajectory in (trajectory for located in rows for trajectory in reader.read(located)):
         number += 1
         if not _has_own_tokens(trajectory):

@@ -188,3 +188,25 @@ def test_short_numbers_are_read_as_they_were_written(tmp_path: Path) -> None:
         },
         {"short": 3.0, "half": 0.3, "tree": {"x": 3.0, "list": [], "text": "c", "third": 1 / 3}, "double": 0.3},
     ]
+
+
+def test_lists_of_numbers_as_arrays(tmp_path: Path) -> None:
+    """The arrays have the values of the lists; other columns are the same."""
+    table = pa.table({
+        "ids": pa.array([[1, 2], [], None, [3]], pa.list_(pa.int32())),
+        "logprobs": pa.array([[-0.1, None], [], None, [-2.5]], pa.large_list(pa.float32())),
+        "mask": pa.array([[True], [False, True], None, []], pa.list_(pa.bool_())),
+        "texts": pa.array([["a"], [], None, ["b"]], pa.list_(pa.string())),
+        "name": ["a", "b", None, "d"],
+    })  # fmt: skip
+    pq.write_table(table.slice(0, 4), tmp_path / "a.parquet", row_group_size=3)
+    lists, arrays = (list(read_table(tmp_path / "a.parquet", has_arrays=each)) for each in (False, True))
+    for one, other in zip(lists, arrays, strict=True):
+        for name in ("ids", "logprobs", "mask"):
+            if one[name] is None:
+                assert other[name] is None
+                continue
+            assert isinstance(other[name], np.ndarray)
+            numbers = [np.nan if value is None else value for value in one[name]]
+            np.testing.assert_array_equal(other[name], np.array(numbers, other[name].dtype))
+        assert [one["texts"], one["name"]] == [other["texts"], other["name"]]
