@@ -27,7 +27,7 @@ LOGPROBS = (
     "old_log_probs",
 )
 TEACHER_LOGPROBS = ("teacher_logprobs", "teacher_log_probs")
-TURNS, TOOL_SECONDS = ("turns", "__num_turns__"), ("tool_seconds", "non_generation_time")
+TURNS, TOOL_SECONDS = ("turns",), ("tool_seconds", "non_generation_time")
 CUT_STATUSES = ("length", "truncated", "aborted")
 ENDED_STATUSES = ("stop", "completed")
 

@@ -143,16 +143,14 @@ def test_values_of_verl_in_parquet(padding_tokenizer: Any, tmp_path: Path) -> No
             "uid": "p",
             "data_source": "gsm8k",
             "reward_model": {"ground_truth": answer, "style": "rule"},
-            "__num_turns__": 2,
+            "__num_turns__": 5,
         }
         for answer in ("18", "19")
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = list(read_trajectories([tmp_path / "a.parquet"], padding_tokenizer, NUM_IDS))
-    assert [(each.sample_id, each.prompt_id, each.answer, each.turns) for each in read] == [
-        ("1", "p", "18", 2),
-        ("2", "p", "19", 2),
-    ]
+    assert [(each.sample_id, each.prompt_id, each.answer) for each in read] == [("1", "p", "18"), ("2", "p", "19")]
+    assert [each.turns for each in read] == [None, None], "verl counts the messages of all roles"
 
 
 def test_texts_of_verls_rollout_data_are_refused(padding_tokenizer: Any, tmp_path: Path) -> None:
@@ -333,3 +331,65 @@ def test_texts(tokenizer: Any, tmp_path: Path) -> None:
 def test_instructions_are_no_rollouts(tokenizer: Any, tmp_path: Path) -> None:
     row = {"instruction": "Add.", "input": "1 1", "output": "2"}
     assert "`instruction`" in rejection(tokenizer, tmp_path / "a.jsonl", row)
+
+
+# ── Any rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NAMES = (
+    *(
+        "prompt_ids",
+        "response_ids",
+        "input_ids",
+        "prompts",
+        "responses",
+        "tokens",
+        "response_length",
+        "labels",
+        "nodes",
+    ),
+    *("loss_mask", "response_mask", "attention_mask", "prompt_mask", "completion_mask", "logprobs", "teacher_logprobs"),
+    *(
+        "student_top_ids",
+        "student_top_logprobs",
+        "prompt",
+        "completion",
+        "response",
+        "messages",
+        "tools",
+        "id",
+        "index",
+    ),
+    *("answer", "reward", "reward_model", "status", "finish_reason", "turns", "rewards", "task", "agent"),
+)
+NUMBERS = st.integers(-2, 300) | st.floats(width=32) | st.booleans() | st.none()
+SCALARS = NUMBERS | st.sampled_from(["", "a", "user", "assistant", "<|im_end|>", "\ud800"])
+KEYS = st.sampled_from(
+    ["role", "content", "message", "parent", "token_ids", "mask", "logprobs", "score", "data", "from"]
+)
+VALUES = st.recursive(
+    SCALARS | st.lists(st.integers(0, 9), max_size=4) | st.lists(NUMBERS, max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), max_size=2))
+def test_any_row_is_read_or_refused(
+    rows: list[dict[str, Any]], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    read, message = [], str(path)
+    try:
+        read = read_rows(tokenizer, path, *rows)
+    except OpdctlError as error:
+        message = error.message
+    assert str(path) in message
+    for each in read:
+        count = len(each.response_ids)
+        assert count
+        assert len(each.prompt_ids)
+        assert any(own_mask(each))
+        assert all(
+            len(column) == count for column in (each.loss_mask, each.logprobs, each.top_ids) if column is not None
+        )
