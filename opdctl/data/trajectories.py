@@ -20,7 +20,7 @@ from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.sources import LocatedRow, read_source
 from opdctl.data.token_cells import TokenCells
 from opdctl.data.token_forms import StoredTokens, find_tokens
-from opdctl.data.trajectory_columns import find_finish_reason, read_logprobs, read_values
+from opdctl.data.trajectory_columns import STUDENT_TOP_IDS, find_finish_reason, read_logprobs, read_values
 from opdctl.data.turns import render_texts, render_turns
 from opdctl.errors import OpdctlError
 from opdctl.recipe.prompts import PromptSource
@@ -179,6 +179,8 @@ class _RowReader:
             raise OpdctlError("invalid_data", f"{located.location}: {reason}", hint="store the prompt, too")
         self._check_text(cells, tokens)
         columns = read_logprobs(cells, tokens)
+        if "top_ids" in columns:
+            self._check_vocabulary(columns["top_ids"].ravel(), STUDENT_TOP_IDS, located.location)
         if cells.has(TEACHER_PROMPT_IDS):
             columns["teacher_prompt_ids"] = cells.ids(TEACHER_PROMPT_IDS)
             self._check_vocabulary(columns["teacher_prompt_ids"], TEACHER_PROMPT_IDS, located.location)

@@ -27,6 +27,7 @@ LOGPROBS = (
     "old_log_probs",
 )
 TEACHER_LOGPROBS = ("teacher_logprobs", "teacher_log_probs")
+STUDENT_TOP_IDS, STUDENT_TOP_LOGPROBS = "student_top_ids", "student_top_logprobs"
 TURNS, TOOL_SECONDS = ("turns",), ("tool_seconds", "non_generation_time")
 CUT_STATUSES = ("length", "truncated", "aborted")
 ENDED_STATUSES = ("stop", "completed")
@@ -66,18 +67,18 @@ def _find_logprobs(cells: TokenCells, tokens: StoredTokens, names: Sequence[str]
 
 def _read_top(cells: TokenCells, tokens: StoredTokens) -> dict[str, Any]:
     """Return the student's most probable tokens, [T, K], which opdctl stores flat."""
-    if not cells.has("student_top_ids", "student_top_logprobs"):
+    if not cells.has(STUDENT_TOP_IDS, STUDENT_TOP_LOGPROBS):
         return {}
     count = len(tokens.response_ids)
-    ids = cells.ids("student_top_ids")
-    logprobs = cells.logprobs("student_top_logprobs", len(ids), "student_top_ids")
+    ids = cells.ids(STUDENT_TOP_IDS)
+    logprobs = cells.logprobs(STUDENT_TOP_LOGPROBS, len(ids), STUDENT_TOP_IDS)
     if not count or len(ids) % count:
         raise cells.error(
-            "student_top_ids", f"has {len(ids)} values, which are not the same number for each of {count} tokens"
+            STUDENT_TOP_IDS, f"has {len(ids)} values, which are not the same number for each of {count} tokens"
         )
     values = logprobs.reshape(count, -1)
     if not np.isfinite(values[_own(tokens)]).all():
-        raise cells.error("student_top_logprobs", "has values that are not finite")
+        raise cells.error(STUDENT_TOP_LOGPROBS, "has values that are not finite")
     return {"top_ids": ids.reshape(count, -1), "top_logprobs": values}
 
 

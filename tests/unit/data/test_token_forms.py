@@ -373,7 +373,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), max_size=2))
 def test_any_row_is_read_or_refused(
     rows: list[dict[str, Any]], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory

@@ -210,6 +210,11 @@ def test_ids_outside_the_vocabulary(tokenizer: Any, tmp_path: Path) -> None:
     assert f"token {NUM_IDS}" in rejection(tokenizer, tmp_path / "a.jsonl", row, kind="incompatible_tokenizer")
 
 
+def test_top_ids_outside_the_vocabulary(tokenizer: Any, tmp_path: Path) -> None:
+    row = GOOD | {"student_top_ids": [1, NUM_IDS], "student_top_logprobs": [-1.0, -2.0]}
+    assert "student_top_ids" in rejection(tokenizer, tmp_path / "a.jsonl", row, kind="incompatible_tokenizer")
+
+
 def test_two_rows_with_one_id(tokenizer: Any, tmp_path: Path) -> None:
     message = rejection(tokenizer, tmp_path / "a.jsonl", GOOD | {"id": "x"}, GOOD | {"id": "y"}, GOOD | {"id": "x"})
     assert message.index("row 3") < message.index("row 1")
