@@ -157,6 +157,12 @@ class ProbeRecord(TypedDict):
     logprobs: list[float]
 
 
+class TrackingRecord(TypedDict):
+    """tracking.json: the id of the run in experiment trackers."""
+
+    id: str
+
+
 class StateRecord(TypedDict):
     """digests.json of a trainer state. student: the digest of the student of the same step."""
 

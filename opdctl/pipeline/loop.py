@@ -10,11 +10,12 @@ from typing import Any
 
 from opdctl import console, distributed
 from opdctl.artifacts import files, leases
+from opdctl.artifacts.directories import CARD_FILE
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import evaluate
 from opdctl.pipeline.plan import check_space, warn_of_zero_rate
-from opdctl.pipeline.progress import accuracy_line, report_steps
+from opdctl.pipeline.progress import AccuracyLog, accuracy_line, report_steps
 from opdctl.pipeline.pruning import kept_by_earlier_settings, prune_students
 from opdctl.pipeline.rollout import run_rollout
 from opdctl.pipeline.score import run_scoring, score_by_base
@@ -64,7 +65,8 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         stack.enter_context(_exclusive_training(run))
         report = stack.enter_context(report_steps(run))
         engines = stack.enter_context(open_engine_pool(run.recipe, device))
-        track = stack.enter_context(tracking.open_trackers(run.recipe, run.path))
+        trackers = stack.enter_context(tracking.open_trackers(run.recipe, run.path))
+        accuracies = AccuracyLog(run, trackers)
         open_trainer = cache(partial(_open_trainer, run, device, stack))
         if fill:
             produce_inputs: ProduceInputs = partial(_make_inputs, run, engines, open_trainer, clock)
@@ -90,18 +92,21 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
             if seconds is None:
                 break
             if distributed.is_main():
+                accuracies.log_new()
                 prune_students(run, earlier)  # by now the last trainer state is complete
             _release_gpus(engines)
             with clock.time("update"):
                 metrics = open_trainer().train_step(step, seconds)
             if distributed.is_main():
                 report(metrics)
-                track(metrics)
+                trackers.log(metrics)
         if fill:
             evaluate_if_due(run, max(first, steps), engines, clock)
         if open_trainer.cache_info().currsize:
             open_trainer().finish_save()
         if distributed.is_main():
+            accuracies.log_new()
+            trackers.save(run.student_path(run.current_step()) / CARD_FILE)
             prune_students(run, earlier)
     return clock
 

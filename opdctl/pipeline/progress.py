@@ -12,8 +12,9 @@ from typing import Any
 from opdctl import console, distributed
 from opdctl.evaluation import evaluate
 from opdctl.evaluation.statistics import Estimate
-from opdctl.runs.layout import list_steps, step_name
+from opdctl.runs.layout import list_steps, parse_step, step_name
 from opdctl.runs.run import Run
+from opdctl.training.tracking import Trackers
 
 PROGRESS_COLUMNS = ("step", "loss", "|A|", "truncated", "accuracy", "tokens/s", "time left")
 
@@ -81,6 +82,37 @@ def latest_accuracies(run: Run, done: int, bench: str | None = None) -> Iterator
     for step in reversed([step for step in list_steps(run.evaluation_path(bench, "")) if step <= done]):
         if summary := evaluate.stored_summary(run, bench, step_name(step)):
             yield step, summary["avg"]
+
+
+class AccuracyLog:
+    """Logs the accuracies of a run's evaluations to its trackers, each once.
+
+    With `train --follow` other processes evaluate, in any order. Those that exist at first were logged before.
+    """
+
+    def __init__(self, run: Run, trackers: Trackers):
+        self._run, self._trackers = run, trackers
+        self._is_needed = distributed.is_main() and bool(run.recipe.tracking.report_to)
+        self._logged = set(self._stored()) if self._is_needed and run.current_step() > run.start_step else set()
+
+    def log_new(self) -> None:
+        """Log the accuracy, with its interval, of each evaluation that has finished since the last call."""
+        for key, metrics in (self._stored() if self._is_needed else {}).items():
+            if key not in self._logged:
+                self._logged.add(key)
+                self._trackers.log(metrics)
+
+    def _stored(self) -> dict[tuple[str, str], dict[str, float]]:
+        """Return the metrics of each finished evaluation by benchmark and target."""
+        run, found = self._run, {}
+        for bench in run.recipe.eval.bench:
+            students = [step_name(step) for step in list_steps(run.evaluation_path(bench, ""))]
+            for target in (*students, *run.recipe.teacher_models()):
+                if summary := evaluate.stored_summary(run, bench, target):
+                    name = f"accuracy/{bench}" + (f"/{target}" if target not in students else "")
+                    values = {name: summary["avg"], f"{name}/low": summary["ci"][0], f"{name}/high": summary["ci"][1]}
+                    found[bench, target] = {"step": parse_step(target) or 0, **values}
+        return found
 
 
 @dataclass(frozen=True)

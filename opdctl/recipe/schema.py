@@ -539,10 +539,10 @@ class Server(Section):
 class Tracking(Section):
     """Experiment trackers that receive the metrics, in addition to metrics.jsonl."""
 
-    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    report_to: list[Literal["mlflow", "tensorboard", "trackio", "wandb"]] = []
     """The trackers. Each is an extra to install: `pip install 'opdctl[wandb]'`."""
     project: str = "opdctl"
-    """The project name in trackio and Weights & Biases."""
+    """The project in trackio and Weights & Biases, and the experiment in MLflow."""
 
 
 class Pipeline(Section):
