@@ -9,35 +9,57 @@ from typing import Any
 
 from opdctl.artifacts.directories import CARD_FILE
 from opdctl.errors import OpdctlError, summarize_exception
+from opdctl.recipe.data_names import is_local
 from opdctl.recipe.schema import Model, Recipe
 
 CARD_METRICS = {
     "loss": "loss",
     "k1": "reverse KL to the teacher, nats per token (k1)",
-    "abs_advantage": "mean |A|, nats per token",
+    "abs_advantage": "mean \\|A\\|, nats per token",
     "entropy": "entropy, nats per token",
     "response_length": "response length, tokens",
     "truncated_fraction": "fraction of truncated responses",
+    "responses": "responses",
+    "tokens": "tokens of the responses",
 }
 """The metrics of the last update that the card shows, with their labels."""
 
 
-def write_model_card(directory: Path, recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> None:
+def write_model_card(directory: Path, recipe: Recipe, step: int, metrics: Mapping[str, Any], base: Path) -> None:
     """Write the card of the student after `step` steps; `metrics` are those of the last step.
 
-    The card depends on the arguments and the version of opdctl only, so it is reproducible byte for byte.
+    base: the directory of the initial student, whose card has the licence. The card depends on the arguments and the
+    version of opdctl only, so it is reproducible byte for byte.
     """
     from huggingface_hub import ModelCardData
 
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.student.model)
+    sources = [part.source for part in recipe.prompts.parts().values() if isinstance(part.source, str)]
     front_matter = ModelCardData(
-        base_model=recipe.student.model if is_hub_id else None,
+        base_model=recipe.student.model if _is_hub_id(recipe.student.model) else None,
+        datasets=sorted({source for source in sources if _is_hub_id(source) and not is_local(source)}) or None,
+        license=_read_license(base / CARD_FILE),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["on-policy-distillation", "opdctl"],
     )
     text = f"---\n{front_matter.to_yaml()}\n---\n{_card_body(recipe, step, metrics)}"
     (directory / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _read_license(card: Path) -> str | None:
+    """Return the licence that a card names, None without one."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):  # no text, or invalid metadata
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _card_body(recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> str:
@@ -48,10 +70,9 @@ def _card_body(recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> str:
         "prompts": f"`{recipe.prompts.names}`",
         "method": f"objective `{recipe.objective.name}`, token weight `{weight}`",
         "trained": f"LoRA, rank {recipe.lora.rank}" if recipe.lora.rank else "all weights",
-        "updates": f"{step * recipe.train.updates_per_step:,}",
-        "responses": f"{step * recipe.responses_per_step():,}",
+        "steps": f"{step:,}",
     }
-    results = {label: f"{metrics[name]:.4g}" for name, label in CARD_METRICS.items() if name in metrics}
+    results = {label: _format(metrics[name]) for name, label in CARD_METRICS.items() if name in metrics}
     return (
         f"# {recipe.name}, step {step}\n\n"
         f"Distilled on-policy by opdctl {importlib.metadata.version('opdctl')}: the student sampled responses, and the "
@@ -66,6 +87,10 @@ def _card_body(recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> str:
 
 def _model_name(model: Model) -> str:
     return f"`{model.model}`" + (f" at {model.revision}" if model.revision else "")
+
+
+def _format(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _table(rows: Mapping[str, str]) -> str:

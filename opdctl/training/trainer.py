@@ -481,7 +481,7 @@ class Trainer:
         if distributed.is_main():
             if template := self._run.chat_templates.get("prompts"):  # transformers and vLLM prefer this file
                 (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-            publish.write_model_card(directory, recipe, step, metrics or {})
+            publish.write_model_card(directory, recipe, step, metrics or {}, self._run.student.path)
         return digests
 
 
