@@ -71,10 +71,10 @@ class ImportedFiles:
         if scored := sum(each.teacher_logprobs is not None for each in trajectories):
             yield f"{scored} responses have log-probs of a teacher"
 
-    def scorers(self) -> list[str]:
-        """Return the digests of the models whose scores all files have, as their metadata record them."""
-        found = [{str(each.get("model")) for each in read_scorers(path).values()} for path in self.paths]
-        return sorted(set.intersection(*found))
+    def scorer(self) -> dict[str, str]:
+        """Return how the scorer of all files computed its log-probs; nothing if they do not have one and the same."""
+        found = [scorer for path in self.paths for scorer in (list(read_scorers(path).values()) or [{}])]
+        return found[0] if all(scorer == found[0] for scorer in found) else {}
 
     def read_prompts(self, recipe: Recipe, student: ModelDir) -> PromptSet:
         """Return the prompts of the trajectories, for a run whose prompts these are.
@@ -131,7 +131,7 @@ def import_step(run: Run, step: int, source: ImportedFiles, device: str) -> dict
     console.info(f"step {step}: {len(rows)} responses, {tokens} tokens, in {run.rollout_stage(step).path}")
     scored = _find_scorer(run, rows, source)
     if scored:
-        _import_scores(run, step, scored, rows)
+        _import_scores(run, step, scored, rows, source.scorer())
     return {"responses": len(rows), "tokens": tokens, "parts_made": made, "scores_of": scored}
 
 
@@ -161,10 +161,12 @@ def _find_scorer(run: Run, rows: Sequence[_Row], source: ImportedFiles) -> str |
     """Return the run's teacher whose scores the files have, None if they have none that the run can use."""
     if any(row.trajectory.teacher_logprobs is None for row in rows):
         return None
-    found, score = source.scorers(), run.recipe.score
+    scorer, score = source.scorer(), run.recipe.score
     name = next(iter(run.recipe.teacher_models()))
-    if len(run.scorers()) > 1 or run.digests[name] not in found:
-        console.warn(f"{', '.join(source.names)}: the scores are not those of the run's {name}, and are not used")
+    is_same = (scorer.get("model"), scorer.get("dtype")) == (run.digests[name], run.models[name].dtype)
+    if len(run.scorers()) > 1 or not is_same:
+        wanted = f"the run's {name}, {run.recipe.models()[name].model} in {run.models[name].dtype}"
+        console.warn(f"{', '.join(source.names)}: the scores are not those of {wanted}: they are not used")
         return None
     if score.entropy or score.top_k or score.student_top_k or score.hidden_states:
         console.info("the recipe stores more than log-probs of the teacher: score-teacher computes all")
@@ -172,11 +174,10 @@ def _find_scorer(run: Run, rows: Sequence[_Row], source: ImportedFiles) -> str |
     return name
 
 
-def _import_scores(run: Run, step: int, name: str, rows: list[_Row]) -> None:
-    """Make the missing parts of a step's scores from those of the files."""
+def _import_scores(run: Run, step: int, name: str, rows: list[_Row], scorer: dict[str, str]) -> None:
+    """Make the missing parts of a step's scores from those of the files. scorer: how these were computed."""
     rollout, stage = run.rollout_stage(step), run.score_stage(step, name)
-    metadata = {"model": run.digests[name], "tokenizer": run.models[name].tokenizer_digest}
-    metadata |= {"logprobs": "as imported", "temperature": "1"}
+    metadata = scorer | {"tokenizer": run.models[name].tokenizer_digest}
 
     def open_part(index: int) -> tuple[list[_Row], BuildPart[None]]:
         part = stage.items_of_part(rows, index)

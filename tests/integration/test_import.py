@@ -183,3 +183,22 @@ def test_a_corrupt_record_of_the_import_is_reported(exported: Path, tmp_path: Pa
     repaired = invoke("run", "repair", run)
     assert repaired.code == ExitCode.BAD_DATA
     assert "cannot be regenerated" in repaired.err
+
+
+def test_scores_of_the_runs_teacher_are_imported_too(finished_run: Path, tmp_path: Path) -> None:
+    """Files of score-teacher --input train without another pass of the teacher, and give the same student."""
+    sampled, bare, scored = tmp_path / "sampled", tmp_path / "bare.parquet", tmp_path / "scored"
+    assert same_recipe(sampled).code == 0
+    assert invoke("run", "export", sampled, tmp_path / "out.parquet").code == 0
+    write(bare, pq.read_table(tmp_path / "out.parquet"), teacher_logprobs=None)
+    words = ("--input", bare, "--teacher", "toy:teacher", "--output", scored)
+    settings = ("--set", "rollout.num_parts=2", "--set", "score.engine=transformers", "--set", "pipeline.threads=1")
+    assert invoke("score-teacher", *words, *settings, "--set", "teacher.dtype=float32").code == 0
+    result = start(tmp_path / "run", scored / "*.parquet")
+    assert result.json()["scores_of"] == "teacher"
+    assert f"next: opdctl train {tmp_path / 'run'}" in result.err
+    assert invoke("train", tmp_path / "run", "--no-fill").code == 0
+    assert max_difference(weights(tmp_path / "run", 1), weights(sampled, 1)) == 0
+    other = start(tmp_path / "other", scored / "*.parquet", settings=("teacher.model=toy:student-spread",))
+    assert other.json()["scores_of"] is None
+    assert "they are not used" in other.err
