@@ -27,7 +27,7 @@ from opdctl.recipe.schema import Eval, Recipe
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.toml"))
 BASE_RECIPES = sorted(FOLDER.glob("*.toml"))
-GPU_RECIPES = [path for path in RECIPES if path.stem not in ("quickstart", "perm")]
+GPU_RECIPES = [path for path in RECIPES if path.stem not in ("quickstart", "perm", "calculator")]
 PAIRS = {  # of the paper: student and teacher parameters
     "cross_scale": (4_022_468_096, 30_532_122_624),
     "30b-to-1.7b": (1_720_574_976, 30_532_122_624),
