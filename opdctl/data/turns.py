@@ -20,6 +20,7 @@ from opdctl.errors import OpdctlError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+THINKING_KEYS = ("reasoning_content", "thinking")
 IDS_HINT = "store the token ids that the model sampled, such as `prompt_ids` and `response_ids`"
 
 
@@ -48,9 +49,10 @@ def render_turns(
 ) -> Iterator[RenderedTurns]:
     """Yield the sequences of a conversation, one unless the chat template changes earlier turns.
 
-    A turn of the student ends with the last special token of its text, which it sampled. A template that changes an
-    earlier turn, such as one that drops its thinking, gives the model another prompt: there a new sequence begins, in
-    whose prompt the earlier turns are. What follows the student's last turn is dropped.
+    A turn of the student begins with the text of its message, and ends with the last special token of the template's
+    text for it, which it sampled. A template that changes an earlier turn, such as one that drops its thinking, gives
+    the model another prompt: there a new sequence begins, in whose prompt the earlier turns are. What follows the
+    student's last turn is dropped.
 
     is_own: whether each message is a turn of the student. is_cut: whether the last one was cut off, so that it has no
     token at its end.
@@ -62,32 +64,46 @@ def render_turns(
     known = ""
     last = max((index for index, own in enumerate(is_own) if own), default=-1)
     for index in (index for index, own in enumerate(is_own) if own):
-        prompt = renderer.render(make_chat(messages[:index], location), location, tools)
-        answer = _render_answer(renderer, messages[: index + 1], prompt, location, tools)
-        if pieces and not prompt.plain.startswith(known):
+        prompt = renderer.render(make_chat(messages[:index], location), location, tools).plain
+        closed, start = _render_closed(renderer, messages[: index + 1], prompt, location, tools)
+        if pieces and not prompt.startswith(known):
             yield _join(pieces)
             pieces, known = [], ""
-        pieces.append((renderer.encode(prompt.after(len(known)), location, is_continuation=bool(pieces)), False))
+        read = closed.before(start).after(len(known))
+        pieces.append((renderer.encode(read, location, is_continuation=bool(pieces)), False))
+        answer = closed.after(start)
         end = renderer.end_of_turn(answer)
         if is_cut and index == last:
-            text = messages[index].text.rstrip()
-            end = min(end, answer.plain.rindex(text) + len(text)) if text else 0
+            end = min(end, _find_text(messages[index], answer.plain)[1])
         pieces.append((renderer.encode(answer.before(end), location, is_continuation=True), True))
-        known = prompt.plain + answer.plain[:end]
+        known = closed.plain[: start + end]
     if pieces:
         yield _join(pieces)
 
 
-def _render_answer(
-    renderer: PromptRenderer, messages: Sequence[Message], prompt: MarkedText, location: str, tools: Sequence[Tool]
-) -> MarkedText:
-    """Return the text of the last message after its prompt, with what ends its turn."""
-    closed = renderer.render(make_chat(messages, location), location, tools, is_closed=True)
-    answer = closed.after(len(prompt.plain)) if closed.plain.startswith(prompt.plain) else None
-    if answer is None or messages[-1].text.strip() not in answer.plain:
+def _render_closed(
+    renderer: PromptRenderer, messages: Sequence[Message], prompt: str, location: str, tools: Sequence[Tool]
+) -> tuple[MarkedText, int]:
+    """Return the text of a chat that ends with an answer, and the index in it where the student's own text begins.
+
+    A template may put text between the prompt and the answer, such as empty thinking. The student has sampled it only
+    if the message has thinking.
+    """
+    closed, message = renderer.render(make_chat(messages, location), location, tools, is_closed=True), messages[-1]
+    answer = closed.plain.removeprefix(prompt) if closed.plain.startswith(prompt) else ""
+    at, end = _find_text(message, answer)
+    if not answer or end < 0:
         reason = f"the chat template changes the text of message {len(messages)}, role `assistant`"
         raise OpdctlError("invalid_data", f"{location}: {reason}", hint=IDS_HINT)
-    return answer
+    has_thinking = any(name in message.extra for name in THINKING_KEYS)
+    return closed, len(prompt) + (0 if has_thinking else at)
+
+
+def _find_text(message: Message, answer: str) -> tuple[int, int]:
+    """Return the span of a message's text in that of the template, (-1, -1) if it is not there. Some templates remove
+    the white space around it."""
+    text = next((text for text in (message.text, message.text.strip()) if text in answer), None)
+    return (-1, -1) if text is None else (answer.index(text), answer.index(text) + len(text))
 
 
 def _join(pieces: Sequence[tuple[list[int], bool]]) -> RenderedTurns:

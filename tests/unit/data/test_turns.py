@@ -150,6 +150,18 @@ def test_a_template_that_drops_thinking_begins_another_sequence(tmp_path: Path) 
     assert "<|im_start|>assistant\none<|im_end|>" in renderer.decode(second.prompt_ids)
 
 
+def test_text_that_a_template_puts_before_an_answer_is_read(tmp_path: Path) -> None:
+    """Qwen 3 puts empty thinking before an answer without one."""
+    start = "{% if message.role == 'assistant' %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    renderer = Renderer(tmp_path / "model", CHATML.replace("{{ message.content }}", start + "{{ message.content }}"))
+    (turns,) = renderer.render([Message("user", "a"), Message("assistant", " two")])
+    assert renderer.decode(turns.prompt_ids).endswith("assistant\n<think></think>")
+    assert renderer.runs(turns) == [(True, " two<|im_end|>")]
+    (turns,) = renderer.render([Message("user", "a"), Message("assistant", "two", {"reasoning_content": "one"})])
+    assert renderer.decode(turns.prompt_ids).endswith("assistant\n")
+    assert renderer.runs(turns) == [(True, "<think>one</think>two<|im_end|>")]
+
+
 def test_a_template_that_changes_an_answer_is_refused(tmp_path: Path) -> None:
     renderer = Renderer(tmp_path / "model", CHATML.replace("message.content }}", "message.content.split('|')[-1] }}"))
     with pytest.raises(OpdctlError, match="message 2, role `assistant`"):
@@ -162,6 +174,8 @@ def test_a_turn_that_was_cut_has_no_token_at_its_end(name: str, request: pytest.
     (turns,) = renderer.render(CHAT, is_cut=True)
     assert renderer.runs(turns)[-1] == (True, "two")
     assert renderer.runs(turns)[0] == (True, "call<|im_end|>" if name == "chatml" else "call")
+    (turns,) = renderer.render([Message("user", "a"), Message("assistant", "\nb ")], is_cut=True)
+    assert renderer.runs(turns) == [(True, "\nb " if name == "chatml" else "\nb")]
 
 
 def test_special_tokens_in_a_message_are_text(chatml: Renderer) -> None:
