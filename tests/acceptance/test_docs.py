@@ -18,9 +18,12 @@ from opdctl.recipe.section import Section
 from opdctl.registry import OBJECTIVES, WEIGHTS
 
 DOCS = ROOT / "docs"
-EXECUTED = {"sh": {"quickstart.md", "extending.md", "paper.md"}, "python": {"notebook.md", "extending.md", "agents.md"}}
-"""The pages whose blocks a test runs, by language: test_tutorials.py, for agents.md test_agent_examples.py, and for
-paper.md integration/test_paper.py."""
+EXECUTED = {
+    "sh": {"quickstart.md", "extending.md", "paper.md"},
+    "python": {"notebook.md", "extending.md", "agents.md", "artifacts.md"},
+}
+"""The pages whose blocks a test runs, by language: test_tutorials.py, for agents.md test_agent_examples.py, for
+artifacts.md test_losses_of_others.py, and for paper.md integration/test_paper.py."""
 
 
 # ── Reference ────────────────────────────────────────────────────────────────────────────────────────────────────────
