@@ -119,6 +119,7 @@ def test_output_of_a_program(python_agent: ModuleType, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(SMOLLM2 not in os.environ, reason=f"needs a model directory in {SMOLLM2}: tests/bench/smollm2.py")
+@pytest.mark.timeout(3600)
 def test_python_agent_makes_two_steps_with_smollm2(
     python_agent: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +130,9 @@ def test_python_agent_makes_two_steps_with_smollm2(
     (recipe,) = (text for text in code_blocks(PAGE, "toml") if "python_agent" in text)
     Path("python_agent.toml").write_text(recipe)
     model = os.environ[SMOLLM2]
-    settings = sets(f"student.model={model}", f"teacher.model={model}", "rollout.prompts_per_step=4")
+    settings = sets(
+        f"student.model={model}", f"teacher.model={model}", "rollout.prompts_per_step=4", "rollout.num_parts=1"
+    )
     command = [sys.executable, "-m", "opdctl", "train", "--recipe", "python_agent.toml", *settings, "--output", "run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
