@@ -220,6 +220,14 @@ def test_two_rows_with_one_id(tokenizer: Any, tmp_path: Path) -> None:
     assert message.index("row 3") < message.index("row 1")
 
 
+def test_rows_are_read_one_at_a_time(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD) + "\n{")
+    rows = read_trajectories([tmp_path / "a.jsonl"], tokenizer, NUM_IDS)
+    assert next(rows).response_ids.tolist() == GOOD["response_ids"]
+    with pytest.raises(OpdctlError, match=":2: "):
+        next(rows)
+
+
 def test_rows_without_own_tokens_are_skipped(tokenizer: Any, tmp_path: Path) -> None:
     empty = [GOOD | {"loss_mask": [0, 0]}, GOOD | {"response_ids": []}]
     (read,) = read_rows(tokenizer, tmp_path / "a.jsonl", *empty, GOOD)
