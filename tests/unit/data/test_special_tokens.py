@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from opdctl.data.messages import Chat, Message
 from opdctl.data.rendering import PromptFormat, PromptRenderer
+from opdctl.data.special_tokens import MarkedText
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 
@@ -184,3 +185,12 @@ def test_special_token_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
     for choice in ("error", "split"):
         with pytest.raises(OpdctlError, match="special token `¶`"):
             make_renderer(model, choice).token_ids(Chat("a¶b"), "row 1")
+
+
+@settings(deadline=None)
+@given(text=st.text("ab|", max_size=8), count=st.integers(0, 8))
+def test_marked_text_is_cut_at_a_character_of_the_plain_text(text: str, count: int) -> None:
+    marked = MarkedText(text, "|")
+    plain = text.replace("|", "")
+    count = min(count, len(plain))
+    assert (marked.before(count).plain, marked.after(count).plain) == (plain[:count], plain[count:])
