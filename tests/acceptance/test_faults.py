@@ -43,6 +43,10 @@ def test_killed_workers_make_the_student_of_an_undisturbed_run(tmp_path: Path) -
     assert summary.startswith("6 kills (")  # the time decides which stage is hit
 
 
+def test_killed_workers_that_score_files_write_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
+    assert run_harness(tmp_path, "faults", "--files", "--kills", "3").startswith("3 kills of workers")
+
+
 def test_double_signals_at_random_moments(tmp_path: Path) -> None:
     """Each ends with a signal's exit code; the run is that of an undisturbed one."""
     assert run_harness(tmp_path, "faults", "--signals", "6", *SMALL).startswith("6 double signals (")

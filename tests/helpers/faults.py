@@ -3,11 +3,15 @@
     PYTHONPATH=tests python -m helpers.faults                       # 100 kills
     PYTHONPATH=tests python -m helpers.faults --kills 1000 --seed 1
     PYTHONPATH=tests python -m helpers.faults --signals 100 --steps 4
+    PYTHONPATH=tests python -m helpers.faults --files --kills 20    # workers of score-teacher --input
     PYTHONPATH=tests python -m helpers.faults --calls    # a fault at every write, rename and flush, one at a time
 
 Kills: in every step, three workers sample, score and update. At random moments a random one is killed with SIGKILL and
 another one is started. At the end the student, every part and every trainer state must be bit-identical to those of an
 undisturbed run, every response must exist exactly once, and no other file may remain.
+
+Files: three workers of `opdctl score-teacher --input` score responses into one directory, and are killed in this way.
+A complete one is followed by another, until all kills have happened. All bytes must be those of an undisturbed one.
 
 Signals: `opdctl train` gets two random ones of SIGTERM, SIGUSR1 and Ctrl-C, the first at a random moment of its run and
 the second soon after it. It must end with the exit code of one of them, and the next process goes on.
@@ -174,6 +178,59 @@ def kill(folder: Path, kills: int, seed: int, steps: int, settings: tuple[str, .
         f"{sum(disturbed.killed.values())} kills ({by_stage}) in {done} steps: {len(found)} bit-identical files, "
         f"including the student; {responses} responses, each once"
     )
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+FILES_PARTS = 12
+
+
+def score_files(source: Path, output: Path) -> int:
+    """Start a worker that scores a file, and return its process id."""
+    words = ["--input", source, "--teacher", "toy:teacher", "--output", output]
+    settings = ("teacher.dtype=float32", "score.engine=transformers", "score.top_k=4", "pipeline.threads=1")
+    options = [word for each in (*settings, f"rollout.num_parts={FILES_PARTS}") for word in ("--set", each)]
+
+    def work() -> int:
+        result = invoke("score-teacher", *words, *options)
+        if result.code:
+            print(result.err, file=sys.stderr)
+        return result.code
+
+    return forks.fork(work)
+
+
+def kill_scorers(folder: Path, kills: int, seed: int) -> str:
+    """Compare a directory of scores whose workers were killed with an undisturbed one, and return a summary."""
+    importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+    leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = 5.0, 0.2
+    settings = ("rollout.prompts_per_step=64", "rollout.num_parts=1", "train.steps=1", "pipeline.threads=1")
+    run, source = folder / "run", folder / "responses.parquet"
+    assert invoke("train", "--recipe", QUICKSTART, *sets(*settings), "--output", run).code == 0
+    assert invoke("run", "export", run, source).code == 0
+    start = time.monotonic()
+    assert forks.wait(score_files(source, folder / "undisturbed")) == 0
+    span, rng, killed, rounds = time.monotonic() - start, random.Random(seed), 0, 0
+    expected = {path.name: path.read_bytes() for path in (folder / "undisturbed").iterdir()}
+    while killed < kills:
+        output = folder / f"disturbed-{rounds}"
+        workers = [score_files(source, output) for _ in range(WORKERS)]
+        while killed < kills and not (output / "manifest.json").exists():
+            time.sleep(rng.uniform(0, span))
+            victim = rng.choice(workers)
+            if forks.exit_code(victim) is None:
+                os.kill(victim, signal.SIGKILL)
+                os.waitpid(victim, 0)
+                killed += 1
+                print(f"kill {killed}: {len(list(output.glob('part-*.parquet')))} parts", file=sys.stderr)
+            workers[workers.index(victim)] = score_files(source, output)
+        assert {forks.wait(worker) for worker in workers} == {0}
+        assert forks.wait(score_files(source, output)) == 0  # parts of a worker that was killed last
+        found = {path.name: path.read_bytes() for path in output.iterdir() if not path.name.endswith(".lock")}
+        assert found.keys() == expected.keys()
+        assert [name for name, data in found.items() if data != expected[name]] == []
+        rounds += 1
+    return f"{killed} kills of workers in {rounds} directories: {len(expected)} bit-identical files in each"
 
 
 # ── Signals ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -387,6 +444,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override of the recipe")
     parser.add_argument("--signals", type=int, default=0, metavar="COUNT")
     parser.add_argument("--spawn", action="store_true", help="send the signals to new processes, not to forked ones")
+    parser.add_argument("--files", action="store_true", help="kill workers of score-teacher --input")
     parser.add_argument("--calls", action="store_true")
     arguments = parser.parse_args()
     faulthandler.enable()
@@ -394,6 +452,8 @@ def main() -> None:
         if arguments.signals:
             limits = (arguments.signals, arguments.seed, arguments.steps, tuple(arguments.set))
             print(interrupt(Path(folder), *limits, spawn=arguments.spawn))
+        elif arguments.files:
+            print(kill_scorers(Path(folder), arguments.kills, arguments.seed))
         elif arguments.calls:
             for fault in (power_cut, system_error):
                 print(fail_at_calls(Path(folder) / fault.__name__, fault))
