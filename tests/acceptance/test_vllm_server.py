@@ -42,7 +42,7 @@ from helpers.servers import (
 )
 
 from opdctl import console
-from opdctl.artifacts.records import GradedResponse, Response, sample_seed
+from opdctl.artifacts.records import ExportedResponse, GradedResponse, Response, sample_seed
 from opdctl.artifacts.tables import read_rows
 from opdctl.engines import http
 from opdctl.engines import server as server_engine
@@ -198,6 +198,25 @@ def test_scores_are_those_of_the_transformers_engine(engine, rolled_out):
         np.testing.assert_allclose(ours.top_logprobs, theirs.top_logprobs, rtol=0, atol=1e-3)
         assert np.mean(ours.top_ids == theirs.top_ids) > 0.99  # the rest are ties
     assert sum(progress) == 8
+
+
+@pytest.mark.parametrize("engine_name", ["server", "vllm"])
+def test_files_are_scored_as_in_a_run(engine_name, undisturbed, server, tmp_path, monkeypatch):
+    """By a server to the bit; by vLLM in a process of ours within rounding."""
+    monkeypatch.chdir(tmp_path)
+    assert invoke("run", "export", undisturbed, "exported.parquet").code == 0
+    settings = ("teacher.dtype=float32", f"score.engine={engine_name}", "server.concurrency=1", "pipeline.threads=1")
+    settings += (f"teacher.server=http://127.0.0.1:{server.port}/v1",) * (engine_name == "server")
+    options = [word for setting in settings for word in ("--set", setting)]
+    words = ["--input", "exported.parquet", "--teacher", "toy:teacher", "--output", "scored"]
+    result = invoke("score-teacher", *words, *options)
+    assert result.code == 0, result.err
+    (part,) = Path("scored").glob("part-*.parquet")
+    expected, found = (read_rows(Path(name), ExportedResponse) for name in ("exported.parquet", part))
+    assert len(found) == 8
+    for row, other in zip(found, expected, strict=True):
+        tolerance = 0 if engine_name == "server" else 1e-4
+        np.testing.assert_allclose(row.teacher_logprobs, other.teacher_logprobs, rtol=0, atol=tolerance)
 
 
 def test_padding_rows_have_the_measured_probability_and_are_not_sampled(proxy, rolled_out, monkeypatch):

@@ -204,7 +204,7 @@ def kill_scorers(folder: Path, kills: int, seed: int) -> str:
     """Compare a directory of scores whose workers were killed with an undisturbed one, and return a summary."""
     importlib.import_module("transformers.models.qwen3.modeling_qwen3")
     leases.LEASE_SECONDS, leases.HEARTBEAT_SECONDS = 5.0, 0.2
-    settings = ("rollout.prompts_per_step=64", "rollout.num_parts=1", "train.steps=1", "pipeline.threads=1")
+    settings = ("rollout.prompts_per_step=32", "rollout.num_parts=1", "train.steps=1", "pipeline.threads=1")
     run, source = folder / "run", folder / "responses.parquet"
     assert invoke("train", "--recipe", QUICKSTART, *sets(*settings), "--output", run).code == 0
     assert invoke("run", "export", run, source).code == 0
