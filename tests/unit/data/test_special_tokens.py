@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from sweep.tokenizer_kinds import KINDS
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
-from opdctl.data.messages import Chat, Message
+from opdctl.data.messages import Chat, Message, make_chat
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.special_tokens import MarkedText
+from opdctl.data.turns import render_turns
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 
@@ -194,3 +195,18 @@ def test_marked_text_is_cut_at_a_character_of_the_plain_text(text: str, count: i
     plain = text.replace("|", "")
     count = min(count, len(plain))
     assert (marked.before(count).plain, marked.after(count).plain) == (plain[:count], plain[count:])
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - UNLOADABLE))
+def test_turns_between_special_tokens_have_the_ids_of_the_whole_text(kind: str, tmp_path: Path) -> None:
+    """No piece gets the space that some tokenizers put before the first word of a text."""
+    model = load(kind, tmp_path)
+    renderer = make_renderer(model)
+    chat = [
+        Message(role, text) for role, text in (("user", "a b"), ("assistant", "b a"), ("user", "a"), ("assistant", "b"))
+    ]
+    (turns,) = render_turns(renderer, chat, [False, True, False, True], "row 1")
+    whole = renderer.render(make_chat(chat, "row 1"), "row 1", is_closed=True).plain
+    joined = [*turns.prompt_ids.tolist(), *turns.response_ids.tolist()]
+    assert joined == model.tokenizer(whole, add_special_tokens=False)["input_ids"][: len(joined)]
+    assert turns.turns == 2
