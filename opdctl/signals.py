@@ -16,6 +16,8 @@ from typing import Literal
 
 from opdctl.errors import ExitCode
 
+EPISODE_THREAD = "episode "
+"""How the name of a thread starts that plays an episode and may hang: the end of a command does not wait for it."""
 SIGNAL_CODES = {
     signal.SIGTERM: ExitCode.REQUEUE,
     signal.SIGUSR1: ExitCode.REQUEUE,

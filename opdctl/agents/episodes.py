@@ -9,8 +9,10 @@ with this process.
 """
 
 import contextlib
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -80,7 +82,8 @@ class _WaitingCall:
 
 @dataclass(eq=False)
 class _Episode:
-    """A running episode. deadline: by the clock of `time.monotonic`. lock: of the conversation."""
+    """A running episode. deadline: by the clock of `time.monotonic`. lock: of the conversation. stack: of its thread
+    at the deadline."""
 
     number: int
     request: EpisodeRequest
@@ -90,6 +93,8 @@ class _Episode:
     lock: threading.Lock = field(default_factory=threading.Lock)
     result: Any = None
     error: BaseException | None = None
+    thread: threading.Thread | None = None
+    stack: traceback.StackSummary | None = None
 
 
 class EpisodeRunner:
@@ -133,7 +138,9 @@ class EpisodeRunner:
             episode.address = self._gateway.open(partial(self._respond, episode))
             with self._changed:
                 self._running[number] = episode
-            threading.Thread(target=self._play, args=(episode,), daemon=True, name=request.name).start()
+            name = f"{signals.EPISODE_THREAD}{request.name}"
+            episode.thread = threading.Thread(target=self._play, args=(episode,), daemon=True, name=name)
+            episode.thread.start()
         return bool(self._running or self._ended)
 
     def _next_calls(self) -> list[_WaitingCall]:
@@ -200,6 +207,8 @@ class EpisodeRunner:
         now = time.monotonic()
         for episode in [each for each in self._running.values() if each.deadline < now]:
             episode.error = TimeoutError(f"not finished after {self._settings.timeout_seconds:g} s")
+            frame = sys._current_frames().get((episode.thread and episode.thread.ident) or 0)
+            episode.stack = traceback.extract_stack(frame) if frame else traceback.StackSummary()
             self._close(episode)
             self._ended.append(episode)
 
@@ -220,14 +229,13 @@ class EpisodeRunner:
         try:
             if episode.error:
                 # Without room for a response, an environment cannot continue: what was sampled counts.
-                is_timeout = isinstance(episode.error, TimeoutError)
-                if not conversation.is_exhausted or is_timeout or not found:
+                if not conversation.is_exhausted or episode.stack is not None or not found:
                     raise episode.error
             elif not found:
                 raise ValueError("the function did not call the student")
             rewards = read_rewards(episode.result, [*found])
         except BaseException as error:
-            return EpisodeResult(failure=describe_error(error, self._environment))
+            return EpisodeResult(failure=describe_error(error, self._environment, episode.stack))
         return EpisodeResult([(found[id_], reward) for id_, reward in rewards.items()])
 
     def _response_id(self, episode: _Episode, call: int) -> str:

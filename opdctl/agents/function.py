@@ -51,10 +51,11 @@ def _parse_reward(value: Any) -> float | None:
     return float(value)
 
 
-def describe_error(error: BaseException, environment: Environment) -> str:
-    """Return type and message of an exception, and the last line of the user's file in its traceback."""
+def describe_error(error: BaseException, environment: Environment, stack: traceback.StackSummary | None = None) -> str:
+    """Return type and message of an exception, and the last line of the user's file in its traceback, or in a stack."""
     message = " ".join(str(error).split())[:300]
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     own = getattr(environment, "__code__", None)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if own and frame.filename == own.co_filename]
+    stack = stack or traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in stack if own and frame.filename == own.co_filename]
     return f"{text}, at {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else text

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from opdctl.cli.run import run_app
 from opdctl.cli.stages import rollout, score_teacher
 from opdctl.cli.status import status
 from opdctl.cli.train import train
+from opdctl.signals import EPISODE_THREAD
 
 app = typer.Typer(
     add_completion=True,
@@ -63,4 +65,12 @@ def main() -> None:
     if sys.getfilesystemencoding() != "utf-8":  # an ASCII locale without UTF-8 mode: names of files would be escaped
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "opdctl", *sys.argv[1:]])
     console.use_plain_characters()
-    app(prog_name="opdctl")
+    try:
+        app(prog_name="opdctl")
+    except SystemExit as end:
+        if any(thread.name.startswith(EPISODE_THREAD) for thread in threading.enumerate()):
+            # An episode that hangs: the interpreter would wait for the threads of its pools.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else bool(end.code))
+        raise

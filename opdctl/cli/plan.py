@@ -74,6 +74,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("responses", f"{plan.responses_per_step:,} per step in {plan.parts_per_step} parts"),
         ("tokens", f"≤ {prompt_tokens:,} prompt + {response_tokens:,} response per step"),
         ("sampling", _format_settings(plan.sampling)),
+        ("environment", plan.environment),
         ("artifacts", f"≤ {artifacts} in total; per step ≤ {rollout} rollout + {scores} scores"),
         ("disk", f"≤ {disk}: artifacts, {plan.students_kept} students, newest checkpoints"),
         *(
@@ -96,6 +97,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
     hidden = {"CPU memory"} if stages.node_bytes == 0 else set()
     hidden |= set() if plan.sampling else {"sampling"}
+    hidden |= set() if plan.environment else {"environment"}
     return [row for row in rows if row[0] not in hidden]
 
 

@@ -68,6 +68,8 @@ class Plan:
     response_tokens_per_step: int
     sampling: dict[str, Any]
     """The settings by which responses are not sampled from the student's own distribution, or end early."""
+    environment: str
+    """The function whose episodes are the responses, "" if there is none."""
     rollout_bytes_per_step: int
     score_bytes_per_step: int | None
     artifact_bytes: int | None
@@ -125,6 +127,7 @@ def make_plan(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
         prompt_tokens_per_step=responses * recipe.prompts.max_tokens,
         response_tokens_per_step=responses * recipe.rollout.max_tokens,
         sampling=recipe.rollout.changes,
+        environment=recipe.rollout.environment,
         rollout_bytes_per_step=rollout,
         score_bytes_per_step=scores,
         artifact_bytes=artifacts,

@@ -6,6 +6,7 @@ ENVIRONMENTS = '''
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -69,6 +70,16 @@ def exhaust(row, base_url):
             messages = [{"role": "user", "content": row["prompt"]}]
             answer = chat(client, messages + [{"role": "assistant", "content": text}] * bool(text), max_tokens=3)
             text += answer["choices"][0]["message"]["content"] + "zz"
+
+
+def hang(row, base_url):
+    Path(os.environ["AGENT_MARKER"]).touch()
+    time.sleep(3600)
+
+
+def hang_in_pool(row, base_url):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hang, row, base_url).result()
 
 
 def die_once(row, base_url):

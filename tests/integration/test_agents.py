@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +191,40 @@ def test_killed_rollout_resumes_to_the_same_responses(environments, tmp_path, op
     assert third.returncode == 0
     weights = [run / "student" / "step-00002" / "model.safetensors" for run in (tmp_path / "killed", undisturbed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("function", ["hang", "hang_in_pool"])
+def test_signal_ends_a_command_whose_episodes_hang(environments, tmp_path, function):
+    command = [sys.executable, "-m", "opdctl", "rollout", *settings(function), "--output", str(tmp_path / "run")]
+    marker = tmp_path / "marker"
+    process = subprocess.Popen(command, env={**os.environ, "AGENT_MARKER": str(marker)}, stderr=subprocess.PIPE)
+    while not marker.exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert b"Stopped by SIGTERM" in err
+
+
+def test_two_workers_share_the_parts(environments, tmp_path):
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "opdctl",
+        "rollout",
+        *settings("play", "rollout.num_parts=4"),
+        "--output",
+        str(run),
+    ]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert len({row.sample_id for row in read_rollout(run)}) == 8
+
+
+def test_plan_names_the_environment(environments, tmp_path, opdctl):
+    result = opdctl("train", *settings("play"), "--dry-run", "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "agent_environments:play" in result.out
+    assert "agent_environments" not in sys.modules
