@@ -75,11 +75,15 @@ def score_input_files(options: FileOptions, *, dry_run: bool, as_json: bool) -> 
 
 def _print_plan(scoring: "FileScoring", as_json: bool) -> None:
     counts = scoring.counts
-    finished = len(scoring.open_stage().names) - len(scoring.open_stage().missing(digests=False))
+    finished = None  # unknown without the digest of the teacher, whose weights a plan does not download
+    if scoring.model.weights.files or scoring.recipe.score.engine == "server":
+        stage = scoring.open_stage()
+        finished = len(stage.names) - len(stage.missing(digests=False))
+    done = "" if finished is None else f", {finished} of them finished"
     rows = [
         ("input", f"{counts.rows:,} responses, {counts.tokens:,} tokens, {counts.own_tokens:,} of the student"),
         ("teacher", f"{scoring.recipe.teacher_models()['teacher'].model}, engine {scoring.recipe.score.engine}"),
-        ("output", f"{scoring.output}: {scoring.num_parts} parts, {finished} of them finished"),
+        ("output", f"{scoring.output}: {scoring.num_parts} parts{done}"),
     ]
     console.print_fields("plan", rows)
     console.info("nothing was written")
