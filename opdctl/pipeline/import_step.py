@@ -14,6 +14,8 @@ from opdctl.artifacts import files
 from opdctl.artifacts.exchange import read_scorers
 from opdctl.artifacts.records import Prompt, Response, TokenScores, Trajectory, sample_id
 from opdctl.artifacts.tables import write_scores
+from opdctl.data.formats import read_chat_templates, training_format
+from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.sources import find_files
 from opdctl.data.trajectories import read_trajectories
 from opdctl.engines.base import ScoreRequest
@@ -45,12 +47,14 @@ class ImportedFiles:
         return {str(path): digest for path, digest in files.sha256_files(self.paths).items()}
 
     def read(self, recipe: Recipe, student: ModelDir) -> list[Trajectory]:
-        """Return the trajectories.
+        """Return the trajectories. Messages are rendered as the prompts of the recipe are.
 
         Raises:
             OpdctlError: a row is invalid, or longer than the recipe allows.
         """
-        trajectories = list(read_trajectories(self.paths, student.tokenizer, student.vocab_size))
+        form = training_format(recipe, read_chat_templates(recipe))
+        renderer = None if form == PromptFormat() else PromptRenderer(student.tokenizer, student.vocab_size, form)
+        trajectories = list(read_trajectories(self.paths, student.tokenizer, student.vocab_size, renderer))
         for each in trajectories:
             _check_length(each, "prompts.max_tokens", len(each.prompt_ids), recipe.prompts.max_tokens)
             _check_length(each, "rollout.max_tokens", len(each.response_ids), recipe.rollout.max_tokens)

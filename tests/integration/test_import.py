@@ -1,5 +1,6 @@
 """`opdctl run import`: responses of other programs become a step's rollout, with masks, scores, missing log-probs."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -202,3 +203,25 @@ def test_scores_of_the_runs_teacher_are_imported_too(finished_run: Path, tmp_pat
     other = start(tmp_path / "other", scored / "*.parquet", settings=("teacher.model=toy:student-spread",))
     assert other.json()["scores_of"] is None
     assert "they are not used" in other.err
+
+
+def test_messages_are_rendered_in_the_format_of_the_recipe(tmp_path: Path) -> None:
+    """The text of the chat template between the turns is read, and the student's turns are learned."""
+    template = tmp_path / "marked.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ '[' if message.role == 'user' else '' }}{{ message.content }}"
+        "{{ ']' if message.role == 'user' else ';' }}{% endfor %}"
+    )
+    messages = [("user", "abc"), ("assistant", "de"), ("user", "f"), ("assistant", "gh")]
+    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    settings = (f"prompts.chat_template={template}", "rollout.prompts_per_step=1", "rollout.num_parts=1")
+    assert start(tmp_path / "run", file, settings=settings).code == 0
+    run = Run.load(tmp_path / "run")
+    (response,) = run.rollout_stage(0).read_all(Response)
+    tokenizer = run.student.tokenizer
+    assert tokenizer.decode(response.prompt_ids) == "[abc]"
+    assert tokenizer.decode(response.response_ids).startswith("de;[f]gh")
+    assert tokenizer.decode(response.own_ids).startswith("de;gh")
+    assert np.isfinite(response.logprobs[response.loss_mask]).all()
