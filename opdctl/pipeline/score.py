@@ -104,10 +104,18 @@ def _score(run: Run, step: int, name: str, source: ScorerSource, *, wait: bool) 
         return requests, save
 
     scorer = _settings(run.recipe, name), run.models[name], run.digests[name]
-    count = sum(name in (prompt.teacher, REFERENCE) for _, prompt in run.samples(step))
     title = f"score-teacher {name}, step {step}"
     prepare = partial(scoring_work, source, *scorer, open_part)
+    count = _count_responses(run, step, name)
     return make_missing_parts(stage, title, count, prepare, wait=wait, has_engine=source.is_here)
+
+
+def _count_responses(run: Run, step: int, name: str) -> int:
+    """Return the number of responses that the model `name` scores; with several teachers, that of sampled responses."""
+    manifest = run.rollout_stage(step).manifest()
+    if manifest and (name == REFERENCE or len(run.recipe.teacher_models()) == 1):
+        return sum(part["rows"] for part in manifest["parts"])
+    return sum(prompt.teacher == name for _, prompt in run.samples(step))
 
 
 def scoring_work(
