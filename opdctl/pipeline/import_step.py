@@ -17,7 +17,7 @@ from opdctl.artifacts.tables import write_scores
 from opdctl.data.formats import read_chat_templates, training_format
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.sources import find_files
-from opdctl.data.trajectories import read_trajectories
+from opdctl.data.trajectories.reading import read_trajectories
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError

@@ -19,11 +19,13 @@ import numpy as np
 from opdctl import console, signals
 from opdctl.artifacts import tables
 from opdctl.artifacts.exchange import describe_file
-from opdctl.artifacts.files import sha256_files
+from opdctl.artifacts.files import digest_of, sha256_files
 from opdctl.artifacts.records import ExportedResponse, Ids, TokenScores, Trajectory
 from opdctl.artifacts.stage_dir import PART_NAME, Fingerprint, StageDir, recorded_header
+from opdctl.data.formats import read_chat_templates, teacher_formats
+from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.sources import find_inputs, list_data_files
-from opdctl.data.trajectories import read_trajectories
+from opdctl.data.trajectories.reading import read_trajectories
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.pool import open_engine_pool
 from opdctl.errors import OpdctlError
@@ -47,10 +49,10 @@ _FileState = tuple[int, int, int]
 
 
 class TrajectoryFiles:
-    """The input: files, and folders saved by `datasets`."""
+    """The input: files, and folders saved by `datasets`. form: of messages, None for that of the model's tokenizer."""
 
-    def __init__(self, paths: Sequence[Path], model: ModelDir):
-        self._paths, self._model = paths, model
+    def __init__(self, paths: Sequence[Path], model: ModelDir, form: PromptFormat | None = None):
+        self._paths, self._model, self._form = paths, model, form
         self._states = self._stat()
         self._rows: Iterator[Trajectory] = iter(())
         self._position: int | None = None  # of the next row
@@ -65,7 +67,9 @@ class TrajectoryFiles:
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each file. Its number is a part of its name: another order gives other parts."""
         digests = sha256_files(self.files())
-        return {f"input {number}, {file.name}": sha256 for number, (file, sha256) in enumerate(digests.items(), 1)}
+        named = {f"input {number}, {file.name}": sha256 for number, (file, sha256) in enumerate(digests.items(), 1)}
+        template = self._form.chat_template if self._form else None
+        return named | ({"teacher.chat_template": digest_of(template)} if template else {})
 
     def check_unchanged(self) -> None:
         """Raise OpdctlError if a file was changed or replaced since this object was made."""
@@ -77,7 +81,9 @@ class TrajectoryFiles:
 
     def read(self) -> Iterator[Trajectory]:
         """Yield all trajectories. Raises OpdctlError if one is invalid."""
-        for row in read_trajectories(self._paths, self._model.tokenizer, self._model.vocab_size):
+        vocabulary = self._model.tokenizer, self._model.vocab_size
+        renderer = PromptRenderer(*vocabulary, self._form, "teacher") if self._form else None
+        for row in read_trajectories(self._paths, *vocabulary, renderer):
             signals.check()
             yield row
 
@@ -194,7 +200,7 @@ def open_file_scoring(
     teacher = recipe.teacher_models()[SCORER]
     model = find_model(recipe, teacher, "--teacher", recipe.score.engine, hub_files)
     check_top_k(recipe, model)
-    source = TrajectoryFiles(paths, model)
+    source = TrajectoryFiles(paths, model, teacher_formats(recipe, read_chat_templates(recipe)).get(SCORER))
     counts = count_rows(source.read(), needs_top_ids=recipe.score.student_top_k)
     _check_positions(model, *counts.longest)
     scoring = FileScoring(recipe, model, source, counts, output, command)

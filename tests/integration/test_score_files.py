@@ -350,3 +350,19 @@ def test_full_disk_keeps_finished_parts(exported: Path, tmp_path: Path, monkeypa
     assert len(list((tmp_path / "scored").glob("part-*.parquet"))) == 1
     assert not list((tmp_path / "scored").glob(".tmp-*"))
     assert score(tmp_path / "scored", exported, *options, "--json").json()["parts_made"] == 3
+
+
+def test_messages_are_rendered_in_the_format_of_the_teacher(tmp_path: Path) -> None:
+    template = tmp_path / "marked.jinja"
+    text = "{% for message in messages %}{{ message.content }}{{ ']' if message.role == 'user' else ';' }}{% endfor %}"
+    template.write_text(text)
+    rows = [{"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]}]
+    write_jsonl(tmp_path / "chats.jsonl", rows)
+    words = (tmp_path / "scored", tmp_path / "chats.jsonl", "--set", f"teacher.chat_template={template}")
+    assert score(*words).code == 0
+    (row,) = exported_rows(tmp_path / "scored")
+    assert (row.prompt, row.response) == ("abc]", "de;")
+    template.write_text(text.replace(";", ","))
+    changed = score(*words)
+    assert (changed.code, changed.kind) == (ExitCode.RECIPE_MISMATCH, "settings_mismatch")
+    assert "teacher.chat_template" in changed.err

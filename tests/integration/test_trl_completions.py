@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opdctl.artifacts.records import Trajectory
-from opdctl.data.trajectories import read_trajectories
+from opdctl.data.trajectories.reading import read_trajectories
 from opdctl.models.directory import ModelDir
 
 trl = pytest.importorskip("trl", reason="trl is not installed")

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from opdctl.data.messages import Chat, Message, make_chat
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.special_tokens import MarkedText
-from opdctl.data.turns import render_turns
+from opdctl.data.trajectories.turns import render_turns
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 

@@ -10,8 +10,8 @@ from opdctl.artifacts.records import Logprobs, LossMask
 from opdctl.data.cells import parse_cell, read_cell
 from opdctl.data.sources import LocatedRow
 from opdctl.data.tables import TableRow
-from opdctl.data.token_cells import TokenCells
-from opdctl.data.token_forms import StoredTokens
+from opdctl.data.trajectories.cells import TokenCells
+from opdctl.data.trajectories.token_forms import StoredTokens
 from opdctl.errors import OpdctlError
 
 SAMPLE_IDS = ("sample_id", "id")

@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 
 from opdctl.data.messages import Message
 from opdctl.data.rendering import PromptFormat, PromptRenderer
-from opdctl.data.turns import RenderedTurns, render_texts, render_turns
+from opdctl.data.trajectories.turns import RenderedTurns, render_texts, render_turns
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from opdctl.artifacts.records import ExportedResponse, Trajectory
 from opdctl.artifacts.tables import write_rows
-from opdctl.data.trajectories import read_trajectories
+from opdctl.data.trajectories.reading import read_trajectories
 from opdctl.errors import ErrorKind, OpdctlError
 from opdctl.models.directory import ModelDir
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from opdctl.artifacts.records import Ids, LossMask
-from opdctl.data.token_cells import TokenCells
+from opdctl.data.trajectories.cells import TokenCells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdctl.artifacts.records import Trajectory
-from opdctl.data.trajectories import read_trajectories
+from opdctl.data.trajectories.reading import read_trajectories
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 

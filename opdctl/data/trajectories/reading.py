@@ -14,14 +14,14 @@ import numpy as np
 
 from opdctl import console
 from opdctl.artifacts.records import Ids, LossMask, Trajectory
-from opdctl.data.message_graphs import is_message_graph, split_paths
 from opdctl.data.messages import Message, parse_messages, parse_tools
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.sources import LocatedRow, read_source
-from opdctl.data.token_cells import TokenCells
-from opdctl.data.token_forms import StoredTokens, find_tokens
-from opdctl.data.trajectory_columns import STUDENT_TOP_IDS, find_finish_reason, read_logprobs, read_values
-from opdctl.data.turns import render_texts, render_turns
+from opdctl.data.trajectories.cells import TokenCells
+from opdctl.data.trajectories.columns import STUDENT_TOP_IDS, find_finish_reason, read_logprobs, read_values
+from opdctl.data.trajectories.message_graphs import is_message_graph, split_paths
+from opdctl.data.trajectories.token_forms import StoredTokens, find_tokens
+from opdctl.data.trajectories.turns import render_texts, render_turns
 from opdctl.errors import OpdctlError
 from opdctl.recipe.prompts import PromptSource
 
