@@ -3,8 +3,8 @@
     python tests/bench/environments.py transformers
     python tests/bench/environments.py vllm
 
-32 episodes of the embedded task run at once. Each calls the student four times for 28 tokens, and appends a letter
-after each call. Then the engine gets the same requests at once, without an environment, and samples the same tokens.
+32 episodes of the embedded task run at once. Each calls the model for 112 tokens in several responses, and appends a
+letter after each. Then the engine gets the same requests at once, without an environment, and samples the same tokens.
 Prints tokens per second of either side over pairs of measurements, and the median of their ratios.
 """
 
@@ -30,15 +30,15 @@ from opdctl.engines.base import Engine, EngineContext, Request
 from opdctl.recipe.schema import Sampling
 from opdctl.registry import ENGINES
 
-AT_ONCE, EPISODES, TURNS, MAX_TOKENS = 32, 128, 4, 28
+AT_ONCE, EPISODES, TOKENS = 32, 128, 112
 SAMPLING = Sampling(max_tokens=200)
 
 
 def play(row: dict[str, Any], base_url: str) -> None:
     text = ""
-    for _ in range(TURNS):
+    for _ in range(TOKENS // row["tokens"]):
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}]
-        body = json.dumps({"messages": messages[: 2 if text else 1], "max_tokens": MAX_TOKENS}).encode()
+        body = json.dumps({"messages": messages[: 2 if text else 1], "max_tokens": row["tokens"]}).encode()
         request = urllib.request.Request(f"{base_url}/chat/completions", body)
         with urllib.request.urlopen(request, timeout=600) as answer:
             text += json.load(answer)["choices"][0]["message"]["content"] + "a"
@@ -63,11 +63,12 @@ class Recorder:
             yield number, completion
 
 
-def measure_episodes(engine: Engine, student: Student) -> tuple[float, list[Request]]:
-    """Return tokens per second, and the requests of the episodes."""
+def measure_episodes(engine: Engine, student: Student, tokens: int) -> tuple[float, list[Request]]:
+    """Return tokens per second, and the requests of the episodes. tokens: of each response."""
     recorder = Recorder(engine)
     problems = zip(range(EPISODES), TASKS["sort12"].problems("train", seed=0), strict=False)
-    episodes = [EpisodeRequest(f"{problem.id}/00000/0", {"prompt": problem.prompt}) for _, problem in problems]
+    rows = {f"{problem.id}/00000/0": {"prompt": problem.prompt, "tokens": tokens} for _, problem in problems}
+    episodes = [EpisodeRequest(name, row) for name, row in rows.items()]
     settings = EpisodeSettings(0, 600, AT_ONCE, engine.batches_across_parts)
     start = time.perf_counter()
     with open_gateway() as gateway:
@@ -88,7 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=["transformers", "vllm"])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--model", default="toy:student")
+    parser.add_argument("--model", default="toy:teacher")
+    parser.add_argument("--tokens", type=int, default=56, help="of a response")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     model = directory(arguments.model)
@@ -98,7 +100,7 @@ def main() -> None:
     student = Student(model.tokenizer, renderer, model.vocab_size, SAMPLING, 256)
     ratios = []
     for pair in range(arguments.pairs + 1):  # the first one is for warm-up
-        with_environment, requests = measure_episodes(engine, student)
+        with_environment, requests = measure_episodes(engine, student, arguments.tokens)
         plain = measure_plain(engine, requests)
         if pair:
             ratios.append(with_environment / plain)
