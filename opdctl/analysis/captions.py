@@ -77,10 +77,13 @@ def change_point_sentence(bias: PositionBias) -> str:
     if bias.change_point is None:
         return "No change point found."
     change = bias.change_point
+    if change.before > change.after:
+        advice = f"Suggested fraction of a prefix weight: {change.position.value:.0%}."
+    else:
+        advice = "A prefix weight would leave out the part with the greater signal."
     return (
         f"Change point at {change.position.format('.0%')} of the response: mean |A| is {change.before:.3g} nats per "
-        f"token before it and {change.after:.3g} after it. Suggested fraction of a prefix weight: "
-        f"{change.position.value:.0%}."
+        f"token before it and {change.after:.3g} after it. {advice}"
     )
 
 
@@ -100,6 +103,18 @@ def phase_sentence(phase: Phase) -> str:
     )
 
 
+def omission_sentence(phase: Phase) -> str:
+    """Return what a figure by position leaves out of a phase in a sentence, "" if it leaves out nothing."""
+    tokens, signal = phase.omitted_fractions()
+    if not tokens:
+        return ""
+    shown = len(phase.shown_positions())
+    return (
+        f"{phase.name}: tokens after position {shown}, which fewer than a tenth of the responses reach, are not shown: "
+        f"{tokens:.1%} of the tokens with {signal:.1%} of the signal."
+    )
+
+
 def final_student_sentence(analysis: Analysis) -> str:
     """Return how to draw the responses of the final student, "" if it has some or was not to be compared."""
     if not analysis.draw_commands:
@@ -116,13 +131,13 @@ def _prefix_fraction_clause(fraction: Estimate) -> str:
 
 def figure_captions(analysis: Analysis) -> dict[str, str]:
     """Return the caption of each figure by its name."""
-    draw = final_student_sentence(analysis)
+    draw, omitted = final_student_sentence(analysis), " ".join(filter(None, map(omission_sentence, analysis.phases)))
     captions = {
-        "position": " ".join(filter(None, [*map(phase_sentence, analysis.phases), draw])),
+        "position": " ".join(filter(None, [*map(phase_sentence, analysis.phases), omitted, draw])),
         "cumulative_signal": f"{bias_sentence(analysis.bias)} {_half_signal_caption(analysis.all_steps)}",
-        "prefix_logp": " ".join(filter(None, [*map(_prefix_logp_caption, analysis.phases), draw])),
-        "weights": _weights_caption(analysis),
-        "entropy": "; ".join(_entropy_caption(phase) for phase in analysis.phases) + ".",
+        "prefix_logp": " ".join(filter(None, [*map(_prefix_logp_caption, analysis.phases), omitted, draw])),
+        "weights": f"{_weights_caption(analysis)} {omitted}".rstrip(),
+        "entropy": f"{'; '.join(_entropy_caption(phase) for phase in analysis.phases)}. {omitted}".rstrip(),
     }
     if ratios := analysis.prefix_ratios():
         by_phase = [_prefix_ratio_caption(phase, ratios) for phase in analysis.phases]

@@ -3,6 +3,7 @@
 This module plots numbers and computes none. Figure numbers in parentheses are those of arXiv 2606.22600.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
 from operator import itemgetter
@@ -12,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from opdctl.analysis.captions import property_title
 from opdctl.analysis.comparison_figures import learning_curves_figure
@@ -20,6 +21,7 @@ from opdctl.analysis.plotting import BLACK, BLUE, COLORS, GREY, ORANGE, STYLE, m
 from opdctl.analysis.position_bias import PREFIX_PERCENT
 from opdctl.analysis.position_sums import BINS
 from opdctl.analysis.results import Analysis, Phase, continuation_rows, ratio_table
+from opdctl.evaluation.statistics import Estimate
 
 MIN_SHOWN_RATIO = 1e-4
 
@@ -139,15 +141,19 @@ def cumulative_signal_figure(analysis: Analysis) -> Figure:
 def heatmap_figure(analysis: Analysis) -> Figure:
     """Mean |A| by step and relative position, relative to the mean of the step."""
     figure, (axis,) = make_panels(1, 3.4)
-    signal_LI = np.stack([step.signal_L for step in analysis.steps], axis=1)
+    first, last = analysis.steps[0].step, analysis.steps[-1].step
+    signal_LI = np.full((BINS, last - first + 1), np.nan)  # a missing step is an empty column
+    for step in analysis.steps:
+        signal_LI[:, step.step - first] = step.signal_L
     # Without the division, the first steps would take up the complete color scale.
-    scaled_LI = signal_LI / np.maximum(np.nanmean(signal_LI, axis=0, keepdims=True), 1e-12)
-    numbers = [step.step for step in analysis.steps]
-    extent = (numbers[0] - 0.5, numbers[-1] + 0.5, 0, 100)
+    tokens_I = np.maximum(np.isfinite(signal_LI).sum(0), 1)
+    scaled_LI = signal_LI / np.maximum(np.nansum(signal_LI, axis=0) / tokens_I, 1e-12)
+    extent = (first - 0.5, last + 0.5, 0, 100)
     vmax = max(2.0, float(np.nanquantile(scaled_LI, 0.98))) if np.isfinite(scaled_LI).any() else 2.0
     image = axis.imshow(scaled_LI, origin="lower", aspect="auto", extent=extent, cmap="magma_r", vmin=0, vmax=vmax)
     figure.colorbar(image, ax=axis, label="|A| / mean |A| of the step")
     axis.set(title="Signal by step and position", xlabel="training step", ylabel="position in the response")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter())
     axis.grid(False)
     return figure
@@ -161,10 +167,10 @@ def steps_figure(analysis: Analysis) -> Figure:
     figure, (kl, relative, level, prefix) = make_panels(4, rows=2)
     steps, numbers = analysis.steps, [step.step for step in analysis.steps]
     for name, color in (("k1", ORANGE), ("k3", BLUE)):
-        plot_estimates(kl, numbers, [step.means[name] for step in steps], color, name)
-    plot_estimates(relative, numbers, analysis.relative_kl(), ORANGE, None)
-    plot_estimates(level, numbers, [step.means["abs_advantage"] for step in steps], ORANGE, None)
-    plot_estimates(prefix, numbers, [step.prefix_fraction for step in steps], ORANGE, None)
+        _plot_by_step(kl, numbers, [step.means[name] for step in steps], color, name)
+    _plot_by_step(relative, numbers, analysis.relative_kl(), ORANGE, None)
+    _plot_by_step(level, numbers, [step.means["abs_advantage"] for step in steps], ORANGE, None)
+    _plot_by_step(prefix, numbers, [step.prefix_fraction for step in steps], ORANGE, None)
     relative.axhline(1, color=GREY, lw=1, ls="--")
     prefix.axhline(PREFIX_PERCENT / 100, color=GREY, lw=1, ls="--")
     kl.set(title="Reverse KL", ylabel="nats per token")
@@ -173,10 +179,23 @@ def steps_figure(analysis: Analysis) -> Figure:
     prefix.set(title=f"Signal in the first {PREFIX_PERCENT}%", ylabel="fraction of Σ|A|", ylim=(0, None))
     prefix.yaxis.set_major_formatter(PercentFormatter(1))
     relative.yaxis.set_major_formatter(PercentFormatter(1))
+    for axis in (kl, relative, level, prefix):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (level, prefix):
         axis.set(xlabel="training step")
     kl.legend(loc="upper right")
     return figure
+
+
+def _plot_by_step(
+    axis: Axes, steps: Sequence[int], estimates: Sequence[Estimate], color: str, label: str | None
+) -> None:
+    """Plot estimates by step. A missing step is a gap, and a step alone between gaps is a dot."""
+    known, missing = dict(zip(steps, estimates, strict=True)), Estimate(math.nan, math.nan, math.nan)
+    every = range(steps[0], steps[-1] + 1)
+    plot_estimates(axis, every, [known.get(step, missing) for step in every], color, label)
+    alone = [step for step in steps if step - 1 not in known and step + 1 not in known]
+    axis.plot(alone, [known[step].value for step in alone], ".", color=color)
 
 
 def accuracy_figure(analysis: Analysis) -> Figure:

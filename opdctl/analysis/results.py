@@ -53,6 +53,15 @@ class Phase:
         noisy."""
         return np.flatnonzero(self.numbers.position.responses_L >= max(2, self.numbers.responses // 10))
 
+    def omitted_fractions(self) -> tuple[float, float]:
+        """Return the fractions of the tokens and of the signal at positions that are not shown."""
+        sums, shown = self.numbers.position, self.shown_positions()
+        if not self.numbers.tokens:
+            return 0.0, 0.0
+        tokens_L, signal_L = sums.tokens_L, sums.values["abs_advantage"][0]
+        kept_signal = signal_L[shown].sum() / signal_L.sum() if signal_L.sum() else 1.0
+        return float(1 - tokens_L[shown].sum() / tokens_L.sum()), float(1 - kept_signal)
+
     def prefix_fraction(self) -> Estimate:
         """Return the fraction of the signal in the first 30% of the responses."""
         return prefix_fraction(signal_by_percent(self.numbers))

@@ -28,8 +28,12 @@ def test_bias_sentence():
 def test_change_point_sentence():
     change = ChangePoint(Estimate(0.89, 0.88, 0.9), 0.144, 0.463, 0.001)
     text = captions.change_point_sentence(PositionBias("late", "", FRACTION, 0.0, change))
-    for number in ("89% [88%, 90%]", "0.144", "0.463", "prefix weight: 89%"):
+    for number in ("89% [88%, 90%]", "0.144", "0.463", "A prefix weight would leave out"):
         assert number in text
+    early = ChangePoint(Estimate(0.2, 0.18, 0.22), 0.463, 0.144, 0.001)
+    assert captions.change_point_sentence(PositionBias("early", "", FRACTION, 0.0, early)).endswith(
+        "Suggested fraction of a prefix weight: 20%."
+    )
     assert captions.change_point_sentence(PositionBias("none found", "", FRACTION, 0.5)) == "No change point found."
     assert captions.change_point_sentence(PositionBias("unknown", "no signal")) == ""
 
@@ -78,3 +82,17 @@ def test_continuations_sentence():
     assert text.endswith("A continuation has at most 256 tokens.")
     only = captions.continuations_sentence({**summary, "accuracy": absolute[1:]})
     assert only.count("512 tokens") == 1
+
+
+def test_positions_that_are_not_shown_are_reported_with_their_share():
+    """19 responses of 4 tokens with |A| 1, and one of 24 with |A| 5 in its last 20 tokens."""
+    advantages = [np.full(4, -1.0)] * 19 + [np.array([-1.0] * 4 + [-5.0] * 20)]
+    responses = [ResponseTokens(np.zeros(len(a)), a, a) for a in advantages]
+    phase = Phase("all", PositionStats.of(Batch(responses, np.arange(20)), {}))
+    assert phase.omitted_fractions() == pytest.approx((20 / 100, 100 / 180))
+    assert captions.omission_sentence(phase) == (
+        "all: tokens after position 4, which fewer than a tenth of the responses reach, are not shown: "
+        "20.0% of the tokens with 55.6% of the signal."
+    )
+    equal = Phase("all", PositionStats.of(Batch(responses[:19], np.arange(19)), {}))
+    assert captions.omission_sentence(equal) == ""

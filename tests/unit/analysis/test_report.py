@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.planted import plant, planted_run
 
-from opdctl.analysis import analyze, captions, report, samples
+from opdctl.analysis import analyze, captions, figures, report, samples
 from opdctl.artifacts import files
 
 HOSTILE_TEXT = "</span><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\x1b[31m\u202e"
@@ -107,3 +107,20 @@ def test_report_uses_no_words_of_earlier_versions(tmp_path):
     plant(run, 0, [np.linspace(-1, 0, 10)] * 30)
     text = re.sub(r"<style>.*?</style>|base64,[^\"]*|<pre>.*?</pre>", "", render(run), flags=re.DOTALL)
     assert not re.search(r"\b(verdict|spent|unspent|drift|share|in the mean|whole)\b|\d %", text)
+
+
+def test_missing_steps_are_gaps(tmp_path: Path) -> None:
+    run = planted_run(tmp_path / "run")
+    for step in (0, 1, 4):
+        plant(run, step, [np.array([-1.0, -2.0, -3.0])] * 3)
+    analysis = analyze.analyze_run(run)
+    (heatmap, *_) = figures.heatmap_figure(analysis).axes
+    (image,) = heatmap.images
+    assert image.get_extent() == [-0.5, 4.5, 0, 100]
+    empty_I = np.ma.getmaskarray(np.ma.masked_invalid(image.get_array())).all(axis=0)
+    assert empty_I.tolist() == [False, False, True, True, False]
+    kl = figures.steps_figure(analysis).axes[0]
+    line, dots = kl.lines[:2]
+    assert np.isnan(line.get_ydata()).tolist() == empty_I.tolist()
+    assert list(line.get_xdata()) == [0, 1, 2, 3, 4]
+    assert list(dots.get_xdata()) == [4]
