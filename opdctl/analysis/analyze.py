@@ -6,6 +6,8 @@ One pass over the parts, with one part or one step in memory at a time.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+
 from opdctl import console
 from opdctl.analysis import samples
 from opdctl.analysis.correlations import TokenSample
@@ -130,7 +132,8 @@ def _add_step(
         by_step = {name: weigh(weight, responses) for name, weight in weights.items() if weight.needs_full_step}
         for part in split_by_tokens(responses, CHUNK_TOKENS):
             group_R = groups.assign(scored.response.prompt_id for scored in group[part])
-            batch = Batch(responses[part], group_R)
+            truncated_R = np.array([scored.response.finish_reason == "length" for scored in group[part]], np.bool_)
+            batch = Batch(responses[part], group_R, truncated_R)
             token_ids = [scored.response.own_ids for scored in group[part]]
             weights_by_name = {
                 name: by_step[name][part] if name in by_step else weigh(weight, batch.responses)

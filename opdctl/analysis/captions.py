@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_PROMPTS, PREFIX_PERCENT, PositionBias
-from opdctl.analysis.position_sums import GROUPS
+from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_PROMPTS, PositionBias, PrefixEstimate
+from opdctl.analysis.position_sums import GROUPS, PREFIX_PERCENT
 from opdctl.analysis.results import (
     Analysis,
     Phase,
@@ -23,12 +23,15 @@ from opdctl.evaluation.statistics import Estimate
 
 METHOD_NOTES = (
     f"Fraction of the signal: Σ|A| over the first {PREFIX_PERCENT}% of each response's tokens, divided by Σ|A| over "
-    f"all tokens. Without a position bias its expectation is {PREFIX_PERCENT}%, whatever the lengths and the mean |A| "
-    "of the responses. The interval is Fieller's. Its unit is the prompt with all of its responses, or a group of "
+    "all tokens: a few responses with most of the signal decide it. The mean of the responses' own fractions gives "
+    f"each response the same weight. Without a position bias both are {PREFIX_PERCENT}% in expectation, whatever the "
+    "lengths and the mean |A| of the responses. A truncated response ends before its last part. The intervals are "
+    f"Fieller's, at {BIAS_CONFIDENCE_LEVEL:.0%}. Their unit is the prompt with all of its responses, or a group of "
     f"prompts if there are more than {GROUPS}.",
-    f"Position bias: the fraction is tested against {PREFIX_PERCENT}% if there are at least {MIN_PROMPTS} prompts. "
-    f"A bias is reported if p < {1 - BIAS_CONFIDENCE_LEVEL:.2g}: early if the fraction is greater, late if it is less. "
-    "The test covers all steps together.",
+    f"Position bias: the fraction of the signal is tested against {PREFIX_PERCENT}% if there are at least "
+    f"{MIN_PROMPTS} prompts. A bias is reported if p < {1 - BIAS_CONFIDENCE_LEVEL:.2g}, for the mean of the responses' "
+    "own fractions and without truncated responses too, in one direction: early if they are greater, late if they are "
+    "less. The test covers all steps together.",
     "Change point: the position that best divides the response into two parts with different mean |A|, by least "
     "squares. Its interval is that of the percentiles over resampled prompts. It is reported if the difference "
     "exceeds 99% of the differences under random signs. It can serve as the fraction of prefix_only and prefix_boost; "
@@ -63,11 +66,29 @@ def bias_sentence(bias: PositionBias) -> str:
     """Return the result of the test of position bias in a sentence."""
     if bias.direction == "unknown" or bias.prefix_fraction is None:
         return f"Position bias not tested: {bias.reason}."
-    contains = f"the first {PREFIX_PERCENT}% of a response contain {bias.prefix_fraction.format()} of the signal"
-    expected = f"{PREFIX_PERCENT}% expected without a bias, p {_format_p(bias.p_value or 0.0)}"
+    p_values = [each.p_value for each in bias.estimates if each.p_value is not None]
+    values = f"the first {PREFIX_PERCENT}% of a response contain {_describe_estimates(bias.estimates)}"
+    expected = f"{PREFIX_PERCENT}% expected without a bias; {BIAS_CONFIDENCE_LEVEL:.0%} intervals"
+    if bias.direction == "mixed":
+        return f"The estimates of a position bias disagree: {values} ({expected})."
     if bias.direction == "none found":
-        return f"No position bias found: {contains} ({expected})."
-    return f"The signal has a {bias.direction} position bias: {contains} ({expected})."
+        return f"No position bias found: {values} ({expected}, p {_format_p(bias.p_value or 0.0)})."
+    return f"The signal has a {bias.direction} position bias: {values} ({expected}, p {_format_p(max(p_values))})."
+
+
+def estimate_label(estimate: PrefixEstimate) -> str:
+    """Return the quantity of an estimate, for the report."""
+    quantity = "of the signal" if estimate.of == "signal" else "of a response’s own signal, mean"
+    subset = ", without truncated responses" if estimate.responses == "complete" else ""
+    return f"{quantity} in the first {PREFIX_PERCENT}%{subset}"
+
+
+def _describe_estimates(estimates: Sequence[PrefixEstimate]) -> str:
+    texts = {(each.of, each.responses): each.fraction.format() for each in estimates}
+    text = f"{texts['signal', 'all']} of the signal, and on average {texts['response', 'all']} of a response’s own"
+    if ("signal", "complete") not in texts:
+        return text
+    return f"{text}; without truncated responses {texts['signal', 'complete']} and {texts['response', 'complete']}"
 
 
 def change_point_sentence(bias: PositionBias) -> str:

@@ -18,8 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from opdctl.analysis.captions import property_title
 from opdctl.analysis.comparison_figures import learning_curves_figure
 from opdctl.analysis.plotting import BLACK, BLUE, COLORS, GREY, ORANGE, STYLE, make_panels, plot_band, plot_estimates
-from opdctl.analysis.position_bias import PREFIX_PERCENT
-from opdctl.analysis.position_sums import BINS
+from opdctl.analysis.position_sums import BINS, PREFIX_PERCENT
 from opdctl.analysis.results import Analysis, Phase, continuation_rows, ratio_table
 from opdctl.evaluation.statistics import Estimate
 

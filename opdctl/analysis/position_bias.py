@@ -4,24 +4,28 @@ The signal of a token is |A|. Without a bias, the first 30% of each response con
 whatever its length, its total signal and the correlation of its tokens. That is the null hypothesis. The unit of the
 test is the prompt: responses to one prompt may all have their signal in the same place.
 
+Two quantities are estimated: the fraction of the signal of all responses, which those with most of the signal decide,
+and the mean of the responses' own fractions. Both with and without the responses that were truncated: these end before
+their last part. The former is tested. A bias is one if the latter ones have it, too: their own error rate is not that
+of a test, since the mean of fractions is 30% only without bursts of a signal that end at the end of a response.
+
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
-from opdctl.analysis.position_sums import PERCENT, SignalProfile
+from opdctl.analysis.position_sums import PERCENT, PREFIX_PERCENT, SignalProfile
 from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
 from opdctl.losses.token_weights import Floats
 
-PREFIX_PERCENT = 30
-"""The first percent of a response that are its prefix."""
 BIAS_CONFIDENCE_LEVEL = 0.99
-"""The confidence level of the tests of a bias and of a change point."""
+"""The confidence level of the tests of a bias and of a change point, and of the intervals beside them."""
 MIN_PROMPTS = 20
 """The least number of prompts whose responses are tested."""
 GROUP_RESAMPLES = 2000
@@ -43,19 +47,46 @@ class ChangePoint:
     p_value: float
 
 
+Direction = Literal["early", "late", "none found", "mixed", "unknown"]
+
+
+@dataclass(frozen=True)
+class PrefixEstimate:
+    """An estimate of the signal in the first 30% of a response, with its 99% interval.
+
+    of: "signal", the fraction of the signal of all responses, or "response", the mean of the responses' own fractions.
+    responses: "all", or the "complete" ones, which were not truncated. p_value: of the hypothesis that it is 30%; None
+    with too few prompts.
+    """
+
+    of: Literal["signal", "response"]
+    responses: Literal["all", "complete"]
+    fraction: Estimate
+    p_value: float | None
+
+    @property
+    def direction(self) -> Direction:
+        if self.p_value is None:
+            return "unknown"
+        if self.p_value > 1 - BIAS_CONFIDENCE_LEVEL:
+            return "none found"
+        return "late" if self.fraction.value < PREFIX_PERCENT / 100 else "early"
+
+
 @dataclass(frozen=True)
 class PositionBias:
     """The result of the test of position bias.
 
-    direction: "unknown" with the `reason`. prefix_fraction: the fraction of the signal in the first 30% of a response.
-    change_point: None if the signal has none.
+    prefix_fraction, p_value: of the signal of all responses. direction: that of its test; "mixed" if the other
+    estimates do not have it, "unknown" with the `reason`. estimates: all. change_point: None if the signal has none.
     """
 
-    direction: Literal["early", "late", "none found", "unknown"]
+    direction: Direction
     reason: str
     prefix_fraction: Estimate | None = None
     p_value: float | None = None
     change_point: ChangePoint | None = None
+    estimates: tuple[PrefixEstimate, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -68,31 +99,54 @@ def assess_bias(profile: SignalProfile) -> PositionBias:
     signal_GQ, tokens_G = profile.signals["signal"][nonempty_G], profile.tokens_G[nonempty_G]
     if not signal_GQ.sum() > 0:
         return PositionBias("unknown", "teacher and student agree on every token, so there is no signal")
-    fraction = prefix_fraction(signal_GQ)
+    estimates = tuple(_prefix_estimates(profile))
+    first = estimates[0]
     if len(signal_GQ) < MIN_PROMPTS:
         why = f"responses to {len(signal_GQ)} prompts are too few, {MIN_PROMPTS} prompts are required"
-        return PositionBias("unknown", why, fraction)
+        return PositionBias("unknown", why, first.fraction, estimates=estimates)
     if tokens_G.sum() <= profile.responses_G.sum():
         return PositionBias("unknown", "every response has a single token")
-    p_value = _prefix_fraction_p_value(signal_GQ)
+    others = {each.direction for each in estimates[1:]} - {"unknown"}
+    is_agreed = first.direction == "none found" or others == {first.direction}
+    direction: Direction = first.direction if is_agreed else "mixed"
     change_point = find_change_point(signal_GQ, tokens_G)
-    if p_value > 1 - BIAS_CONFIDENCE_LEVEL:
-        return PositionBias("none found", "", fraction, p_value, change_point)
-    is_late = fraction.value < PREFIX_PERCENT / 100
-    return PositionBias("late" if is_late else "early", "", fraction, p_value, change_point)
+    return PositionBias(direction, "", first.fraction, first.p_value, change_point, estimates)
+
+
+def _prefix_estimates(profile: SignalProfile) -> Iterator[PrefixEstimate]:
+    """Yield the estimates, that of the signal of all responses first. Without truncated responses the complete ones are
+    all."""
+    has_truncated = not np.array_equal(profile.prefixes["all"], profile.prefixes["complete"])
+    subsets: tuple[Literal["all", "complete"], ...] = ("all", "complete") if has_truncated else ("all",)
+    for responses in subsets:
+        sums_G4 = profile.prefixes[responses]
+        is_used_G = (profile.responses_G if responses == "all" else sums_G4[:, 3]) > 0
+        prefix_G, total_G, share_G, count_G = sums_G4[is_used_G].T
+        has_enough = np.count_nonzero(is_used_G) >= MIN_PROMPTS
+        pairs: dict[Literal["signal", "response"], tuple[Floats, Floats]] = {
+            "signal": (prefix_G, total_G),
+            "response": (share_G, count_G),
+        }
+        for of, (part_G, whole_G) in pairs.items():
+            p_value = _p_value(part_G, whole_G) if has_enough else None
+            yield PrefixEstimate(of, responses, _fraction(part_G, whole_G, BIAS_CONFIDENCE_LEVEL), p_value)
 
 
 # ── Signal in the prefix ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def prefix_fraction(signal_GQ: Floats, percent: int = PREFIX_PERCENT, level: float = CONFIDENCE_LEVEL) -> Estimate:
-    """Return the fraction of the signal in the first `percent` percent of the responses, with its interval.
+    """Return the fraction of the signal in the first `percent` percent of the responses, with its interval."""
+    return _fraction(signal_GQ[:, :percent].sum(1), signal_GQ.sum(1), level)
+
+
+def _fraction(prefix_G: Floats, total_G: Floats, level: float) -> Estimate:
+    """Return the ratio of two sums over groups, with its interval at a confidence level.
 
     The interval inverts the test of each fraction f (Fieller 1954). With h the signal of a group's prefix and S all its
     signal, f is in the interval if the sum of h - f S over the groups is less than t times its root mean square from 0.
     The interval is [0, 1] if one group has most of the signal.
     """
-    prefix_G, total_G = signal_GQ[:, :percent].sum(1), signal_GQ.sum(1)
     prefix, total = prefix_G.sum(), total_G.sum()
     if not total:
         return Estimate(math.nan, math.nan, math.nan)
@@ -106,10 +160,10 @@ def prefix_fraction(signal_GQ: Floats, percent: int = PREFIX_PERCENT, level: flo
     return Estimate(prefix / total, max((b - root) / a, 0.0), min((b + root) / a, 1.0))
 
 
-def _prefix_fraction_p_value(signal_GQ: Floats) -> float:
-    """Return the two-sided p-value of the null hypothesis that the first 30% contain 30% of the signal."""
-    excess_G = signal_GQ[:, :PREFIX_PERCENT].sum(1) - PREFIX_PERCENT / 100 * signal_GQ.sum(1)
-    if np.abs(excess_G).max() <= ROUNDING_ERROR * signal_GQ.sum(1).max():
+def _p_value(part_G: Floats, whole_G: Floats) -> float:
+    """Return the two-sided p-value of the null hypothesis that the ratio of two sums over groups is 30%."""
+    excess_G = part_G - PREFIX_PERCENT / 100 * whole_G
+    if np.abs(excess_G).max() <= ROUNDING_ERROR * whole_G.max():
         return 1.0
     return float(2 * stats.t.sf(abs(excess_G.sum()) / math.sqrt(excess_G @ excess_G), len(excess_G) - 1))
 

@@ -24,6 +24,8 @@ BINS = 20
 """Bins of the relative position, each a twentieth of the length of the response."""
 PERCENT = 100
 """Bins of a signal's profile. A response may have fewer tokens: a token is then divided among several bins."""
+PREFIX_PERCENT = 30
+"""The first percent of a response that are its prefix."""
 GROUPS = 500
 """Groups of prompts, assigned round-robin. A bootstrap resamples groups, so its cost does not grow with the run."""
 RESERVED_NAMES = (
@@ -51,10 +53,15 @@ class PromptGroups:
 
 @dataclass(frozen=True)
 class Batch:
-    """Complete responses with their tokens concatenated. group_R: the group of each response's prompt."""
+    """Whole responses with their tokens concatenated.
+
+    group_R: the group of each response's prompt. truncated_R: whether it was cut off at the maximum length; None if no
+    response was.
+    """
 
     responses: Sequence[ResponseTokens]
     group_R: Ints
+    truncated_R: npt.NDArray[np.bool_] | None = None
 
     @cached_property
     def length_R(self) -> Ints:
@@ -221,6 +228,9 @@ class SignalProfile:
     """[G, PERCENT] by name: |A| as `signal`, and w |A| by the name of each weight w."""
     moments: dict[str, Floats] = field(default_factory=dict)
     """By weight, the sums of w and of w², [G, 2]."""
+    prefixes: dict[str, Floats] = field(default_factory=dict)
+    """Of `all` responses and of the `complete` ones, which were not truncated, [G, 4]: the signal in the first 30%, the
+    signal, the sum of the responses' own fractions in the first 30%, and the number of responses with a signal."""
 
     def count(self, batch: Batch) -> None:
         counts_R2 = np.stack([np.ones(len(batch.responses)), batch.length_R], axis=1)
@@ -229,6 +239,17 @@ class SignalProfile:
     def add(self, name: str, value_N: Floats, batch: Batch) -> None:
         self.signals[name] = _sum_by_group(batch.by_percent(value_N), batch)
 
+    def add_prefixes(self, value_N: Floats, batch: Batch) -> None:
+        """Add the fractions of the signal in the first 30% of the responses."""
+        value_RQ = batch.by_percent(value_N)
+        prefix_R, total_R = value_RQ[:, :PREFIX_PERCENT].sum(1), value_RQ.sum(1)
+        has_signal_R = total_R > 0
+        share_R = np.divide(prefix_R, total_R, out=np.zeros(len(total_R)), where=has_signal_R)
+        sums_R4 = np.stack([prefix_R, total_R, share_R, has_signal_R], axis=1)
+        is_complete_R = np.ones(len(total_R)) if batch.truncated_R is None else ~batch.truncated_R
+        self.prefixes["all"] = _sum_by_group(sums_R4, batch)
+        self.prefixes["complete"] = _sum_by_group(sums_R4 * is_complete_R[:, None], batch)
+
     def add_weight(self, name: str, weight_N: Floats, batch: Batch) -> None:
         self.add(name, weight_N * np.abs(batch.advantage_N), batch)
         moments_R2 = np.stack([batch.total_R(weight_N), batch.total_R(weight_N**2)], axis=1)
@@ -236,7 +257,8 @@ class SignalProfile:
 
     def merge(self, other: "SignalProfile") -> None:
         self.responses_G, self.tokens_G = self.responses_G + other.responses_G, self.tokens_G + other.tokens_G
-        for sums, other_sums in ((self.signals, other.signals), (self.moments, other.moments)):
+        pairs = (self.signals, other.signals), (self.moments, other.moments), (self.prefixes, other.prefixes)
+        for sums, other_sums in pairs:
             for name, value in other_sums.items():
                 sums[name] = sums[name] + value if name in sums else value
 
@@ -268,6 +290,7 @@ class PositionStats:
             sums._add(name, value_N, segments)
         sums.profile.count(batch)
         sums.profile.add("signal", np.abs(batch.advantage_N), batch)
+        sums.profile.add_prefixes(np.abs(batch.advantage_N), batch)
         for name, weight_RT in weights.items():
             weight_N = concatenate(weight_RT)
             sums._add(name, weight_N, segments)

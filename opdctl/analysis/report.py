@@ -16,11 +16,11 @@ import numpy as np
 
 from opdctl.analysis import captions, figures
 from opdctl.analysis.plotting import figure_bytes
-from opdctl.analysis.position_bias import PREFIX_PERCENT, PositionBias
+from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, PositionBias
 from opdctl.analysis.results import Analysis, TableColumns, table_rows
 from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
 from opdctl.artifacts import files, tables
-from opdctl.evaluation.statistics import Estimate
+from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
 
 MAX_REPORT_TOKENS = 2000  # tokens of a response in the report
 IMAGE_KINDS = ("png", "svg")
@@ -105,11 +105,11 @@ def render_page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
 
 
 def _bias_section(bias: PositionBias) -> dict[str, Any]:
-    tiles = []
-    if bias.prefix_fraction is not None:
-        tiles.append(_tile(f"signal in the first {PREFIX_PERCENT}%", bias.prefix_fraction, ".1%"))
+    tiles = [
+        _tile(captions.estimate_label(each), each.fraction, ".1%", BIAS_CONFIDENCE_LEVEL) for each in bias.estimates
+    ]
     if bias.change_point is not None:
-        tiles.append(_tile("change point", bias.change_point.position, ".0%"))
+        tiles.append(_tile("change point", bias.change_point.position, ".0%", CONFIDENCE_LEVEL))
     return {
         "css_class": bias.direction.removesuffix(" found"),
         "result": captions.bias_sentence(bias),
@@ -118,8 +118,9 @@ def _bias_section(bias: PositionBias) -> dict[str, Any]:
     }
 
 
-def _tile(label: str, estimate: Estimate, spec: str) -> dict[str, str]:
-    return {"label": label, "value": f"{estimate.value:{spec}}", "interval": f"95%: {estimate.format_interval(spec)}"}
+def _tile(label: str, estimate: Estimate, spec: str, level: float) -> dict[str, str]:
+    interval = f"{level:.0%}: {estimate.format_interval(spec)}"
+    return {"label": label, "value": f"{estimate.value:{spec}}", "interval": interval}
 
 
 def _table_sections(analysis: Analysis) -> list[dict[str, Any]]:

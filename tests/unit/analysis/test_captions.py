@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from opdctl.analysis import captions
-from opdctl.analysis.position_bias import ChangePoint, PositionBias
+from opdctl.analysis.position_bias import ChangePoint, PositionBias, PrefixEstimate
 from opdctl.analysis.position_sums import Batch, PositionStats
 from opdctl.analysis.results import Phase
 from opdctl.evaluation.statistics import Estimate
@@ -13,15 +13,30 @@ from opdctl.losses.token_weights import ResponseTokens
 FRACTION = Estimate(0.1589, 0.1439, 0.1739)
 
 
-def test_bias_sentence():
-    late = PositionBias("late", "", FRACTION, 2e-26, None)
-    assert captions.bias_sentence(late) == (
-        "The signal has a late position bias: the first 30% of a response contain 15.9% [14.4%, 17.4%] of the signal "
-        "(30% expected without a bias, p < 0.001)."
+def estimates(p_value: float, *, has_complete: bool = False) -> tuple[PrefixEstimate, ...]:
+    """The estimates 15.9%, 28.2% and, without truncated responses, 17.0% and 29.5%."""
+    values = {("signal", "all"): 0.159, ("response", "all"): 0.282}
+    values |= {("signal", "complete"): 0.17, ("response", "complete"): 0.295} if has_complete else {}
+    return tuple(
+        PrefixEstimate(of, responses, Estimate(value, value - 0.01, value + 0.01), p_value)
+        for (of, responses), value in values.items()
     )
-    none = PositionBias("none found", "", FRACTION, 0.25, None)
+
+
+def test_bias_sentence():
+    late = PositionBias("late", "", FRACTION, 2e-26, None, estimates(1e-9))
+    assert captions.bias_sentence(late) == (
+        "The signal has a late position bias: the first 30% of a response contain 15.9% [14.9%, 16.9%] of the signal, "
+        "and on average 28.2% [27.2%, 29.2%] of a response’s own (30% expected without a bias; 99% intervals, "
+        "p < 0.001)."
+    )
+    none = PositionBias("none found", "", FRACTION, 0.25, None, estimates(0.25, has_complete=True))
     assert captions.bias_sentence(none).startswith("No position bias found: ")
+    assert "; without truncated responses 17.0% [16.0%, 18.0%] and 29.5% [" in captions.bias_sentence(none)
     assert captions.bias_sentence(none).endswith("p = 0.250).")
+    mixed = PositionBias("mixed", "", FRACTION, 0.001, None, estimates(0.001)[:1] + estimates(0.5)[1:])
+    assert captions.bias_sentence(mixed).startswith("The estimates of a position bias disagree: ")
+    assert "p " not in captions.bias_sentence(mixed).partition("(")[2]
     assert captions.bias_sentence(PositionBias("unknown", "no signal")) == "Position bias not tested: no signal."
 
 

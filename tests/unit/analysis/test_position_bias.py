@@ -154,3 +154,57 @@ def test_effective_sample_size_by_hand():
     assert size.value == pytest.approx(0.75)
     assert size.low == pytest.approx(0.75)  # one of each group; twice the second group gives 0.8
     assert size.high == pytest.approx(1.0)  # the first group twice
+
+
+# ── Two quantities, with and without truncated responses ─────────────────────────────────────────────────────────────
+
+
+def test_estimates_by_hand():
+    """Shares 0.6 of a signal of 10 and 0.1 of a signal of 90; the second response is truncated."""
+    first, second = np.array([2.0] * 3 + [4 / 7] * 7), np.array([3.0] * 3 + [81 / 7] * 7)
+    responses = [ResponseTokens(np.zeros(10), -a, -a) for a in (first, second)]
+    batch = Batch(responses, np.arange(2), np.array([False, True]))
+    found = assess_bias(PositionStats.of(batch, {}).profile).estimates
+    values = {(each.of, each.responses): each.fraction.value for each in found}
+    assert values == pytest.approx(
+        {
+            ("signal", "all"): (6 + 9) / 100,
+            ("response", "all"): 0.35,
+            ("signal", "complete"): 0.6,
+            ("response", "complete"): 0.6,
+        }
+    )
+    assert {each.p_value for each in found} == {None}  # two prompts
+
+
+def test_a_few_responses_with_most_of_the_signal_do_not_decide_alone():
+    """585 responses are even; 15 have a thousand times the signal, in their last part."""
+    rng = np.random.default_rng(0)
+    late = [np.where(np.arange(50) < 25, 0.0, 1000.0) * rng.exponential(size=50) for _ in range(15)]
+    bias = assess([*even(rng, 585), *late])
+    assert bias.direction == "mixed"
+    by_quantity = {each.of: each for each in bias.estimates}
+    assert by_quantity["signal"].direction == "late"
+    assert by_quantity["response"].direction == "none found"
+    assert by_quantity["response"].fraction.value == pytest.approx(585 / 600 * 0.3, abs=0.02)
+
+
+def test_bias_of_truncated_responses_alone_is_not_that_of_the_run():
+    rng = np.random.default_rng(1)
+    cut = [np.where(np.arange(60) < 30, 0.1, 1.0) * rng.exponential(size=60) for _ in range(100)]
+    whole = [rng.exponential(size=60) for _ in range(100)]
+    responses = [ResponseTokens(np.zeros(60), -a, -a) for a in (*cut, *whole)]
+    batch = Batch(responses, np.arange(200), np.arange(200) < 100)
+    bias = assess_bias(PositionStats.of(batch, {}).profile)
+    assert bias.direction == "mixed"
+    assert {each.direction for each in bias.estimates if each.responses == "all"} == {"late"}
+    assert {each.direction for each in bias.estimates if each.responses == "complete"} == {"none found"}
+
+
+def test_test_and_interval_have_one_level():
+    """An estimate has a direction if and only if its interval does not contain 30%."""
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        for each in assess(slopes(rng, 30, 1)).estimates:
+            contains = each.fraction.low <= 0.3 <= each.fraction.high
+            assert contains == (each.direction == "none found")
