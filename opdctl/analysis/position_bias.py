@@ -90,7 +90,7 @@ class PositionBias:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "estimates": [asdict(each) for each in self.estimates]}
 
 
 def assess_bias(profile: SignalProfile) -> PositionBias:
@@ -155,9 +155,9 @@ def _fraction(prefix_G: Floats, total_G: Floats, level: float) -> Estimate:
     b = prefix * total - t2 * (prefix_G @ total_G)
     c = prefix**2 - t2 * (prefix_G @ prefix_G)
     if a <= 0:
-        return Estimate(prefix / total, 0.0, 1.0)
+        return Estimate(float(prefix / total), 0.0, 1.0)
     root = math.sqrt(max(b**2 - a * c, 0.0))
-    return Estimate(prefix / total, max((b - root) / a, 0.0), min((b + root) / a, 1.0))
+    return Estimate(float(prefix / total), max(float((b - root) / a), 0.0), min(float((b + root) / a), 1.0))
 
 
 def _p_value(part_G: Floats, whole_G: Floats) -> float:
