@@ -113,7 +113,7 @@ def test_run_that_was_tracked_before_ids_keeps_its_name(tmp_path):
 def test_mlflow_continues_the_run_of_the_same_id(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("MLFLOW_ARTIFACT_ROOT", str(tmp_path / "artifacts"))
+    monkeypatch.chdir(tmp_path)  # for the artifacts
     recipe = small_recipe('tracking.report_to=["mlflow"]')
     run = tmp_path / "run"
     run.mkdir()
