@@ -7,8 +7,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from opdctl import console
 from opdctl.artifacts import files
 from opdctl.artifacts.exchange import read_scorers
@@ -16,20 +14,17 @@ from opdctl.artifacts.records import Prompt, Response, TokenScores, Trajectory, 
 from opdctl.artifacts.tables import write_scores
 from opdctl.data.formats import read_chat_templates, training_format
 from opdctl.data.rendering import PromptFormat, PromptRenderer
-from opdctl.data.sources import find_files
+from opdctl.data.sources import find_inputs, list_data_files
 from opdctl.data.trajectories.reading import read_trajectories
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
-from opdctl.recipe.prompts import PromptSource
 from opdctl.recipe.schema import Recipe, Score
 from opdctl.runs.models import prepare_models
 from opdctl.runs.prompts import PromptSet
 from opdctl.runs.run import Run
 from opdctl.runs.stage_loop import BuildPart, Part, StageWork, make_missing_parts, rows_part
-
-CUT_REASONS = ("length", "max_tokens", "truncated")
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,12 @@ class ImportedFiles:
 
     @cached_property
     def paths(self) -> list[Path]:
-        return find_files(PromptSource(source=list(self.names)), "FILES")
+        return find_inputs(self.names, "FILES")
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each file by its path."""
-        return {str(path): digest for path, digest in files.sha256_files(self.paths).items()}
+        data_files = [file for path in self.paths for file in list_data_files(path)]
+        return {str(path): digest for path, digest in files.sha256_files(data_files).items()}
 
     def read(self, recipe: Recipe, student: ModelDir) -> list[Trajectory]:
         """Return the trajectories. Messages are rendered as the prompts of the recipe are.
@@ -133,9 +129,10 @@ def import_step(run: Run, step: int, source: ImportedFiles, device: str) -> dict
         made = _import_responses(run, step, rows, engines)
     tokens = sum(len(row.trajectory.response_ids) for row in rows)
     console.info(f"step {step}: {len(rows)} responses, {tokens} tokens, in {run.rollout_stage(step).path}")
-    scored = _find_scorer(run, rows, source)
+    scorer = source.scorer()
+    scored = _find_scorer(run, rows, scorer, source.names)
     if scored:
-        _import_scores(run, step, scored, rows, source.scorer())
+        _import_scores(run, step, scored, rows, scorer)
     return {"responses": len(rows), "tokens": tokens, "parts_made": made, "scores_of": scored}
 
 
@@ -155,22 +152,21 @@ def _import_responses(run: Run, step: int, rows: list[_Row], engines: EnginePool
             return [ScoreRequest(each.prompt_ids, each.response_ids) for each in trajectories], build
 
         metadata, process, across_parts = _scorer(run, step, engines) if _lacks_columns(run.recipe, rows) else _STORED
-        metadata |= {"policy_version": run.policy_version(step)}
-        return StageWork(metadata, open_part, process, across_parts)
+        return StageWork(metadata | {"policy_version": run.policy_version(step)}, open_part, process, across_parts)
 
     return make_missing_parts(stage, f"import, step {step}", len(rows), prepare)
 
 
-def _find_scorer(run: Run, rows: Sequence[_Row], source: ImportedFiles) -> str | None:
+def _find_scorer(run: Run, rows: Sequence[_Row], scorer: dict[str, str], names: Sequence[str]) -> str | None:
     """Return the run's teacher whose scores the files have, None if they have none that the run can use."""
     if any(row.trajectory.teacher_logprobs is None for row in rows):
         return None
-    scorer, score = source.scorer(), run.recipe.score
+    score = run.recipe.score
     name = next(iter(run.recipe.teacher_models()))
     is_same = (scorer.get("model"), scorer.get("dtype")) == (run.digests[name], run.models[name].dtype)
     if len(run.scorers()) > 1 or not is_same:
         wanted = f"the run's {name}, {run.recipe.models()[name].model} in {run.models[name].dtype}"
-        console.warn(f"{', '.join(source.names)}: the scores are not those of {wanted}: they are not used")
+        console.warn(f"{', '.join(names)}: the scores are not those of {wanted}: they are not used")
         return None
     if score.entropy or score.top_k or score.student_top_k or score.hidden_states:
         console.info("the recipe stores more than log-probs of the teacher: score-teacher computes all")
@@ -222,7 +218,7 @@ def _lacks_columns(recipe: Recipe, rows: Sequence[_Row]) -> bool:
 
 def _width(trajectory: Trajectory) -> int:
     """Return the number of most probable tokens that are stored at each token."""
-    return 0 if trajectory.top_ids is None else trajectory.top_ids.size // max(len(trajectory.response_ids), 1)
+    return 0 if trajectory.top_ids is None else trajectory.top_ids.shape[1]
 
 
 def _make_rows(run: Run, step: int, trajectories: Sequence[Trajectory]) -> list[_Row]:
@@ -246,13 +242,12 @@ def _make_rows(run: Run, step: int, trajectories: Sequence[Trajectory]) -> list[
 
 def _response(run: Run, step: int, row: _Row, scores: TokenScores | None) -> Response:
     trajectory = row.trajectory
-    length, top_k = len(trajectory.response_ids), run.recipe.rollout.top_k
+    top_k = run.recipe.rollout.top_k
     top: dict[str, Any] = {}
     if scores is not None:
         top = {"top_ids": scores.top_ids, "top_logprobs": scores.top_logprobs}
-    elif top_k:
-        values = {"top_ids": trajectory.top_ids, "top_logprobs": trajectory.top_logprobs}
-        top = {key: np.asarray(value).reshape(length, -1)[:, :top_k] for key, value in values.items()}
+    elif trajectory.top_ids is not None and trajectory.top_logprobs is not None and top_k:
+        top = {"top_ids": trajectory.top_ids[:, :top_k], "top_logprobs": trajectory.top_logprobs[:, :top_k]}
     logprobs = trajectory.logprobs if scores is None or trajectory.logprobs is not None else scores.logprobs
     assert logprobs is not None  # otherwise there are scores
     return Response(
@@ -279,5 +274,5 @@ def _response(run: Run, step: int, row: _Row, scores: TokenScores | None) -> Res
 def _finish_reason(student: ModelDir, trajectory: Trajectory) -> str:
     """Return "length" or "stop"; if the file has neither, the last token decides."""
     if trajectory.finish_reason is not None:
-        return "length" if trajectory.finish_reason in CUT_REASONS else "stop"
+        return trajectory.finish_reason
     return "stop" if int(trajectory.response_ids[-1]) in student.end_ids(()) else "length"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import pytest
 import torch
 from helpers.commands import ROOT, invoke
 from helpers.documents import code_blocks
+from helpers.training import copy_scored_run
 
 from opdctl.models.directory import find_local
 from opdctl.recipe.schema import Model, WeightSettings
-from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 from opdctl.training.trainer import Trainer
 
@@ -25,11 +24,7 @@ Gradients = Mapping[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def expected(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Gradients:
     """The gradient of the first update by policy gradient without weights, of 8 responses."""
-    path = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("scored") / "run"))
-    (path / "step-00000/update.json").unlink()
-    for name in ("step-00001", "student", "trainer"):
-        shutil.rmtree(path / name)
-    run = Run.load(path)
+    run = copy_scored_run(finished_run, tmp_path_factory.mktemp("scored") / "run")
     recipe = run.recipe.model_copy(update={"weight": WeightSettings(name="uniform")})
     samples = [*read_scored(run, 0)]
     trainer = Trainer(dataclasses.replace(run, recipe=recipe), "cpu")
