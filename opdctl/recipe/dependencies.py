@@ -125,6 +125,17 @@ def _is_as_before(key: str, flat: Mapping[str, Any]) -> bool:
     return flat[key] in added or (name in parameters and parameters[name] == flat[key])
 
 
+def restore_omitted_settings(settings: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[str, Any]:
+    """Return the settings in the fingerprint of a stage, by dotted key, together with those that it omits: settings
+    that were added later and have the value by which older artifacts were made. keys: the keys of a recipe."""
+    stage_keys = [key for key in keys if key.startswith(STAGE_DEPENDENCIES[stage])]
+    omitted = {key: value for pattern, value in ADDED_KEYS.items() for key in stage_keys if re.fullmatch(pattern, key)}
+    for section in ("weight", "weight.times"):
+        parameters = ADDED_PARAMETERS.get(str(settings.get(f"{section}.name")), {})
+        omitted |= {f"{section}.{name}": value for name, value in parameters.items()}
+    return {**omitted, **settings}
+
+
 def scorer_fingerprint_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """Return the settings in the fingerprint of the scores of the model `name`: [score], and those of the model."""
     prefixes = ("score.", f"{model_key(name)}.")
