@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from opdctl.analysis.captions import property_title
 from opdctl.analysis.comparison_figures import learning_curves_figure
+from opdctl.analysis.curves import PositionCurve
 from opdctl.analysis.plotting import BLACK, BLUE, COLORS, GREY, ORANGE, STYLE, make_panels, plot_band, plot_estimates
 from opdctl.analysis.position_sums import BINS, PREFIX_PERCENT
 from opdctl.analysis.results import Analysis, Phase, continuation_rows, ratio_table
@@ -49,9 +50,11 @@ def draw_figures(analysis: Analysis) -> dict[str, Figure]:
 
 
 def _plot_by_position(axis: Axes, phase: Phase, name: str, color: str, label: str | None, **line: Any) -> None:
-    sums, positions = phase.numbers.position, phase.shown_positions()
-    mean, half = sums.mean(name)[positions], sums.half_width(name)[positions]
-    plot_band(axis, positions + 1, mean, mean - half, mean + half, color, label, **line)
+    _plot_curve(axis, phase.by_position(name), color, label, **line)
+
+
+def _plot_curve(axis: Axes, curve: PositionCurve, color: str, label: str | None, **line: Any) -> None:
+    plot_band(axis, curve.middle_L, curve.mean_L, curve.low_L, curve.high_L, color, label, **line)
 
 
 def _phase_colors(analysis: Analysis) -> Iterator[tuple[Phase, str]]:
@@ -116,11 +119,8 @@ def cumulative_signal_figure(analysis: Analysis) -> Figure:
     phases = _phase_colors(analysis) if len(analysis.phases) > 1 else ()
     for phase, color in [(analysis.all_steps, BLACK), *phases]:
         plot_estimates(cumulative, percent, phase.cumulative_signal(), color, phase.name)
-        sums = phase.numbers.relative
-        if len(sums.tokens_L):
-            middle = (np.arange(len(sums.tokens_L)) + 0.5) * 100 / BINS
-            mean, half = sums.mean("abs_advantage"), sums.half_width("abs_advantage")
-            plot_band(level, middle, mean, mean - half, mean + half, color, phase.name)
+        if phase.numbers.tokens:
+            _plot_curve(level, phase.by_relative_position("abs_advantage"), color, phase.name)
     cumulative.axvline(PREFIX_PERCENT, color=GREY, lw=0.8, ls=":")
     if change := analysis.bias.change_point:
         for axis in (cumulative, level):

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from opdctl.analysis.correlations import Correlation, TokenSample
+from opdctl.analysis.curves import PositionCurve
 from opdctl.analysis.position_bias import PositionBias, effective_sample_size, prefix_fraction
 from opdctl.analysis.position_quantiles import PositionHistogram
 from opdctl.analysis.position_sums import BINS, PERCENT, Batch, BinnedSums, Ints, PositionStats, concatenate
@@ -53,6 +54,18 @@ class Phase:
         noisy."""
         return np.flatnonzero(self.numbers.position.responses_L >= max(2, self.numbers.responses // 10))
 
+    def by_position(self, name: str) -> PositionCurve:
+        """Return the mean of a quantity by token position, where enough responses reach it."""
+        sums, shown_L = self.numbers.position, self.shown_positions()
+        position_L = np.arange(1, len(sums.tokens_L) + 1, dtype=np.float64)
+        return _mean_curve(sums, name, position_L, position_L).select(shown_L)
+
+    def by_relative_position(self, name: str) -> PositionCurve:
+        """Return the mean of a quantity by position relative to the length, in percent."""
+        sums = self.numbers.relative
+        edge_L = np.arange(len(sums.tokens_L) + 1, dtype=np.float64) * (PERCENT / BINS)
+        return _mean_curve(sums, name, edge_L[:-1], edge_L[1:])
+
     def omitted_fractions(self) -> tuple[float, float]:
         """Return the fractions of the tokens and of the signal at positions that are not shown."""
         sums, shown = self.numbers.position, self.shown_positions()
@@ -70,6 +83,11 @@ class Phase:
         """Return the fraction of the signal in the first 0%, 1%, …, 100% of the responses."""
         signal_GQ = signal_by_percent(self.numbers)
         return [Estimate(0.0, 0.0, 0.0), *(prefix_fraction(signal_GQ, percent + 1) for percent in range(PERCENT))]
+
+
+def _mean_curve(sums: BinnedSums, name: str, first_L: Floats, last_L: Floats) -> PositionCurve:
+    mean_L, half_L = sums.mean(name), sums.half_width(name)
+    return PositionCurve(first_L, last_L, mean_L, mean_L - half_L, mean_L + half_L, sums.responses_L)
 
 
 def is_prefix_ratio(label: str) -> bool:
