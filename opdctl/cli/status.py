@@ -72,6 +72,10 @@ def _rows(status: "RunStatus", seen: "RunOverview") -> list[tuple[str, str]]:
         rows.append(("finished", steps))
     if removed := run.removed_steps():
         rows.append(("removed", f"the responses of {len(removed)} of these, the last of them of step {removed[-1]}"))
+    if len(status.phases) > 1:
+        first, *others = status.phases
+        rows.append(("phase", f"{first.name}  weight {first.weight.name}, objective {first.objective.name}"))
+        rows += [("phase", f"{phase.name}  {', '.join(phase.describe_changes())}") for phase in others]
     for stage in [*(stage for stage in status.stages if stage.step not in finished), *status.continuations]:
         rows.append((f"step {stage.step} {stage.stage}", f"{stage.state}  {stage.detail}".rstrip()))
     rows += [(each.stage, f"{each.state}  {each.detail}") for each in status.evaluations if each.state != "done"]

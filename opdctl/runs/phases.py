@@ -3,7 +3,7 @@
 The settings differ between steps of a run directory whose recipe.toml was edited between them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,7 +12,7 @@ from opdctl.artifacts import files
 from opdctl.artifacts.stage_dir import Changes, changed_settings
 from opdctl.recipe.dependencies import fingerprint_settings, restore_omitted_settings
 from opdctl.recipe.load import load_recorded_recipe
-from opdctl.recipe.schema import ObjectiveSettings, WeightSettings
+from opdctl.recipe.schema import ObjectiveSettings, Recipe, WeightSettings
 from opdctl.runs.layout import list_steps
 from opdctl.runs.run import Run
 
@@ -37,8 +37,26 @@ class TrainingPhase:
     @property
     def name(self) -> str:
         """The name of the phase by its steps: "steps 0–3" or "step 4"."""
-        first, last = self.steps[0], self.steps[-1]
-        return f"step {first}" if first == last else f"steps {first}–{last}"
+        return f"step {self.steps[0]}" if len(self.steps) == 1 else f"steps {self.step_range}"
+
+    @property
+    def step_range(self) -> str:
+        """The first and the last step: "0–3", or "4" of a single one."""
+        return "–".join(str(step) for step in dict.fromkeys((self.steps[0], self.steps[-1])))
+
+    @property
+    def num_updates(self) -> int:
+        """The number of optimizer updates."""
+        return len(self.steps) * self.settings.get("train.updates_per_step", 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the phase as JSON values."""
+        components = {name: getattr(self, name).model_dump(exclude_none=True) for name in ("weight", "objective")}
+        return {"name": self.name, "steps": list(self.steps), **components, "changes": self.changes}
+
+    def describe_changes(self) -> list[str]:
+        """Return the changes as text, one for each setting: "weight.gamma 0.5 → 1.0"; a missing value is "—"."""
+        return [f"{key} {_format(old)} → {_format(new)}" for key, old, new in self.changes]
 
 
 def training_phases(run: Run) -> list[TrainingPhase]:
@@ -50,16 +68,34 @@ def training_phases(run: Run) -> list[TrainingPhase]:
         OpdctlError: the recipe or the record of an update is corrupt.
     """
     recipe = load_recorded_recipe(run.path / "recipe.toml")  # the command may have changed run.recipe
-    recorded, keys, current = fingerprint_settings(recipe, "update"), recipe.flat().keys(), run.current_step()
     sampled = [step for step, path in list_steps(run.path).items() if (path / "rollout").is_dir()]
-    by_step = {step: run.update(step)["settings"] or recorded for step in run.finished_steps()}
-    by_step |= {step: recorded for step in sampled if step >= current}
-    complete = ((step, _complete(settings, keys)) for step, settings in by_step.items())
+    return _phases_of(run, recipe, {*run.finished_steps(), *(step for step in sampled if step >= run.current_step())})
+
+
+def phases_of_student(run: Run, step: int) -> list[TrainingPhase]:
+    """Return the phases of the updates that made policy version `step` from the start of the run, in order.
+
+    The last one may be in work, by the recipe of the run. A step whose update was removed is in no phase.
+
+    Raises:
+        OpdctlError: the record of an update is corrupt.
+    """
+    current = run.current_step()
+    made = [n for n in range(run.start_step, step) if n == current or run.update_path(n).exists()]
+    return _phases_of(run, run.recipe, made)
+
+
+def _phases_of(run: Run, recipe: Recipe, steps: Collection[int]) -> list[TrainingPhase]:
+    """Return the phases of the steps; those without an update have the settings of the recipe."""
+    default, keys = fingerprint_settings(recipe, "update"), recipe.flat().keys()
+    recorded = (
+        (step, run.update(step)["settings"] if run.update_path(step).exists() else {}) for step in sorted(steps)
+    )
+    complete = ((step, _complete(settings or default, keys)) for step, settings in recorded)
     phases: list[TrainingPhase] = []
     for settings, group in groupby(complete, key=lambda pair: pair[1]):
-        steps = tuple(step for step, _ in group)
         changes = changed_settings(phases[-1].settings, settings) if phases else []
-        phases.append(_make_phase(run, steps, settings, changes))
+        phases.append(_make_phase(run, tuple(step for step, _ in group), settings, changes))
     return phases
 
 
@@ -72,8 +108,10 @@ def _make_phase(run: Run, steps: tuple[int, ...], settings: Mapping[str, Any], c
     try:
         weight = WeightSettings.model_validate(_section(settings, "weight"))
         objective = ObjectiveSettings.model_validate(_section(settings, "objective"))
+        if not isinstance(settings.get("train.updates_per_step", 1), int):
+            raise ValueError("train.updates_per_step")
     except ValueError:
-        why = "its settings are not those of a token weight and an objective"
+        why = "its settings are not those of an update"
         hint = f"run `{run.manage_command_line('repair')}`, which moves it away"
         raise files.corrupt_artifact(run.update_path(steps[0]), why, hint) from None
     return TrainingPhase(steps, settings, changes, weight, objective)
@@ -96,3 +134,7 @@ def _section(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
                     raise ValueError(f"{key} is below a value")
             node[name] = value
     return tree
+
+
+def _format(value: object) -> str:
+    return "—" if value is None else str(value)

@@ -1,5 +1,6 @@
 """The state of a run directory: what is finished, missing or corrupt, and the next command. Only reads."""
 
+import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from opdctl.artifacts.stage_dir import StageDir, corrupt_file_hint, recorded_sta
 from opdctl.errors import OpdctlError
 from opdctl.runs.heartbeats import Heartbeat, read_heartbeats
 from opdctl.runs.layout import PROMPTS, list_steps
+from opdctl.runs.phases import TrainingPhase, training_phases
 from opdctl.runs.run import Run
 
 State = Literal["done", "partial", "missing", "corrupt"]
@@ -40,6 +42,8 @@ class RunStatus:
     summaries: list[dict[str, Any]]
     """The finished evaluations."""
     heartbeats: list[Heartbeat]
+    phases: list[TrainingPhase]
+    """None if the record of an update is corrupt."""
 
     @property
     def is_corrupt(self) -> bool:
@@ -86,6 +90,7 @@ class RunStatus:
             "removed_steps": run.removed_steps(),
             "is_finished": run.current_step() >= run.recipe.train.steps and not run.is_newest_student_missing(),
             **stages,
+            "phases": [phase.as_dict() for phase in self.phases],
             "summaries": self.summaries,
             "forked_from": run.forked_from and {key: run.forked_from[key] for key in ("run_dir", "step")},
             "next": self.next_command(),
@@ -109,8 +114,11 @@ def collect_status(run: Run, *, verify: bool = False) -> RunStatus:
         if is_trained_on and (run.update_path(step).exists() or not is_removed):
             stages.append(check_update(run, step, verify=verify))
     summaries = [_read_summary(run, path) for path in sorted(run.path.glob("eval/*/*/summary.json"))]
-    continuations = check_continuations(run, verify=verify)
-    return RunStatus(run, stages, continuations, check_evaluations(run, verify=verify), summaries, read_heartbeats(run))
+    continuations, evaluations = check_continuations(run, verify=verify), check_evaluations(run, verify=verify)
+    phases: list[TrainingPhase] = []
+    with contextlib.suppress(OpdctlError):  # of an update that is corrupt: its stage has the error
+        phases = training_phases(run)
+    return RunStatus(run, stages, continuations, evaluations, summaries, read_heartbeats(run), phases)
 
 
 def _read_summary(run: Run, path: Path) -> dict[str, Any]:

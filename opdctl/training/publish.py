@@ -3,33 +3,39 @@
 import importlib.metadata
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opdctl.artifacts.directories import CARD_FILE
 from opdctl.errors import OpdctlError, summarize_exception
 from opdctl.recipe.data_names import is_local
-from opdctl.recipe.schema import Model, Recipe
+from opdctl.recipe.schema import Component, Model, Recipe
+from opdctl.runs.layout import step_name
+from opdctl.runs.phases import TrainingPhase
 
 CARD_METRICS = {
     "loss": "loss",
     "k1": "reverse KL to the teacher, nats per token (k1)",
-    "abs_advantage": "mean \\|A\\|, nats per token",
+    "abs_advantage": "mean |A|, nats per token",
     "entropy": "entropy, nats per token",
     "response_length": "response length, tokens",
     "truncated_fraction": "fraction of truncated responses",
     "responses": "responses",
     "tokens": "tokens of the responses",
 }
-"""The metrics of the last update that the card shows, with their labels."""
+"""The metrics of the last step that the card shows, with their labels."""
+PHASE_COLUMNS = ("steps", "optimizer updates", "objective", "token weight", "changed settings")
 
 
-def write_model_card(directory: Path, recipe: Recipe, step: int, metrics: Mapping[str, Any], base: Path) -> None:
+def write_model_card(
+    directory: Path, recipe: Recipe, step: int, metrics: Mapping[str, Any], base: Path, phases: Sequence[TrainingPhase]
+) -> None:
     """Write the card of the student after `step` steps; `metrics` are those of the last step.
 
-    base: the directory of the initial student, whose card has the licence. The card depends on the arguments and the
-    version of opdctl only, so it is reproducible byte for byte.
+    base: the directory of the initial student, whose card has the licence. phases: of the steps that have a record in
+    the run. The card depends on the arguments and the version of opdctl only, so it is reproducible byte for byte. The
+    evaluation of the student follows later, so the card has no accuracy.
     """
     from huggingface_hub import ModelCardData
 
@@ -42,7 +48,7 @@ def write_model_card(directory: Path, recipe: Recipe, step: int, metrics: Mappin
         pipeline_tag="text-generation",
         tags=["on-policy-distillation", "opdctl"],
     )
-    text = f"---\n{front_matter.to_yaml()}\n---\n{_card_body(recipe, step, metrics)}"
+    text = f"---\n{front_matter.to_yaml()}\n---\n{_card_body(recipe, step, metrics, phases)}"
     (directory / CARD_FILE).write_text(text, encoding="utf-8")
 
 
@@ -62,27 +68,50 @@ def _read_license(card: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _card_body(recipe: Recipe, step: int, metrics: Mapping[str, Any]) -> str:
-    weight = recipe.weight.name + (f" × {recipe.weight.times.name}" if recipe.weight.times else "")
+def _card_body(recipe: Recipe, step: int, metrics: Mapping[str, Any], phases: Sequence[TrainingPhase]) -> str:
     training = {
         "initial student": _model_name(recipe.student),
         "teacher": ", ".join(_model_name(model) for model in recipe.teacher_models().values()),
         "prompts": f"`{recipe.prompts.names}`",
-        "method": f"objective `{recipe.objective.name}`, token weight `{weight}`",
         "trained": f"LoRA, rank {recipe.lora.rank}" if recipe.lora.rank else "all weights",
         "steps": f"{step:,}",
     }
     results = {label: _format(metrics[name]) for name, label in CARD_METRICS.items() if name in metrics}
+    sampled_by = step - 1 - metrics.get("staleness", 0)
     return (
         f"# {recipe.name}, step {step}\n\n"
         f"Distilled on-policy by opdctl {importlib.metadata.version('opdctl')}: the student sampled responses, and the "
         "teacher scored every token.\n\n"
-        f"{_table(training)}\n\n"
-        "The responses of the last step, sampled by the student before it:\n\n"
-        f"{_table(results)}\n\n"
-        "Accuracies are in the run directory, `eval/`.\n\n"
-        f"## Recipe\n\n```toml\n{recipe.to_toml()}```\n"
+        f"{_table(['', ''], training.items())}\n\n"
+        "The settings of the updates, by step. The first step is 0:\n\n"
+        f"{_table(PHASE_COLUMNS, _phase_rows(step, phases))}\n\n"
+        f"The responses of step {step - 1}, sampled by the student after {sampled_by} steps:\n\n"
+        f"{_table(['', ''], results.items())}\n\n"
+        f"The accuracies of this student are in its run directory, `eval/*/{step_name(step)}/summary.json`, if it was "
+        "evaluated.\n\n"
+        f"## Recipe\n\nThat of the last step.\n\n```toml\n{recipe.to_toml()}```\n"
     )
+
+
+def _phase_rows(step: int, phases: Sequence[TrainingPhase]) -> list[list[str]]:
+    """Return a row under PHASE_COLUMNS for each phase, after one for the steps without a record."""
+    rows = [
+        [
+            phase.step_range,
+            f"{phase.num_updates:,}",
+            _component_name(phase.objective),
+            _component_name(phase.weight) + (f" × {_component_name(phase.weight.times)}" if phase.weight.times else ""),
+            ", ".join(phase.describe_changes()),
+        ]
+        for phase in phases
+    ]
+    unrecorded = step - sum(len(phase.steps) for phase in phases)
+    return [*([[f"{unrecorded:,} others", "", "", "", "no record in this run directory"]] * bool(unrecorded)), *rows]
+
+
+def _component_name(component: Component) -> str:
+    parameters = ", ".join(f"{name} = {value}" for name, value in component.params.items())
+    return f"`{component.name}`" + (f" ({parameters})" if parameters else "")
 
 
 def _model_name(model: Model) -> str:
@@ -93,8 +122,10 @@ def _format(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown. A pipe in a cell would end the cell."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def check_repo_id(repo: str) -> None:

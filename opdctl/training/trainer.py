@@ -39,6 +39,7 @@ from opdctl.recipe.components import build_objective, build_token_weight, reads_
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.registry import plugin_errors
 from opdctl.runs.fork import new_run_command
+from opdctl.runs.phases import phases_of_student
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import check_ids, read_scored
 from opdctl.training import checkpoint, policy, publish, sharding
@@ -481,7 +482,8 @@ class Trainer:
         if distributed.is_main():
             if template := self._run.chat_templates.get("prompts"):  # transformers and vLLM prefer this file
                 (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-            publish.write_model_card(directory, recipe, step, metrics or {}, self._run.student.path)
+            phases = phases_of_student(self._run, step)
+            publish.write_model_card(directory, recipe, step, metrics or {}, self._run.student.path, phases)
         return digests
 
 

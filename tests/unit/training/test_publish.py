@@ -5,11 +5,17 @@ import re
 import pytest
 from helpers.commands import small_recipe
 
+from opdctl.runs.phases import TrainingPhase
 from opdctl.training.publish import CARD_FILE, CARD_METRICS, write_model_card
 
 
+def phase(*overrides):
+    recipe = small_recipe(*overrides)
+    return TrainingPhase((3, 4), {"train.updates_per_step": 2}, [], recipe.weight, recipe.objective)
+
+
 def card(tmp_path, *overrides, metrics=None):
-    write_model_card(tmp_path, small_recipe(*overrides), 5, metrics or {}, tmp_path / "base")
+    write_model_card(tmp_path, small_recipe(*overrides), 5, metrics or {}, tmp_path / "base", [phase(*overrides)])
     return (tmp_path / CARD_FILE).read_text()
 
 
@@ -22,6 +28,8 @@ def test_card_describes_the_training_and_has_the_recipe(tmp_path):
         "`iw_opd`",
         "sort12",
         "| steps | 5 |",
+        "| 3 others |",
+        "| 3–4 | 4 | `policy_gradient` (clip_low = 0.2, ",
     ):
         assert part in text, part
     assert "0.1235" in text
@@ -48,11 +56,12 @@ def test_every_row_of_the_rendered_tables_has_its_value(tmp_path):
     metrics = dict.fromkeys(CARD_METRICS, 0.25) | {"responses": 12345, "tokens": 7}
     text = card(tmp_path, metrics=metrics).split("---", 2)[2]
     html = MarkdownIt("commonmark").enable("table").render(text)
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)]
+    tables = re.findall(r"<table>(.*?)</table>", html, re.DOTALL)
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", tables[2], re.DOTALL)]
     results = {cells[0]: cells[1] for cells in rows if len(cells) == 2 and cells[1]}
     assert results["mean |A|, nats per token"] == "0.25"
     assert results["responses"] == "12,345"
-    assert len([row for row in rows if row]) == len(results)
+    assert len([row for row in rows if row]) == len(results) == len(CARD_METRICS)
 
 
 def test_card_has_the_licence_of_the_base_model_and_the_data_sets_of_the_hub(tmp_path):
