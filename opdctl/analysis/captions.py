@@ -98,13 +98,14 @@ def change_point_sentence(bias: PositionBias) -> str:
     if bias.change_point is None:
         return "No change point found."
     change = bias.change_point
-    if change.before > change.after:
-        advice = f"Suggested fraction of a prefix weight: {change.position.value:.0%}."
-    else:
-        advice = "A prefix weight would leave out the part with the greater signal."
+    advice = ""
+    if bias.direction == "early" and change.before > change.after:
+        advice = f" Suggested fraction of a prefix weight: {change.position.value:.0%}."
+    elif bias.direction == "late" and change.before < change.after:
+        advice = " A prefix weight would leave out the part with the greater signal."
     return (
         f"Change point at {change.position.format('.0%')} of the response: mean |A| is {change.before:.3g} nats per "
-        f"token before it and {change.after:.3g} after it. {advice}"
+        f"token before it and {change.after:.3g} after it.{advice}"
     )
 
 

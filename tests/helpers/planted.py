@@ -29,8 +29,10 @@ def plant(
     student: Mapping[str, np.ndarray] | None = None,
     teacher: Mapping[str, np.ndarray] | None = None,
     prompts: Sequence[str] | None = None,
+    finish_reasons: Sequence[str] | None = None,
 ) -> None:
     """Write a step's artifacts with these advantages. prompts: the prompt id of each response; by default all differ.
+    finish_reasons: of each response; by default all are "stop".
 
     student, teacher: further columns of every response; the responses then have equal lengths.
     """
@@ -45,14 +47,16 @@ def plant(
             prompt_ids=np.array([2], np.int32),
             response_ids=np.full(len(advantage), TOKEN_ID, np.int32),
             logprobs=np.full(len(advantage), student_logp, np.float32),
-            finish_reason="stop",
+            finish_reason=reason,
             policy_version=step,
             source="planted",
             teacher="teacher",
             answer=None,
             **(student or {}),
         )
-        for name, prompt, advantage in zip(names, prompts or names, advantages, strict=True)
+        for name, prompt, advantage, reason in zip(
+            names, prompts or names, advantages, finish_reasons or ["stop"] * len(names), strict=True
+        )
     ]
     scores = [TokenScores((a + student_logp).astype(np.float32), **(teacher or {})) for a in advantages]
     plant_rows(run, step, rows, scores)
