@@ -81,9 +81,14 @@ def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bo
     if change_point := captions.change_point_sentence(analysis.bias):
         console.answer(change_point)
     console.print_table("token weights over all steps", *report.format_weight_table(analysis))
-    figures, tables = len(written["figures"]), len(written["tables"])
+    # Each figure and each table is in files of several formats.
+    figures, tables = (len({Path(name).stem for name in written[kind]}) for kind in ("figures", "tables"))
     report_path = shlex.quote(str(written["report"]))
     console.info(f"wrote {report_path}, {figures} figures, {tables} tables; open it in a browser")
+    if run.recipe.tracking.report_to:
+        from opdctl.training.tracking import save_to_trackers
+
+        save_to_trackers(run.recipe, run.path, Path(written["report"]))
     if analysis.samples:  # not if all responses are empty
         console.info(f"next: {run.command_line('run show')} {shlex.quote(analysis.samples[-1].sample_id)}")
     if as_json:

@@ -7,7 +7,7 @@ its directory, whatever that is called: two runs of one name are two runs there,
 import contextlib
 import importlib.util
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,8 @@ def _open_mlflow(recipe: Recipe, path: Path, identity: str) -> Tracker:
     )
 
 
+FILE_TRACKERS = ("mlflow", "wandb")
+"""The trackers that keep files beside the metrics."""
 TRACKER_FACTORIES = {
     "mlflow": _open_mlflow,
     "tensorboard": _open_tensorboard,
@@ -131,11 +133,18 @@ class Trackers:
                 function(tracker)
 
 
+def save_to_trackers(recipe: Recipe, path: Path, file: Path) -> None:
+    """Keep a file of the run in `path` in the recipe's trackers that keep files. Never raises."""
+    with open_trackers(recipe, path, FILE_TRACKERS) as trackers:
+        trackers.save(file)
+
+
 @contextlib.contextmanager
-def open_trackers(recipe: Recipe, path: Path) -> Iterator[Trackers]:
-    """Yield the recipe's trackers, on rank 0 only."""
+def open_trackers(recipe: Recipe, path: Path, kinds: Collection[str] | None = None) -> Iterator[Trackers]:
+    """Yield the recipe's trackers, those among `kinds` if not None, on rank 0 only."""
     trackers = Trackers({})
-    for kind in recipe.tracking.report_to if distributed.is_main() else ():
+    wanted = [kind for kind in recipe.tracking.report_to if kinds is None or kind in kinds]
+    for kind in wanted if distributed.is_main() else ():
         with _disable_on_error(kind, trackers.opened):
             trackers.opened[kind] = TRACKER_FACTORIES[kind](recipe, path, run_identity(path))
     try:

@@ -37,6 +37,17 @@ def test_weights_that_cannot_be_shown_are_rejected(run):
     assert (result.code, result.kind, "did you mean `gamma`?" in result.err) == (2, "invalid_usage", True)
 
 
+def test_figures_and_tables_are_counted_once(run):
+    """Each is in files of several formats."""
+    plant(run, 0, [np.array([-1.0, -2.0, 0.5])])
+    result = invoke("analyze-position", run.path)
+    for kind in ("figures", "tables"):
+        paths = list((run.path / "analysis" / kind).iterdir())
+        count = len({path.stem for path in paths})
+        assert f"{count} {kind}" in " ".join(result.err.split())
+        assert len(paths) == 2 * count
+
+
 UNTESTABLE = {
     "one response": [np.array([-1.0, -2.0, 0.5])],
     "one token": [np.array([-1.0])],

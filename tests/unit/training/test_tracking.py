@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from helpers.commands import small_recipe
+from helpers.commands import invoke, small_recipe
 from helpers.training import SHORT, train
 
+from opdctl.recipe.load import load_recipe
 from opdctl.training import tracking
 
 
@@ -59,7 +60,7 @@ def test_tensorboard_gets_every_metric(tmp_path):
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     accuracies = {f"accuracy/sort12{end}{part}" for end in ("", "/teacher") for part in ("", "/low", "/high")}
-    assert set(events.Tags()["scalars"]) == set(metrics[0]) - {"step"} | accuracies
+    assert set(events.Tags()["scalars"]) == set().union(*metrics) - {"step"} | accuracies
     assert [event.step for event in events.Scalars("accuracy/sort12")] == [0, 2]
     assert [event.value for event in events.Scalars("k1")] == pytest.approx([m["k1"] for m in metrics])
 
@@ -85,6 +86,9 @@ def test_accuracies_and_the_card_are_logged_once_under_one_id(tmp_path, monkeypa
     assert train(tmp_path / "renamed", *settings, "train.steps=2").code == 0
     assert len(recorder.identities) == 2
     assert len(set(recorder.identities)) == 1
+    updates = [metrics for _, metrics in recorder.logged if "loss" in metrics]
+    names = {f"{stage}_{unit}" for stage in ("rollout", "score", "update") for unit in ("seconds", "tokens_per_second")}
+    assert [names & metrics.keys() for metrics in updates] == [names, names]
     accuracies = [(step, metrics) for step, metrics in recorder.logged if "accuracy/sort12" in metrics]
     assert [step for step, _ in accuracies] == [0, 1, 2]
     summary = json.loads((tmp_path / "renamed/eval/sort12/step-00001/summary.json").read_text())
@@ -94,6 +98,34 @@ def test_accuracies_and_the_card_are_logged_once_under_one_id(tmp_path, monkeypa
     assert [step for step, metrics in recorder.logged if "accuracy/sort12/teacher" in metrics] == [0]
     cards = [tmp_path / "run/student/step-00001/README.md", tmp_path / "renamed/student/step-00002/README.md"]
     assert recorder.saved == cards
+
+
+def test_report_of_the_analysis_is_kept_under_the_id_of_the_run(finished_copy, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    set_trackers(finished_copy, "wandb", "tensorboard")  # the latter keeps no files
+    assert invoke("analyze-position", finished_copy).code == 0
+    assert recorder.saved == [finished_copy / "analysis/report.html"]
+    assert recorder.identities == [tracking.run_identity(finished_copy)]
+    assert not (finished_copy / "tensorboard").exists()
+
+
+def test_failing_tracker_does_not_fail_the_analysis(finished_copy, broken):
+    set_trackers(finished_copy, "wandb")
+    result = invoke("analyze-position", finished_copy, "--json")
+    assert result.code == 0
+    assert "wandb is disabled after an error: ConnectionError" in result.err
+    assert result.json()["report"] == str(finished_copy / "analysis/report.html")
+
+
+def test_analysis_of_a_run_without_trackers_opens_none(finished_copy, monkeypatch):
+    monkeypatch.delattr(tracking, "save_to_trackers")
+    assert invoke("analyze-position", finished_copy).code == 0
+    assert not (finished_copy / tracking.IDENTITY_FILE).exists()
+
+
+def set_trackers(run, *kinds):
+    recipe = load_recipe([run / "recipe.toml"], [f"tracking.report_to={json.dumps(kinds)}"])
+    (run / "recipe.toml").write_text(recipe.to_toml())
 
 
 def test_runs_of_one_name_have_different_ids(tmp_path):
@@ -121,7 +153,11 @@ def test_mlflow_continues_the_run_of_the_same_id(tmp_path, monkeypatch):
         with tracking.open_trackers(recipe, run) as trackers:
             trackers.log({"step": step, "accuracy/sort12": 0.5 + step})
             assert trackers.opened.keys() == {"mlflow"}
+    (run / "report.html").write_text("<p>report</p>")
+    tracking.save_to_trackers(recipe, run, run / "report.html")
     (stored,) = mlflow.search_runs(experiment_names=["opdctl"], output_format="list")
     assert stored.info.run_name == "run"
+    artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(stored.info.run_id)}
+    assert artifacts == {"recipe.json", "report.html"}
     history = mlflow.MlflowClient().get_metric_history(stored.info.run_id, "accuracy/sort12")
     assert [(each.step, each.value) for each in history] == [(0, 0.5), (1, 1.5)]
