@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from opdctl.analysis.by_size import by_size_rows, size_axis
-from opdctl.analysis.comparison_figures import by_size_figure, comparison_figure
-from opdctl.analysis.plotting import figure_bytes
-from opdctl.analysis.report import IMAGE_KINDS, write_images
+from opdctl.analysis.comparison_figures import by_size_panels, comparison_panels
+from opdctl.analysis.plotting import Panel
+from opdctl.analysis.report import write_figure
 from opdctl.analysis.result_formats import FORMATS
 from opdctl.analysis.results import to_columns
 from opdctl.artifacts import files, tables
@@ -21,7 +21,7 @@ def write_curves(folder: Path, comparisons: Sequence[Mapping[str, Any]]) -> list
     paths = []
     for comparison in comparisons:
         points = [{"setting": s["label"], **point} for s in comparison["settings"] for point in s["curve"]]
-        paths += _write(folder / comparison["bench"], comparison_figure(comparison), points)
+        paths += _write(folder / comparison["bench"], comparison_panels(comparison), points)
     return paths
 
 
@@ -38,9 +38,8 @@ def write_by_size(folder: Path, table: ResultTable) -> list[Path]:
     rows = by_size_rows(table)
     if not rows:
         return []
-    return _write(folder / "by_size", by_size_figure(rows, size_axis(rows), table.columns[-1].name), rows)
+    return _write(folder / "by_size", by_size_panels(rows, size_axis(rows), table.columns[-1].name), rows)
 
 
-def _write(path: Path, figure: Any, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    images = {kind: figure_bytes(figure, kind) for kind in IMAGE_KINDS}
-    return [*write_images(path.parent, {path.name: images}), *tables.write_table(path, to_columns(rows))]
+def _write(path: Path, panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    return [*write_figure(path, panels), *tables.write_table(path, to_columns(rows))]

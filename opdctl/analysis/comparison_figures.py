@@ -8,40 +8,40 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.axes import Axes
 
-from opdctl.analysis.plotting import COLORS, GREY, STYLE, make_panels, plot_band
+from opdctl.analysis.plotting import Panel, plot_band, plot_reference, series_styles, use_integer_ticks, use_percent
 
 
-def comparison_figure(comparison: Mapping[str, Any]) -> Figure:
+def comparison_panels(comparison: Mapping[str, Any]) -> list[Panel]:
     """Accuracy by step of several settings, with intervals over their seeds (Figures 1a and 2a)."""
-    with matplotlib.rc_context(STYLE):
-        return learning_curves_figure(comparison["bench"], comparison["settings"], {}, comparison["target"])
+    return [learning_curve_panel(comparison["bench"], comparison["settings"], {}, comparison["target"])]
 
 
-def learning_curves_figure(
+def learning_curve_panel(
     bench: str, settings: Sequence[Mapping[str, Any]], teachers: Mapping[str, float], target: float | None = None
-) -> Figure:
-    figure, (axis,) = make_panels(1)
-    for setting, color in zip(settings, cycle(COLORS), strict=False):
-        curve = setting["curve"]
-        step, mean, low, high = ([point[name] for point in curve] for name in ("step", "accuracy", "low", "high"))
-        seeds = curve[0]["seeds"]
-        label = setting["label"] + (f", {seeds} seeds" if seeds > 1 else "")
-        plot_band(axis, step, mean, low, high, color, label, marker="o", markersize=3.5)
-    for name, value in teachers.items():
-        axis.axhline(value, color=GREY, lw=1, ls="--", label=name)
-    if target is not None:
-        axis.axhline(target, color=GREY, lw=0.8, ls=":", label=f"target {target:.1%}")
-    axis.set(title=f"Accuracy on {bench}", xlabel="training step", ylabel="accuracy", ylim=(0, 1.02))
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axis.legend(loc="best")
-    return figure
+) -> Panel:
+    """Accuracy by step of several settings, with the accuracies of the teachers."""
+    styles = series_styles([setting["label"] for setting in settings])
+
+    def draw(axis: Axes) -> None:
+        for setting in settings:
+            curve = setting["curve"]
+            x, mean, low, high = ([point[name] for point in curve] for name in ("step", "accuracy", "low", "high"))
+            seeds = curve[0]["seeds"]
+            label = setting["label"] + (f", {seeds} seeds" if seeds > 1 else "")
+            plot_band(axis, x, mean, low, high, label=label, marker="o", markersize=3.5, **styles[setting["label"]])
+        for (name, value), line_style in zip(teachers.items(), cycle(("--", "-.", ":")), strict=False):
+            plot_reference(axis, value, f"{name}, {value:.1%}", line_style)
+        if target is not None:
+            plot_reference(axis, target, f"target {target:.1%}", ":")
+        use_percent(axis, "y")
+        use_integer_ticks(axis)
+
+    return Panel(f"Accuracy on {bench}", "training step", "accuracy", draw)
 
 
-def by_size_figure(rows: Sequence[Mapping[str, Any]], x: str, accuracy: str) -> Figure:
+def by_size_panels(rows: Sequence[Mapping[str, Any]], x: str, accuracy: str) -> list[Panel]:
     """Final accuracy and relative gain by the size of the student, or by compression (Figure 2b).
 
     rows: those of the table `by_size`. x: `student_parameters` or `compression`. accuracy: what the accuracy is of.
@@ -54,23 +54,30 @@ def by_size_figure(rows: Sequence[Mapping[str, Any]], x: str, accuracy: str) -> 
         lines.setdefault(label, []).append(row)
     ticks = {row[x]: _size_label(row, is_by_student, not has_teachers) for row in rows}
     titles = {"accuracy": f"Accuracy: {accuracy}", "gain": "Relative gain over the baseline"}
-    quantities = [name for name in titles if any(row[name] is not None for row in rows)]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = make_panels(len(quantities))
-        for axis, name in zip(axes, quantities, strict=True):
-            for (label, rows_of_line), color in zip(lines.items(), cycle(COLORS), strict=False):
-                points = [row for row in rows_of_line if row[name] is not None]
-                size, mean, low, high = (
-                    [row[key] for row in points] for key in (x, name, f"{name}_low", f"{name}_high")
-                )
-                if points:
-                    plot_band(axis, size, mean, low, high, color, label, marker="o", markersize=3.5)
-            axis.set(title=titles[name], xlabel=x.replace("_", " "), ylabel=name, xscale="log")
-            axis.set_xticks([*ticks], [*ticks.values()])
-            axis.minorticks_off()
-            axis.yaxis.set_major_formatter(PercentFormatter(1))
-        axes[0].legend(loc="best")
-    return figure
+    return [
+        _by_size_panel(title, x, name, lines, ticks)
+        for name, title in titles.items()
+        if any(row[name] is not None for row in rows)
+    ]
+
+
+def _by_size_panel(
+    title: str, x: str, name: str, lines: Mapping[str, Sequence[Mapping[str, Any]]], ticks: Mapping[float, str]
+) -> Panel:
+    styles = series_styles(list(lines))
+
+    def draw(axis: Axes) -> None:
+        for label, rows in lines.items():
+            points = [row for row in rows if row[name] is not None]
+            size, mean, low, high = ([row[key] for row in points] for key in (x, name, f"{name}_low", f"{name}_high"))
+            if points:
+                plot_band(axis, size, mean, low, high, label=label, marker="o", markersize=3.5, **styles[label])
+        axis.set_xscale("log")
+        axis.set_xticks([*ticks], [*ticks.values()])
+        axis.minorticks_off()
+        use_percent(axis, "y")
+
+    return Panel(title, x.replace("_", " "), name, draw)
 
 
 def _size_label(row: Mapping[str, Any], has_parameters: bool, has_compression: bool) -> str:

@@ -3,7 +3,6 @@
 Text from a model, a prompt or a recipe reaches the page through the escaping of the template only.
 """
 
-import base64
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from opdctl.analysis import captions, figures
-from opdctl.analysis.plotting import figure_bytes
+from opdctl.analysis.page_svg import render_panel
+from opdctl.analysis.plotting import Panel, compose, figure_bytes
 from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, PositionBias
 from opdctl.analysis.results import Analysis, TableColumns, table_rows
 from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
@@ -23,41 +24,23 @@ from opdctl.artifacts import files, tables
 from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
 
 MAX_REPORT_TOKENS = 2000  # tokens of a response in the report
-IMAGE_KINDS = ("png", "svg")
-FIGURE_TITLES = {
-    "position": "Discrepancy, reverse KL and token weight by position",
-    "cumulative_signal": "Distribution of the signal over a response",
-    "steps": "By training step",
-    "heatmap": "By training step and position",
-    "prefix_logp": "Log-prob of the student’s prefixes under student and teacher",
-    "entropy": "Entropies and top-k overlap of student and teacher",
-    "weights": "Token weights by position",
-    "prefix_ratio": "The ideal prefix ratio for several exponents",
-    "one_response": "One response, token by token",
-    "correlations": "Rank correlation of the discrepancy with properties of the tokens",
-    "continuations": "Accuracy from the student’s prefixes",
-    "accuracy": "Accuracy by step",
-}
+FIGURE_FORMATS = ("pdf", "png")
 
 
 def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     """Write report.html, summary.json, figures and tables under `folder` and return their paths and the summary."""
-    images = {
-        name: {kind: figure_bytes(figure, kind) for kind in IMAGE_KINDS}
-        for name, figure in figures.draw_figures(analysis).items()
-    }
+    panels = figures.figure_panels(analysis)
     for name in ("figures", "tables"):
         files.remove_directory(folder / name)
-    figure_paths = write_images(folder / "figures", images)
+    figure_paths = [path for name in panels for path in write_figure(folder / "figures" / name, panels[name])]
     table_paths = [
         path
         for name, table in analysis.tables().items()
         for path in tables.write_table(folder / "tables" / name, table)
     ]
     files.write_json(folder / "summary.json", analysis.summary())
-    files.write_text(
-        folder / "report.html", render_page(analysis, {name: kinds["svg"] for name, kinds in images.items()})
-    )
+    images = {name: render_panels(panels[name], name) for name in panels}
+    files.write_text(folder / "report.html", render_page(analysis, images))
     return {
         "report": str(folder / "report.html"),
         "figures": [str(path) for path in figure_paths],
@@ -66,16 +49,22 @@ def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def write_images(folder: Path, images: Mapping[str, Mapping[str, bytes]]) -> list[Path]:
-    """Write images, by name and kind, and return their paths."""
-    contents = {folder / f"{name}.{kind}": data for name, kinds in images.items() for kind, data in kinds.items()}
-    for path, data in contents.items():
-        files.write_bytes(path, data)
-    return list(contents)
+def write_figure(path: Path, panels: Sequence[Panel]) -> list[Path]:
+    """Write panels as one figure in each format and return the paths. path: without a suffix."""
+    figure = compose(panels)
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in FIGURE_FORMATS]
+    for each in paths:
+        files.write_bytes(each, figure_bytes(figure, each.suffix[1:]))
+    return paths
 
 
-def render_page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
-    """Return the report as HTML with the figures embedded. images: SVG by figure name."""
+def render_panels(panels: Sequence[Panel], name: str) -> list[str]:
+    """Return the panels of a figure as elements of the page."""
+    return [render_panel(panel, f"{name}-{number}") for number, panel in enumerate(panels)]
+
+
+def render_page(analysis: Analysis, images: Mapping[str, Sequence[str]]) -> str:
+    """Return the report as HTML. images: the panels of each figure, by its name, as `render_panels` returns them."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(
         resources.files("opdctl.analysis").joinpath("report.html").read_text(encoding="utf-8")
@@ -89,11 +78,11 @@ def render_page(analysis: Analysis, images: Mapping[str, bytes]) -> str:
         figures=[
             {
                 "name": name,
-                "title": FIGURE_TITLES[name],
+                "title": figures.FIGURES[name].title,
                 "caption": caption[name],
-                "image": base64.b64encode(image).decode(),
+                "panels": [Markup(panel) for panel in panels],
             }
-            for name, image in images.items()
+            for name, panels in images.items()
         ],
         tables=_table_sections(analysis),
         samples=_sample_sections(analysis.samples),

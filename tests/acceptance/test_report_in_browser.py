@@ -7,7 +7,7 @@ from helpers.browser import WIDTH, open_page
 from helpers.planted import plant, planted_run
 from helpers.reports import make_complete_report
 
-from opdctl.analysis import analyze, report, samples
+from opdctl.analysis import analyze, figures, report, samples
 
 HOSTILE_TEXT = "</span><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\x1b[31m\u202e"
 
@@ -27,8 +27,8 @@ def test_browser_shows_every_figure_without_the_network(tmp_path):
     opened = open_page(path, hover)
     assert opened.messages == []
     assert opened.external_requests == [path.resolve().as_uri()]
-    assert list(opened.figures) == list(report.FIGURE_TITLES)
-    assert all(natural > 0 and shown > 0.8 * WIDTH for natural, shown in opened.figures.values())
+    assert list(opened.figures) == list(figures.FIGURES)
+    assert all(panels and min(panels) > 300 for panels in opened.figures.values())
     assert opened.width <= WIDTH  # no horizontal scrolling
     assert "token 1: A = " in hovered["tooltip"]
     assert "iw_opd" in hovered["tooltip"]

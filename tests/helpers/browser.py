@@ -14,11 +14,11 @@ WIDTH = 1280
 
 @dataclass
 class OpenedPage:
-    """Console messages and page errors, requested URLs, natural and shown width of each figure, width of the page."""
+    """Console messages and page errors, requested URLs, widths of the panels of each figure, width of the page."""
 
     messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-    figures: dict[str, tuple[int, int]] = field(default_factory=dict)
+    figures: dict[str, list[float]] = field(default_factory=dict)
     width: int = 0
     screenshot: bytes = b""
 
@@ -42,9 +42,9 @@ def open_page(path: Path, interact: Callable[[Any], None] = lambda page: None) -
         page.on("pageerror", lambda error: opened.messages.append(str(error)))
         page.on("request", lambda request: opened.requests.append(request.url))
         page.goto(path.resolve().as_uri())
-        sizes = "els => Object.fromEntries(els.map(el => [el.closest('figure').id, [el.naturalWidth, el.width]]))"
-        figures = page.eval_on_selector_all("figure img", sizes)
-        opened.figures = {name: (size[0], size[1]) for name, size in figures.items()}
+        widths = "[...el.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().width)"
+        sizes = f"els => Object.fromEntries(els.map(el => [el.id, {widths}]))"
+        opened.figures = page.eval_on_selector_all("figure", sizes)
         opened.width = page.evaluate("document.documentElement.scrollWidth")
         opened.screenshot = page.screenshot(full_page=True)
         interact(page)

@@ -528,7 +528,7 @@ def call(words: list[object], folder: Path) -> tuple[int, float, int, str]:
 
 
 def _run(words: list[object], folder: Path) -> int:
-    report.figures.draw_figures = lambda analysis: {}  # type: ignore[attr-defined] # the analysis without the drawing
+    report.figures.figure_panels = lambda analysis: {}  # type: ignore[attr-defined] # the analysis without the drawing
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _peak_bytes()
     code = 99

@@ -60,7 +60,7 @@ def test_report_shows_continuations(copy):
     assert result.code == 0, result.err
     (summary,) = result.json()["summary"]["continuations"]
     assert summary["accuracy"]
-    assert (path / "analysis" / "figures" / "continuations.svg").exists()
+    assert (path / "analysis" / "figures" / "continuations.pdf").exists()
     assert (path / "analysis" / "tables" / "continuations.csv").exists()
 
 
@@ -212,13 +212,12 @@ def prefix_of(responses, continuation_id) -> list[int]:
 def check_report_of_both_lengths(path) -> None:
     result = invoke("analyze-position", path)
     assert result.code == 0, result.err
-    svg = (path / "analysis/figures/continuations.svg").read_text()
-    assert "prefix length (tokens)" in svg
-    assert "4 responses" in svg
+    page = (path / "analysis/report.html").read_text()
+    assert "prefix length (tokens)" in page
     with (path / "analysis/tables/continuations.csv").open() as file:
         table = list(csv.DictReader(file))
     assert {(row["percent"], row["tokens"]) for row in table} >= {("50", ""), ("", "8")}
-    assert "A continuation has at most 20 tokens." in (path / "analysis/report.html").read_text()
+    assert "A continuation has at most 20 tokens." in page
 
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,8 @@ from helpers.evaluations import plant_run
 
 from opdctl.analysis.by_size import by_size_rows, find_parameters, size_axis
 from opdctl.analysis.comparison import write_by_size
+from opdctl.analysis.comparison_figures import by_size_panels
+from opdctl.analysis.report import render_panels
 from opdctl.evaluation.compared_runs import load_compared_runs
 from opdctl.evaluation.result_table import ResultTable, tabulate_results
 from opdctl.evaluation.statistics import compare_paired
@@ -48,8 +50,9 @@ def test_gain_is_relative_to_the_baseline_of_the_same_models(tmp_path: Path) -> 
 
 def test_figure_and_table_are_written(tmp_path: Path) -> None:
     names = {path.name for path in write_by_size(tmp_path / "out", tabulate(*plant_sizes(tmp_path)))}
-    assert names == {f"by_size.{kind}" for kind in ("png", "svg", "csv", "parquet")}
-    svg = (tmp_path / "out" / "by_size.svg").read_text()
+    assert names == {f"by_size.{kind}" for kind in ("png", "pdf", "csv", "parquet")}
+    rows = by_size_rows(tabulate(*plant_sizes(tmp_path)))
+    svg = "".join(render_panels(by_size_panels(rows, size_axis(rows), "Avg"), "by_size"))
     for text in ("uniform", "iw_opd", "111K", "366K", "Relative gain over the baseline"):
         assert text in svg
 
@@ -62,7 +65,7 @@ def test_students_of_one_size_are_told_apart_by_compression(tmp_path: Path) -> N
     rows = by_size_rows(tabulate(*paths))
     assert [row["compression"] for row in rows] == [pytest.approx(TEACHER / STUDENT), 1]
     assert size_axis(rows) == "compression"
-    assert "3.3×" in write_by_size(tmp_path / "out", tabulate(*paths))[1].read_text()
+    assert "3.3×" in render_panels(by_size_panels(rows, size_axis(rows), "Avg"), "by_size")[0]
 
 
 def test_runs_with_the_same_models_or_sizes_have_no_figure(tmp_path: Path) -> None:

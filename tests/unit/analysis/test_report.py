@@ -10,6 +10,7 @@ import pytest
 from helpers.planted import plant, planted_run
 
 from opdctl.analysis import analyze, captions, figures, report, samples
+from opdctl.analysis.plotting import draw_panel
 from opdctl.artifacts import files
 
 HOSTILE_TEXT = "</span><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\x1b[31m\u202e"
@@ -18,7 +19,7 @@ HOSTILE_TEXT = "</span><script>alert(1)</script><img src=http://evil.example/x o
 def render(run) -> str:
     """Return the page without drawing its figures."""
     analysis = analyze.analyze_run(run)
-    return report.render_page(analysis, dict.fromkeys(captions.figure_captions(analysis), b"<svg/>"))
+    return report.render_page(analysis, {name: ["<svg/>"] for name in captions.figure_captions(analysis)})
 
 
 def test_hostile_names_and_tokens_are_escaped(tmp_path, monkeypatch):
@@ -51,7 +52,7 @@ def test_tables_and_figures_are_written_in_both_formats(tmp_path):
     }
     assert {str(path) for path in (folder / "figures").iterdir()} == set(written["figures"])
     for path in map(Path, written["figures"]):
-        assert path.read_bytes().startswith({".png": b"\x89PNG\r", ".svg": b"<?xml"}[path.suffix])
+        assert path.read_bytes().startswith({".png": b"\x89PNG\r", ".pdf": b"%PDF-"}[path.suffix])
     for name in (
         "position",
         "relative",
@@ -114,12 +115,13 @@ def test_missing_steps_are_gaps(tmp_path: Path) -> None:
     for step in (0, 1, 4):
         plant(run, step, [np.array([-1.0, -2.0, -3.0])] * 3)
     analysis = analyze.analyze_run(run)
-    (heatmap, *_) = figures.heatmap_figure(analysis).axes
+    (panel,) = figures.heatmap_panels(analysis)
+    heatmap = draw_panel(panel)[1]
     (image,) = heatmap.images
     assert image.get_extent() == [-0.5, 4.5, 0, 100]
     empty_I = np.ma.getmaskarray(np.ma.masked_invalid(image.get_array())).all(axis=0)
     assert empty_I.tolist() == [False, False, True, True, False]
-    kl = figures.steps_figure(analysis).axes[0]
+    kl = draw_panel(figures.step_panels(analysis)[0])[1]
     line, dots = kl.lines[:2]
     assert np.isnan(line.get_ydata()).tolist() == empty_I.tolist()
     assert list(line.get_xdata()) == [0, 1, 2, 3, 4]
