@@ -113,7 +113,8 @@ def _report(result: "FileScores", as_json: bool) -> None:
         counts = f"{report['rows']:,} responses, {report['tokens']:,} tokens"
         if result.parts_made:
             speed = f"{result.tokens_made / result.seconds:,.0f} tokens/s"
-            console.answer(f"wrote {path}: {counts}, {result.seconds:.1f} s, {speed}")
+            seconds = f"{result.seconds:.1f} s after a start-up of {result.startup_seconds:.1f} s"
+            console.answer(f"wrote {path}: {counts}, {seconds}, {speed}")
         else:
             console.answer(f"nothing to do: {path} is finished: {counts}")
         if result.advantage is not None:

@@ -38,6 +38,7 @@ from opdctl.engines.base import (
 )
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
+from opdctl.models.startup import measure_startup
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 
 MakeEngine = Callable[[ModelDir, EngineContext], Engine]
@@ -99,8 +100,9 @@ class HostedEngine(InOrder):
     @property
     def logprob_metadata(self) -> dict[str, str]:
         if self._metadata is None:  # otherwise known: an engine that has given its memory back must not start for it
-            self._await_start()
-            self._metadata = self._metadata or self._call("logprob_metadata")
+            with measure_startup():
+                self._await_start()
+                self._metadata = self._metadata or self._call("logprob_metadata")
         return self._metadata
 
     def stream_completions(
@@ -165,10 +167,11 @@ class HostedEngine(InOrder):
         self._send("start", self._make, model, self._context, console.get_level(), handover)
 
     def _await_start(self) -> None:
-        if self._process is None:
-            self._start()
-        if self._running == "start":
-            self._metadata = _last(self._results())
+        with measure_startup():
+            if self._process is None:
+                self._start()
+            if self._running == "start":
+                self._metadata = _last(self._results())
 
     def _call(self, command: str, **options: Any) -> Any:
         """Let the host run a command, and return its result."""

@@ -10,6 +10,7 @@ from opdctl.engines.parity import measure_probe
 from opdctl.environment import select_engine_gpus
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
+from opdctl.models.startup import measure_startup
 from opdctl.recipe.schema import Recipe
 from opdctl.registry import ENGINES
 
@@ -46,7 +47,10 @@ class EnginePool:
         Raises:
             OpdctlError: the log-probs of a student's probe differ from the trainer's.
         """
-        key = (role, engine)
+        with measure_startup():
+            return self._get((role, engine), model)
+
+    def _get(self, key: tuple[str, str], model: ModelDir) -> Engine:
         hosted = {key, *(other for other, (each, _) in self._engines.items() if isinstance(each, HostedEngine))}
         if not self._recipe.vllm.fit_together(len(hosted)):
             self.release(hosted - {key})

@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -14,6 +13,7 @@ from opdctl.artifacts.directories import CARD_FILE
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import evaluate
+from opdctl.models.startup import StageTime, measure_stage, measure_startup
 from opdctl.pipeline.plan import check_space, warn_of_zero_rate
 from opdctl.pipeline.progress import AccuracyLog, accuracy_line, report_steps
 from opdctl.pipeline.pruning import kept_by_earlier_settings, prune_students
@@ -32,23 +32,29 @@ COLLAPSE_STEPS = 3  # consecutive steps beyond a bound that count as a collapse
 
 @dataclass
 class Clock:
-    """Seconds spent in each stage."""
+    """Seconds spent in each stage, and apart from them in the start of engines and the loading of models."""
 
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("rollout", "score", "update", "eval"), 0.0)
+        default_factory=lambda: dict.fromkeys(("startup", "rollout", "score", "update", "eval"), 0.0)
     )
+
+    reported_startup: float = 0.0
+    """In the metrics of steps."""
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        start = time.monotonic()
+        times = StageTime()
         try:
-            yield
+            with measure_stage() as times:
+                yield
         finally:
-            self.seconds[stage] += time.monotonic() - start
+            self.seconds[stage] += times.work
+            self.seconds["startup"] += times.startup
 
 
 ProduceInputs = Callable[[int], dict[str, float] | None]
-"""step → the seconds of the stages that were made completely now, or None if the step's scores do not exist."""
+"""step → the seconds of the stages that were made completely now, or None if the step's scores do not exist. Tokens of
+parts that another process or an earlier call made would not belong to the measured time."""
 
 
 def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = False) -> Clock:
@@ -79,7 +85,8 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         # With --follow, to be ready. Otherwise only to write a newest student or trainer state that is missing.
         needs_trainer_now = (follow and first < steps) or distributed.call_on_main(run.is_state_incomplete)
         if needs_trainer_now:
-            open_trainer()
+            with clock.time("startup"):
+                open_trainer()
         else:
             check_trainable(run.student, run.recipe)  # before rollouts are made
         if first < steps:
@@ -95,8 +102,7 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
                 accuracies.log_new()
                 prune_students(run, earlier)  # by now the last trainer state is complete
             _release_gpus(engines)
-            with clock.time("update"):
-                metrics = open_trainer().train_step(step, seconds)
+            metrics = _train_step(open_trainer, clock, step, seconds)
             if distributed.is_main():
                 report(metrics)
                 trackers.log(metrics)
@@ -111,9 +117,23 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
     return clock
 
 
+def _train_step(
+    open_trainer: Callable[[], Trainer], clock: Clock, step: int, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Update the student, and return the step's metrics with the time of start-up since the previous step."""
+    with clock.time("startup"):
+        trainer = open_trainer()
+    startup = clock.seconds["startup"] - clock.reported_startup
+    with clock.time("update"):
+        metrics = trainer.train_step(step, {**seconds, "startup": startup})
+    clock.reported_startup = clock.seconds["startup"]
+    return metrics
+
+
 def _open_trainer(run: Run, device: str, stack: contextlib.ExitStack) -> Trainer:
     """Return a trainer. At the end of `stack` it finishes the trainer state that it is writing."""
-    trainer = Trainer(run, device)
+    with measure_startup():
+        trainer = Trainer(run, device)
     stack.callback(trainer.close)
     return trainer
 
@@ -175,11 +195,12 @@ def _make_inputs(
     """
     by_engine = [name for name in run.scorers() if name != REFERENCE or not run.recipe.has_base_as_reference()]
     if not distributed.call_on_main(run.rollout_stage(step).is_finished):
-        student = run.student_at(step)  # on each machine, before any rank loads it
-        distributed.barrier()
-        # A teacher that cannot be loaded must not cost a rollout.
-        scorers = {name: (run.recipe.score.engine, run.models[name]) for name in by_engine}
-        engines.start(scorers | {"student": (run.recipe.rollout.engine, student)})
+        with clock.time("startup"):
+            student = run.student_at(step)  # on each machine, before any rank loads it
+            distributed.barrier()
+            # A teacher that cannot be loaded must not cost a rollout.
+            scorers = {name: (run.recipe.score.engine, run.models[name]) for name in by_engine}
+            engines.start(scorers | {"student": (run.recipe.rollout.engine, student)})
     evaluate_if_due(run, step, engines, clock)
 
     def score() -> int:
@@ -195,11 +216,11 @@ def _make_inputs(
         "score": (score, num_parts * len(run.scorers())),
     }
     for name, (make, total) in stages.items():
-        start = time.monotonic()
+        earlier = clock.seconds[name]
         with clock.time(name):
             made = distributed.all_reduce_sum({"parts": make()})["parts"]
         if made == total:
-            seconds[name] = time.monotonic() - start
+            seconds[name] = clock.seconds[name] - earlier
     return seconds
 
 

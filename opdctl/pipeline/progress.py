@@ -1,6 +1,7 @@
 """What training shows while it runs and at its end: a row for each step, accuracies, the summary."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,14 +41,15 @@ def format_row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[s
     """Return a step's metrics under PROGRESS_COLUMNS, with the latest accuracy and the step of its student."""
     done = metrics["step"] + 1
     latest = next((f"{accuracy:.1%} @{step}" for step, accuracy in latest_accuracies(run, done)), "")
-    seconds = sum(metrics.get(f"{stage}_seconds", 0.0) for stage in ("rollout", "score", "update"))
+    seconds = [metrics.get(f"{stage}_seconds", math.nan) for stage in ("rollout", "score", "update")]
+    speed = metrics["tokens"] / sum(seconds)  # NaN if another command made a stage
     return [
         f"{done}/{run.recipe.train.steps}",
         f"{metrics['loss']:+.4f}",
         f"{metrics['abs_advantage']:.4f}",
         f"{metrics['truncated_fraction']:.0%}",
         latest,
-        f"{metrics['tokens'] / seconds:,.0f}",
+        "" if math.isnan(speed) else f"{speed:,.0f}",
         str(timedelta(seconds=round(seconds_left))),
     ]
 
@@ -55,12 +57,13 @@ def format_row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[s
 def format_line(metrics: dict[str, Any], steps: int) -> str:
     """Return a step's metrics as one line."""
     staleness = f"  staleness {metrics['staleness']}" if metrics["staleness"] else ""
+    startup = f"  start-up {metrics['startup_seconds']:.0f} s" if metrics["startup_seconds"] >= 1 else ""
     reward = f"  reward {metrics['reward']:.3f}" if "reward" in metrics else ""
     return (
         f"step {metrics['step'] + 1:>{len(str(steps))}}/{steps}"
         f"  loss {metrics['loss']:+.4f}  |A| {metrics['abs_advantage']:.4f}  entropy {metrics['entropy']:.3f}"
         f"  length {metrics['response_length']:.0f}  truncated {metrics['truncated_fraction']:.0%}"
-        f"  grad {metrics['grad_norm']:.2f}{reward}{staleness}"
+        f"  grad {metrics['grad_norm']:.2f}{reward}{staleness}{startup}"
     )
 
 

@@ -6,7 +6,6 @@ then those of its parts, with one part in memory at a time.
 """
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from opdctl.engines.base import ScoreRequest
 from opdctl.engines.pool import open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
+from opdctl.models.startup import measure_stage
 from opdctl.pipeline.score import SaveScores, pooled_scorer, scoring_work
 from opdctl.recipe.dependencies import scorer_fingerprint_settings
 from opdctl.recipe.schema import AUTO, MAX_PARTS, RESPONSES_PER_PART, Recipe
@@ -275,13 +275,15 @@ def _check_positions(model: ModelDir, longest: int, location: str) -> None:
 
 @dataclass(frozen=True)
 class FileScores:
-    """The result of a command. tokens_made: of the parts that it made. advantage: its mean over the student's own
-    tokens in nats, None without the student's log-probs or before the end."""
+    """The result of a command. tokens_made: of the parts that it made. seconds: of the work, without the start of the
+    engine. advantage: its mean over the student's own tokens in nats, None without the student's log-probs or before
+    the end."""
 
     stage: StageDir
     parts_made: int
     tokens_made: int
     seconds: float
+    startup_seconds: float
     advantage: float | None
 
     @property
@@ -303,6 +305,7 @@ class FileScores:
             "tokens": sum(part["tokens"] for part in parts),
             "tokens_made": self.tokens_made,
             "seconds": self.seconds,
+            "startup_seconds": self.startup_seconds,
             "mean_advantage": self.advantage,
         }
 
@@ -313,16 +316,16 @@ def score_files(scoring: FileScoring, device: str) -> FileScores:
     Raises:
         OpdctlError: the output was made with different settings; a row is invalid; the disk is full.
     """
-    start, stage, made = time.monotonic(), scoring.open_stage(), list[int]()
+    stage, made = scoring.open_stage(), list[int]()
     recipe, model = scoring.recipe, scoring.model
-    with open_engine_pool(recipe, device) as engines:
+    with open_engine_pool(recipe, device) as engines, measure_stage() as times:
         scorer = pooled_scorer(engines, SCORER, recipe.score.engine, model)
         digest = stage.fingerprint.inputs[SCORER]
         prepare = partial(scoring_work, scorer, recipe, model, digest, partial(_open_part, scoring, stage, made))
         title = f"score-teacher {stage.path}"
         parts_made = make_missing_parts(stage, title, scoring.counts.rows, prepare, has_engine=scorer.is_here)
     advantage = _mean_advantage(stage) if stage.is_finished() else None
-    return FileScores(stage, parts_made, sum(made), time.monotonic() - start, advantage)
+    return FileScores(stage, parts_made, sum(made), times.work, times.startup, advantage)
 
 
 def _open_part(

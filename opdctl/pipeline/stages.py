@@ -1,6 +1,5 @@
 """Run rollout or score-teacher alone: on one step, or with `--follow` on each step as its inputs appear."""
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from opdctl import console
 from opdctl.artifacts.stage_dir import StageDir
 from opdctl.engines.pool import open_engine_pool
 from opdctl.errors import OpdctlError
+from opdctl.models.startup import measure_stage
 from opdctl.pipeline.plan import check_space
 from opdctl.pipeline.rollout import run_rollout
 from opdctl.pipeline.score import run_scoring
@@ -21,7 +21,7 @@ StageName = Literal["rollout", "score-teacher"]
 
 @dataclass(frozen=True)
 class StageResult:
-    """The result of a stage on one step."""
+    """The result of a stage on one step. seconds: of the work, without the start of the engine."""
 
     run: Run
     name: StageName
@@ -29,6 +29,7 @@ class StageResult:
     stages: list[StageDir]
     parts_made: int
     seconds: float
+    startup_seconds: float
 
     @property
     def is_finished(self) -> bool:
@@ -54,6 +55,7 @@ class StageResult:
             "rows": sum(part["rows"] for part in parts),
             "tokens": sum(part["tokens"] for part in parts),
             "seconds": self.seconds,
+            "startup_seconds": self.startup_seconds,
             "next": self.next_command(),
         }
 
@@ -71,15 +73,14 @@ def run_stage(run: Run, device: str, name: StageName, step: int, scorers: Collec
     Raises:
         OpdctlError: an input is missing; the stage was made with different settings; the disk is full.
     """
-    start = time.monotonic()
     check_space(run, [name.removesuffix("-teacher")])
-    with open_engine_pool(run.recipe, device) as engines:
+    with open_engine_pool(run.recipe, device) as engines, measure_stage() as times:
         if name == "rollout":
             made, stages = run_rollout(run, step, engines), [run.rollout_stage(step)]
         else:
             made = run_scoring(run, step, engines, only=scorers)
             stages = [run.score_stage(step, scorer) for scorer in scorers]
-    return StageResult(run, name, step, stages, made, time.monotonic() - start)
+    return StageResult(run, name, step, stages, made, times.work, times.startup)
 
 
 def follow_stage(run: Run, device: str, name: StageName, scorers: Collection[str] = ()) -> None:

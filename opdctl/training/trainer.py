@@ -5,7 +5,6 @@ Shape suffixes: see Notation in CONTRIBUTING.md.
 
 import math
 import shlex
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +34,7 @@ from opdctl.models.loading import load_head
 from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks, output_head, response_states
 from opdctl.models.routing import Routers
 from opdctl.models.shapes import attention_span, read_shape
+from opdctl.models.startup import measure_stage, measure_startup
 from opdctl.recipe.components import build_objective, build_token_weight, reads_trainer_logprobs
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.registry import plugin_errors
@@ -131,15 +131,16 @@ class Trainer:
     def train_step(self, step: int, stage_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
         """Update the student on the responses of `step`, write the next student, and return the step's metrics.
 
-        stage_seconds: the time of each earlier stage of this step that was made completely just now.
+        stage_seconds: the time of each earlier stage of this step that was made completely just now, and of `startup`.
 
         Raises:
             OpdctlError: an artifact is corrupt; the loss or the gradient is not finite; memory is insufficient.
         """
-        start = time.monotonic()
-        scored = list(read_scored(self._run, step))
-        update_metrics = self._update(step, self.make_micro_batches(step, scored))
-        seconds = dict(stage_seconds) | {"update": time.monotonic() - start}
+        with measure_stage() as times:
+            scored = list(read_scored(self._run, step))
+            update_metrics = self._update(step, self.make_micro_batches(step, scored))
+        startup = stage_seconds.get("startup", 0.0) + times.startup
+        seconds = {**stage_seconds, "update": times.work, "startup": startup}
         metrics = self._step_metrics(step, scored, update_metrics, seconds)
         self._write(step, metrics, self._score_probe())
         torch.cuda.empty_cache()  # engines on the same GPU are other processes
@@ -267,7 +268,9 @@ class Trainer:
                 f"{step}: check the prompts that both read, by --dry-run, or use a teacher nearer to the student"
             )
         for stage, duration in seconds.items():
-            metrics |= {f"{stage}_seconds": duration, f"{stage}_tokens_per_second": metrics["tokens"] / duration}
+            metrics[f"{stage}_seconds"] = duration
+            if stage != "startup":
+                metrics[f"{stage}_tokens_per_second"] = metrics["tokens"] / duration
         metrics["peak_memory_gib"] = peak_memory_gib(self._device)
         return metrics
 
@@ -412,7 +415,8 @@ class Trainer:
 
     def _teacher_head(self, name: str) -> Head:
         if name not in self._teacher_heads:
-            self._teacher_heads[name] = load_head(self._run.models[name], device=self._device)
+            with measure_startup():
+                self._teacher_heads[name] = load_head(self._run.models[name], device=self._device)
         return self._teacher_heads[name]
 
     def _set_learning_rate(self, step: int) -> float:

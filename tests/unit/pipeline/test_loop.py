@@ -1,14 +1,20 @@
 """The training loop: time of the stages, collapse, pruning."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from helpers.commands import invoke, small_recipe
-from helpers.training import train
+from helpers.training import copy_scored_run, train
 
+from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
+from opdctl.models import startup
 from opdctl.pipeline import loop
 from opdctl.pipeline.progress import summarize_training
 from opdctl.runs.open import open_run
 from opdctl.runs.run import Run
+from opdctl.training.trainer import Trainer
 
 
 def test_clock_covers_every_stage(tmp_path):
@@ -19,6 +25,72 @@ def test_clock_covers_every_stage(tmp_path):
     accuracy = summarize_training(run, 0, clock.seconds).accuracy
     assert set(accuracy) == {"before", "after", "teacher"}
     assert all(0 <= value <= 1 for value in accuracy.values())
+
+
+class PlantedClock:
+    """A clock that only the calls of some functions advance."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self._now, self._patch = 0.0, monkeypatch
+        monkeypatch.setattr(startup, "time", self)
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def delay(self, owner: type, name: str, seconds: float) -> None:
+        """Let each call of a method take the time, in addition."""
+        method: Callable[..., Any] = getattr(owner, name)
+
+        def delayed(*arguments: Any, **options: Any) -> Any:
+            self._now += seconds
+            return method(*arguments, **options)
+
+        self._patch.setattr(owner, name, delayed)
+
+
+SECONDS = {"load": 100.0, "sample a part": 2.0, "score a part": 3.0, "load the trainer": 1000.0, "update": 5.0}
+
+
+@pytest.fixture
+def planted_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = PlantedClock(monkeypatch)
+    clock.delay(TransformersEngine, "load_weights", SECONDS["load"])
+    clock.delay(TransformersEngine, "stream_completions", SECONDS["sample a part"])
+    clock.delay(TransformersEngine, "stream_scores", SECONDS["score a part"])
+    clock.delay(Trainer, "__init__", SECONDS["load the trainer"])
+    clock.delay(Trainer, "_update", SECONDS["update"])
+
+
+def timed(run: Run, step: int) -> dict[str, float]:
+    """Return the times of a step, and check that each rate is that of its time."""
+    metrics = run.update(step)["metrics"]
+    times = {name.removesuffix("_seconds"): value for name, value in metrics.items() if name.endswith("_seconds")}
+    rates = {name.partition("_")[0]: value for name, value in metrics.items() if name.endswith("_per_second")}
+    assert rates == {stage: metrics["tokens"] / value for stage, value in times.items() if stage != "startup"}
+    return times
+
+
+def test_time_of_a_stage_is_without_the_load_of_its_model(tmp_path, planted_times):
+    run = open_run(small_recipe("rollout.max_tokens=8"), tmp_path / "run")  # two parts
+    clock = loop.run_training(run, "cpu")
+    work = {"rollout": 4.0, "score": 6.0, "update": 5.0}
+    assert timed(run, 0) == {**work, "startup": 1200.0}  # student, teacher, trainer
+    assert timed(run, 1) == {**work, "startup": 103.0}  # the next student, with its probe
+    assert clock.seconds == {"rollout": 8.0, "score": 12.0, "update": 10.0, "eval": 0.0, "startup": 1303.0}
+
+
+@pytest.mark.parametrize(("lost", "timed_now"), [("*", {"score"}), ("part-00000-*", set())])
+def test_stage_of_which_another_command_made_a_part_has_no_rate(finished_run, tmp_path, planted_times, lost, timed_now):
+    run = copy_scored_run(finished_run, tmp_path / "run")
+    for path in (run.step_path(0) / "teacher").glob(lost):
+        path.unlink()
+    run = Run.load(run.path, "run")
+    loop.run_training(run, "cpu")
+    first, second = timed(run, 0), timed(run, 1)
+    assert first.keys() == {"update", "startup"} | timed_now
+    assert first.get("score", 6.0) == 6.0
+    assert first["startup"] == 1100.0  # the teacher and the trainer
+    assert second.keys() == {"rollout", "score", "update", "startup"}
 
 
 @pytest.mark.parametrize(

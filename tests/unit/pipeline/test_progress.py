@@ -39,7 +39,7 @@ def test_row_has_the_latest_accuracy_and_reads_no_other_step(tmp_path, monkeypat
         return measured[asked[-1]]
 
     monkeypatch.setattr(progress.evaluate, "stored_summary", stored)
-    metrics = dict.fromkeys(("loss", "abs_advantage", "truncated_fraction", "tokens", "update_seconds"), 1.0)
+    metrics = dict.fromkeys(("loss", "abs_advantage", "truncated_fraction", "tokens"), 1.0)
 
     def shown(step):
         return progress.format_row(run, metrics | {"step": step}, 0.0)[progress.PROGRESS_COLUMNS.index("accuracy")]
@@ -58,3 +58,19 @@ def test_line_names_the_staleness_of_asynchronous_steps(finished_run, staleness)
     line = progress.format_line(metrics, 10)
     assert line.startswith("step  2/10")
     assert ("staleness 2" in line) == bool(staleness)
+
+
+def test_line_has_the_time_of_a_start(finished_run):
+    metrics = Run.load(finished_run).update(1)["metrics"]
+    assert "start-up" not in progress.format_line(metrics | {"startup_seconds": 0.4}, 10)
+    assert progress.format_line(metrics | {"startup_seconds": 31.4}, 10).endswith("  start-up 31 s")
+
+
+def test_speed_is_that_of_a_step_that_this_command_made(finished_run):
+    run = Run.load(finished_run)
+    seconds = {"rollout_seconds": 2.0, "score_seconds": 1.0, "update_seconds": 1.0, "startup_seconds": 60.0}
+    metrics = run.update(1)["metrics"] | seconds | {"tokens": 4000}
+    column = progress.PROGRESS_COLUMNS.index("tokens/s")
+    assert progress.format_row(run, metrics, 0.0)[column] == "1,000"
+    del metrics["rollout_seconds"]
+    assert progress.format_row(run, metrics, 0.0)[column] == ""
