@@ -256,7 +256,7 @@ def check_collapse(run: Run) -> None:
         return
     raise OpdctlError(
         "collapsed_training",
-        f"{run.path}: in steps {recent[0] + 1} to {recent[-1] + 1} {what}; the bound is {key}",
+        f"{run.path}: in steps {recent[0]} to {recent[-1]} {what}; the bound is {key}",
         hint="relax the bound to continue, or start again with a lower train.learning_rate; students are kept for "
         f"steps {', '.join(map(str, run.kept_steps()))}",
     )

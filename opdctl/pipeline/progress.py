@@ -44,7 +44,7 @@ def format_row(run: Run, metrics: dict[str, Any], seconds_left: float) -> list[s
     seconds = [metrics.get(f"{stage}_seconds", math.nan) for stage in ("rollout", "score", "update")]
     speed = metrics["tokens"] / sum(seconds)  # NaN if another command made a stage
     return [
-        f"{done}/{run.recipe.train.steps}",
+        _count_steps(metrics["step"], run.recipe.train.steps),
         f"{metrics['loss']:+.4f}",
         f"{metrics['abs_advantage']:.4f}",
         f"{metrics['truncated_fraction']:.0%}",
@@ -60,11 +60,17 @@ def format_line(metrics: dict[str, Any], steps: int) -> str:
     startup = f"  start-up {metrics['startup_seconds']:.0f} s" if metrics["startup_seconds"] >= 1 else ""
     reward = f"  reward {metrics['reward']:.3f}" if "reward" in metrics else ""
     return (
-        f"step {metrics['step'] + 1:>{len(str(steps))}}/{steps}"
+        f"step {_count_steps(metrics['step'], steps)}"
         f"  loss {metrics['loss']:+.4f}  |A| {metrics['abs_advantage']:.4f}  entropy {metrics['entropy']:.3f}"
         f"  length {metrics['response_length']:.0f}  truncated {metrics['truncated_fraction']:.0%}"
         f"  grad {metrics['grad_norm']:.2f}{reward}{staleness}{startup}"
     )
+
+
+def _count_steps(step: int, steps: int) -> str:
+    """Return a finished step, which is counted from 0 as everywhere, with the number of finished steps."""
+    width = len(str(steps))
+    return f"{step:>{width}} ({step + 1:>{width}} of {steps})"
 
 
 def accuracy_line(summary: dict[str, Any]) -> str:

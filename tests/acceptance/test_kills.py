@@ -152,7 +152,7 @@ def test_signal_stops_training_and_the_same_command_resumes(finished_run, tmp_pa
     command = [sys.executable, "-m", "opdctl", "train", *arguments]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
-    assert any(line.startswith("step   1/200") for line in running.stderr)
+    assert any(line.startswith("step   0 (  1 of 200)") for line in running.stderr)
     running.send_signal(number)
     _, messages = running.communicate()
     assert running.returncode == code

@@ -169,7 +169,10 @@ def fit(model: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, stage: TrainingSt
         optimizer.zero_grad()
         warm_up.step() if step < warm_up.total_iters else cosine.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"  step {step + 1}/{steps}  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"  step {step} ({step + 1} of {steps})  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
 
 
 def mask_tool_outputs(labels: torch.Tensor, pairs: list[tuple[str, str]], task: Task) -> None:

@@ -105,7 +105,7 @@ def test_collapse_stops_training_until_the_bound_is_relaxed(tmp_path, bound, rel
     result = train(tmp_path / "run", *settings)
     assert (result.code, result.kind) == (ExitCode.FAILED, "collapsed_training")
     assert bound.partition("=")[0] in result.err
-    assert "in steps 1 to 3" in result.err
+    assert "in steps 0 to 2" in result.err
     assert ("100%, 100%, 100%" in result.err) == ("truncated" in bound)
     assert Run.load(tmp_path / "run").current_step() == 3
     assert train(tmp_path / "run", *settings).code == ExitCode.FAILED  # again

@@ -56,7 +56,7 @@ def test_row_has_the_latest_accuracy_and_reads_no_other_step(tmp_path, monkeypat
 def test_line_names_the_staleness_of_asynchronous_steps(finished_run, staleness):
     metrics = Run.load(finished_run).update(1)["metrics"] | {"staleness": staleness}
     line = progress.format_line(metrics, 10)
-    assert line.startswith("step  2/10")
+    assert line.startswith("step  1 ( 2 of 10)  loss")
     assert ("staleness 2" in line) == bool(staleness)
 
 
@@ -72,5 +72,6 @@ def test_speed_is_that_of_a_step_that_this_command_made(finished_run):
     metrics = run.update(1)["metrics"] | seconds | {"tokens": 4000}
     column = progress.PROGRESS_COLUMNS.index("tokens/s")
     assert progress.format_row(run, metrics, 0.0)[column] == "1,000"
+    assert progress.format_row(run, metrics, 0.0)[0] == "1 (2 of 2)"
     del metrics["rollout_seconds"]
     assert progress.format_row(run, metrics, 0.0)[column] == ""
