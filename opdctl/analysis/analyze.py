@@ -11,22 +11,25 @@ import numpy as np
 from opdctl import console
 from opdctl.analysis import samples
 from opdctl.analysis.correlations import TokenSample
-from opdctl.analysis.position_bias import assess_bias
-from opdctl.analysis.position_quantiles import PositionHistogram
+from opdctl.analysis.phase import Phase, is_prefix_ratio, summarize_step
+from opdctl.analysis.position_quantiles import CohortHistograms
 from opdctl.analysis.position_sums import Batch, PositionStats, PromptGroups, split_by_tokens
-from opdctl.analysis.results import Analysis, Phase, is_prefix_ratio, summarize_step
+from opdctl.analysis.results import Analysis, TrainedSteps
 from opdctl.analysis.samples import CHUNK_TOKENS, Sample
-from opdctl.analysis.shown_weights import chosen_weights
+from opdctl.analysis.shown_weights import ShownWeights, chosen_weights, weight_label
 from opdctl.artifacts import files
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import learning_curves
 from opdctl.losses.token_weights import Weight, weigh
 from opdctl.runs.layout import list_steps
+from opdctl.runs.phases import TrainingPhase, training_phases
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import to_weight_inputs
 
 PhaseChoice = Literal["quarters", "ends"]
 """The steps that are compared: the first and the last quarter, or the first step and the final student."""
+MAX_PHASES = 4
+"""Training phases that are compared: the last ones."""
 
 
 def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseChoice = "quarters") -> Analysis:
@@ -46,13 +49,17 @@ def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseCh
         )
     if skipped:
         console.warn(f"steps with incomplete scores are skipped: {', '.join(map(str, skipped))}")
+    training = [phase for phase in training_phases(run) if {*phase.steps} & {*steps}]
+    ranges = _compared_steps(run, steps, training, phase_choice)
+    ratios = list(filter(is_prefix_ratio, weights.labels))
+    phases = [(compared, _empty_phase(run, name, compared, ratios)) for name, compared in ranges.items()]
     all_steps, results, groups = Phase(_step_range(steps), PositionStats()), [], PromptGroups()
-    phases = (_quarters if phase_choice == "quarters" else _ends)(run, steps, list(filter(is_prefix_ratio, weights)))
     with console.progress("analyze-position", len(steps)) as advance:
         for step in steps:
-            phases_of_step = [phase for phase_steps, phase in phases if step in phase_steps]
-            numbers = _add_step(run, step, weights, groups, phases_of_step)
-            for phase in (all_steps, *phases_of_step):
+            phases_of_step = [phase for compared, phase in phases if step in compared]
+            numbers = _add_step(run, step, weights.at(step), groups, phases_of_step)
+            all_steps.numbers.merge(numbers, positions=False)
+            for phase in phases_of_step:
                 phase.numbers.merge(numbers)
             results.append(summarize_step(step, numbers))
             advance(1)
@@ -60,17 +67,23 @@ def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseCh
     return Analysis(
         run=run.path.resolve().name,
         recipe=files.read_text(run.path / "recipe.toml"),
-        weights=list(weights),
+        training=[_describe_training(run, phase) for phase in training],
+        weights=weights.labels,
+        what_if=weights.what_if,
         all_steps=all_steps,
         phases=[phase for _, phase in phases],
         steps=results,
         skipped=skipped,
-        bias=assess_bias(all_steps.numbers.profile),
         samples=list(_representative_samples(run, steps, weights)),
         continuations=[files.read_json(path) for path in summaries],
         accuracy=learning_curves.accuracy_curve(run.path),
         draw_commands=_draw_commands(run, steps) if phase_choice == "ends" else (),
     )
+
+
+def _describe_training(run: Run, phase: TrainingPhase) -> TrainedSteps:
+    extrapolation = float(phase.settings.get("train.extrapolation", 1.0))
+    return TrainedSteps(phase.name, weight_label(run, phase.weight), phase.objective.name, extrapolation, phase.changes)
 
 
 def scored_steps(run: Run) -> tuple[list[int], list[int]]:
@@ -87,23 +100,25 @@ def _is_scored(run: Run, step: int) -> bool:
     )
 
 
-def _quarters(run: Run, steps: list[int], ratios: Sequence[str]) -> list[tuple[list[int], Phase]]:
-    """Return the first and the last quarter of the steps, at least one step each."""
-    quarter = max(1, len(steps) // 4)
-    parts = [steps[:quarter], steps[-quarter:]] if len(steps) > 1 else [steps]
-    return [(part, _empty_phase(run, _step_range(part), part, ratios)) for part in parts]
-
-
-def _ends(run: Run, steps: list[int], ratios: Sequence[str]) -> list[tuple[list[int], Phase]]:
-    """Return the first and the last step, named by the students that drew their responses."""
-    names = {step: _student_name(run.policy_version(step), step) for step in (steps[0], steps[-1])}
-    return [([step], _empty_phase(run, name, [step], ratios)) for step, name in names.items()]
+def _compared_steps(
+    run: Run, steps: list[int], training: Sequence[TrainingPhase], phase_choice: PhaseChoice
+) -> dict[str, list[int]]:
+    """Return the steps that are compared, by name: the first and the last step, or the training phases if there are
+    several, or the first and the last quarter of the steps, at least one step each."""
+    if phase_choice == "ends":
+        return {_student_name(run.policy_version(step), step): [step] for step in (steps[0], steps[-1])}
+    if len(training) > 1:
+        parts = [[step for step in phase.steps if step in steps] for phase in training[-MAX_PHASES:]]
+    else:
+        quarter = max(1, len(steps) // 4)
+        parts = [steps[:quarter], steps[-quarter:]] if len(steps) > 1 else [steps]
+    return {_step_range(part): part for part in parts}
 
 
 def _empty_phase(run: Run, name: str, steps: list[int], ratios: Sequence[str]) -> Phase:
     manifests = [manifest for step in steps if (manifest := run.rollout_stage(step).manifest())]
     tokens = sum(part["tokens"] for manifest in manifests for part in manifest["parts"])
-    return Phase(name, PositionStats(), TokenSample(tokens), {ratio: PositionHistogram() for ratio in ratios})
+    return Phase(name, PositionStats(), TokenSample(tokens), {ratio: CohortHistograms() for ratio in ratios})
 
 
 def _student_name(updates: int, step: int) -> str:
@@ -145,6 +160,6 @@ def _add_step(
     return total
 
 
-def _representative_samples(run: Run, steps: list[int], weights: Mapping[str, Weight]) -> Iterator[Sample]:
+def _representative_samples(run: Run, steps: list[int], weights: ShownWeights) -> Iterator[Sample]:
     for step in dict.fromkeys((steps[0], steps[-1])):
-        yield from samples.load_samples(run, step, samples.representative_ids(run, step), weights)
+        yield from samples.load_samples(run, step, samples.representative_ids(run, step), weights.at(step))

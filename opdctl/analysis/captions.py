@@ -1,116 +1,39 @@
-"""The sentences of the report and of the terminal, written from the numbers of an analysis."""
+"""The captions of the figures, written from the numbers of an analysis."""
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, MIN_PROMPTS, PositionBias, PrefixEstimate
-from opdctl.analysis.position_sums import GROUPS, PREFIX_PERCENT
-from opdctl.analysis.results import (
-    Analysis,
-    Phase,
-    continuation_rows,
-    is_prefix_ratio,
-    overall_means,
-    ratio_table,
-    table_rows,
-)
+from opdctl.analysis.phase import ALL_RESPONSES, TRUNCATED, Phase, is_prefix_ratio, overall_means
+from opdctl.analysis.phase_tables import continuation_rows, ratio_table, table_rows
+from opdctl.analysis.position_sums import PREFIX_PERCENT, position_bounds
+from opdctl.analysis.results import Analysis
 from opdctl.analysis.samples import Sample
+from opdctl.analysis.verdict import bias_sentence, change_point_sentence
 from opdctl.evaluation.statistics import Estimate
-
-METHOD_NOTES = (
-    f"Fraction of the signal: Σ|A| over the first {PREFIX_PERCENT}% of each response's tokens, divided by Σ|A| over "
-    "all tokens: a few responses with most of the signal decide it. The mean of the responses' own fractions gives "
-    f"each response the same weight. Without a position bias both are {PREFIX_PERCENT}% in expectation, whatever the "
-    "lengths and the mean |A| of the responses. A truncated response ends before its last part. The intervals are "
-    f"Fieller's, at {BIAS_CONFIDENCE_LEVEL:.0%}. Their unit is the prompt with all of its responses, or a group of "
-    f"prompts if there are more than {GROUPS}.",
-    f"Position bias: the fraction of the signal is tested against {PREFIX_PERCENT}% if there are at least "
-    f"{MIN_PROMPTS} prompts. A bias is reported if p < {1 - BIAS_CONFIDENCE_LEVEL:.2g}, for the mean of the responses' "
-    "own fractions and without truncated responses too, in one direction: early if they are greater, late if they are "
-    "less. The test covers all steps together.",
-    "Change point: the position that best divides the response into two parts with different mean |A|, by least "
-    "squares. Its interval is that of the percentiles over resampled prompts. It is reported if the difference "
-    "exceeds 99% of the differences under random signs. It can serve as the fraction of prefix_only and prefix_boost; "
-    "whether a student learns more with it can only be found by training.",
-)
+from opdctl.losses.token_weights import Floats
 
 LOW_RATIO = 0.01
 """A median prefix ratio below this is reported with the first token at which it is."""
 PREFIX_RATIO_NOTE = (
-    "Lines are the medians of the prefix ratio over the responses at a position, bands their 10% and 90% quantiles; "
-    "their mean is 1 unless the ratio is normalized otherwise. Below, the effective sample size as a fraction of these "
-    "responses."
+    "Lines are the medians of the prefix ratio at a position, bands its 10% and 90% quantiles. Below, the effective "
+    "sample size as a fraction of the tokens at the position."
+)
+COHORTS_NOTE = (
+    "Responses of similar length, and the truncated ones, each up to the length of the shortest one: the mean at each "
+    "position is over the same responses."
+)
+PREFIX_LOGP_NOTE = (
+    "The log-prob of a prefix is the sum of the mean log-probs of the tokens at its positions, each over the responses "
+    "that reach it. Responses that end do not change it."
 )
 CORRELATIONS_NOTE = (
     "Rank correlations with |A|; a partial one controls for all other properties. |A| is computed from the two "
     "log-probs, so its correlations with these are in part by construction."
 )
-
-
-def overview(analysis: Analysis) -> str:
-    """Return the size of the analyzed run in a sentence."""
-    numbers = analysis.all_steps.numbers
-    skipped = f"; {len(analysis.skipped)} steps with incomplete scores skipped" if analysis.skipped else ""
-    steps = "1 step" if len(analysis.steps) == 1 else f"{len(analysis.steps)} steps"
-    return (
-        f"{steps}, {numbers.responses:,} responses, {numbers.tokens:,} tokens; "
-        f"token weight {analysis.weights[0]}{skipped}. All intervals are 95% intervals over responses or over prompts."
-    )
-
-
-def bias_sentence(bias: PositionBias) -> str:
-    """Return the result of the test of position bias in a sentence."""
-    if bias.direction == "unknown" or bias.prefix_fraction is None:
-        return f"Position bias not tested: {bias.reason}."
-    p_values = [each.p_value for each in bias.estimates if each.p_value is not None]
-    values = f"the first {PREFIX_PERCENT}% of a response contain {_describe_estimates(bias.estimates)}"
-    expected = f"{PREFIX_PERCENT}% expected without a bias; {BIAS_CONFIDENCE_LEVEL:.0%} intervals"
-    if bias.direction == "mixed":
-        return f"The estimates of a position bias disagree: {values} ({expected})."
-    if bias.direction == "none found":
-        return f"No position bias found: {values} ({expected}, p {_format_p(bias.p_value or 0.0)})."
-    return f"The signal has a {bias.direction} position bias: {values} ({expected}, p {_format_p(max(p_values))})."
-
-
-def estimate_label(estimate: PrefixEstimate) -> str:
-    """Return the quantity of an estimate, for the report."""
-    quantity = "of the signal" if estimate.of == "signal" else "of a response’s own signal, mean"
-    subset = ", without truncated responses" if estimate.responses == "complete" else ""
-    return f"{quantity} in the first {PREFIX_PERCENT}%{subset}"
-
-
-def _describe_estimates(estimates: Sequence[PrefixEstimate]) -> str:
-    texts = {(each.of, each.responses): each.fraction.format() for each in estimates}
-    text = f"{texts['signal', 'all']} of the signal, and on average {texts['response', 'all']} of a response’s own"
-    if ("signal", "complete") not in texts:
-        return text
-    return f"{text}; without truncated responses {texts['signal', 'complete']} and {texts['response', 'complete']}"
-
-
-def change_point_sentence(bias: PositionBias) -> str:
-    """Return the change point of the signal in a sentence, "" if the bias was not tested."""
-    if bias.direction == "unknown":
-        return ""
-    if bias.change_point is None:
-        return "No change point found."
-    change = bias.change_point
-    advice = ""
-    if bias.direction == "early" and change.before > change.after:
-        advice = f" Suggested fraction of a prefix weight: {change.position.value:.0%}."
-    elif bias.direction == "late" and change.before < change.after:
-        advice = " A prefix weight would leave out the part with the greater signal."
-    return (
-        f"Change point at {change.position.format('.0%')} of the response: mean |A| is {change.before:.3g} nats per "
-        f"token before it and {change.after:.3g} after it.{advice}"
-    )
-
-
-def _format_p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
 def phase_sentence(phase: Phase) -> str:
@@ -126,13 +49,14 @@ def phase_sentence(phase: Phase) -> str:
 
 
 def omission_sentence(phase: Phase) -> str:
-    """Return what a figure by position leaves out of a phase in a sentence, "" if it leaves out nothing."""
+    """Return what a curve over all responses leaves out of a phase in a sentence, "" if it leaves out nothing."""
     tokens, signal = phase.omitted_fractions()
     if not tokens:
         return ""
-    shown = len(phase.shown_positions())
+    last_L = position_bounds(phase.shown_bins())[1]
+    where = f"tokens after position {last_L[-1]}" if len(last_L) else "all tokens"
     return (
-        f"{phase.name}: tokens after position {shown}, which fewer than a tenth of the responses reach, are not shown: "
+        f"{phase.name}: {where}, which fewer than a tenth of the responses or only one reach, are not shown: "
         f"{tokens:.1%} of the tokens with {signal:.1%} of the signal."
     )
 
@@ -152,23 +76,33 @@ def _prefix_fraction_clause(fraction: Estimate) -> str:
 
 
 def figure_captions(analysis: Analysis) -> dict[str, str]:
-    """Return the caption of each figure by its name."""
+    """Return the caption of each figure that the analysis has numbers for, by its name."""
     draw, omitted = final_student_sentence(analysis), " ".join(filter(None, map(omission_sentence, analysis.phases)))
-    captions = {
-        "position": " ".join(filter(None, [*map(phase_sentence, analysis.phases), omitted, draw])),
-        "cumulative_signal": f"{bias_sentence(analysis.bias)} {_half_signal_caption(analysis.all_steps)}",
-        "prefix_logp": " ".join(filter(None, [*map(_prefix_logp_caption, analysis.phases), omitted, draw])),
-        "weights": f"{_weights_caption(analysis)} {omitted}".rstrip(),
-        "entropy": f"{'; '.join(_entropy_caption(phase) for phase in analysis.phases)}. {omitted}".rstrip(),
-    }
-    if ratios := analysis.prefix_ratios():
-        by_phase = [_prefix_ratio_caption(phase, ratios) for phase in analysis.phases]
+    shown, nonempty = ([phase for phase in analysis.phases if has(phase)] for has in (Phase.shown_bins, _has_tokens))
+    captions = {}
+    if shown:
+        captions["position"] = " ".join(filter(None, [*map(phase_sentence, analysis.phases), omitted, draw]))
+    if any(len(phase.cohorts) > 1 for phase in shown):
+        captions["cohorts"] = " ".join([COHORTS_NOTE, *map(_cohorts_caption, shown)])
+    if analysis.bias.estimates:
+        captions["cumulative_signal"] = (
+            f"{bias_sentence(analysis.bias)} {change_point_sentence(analysis.bias)} "
+            f"{_half_signal_caption(analysis.all_steps)}"
+        )
+    if shown:
+        captions["prefix_logp"] = " ".join([PREFIX_LOGP_NOTE, *map(_prefix_logp_caption, shown), omitted]).rstrip()
+        if optional_quantities(analysis):
+            captions["entropy"] = f"{'; '.join(map(_entropy_caption, shown))}. {omitted}".rstrip()
+    if nonempty:
+        captions["weights"] = _weights_caption(analysis)
+    if (ratios := analysis.prefix_ratios()) and nonempty:
+        by_phase = [_prefix_ratio_caption(phase, ratios) for phase in nonempty]
         captions["prefix_ratio"] = " ".join([PREFIX_RATIO_NOTE, *by_phase])
     if analysis.has_correlations():
-        captions["correlations"] = " ".join([CORRELATIONS_NOTE, *map(_correlations_caption, analysis.phases)])
+        captions["correlations"] = " ".join([CORRELATIONS_NOTE, *map(_correlations_caption, nonempty)])
     if analysis.samples:
         captions["one_response"] = _response_caption(analysis.samples[0])
-    if len(analysis.steps) > 1:
+    if len(analysis.steps) > 1 and nonempty:
         captions |= _step_captions(analysis)
     if analysis.continuations:
         captions["continuations"] = " ".join(map(continuations_sentence, analysis.continuations))
@@ -177,71 +111,108 @@ def figure_captions(analysis: Analysis) -> dict[str, str]:
     return captions
 
 
+def _has_tokens(phase: Phase) -> bool:
+    return phase.numbers.tokens > 0
+
+
+def optional_quantities(analysis: Analysis) -> list[str]:
+    """Return the quantities that a run stores on request only, and that this run has."""
+    names = ("student_entropy", "teacher_entropy", "top_k_overlap")
+    return [name for name in names if name in analysis.all_steps.numbers.overall.values]
+
+
 def _step_captions(analysis: Analysis) -> dict[str, str]:
-    """Return the captions of the figures that compare the first with the last step."""
-    first, last = analysis.steps[0], analysis.steps[-1]
+    """Return the captions of the figures that compare the first with the last step that has tokens."""
+    steps = [step for step in analysis.steps if step.tokens]
+    first, last = steps[0], steps[-1]
     k1 = [step.means["k1"].format(".4f") for step in (first, last)]
-    return {
-        "steps": (
-            f"Reverse KL (k1) is {k1[0]} nats per token at step {first.step} and {k1[1]} at step {last.step}, "
-            f"{analysis.relative_kl()[-1].format()} of the first. The first {PREFIX_PERCENT}% of the tokens contain "
-            f"{first.prefix_fraction.format()} and {last.prefix_fraction.format()} of the signal."
-        ),
-        "heatmap": (
-            f"Mean |A| is greatest {_greatest_signal_bin(first.signal_L)} at step {first.step}, and "
-            f"{_greatest_signal_bin(last.signal_L)} at step {last.step}."
-        ),
+    ratio = analysis.relative_kl()[-1]
+    relative = f", {ratio.format()} of the first" if last is analysis.steps[-1] and not math.isnan(ratio.value) else ""
+    texts = {
+        "steps": f"Reverse KL (k1) is {k1[0]} nats per token at step {first.step} and {k1[1]} at step "
+        f"{last.step}{relative}."
     }
+    fractions = [step.prefix_fraction for step in (first, last)]
+    if not any(math.isnan(each.value) for each in fractions):
+        own = [step.own_fraction.format() for step in (first, last)]
+        texts["steps"] += (
+            f" The first {PREFIX_PERCENT}% of the tokens contain {fractions[0].format()} and {fractions[1].format()} "
+            f"of the signal, and on average {own[0]} and {own[1]} of a response’s own."
+        )
+        places = [_greatest_signal_bins(step.signal_L) for step in (first, last)]
+        texts["heatmap"] = (
+            f"Mean |A| is greatest {places[0]} at step {first.step}, and {places[1]} at step {last.step}."
+        )
+    return texts
+
+
+def _cohorts_caption(phase: Phase) -> str:
+    count = phase.numbers.count
+    sizes = [
+        f"{sum(count[each] for each in cohorts)} {'' if label == TRUNCATED else 'of '}{label}"
+        for label, cohorts in phase.cohorts.items()
+        if label != ALL_RESPONSES
+    ]
+    return f"{phase.name}: {', '.join(sizes)}." if sizes else ""
 
 
 def _half_signal_caption(phase: Phase) -> str:
     fractions = [estimate.value for estimate in phase.cumulative_signal()]
     percent = next((percent for percent, value in enumerate(fractions) if value >= 0.5), None)
-    return "" if percent is None else f"The first {percent}% of a response contain half of the signal."
+    return "" if percent is None else f"The first {percent}% of a response contain at least half of the signal."
 
 
 def _prefix_logp_caption(phase: Phase) -> str:
-    sums, positions = phase.numbers.position, phase.shown_positions()
-    if not len(positions):
-        return f"{phase.name}: too few responses."
-    last = positions[-1]
-    student, teacher = (sums.mean(f"{name}_prefix_logp")[last] for name in ("student", "teacher"))
+    student, teacher = (phase.cumulative_logp(model) for model in ("student", "teacher"))
     return (
-        f"{phase.name}: the mean log-prob of a prefix of {last + 1} tokens is {student:.1f} nats under the student and "
-        f"{teacher:.1f} under the teacher."
+        f"{phase.name}: the log-prob of a prefix of {student.last_L[-1]:.0f} tokens is {student.mean_L[-1]:.1f} nats "
+        f"under the student and {teacher.mean_L[-1]:.1f} under the teacher."
     )
 
 
 def _weights_caption(analysis: Analysis) -> str:
-    rows = [row for row in table_rows(analysis.weight_table()) if not is_prefix_ratio(row["weight"])]
-    sizes = [f"{row['weight']} {row['effective_sample_size']:.1%}" for row in rows]
-    parts = [f"Effective sample size as a fraction of the tokens: {', '.join(sizes)}."]
+    rows = [row for row in table_rows(analysis.weight_table()) if row["phase"] == analysis.all_steps.name]
+    sizes = [
+        f"{row['weight']} {row['effective_sample_size']:.1%}" for row in rows if not is_prefix_ratio(row["weight"])
+    ]
+    parts = [f"Effective sample size as a fraction of the tokens: {', '.join(sizes)}."] if sizes else []
+    if analysis.what_if:
+        parts.append(f"The run was not trained with {analysis.what_if.removeprefix('what if: ')}.")
+    parts += [
+        f"{phase.name}: by token position over the responses of at least {phase.common_length} tokens, the same ones "
+        "at each position."
+        for phase in filter(_has_tokens, analysis.phases)
+    ]
+    return " ".join([*parts, *_signed_differences(analysis)])
+
+
+def _signed_differences(analysis: Analysis) -> Iterator[str]:
     for name in analysis.weights:
         unsigned = name.replace(" signed=true", "")
         if unsigned != name and unsigned in analysis.weights:
-            differences = [_greatest_difference(phase, name, unsigned) for phase in analysis.phases]
-            phases = ", ".join(f"{d:.3f} ({p.name})" for d, p in zip(differences, analysis.phases, strict=True))
-            parts.append(f"The means of {name} and {unsigned} at a position differ by at most {phases}.")
-    return " ".join(parts)
+            differences = [
+                f"{_greatest_difference(phase, name, unsigned):.3f} ({phase.name})"
+                for phase in filter(_has_tokens, analysis.phases)
+            ]
+            yield f"The means of {name} and {unsigned} at a position differ by at most {', '.join(differences)}."
 
 
 def _greatest_difference(phase: Phase, a: str, b: str) -> float:
-    sums, positions = phase.numbers.position, phase.shown_positions()
-    return float(np.abs(sums.mean(a)[positions] - sums.mean(b)[positions]).max(initial=0.0))
+    mean_L, other_L = (phase.by_position_of_long(name).mean_L for name in (a, b))
+    return float(np.abs(mean_L - other_L).max(initial=0.0))
 
 
 def _prefix_ratio_caption(phase: Phase, names: Sequence[str]) -> str:
     parts = []
     for name in names:
         table = ratio_table(phase, name)
-        if not table["position"]:
-            return f"{phase.name}: too few responses."
-        low = [
-            position for position, ratio in zip(table["position"], table["median"], strict=True) if ratio < LOW_RATIO
-        ]
+        low = [row["from_position"] for row in table_rows(table) if row["median"] < LOW_RATIO]
         median = f"below {LOW_RATIO} from token {low[0]}" if low else f"{table['median'][-1]:.3g}"
         parts.append(f"{name} {median}, effective sample size {table['effective_sample_size'][-1]:.1%}")
-    return f"{phase.name}, median at token {table['position'][-1]}: {'; '.join(parts)}."
+    return (
+        f"{phase.name}, over the responses of at least {phase.common_length} tokens, median at token "
+        f"{table['to_position'][-1]}: {'; '.join(parts)}."
+    )
 
 
 def _entropy_caption(phase: Phase) -> str:
@@ -274,12 +245,12 @@ def _response_caption(sample: Sample) -> str:
     )
 
 
-def _greatest_signal_bin(signal_L: np.ndarray) -> str:
-    if not np.isfinite(signal_L).any():
-        return "nowhere"
-    width = 100 // len(signal_L)
-    start = int(np.nanargmax(signal_L)) * width
-    return f"between {start}% and {start + width}% of the response"
+def _greatest_signal_bins(signal_L: Floats) -> str:
+    """Return the part of the response with the greatest mean |A|: several bins if one token covers them."""
+    width, greatest = 100 // len(signal_L), int(np.nanargmax(signal_L))
+    is_greatest_L = np.isclose(signal_L, signal_L[greatest], rtol=1e-9)
+    end = greatest + int(np.argmin(np.append(is_greatest_L[greatest:], False)))
+    return f"between {greatest * width}% and {end * width}% of the response"
 
 
 def continuations_sentence(summary: Mapping[str, Any]) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 
 from opdctl.analysis.by_size import by_size_rows, size_axis
 from opdctl.analysis.comparison_figures import by_size_panels, comparison_panels
+from opdctl.analysis.phase_tables import to_columns
 from opdctl.analysis.plotting import Panel
 from opdctl.analysis.report import write_figure
 from opdctl.analysis.result_formats import FORMATS
-from opdctl.analysis.results import to_columns
 from opdctl.artifacts import files, tables
 from opdctl.evaluation.result_table import ResultTable
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from opdctl.analysis.position_bias import MIN_PROMPTS, resample_groups
+from opdctl.analysis.bootstrap import resample_groups
+from opdctl.analysis.position_bias import MIN_PROMPTS
 from opdctl.analysis.position_sums import GROUPS, Batch, concatenate
 from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
 from opdctl.losses.token_weights import Floats

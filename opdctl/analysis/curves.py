@@ -1,9 +1,15 @@
-"""Curves of the analysis: the mean of a quantity by position, with its interval and what it rests on."""
+"""Curves of the analysis: the mean of a quantity by position, with its interval and what it rests on.
+
+Shape suffixes: see Notation in CONTRIBUTING.md.
+"""
 
 from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 
+from opdctl.analysis.bootstrap import interval_of_means
+from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, position_bounds
 from opdctl.losses.token_weights import Floats
 
 
@@ -30,6 +36,33 @@ class PositionCurve:
     def __len__(self) -> int:
         return len(self.mean_L)
 
-    def select(self, kept_L: np.ndarray) -> "PositionCurve":
+    def select(self, kept_L: npt.NDArray[np.generic] | slice) -> "PositionCurve":
         """Return the bins of these numbers or of this mask."""
         return PositionCurve(*(getattr(self, each.name)[kept_L] for each in fields(self)))
+
+
+def curve_by_position(sums: BinnedSums, name: str) -> PositionCurve:
+    """Return the mean of a quantity by token position."""
+    first_L, last_L = (bound_L.astype(np.float64) for bound_L in position_bounds(len(sums.responses_L)))
+    bounds = interval_of_means(sums.values[name], sums.tokens_GL)
+    return PositionCurve(first_L, last_L, sums.mean(name), *bounds, sums.responses_L)
+
+
+def curve_by_relative_position(sums: BinnedSums, name: str) -> PositionCurve:
+    """Return the mean of a quantity by position relative to the length, in percent."""
+    edge_L = np.arange(BINS + 1, dtype=np.float64) * (PERCENT / BINS)
+    bounds = interval_of_means(sums.values[name], sums.tokens_GL)
+    return PositionCurve(edge_L[:-1], edge_L[1:], sums.mean(name), *bounds, sums.responses_L)
+
+
+def cumulative_curve(sums: BinnedSums, name: str) -> PositionCurve:
+    """Return the sum of a quantity's means at the positions up to the end of each bin.
+
+    The mean at a position is over the responses that reach it. Responses that end therefore do not change the sum, as
+    they would change the mean of the responses' own sums.
+    """
+    first_L, last_L = (bound_L.astype(np.float64) for bound_L in position_bounds(len(sums.responses_L)))
+    width_L = last_L - first_L + 1
+    sum_L = np.cumsum(sums.mean(name) * width_L)
+    bounds = interval_of_means(sums.values[name], sums.tokens_GL, width_L)
+    return PositionCurve(last_L, last_L, sum_L, *bounds, sums.responses_L)

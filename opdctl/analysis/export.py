@@ -9,6 +9,7 @@ import numpy as np
 
 from opdctl import signals
 from opdctl.analysis.samples import response_groups
+from opdctl.analysis.shown_weights import ShownWeights
 from opdctl.artifacts import tables
 from opdctl.artifacts.exchange import describe_file
 from opdctl.artifacts.records import ExportedResponse, Response, ScoredResponse
@@ -19,18 +20,20 @@ from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import to_weight_inputs
 
 
-def export_responses(run: Run, steps: Sequence[int], weight: tuple[str, Weight], path: Path) -> int:
-    """Write the scored responses of these steps, and return their number. weight: its label and the weight.
+def export_responses(run: Run, steps: Sequence[int], weights: ShownWeights, path: Path) -> int:
+    """Write the scored responses of these steps, and return their number.
+
+    The weight is the one that the run was trained with, or another one that the command sets in the recipe.
 
     Responses are read and written in groups, so that a step need not fit into memory.
 
     Raises:
         OpdctlError: a part is missing or corrupt, or the file cannot be written.
     """
-    label, token_weight = weight
-    count = 0
+    label, count = weights.what_if or weights.own, 0
     with tables.open_row_writer(path, ExportedResponse, _describe(run, steps, label)) as write:
         for step in steps:
+            token_weight = weights.at(step)[label]
             for group in response_groups(run, step, {label: token_weight}):
                 signals.check()
                 rows = list(_rows(run, step, group, token_weight))

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from opdctl.analysis.captions import property_title
+from opdctl.analysis.captions import figure_captions, optional_quantities, property_title
 from opdctl.analysis.comparison_figures import learning_curve_panel
 from opdctl.analysis.correlations import Correlation
 from opdctl.analysis.figures_of_continuations import continuation_panels
 from opdctl.analysis.figures_of_weights import one_response_panels, prefix_ratio_panels, weight_panels
+from opdctl.analysis.phase import ALL_RESPONSES, Phase
 from opdctl.analysis.plotting import (
     BLACK,
     BLUE,
@@ -26,11 +27,12 @@ from opdctl.analysis.plotting import (
     plot_estimates,
     plot_reference,
     scale_by_step,
+    series_styles,
     use_integer_ticks,
     use_percent,
 )
 from opdctl.analysis.position_sums import BINS, PREFIX_PERCENT
-from opdctl.analysis.results import Analysis, Phase
+from opdctl.analysis.results import Analysis
 from opdctl.evaluation.statistics import Estimate
 
 POSITION, RELATIVE_POSITION = "token position in the response", "position in the response"
@@ -46,12 +48,16 @@ class FigureContent:
 
 
 def figure_panels(analysis: Analysis) -> dict[str, list[Panel]]:
-    """Return the panels of the figures that the analysis has numbers for, by name, in the order of the report."""
-    return {name: panels for name, figure in FIGURES.items() if (panels := figure.panels(analysis))}
+    """Return the panels of the figures that the analysis has numbers for, by name, in the order of the report: those
+    that have a caption."""
+    captions = figure_captions(analysis)
+    return {name: figure.panels(analysis) for name, figure in FIGURES.items() if name in captions}
 
 
 def _phase_colors(analysis: Analysis) -> Iterator[tuple[Phase, dict[str, str]]]:
-    return zip(analysis.phases, ({"color": color} for color in COLORS), strict=False)
+    """Return the phases that have curves by position, with their colors."""
+    phases = [phase for phase in analysis.phases if phase.numbers.tokens]
+    return zip(phases, ({"color": color} for color in COLORS), strict=False)
 
 
 # ── By position ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -59,15 +65,28 @@ def _phase_colors(analysis: Analysis) -> Iterator[tuple[Phase, dict[str, str]]]:
 
 def position_panels(analysis: Analysis) -> list[Panel]:
     """Discrepancy, reverse KL and the recipe's weight by token position (Figure 3b)."""
-    recipe_weight = analysis.weights[0]
+    own_weight, phases = analysis.weights[0], list(_phase_colors(analysis))
     return [
         curve_panel(title, POSITION, y, {phase.name: (phase.by_position(name), style) for phase, style in phases})
         for name, title, y in (
             ("abs_advantage", "Discrepancy |A|", "mean |A| (nats)"),
-            ("k1", "Reverse KL, sampled (k1)", "mean −A (nats)"),
-            (recipe_weight, f"Token weight: {recipe_weight}", "mean weight"),
+            ("k1", "Reverse KL, sampled (k1)", "mean log p_student − log p_teacher (nats)"),
+            (own_weight, f"Token weight: {own_weight}", "mean weight"),
         )
-        if (phases := list(_phase_colors(analysis)))
+    ]
+
+
+def cohort_panels(analysis: Analysis) -> list[Panel]:
+    """Discrepancy by token position for responses of similar length, and for the truncated ones."""
+    return [
+        curve_panel(
+            phase.name,
+            POSITION,
+            "mean |A| (nats)",
+            {label: (phase.by_position("abs_advantage", label), style) for label, style in styles.items()},
+        )
+        for phase in analysis.phases
+        if (styles := series_styles([label for label in phase.cohorts if label != ALL_RESPONSES]))
     ]
 
 
@@ -78,22 +97,22 @@ def prefix_logp_panels(analysis: Analysis) -> list[Panel]:
         curve_panel(
             phase.name,
             "prefix length (tokens)",
-            "mean log-prob (nats)",
+            "log-prob of the prefix (nats)",
             {
                 model: (
-                    phase.by_position(f"{model}_prefix_logp"),
+                    phase.cumulative_logp(model),
                     {"color": color, "ls": "-" if model == "student" else "--"},
                 )
                 for model, color in colors.items()
             },
         )
         for phase in analysis.phases
+        if phase.shown_bins()
     ]
 
 
 def entropy_panels(analysis: Analysis) -> list[Panel]:
     """Entropies and top-k overlap by position, which a run stores on request only."""
-    stored = analysis.all_steps.numbers.position.values
     return [
         curve_panel(
             name.replace("_", " ").capitalize(),
@@ -101,8 +120,7 @@ def entropy_panels(analysis: Analysis) -> list[Panel]:
             "fraction of the top k" if name == "top_k_overlap" else "nats",
             {phase.name: (phase.by_position(name), style) for phase, style in _phase_colors(analysis)},
         )
-        for name in ("student_entropy", "teacher_entropy", "top_k_overlap")
-        if name in stored
+        for name in optional_quantities(analysis)
     ]
 
 
@@ -153,11 +171,12 @@ def _use_relative_axis(axis: Axes) -> None:
 def step_panels(analysis: Analysis) -> list[Panel]:
     """Reverse KL, also relative to the first step, discrepancy, and signal in the prefix by step (Figure 3a)."""
     steps = analysis.steps
-    if len(steps) < 2:
-        return []
     numbers = [step.step for step in steps]
     of = {name: [step.means[name] for step in steps] for name in ("k1", "k3", "abs_advantage")}
-    fraction = {"of the signal": [step.prefix_fraction for step in steps]}
+    fraction = {
+        "of the signal": [step.prefix_fraction for step in steps],
+        "of a response’s own, mean": [step.own_fraction for step in steps],
+    }
     bias = (PREFIX_PERCENT / 100, f"{PREFIX_PERCENT}%: no position bias")
     return [
         _by_step("Reverse KL", "nats per token", numbers, {name: of[name] for name in ("k1", "k3")}),
@@ -200,8 +219,6 @@ def _by_step(
 
 def heatmap_panels(analysis: Analysis) -> list[Panel]:
     """Mean |A| by step and relative position, relative to the mean of the step."""
-    if len(analysis.steps) < 2:
-        return []
     first, last = analysis.steps[0].step, analysis.steps[-1].step
     signal_LI = np.full((BINS, last - first + 1), np.nan)  # a missing step is an empty column
     for step in analysis.steps:
@@ -242,8 +259,6 @@ def accuracy_panels(analysis: Analysis) -> list[Panel]:
 
 def correlation_panels(analysis: Analysis) -> list[Panel]:
     """Rank correlations of the discrepancy with properties of the tokens, raw and partial."""
-    if not analysis.has_correlations():
-        return []
     return [_correlation_panel(phase.name, phase.correlations) for phase in analysis.phases if phase.correlations]
 
 
@@ -270,11 +285,12 @@ FIGURES = {
     ),
     "steps": FigureContent("By training step", step_panels, ("steps",)),
     "heatmap": FigureContent("By training step and position", heatmap_panels, ("steps_relative",)),
+    "cohorts": FigureContent("Discrepancy by position for responses of similar length", cohort_panels, ("cohorts",)),
     "prefix_logp": FigureContent(
-        "Log-prob of the student’s prefixes under student and teacher", prefix_logp_panels, ("position",)
+        "Log-prob of the student’s prefixes under student and teacher", prefix_logp_panels, ("prefix_logp",)
     ),
     "entropy": FigureContent("Entropies and top-k overlap of student and teacher", entropy_panels, ("position",)),
-    "weights": FigureContent("Token weights by position", weight_panels, ("position",)),
+    "weights": FigureContent("Token weights by position", weight_panels, ("relative", "weights_of_long")),
     "prefix_ratio": FigureContent(
         "The ideal prefix ratio for several exponents", prefix_ratio_panels, ("prefix_ratio",)
     ),

@@ -6,8 +6,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from opdctl.analysis.phase_tables import continuation_rows
 from opdctl.analysis.plotting import BLUE, COLORS, GREY, Panel, plot_band, plot_counts, plot_line, use_percent
-from opdctl.analysis.results import Analysis, continuation_rows
+from opdctl.analysis.results import Analysis
 
 Rows = Sequence[Mapping[str, Any]]
 PREFIX_KINDS = {"right so far": ":", "gone wrong": "--"}

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from opdctl.analysis.phase import Phase
+from opdctl.analysis.phase_tables import ratio_table
 from opdctl.analysis.plotting import (
     GREY,
     ORANGE,
@@ -20,23 +22,34 @@ from opdctl.analysis.plotting import (
     set_log_scale,
     use_percent,
 )
-from opdctl.analysis.results import Analysis, Phase, ratio_table
+from opdctl.analysis.results import Analysis
 
 MIN_SHOWN_RATIO = 1e-4
 """The least prefix ratio that is shown: those of a great alpha are 0 after some tokens."""
 
 
 def weight_panels(analysis: Analysis) -> list[Panel]:
-    """Each token weight by position (Figure 4c)."""
+    """Each token weight by relative position over all responses, and by token position over long ones (Figure 4c)."""
     styles = series_styles(_shown_weights(analysis))
     return [
-        curve_panel(
-            phase.name,
-            "token position in the response",
-            "mean weight",
-            {name: (phase.by_position(name), style) for name, style in styles.items()},
-        )
+        panel
         for phase in analysis.phases
+        if phase.numbers.tokens
+        for panel in (
+            curve_panel(
+                phase.name,
+                "position in the response",
+                "mean weight",
+                {name: (phase.by_relative_position(name), style) for name, style in styles.items()},
+                lambda axis: use_percent(axis, "x"),
+            ),
+            curve_panel(
+                f"{phase.name}, at least {phase.common_length} tokens",
+                "token position in the response",
+                "mean weight",
+                {name: (phase.by_position_of_long(name), style) for name, style in styles.items()},
+            ),
+        )
     ]
 
 
@@ -49,7 +62,7 @@ def _shown_weights(analysis: Analysis) -> list[str]:
 def prefix_ratio_panels(analysis: Analysis) -> list[Panel]:
     """The ideal prefix ratio by position for several exponents, and its effective sample size (Figure 4a)."""
     names = analysis.prefix_ratios()
-    phases = [phase for phase in analysis.phases if names and len(phase.shown_positions())]
+    phases = [phase for phase in analysis.phases if names and phase.numbers.tokens]
     return [panel for phase in phases for panel in _ratio_panels(phase, names)]
 
 
@@ -59,19 +72,19 @@ def _ratio_panels(phase: Phase, names: Sequence[str]) -> list[Panel]:
 
     def draw_ratio(axis: Axes) -> None:
         for name, table in tables.items():
-            x, mean, low, high = (table[column] for column in ("position", "median", "low", "high"))
+            x, mean, low, high = (table[column] for column in ("to_position", "median", "low", "high"))
             plot_band(axis, x, mean, low, high, label=name, **styles[name])
         use_token_axis(axis)
         set_log_scale(axis, 4)
 
     def draw_size(axis: Axes) -> None:
         for name, table in tables.items():
-            plot_line(axis, table["position"], table["effective_sample_size"], label=name, **styles[name])
+            plot_line(axis, table["to_position"], table["effective_sample_size"], label=name, **styles[name])
         use_token_axis(axis)
         use_percent(axis, "y")
 
     def draw_counts(axis: Axes) -> None:
-        plot_counts(axis, table["position"], table["responses"], GREY, "")
+        plot_counts(axis, table["to_position"], table["responses"], GREY, "")
 
     greatest = max(max(table["median"], default=1.0) for table in tables.values())
     position = "token position (logarithmic)"
@@ -81,7 +94,7 @@ def _ratio_panels(phase: Phase, names: Sequence[str]) -> list[Panel]:
             (MIN_SHOWN_RATIO, 10 * max(greatest, 1.0)),
         ),
         Panel(
-            f"Effective sample size, {phase.name}", position, "fraction of the responses", draw_size, draw_counts,
+            f"Effective sample size, {phase.name}", position, "fraction of the tokens", draw_size, draw_counts,
             (0, 1.02),
         ),
     ]  # fmt: skip

@@ -13,13 +13,14 @@ Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
+from opdctl.analysis.bootstrap import GROUP_RESAMPLES, MIN_INTERVAL_PROMPTS, resample_groups
 from opdctl.analysis.position_sums import PERCENT, PREFIX_PERCENT, SignalProfile
 from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
 from opdctl.losses.token_weights import Floats
@@ -28,8 +29,6 @@ BIAS_CONFIDENCE_LEVEL = 0.99
 """The confidence level of the tests of a bias and of a change point, and of the intervals beside them."""
 MIN_PROMPTS = 20
 """The least number of prompts whose responses are tested."""
-GROUP_RESAMPLES = 2000
-"""Bootstrap samples of the groups, and random signs of the test of a change point."""
 ROUNDING_ERROR = 1e-9  # relative to the signal: smaller differences are rounding errors of a uniform signal
 MIN_SEGMENT_PERCENT = 5  # percent of the response before and after a change point, at least
 
@@ -89,8 +88,26 @@ class PositionBias:
     estimates: tuple[PrefixEstimate, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as JSON values."""
-        return {**asdict(self), "estimates": [asdict(each) for each in self.estimates]}
+        """Return the result as JSON values, with None for a number that does not exist."""
+        result: dict[str, Any] = finite_or_none(asdict(self))
+        return result
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return JSON values with None in place of NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_or_none(each) for key, each in value.items()}
+    return [finite_or_none(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def common_direction(biases: Iterable[PositionBias]) -> Direction:
+    """Return the direction that all tests have that were made; "mixed" if they differ, "unknown" if there is none."""
+    directions = {bias.direction for bias in biases} - {"unknown"}
+    if len(directions) > 1:
+        return "mixed"
+    return next(iter(directions), "unknown")
 
 
 def assess_bias(profile: SignalProfile) -> PositionBias:
@@ -140,16 +157,25 @@ def prefix_fraction(signal_GQ: Floats, percent: int = PREFIX_PERCENT, level: flo
     return _fraction(signal_GQ[:, :percent].sum(1), signal_GQ.sum(1), level)
 
 
+def mean_own_fraction(profile: SignalProfile) -> Estimate:
+    """Return the mean of the responses' own fractions of their signal in the first 30%, with its 95% interval."""
+    share_G, count_G = profile.prefixes["all"][profile.responses_G > 0, 2:].T
+    return _fraction(share_G, count_G, CONFIDENCE_LEVEL)
+
+
 def _fraction(prefix_G: Floats, total_G: Floats, level: float) -> Estimate:
     """Return the ratio of two sums over groups, with its interval at a confidence level.
 
     The interval inverts the test of each fraction f (Fieller 1954). With h the signal of a group's prefix and S all its
     signal, f is in the interval if the sum of h - f S over the groups is less than t times its root mean square from 0.
-    The interval is [0, 1] if one group has most of the signal.
+    The interval is [0, 1] if one group has most of the signal. There is none for fewer than MIN_INTERVAL_PROMPTS
+    groups.
     """
     prefix, total = prefix_G.sum(), total_G.sum()
     if not total:
         return Estimate(math.nan, math.nan, math.nan)
+    if len(total_G) < MIN_INTERVAL_PROMPTS:
+        return Estimate(float(prefix / total), math.nan, math.nan)
     t2 = float(stats.t.ppf((1 + level) / 2, max(len(total_G) - 1, 1))) ** 2
     a = total**2 - t2 * (total_G @ total_G)
     b = prefix * total - t2 * (prefix_G @ total_G)
@@ -206,13 +232,6 @@ def _max_gap_p_value(gap_GU: Floats, scale: float) -> float:
     return float((1 + (null_J >= np.abs(gap_GU.sum(0)).max()).sum()) / (1 + GROUP_RESAMPLES))
 
 
-def resample_groups(sums_GX: Floats) -> Floats:
-    """Return the totals of bootstrap samples of the groups, [J, X]."""
-    groups = len(sums_GX)
-    count_JG = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), GROUP_RESAMPLES)
-    return count_JG.astype(np.float64) @ sums_GX
-
-
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -227,6 +246,9 @@ def effective_sample_size(tokens_G: Floats, moments_G2: Floats) -> Estimate:
         denominator_J = sums_JX[:, 0] * sums_JX[:, 2]
         return np.divide(sums_JX[:, 1] ** 2, denominator_J, out=np.zeros(len(sums_JX)), where=denominator_J > 0)
 
+    value = float(ratio(sums_GX.sum(0)[None])[0])
+    if len(sums_GX) < MIN_INTERVAL_PROMPTS:
+        return Estimate(value, math.nan, math.nan)
     quantiles = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
     low, high = np.quantile(ratio(resample_groups(sums_GX)), quantiles, method="nearest")
-    return Estimate(float(ratio(sums_GX.sum(0)[None])[0]), float(low), float(high))
+    return Estimate(value, float(low), float(high))

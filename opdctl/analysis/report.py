@@ -14,11 +14,12 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from opdctl.analysis import captions, figures
+from opdctl.analysis import captions, figures, verdict
 from opdctl.analysis.page_svg import render_panel
+from opdctl.analysis.phase_tables import TableColumns, table_rows
 from opdctl.analysis.plotting import Panel, compose, figure_bytes
 from opdctl.analysis.position_bias import BIAS_CONFIDENCE_LEVEL, PositionBias
-from opdctl.analysis.results import Analysis, TableColumns, table_rows
+from opdctl.analysis.results import Analysis
 from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
 from opdctl.artifacts import files, tables
 from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
@@ -72,9 +73,9 @@ def render_page(analysis: Analysis, images: Mapping[str, Sequence[str]]) -> str:
     caption = captions.figure_captions(analysis)
     return template.render(
         analysis=analysis,
-        overview=captions.overview(analysis),
+        overview=verdict.overview(analysis),
         bias=_bias_section(analysis.bias),
-        method_notes=captions.METHOD_NOTES,
+        method_notes=verdict.METHOD_NOTES,
         figures=[
             {
                 "name": name,
@@ -95,20 +96,20 @@ def render_page(analysis: Analysis, images: Mapping[str, Sequence[str]]) -> str:
 
 def _bias_section(bias: PositionBias) -> dict[str, Any]:
     tiles = [
-        _tile(captions.estimate_label(each), each.fraction, ".1%", BIAS_CONFIDENCE_LEVEL) for each in bias.estimates
+        _tile(verdict.estimate_label(each), each.fraction, ".1%", BIAS_CONFIDENCE_LEVEL) for each in bias.estimates
     ]
     if bias.change_point is not None:
         tiles.append(_tile("change point", bias.change_point.position, ".0%", CONFIDENCE_LEVEL))
     return {
         "css_class": bias.direction.removesuffix(" found"),
-        "result": captions.bias_sentence(bias),
-        "change_point": captions.change_point_sentence(bias),
+        "result": verdict.bias_sentence(bias),
+        "change_point": verdict.change_point_sentence(bias),
         "tiles": tiles,
     }
 
 
 def _tile(label: str, estimate: Estimate, spec: str, level: float) -> dict[str, str]:
-    interval = f"{level:.0%}: {estimate.format_interval(spec)}"
+    interval = f"{level:.0%}: {estimate.format_interval(spec) or 'too few prompts'}"
     return {"label": label, "value": f"{estimate.value:{spec}}", "interval": interval}
 
 
@@ -145,7 +146,8 @@ def _format_cell(row: Mapping[str, Any], name: str) -> str:
 def format_weight_table(analysis: Analysis) -> tuple[tuple[str, ...], list[list[str]]]:
     """Return the table of the weights for the terminal: the header and a row for each weight."""
     section = _table_section("", analysis.weight_table(), is_open=True)
-    return tuple(section["header"]), section["rows"]
+    rows = [row[1:] for row in section["rows"] if row[0] == analysis.all_steps.name]
+    return tuple(section["header"][1:]), rows
 
 
 def _sample_sections(samples: Sequence[Sample]) -> list[dict[str, Any]]:

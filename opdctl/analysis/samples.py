@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from opdctl import console
+from opdctl.analysis.shown_weights import ShownWeights
 from opdctl.artifacts.records import LossMask, ScoredResponse
 from opdctl.errors import OpdctlError
 from opdctl.losses.token_weights import Floats, ResponseTokens, Weight, weigh
@@ -154,7 +155,7 @@ def representative_ids(run: Run, step: int) -> list[str]:
     return list(dict.fromkeys(means[index][1] for index in (len(means) // 2, -1))) if means else []
 
 
-def load_sample(run: Run, sample_id: str, steps: Sequence[int], weights: Mapping[str, Weight]) -> Sample:
+def load_sample(run: Run, sample_id: str, steps: Sequence[int], weights: ShownWeights) -> Sample:
     """Return the response `sample_id`.
 
     Raises:
@@ -162,7 +163,7 @@ def load_sample(run: Run, sample_id: str, steps: Sequence[int], weights: Mapping
     """
     step_part = sample_id.rsplit("/", 2)[1:2]
     step = int(step_part[0]) if step_part and step_part[0].isdecimal() else None
-    samples = load_samples(run, step, [sample_id], weights) if step in steps and step is not None else []
+    samples = load_samples(run, step, [sample_id], weights.at(step)) if step in steps and step is not None else []
     if not samples:
         example = next((name for each in steps for name in representative_ids(run, each)), None)
         hint = f"give PROMPT_ID/STEP/SAMPLE, such as {example}" if example else f"run `{run.next_command()}`"

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from opdctl import console
@@ -11,9 +12,10 @@ from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.losses.token_weights import Weight
 from opdctl.recipe.components import build_token_weight, has_known_weight, unmet_requirements
 from opdctl.recipe.load import parse_value
-from opdctl.recipe.schema import Component
+from opdctl.recipe.schema import Component, WeightSettings
 from opdctl.registry import WEIGHTS, are_imported
-from opdctl.runs.run import Run
+from opdctl.runs.phases import training_phases
+from opdctl.runs.run import Run, read_recipe
 
 DEFAULT_WEIGHTS = (
     "iw_opd,iw_opd:signed=true,linear_decay,"
@@ -22,8 +24,33 @@ DEFAULT_WEIGHTS = (
 """Shown besides the recipe's by default, in the form of `--weights`: the weights of the paper's Figure 4."""
 
 
-def chosen_weights(run: Run, text: str | None = None) -> dict[str, Weight]:
-    """Return the weights to show by their labels: the recipe's first, then those of `text`, or the default ones.
+@dataclass(frozen=True)
+class ShownWeights:
+    """The token weights that the analysis shows, by label.
+
+    own: the label of the weight that the run was trained with. own_by_start: that weight by the first step of each
+    training phase. others: weights that it was not trained with, or not in every step. what_if: the label among them
+    of a weight that the command sets in the recipe.
+    """
+
+    own: str
+    own_by_start: Mapping[int, Weight]
+    others: Mapping[str, Weight]
+    what_if: str | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels, that of the run's own weight first."""
+        return [self.own, *self.others]
+
+    def at(self, step: int) -> dict[str, Weight]:
+        """Return the weights of a step's responses, the run's own first."""
+        start = max((start for start in self.own_by_start if start <= step), default=min(self.own_by_start))
+        return {self.own: self.own_by_start[start], **self.others}
+
+
+def chosen_weights(run: Run, text: str | None = None) -> ShownWeights:
+    """Return the weights to show: the run's own, the recipe's if the command changed it, and those of `text`.
 
     text: the value of `--weights`: weights separated by commas, each NAME or NAME:key=value:key=value. `all` is the
     default ones and every other weight whose columns the run has stored, with its default parameters.
@@ -31,30 +58,55 @@ def chosen_weights(run: Run, text: str | None = None) -> dict[str, Weight]:
     Raises:
         OpdctlError: a weight is unknown, a parameter is invalid, or a weight needs columns that are not stored.
     """
-    weights = _recipe_weight(run)
+    components = {phase.steps[0]: phase.weight for phase in training_phases(run)} or {0: read_recipe(run.path).weight}
+    trained = {start: _build_labelled(run, component) for start, component in components.items()}
+    first_label, first_weight = next(iter(trained.values()))
+    is_single = {label for label, _ in trained.values()} == {first_label}
+    others, what_if = ({} if is_single else dict(trained.values())), None
+    if run.recipe.weight not in components.values():
+        label, weight = _build_labelled(run, run.recipe.weight)
+        what_if = f"what if: {label}"
+        others = {what_if: weight, **others}
+    shown = [*others.values(), *([first_weight] if is_single else [])]
     for component, is_optional in _parse_weights(DEFAULT_WEIGHTS if text is None else text):
-        weight: Weight = WEIGHTS.build(component.name, component.params)
+        weight = WEIGHTS.build(component.name, component.params)
         if is_optional and unmet_requirements(run.recipe, weight.needs):
             continue
         _check_requirements(run, component.name, weight)
-        if weight not in weights.values():
-            weights[_label(component.name, component.params)] = weight
-    # The weight of a plugin can have any name.
-    return {f"{label} (weight)" if label in RESERVED_NAMES else label: weight for label, weight in weights.items()}
+        if weight not in shown:
+            others[_label(component.name, component.params)] = weight
+            shown.append(weight)
+    return ShownWeights(
+        _free_label(first_label if is_single else "as trained"),
+        {start: weight for start, (_, weight) in trained.items()},
+        {_free_label(label): weight for label, weight in others.items()},
+        what_if,
+    )
 
 
-def _recipe_weight(run: Run) -> dict[str, Weight]:
-    """Return the recipe's weight by its label. That of a plugin which is not imported is unknown: 1 is shown."""
-    name = run.recipe.weight.name
-    if not has_known_weight(run.recipe) and not are_imported(run.recipe.plugins):
-        option = shlex.quote(f"plugins={json.dumps(run.recipe.plugins)}")
-        console.warn(
+def weight_label(run: Run, component: WeightSettings) -> str:
+    """Return the label of the token weight of a training phase."""
+    return _free_label(_build_labelled(run, component)[0])
+
+
+def _free_label(label: str) -> str:
+    """Return the label, or another one if a quantity has it: the weight of a plugin can have any name."""
+    return f"{label} (weight)" if label in RESERVED_NAMES else label
+
+
+def _build_labelled(run: Run, component: WeightSettings) -> tuple[str, Weight]:
+    """Return the label and the weight of a training phase. That of a plugin which is not imported is unknown: 1 is
+    shown."""
+    recipe, name = run.recipe.model_copy(update={"weight": component}), component.name
+    if not has_known_weight(recipe) and not are_imported(recipe.plugins):
+        option = shlex.quote(f"plugins={json.dumps(recipe.plugins)}")
+        console.warn_once(
             f"weight `{name}` of a plugin is not run, and 1 is shown in its place; to run it, add --set {option}"
         )
-        return {f"{name} (not run)": WEIGHTS.build("uniform", {})}
-    weight = build_token_weight(run.recipe)
+        return f"{name} (not run)", WEIGHTS.build("uniform", {})
+    weight = build_token_weight(recipe)
     _check_requirements(run, name, weight)
-    return {_recipe_label(run.recipe.weight): weight}
+    return _recipe_label(component), weight
 
 
 def _parse_weights(text: str) -> Iterator[tuple[Component, bool]]:

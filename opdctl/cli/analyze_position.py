@@ -62,7 +62,7 @@ def load_run_for_analysis(
 
 
 def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bool, as_json: bool) -> None:
-    from opdctl.analysis import analyze, captions, report
+    from opdctl.analysis import analyze, captions, report, verdict
 
     if dry_run:
         steps, skipped = analyze.scored_steps(run)
@@ -77,9 +77,9 @@ def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bo
         console.answer(captions.phase_sentence(phase))
     if draw := captions.final_student_sentence(analysis):
         console.warn(draw)
-    console.answer(captions.bias_sentence(analysis.bias), "bold")
-    if change_point := captions.change_point_sentence(analysis.bias):
-        console.answer(change_point)
+    for question, answer in verdict.answers(analysis):
+        console.answer(question, "bold")
+        console.answer(answer)
     console.print_table("token weights over all steps", *report.format_weight_table(analysis))
     # Each figure and each table is in files of several formats.
     figures, tables = (len({Path(name).stem for name in written[kind]}) for kind in ("figures", "tables"))

@@ -262,12 +262,11 @@ def export(
                 f"{loaded.path}: step {missing[0]} is not sampled and scored",
                 hint=f"use one of the steps {', '.join(map(str, scored)) or '(none)'}",
             )
-        weight = next(iter(chosen_weights(loaded).items()))  # the recipe's
         if dry_run:
             console.answer(f"{path}: the responses of steps {', '.join(map(str, steps))}")
             console.info("nothing was written")
             return
-        count = export_responses(loaded, steps, weight, path)
+        count = export_responses(loaded, steps, chosen_weights(loaded), path)
         console.answer(f"wrote {path}: {count:,} responses")
         if json_:
             print_json({"file": str(path), "responses": count, "steps": steps})

@@ -1,7 +1,5 @@
 """analyze_run on planted artifacts: the planted numbers come back."""
 
-import json
-
 import numpy as np
 import pytest
 from helpers.planted import plant, planted_run
@@ -31,12 +29,13 @@ def test_planted_numbers_come_back(run):
     assert phase["abs_advantage"] == phase["k1"] == pytest.approx(0.95)  # (6 + 3.5) / 10
     assert phase["k3"] == pytest.approx((3 * (np.exp(-2) + 1) + 7 * (np.exp(-0.5) - 0.5)) / 10)
     assert phase["prefix_fraction"]["value"] == pytest.approx(6 / 9.5)
-    position = analysis.phases[0].numbers.position
+    found = analysis.phases[0]
+    position = found.numbers.by_position()
     # gamma 1: w = 2 - F, and F is 6 / 9.5 before the fourth token
     assert position.mean("iw_opd gamma=1")[[0, 3]].tolist() == pytest.approx([2.0, 2 - 6 / 9.5])
     # log-probs of prefixes: -1 per token under the student, A more under the teacher
-    assert position.mean("student_prefix_logp").tolist() == pytest.approx(list(range(-1, -11, -1)))
-    assert position.mean("teacher_prefix_logp")[[2, 9]].tolist() == pytest.approx([-3 - 6, -10 - 9.5])
+    assert found.cumulative_logp("student").mean_L.tolist() == pytest.approx(list(range(-1, -11, -1)))
+    assert found.cumulative_logp("teacher").mean_L[[2, 9]].tolist() == pytest.approx([-3 - 6, -10 - 9.5])
     # prefix_ratio: exp(0.1 · Σ of A before), mean 1
     ratio = np.exp(0.1 * (np.cumsum(advantage) - advantage))
     np.testing.assert_allclose(
@@ -65,7 +64,7 @@ def test_entropies_and_overlap_are_analyzed_if_stored(tmp_path):
     both = ({**student, "top_logprobs": top}, {**teacher, "top_logprobs": top})
     plant(run, 0, [np.array([-1.0, -1.0])] * 2, student=both[0], teacher=both[1])
     (phase,) = analyze.analyze_run(run).phases
-    mean = phase.numbers.position.mean
+    mean = phase.numbers.by_position().mean
     assert mean("student_entropy").tolist() == [0.5, 1.5]
     assert mean("teacher_entropy").tolist() == pytest.approx([0.1, 0.3])
     assert mean("top_k_overlap").tolist() == [1.0, 0.5]
@@ -90,7 +89,7 @@ def test_prefix_ratios_have_quantiles_and_sample_sizes_by_position(run):
     # exp(A) of the first token is 3, 1 and 1/3: r of the second token is 27/13, 9/13 and 3/13
     plant(run, 0, [np.array([np.log(ratio), 0.0]) for ratio in (3, 1, 1 / 3)] * 10)
     table = analyze.analyze_run(run, "prefix_ratio:alpha=1,uniform").tables()["prefix_ratio"]
-    assert (table["weight"], table["position"]) == (["prefix_ratio alpha=1"] * 2, [1, 2])
+    assert (table["weight"], table["to_position"]) == (["prefix_ratio alpha=1"] * 2, [1, 2])
     assert table["responses"] == [30, 30]
     assert [table[name][1] for name in ("low", "median", "high")] == pytest.approx([3 / 13, 9 / 13, 27 / 13], rel=0.2)
     assert table["effective_sample_size"] == pytest.approx([1.0, 9 / (3 * (27**2 + 9**2 + 3**2) / 13**2)])
@@ -137,15 +136,14 @@ def test_ends_are_the_first_step_and_the_final_student(run):
 def test_final_student_without_responses_gets_the_commands_that_draw_them(run):
     plant(run, 0, [np.full(10, -1.0)] * 2)
     plant(run, 1, [np.full(10, -1.0)] * 2)
-    write_json(run.update_path(1), json.loads(run.update_path(0).read_text()) | {"step": 1})
+    write_json(run.update_path(1), {**run.update(0), "step": 1})
     analysis = analyze.analyze_run(run, None, "ends")
     assert [phase.name for phase in analysis.phases] == ["before training (step 0)", "after 1 update (step 1)"]
     assert analysis.draw_commands == [
         f"opdctl rollout {run.path} --step 2",
         f"opdctl score-teacher {run.path} --step 2",
     ]
-    for name in ("position", "prefix_logp"):
-        assert all(command in captions.figure_captions(analysis)[name] for command in analysis.draw_commands)
+    assert all(command in captions.figure_captions(analysis)["position"] for command in analysis.draw_commands)
 
 
 def test_student_of_a_stale_step_is_the_one_that_drew_it(tmp_path):
@@ -168,7 +166,7 @@ def test_numbers_do_not_depend_on_parts_and_batches(tmp_path, monkeypatch):
         monkeypatch.setattr(analyze, "CHUNK_TOKENS", budget)
         plant(run, 0, advantages)
         tables.append(analyze.analyze_run(run).tables())
-    for name in ("position", "relative", "cumulative_signal", "weights"):
+    for name in ("position", "cohorts", "relative", "cumulative_signal", "weights", "weights_of_long"):
         for column, values in tables[0][name].items():
             if isinstance(values[0], float):
                 np.testing.assert_allclose(values, tables[1][name][column], rtol=1e-9, atol=1e-12, err_msg=column)

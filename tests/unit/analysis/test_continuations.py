@@ -6,7 +6,7 @@ from helpers.commands import small_recipe
 
 from opdctl.analysis import continuations
 from opdctl.analysis.continuations import PrefixLength
-from opdctl.analysis.results import CONTINUATION_COLUMNS, continuation_rows
+from opdctl.analysis.phase_tables import CONTINUATION_COLUMNS, continuation_rows
 from opdctl.artifacts.records import GradedResponse, Response
 from opdctl.errors import OpdctlError
 from opdctl.runs.open import open_run

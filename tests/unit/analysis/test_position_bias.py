@@ -150,10 +150,13 @@ def test_bias_of_many_responses_to_few_prompts_is_unknown():
 
 def test_effective_sample_size_by_hand():
     # weights 1, 1, 1, 3 in two groups: (Σ w)² / (N Σ w²) = 36 / (4 · 12)
-    size = effective_sample_size(np.array([2.0, 2.0]), np.array([[2.0, 2.0], [4.0, 10.0]]))
+    tokens_G, moments_G2 = np.array([2.0, 2.0]), np.array([[2.0, 2.0], [4.0, 10.0]])
+    size = effective_sample_size(tokens_G, moments_G2)
     assert size.value == pytest.approx(0.75)
-    assert size.low == pytest.approx(0.75)  # one of each group; twice the second group gives 0.8
-    assert size.high == pytest.approx(1.0)  # the first group twice
+    assert np.isnan(size.low)  # two prompts
+    many = effective_sample_size(np.tile(tokens_G, 10), np.tile(moments_G2, (10, 1)))
+    assert many.value == pytest.approx(0.75)
+    assert 0.74 < many.low <= 0.75 < many.high < 0.8  # 0.75 is nearly the least that any sample can have
 
 
 # ── Two quantities, with and without truncated responses ─────────────────────────────────────────────────────────────

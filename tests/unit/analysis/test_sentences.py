@@ -10,22 +10,22 @@ import pytest
 from helpers.planted import plant, planted_run
 from scipy import optimize, stats
 
-from opdctl.analysis import analyze, captions
+from opdctl.analysis import analyze, captions, verdict
 from opdctl.analysis.results import Analysis
 
 PROMPTS = 40
 LENGTH = 40
 DIRECTIONS = ("early", "late")
-ADVICE = re.compile(r"prefix weight: \d")
+ADVICE = re.compile(r"prefix_only with fraction [\d.]+ would keep")
 """A suggested fraction of a prefix weight."""
 
 
 def sentences(analysis: Analysis) -> dict[str, str]:
     """Return all sentences of an analysis by where they are."""
     return {
-        "overview": captions.overview(analysis),
-        "headline": captions.bias_sentence(analysis.bias),
-        "change point": captions.change_point_sentence(analysis.bias),
+        "overview": verdict.overview(analysis),
+        "headline": verdict.headline(analysis),
+        **dict(verdict.answers(analysis)),
         **captions.figure_captions(analysis),
     }
 

@@ -18,7 +18,7 @@ def run(tmp_path) -> Run:
 
 
 def test_weights_of_figure_4_are_shown_by_default(run):
-    assert list(chosen_weights(run)) == [
+    assert chosen_weights(run).labels == [
         "iw_opd gamma=1",  # the recipe's weight first
         "iw_opd",
         "iw_opd signed=true",
@@ -28,24 +28,24 @@ def test_weights_of_figure_4_are_shown_by_default(run):
 
 
 def test_named_weights_replace_the_default_ones(run):
-    assert list(chosen_weights(run, "suffix_only")) == ["iw_opd gamma=1", "suffix_only"]
+    assert chosen_weights(run, "suffix_only").labels == ["iw_opd gamma=1", "suffix_only"]
 
 
 def test_all_has_every_weight_whose_columns_are_stored(run):
-    every = chosen_weights(run, "all,iw_opd:gamma=7")
+    every = chosen_weights(run, "all,iw_opd:gamma=7").labels
     assert {"uniform", "teacher_confidence", "prefix_curriculum", "iw_opd signed=true", "iw_opd gamma=7"} < set(every)
     assert not {"tip", "fire", "prune"} & set(every)  # they need columns that this run has not stored
 
 
 def test_parameters_have_the_types_of_a_recipe(run):
-    weights = chosen_weights(run, "iw_opd:gamma=2:signed=true,prefix_curriculum:mode=mask:start=0.25")
-    label, weight = list(weights.items())[1]
+    weights = chosen_weights(run, "iw_opd:gamma=2:signed=true,prefix_curriculum:mode=mask:start=0.25").others
+    label, weight = next(iter(weights.items()))
     assert (label, weight) == ("iw_opd gamma=2 signed=true", IwOpd(gamma=2.0, signed=True))
     assert weights["prefix_curriculum mode=mask start=0.25"] == PrefixCurriculum(mode="mask", start=0.25)
 
 
 def test_equal_weights_are_shown_once(run):
-    assert list(chosen_weights(run, "iw_opd:gamma=1,iw_opd,iw_opd:gamma=0.5")) == ["iw_opd gamma=1", "iw_opd"]
+    assert chosen_weights(run, "iw_opd:gamma=1,iw_opd,iw_opd:gamma=0.5").labels == ["iw_opd gamma=1", "iw_opd"]
 
 
 @pytest.mark.parametrize(

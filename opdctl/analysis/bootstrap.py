@@ -1,0 +1,73 @@
+"""Intervals by resampling groups of prompts, from sums by group. No files, no model, no torch.
+
+Shape suffixes: see Notation in CONTRIBUTING.md.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from scipy import stats
+
+from opdctl.evaluation.statistics import CONFIDENCE_LEVEL
+from opdctl.losses.token_weights import Floats
+
+GROUP_RESAMPLES = 2000
+"""Bootstrap samples of the groups, and random signs of the test of a change point."""
+CURVE_RESAMPLES = 1000
+"""Bootstrap samples for the intervals of means."""
+MIN_INTERVAL_PROMPTS = 10
+"""A mean over fewer prompts has no interval."""
+
+
+@lru_cache(maxsize=8)
+def _resample_counts(groups: int, resamples: int) -> Floats:
+    """Return how often each group is in each bootstrap sample, [J, G]."""
+    counts_JG = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), resamples)
+    return counts_JG.astype(np.float64)
+
+
+def resample_groups(sums_GX: Floats, resamples: int = GROUP_RESAMPLES) -> Floats:
+    """Return the totals of bootstrap samples of the groups, [J, X]."""
+    return _resample_counts(len(sums_GX), resamples) @ sums_GX
+
+
+def interval_of_means(
+    value_GL: Floats, tokens_GL: Floats, cumulated_width_L: Floats | None = None
+) -> tuple[Floats, Floats]:
+    """Return the bounds, [L] each, of the 95% intervals of Σ value / Σ tokens over the groups in each bin.
+
+    The percentiles of the bootstrap samples lie within the range of the groups' means. For few groups they are those of
+    a wider level, as Student's t is wider than the normal distribution (Hesterberg 2015, "expanded percentiles"). NaN
+    with fewer than MIN_INTERVAL_PROMPTS groups in the bin.
+
+    cumulated_width_L: the bounds are those of the means times these widths, summed over the bins up to each one.
+    """
+    used_G = tokens_GL.any(1)
+    value_GL, tokens_GL = value_GL[used_G], tokens_GL[used_G]
+    groups_L = np.count_nonzero(tokens_GL, axis=0)
+    low_L, high_L = np.full((2, len(groups_L)), np.nan)
+    (kept_L,) = np.nonzero(groups_L >= MIN_INTERVAL_PROMPTS)
+    if len(kept_L):
+        mean_JL = _resample_means(value_GL[:, kept_L], tokens_GL[:, kept_L])
+        if cumulated_width_L is not None:
+            mean_JL = np.cumsum(mean_JL * cumulated_width_L[kept_L], axis=1)
+        low_L[kept_L], high_L[kept_L] = expanded_percentiles(mean_JL, groups_L[kept_L])
+    return low_L, high_L
+
+
+def _resample_means(value_GL: Floats, tokens_GL: Floats) -> Floats:
+    """Return the means of bootstrap samples, [J, L]; that of all groups where a sample has no token."""
+    value_JL, tokens_JL = (resample_groups(sums_GL, CURVE_RESAMPLES) for sums_GL in (value_GL, tokens_GL))
+    all_JL = np.tile(value_GL.sum(0) / tokens_GL.sum(0), (len(value_JL), 1))
+    return np.divide(value_JL, tokens_JL, out=all_JL, where=tokens_JL > 0)
+
+
+def expanded_percentiles(value_JL: Floats, groups_L: Floats) -> tuple[Floats, Floats]:
+    """Return the bounds, [L] each, of 95% intervals from bootstrap samples of `groups_L` groups."""
+    t_L = stats.t.ppf((1 - CONFIDENCE_LEVEL) / 2, groups_L - 1) * np.sqrt(groups_L / (groups_L - 1))
+    sorted_JL, rank_L = np.sort(value_JL, axis=0), stats.norm.cdf(t_L) * (len(value_JL) - 1)
+    columns, below_L = np.arange(len(rank_L)), rank_L.astype(np.int64)
+    part_L = rank_L - below_L
+    low_L = (1 - part_L) * sorted_JL[below_L, columns] + part_L * sorted_JL[below_L + 1, columns]
+    high_L = (1 - part_L) * sorted_JL[-1 - below_L, columns] + part_L * sorted_JL[-2 - below_L, columns]
+    return low_L, high_L
