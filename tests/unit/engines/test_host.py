@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.clocks import PlantedClock
 from helpers.hosted import COMMANDS, group, host, model, wait_until_empty
 
 from opdctl.engines import host as host_module
 from opdctl.engines import host_process
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.errors import OpdctlError
+from opdctl.models.startup import measure_stage
 from opdctl.recipe.schema import Sampling, Score
 
 PROMPT = np.array([3, 4, 5], np.int32)
@@ -66,6 +68,20 @@ def test_results_are_arrays_and_progress_is_reported(start):
     assert progress == [1, 1]
     engine.load_weights(model("other"))
     assert engine._call("path") == "other"
+
+
+def test_wait_for_the_process_is_start_up(start, monkeypatch):
+    """The process of an engine that has given its memory back starts anew within the next call."""
+    clock = PlantedClock(monkeypatch)
+    clock.delay(host_module.HostedEngine, "_spawn", 60.0)
+    clock.delay(host_module.HostedEngine, "_stream", 2.0)
+    engine = start()
+    engine._can_sleep = False
+    run(engine, "start")
+    run(engine, "release")
+    with measure_stage() as times:
+        run(engine, "generate")
+    assert (times.work, times.startup) == (2.0, 60.0)
 
 
 def test_metadata_are_those_of_the_loaded_weights(start):

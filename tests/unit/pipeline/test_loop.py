@@ -1,15 +1,12 @@
 """The training loop: time of the stages, collapse, pruning."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
+from helpers.clocks import PlantedClock
 from helpers.commands import invoke, small_recipe
 from helpers.training import copy_scored_run, train
 
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
-from opdctl.models import startup
 from opdctl.pipeline import loop
 from opdctl.pipeline.progress import summarize_training
 from opdctl.runs.open import open_run
@@ -25,27 +22,6 @@ def test_clock_covers_every_stage(tmp_path):
     accuracy = summarize_training(run, 0, clock.seconds).accuracy
     assert set(accuracy) == {"before", "after", "teacher"}
     assert all(0 <= value <= 1 for value in accuracy.values())
-
-
-class PlantedClock:
-    """A clock that only the calls of some functions advance."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self._now, self._patch = 0.0, monkeypatch
-        monkeypatch.setattr(startup, "time", self)
-
-    def monotonic(self) -> float:
-        return self._now
-
-    def delay(self, owner: type, name: str, seconds: float) -> None:
-        """Let each call of a method take the time, in addition."""
-        method: Callable[..., Any] = getattr(owner, name)
-
-        def delayed(*arguments: Any, **options: Any) -> Any:
-            self._now += seconds
-            return method(*arguments, **options)
-
-        self._patch.setattr(owner, name, delayed)
 
 
 SECONDS = {"load": 100.0, "sample a part": 2.0, "score a part": 3.0, "load the trainer": 1000.0, "update": 5.0}
