@@ -369,13 +369,14 @@ def test_json_has_the_documented_keys(finished: dict[str, Any]) -> None:
     rollout = finished["rollout"].json()
     assert (rollout["run_dir"], rollout["stage"], rollout["step"]) == (run, "rollout", 0)
     assert (rollout["parts"], rollout["parts_made"], rollout["rows"]) == (2, 2, 8)
+    assert min(rollout["seconds"], rollout["startup_seconds"]) > 0
     score = finished["score-teacher"].json()
     assert (score["stage"], score["rows"], score["tokens"]) == ("score-teacher", 8, rollout["tokens"])
     train = finished["train"].json()
     assert (train["run_dir"], train["steps"]) == (run, 2)
     assert set(train["accuracy"]) == {"before", "after", "teacher"}
     assert all(0 <= share <= 1 for share in train["accuracy"].values())
-    assert set(train["seconds"]) == {"rollout", "score", "update", "eval"}
+    assert set(train["seconds"]) == {"startup", "rollout", "score", "update", "eval"}
     assert (Path(train["student"]) / "model.safetensors").is_file()
     found = finished["eval"].json()
     assert (found["bench"], found["problems"], found["samples"]) == ("sort12", 4, 1)
