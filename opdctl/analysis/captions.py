@@ -85,10 +85,12 @@ def figure_captions(analysis: Analysis) -> dict[str, str]:
     if any(len(phase.cohorts) > 1 for phase in shown):
         captions["cohorts"] = " ".join([COHORTS_NOTE, *map(_cohorts_caption, shown)])
     if analysis.bias.estimates:
-        captions["cumulative_signal"] = (
-            f"{bias_sentence(analysis.bias)} {change_point_sentence(analysis.bias)} "
-            f"{_half_signal_caption(analysis.all_steps)}"
+        parts = (
+            bias_sentence(analysis.bias),
+            change_point_sentence(analysis.bias),
+            _half_signal_caption(analysis.all_steps),
         )
+        captions["cumulative_signal"] = " ".join(filter(None, parts))
     if shown:
         captions["prefix_logp"] = " ".join([PREFIX_LOGP_NOTE, *map(_prefix_logp_caption, shown), omitted]).rstrip()
         if optional_quantities(analysis):

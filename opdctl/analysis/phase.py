@@ -33,6 +33,7 @@ from opdctl.analysis.position_sums import (
 from opdctl.evaluation.statistics import Estimate
 from opdctl.losses.token_weights import Floats
 
+MIN_SHOWN_FRACTION = 0.1  # of the responses: positions that fewer reach are not shown
 MIN_COHORT_FRACTION = 0.05  # of the responses: cohorts below it are not shown
 ALL_RESPONSES, TRUNCATED = "all", "truncated"
 
@@ -90,7 +91,7 @@ class Phase:
         count = self.numbers.count
         members = {ALL_RESPONSES: tuple(sorted(count))}
         for cohort in sorted(count):
-            label = TRUNCATED if cohort.is_truncated else f"{2**cohort.octave}–{2 ** (cohort.octave + 1) - 1} tokens"
+            label = TRUNCATED if cohort.is_truncated else _length_range(cohort.octave)
             members[label] = (*members.get(label, ()), cohort)
         if TRUNCATED in members:
             members[TRUNCATED] = members.pop(TRUNCATED)  # the last one
@@ -117,7 +118,7 @@ class Phase:
         cohorts = self.cohorts[label]
         responses_L = self.sums_of(cohorts).responses_L
         if label == ALL_RESPONSES:
-            return int(np.count_nonzero(responses_L >= max(2, self.numbers.responses // 10)))
+            return int(np.count_nonzero(responses_L >= max(2.0, MIN_SHOWN_FRACTION * self.numbers.responses)))
         shortest = min(self.numbers.shortest[cohort] for cohort in cohorts)
         return int(np.count_nonzero(position_bounds(len(responses_L))[1] <= shortest))
 
@@ -169,6 +170,10 @@ class Phase:
         tokens_L, signal_L = sums.tokens_L, sums.values["abs_advantage"].sum(0)
         kept_signal = signal_L[:shown].sum() / signal_L.sum() if signal_L.sum() else 1.0
         return float(1 - tokens_L[:shown].sum() / tokens_L.sum()), float(1 - kept_signal)
+
+
+def _length_range(octave: int) -> str:
+    return f"{2**octave}–{2 ** (octave + 1) - 1} tokens" if octave else "1 token"
 
 
 def is_prefix_ratio(label: str) -> bool:

@@ -131,10 +131,11 @@ def assess_bias(profile: SignalProfile) -> PositionBias:
 
 
 def _prefix_estimates(profile: SignalProfile) -> Iterator[PrefixEstimate]:
-    """Yield the estimates, that of the signal of all responses first. Without truncated responses the complete ones are
-    all."""
-    has_truncated = not np.array_equal(profile.prefixes["all"], profile.prefixes["complete"])
-    subsets: tuple[Literal["all", "complete"], ...] = ("all", "complete") if has_truncated else ("all",)
+    """Yield the estimates, that of the signal of all responses first; those of the complete ones if some but not all of
+    the responses with a signal are complete."""
+    complete_G4 = profile.prefixes["complete"]
+    has_both = complete_G4.any() and not np.array_equal(profile.prefixes["all"], complete_G4)
+    subsets: tuple[Literal["all", "complete"], ...] = ("all", "complete") if has_both else ("all",)
     for responses in subsets:
         sums_G4 = profile.prefixes[responses]
         is_used_G = (profile.responses_G if responses == "all" else sums_G4[:, 3]) > 0

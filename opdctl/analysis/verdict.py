@@ -101,7 +101,10 @@ def bias_sentence(bias: PositionBias) -> str:
         return f"The estimates of a position bias disagree: {values} ({expected})."
     if bias.direction == "none found":
         return f"No position bias found: {values} ({expected}, p {_format_p(bias.p_value or 0.0)})."
-    return f"The signal has a {bias.direction} position bias: {values} ({expected}, p {_format_p(max(p_values))})."
+    article = "an" if bias.direction == "early" else "a"
+    return (
+        f"The signal has {article} {bias.direction} position bias: {values} ({expected}, p {_format_p(max(p_values))})."
+    )
 
 
 def estimate_label(estimate: PrefixEstimate) -> str:

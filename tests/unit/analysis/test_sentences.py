@@ -10,7 +10,7 @@ import pytest
 from helpers.planted import plant, planted_run
 from scipy import optimize, stats
 
-from opdctl.analysis import analyze, captions, verdict
+from opdctl.analysis import analyze, captions, figures, verdict
 from opdctl.analysis.results import Analysis
 
 PROMPTS = 40
@@ -84,6 +84,8 @@ RUNS = {
     "no tokens": Made([[np.zeros(0)] * 3], "unknown"),
     "no signal": Made([[np.zeros(LENGTH)] * PROMPTS], "unknown"),
     "two steps": Made([EARLY, EARLY], "early"),
+    "an early step and a late one": Made([EARLY, LATE], "mixed"),
+    "an early step and one without a bias": Made([levels(9.0, 1.0), levels(1.0, 1.0)], "mixed"),
 }
 
 
@@ -98,11 +100,10 @@ def made(request, tmp_path_factory) -> tuple[Made, Analysis]:
     return expected, analyze.analyze_run(run)
 
 
-def test_a_direction_is_stated_only_where_it_was_found(made):
+def test_a_direction_is_stated_only_where_all_have_it(made):
     expected, analysis = made
-    assert analysis.bias.direction == expected.direction
-    headline = sentences(analysis)["headline"]
-    stated = [word for word in DIRECTIONS if re.search(rf"\b{word}\b", headline)]
+    assert analysis.direction() == expected.direction
+    stated = re.findall(r"has an? (early|late) position bias", sentences(analysis)["headline"])
     assert stated == [word for word in DIRECTIONS if word == expected.direction]
 
 
@@ -136,4 +137,17 @@ def test_truncated_responses_are_left_out_only_where_others_are_left(made):
     expected, analysis = made
     counts = {expected.truncated(index) for advantages in expected.steps for index in range(len(advantages))}
     text = " ".join(sentences(analysis).values())
-    assert bool(re.search(r"without truncated responses \d", text)) == (counts == {True, False})
+    assert ("without truncated responses" in text) == (counts == {True, False})
+
+
+def test_a_figure_without_numbers_has_no_caption(made):
+    expected, analysis = made
+    drawn, texts = figures.figure_panels(analysis), captions.figure_captions(analysis)
+    assert drawn.keys() == texts.keys()
+    responses = sum(len(advantages) for advantages in expected.steps)
+    has_tokens = any(len(advantage) for advantages in expected.steps for advantage in advantages)
+    # One response is no curve by position; without tokens, or with a constant |A|, there is nothing to correlate.
+    assert ({"position", "prefix_logp"} <= texts.keys()) == (has_tokens and responses > 1)
+    assert ("cumulative_signal" in texts) == bool(analysis.bias.estimates)
+    assert ("correlations" in texts) == (has_tokens and bool(analysis.bias.estimates))
+    assert ("weights" in texts) == ("one_response" in texts) == has_tokens
