@@ -70,7 +70,7 @@ def position_panels(analysis: Analysis) -> list[Panel]:
         curve_panel(title, POSITION, y, {phase.name: (phase.by_position(name), style) for phase, style in phases})
         for name, title, y in (
             ("abs_advantage", "Discrepancy |A|", "mean |A| (nats)"),
-            ("k1", "Reverse KL, sampled (k1)", "mean log p_student − log p_teacher (nats)"),
+            ("k1", "Reverse KL, sampled (k1)", "mean k1 (nats)"),
             (own_weight, f"Token weight: {own_weight}", "mean weight"),
         )
     ]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ from opdctl.runs.scored_responses import read_scored, to_weight_inputs
 
 CHUNK_TOKENS = 2**20
 """Tokens in memory at once, unless a weight needs the full step."""
-SHADES = {"signal": (194, 65, 12), "weight": (29, 78, 216)}
+SHADES = {"signal": (194, 65, 12), "weight": (29, 78, 216), "entropy": (21, 128, 61), "log_ratio": (147, 51, 234)}
 """The quantities that a token can be shaded by, with their colors (RGB)."""
+SHOWN_CANDIDATES = 3
+"""The most probable tokens of a model that are shown at a token."""
+Candidates = list[list[tuple[str, float]]]
+"""The most probable tokens at each token, most probable first: their texts and log-probs in nats."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Sample:
     """One response: the text of its prompt and of each token, and the numbers of the student's own tokens, [T] each.
 
     pieces: the text of all tokens. loss_mask: which of these are the student's own, None if all are. weights: by name.
+    reason: why the response was chosen. candidates: by model, if they are stored.
     """
 
     sample_id: str
@@ -38,6 +43,8 @@ class Sample:
     finish_reason: str
     answer: str | None
     loss_mask: LossMask | None = None
+    reason: str = ""
+    candidates: Mapping[str, Candidates] = field(default_factory=dict)
 
     def title(self) -> str:
         answer = "" if self.answer is None else f", gold answer {self.answer}"
@@ -58,9 +65,25 @@ class Sample:
     def _mask(self) -> list[bool]:
         return [True] * len(self.pieces) if self.loss_mask is None else self.loss_mask.tolist()
 
+    def shades(self) -> list[str]:
+        """Return the quantities that the tokens can be shaded by: the entropy only if it is stored."""
+        return [by for by in SHADES if by != "entropy" or "student_entropies" in self.tokens.columns]
+
     def values(self, by: str) -> Floats:
-        """Return the quantity that the tokens are shaded by, [T]: |A|, or the first weight."""
-        return np.abs(self.tokens.advantage_T) if by == "signal" else next(iter(self.weights.values()))
+        """Return the quantity that the tokens are shaded by, [T].
+
+        |A|, the first weight, the student's entropy, or how much less probable the teacher finds the response up to
+        and including the token than the student does, in nats; 0 if it is more probable.
+        """
+        if by == "weight":
+            return next(iter(self.weights.values()))
+        if by == "entropy":
+            return np.asarray(self.tokens.columns["student_entropies"], np.float64)
+        return np.abs(self.tokens.advantage_T) if by == "signal" else np.maximum(-self.log_ratios(), 0)
+
+    def log_ratios(self) -> Floats:
+        """Return log p_teacher - log p_student of the response up to and including each token, [T]."""
+        return np.cumsum(self.tokens.teacher_logp_T - self.tokens.student_logp_T)
 
     def shade(self, by: str, value_range: tuple[float, float]) -> Floats:
         """Return the shade of each token, [T]: 0 at the lower end of the range and below, 1 at the upper and above."""
@@ -90,14 +113,14 @@ class Sample:
 def shade_range(samples: Sequence[Sample], by: str) -> tuple[float, float]:
     """Return the range of values that the shades of these responses cover.
 
-    |A| from 0 to its 95th percentile, a weight from its minimum to its maximum.
+    A weight from its minimum to its maximum, all others from 0 to their 95th percentile.
     """
     value_N = np.concatenate([np.zeros(0), *(sample.values(by) for sample in samples)])
     if not len(value_N):
         return 0.0, 0.0
-    if by == "signal":
-        return 0.0, float(np.percentile(value_N, 95) or value_N.max())
-    return float(value_N.min()), float(value_N.max())
+    if by == "weight":
+        return float(value_N.min()), float(value_N.max())
+    return 0.0, float(np.percentile(value_N, 95) or value_N.max())
 
 
 def response_groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Iterator[list[ScoredResponse]]:
@@ -117,9 +140,15 @@ def response_groups(run: Run, step: int, weights: Mapping[str, Weight]) -> Itera
         yield group
 
 
-def load_samples(run: Run, step: int, sample_ids: Sequence[str], weights: Mapping[str, Weight]) -> list[Sample]:
-    """Return the responses with these ids, in the order of the ids; unknown ids are ignored."""
+def load_samples(
+    run: Run, step: int, sample_ids: Sequence[str] | Mapping[str, str], weights: Mapping[str, Weight]
+) -> list[Sample]:
+    """Return the responses with these ids, in the order of the ids; unknown ids are ignored.
+
+    sample_ids: a mapping has the reason why each response was chosen.
+    """
     decode, samples = token_decoder(run), {}
+    reasons = sample_ids if isinstance(sample_ids, Mapping) else {}
     needs_full_step = any(weight.needs_full_step for weight in weights.values())
     for group in response_groups(run, step, weights):
         if not needs_full_step:
@@ -138,21 +167,54 @@ def load_samples(run: Run, step: int, sample_ids: Sequence[str], weights: Mappin
                     finish_reason=response.finish_reason,
                     answer=response.answer,
                     loss_mask=response.loss_mask,
+                    reason=reasons.get(response.sample_id, ""),
+                    candidates=dict(_candidates(scored, decode)),
                 )
     return [samples[name] for name in sample_ids if name in samples]
 
 
-def representative_ids(run: Run, step: int) -> list[str]:
-    """Return the ids of the responses of a step with the median and with the greatest mean |A|."""
-    means = sorted(
-        (
-            float(np.abs(to_weight_inputs(scored, step).advantage_T).mean()),
-            response.sample_id,
-        )
-        for scored in read_scored(run, step)
-        if len((response := scored.response).own_ids)
-    )
-    return list(dict.fromkeys(means[index][1] for index in (len(means) // 2, -1))) if means else []
+def _candidates(
+    scored: ScoredResponse, decode: Callable[[Sequence[int] | np.ndarray], list[str]]
+) -> Iterator[tuple[str, Candidates]]:
+    """Yield the stored candidates of the student and of the teacher."""
+    for model, record in (("student", scored.response), ("teacher", scored.teacher)):
+        if record.top_ids is not None and record.top_logprobs is not None:
+            shown = record.top_ids[:, :SHOWN_CANDIDATES]
+            texts = {int(id_): "".join(decode([int(id_)])) for id_ in np.unique(shown)}
+            yield (
+                model,
+                [
+                    [(texts[int(id_)], float(logp)) for id_, logp in zip(ids_K, logp_K, strict=False)]
+                    for ids_K, logp_K in zip(shown, record.top_logprobs, strict=True)
+                ],
+            )
+
+
+def representative_ids(run: Run, step: int) -> dict[str, str]:
+    """Return the ids of some responses of a step, each with the reason why it was chosen.
+
+    The reasons are extremes and medians over the responses with tokens. A response may have several. That with the
+    median of the mean |A| is the first.
+    """
+    means, greatest, lengths, truncated = [], [], [], []
+    for scored in read_scored(run, step):
+        signal_T, name = np.abs(to_weight_inputs(scored, step).advantage_T), scored.response.sample_id
+        if len(signal_T):
+            means.append((float(signal_T.mean()), name))
+            greatest.append((float(signal_T.max()), name))
+            lengths.append((len(signal_T), name))
+            truncated += means[-1:] if scored.response.finish_reason == "length" else []
+    reasons: dict[str, list[str]] = {}
+    for reason, values, index in (
+        ("median of the mean |A|", means, len(means) // 2),
+        ("greatest mean |A|", means, -1),
+        ("greatest |A| of a token", greatest, -1),
+        ("longest", lengths, -1),
+        ("median of the mean |A| among the truncated ones", truncated, len(truncated) // 2),
+    ):
+        if values:
+            reasons.setdefault(sorted(values)[index][1], []).append(reason)
+    return {sample_id: f"step {step}: {', '.join(texts)}" for sample_id, texts in reasons.items()}
 
 
 def load_sample(run: Run, sample_id: str, steps: Sequence[int], weights: ShownWeights) -> Sample:

@@ -62,7 +62,7 @@ def load_run_for_analysis(
 
 
 def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bool, as_json: bool) -> None:
-    from opdctl.analysis import analyze, captions, report, verdict
+    from opdctl.analysis import analyze, captions, page, report, verdict
 
     if dry_run:
         steps, skipped = analyze.scored_steps(run)
@@ -80,7 +80,7 @@ def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bo
     for question, answer in verdict.answers(analysis):
         console.answer(question, "bold")
         console.answer(answer)
-    console.print_table("token weights over all steps", *report.format_weight_table(analysis))
+    console.print_table("token weights over all steps", *page.format_weight_table(analysis))
     # Each figure and each table is in files of several formats.
     figures, tables = (len({Path(name).stem for name in written[kind]}) for kind in ("figures", "tables"))
     report_path = shlex.quote(str(written["report"]))

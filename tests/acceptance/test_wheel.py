@@ -64,7 +64,7 @@ def test_the_wheel_has_every_module_and_data_file(wheel, sources):
     names = {path.relative_to(sources).as_posix() for path in data}
     assert modules <= shipped
     assert {name if name.startswith("opdctl/") else f"opdctl/{name}" for name in names} <= shipped
-    assert "opdctl/analysis/report.html" in shipped
+    assert {f"opdctl/analysis/report.{kind}" for kind in ("css", "html", "js")} <= shipped
 
 
 def test_the_source_distribution_has_every_tracked_file(sources, tmp_path):

@@ -130,22 +130,29 @@ def test_terminal_shows_the_numbers_of_the_summary(run):
 
 
 @pytest.fixture(scope="module")
-def complete_report(tmp_path_factory) -> str:
-    return make_complete_report(tmp_path_factory.mktemp("report") / "run").read_text()
+def complete_report_path(tmp_path_factory) -> Path:
+    return make_complete_report(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def complete_report(complete_report_path) -> str:
+    return complete_report_path.read_text()
 
 
 def test_each_figure_has_a_caption_with_a_number(complete_report):
-    captions = re.findall(r"<figcaption><strong>(.*?)</strong> (.*?)</figcaption>", complete_report, re.DOTALL)
+    captions = re.findall(r"<figcaption><h3.*?>(.*?)</h3>\n<p>(.*?)</p></figcaption>", complete_report, re.DOTALL)
     assert [title for title, _ in captions] == [figure.title for figure in figures.FIGURES.values()]
     for _, caption in captions:
         assert re.search(r"\d", caption)
         assert "nan" not in caption
 
 
-def test_report_refers_to_no_other_file(complete_report):
+def test_report_links_to_the_files_beside_it_and_to_no_others(complete_report, complete_report_path):
     assert "default-src 'none'" in complete_report
-    assert not re.findall(r"src=[\"']|href=[\"'](?!data:|#)", complete_report)
-    assert "<script" not in complete_report
+    links = set(re.findall(r"href=\"(?!data:|#)(.*?)\"", complete_report))
+    assert links
+    assert all((complete_report_path.parent / link).is_file() for link in links)
+    assert not re.findall(r"src=[\"']|url\((?!#)|@import|style=\"", complete_report)
 
 
 # ── run show ─────────────────────────────────────────────────────────────────────────────────────────────────────────

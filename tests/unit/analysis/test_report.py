@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.planted import plant, planted_run
 
-from opdctl.analysis import analyze, captions, figures, report, samples
+from opdctl.analysis import analyze, captions, figures, page, report, samples, token_view
 from opdctl.analysis.plotting import draw_panel
 from opdctl.artifacts import files
 
@@ -19,25 +19,36 @@ HOSTILE_TEXT = "</span><script>alert(1)</script><img src=http://evil.example/x o
 def render(run) -> str:
     """Return the page without drawing its figures."""
     analysis = analyze.analyze_run(run)
-    return report.render_page(analysis, {name: ["<svg/>"] for name in captions.figure_captions(analysis)})
+    return page.render_page(analysis, {name: ["<svg/>"] for name in captions.figure_captions(analysis)})
 
 
 def test_hostile_names_and_tokens_are_escaped(tmp_path, monkeypatch):
     run = planted_run(tmp_path / "<script>alert(1)<")
     plant(run, 0, [np.array([-1.0, -2.0])] * 3)
     monkeypatch.setattr(samples, "token_decoder", lambda run: lambda ids: [HOSTILE_TEXT for _ in ids])
-    page = render(run)
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(1)" in page
-    assert not {"\x1b", "\u202e"} & set(page)
+    text = render(run)
+    assert text.count("<script") == 1  # its own
+    assert "&lt;script&gt;alert(1)" in text
+    assert not {"\x1b", "\u202e"} & set(text)
 
 
 def test_long_response_is_shortened(tmp_path):
     run = planted_run(tmp_path / "run")
-    plant(run, 0, [np.full(report.MAX_REPORT_TOKENS + 5, -1.0)] * 2)
-    page = render(run)
-    assert "… 5 more tokens" in page
-    assert page.count("data-n=") == report.MAX_REPORT_TOKENS  # of one response: median and greatest signal
+    plant(run, 0, [np.full(token_view.MAX_RESPONSE_TOKENS + 5, -1.0)])
+    text = render(run)
+    assert "… 5 more tokens" in text
+    assert text.count("data-n=") == token_view.MAX_RESPONSE_TOKENS  # of one response, chosen for several reasons
+    assert "Chosen: step 0: median of the mean |A|, greatest mean |A|, greatest |A| of a token, longest" in text
+
+
+def test_the_page_has_a_bounded_number_of_tokens(tmp_path):
+    run = planted_run(tmp_path / "run")
+    rng = np.random.default_rng(0)
+    for step in (0, 1, 2):
+        plant(run, step, [-rng.exponential(size=3000) for _ in range(9)])
+    text = render(run)
+    assert text.count("<article") > 4
+    assert 0.9 * token_view.MAX_PAGE_TOKENS < text.count("data-n=") <= token_view.MAX_PAGE_TOKENS
 
 
 def test_tables_and_figures_are_written_in_both_formats(tmp_path):
@@ -100,13 +111,20 @@ def test_second_report_is_identical_and_replaces_the_first(tmp_path):
     ],
 )
 def test_cell_has_a_value_and_its_interval(row, cell):
-    assert report._format_cell(row, "x") == cell
+    assert page._format_cell(row, "x") == cell
+
+
+def test_long_table_is_shortened():
+    section = page.table_section("steps", "", {"step": list(range(page.MAX_SHOWN_ROWS + 7))}, is_open=False)
+    assert section["omitted"] == 7
+    assert [row for (row,) in section["rows"]] == [*map(str, range(50)), *map(str, range(57, 107))]
 
 
 def test_report_uses_no_words_of_earlier_versions(tmp_path):
     run = planted_run(tmp_path / "run")
     plant(run, 0, [np.linspace(-1, 0, 10)] * 30)
-    text = re.sub(r"<style>.*?</style>|base64,[^\"]*|<pre>.*?</pre>", "", render(run), flags=re.DOTALL)
+    other = r"<style>.*?</style>|<script>.*?</script>|base64,[^\"]*|<pre.*?</pre>"
+    text = re.sub(other, "", render(run), flags=re.DOTALL)
     assert not re.search(r"\b(verdict|spent|unspent|drift|share|in the mean|whole)\b|\d %", text)
 
 

@@ -49,7 +49,30 @@ def test_shades_cover_the_range_of_all_samples():
 
 def test_representative_samples_have_the_median_and_the_greatest_signal(run):
     plant(run, 0, [np.array([-3.0]), np.array([-1.0]), np.zeros(0), np.array([-2.0])])
-    assert samples.representative_ids(run, 0) == ["planted/00000/3", "planted/00000/0"]
+    reasons = samples.representative_ids(run, 0)
+    assert list(reasons) == ["planted/00000/3", "planted/00000/0"]
+    assert reasons["planted/00000/0"] == "step 0: greatest mean |A|, greatest |A| of a token"
+    (first, _) = samples.load_samples(run, 0, reasons, chosen_weights(run).at(0))
+    assert first.reason == "step 0: median of the mean |A|, longest"
+
+
+def test_candidates_of_both_models_are_decoded(run):
+    ids, logprobs = np.array([[3, 4], [5, 6]], np.int32), np.array([[-0.5, -1.5], [-0.25, -2.0]], np.float32)
+    columns = {"top_ids": ids, "top_logprobs": logprobs}
+    plant(run, 0, [np.array([-1.0, -2.0])], student=columns, teacher={**columns, "top_ids": ids[::-1]})
+    (sample,) = samples.load_samples(run, 0, ["planted/00000/0"], chosen_weights(run).at(0))
+    texts = [samples.token_decoder(run)([token])[0] for token in (3, 4, 5, 6)]
+    assert sample.candidates["student"][1] == [(texts[2], -0.25), (texts[3], -2.0)]
+    assert sample.candidates["teacher"][1] == [(texts[0], -0.25), (texts[1], -2.0)]
+
+
+def test_log_ratio_accumulates_what_the_teacher_finds_less_probable():
+    student_T, teacher_T = np.array([-1.0, -1.0, -3.0]), np.array([-2.0, -0.5, -5.0])
+    tokens = ResponseTokens(student_T, teacher_T, teacher_T - student_T)
+    sample = Sample("s", 0, "", list("abc"), tokens, {"w": student_T}, "stop", None)
+    assert sample.log_ratios().tolist() == [-1.0, -0.5, -2.5]
+    assert sample.values("log_ratio").tolist() == [1.0, 0.5, 2.5]
+    assert sample.shades() == ["signal", "weight", "log_ratio"]  # no entropy is stored
 
 
 @pytest.mark.parametrize("name", ["planted/00000/7", "planted/00003/0", "nonsense", "a/b/c"])
