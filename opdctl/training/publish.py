@@ -85,7 +85,7 @@ def _card_body(recipe: Recipe, step: int, metrics: Mapping[str, Any], phases: Se
         f"{_table(['', ''], training.items())}\n\n"
         "The settings of the updates, by step. The first step is 0:\n\n"
         f"{_table(PHASE_COLUMNS, _phase_rows(step, phases))}\n\n"
-        f"The responses of step {step - 1}, sampled by the student after {sampled_by} steps:\n\n"
+        f"The responses of step {step - 1}, sampled by the student of step {sampled_by}:\n\n"
         f"{_table(['', ''], results.items())}\n\n"
         f"The accuracies of this student are in its run directory, `eval/*/{step_name(step)}/summary.json`, if it was "
         "evaluated.\n\n"

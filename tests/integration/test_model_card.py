@@ -94,7 +94,7 @@ def test_every_number_of_the_card_is_that_of_the_artifacts(changed_run):
     assert shown == pytest.approx(expected, rel=2e-3, abs=1e-4)
     assert shown.keys() == expected.keys()
     text = (run.student_path(4) / CARD_FILE).read_text()
-    assert "The responses of step 3, sampled by the student after 3 steps" in text
+    assert "The responses of step 3, sampled by the student of step 3:" in text
     assert "`eval/*/step-00004/summary.json`" in text
 
 
