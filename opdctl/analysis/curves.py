@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from opdctl.analysis.bootstrap import interval_of_means
-from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, position_bounds
+from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums
 from opdctl.losses.token_weights import Floats
 
 
@@ -43,7 +43,7 @@ class PositionCurve:
 
 def curve_by_position(sums: BinnedSums, name: str) -> PositionCurve:
     """Return the mean of a quantity by token position."""
-    first_L, last_L = (bound_L.astype(np.float64) for bound_L in position_bounds(len(sums.responses_L)))
+    first_L, last_L = (bound_L.astype(np.float64) for bound_L in sums.position_bounds())
     bounds = interval_of_means(sums.values[name], sums.tokens_GL)
     return PositionCurve(first_L, last_L, sums.mean(name), *bounds, sums.responses_L)
 
@@ -61,7 +61,7 @@ def cumulative_curve(sums: BinnedSums, name: str) -> PositionCurve:
     The mean at a position is over the responses that reach it. Responses that end therefore do not change the sum, as
     they would change the mean of the responses' own sums.
     """
-    first_L, last_L = (bound_L.astype(np.float64) for bound_L in position_bounds(len(sums.responses_L)))
+    first_L, last_L = (bound_L.astype(np.float64) for bound_L in sums.position_bounds())
     width_L = last_L - first_L + 1
     sum_L = np.cumsum(sums.mean(name) * width_L)
     bounds = interval_of_means(sums.values[name], sums.tokens_GL, width_L)

@@ -28,7 +28,6 @@ from opdctl.analysis.position_sums import (
     LengthCohort,
     PositionStats,
     concatenate,
-    position_bounds,
 )
 from opdctl.evaluation.statistics import Estimate
 from opdctl.losses.token_weights import Floats
@@ -116,11 +115,11 @@ class Phase:
         cohort, those that all of its responses reach, so that the mean at each position is over the same responses.
         """
         cohorts = self.cohorts[label]
-        responses_L = self.sums_of(cohorts).responses_L
+        sums = self.sums_of(cohorts)
         if label == ALL_RESPONSES:
-            return int(np.count_nonzero(responses_L >= max(2.0, MIN_SHOWN_FRACTION * self.numbers.responses)))
+            return int(np.count_nonzero(sums.responses_L >= max(2.0, MIN_SHOWN_FRACTION * self.numbers.responses)))
         shortest = min(self.numbers.shortest[cohort] for cohort in cohorts)
-        return int(np.count_nonzero(position_bounds(len(responses_L))[1] <= shortest))
+        return sums.bins_up_to(shortest)
 
     def by_position(self, name: str, label: str = ALL_RESPONSES) -> PositionCurve:
         """Return the mean of a quantity by token position over all responses, or over a cohort, where it is shown."""
@@ -153,8 +152,7 @@ class Phase:
 
     def long_bins(self) -> int:
         """Return the number of bins of the position that all of the long responses have tokens in."""
-        bins = len(self.sums_of(self.long_cohorts()).responses_L)
-        return int(np.count_nonzero(position_bounds(bins)[1] <= self.common_length))
+        return self.sums_of(self.long_cohorts()).bins_up_to(self.common_length)
 
     def by_position_of_long(self, name: str) -> PositionCurve:
         """Return the mean of a quantity by token position over the responses with at least `common_length` tokens, up

@@ -6,7 +6,7 @@ from typing import Any
 from opdctl.analysis.curves import PositionCurve, curve_by_position
 from opdctl.analysis.phase import ALL_RESPONSES, Phase, StepResult, overall_means, signal_by_percent
 from opdctl.analysis.position_bias import effective_sample_size, prefix_fraction
-from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, position_bounds
+from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums
 from opdctl.evaluation.statistics import Estimate
 
 TableColumns = dict[str, list[Any]]
@@ -64,7 +64,7 @@ def weights_of_long_table(phase: Phase, names: Sequence[str]) -> TableColumns:
 
 
 def _bin_columns(labels: Mapping[str, str], sums: BinnedSums, shown: int) -> TableColumns:
-    first_L, last_L = position_bounds(shown)
+    first_L, last_L = (bound_L[:shown] for bound_L in sums.position_bounds())
     table: TableColumns = {name: [label] * shown for name, label in labels.items()}
     table |= {"from_position": first_L.tolist(), "to_position": last_L.tolist()}
     table["tokens"] = sums.tokens_L[:shown].astype(int).tolist()

@@ -166,16 +166,18 @@ class BinnedSums:
     """Sums by bin and by group of prompts, for the mean of each quantity in a bin and its interval.
 
     responses_L: the responses with a token in the bin. tokens_GL: their tokens in it, in fractions where a bin cuts a
-    token.
+    token. longest: the greatest length of a response, in tokens, of sums by token position.
     """
 
     responses_L: Floats = field(default_factory=lambda: np.zeros(0))
     tokens_GL: Floats = field(default_factory=lambda: np.zeros((GROUPS, 0)))
+    longest: int = 0
     values: dict[str, Floats] = field(default_factory=dict)
     """The sum of each quantity, [G, L], by name."""
 
     def merge(self, other: "BinnedSums") -> None:
         """Add sums. The other's arrays may become those of this object."""
+        self.longest = max(self.longest, other.longest)
         self.responses_L = _add_padded(self.responses_L, other.responses_L)
         self.tokens_GL = _add_padded(self.tokens_GL, other.tokens_GL)
         for name, value_GL in other.values.items():
@@ -190,6 +192,17 @@ class BinnedSums:
     def prompts_L(self) -> Ints:
         """The prompts, or groups of prompts, that have a token in each bin."""
         return np.count_nonzero(self.tokens_GL, axis=0).astype(np.int64)
+
+    def position_bounds(self) -> tuple[Ints, Ints]:
+        """Return the first and the last token position of each bin, [L] each. No bin ends after the longest
+        response."""
+        first_L, last_L = position_bounds(len(self.responses_L))
+        return first_L, np.minimum(last_L, self.longest)
+
+    def bins_up_to(self, length: int) -> int:
+        """Return the number of bins that end at this length or before it."""
+        first_L, last_L = self.position_bounds()
+        return int(np.count_nonzero((first_L <= last_L) & (last_L <= length)))
 
     def mean(self, name: str) -> Floats:
         """Return the mean of a quantity over the tokens in each bin, [L]; NaN in an empty bin."""
@@ -284,7 +297,7 @@ class PositionStats:
         stats.overall.tokens_GL = _sum_by_group(batch.length_R[:, None].astype(np.float64), batch)
         stats.relative.tokens_GL = np.repeat(stats.overall.tokens_GL / BINS, BINS, axis=1)
         for cohort, tokens_GL in segments.sum(ones_N).items():
-            stats.position[cohort] = BinnedSums(segments.responses_L(cohort), tokens_GL)
+            stats.position[cohort] = BinnedSums(segments.responses_L(cohort), tokens_GL, segments.longest(cohort))
         for name, value_N in token_quantities(batch):
             stats._add(name, value_N, batch, segments)
         stats.profile.count(batch)
@@ -343,9 +356,10 @@ class _PositionSegments:
         cohorts = batch.cohorts()
         self._cohorts = sorted({cohort for cohort in cohorts if cohort})
         number = {cohort: index for index, cohort in enumerate(self._cohorts)}
-        number_R = np.array([number.get(cohort, -1) if cohort else -1 for cohort in cohorts], np.int64)
+        self._length_R = batch.length_R
+        self._cohort_R = np.array([number.get(cohort, -1) if cohort else -1 for cohort in cohorts], np.int64)
         self._bins = int(bin_N.max(initial=-1)) + 1
-        self._bin_M, self._cohort_M = bin_N[self._start_M], number_R[response_M]
+        self._bin_M, self._cohort_M = bin_N[self._start_M], self._cohort_R[response_M]
         self._index_M = (self._cohort_M * GROUPS + batch.group_R[response_M]) * self._bins + self._bin_M
 
     def sum(self, value_N: Floats) -> dict[LengthCohort, Floats]:
@@ -359,6 +373,10 @@ class _PositionSegments:
         """Return the number of responses of a cohort with a token in each bin, [L]."""
         is_own_M = self._cohort_M == self._cohorts.index(cohort)
         return np.bincount(self._bin_M[is_own_M], minlength=self._bins)[: _max_bins(cohort)].astype(np.float64)
+
+    def longest(self, cohort: LengthCohort) -> int:
+        """Return the tokens of the longest response of a cohort."""
+        return int(self._length_R[self._cohort_R == self._cohorts.index(cohort)].max())
 
 
 def _max_bins(cohort: LengthCohort) -> int:

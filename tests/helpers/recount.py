@@ -206,12 +206,13 @@ def relative_shares(length: int, bins: int = BINS) -> Iterator[Share]:
 
 
 def position_bins(longest: int) -> list[tuple[int, int]]:
-    """Return the first and the last position of each bin, from 1: single positions below 32, then 16 an octave."""
+    """Return the first and the last position of each bin, from 1: single positions below 32, then 16 an octave. None
+    ends after the longest response."""
     bins = [(position, position) for position in range(1, min(longest, 31) + 1)]
     start = 32
     while start <= longest:
         width = start // 16
-        bins += [(first, first + width - 1) for first in range(start, 2 * start, width) if first <= longest]
+        bins += [(p, min(p + width - 1, longest)) for p in range(start, 2 * start, width) if p <= longest]
         start *= 2
     return bins
 
