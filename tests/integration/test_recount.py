@@ -38,8 +38,7 @@ class Case:
             result = invoke("analyze-position", path, "--json")
         assert result.code == 0, result.err
         self.captions = captions.figure_captions(analyses[0])
-        page = (path / "analysis" / "report.html").read_text()
-        self.page = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+        self.page = text_of((path / "analysis" / "report.html").read_text())
         self.terminal = " ".join(result.err.split())
         self.summary: dict[str, Any] = json.loads((path / "analysis" / "summary.json").read_text())
         assert self.summary == {**result.json()["summary"], "digest": self.summary["digest"]}
@@ -75,6 +74,12 @@ class Case:
     @property
     def columns(self) -> Mapping[str, Any]:
         return self.run.responses[0].values
+
+
+def text_of(page: str) -> str:
+    """Return the text of a page with single spaces. A link is within a sentence."""
+    page = re.sub(r"<(style|script)\b.*?</\1>|</?a\b[^>]*>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
 
 
 @pytest.fixture(scope="module", params=SHAPES)
