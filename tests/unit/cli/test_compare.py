@@ -56,7 +56,7 @@ def test_curves_are_printed_and_written(runs: list[Path], tmp_path: Path) -> Non
     result = invoke("compare", *runs, "--target", "0.65", "--output", tmp_path / "out", "--json")
     assert result.code == 0, result.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        f"sort12.{kind}" for kind in ("png", "svg", "csv", "parquet")
+        f"sort12.{kind}" for kind in ("png", "pdf", "csv", "parquet")
     }
     assert (result.json()["curves"][0]["bench"], len(result.json()["files"])) == ("sort12", 4)
     message = " ".join(result.err.split())
