@@ -15,7 +15,7 @@ from opdctl.analysis.comparison_figures import learning_curve_panel
 from opdctl.analysis.correlations import Correlation
 from opdctl.analysis.figures_of_continuations import continuation_panels
 from opdctl.analysis.figures_of_weights import one_response_panels, prefix_ratio_panels, weight_panels
-from opdctl.analysis.phase import ALL_RESPONSES, Phase
+from opdctl.analysis.phase import ALL_RESPONSES, TRUNCATED, Phase
 from opdctl.analysis.plotting import (
     BLACK,
     BLUE,
@@ -78,15 +78,18 @@ def position_panels(analysis: Analysis) -> list[Panel]:
 
 def cohort_panels(analysis: Analysis) -> list[Panel]:
     """Discrepancy by token position for responses of similar length, and for the truncated ones."""
+    cohorts = {label: cohorts for phase in analysis.phases for label, cohorts in phase.cohorts.items()}
+    labels = sorted(cohorts.keys() - {ALL_RESPONSES}, key=lambda label: (label == TRUNCATED, min(cohorts[label])))
+    styles = series_styles(labels)  # a cohort has the same color in each phase
     return [
         curve_panel(
             phase.name,
             POSITION,
             "mean |A| (nats)",
-            {label: (phase.by_position("abs_advantage", label), style) for label, style in styles.items()},
+            {label: (phase.by_position("abs_advantage", label), styles[label]) for label in labels if label in shown},
         )
         for phase in analysis.phases
-        if (styles := series_styles([label for label in phase.cohorts if label != ALL_RESPONSES]))
+        if len(shown := phase.cohorts) > 1
     ]
 
 
@@ -271,9 +274,8 @@ def _correlation_panel(title: str, correlations: Sequence[Correlation]) -> Panel
             axis.plot(values, row + offset, "o", color=color, ms=5, label=kind)
             axis.hlines(row + offset, low, high, color=color, lw=2)
         axis.axvline(0, color=GREY, lw=1)
-        axis.set_xlim(-1.03, 1.03)
+        axis.set(xlim=(-1.03, 1.03), ylim=(len(row) - 0.5, -0.5), xticks=(-1, -0.5, 0, 0.5, 1))
         axis.set_yticks(row, [property_title(correlation.name) for correlation in correlations])
-        axis.invert_yaxis()
 
     return Panel(title, "rank correlation with |A|", "", draw)
 

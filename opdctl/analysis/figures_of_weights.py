@@ -24,6 +24,8 @@ from opdctl.analysis.plotting import (
 )
 from opdctl.analysis.results import Analysis
 
+MAX_DRAWN_TOKENS = 4000
+"""Tokens of one response in its figure: the report has a point for each, in each curve."""
 MIN_SHOWN_RATIO = 1e-4
 """The least prefix ratio that is shown: those of a great alpha are 0 after some tokens."""
 
@@ -112,17 +114,20 @@ def one_response_panels(analysis: Analysis) -> list[Panel]:
     if not analysis.samples:
         return []
     sample, ratios = analysis.samples[0], analysis.prefix_ratios()
-    position_T, position = np.arange(1, len(sample.tokens) + 1), "token position"
+    length = min(len(sample.tokens), MAX_DRAWN_TOKENS)
+    position_T, position = np.arange(1, length + 1), "token position"
+    if length < len(sample.tokens):
+        position += f" (first {length:,} of {len(sample.tokens):,})"
 
     def draw_advantage(axis: Axes) -> None:
         gap_T = np.full(len(position_T), np.nan)
-        stems = np.stack([np.zeros(len(position_T)), sample.tokens.advantage_T, gap_T], axis=1).ravel()
+        stems = np.stack([np.zeros(len(position_T)), sample.tokens.advantage_T[:length], gap_T], axis=1).ravel()
         axis.plot(np.repeat(position_T, 3), stems, color=ORANGE, lw=1.2, gid="stems")
         axis.axhline(0, color=GREY, lw=1)
 
     def draw_weights(axis: Axes, names: Sequence[str]) -> None:
         for name, style in series_styles(names).items():
-            plot_line(axis, position_T, sample.weights[name], label=name, **style)
+            plot_line(axis, position_T, sample.weights[name][:length], label=name, **style)
 
     def draw_ratios(axis: Axes) -> None:
         draw_weights(axis, ratios)

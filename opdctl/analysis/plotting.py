@@ -56,7 +56,7 @@ PAPER_INCHES = 6.75
 """The width of a figure in a paper."""
 PAGE_INCHES = 5.0
 """The width of a panel in the report: 360 units of its SVG."""
-HEIGHT, COUNTS_HEIGHT = 0.64, 0.14
+HEIGHT, COUNTS_HEIGHT = 0.64, 0.17
 """The height of a panel, and the additional height of its counts, as fractions of its width."""
 LOG_SCALE_RATIO = 10.0
 """A y axis by step is logarithmic if the greatest mean exceeds the median of the means by this factor."""
@@ -124,14 +124,16 @@ def _draw(figure: FigureBase, panel: Panel, inches: float) -> float:
     """Draw a panel of a width and return the height of its legend, both in inches."""
     counts = None
     if panel.draw_counts:
-        axis, counts = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+        axis, counts = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         panel.draw_counts(counts)
-        counts.set(ylim=(0, None), xlabel=panel.x, ylabel="responses")
-        counts.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-        counts.yaxis.label.set_size("small")
+        greatest = max((float(np.max(line.get_ydata(), initial=0)) for line in counts.get_lines()), default=0.0)
+        counts.set(ylim=(0, 1.15 * (greatest or 1.0)), yticks=(0, greatest), xlabel=panel.x, ylabel="responses")
+        counts.yaxis.label.set_size(matplotlib.rcParams["ytick.labelsize"])
     else:
         axis = figure.subplots()
         axis.set_xlabel(panel.x)
+    for each in (axis.xaxis, axis.yaxis):  # ticks that do not depend on the size, which the layout changes
+        each.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     panel.draw(axis)
     axis.set(title=panel.title, ylabel=panel.y)
     if panel.y_limits:

@@ -1,5 +1,6 @@
 """analyze-position and run show as commands, on planted artifacts."""
 
+import html
 import re
 from pathlib import Path
 
@@ -148,7 +149,9 @@ def test_each_figure_has_a_caption_with_a_number(complete_report):
 
 
 def test_report_links_to_the_files_beside_it_and_to_no_others(complete_report, complete_report_path):
-    assert "default-src 'none'" in complete_report
+    policy = html.unescape(complete_report)
+    assert "default-src 'none'; img-src data:; style-src 'sha256-" in policy
+    assert "unsafe" not in policy
     links = set(re.findall(r"href=\"(?!data:|#)(.*?)\"", complete_report))
     assert links
     assert all((complete_report_path.parent / link).is_file() for link in links)
