@@ -680,3 +680,12 @@ def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     half = z * math.sqrt(center * (1 - center) / (n + z**2))
     bounds = {"low": max(center - half, 0.0), "high": min(center + half, 1.0)}
     return {"problems": n, "responses": n, "accuracy": correct / n, **bounds, "truncated_fraction": truncated / n}
+
+
+def accuracy(folder: Path) -> float:
+    """Return the mean over problems of the accuracy of an evaluation."""
+    by_problem: dict[str, list[bool]] = {}
+    for part in folder.glob("part-*.parquet"):
+        for row in pq.read_table(part).to_pylist():
+            by_problem.setdefault(row["problem_id"], []).append(row["correct"])
+    return sum(sum(correct) / len(correct) for correct in by_problem.values()) / len(by_problem)

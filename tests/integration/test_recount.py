@@ -17,8 +17,9 @@ from helpers.commands import invoke
 from helpers.recount import Means, Recorded, RecordedRun
 from helpers.run_shapes import LIMIT, SHAPES, is_on_track
 
-from opdctl.analysis import captions, report
+from opdctl.analysis import analyze, captions, report
 from opdctl.analysis.results import Analysis
+from opdctl.runs.run import Run
 
 QUANTITIES = ("abs_advantage", "k1", "k3", "student_logp", "teacher_logp")
 
@@ -554,6 +555,17 @@ def test_caption_of_continuations(case):
         check_numbers(case, "continuations", expected)
     else:
         assert "continuations" not in case.captions
+
+
+def test_caption_of_accuracies(finished_run):
+    """The accuracies of the first and of the last student and of the teacher, from the graded responses."""
+    analysis = analyze.analyze_run(Run.load(finished_run))
+    (folder,) = (finished_run / "eval").iterdir()
+    students = {int(path.name[-5:]): recount.accuracy(path) for path in folder.glob("step-*")}
+    first, last = min(students), max(students)
+    expected = [students[first], first, students[last], last, recount.accuracy(folder / "teacher")]
+    shown = NUMBER.findall(captions.figure_captions(analysis)["accuracy"].removeprefix(folder.name))
+    assert all(is_rounded(each, value) for each, value in zip(shown, expected, strict=True)), (shown, expected)
 
 
 def test_terminal(case):
