@@ -29,13 +29,14 @@ class Case:
 
     def __init__(self, path: Path):
         analyses: list[Analysis] = []
+        self.figures: set[str] = set()
         with pytest.MonkeyPatch.context() as patch:
             # No test here looks at the figures, which take most of the time.
-            self.figures: set[str] = set()
-            patch.setattr(report, "write_figure", lambda path, panels: self.figures.add(path.name) or [])
-            patch.setattr(report, "render_panels", lambda panels, name: [])
+            patch.setattr(report, "write_figure", lambda path, panels: [])
+            patch.setattr(report, "render_panels", lambda panels, name: self.figures.add(name) or [])
             write = report.write_report
-            patch.setattr(report, "write_report", lambda folder, each: analyses.append(each) or write(folder, each))
+            record = lambda folder, each, **options: analyses.append(each) or write(folder, each, **options)  # noqa: E731
+            patch.setattr(report, "write_report", record)
             result = invoke("analyze-position", path, "--json")
         assert result.code == 0, result.err
         self.captions = captions.figure_captions(analyses[0])
