@@ -394,6 +394,17 @@ def test_no_number_is_missing_in_the_page(case):
     assert case.captions.keys() == case.figures
 
 
+def test_page_has_the_numbers_of_the_tables(case):
+    for table in ("weights", "relative", "steps", "correlations"):
+        for row in case.rows(table):
+            for name in (name for name in row if f"{name}_low" in row):
+                value, low, high = cells(row, name)
+                interval = "" if math.isnan(low) else f" [{low:.4g}, {high:.4g}]"
+                assert math.isnan(value) or f"{value:.4g}{interval}" in case.page, (table, name, row)
+    for estimate in case.summary["bias"]["estimates"]:
+        assert f"{estimate['fraction']['value']:.1%}" in case.page
+
+
 def test_caption_of_position(case):
     phases = [
         (
