@@ -30,10 +30,10 @@ def sentences(analysis: Analysis) -> dict[str, str]:
     }
 
 
-def levels(before: float, after: float, count: int = PROMPTS, cut: float = 0.3) -> list[np.ndarray]:
-    """Responses with one mean |A| before a cut and another one after it."""
-    rng = np.random.default_rng(0)
-    mean = np.where(np.arange(LENGTH) < cut * LENGTH, before, after)
+def levels(before: float, after: float, count: int = PROMPTS, seed: int = 0) -> list[np.ndarray]:
+    """Responses with one mean |A| in the first 30% and another one after it."""
+    rng = np.random.default_rng(seed)
+    mean = np.where(np.arange(LENGTH) < 0.3 * LENGTH, before, after)
     return [-rng.exponential(mean) for _ in range(count)]
 
 
@@ -57,14 +57,20 @@ def at_p_value(p_value: float) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Made:
-    """A run and what its sentences must be. steps: |A| of the responses by step. truncated: which ones are."""
+    """A run and what its sentences must be.
+
+    steps: A of the responses by step. truncated: which ones are. changes: how |A| or its fraction in the first 30%
+    differs between the first and the last step.
+    """
 
     steps: Sequence[Sequence[np.ndarray]]
     direction: str
     prompts: Sequence[str] | None = None
     truncated: Callable[[int], bool] = field(default=lambda index: False)
+    changes: frozenset[str] = frozenset()
 
 
+PROMPT_NAMES = [f"prompt-{number}" for number in range(9)]
 EARLY, LATE = levels(3.0, 1.0), levels(1.0, 3.0)
 RUNS = {
     "no bias": Made([levels(1.0, 1.0)], "none found"),
@@ -83,9 +89,13 @@ RUNS = {
     "one response": Made([LATE[:1]], "unknown"),
     "no tokens": Made([[np.zeros(0)] * 3], "unknown"),
     "no signal": Made([[np.zeros(LENGTH)] * PROMPTS], "unknown"),
-    "two steps": Made([EARLY, EARLY], "early"),
-    "an early step and a late one": Made([EARLY, LATE], "mixed"),
-    "an early step and one without a bias": Made([levels(9.0, 1.0), levels(1.0, 1.0)], "mixed"),
+    "two steps": Made([EARLY, levels(3.0, 1.0, seed=1)], "early"),
+    "an early step and a late one": Made([EARLY, LATE], "mixed", changes=frozenset({"rose", "fell"})),
+    "an early step and one without a bias": Made(
+        [levels(9.0, 1.0), levels(1.0, 1.0)], "mixed", changes=frozenset({"fell"})
+    ),
+    "half of the signal is left": Made([levels(2.0, 2.0), levels(1.0, 1.0)], "none found", changes=frozenset({"fell"})),
+    "half of the signal of few prompts": Made([levels(2.0, 2.0, 9), levels(1.0, 1.0, 9)], "unknown", PROMPT_NAMES),
 }
 
 
@@ -112,6 +122,11 @@ def test_a_prefix_weight_is_suggested_only_for_an_early_signal(made):
     has_advice = any(ADVICE.search(text) for text in sentences(analysis).values())
     change = analysis.bias.change_point
     assert has_advice == (expected.direction == "early" and change is not None)
+
+
+def test_a_change_is_stated_only_beyond_the_intervals(made):
+    expected, analysis = made
+    assert {*re.findall(r"\b(fell|rose)\b", sentences(analysis)["Did training change it?"])} == expected.changes
 
 
 def test_no_sentence_has_a_number_that_is_none(made):
