@@ -569,6 +569,23 @@ def test_caption_of_continuations(case):
         assert "continuations" not in case.captions
 
 
+def test_answers(case):
+    """What the answers at the top of the page state of mean |A| in the compared phases, and of the run's own weight."""
+    phases = [phase["phase"] for phase in case.summary["phases"]]
+    interval = r"(?: \[[^\]]*\])?"
+    level = rf"([\d.]+){interval} nats per token in {phases[0]} and ([\d.]+){interval} in {phases[-1]}"
+    found = re.findall(level, case.page)
+    assert bool(found) == (len(phases) > 1)
+    for shown in found:
+        for text, phase in zip(shown, (phases[0], phases[-1]), strict=True):
+            responses = case.responses_of(phase)
+            signal = recount.overall_means(responses, ["abs_advantage"])["abs_advantage"]
+            assert float(text) == pytest.approx(signal, rel=5.01e-3)
+            assert f"{recount.prefix_fraction(responses)[0]:.1%}" in case.page
+    (size,) = re.findall(rf"With {re.escape(case.weights[0])} the run’s tokens are worth (\d+%)", case.page)
+    assert is_rounded(size, recount.effective_sample_size(case.run.responses, case.weights[0])[0])
+
+
 def test_caption_of_accuracies(finished_run):
     """The accuracies of the first and of the last student and of the teacher, from the graded responses."""
     analysis = analyze.analyze_run(Run.load(finished_run))
