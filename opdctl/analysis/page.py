@@ -35,18 +35,24 @@ TABLE_TITLES = {
 """The tables of the page by name; all are files beside it."""
 
 
-def render_page(analysis: Analysis, panels: Mapping[str, Sequence[str]]) -> str:
-    """Return the report as HTML. panels: of each figure by its name, as elements of the page."""
+def render_page(analysis: Analysis, panels: Mapping[str, Sequence[str]], *, has_files: bool) -> str:
+    """Return the report as HTML.
+
+    panels: of each figure by its name, as elements of the page. has_files: whether the figures are files beside it.
+    """
     style, script = _read("report.css"), _read("report.js")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_read("report.html")).render(
         analysis=analysis,
+        has_files=has_files,
         policy=_content_security_policy(style, script),
         style=Markup(style),
         script=Markup(script),
         overview=link_terms(verdict.overview(analysis)),
         direction=analysis.direction().removesuffix(" found"),
-        answers=[(question, link_terms(answer)) for question, answer in verdict.answers(analysis)],
+        answers=[
+            (each.question, link_terms(each.headline), link_terms(each.details)) for each in verdict.answers(analysis)
+        ],
         tiles=_tiles(analysis),
         method_notes=map(link_terms, verdict.METHOD_NOTES),
         figures=_figure_sections(analysis, panels),
@@ -85,7 +91,7 @@ def _tiles(analysis: Analysis) -> list[dict[str, str]]:
 
 
 def _tile(label: str, estimate: Estimate, spec: str, level: float) -> dict[str, str]:
-    interval = f"{level:.0%}: {estimate.format_interval(spec)}"
+    interval = f"{level:.0%}: {estimate.format_interval(spec) or 'too few prompts'}"
     return {"label": label, "value": f"{estimate.value:{spec}}", "interval": interval}
 
 

@@ -7,19 +7,29 @@ from typing import Any
 from opdctl.analysis import figures
 from opdctl.analysis.page import render_page
 from opdctl.analysis.page_svg import render_panel
+from opdctl.analysis.paper import write_overview
 from opdctl.analysis.plotting import Panel, compose, figure_bytes
 from opdctl.analysis.results import Analysis
 from opdctl.artifacts import files, tables
 
 FIGURE_FORMATS = ("pdf", "png")
+PAPER_FILE = "paper.md"
 
 
-def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
-    """Write report.html, summary.json, figures and tables under `folder` and return their paths and the summary."""
+def write_report(folder: Path, analysis: Analysis, *, for_paper: bool = False) -> dict[str, Any]:
+    """Write report.html, summary.json and tables under `folder` and return their paths and the summary.
+
+    for_paper: also write the figures as files, and the table of the paper's figures.
+    """
     panels = figures.figure_panels(analysis)
     for name in ("figures", "tables"):
         files.remove_directory(folder / name)
-    figure_paths = [path for name in panels for path in write_figure(folder / "figures" / name, panels[name])]
+    figure_paths = []
+    if for_paper:
+        figure_paths = [path for name in panels for path in write_figure(folder / "figures" / name, panels[name])]
+        write_overview(folder / PAPER_FILE, analysis)
+    else:
+        (folder / PAPER_FILE).unlink(missing_ok=True)
     table_paths = [
         path
         for name, table in analysis.tables().items()
@@ -27,7 +37,7 @@ def write_report(folder: Path, analysis: Analysis) -> dict[str, Any]:
     ]
     files.write_json(folder / "summary.json", analysis.summary())
     rendered = {name: render_panels(panels[name], name) for name in panels}
-    files.write_text(folder / "report.html", render_page(analysis, rendered))
+    files.write_text(folder / "report.html", render_page(analysis, rendered, has_files=for_paper))
     return {
         "report": str(folder / "report.html"),
         "figures": [str(path) for path in figure_paths],

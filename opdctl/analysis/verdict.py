@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from opdctl.analysis.bootstrap import MIN_INTERVAL_PROMPTS
 from opdctl.analysis.phase import overall_means
@@ -70,41 +71,31 @@ def objective_note(analysis: Analysis) -> str:
 # ── Position bias ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def headline(analysis: Analysis) -> str:
-    """Return what all steps and each of the compared phases agree on, in sentences."""
-    direction, bias = analysis.direction(), analysis.bias
-    tested = [phase for phase in analysis.phases if phase.bias.direction != "unknown"]
-    if bias.direction in ("mixed", "unknown") or len(analysis.phases) < 2 or not tested:
-        return bias_sentence(bias)
-    names = " and ".join(phase.name for phase in tested)
-    if direction == "mixed":
-        parts = [f"{phase.name} {_describe_direction(phase.bias)}" for phase in (analysis.all_steps, *tested)]
-        return f"The position bias is not the same throughout the run: {'; '.join(parts)}."
-    return f"{bias_sentence(bias)} The result is the same for {names} alone."
-
-
-def _describe_direction(bias: PositionBias) -> str:
-    fraction = f" ({bias.prefix_fraction.format()} in the first {PREFIX_PERCENT}%)" if bias.prefix_fraction else ""
-    return {"mixed": "estimates that disagree", "none found": "none found"}.get(
-        bias.direction, bias.direction
-    ) + fraction
-
-
 def bias_sentence(bias: PositionBias) -> str:
-    """Return the result of a test of position bias in a sentence."""
-    if bias.direction == "unknown" or bias.prefix_fraction is None:
-        return f"Position bias not tested: {bias.reason}."
+    """Return the result of a test of position bias and its numbers, in sentences."""
+    return f"{_state_direction(bias)} {_describe_test(bias)}".rstrip()
+
+
+def _state_direction(bias: PositionBias) -> str:
+    match bias.direction:
+        case "unknown":
+            return f"Position bias not tested: {bias.reason}."
+        case "mixed":
+            return "The estimates of a position bias disagree."
+        case "none found":
+            return "No position bias found."
+    return f"The signal has {'an' if bias.direction == 'early' else 'a'} {bias.direction} position bias."
+
+
+def _describe_test(bias: PositionBias) -> str:
+    """Return the estimates of a test that was made, with its p-value where it decides: the greatest one for a bias."""
+    if bias.direction == "unknown":
+        return ""
     p_values = [each.p_value for each in bias.estimates if each.p_value is not None]
-    values = f"the first {PREFIX_PERCENT}% of a response contain {_describe_estimates(bias.estimates)}"
-    expected = f"{PREFIX_PERCENT}% expected without a bias; {BIAS_CONFIDENCE_LEVEL:.0%} intervals"
-    if bias.direction == "mixed":
-        return f"The estimates of a position bias disagree: {values} ({expected})."
-    if bias.direction == "none found":
-        return f"No position bias found: {values} ({expected}, p {_format_p(bias.p_value or 0.0)})."
-    article = "an" if bias.direction == "early" else "a"
-    return (
-        f"The signal has {article} {bias.direction} position bias: {values} ({expected}, p {_format_p(max(p_values))})."
-    )
+    deciding = {"mixed": [], "none found": p_values[:1]}.get(bias.direction, p_values)
+    parts = [f"{PREFIX_PERCENT}% expected without a bias", f"{BIAS_CONFIDENCE_LEVEL:.0%} intervals"]
+    note = "; ".join(parts) + (f", p {_format_p(max(deciding))}" if deciding else "")
+    return f"The first {PREFIX_PERCENT}% of a response contain {_describe_estimates(bias.estimates)} ({note})."
 
 
 def estimate_label(estimate: PrefixEstimate) -> str:
@@ -142,70 +133,99 @@ def change_point_sentence(bias: PositionBias) -> str:
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def answers(analysis: Analysis) -> list[tuple[str, str]]:
-    """Return the questions that a report must answer first, each with its answer."""
+@dataclass(frozen=True)
+class ReportAnswer:
+    """A question that a report must answer first. headline: the answer in short. details: its numbers, in sentences."""
+
+    question: str
+    headline: str
+    details: str
+
+
+def answers(analysis: Analysis) -> list[ReportAnswer]:
+    """Return the questions that a report must answer first, with their answers."""
     return [
-        ("Where does the teacher’s signal lie?", _locate_signal(analysis)),
-        ("Did training change it?", _compare_phases(analysis)),
-        ("Which token weight fits?", advise_weight(analysis)),
+        ReportAnswer("Where does the teacher’s signal lie?", *_locate_signal(analysis)),
+        ReportAnswer("Did training change it?", *_compare_phases(analysis)),
+        ReportAnswer("Which token weight fits?", *_advise_weight(analysis)),
     ]
 
 
-def _locate_signal(analysis: Analysis) -> str:
-    return f"{headline(analysis)} {change_point_sentence(analysis.bias)}".rstrip()
+def _locate_signal(analysis: Analysis) -> tuple[str, str]:
+    """Return what all steps and each of the compared phases agree on, and the numbers of all steps."""
+    bias, short = analysis.bias, _state_direction(analysis.bias)
+    tested = [phase for phase in analysis.phases if phase.bias.direction != "unknown"]
+    details = [_describe_test(bias), change_point_sentence(bias)]
+    if bias.direction not in ("mixed", "unknown") and len(analysis.phases) > 1 and tested:
+        if analysis.direction() == "mixed":
+            short = "The position bias is not the same throughout the run."
+            parts = [f"{phase.name} {_name_direction(phase.bias)}" for phase in (analysis.all_steps, *tested)]
+            details.insert(0, f"Found: {'; '.join(parts)}.")
+        else:
+            details.append(f"The result is the same for {' and '.join(phase.name for phase in tested)} alone.")
+    return short, " ".join(filter(None, details))
 
 
-def _compare_phases(analysis: Analysis) -> str:
+def _name_direction(bias: PositionBias) -> str:
+    fraction = f" ({bias.prefix_fraction.format()} in the first {PREFIX_PERCENT}%)" if bias.prefix_fraction else ""
+    names = {"mixed": "estimates that disagree", "none found": "no bias"}
+    return names.get(bias.direction, bias.direction) + fraction
+
+
+def _compare_phases(analysis: Analysis) -> tuple[str, str]:
+    """Return whether mean |A| and its fraction in the prefix changed from the first phase to the last one."""
     if len(analysis.phases) < 2:
-        return "The run has one phase to look at, so there is nothing to compare."
+        return "There is one phase, and nothing to compare it with.", ""
     first, last = analysis.phases[0], analysis.phases[-1]
     levels = [overall_means(phase.numbers.overall)["abs_advantage"] for phase in (first, last)]
     fractions = [phase.prefix_fraction() for phase in (first, last)]
     if any(math.isnan(each.value) for each in levels):
-        return "A phase has no tokens, so there is nothing to compare."
-    text = (
-        f"Mean |A| {_describe_change(*levels)}: {levels[0].format('.3g')} nats per token in {first.name} and "
-        f"{levels[1].format('.3g')} in {last.name}."
+        return "A phase has no tokens, so there is nothing to compare.", ""
+    short, details = (
+        f"Mean |A| {_describe_change(*levels)}",
+        f"Mean |A| is {levels[0].format('.3g')} nats per token in {first.name} and {levels[1].format('.3g')} in "
+        f"{last.name}.",
     )
     if any(math.isnan(each.value) for each in fractions):
-        return text
+        return f"{short}.", details
     return (
-        f"{text} The fraction of it in the first {PREFIX_PERCENT}% of the responses {_describe_change(*fractions)}: "
-        f"{fractions[0].format()} and {fractions[1].format()}."
+        f"{short}; its fraction in the first {PREFIX_PERCENT}% {_describe_change(*fractions)}.",
+        f"{details} The first {PREFIX_PERCENT}% of the responses have {fractions[0].format()} and "
+        f"{fractions[1].format()} of it.",
     )
 
 
 def _describe_change(first: Estimate, last: Estimate) -> str:
     """Return whether an estimate fell or rose: whether its intervals do not overlap."""
     if math.isnan(first.low) or math.isnan(last.low):
-        return f"has no interval for fewer than {MIN_INTERVAL_PROMPTS} prompts, so chance cannot be excluded"
+        return f"has no interval, since there are fewer than {MIN_INTERVAL_PROMPTS} prompts"
     if last.high < first.low:
         return "fell"
     return "rose" if last.low > first.high else "did not change beyond its intervals"
 
 
-def advise_weight(analysis: Analysis) -> str:
+def _advise_weight(analysis: Analysis) -> tuple[str, str]:
     """Return the token weight that the position of the signal suggests, with the effective sample size of the run's
     own one."""
     direction, change = analysis.direction(), analysis.bias.change_point
-    prefix = analysis.bias.prefix_fraction
+    prefix, advice = analysis.bias.prefix_fraction, ""
     if direction == "early" and change and change.before > change.after:
+        fraction = f"{change.position.value:.2f}"
+        short = f"A weight of the prefix, such as prefix_only with fraction {fraction}."
         kept = analysis.all_steps.cumulative_signal()[round(100 * change.position.value)]
-        advice = (
-            f"The signal is early: prefix_only with fraction {change.position.value:.2f} would keep {kept.format()} of "
-            "it."
-        )
+        advice = f"prefix_only with fraction {fraction} would keep {kept.format()} of the signal."
     elif direction == "early":
-        advice = "The signal is early: a weight that decreases along the response, such as iw_opd, follows it."
+        short = "A weight that decreases along the response, such as iw_opd."
     elif direction == "late" and prefix:
+        short = "No weight of the prefix: uniform."
         left_out = Estimate(1 - prefix.value, 1 - prefix.high, 1 - prefix.low)
         advice = (
-            f"The signal is late: prefix_only with fraction {PREFIX_PERCENT / 100:g} would leave out "
-            f"{left_out.format()} of it; uniform leaves out nothing."
+            f"prefix_only with fraction {PREFIX_PERCENT / 100:g} would leave out {left_out.format()} of the signal."
         )
     else:
-        advice = "No position is known to have more signal, so there is no reason for a weight by position: uniform."
-    return " ".join(filter(None, [advice, _describe_own_weight(analysis), objective_note(analysis)]))
+        short = "No weight by position: uniform."
+        advice = "No position is known to have more signal than others."
+    return short, " ".join(filter(None, [advice, _describe_own_weight(analysis), objective_note(analysis)]))
 
 
 def _describe_own_weight(analysis: Analysis) -> str:

@@ -30,6 +30,10 @@ def analyze_position(
             help="Compare the first and the last quarter of the steps, or the first step and the final student.",
         ),
     ] = "quarters",
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="Also write each figure as PDF and PNG, and a table of the paper's figures."),
+    ] = False,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -46,7 +50,7 @@ def analyze_position(
     """
     with command_session(verbose, as_json=json_):
         loaded = load_run_for_analysis(named_run(run_dir, run), recipe, set_)
-        _analyze(loaded, weights, phases, dry_run, json_)
+        _analyze(loaded, weights, phases, paper, dry_run, json_)
 
 
 def load_run_for_analysis(
@@ -61,7 +65,9 @@ def load_run_for_analysis(
     return replace(run, recipe=run.recipe.model_copy(update=update))
 
 
-def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bool, as_json: bool) -> None:
+def _analyze(
+    run: "Run", weights: str | None, phases: "PhaseChoice", for_paper: bool, dry_run: bool, as_json: bool
+) -> None:
     from opdctl.analysis import analyze, captions, page, report, verdict
 
     if dry_run:
@@ -72,19 +78,20 @@ def _analyze(run: "Run", weights: str | None, phases: "PhaseChoice", dry_run: bo
             print_json({"run_dir": str(run.path), "steps": steps, "skipped": skipped})
         return
     analysis = analyze.analyze_run(run, weights, phases)
-    written = report.write_report(run.path / "analysis", analysis)
+    written = report.write_report(run.path / "analysis", analysis, for_paper=for_paper)
     for phase in analysis.phases:
         console.answer(captions.phase_sentence(phase))
     if draw := captions.final_student_sentence(analysis):
         console.warn(draw)
-    for question, answer in verdict.answers(analysis):
-        console.answer(question, "bold")
-        console.answer(answer)
+    for answer in verdict.answers(analysis):
+        console.answer(f"{answer.question} {answer.headline}", "bold")
+        if answer.details:
+            console.answer(answer.details)
     console.print_table("token weights over all steps", *page.format_weight_table(analysis))
     # Each figure and each table is in files of several formats.
-    figures, tables = (len({Path(name).stem for name in written[kind]}) for kind in ("figures", "tables"))
-    report_path = shlex.quote(str(written["report"]))
-    console.info(f"wrote {report_path}, {figures} figures, {tables} tables; open it in a browser")
+    counts = {kind: len({Path(name).stem for name in written[kind]}) for kind in ("figures", "tables")}
+    others = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    console.info(f"wrote {shlex.quote(str(written['report']))}, {others}; open it in a browser")
     if run.recipe.tracking.report_to:
         from opdctl.training.tracking import save_to_trackers
 

@@ -59,7 +59,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if "continuations.png" in args.only:
         opdctl("run", "continuations", str(args.run), "--set", PREFIX_TOKENS)
-    opdctl("analyze-position", str(args.run))
+    opdctl("analyze-position", str(args.run), "--paper")
     for name in set(args.only) & {*FIGURES}:
         shutil.copyfile(args.run / "analysis/figures" / name, args.out / name)
     if screenshots := [name for name in SCREENSHOTS if name in args.only]:

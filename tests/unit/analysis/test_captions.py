@@ -26,16 +26,16 @@ def estimates(p_value: float, *, has_complete: bool = False) -> tuple[PrefixEsti
 def test_bias_sentence():
     late = PositionBias("late", "", FRACTION, 2e-26, None, estimates(1e-9))
     assert verdict.bias_sentence(late) == (
-        "The signal has a late position bias: the first 30% of a response contain 15.9% [14.9%, 16.9%] of the signal, "
+        "The signal has a late position bias. The first 30% of a response contain 15.9% [14.9%, 16.9%] of the signal, "
         "and on average 28.2% [27.2%, 29.2%] of a response’s own (30% expected without a bias; 99% intervals, "
         "p < 0.001)."
     )
     none = PositionBias("none found", "", FRACTION, 0.25, None, estimates(0.25, has_complete=True))
-    assert verdict.bias_sentence(none).startswith("No position bias found: ")
+    assert verdict.bias_sentence(none).startswith("No position bias found. ")
     assert "; without truncated responses 17.0% [16.0%, 18.0%] and 29.5% [" in verdict.bias_sentence(none)
     assert verdict.bias_sentence(none).endswith("p = 0.250).")
     mixed = PositionBias("mixed", "", FRACTION, 0.001, None, estimates(0.001)[:1] + estimates(0.5)[1:])
-    assert verdict.bias_sentence(mixed).startswith("The estimates of a position bias disagree: ")
+    assert verdict.bias_sentence(mixed).startswith("The estimates of a position bias disagree. ")
     assert "p " not in verdict.bias_sentence(mixed).partition("(")[2]
     assert verdict.bias_sentence(PositionBias("unknown", "no signal")) == "Position bias not tested: no signal."
 

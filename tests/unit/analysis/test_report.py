@@ -19,7 +19,8 @@ HOSTILE_TEXT = "</span><script>alert(1)</script><img src=http://evil.example/x o
 def render(run) -> str:
     """Return the page without drawing its figures."""
     analysis = analyze.analyze_run(run)
-    return page.render_page(analysis, {name: ["<svg/>"] for name in captions.figure_captions(analysis)})
+    panels = {name: ["<svg/>"] for name in captions.figure_captions(analysis)}
+    return page.render_page(analysis, panels, has_files=False)
 
 
 def test_hostile_names_and_tokens_are_escaped(tmp_path, monkeypatch):
@@ -56,7 +57,7 @@ def test_tables_and_figures_are_written_in_both_formats(tmp_path):
     for step in range(2):
         plant(run, step, [np.array([-1.0, -3.0]), np.array([-3.0])])
     folder = run.path / "analysis"
-    written = report.write_report(folder, analyze.analyze_run(run))
+    written = report.write_report(folder, analyze.analyze_run(run), for_paper=True)
     assert {path.stem for path in (folder / "figures").glob("*.png")} == {
         *("position", "cumulative_signal", "steps", "heatmap", "prefix_logp", "weights", "prefix_ratio"),
         *("one_response", "correlations"),
@@ -86,12 +87,36 @@ def test_tables_and_figures_are_written_in_both_formats(tmp_path):
     assert files.read_json(folder / "summary.json") == written["summary"]
 
 
+def test_figures_of_the_paper_have_their_numbers_or_the_command_that_makes_them(tmp_path):
+    run = planted_run(tmp_path / "run")
+    plant(run, 0, [np.array([-1.0, -3.0])] * 3)
+    analysis = analyze.analyze_run(run)
+    folder = run.path / "analysis"
+    report.write_report(folder, analysis, for_paper=True)
+    lines = (folder / "paper.md").read_text().splitlines()
+    rows = {cells[1]: cells for line in lines[4:] if (cells := [cell.strip() for cell in re.split(r"(?<!\\)\|", line)])}
+    assert list(rows) == ["1a", "1b", "2a", "2b", "3a", "3b", "3c", "4a", "4b", "4c"]
+    for number, cells in rows.items():
+        has_numbers = number in ("3b", "3c", "4a", "4b", "4c")  # one step, without evaluations and continuations
+        assert bool(cells[2]) == has_numbers
+        assert ("no numbers yet: `opdctl " in cells[3]) != has_numbers
+        if has_numbers:
+            file = re.search(r"\((.*)\)", cells[2])[1]
+            assert (folder / file).is_file()
+            assert "3.0" in cells[3] or "2" in cells[3]
+    page = (folder / "report.html").read_text()
+    assert 'href="figures/position.pdf"' in page
+    report.write_report(folder, analysis)
+    assert not (folder / "paper.md").exists()
+    assert "figures/position.pdf" not in (folder / "report.html").read_text()
+
+
 def test_second_report_is_identical_and_replaces_the_first(tmp_path):
     run = planted_run(tmp_path / "run")
     plant(run, 0, [np.linspace(-1, 0, 10)] * 3)
 
     def contents() -> dict[str, bytes]:
-        report.write_report(run.path / "analysis", analyze.analyze_run(run))
+        report.write_report(run.path / "analysis", analyze.analyze_run(run, "uniform"), for_paper=True)
         return {path.name: path.read_bytes() for path in (run.path / "analysis").rglob("*") if path.is_file()}
 
     first = contents()
