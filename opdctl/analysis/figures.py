@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from opdctl.analysis.captions import figure_captions, optional_quantities, property_title
 from opdctl.analysis.comparison_figures import learning_curve_panel
@@ -240,8 +241,8 @@ def heatmap_panels(analysis: Analysis) -> list[Panel]:
         )  # fmt: skip
         figure = axis.get_figure()
         assert figure is not None
-        bar = figure.colorbar(image, ax=axis, extend="max" if is_cut else "neither")
-        bar.set_label(f"|A| / mean |A| of the step\n0 to {limit:.3g}{', greater is cut' if is_cut else ''}")
+        bar = figure.colorbar(image, ax=axis, extend="max" if is_cut else "neither", ticks=MaxNLocator(5))
+        bar.set_label(f"|A| / mean of the step ({'cut at' if is_cut else 'up to'} {limit:.3g})")
         use_integer_ticks(axis)
         axis.yaxis.set_major_formatter("{x:g}%")
         axis.grid(False)

@@ -127,8 +127,9 @@ def _draw(figure: FigureBase, panel: Panel, inches: float) -> float:
         axis, counts = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         panel.draw_counts(counts)
         greatest = max((float(np.max(line.get_ydata(), initial=0)) for line in counts.get_lines()), default=0.0)
-        counts.set(ylim=(0, 1.15 * (greatest or 1.0)), yticks=(0, greatest), xlabel=panel.x, ylabel="responses")
-        counts.yaxis.label.set_size(matplotlib.rcParams["ytick.labelsize"])
+        counts.set(ylim=(0, 1.15 * (greatest or 1.0)), yticks=(0, greatest), xlabel=panel.x)
+        size = matplotlib.rcParams["ytick.labelsize"]
+        counts.text(0.01, 0.1, "responses", transform=counts.transAxes, color=GREY, size=size)
     else:
         axis = figure.subplots()
         axis.set_xlabel(panel.x)

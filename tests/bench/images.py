@@ -19,8 +19,8 @@ def take_tokens(page: Any) -> bytes:
     """Take the first response, with the numbers of the token that has the most signal."""
     article = page.locator(".responses article").first
     article.locator(".a9").first.hover()
-    box = article.bounding_box()
-    return page.screenshot(clip={**box, "height": box["height"] + 60})
+    box, tip = article.bounding_box(), page.locator("#tip").bounding_box()
+    return page.screenshot(clip={**box, "height": tip["y"] + tip["height"] + 10 - box["y"]})
 
 
 SCREENSHOTS: dict[str, Callable[[Any], bytes]] = {
