@@ -59,6 +59,7 @@ def render_page(analysis: Analysis, panels: Mapping[str, Sequence[str]], *, has_
         tables=_table_sections(analysis),
         samples=sample_sections(analysis.samples),
         shades=shade_choices(analysis.samples),
+        training=_training_section(analysis),
         glossary=GLOSSARY,
     )
 
@@ -107,6 +108,24 @@ def _figure_sections(analysis: Analysis, panels: Mapping[str, Sequence[str]]) ->
             "tables": [table for table in FIGURES[name].tables if table in known_tables],
         }
         for name, drawn in panels.items()
+    ]
+
+
+def _training_section(analysis: Analysis) -> list[dict[str, str]]:
+    """Return the training phases with their weights, objectives and changed settings; none if there is one."""
+    if len(analysis.training) < 2:
+        return []
+    return [
+        {
+            "steps": phase.name,
+            "objective": phase.objective,
+            "weight": phase.weight,
+            "changes": ", ".join(
+                f"{key}: {'–' if old is None else old} → {'–' if new is None else new}"
+                for key, old, new in phase.changes
+            ),
+        }
+        for phase in analysis.training
     ]
 
 

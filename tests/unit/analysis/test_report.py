@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +170,15 @@ def test_missing_steps_are_gaps(tmp_path: Path) -> None:
     assert np.isnan(line.get_ydata()).tolist() == empty_I.tolist()
     assert list(line.get_xdata()) == [0, 1, 2, 3, 4]
     assert list(dots.get_xdata()) == [4]
+
+
+def test_page_lists_the_training_phases_if_the_recipe_changed(tmp_path):
+    run = planted_run(tmp_path / "run")
+    plant(run, 0, [np.array([-1.0, -2.0])] * 2)
+    analysis = analyze.analyze_run(run)
+    assert page._training_section(analysis) == []
+    (first,) = analysis.training
+    second = replace(first, name="step 1", weight="uniform", changes=[("weight.name", "iw_opd", "<uniform>")])
+    text = page.render_page(replace(analysis, training=[first, second]), {})
+    assert "<td>uniform</td><td>weight.name: iw_opd → &lt;uniform&gt;</td>" in text
+    assert "recipe.toml of the newest steps" in text
