@@ -179,6 +179,6 @@ def test_page_lists_the_training_phases_if_the_recipe_changed(tmp_path):
     assert page._training_section(analysis) == []
     (first,) = analysis.training
     second = replace(first, name="step 1", weight="uniform", changes=[("weight.name", "iw_opd", "<uniform>")])
-    text = page.render_page(replace(analysis, training=[first, second]), {})
+    text = page.render_page(replace(analysis, training=[first, second]), {}, has_files=False)
     assert "<td>uniform</td><td>weight.name: iw_opd → &lt;uniform&gt;</td>" in text
     assert "recipe.toml of the newest steps" in text
