@@ -101,63 +101,64 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def made(request, tmp_path_factory) -> tuple[Made, Analysis]:
+def made(request, tmp_path_factory) -> tuple[Made, Analysis, dict[str, str]]:
     expected = RUNS[request.param]
     path: Path = tmp_path_factory.mktemp("sentences") / "run"
     run = planted_run(path)
     for step, advantages in enumerate(expected.steps):
         reasons = ["length" if expected.truncated(index) else "stop" for index in range(len(advantages))]
         plant(run, step, advantages, prompts=expected.prompts, finish_reasons=reasons)
-    return expected, analyze.analyze_run(run)
+    analysis = analyze.analyze_run(run)
+    return expected, analysis, sentences(analysis)
 
 
 def test_a_direction_is_stated_only_where_all_have_it(made):
-    expected, analysis = made
+    expected, analysis, texts = made
     assert analysis.direction() == expected.direction
-    stated = re.findall(r"has an? (early|late) position bias", sentences(analysis)["headline"])
+    stated = re.findall(r"has an? (early|late) position bias", texts["headline"])
     assert stated == [word for word in DIRECTIONS if word == expected.direction]
 
 
 def test_a_prefix_weight_is_suggested_only_for_an_early_signal(made):
-    expected, analysis = made
-    has_advice = any(ADVICE.search(text) for text in sentences(analysis).values())
+    expected, analysis, texts = made
+    has_advice = any(ADVICE.search(text) for text in texts.values())
     change = analysis.bias.change_point
     assert has_advice == (expected.direction == "early" and change is not None)
 
 
 def test_a_change_is_stated_only_beyond_the_intervals(made):
-    expected, analysis = made
-    assert {*re.findall(r"\b(fell|rose)\b", sentences(analysis)["Did training change it?"])} == expected.changes
+    expected, _, texts = made
+    assert {*re.findall(r"\b(fell|rose)\b", texts["Did training change it?"])} == expected.changes
 
 
 def test_no_sentence_has_a_number_that_is_none(made):
-    for name, text in sentences(made[1]).items():
+    for name, text in made[2].items():
         assert not re.search(r"\b(nan|inf|None)\b|[∞]", text), (name, text)
 
 
 def test_an_interval_is_stated_only_where_there_are_enough_prompts(made):
-    expected, analysis = made
+    expected, _, texts = made
     if expected.direction == "unknown":
-        assert "[" not in sentences(analysis)["headline"]
+        assert "[" not in texts["headline"]
     if expected.prompts:
-        assert not [text for text in sentences(analysis).values() if re.search(r"\[[-+\d]", text)]
+        assert not [text for text in texts.values() if re.search(r"\[[-+\d]", text)]
 
 
 def test_p_values_are_stated_beside_the_result_that_they_decide(made):
-    _, analysis = made
-    headline = sentences(analysis)["headline"]
+    _, analysis, texts = made
+    headline = texts["headline"]
     assert bool(re.search(r"\bp [=<]", headline)) == (analysis.bias.direction in (*DIRECTIONS, "none found"))
 
 
 def test_truncated_responses_are_left_out_only_where_others_are_left(made):
-    expected, analysis = made
+    expected, _, texts = made
     counts = {expected.truncated(index) for advantages in expected.steps for index in range(len(advantages))}
-    text = " ".join(sentences(analysis).values())
+    text = " ".join(texts.values())
     assert ("without truncated responses" in text) == (counts == {True, False})
 
 
 def test_a_figure_without_numbers_has_no_caption(made):
-    expected, analysis = made
+    expected, analysis, _ = made
     drawn, texts = figures.figure_panels(analysis), captions.figure_captions(analysis)
     assert drawn.keys() == texts.keys()
     responses = sum(len(advantages) for advantages in expected.steps)
