@@ -32,10 +32,16 @@ MAX_PHASES = 4
 """Training phases that are compared: the last ones."""
 
 
-def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseChoice = "quarters") -> Analysis:
+def analyze_run(
+    run: Run,
+    weights_text: str | None = None,
+    phase_choice: PhaseChoice = "quarters",
+    groups: PromptGroups | None = None,
+) -> Analysis:
     """Analyze every scored step of a run.
 
-    weights_text: the weights to show besides the recipe's, in the form of `--weights`.
+    weights_text: the weights to show besides the recipe's, in the form of `--weights`; "" for none. groups: those of
+    other runs, with which this one is compared.
 
     Raises:
         OpdctlError: no step is scored; a weight is unknown, or needs columns that are not stored; an artifact is
@@ -53,7 +59,7 @@ def analyze_run(run: Run, weights_text: str | None = None, phase_choice: PhaseCh
     ranges = _compared_steps(run, steps, training, phase_choice)
     ratios = list(filter(is_prefix_ratio, weights.labels))
     phases = [(compared, _empty_phase(run, name, compared, ratios)) for name, compared in ranges.items()]
-    all_steps, results, groups = Phase(_step_range(steps), PositionStats()), [], PromptGroups()
+    all_steps, results, groups = Phase(_step_range(steps), PositionStats()), [], groups or PromptGroups()
     with console.progress("analyze-position", len(steps)) as advance:
         for step in steps:
             phases_of_step = [phase for compared, phase in phases if step in compared]

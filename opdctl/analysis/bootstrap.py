@@ -55,6 +55,25 @@ def interval_of_means(
     return low_L, high_L
 
 
+def interval_of_difference(
+    value_GL: Floats, tokens_GL: Floats, other_value_GL: Floats, other_tokens_GL: Floats
+) -> tuple[Floats, Floats]:
+    """Return the bounds, [L] each, of the 95% intervals of the other Σ value / Σ tokens minus the first.
+
+    A bootstrap sample has the same groups of both, so their common differences between prompts cancel. NaN with fewer
+    than MIN_INTERVAL_PROMPTS groups in the bin of either.
+    """
+    used_G = tokens_GL.any(1) | other_tokens_GL.any(1)
+    pairs = [(v_GL[used_G], t_GL[used_G]) for v_GL, t_GL in ((value_GL, tokens_GL), (other_value_GL, other_tokens_GL))]
+    groups_L = np.min([np.count_nonzero(t_GL, axis=0) for _, t_GL in pairs], axis=0)
+    low_L, high_L = np.full((2, len(groups_L)), np.nan)
+    (kept_L,) = np.nonzero(groups_L >= MIN_INTERVAL_PROMPTS)
+    if len(kept_L):
+        first_JL, other_JL = (_resample_means(v_GL[:, kept_L], t_GL[:, kept_L]) for v_GL, t_GL in pairs)
+        low_L[kept_L], high_L[kept_L] = expanded_percentiles(other_JL - first_JL, groups_L[kept_L])
+    return low_L, high_L
+
+
 def _resample_means(value_GL: Floats, tokens_GL: Floats) -> Floats:
     """Return the means of bootstrap samples, [J, L]; that of all groups where a sample has no token."""
     value_JL, tokens_JL = (resample_groups(sums_GL, CURVE_RESAMPLES) for sums_GL in (value_GL, tokens_GL))

@@ -1,4 +1,5 @@
-"""The figures of compared runs: accuracy by step, and by the size of the models. It plots numbers and computes none.
+"""The figures of compared runs: accuracy by step and by the size of the models, and their signal. It plots numbers and
+computes none.
 
 Figure numbers in parentheses are those of arXiv 2606.22600.
 """
@@ -10,7 +11,19 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from opdctl.analysis.plotting import Panel, plot_band, plot_reference, series_styles, use_integer_ticks, use_percent
+from opdctl.analysis.plotting import (
+    Panel,
+    curve_panel,
+    plot_band,
+    plot_estimates,
+    plot_reference,
+    scale_by_step,
+    series_styles,
+    use_integer_ticks,
+    use_percent,
+)
+from opdctl.analysis.run_comparison import RunComparison
+from opdctl.evaluation.statistics import Estimate
 
 
 def comparison_panels(comparison: Mapping[str, Any]) -> list[Panel]:
@@ -91,3 +104,66 @@ def _format_parameters(count: float) -> str:
     """Return a number of parameters with three digits: _format_parameters(596e6) is "596M"."""
     power = min(int(math.log10(count)) // 3, 4)
     return f"{count / 1000**power:.3g}{('', 'K', 'M', 'B', 'T')[power]}"
+
+
+# ── The signal of several runs ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def signal_panels(comparison: RunComparison) -> list[Panel]:
+    """Mean |A| of the last phases by relative and by token position, and its difference to the first run."""
+    phases, styles = comparison.last_phases(), series_styles(list(comparison.analyses))
+
+    def draw_zero(axis: Axes) -> None:
+        plot_reference(axis, 0.0, "no difference")
+        use_percent(axis, "x")
+
+    return [
+        curve_panel(
+            "|A| by relative position",
+            "position in the response",
+            "mean |A| (nats)",
+            {label: (phase.by_relative_position("abs_advantage"), styles[label]) for label, phase in phases.items()},
+            lambda axis: use_percent(axis, "x"),
+        ),
+        curve_panel(
+            "|A| by token position",
+            "token position in the response",
+            "mean |A| (nats)",
+            {label: (phase.by_position("abs_advantage"), styles[label]) for label, phase in phases.items()},
+        ),
+        curve_panel(
+            f"Difference to {next(iter(phases))}",
+            "position in the response",
+            "difference of mean |A| (nats)",
+            {label: (comparison.difference(label, "abs_advantage"), styles[label]) for label in comparison.others()},
+            draw_zero,
+        ),
+    ]
+
+
+def panels_by_step(comparison: RunComparison) -> list[Panel]:
+    """Reverse KL and mean |A| of the runs by step."""
+    return [
+        _by_step(comparison, "k1", "Reverse KL (k1)", "nats per token"),
+        _by_step(comparison, "abs_advantage", "Discrepancy |A|", "mean |A| (nats)"),
+    ]
+
+
+def _by_step(comparison: RunComparison, name: str, title: str, y: str) -> Panel:
+    styles = series_styles(list(comparison.analyses))
+
+    def draw(axis: Axes) -> None:
+        for label, analysis in comparison.analyses.items():
+            known = {step.step: step.means[name] for step in analysis.steps}
+            steps = range(min(known), max(known) + 1)
+            missing = Estimate(math.nan, math.nan, math.nan)
+            plot_estimates(axis, steps, [known.get(step, missing) for step in steps], label=label, **styles[label])
+        scale_by_step(axis)
+        use_integer_ticks(axis)
+
+    return Panel(title, "training step", y, draw)
+
+
+def comparison_figures(comparison: RunComparison) -> Mapping[str, list[Panel]]:
+    """Return the panels of the figures by name."""
+    return {"signal": signal_panels(comparison), "signal_by_step": panels_by_step(comparison)}

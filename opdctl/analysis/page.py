@@ -40,14 +40,10 @@ def render_page(analysis: Analysis, panels: Mapping[str, Sequence[str]], *, has_
 
     panels: of each figure by its name, as elements of the page. has_files: whether the figures are files beside it.
     """
-    style, script = _read("report.css"), _read("report.js")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(_read("report.html")).render(
+    return render_template(
+        "report.html",
         analysis=analysis,
         has_files=has_files,
-        policy=_content_security_policy(style, script),
-        style=Markup(style),
-        script=Markup(script),
         overview=link_terms(verdict.overview(analysis)),
         direction=analysis.direction().removesuffix(" found"),
         answers=[
@@ -61,6 +57,16 @@ def render_page(analysis: Analysis, panels: Mapping[str, Sequence[str]], *, has_
         shades=shade_choices(analysis.samples),
         training=_training_section(analysis),
         glossary=GLOSSARY,
+    )
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Return a page with the style sheet and the script of the report, which its content security policy allows."""
+    style, script = _read("report.css"), _read("report.js")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    policy = _content_security_policy(style, script)
+    return environment.from_string(_read(name)).render(
+        policy=policy, style=Markup(style), script=Markup(script), **values
     )
 
 

@@ -45,7 +45,9 @@ Format = Annotated[
     Literal["text", "csv", "markdown", "latex"],
     typer.Option("--format", help="The format of the table. All except text go to stdout."),
 ]
-Figures = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Write figures and tables here.")]
+Figures = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="Write a report, figures and tables here.")
+]
 
 
 def compare(
@@ -167,6 +169,7 @@ def _compare_curves(
     paths: list[Path], target: float | None, benches: list[str] | None, output: Path | None
 ) -> dict[str, Any]:
     from opdctl.analysis import comparison
+    from opdctl.analysis.run_comparison import compare_positions
     from opdctl.evaluation.compared_runs import load_compared_runs
     from opdctl.evaluation.learning_curves import compare_curves
     from opdctl.evaluation.result_table import tabulate_results
@@ -179,6 +182,10 @@ def _compare_curves(
     written = comparison.write_curves(output, curves) if output else []
     if output and len({run.setting.pair for run in runs}) > 1:
         written += comparison.write_by_size(output, tabulate_results(runs, columns))
+    if output and (positions := compare_positions(paths)):
+        for line in positions.difference_sentences():
+            console.answer(line)
+        written = [*comparison.write_comparison_report(output, positions, curves), *written]
     return {"curves": curves, "files": _report_files(written)}
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdctl.analysis.bootstrap import MIN_INTERVAL_PROMPTS, interval_of_means
+from opdctl.analysis.bootstrap import MIN_INTERVAL_PROMPTS, interval_of_difference, interval_of_means
 
 
 def test_interval_of_a_mean_covers_it_if_tokens_are_correlated():
@@ -57,3 +57,21 @@ def test_cumulated_means_have_the_interval_of_the_sum():
     low_sum_L, high_sum_L = interval_of_means(value_GL, tokens_GL, np.array([1.0, 3.0]))
     assert low_sum_L == pytest.approx([low_L[0], 4 * low_L[1]])
     assert high_sum_L == pytest.approx([high_L[0], 4 * high_L[1]])
+
+
+def test_a_paired_difference_has_the_interval_of_the_differences():
+    """The prompts differ much more from each other than the runs: 1,000 pairs of runs with a true difference of 0.1."""
+    rng = np.random.default_rng(3)
+    prompt_GL = rng.normal(0, 5, (30, 1000))
+    first_GL, other_GL = (
+        prompt_GL + rng.normal(0, 0.1, prompt_GL.shape),
+        prompt_GL + rng.normal(0.1, 0.1, prompt_GL.shape),
+    )
+    ones_GL = np.ones_like(prompt_GL)
+    low_L, high_L = interval_of_difference(first_GL, ones_GL, other_GL, ones_GL)
+    assert 0.92 < np.mean((low_L <= 0.1) & (high_L >= 0.1)) < 0.98
+    assert np.mean(high_L - low_L) < 0.15  # unpaired about 5
+    few = interval_of_difference(
+        first_GL, ones_GL, other_GL[:], np.where(np.arange(30) < 9, 1.0, 0.0)[:, None] * ones_GL
+    )
+    assert np.isnan(few).all()  # nine prompts of the other run
