@@ -22,6 +22,7 @@ from scipy import stats
 
 from opdctl.analysis.bootstrap import GROUP_RESAMPLES, MIN_INTERVAL_PROMPTS, resample_groups
 from opdctl.analysis.position_sums import PERCENT, PREFIX_PERCENT, SignalProfile
+from opdctl.artifacts.manifests import BiasDirection
 from opdctl.evaluation.statistics import CONFIDENCE_LEVEL, Estimate
 from opdctl.losses.token_weights import Floats
 
@@ -46,9 +47,6 @@ class ChangePoint:
     p_value: float
 
 
-Direction = Literal["early", "late", "none found", "mixed", "unknown"]
-
-
 @dataclass(frozen=True)
 class PrefixEstimate:
     """An estimate of the signal in the first 30% of a response, with its 99% interval.
@@ -64,7 +62,7 @@ class PrefixEstimate:
     p_value: float | None
 
     @property
-    def direction(self) -> Direction:
+    def direction(self) -> BiasDirection:
         if self.p_value is None:
             return "unknown"
         if self.p_value > 1 - BIAS_CONFIDENCE_LEVEL:
@@ -80,7 +78,7 @@ class PositionBias:
     estimates do not have it, "unknown" with the `reason`. estimates: all. change_point: None if the signal has none.
     """
 
-    direction: Direction
+    direction: BiasDirection
     reason: str
     prefix_fraction: Estimate | None = None
     p_value: float | None = None
@@ -102,7 +100,7 @@ def finite_or_none(value: Any) -> Any:
     return [finite_or_none(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def common_direction(biases: Iterable[PositionBias]) -> Direction:
+def common_direction(biases: Iterable[PositionBias]) -> BiasDirection:
     """Return the direction that all tests have that were made; "mixed" if they differ, "unknown" if there is none."""
     directions = {bias.direction for bias in biases} - {"unknown"}
     if len(directions) > 1:
@@ -125,7 +123,7 @@ def assess_bias(profile: SignalProfile) -> PositionBias:
         return PositionBias("unknown", "every response has a single token")
     others = {each.direction for each in estimates[1:]} - {"unknown"}
     is_agreed = first.direction == "none found" or others == {first.direction}
-    direction: Direction = first.direction if is_agreed else "mixed"
+    direction: BiasDirection = first.direction if is_agreed else "mixed"
     change_point = find_change_point(signal_GQ, tokens_G)
     return PositionBias(direction, "", first.fraction, first.p_value, change_point, estimates)
 

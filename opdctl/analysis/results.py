@@ -26,10 +26,14 @@ from opdctl.analysis.phase_tables import (
     weight_table,
     weights_of_long_table,
 )
-from opdctl.analysis.position_bias import Direction, PositionBias, common_direction, finite_or_none
+from opdctl.analysis.position_bias import PositionBias, common_direction, finite_or_none
 from opdctl.analysis.samples import Sample
+from opdctl.artifacts.manifests import AnalysisRecord, BiasDirection
 from opdctl.artifacts.stage_dir import Changes
 from opdctl.evaluation.statistics import Estimate, estimate_ratio
+
+SUMMARY_VERSION = 1
+"""Of the form of summary.json. A key that is added does not change it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Analysis:
         """The result of the test of position bias over all steps."""
         return self.all_steps.bias
 
-    def direction(self) -> Direction:
+    def direction(self) -> BiasDirection:
         """Return the direction of the position bias that all steps and each of the phases have."""
         return common_direction(phase.bias for phase in (self.all_steps, *self.phases))
 
@@ -92,10 +96,11 @@ class Analysis:
         """Whether |A| and at least one property of the tokens are not constant."""
         return any(np.isfinite(each.raw.value) for phase in self.phases for each in phase.correlations)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> AnalysisRecord:
         """Return the main numbers as JSON values."""
-        summary: dict[str, Any] = finite_or_none(
+        summary: AnalysisRecord = finite_or_none(
             {
+                "version": SUMMARY_VERSION,
                 "run": self.run,
                 "steps": [step.step for step in self.steps],
                 "skipped": list(self.skipped),

@@ -197,6 +197,85 @@ class SummaryRecord(TypedDict):
     avg: float
 
 
+class EstimateRecord(TypedDict):
+    """A value with the bounds of its interval, None where there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class PrefixEstimateRecord(TypedDict):
+    """An estimate of the signal in the first 30% of a response. of, responses: see docs/analysis.md."""
+
+    of: Literal["signal", "response"]
+    responses: Literal["all", "complete"]
+    fraction: EstimateRecord
+    p_value: float | None
+
+
+class ChangePointRecord(TypedDict):
+    """The position at which the mean signal changes, as a fraction of the response, and the means in nats per token."""
+
+    position: EstimateRecord
+    before: float
+    after: float
+    p_value: float
+
+
+BiasDirection = Literal["early", "late", "none found", "mixed", "unknown"]
+
+
+class BiasRecord(TypedDict):
+    """The test of position bias. reason: why the direction is unknown, or ""."""
+
+    direction: BiasDirection
+    reason: str
+    prefix_fraction: EstimateRecord | None
+    p_value: float | None
+    change_point: ChangePointRecord | None
+    estimates: list[PrefixEstimateRecord]
+
+
+class TrainingRecord(TypedDict):
+    """A training phase. changes: key, old and new value of each setting that differs from the phase before."""
+
+    name: str
+    weight: str
+    objective: str
+    extrapolation: float
+    changes: list[list[Any]]
+
+
+class PhaseRecord(TypedDict):
+    """A compared phase, with the mean of each quantity and token weight over the tokens as further keys."""
+
+    phase: str
+    responses: Count
+    truncated: Count
+    tokens: Count
+    weight: float | None
+    prefix_fraction: EstimateRecord
+    bias: BiasRecord
+    omitted_tokens: float
+    omitted_signal: float
+
+
+class AnalysisRecord(TypedDict):
+    """summary.json of analyze-position. docs/analysis.md has the meaning of the keys. version: that of this form."""
+
+    version: int
+    run: str
+    steps: list[Count]
+    skipped: list[Count]
+    training: list[TrainingRecord]
+    direction: BiasDirection
+    bias: BiasRecord
+    phases: list[PhaseRecord]
+    weights: list[dict[str, Any]]
+    continuations: list[dict[str, Any]]
+
+
 class HeartbeatRecord(TypedDict):
     """A file in heartbeats/: what a stage does at the moment."""
 

@@ -19,6 +19,7 @@ from helpers.run_shapes import LIMIT, SHAPES, is_on_track
 
 from opdctl.analysis import analyze, captions, report
 from opdctl.analysis.results import Analysis
+from opdctl.artifacts.manifests import AnalysisRecord, check_form
 from opdctl.runs.run import Run
 
 QUANTITIES = ("abs_advantage", "k1", "k3", "student_logp", "teacher_logp")
@@ -315,6 +316,20 @@ def check_change_point(found: Mapping[str, Any], expected: recount.ChangePoint) 
         assert least - 1e-9 <= found["position"][name] <= greatest + 1e-9
     assert (found["before"], found["after"]) == pytest.approx((expected.before, expected.after), rel=1e-9)
     assert found["p_value"] == pytest.approx(expected.p_value, abs=0.005)
+
+
+def test_summary_has_its_form(case):
+    """The schema, and the keys that docs/analysis.md lists."""
+    form = {name: value for name, value in case.summary.items() if name != "digest"}
+    check_form(form, AnalysisRecord)
+    page = (Path(__file__).parents[2] / "docs/analysis.md").read_text()
+    table = page.partition("| key | content |")[2].partition("\n\n")[0]
+    documented = [
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
+    ]
+    assert documented == list(AnalysisRecord.__annotations__) == list(form)
+    with pytest.raises(ValueError, match="direction"):
+        check_form(form | {"direction": "middle"}, AnalysisRecord)
 
 
 def test_phases(case):
