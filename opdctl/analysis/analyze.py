@@ -89,7 +89,14 @@ def analyze_run(
 
 def _describe_training(run: Run, phase: TrainingPhase) -> TrainedSteps:
     extrapolation = float(phase.settings.get("train.extrapolation", 1.0))
-    return TrainedSteps(phase.name, weight_label(run, phase.weight), phase.objective.name, extrapolation, phase.changes)
+    return TrainedSteps(
+        phase.name,
+        phase.steps[0],
+        weight_label(run, phase.weight),
+        phase.objective.name,
+        extrapolation,
+        phase.changes,
+    )
 
 
 def scored_steps(run: Run) -> tuple[list[int], list[int]]:

@@ -175,7 +175,6 @@ def _use_relative_axis(axis: Axes) -> None:
 def step_panels(analysis: Analysis) -> list[Panel]:
     """Reverse KL, also relative to the first step, discrepancy, and signal in the prefix by step (Figure 3a)."""
     steps = analysis.steps
-    numbers = [step.step for step in steps]
     of = {name: [step.means[name] for step in steps] for name in ("k1", "k3", "abs_advantage")}
     fraction = {
         "of the signal": [step.prefix_fraction for step in steps],
@@ -183,28 +182,29 @@ def step_panels(analysis: Analysis) -> list[Panel]:
     }
     bias = (PREFIX_PERCENT / 100, f"{PREFIX_PERCENT}%: no position bias")
     return [
-        _by_step("Reverse KL", "nats per token", numbers, {name: of[name] for name in ("k1", "k3")}),
+        _by_step(analysis, "Reverse KL", "nats per token", {name: of[name] for name in ("k1", "k3")}),
         _by_step(
-            f"k1 relative to step {numbers[0]}", "ratio", numbers, {"k1": analysis.relative_kl()},
-            (1.0, f"step {numbers[0]}"), is_fraction=True,
+            analysis, f"k1 relative to step {steps[0].step}", "ratio", {"k1": analysis.relative_kl()},
+            (1.0, f"step {steps[0].step}"), is_fraction=True,
         ),
-        _by_step("Discrepancy |A|", "mean |A| (nats)", numbers, {"|A|": of["abs_advantage"]}),
+        _by_step(analysis, "Discrepancy |A|", "mean |A| (nats)", {"|A|": of["abs_advantage"]}),
         _by_step(
-            f"Signal in the first {PREFIX_PERCENT}%", "fraction of Σ|A|", numbers, fraction, bias, is_fraction=True
+            analysis, f"Signal in the first {PREFIX_PERCENT}%", "fraction of Σ|A|", fraction, bias, is_fraction=True
         ),
     ]  # fmt: skip
 
 
 def _by_step(
+    analysis: Analysis,
     title: str,
     y: str,
-    steps: Sequence[int],
     estimates: dict[str, list[Estimate]],
     reference: tuple[float, str] | None = None,
     *,
     is_fraction: bool = False,
 ) -> Panel:
     """Return a panel of estimates by step. A missing step is a gap."""
+    steps = [step.step for step in analysis.steps]
     every, missing = range(steps[0], steps[-1] + 1), Estimate(math.nan, math.nan, math.nan)
 
     def draw(axis: Axes) -> None:
@@ -213,12 +213,19 @@ def _by_step(
             plot_estimates(axis, every, [known.get(step, missing) for step in every], color, name)
         if reference:
             plot_reference(axis, *reference)
+        _mark_changes(axis, analysis)
         scale_by_step(axis)
         if is_fraction:
             use_percent(axis, "y")
         use_integer_ticks(axis)
 
     return Panel(title, "training step", y, draw)
+
+
+def _mark_changes(axis: Axes, analysis: Analysis) -> None:
+    """Mark the steps before which the recipe changed."""
+    for step in analysis.changed_at():
+        axis.axvline(step - 0.5, color=GREY, lw=1, ls="-.", label="the recipe changed")
 
 
 def heatmap_panels(analysis: Analysis) -> list[Panel]:
@@ -239,6 +246,7 @@ def heatmap_panels(analysis: Analysis) -> list[Panel]:
             scaled_LI, origin="lower", aspect="auto", extent=extent, cmap="viridis", vmin=0, vmax=limit,
             interpolation="nearest",
         )  # fmt: skip
+        _mark_changes(axis, analysis)
         figure = axis.get_figure()
         assert figure is not None
         bar = figure.colorbar(image, ax=axis, extend="max" if is_cut else "neither", ticks=MaxNLocator(5))

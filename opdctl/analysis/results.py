@@ -42,6 +42,7 @@ class TrainedSteps:
     settings that changed."""
 
     name: str
+    first_step: int
     weight: str
     objective: str
     extrapolation: float
@@ -81,6 +82,10 @@ class Analysis:
     def direction(self) -> BiasDirection:
         """Return the direction of the position bias that all steps and each of the phases have."""
         return common_direction(phase.bias for phase in (self.all_steps, *self.phases))
+
+    def changed_at(self) -> list[int]:
+        """Return the first step of each training phase after the first one."""
+        return [phase.first_step for phase in self.training[1:]]
 
     def relative_kl(self) -> list[Estimate]:
         """Return the reverse KL (k1) of each step as a multiple of that of the first step."""

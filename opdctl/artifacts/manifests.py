@@ -241,6 +241,7 @@ class TrainingRecord(TypedDict):
     """A training phase. changes: key, old and new value of each setting that differs from the phase before."""
 
     name: str
+    first_step: Count
     weight: str
     objective: str
     extrapolation: float

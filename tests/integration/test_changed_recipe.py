@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from helpers.commands import invoke
 from helpers.planted import plant, planted_run
+from matplotlib.figure import Figure
 
-from opdctl.analysis import analyze, captions, verdict
+from opdctl.analysis import analyze, captions, figures, verdict
 from opdctl.artifacts.files import write_json
 from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.runs.run import Run
@@ -65,3 +66,12 @@ def test_a_weight_of_the_command_is_shown_beside_the_own_one(changed):
     assert weights[:2] == ["as trained", "what if: suffix_only"]
     assert [each["weight"] for each in summary["training"]] == ["iw_opd gamma=1", "uniform"]
     assert summary["phases"][1]["weight"] == 1.0
+
+
+def test_figures_by_step_mark_the_change(changed):
+    panels = [*figures.step_panels(analyze.analyze_run(changed)), *figures.heatmap_panels(analyze.analyze_run(changed))]
+    for panel in panels:
+        axis = Figure().subplots()
+        panel.draw(axis)
+        marks = [line for line in axis.get_lines() if line.get_label() == "the recipe changed"]
+        assert [list(line.get_xdata()) for line in marks] == [[1.5, 1.5]]
