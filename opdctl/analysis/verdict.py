@@ -217,14 +217,17 @@ def _advise_weight(analysis: Analysis) -> tuple[str, str]:
     elif direction == "early":
         short = "A weight that decreases along the response, such as iw_opd."
     elif direction == "late" and prefix:
-        short = "No weight of the prefix: uniform."
+        short = "No weight of the prefix is suggested: uniform."
         left_out = Estimate(1 - prefix.value, 1 - prefix.high, 1 - prefix.low)
         advice = (
             f"prefix_only with fraction {PREFIX_PERCENT / 100:g} would leave out {left_out.format()} of the signal."
         )
     else:
-        short = "No weight by position: uniform."
-        advice = "No position is known to have more signal than others."
+        short = "No weight by position is suggested: uniform."
+        advice = {
+            "mixed": "The tests disagree on where the signal is.",
+            "none found": "No position bias was found.",
+        }.get(direction, "The position bias was not tested.")
     return short, " ".join(filter(None, [advice, _describe_own_weight(analysis), objective_note(analysis)]))
 
 
