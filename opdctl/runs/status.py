@@ -43,7 +43,7 @@ class RunStatus:
     """The finished evaluations."""
     heartbeats: list[Heartbeat]
     phases: list[TrainingPhase]
-    """None if the record of an update is corrupt."""
+    """Empty if the record of an update is corrupt."""
 
     @property
     def is_corrupt(self) -> bool:
