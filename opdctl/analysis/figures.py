@@ -305,11 +305,11 @@ FIGURES = {
     "prefix_ratio": FigureContent(
         "The ideal prefix ratio for several exponents", prefix_ratio_panels, ("prefix_ratio",)
     ),
-    "one_response": FigureContent("One response, token by token", one_response_panels),
+    "one_response": FigureContent("One response, token by token", one_response_panels, ("one_response",)),
     "correlations": FigureContent(
         "Rank correlation of the discrepancy with properties of the tokens", correlation_panels, ("correlations",)
     ),
     "continuations": FigureContent("Accuracy from the student’s prefixes", continuation_panels, ("continuations",)),
-    "accuracy": FigureContent("Accuracy by step", accuracy_panels),
+    "accuracy": FigureContent("Accuracy by step", accuracy_panels, ("accuracy",)),
 }
 """The figures in the order of the report."""

@@ -7,6 +7,7 @@ from opdctl.analysis.curves import PositionCurve, curve_by_position
 from opdctl.analysis.phase import ALL_RESPONSES, Phase, StepResult, overall_means, signal_by_percent
 from opdctl.analysis.position_bias import effective_sample_size, prefix_fraction
 from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums
+from opdctl.analysis.samples import Sample
 from opdctl.evaluation.statistics import Estimate
 
 TableColumns = dict[str, list[Any]]
@@ -121,6 +122,15 @@ def weight_table(phase: Phase, names: Sequence[str]) -> TableColumns:
         row |= estimate_columns("prefix_fraction", [prefix_fraction(signal_by_percent(numbers, name))])
         tables.append(row)
     return concat_tables(tables)
+
+
+def sample_table(sample: Sample) -> TableColumns:
+    """Return the numbers of the student's own tokens in a response."""
+    tokens = sample.tokens
+    columns = {"advantage": tokens.advantage_T, "student_logp": tokens.student_logp_T}
+    columns |= {"teacher_logp": tokens.teacher_logp_T, **sample.weights}
+    table: TableColumns = {"sample_id": [sample.sample_id] * len(tokens), "position": list(range(1, len(tokens) + 1))}
+    return table | {name: value_T.tolist() for name, value_T in columns.items()}
 
 
 def step_row(step: StepResult) -> TableColumns:

@@ -34,9 +34,11 @@ BINS_PER_OCTAVE bins."""
 BINS_PER_OCTAVE = 16
 RESERVED_NAMES = (
     *("abs_advantage", "k1", "k3", "student_logp", "teacher_logp"),
-    *("student_entropy", "teacher_entropy", "top_k_overlap", "signal"),
+    *("student_entropy", "teacher_entropy", "top_k_overlap", "signal", "advantage"),
+    *("phase", "cohort", "step", "sample_id", "tokens", "responses", "prompts"),
+    *("position", "from_position", "to_position", "from_percent", "to_percent"),
 )
-"""Names of quantities and signals. A weight of the same name is renamed."""
+"""Names of quantities, signals and columns of tables. A weight of the same name is renamed."""
 MAX_LOG_RATIO_K3 = 60.0  # nats: exp of a greater value would dominate the mean of k3
 
 

@@ -19,6 +19,7 @@ from opdctl.analysis.phase_tables import (
     position_table,
     ratio_table,
     relative_table,
+    sample_table,
     signal_by_bin,
     step_row,
     table_rows,
@@ -156,6 +157,10 @@ class Analysis:
         }
         if ratios := self.prefix_ratios():
             tables["prefix_ratio"] = concat_tables([ratio_table(phase, name) for phase in phases for name in ratios])
+        if self.samples:
+            tables["one_response"] = sample_table(self.samples[0])
+        if self.accuracy:
+            tables["accuracy"] = to_columns(self.accuracy["curve"])
         if self.continuations:
             tables["continuations"] = to_columns(
                 [row for summary in self.continuations for row in continuation_rows(summary)]

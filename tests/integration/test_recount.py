@@ -547,6 +547,12 @@ def test_caption_of_the_median_response(case):
     assert case.captions["one_response"].startswith(median.sample_id)
     place = median.signal.index(max(median.signal)) + 1
     check_numbers(case, "one_response", [case.run.steps[0], place, len(median), max(median.signal)])
+    table = case.tables["one_response"]
+    assert table["sample_id"] == [median.sample_id] * len(median)
+    assert table["position"] == [*range(1, len(median) + 1)]
+    assert np.abs(table["advantage"]) == pytest.approx(median.signal)
+    for name in ("student_logp", "teacher_logp", *case.weights):
+        assert table[name] == pytest.approx(median.values[name]), name
 
 
 def test_caption_of_entropies(case):
