@@ -155,7 +155,10 @@ def _cohorts_caption(phase: Phase) -> str:
         for label, cohorts in phase.cohorts.items()
         if label != ALL_RESPONSES
     ]
-    return f"{phase.name}: {', '.join(sizes)}." if sizes else ""
+    shown = {cohort for label, cohorts in phase.cohorts.items() if label != ALL_RESPONSES for cohort in cohorts}
+    others = sum(count[cohort] for cohort in count if cohort not in shown)
+    left_out = f"; {others} of other lengths are not shown" if others else ""
+    return f"{phase.name}: {', '.join(sizes)}{left_out}." if sizes else ""
 
 
 def _half_signal_caption(phase: Phase) -> str:
@@ -181,8 +184,7 @@ def _weights_caption(analysis: Analysis) -> str:
     if analysis.what_if:
         parts.append(f"The run was not trained with {analysis.what_if.removeprefix('what if: ')}.")
     parts += [
-        f"{phase.name}: by token position over the responses of at least {phase.common_length} tokens, the same ones "
-        "at each position."
+        f"{phase.name}: by token position over {_describe_long(phase)}, the same ones at each position."
         for phase in filter(_has_tokens, analysis.phases)
     ]
     return " ".join([*parts, *_signed_differences(analysis)])
@@ -212,9 +214,14 @@ def _prefix_ratio_caption(phase: Phase, names: Sequence[str]) -> str:
         median = f"below {LOW_RATIO} from token {low[0]}" if low else f"{table['median'][-1]:.3g}"
         parts.append(f"{name} {median}, effective sample size {table['effective_sample_size'][-1]:.1%}")
     return (
-        f"{phase.name}, over the responses of at least {phase.common_length} tokens, median at token "
-        f"{table['to_position'][-1]}: {'; '.join(parts)}."
+        f"{phase.name}, over {_describe_long(phase)}, median at token {table['to_position'][-1]}: {'; '.join(parts)}."
     )
+
+
+def _describe_long(phase: Phase) -> str:
+    count = phase.numbers.count
+    long = sum(count[cohort] for cohort in phase.long_cohorts())
+    return f"the {long} of {sum(count.values())} responses that have at least {phase.common_length} tokens"
 
 
 def _entropy_caption(phase: Phase) -> str:

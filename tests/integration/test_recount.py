@@ -495,6 +495,12 @@ def test_caption_of_steps(case):
     check_numbers(case, "heatmap", places)
 
 
+def sizes_of_long(responses: Sequence[Recorded]) -> tuple[int, int, int]:
+    """Return the number of long responses, that of all with a token, and the tokens that long ones have at least."""
+    length, long = recount.long_responses(responses)
+    return len(long), sum(len(each) > 0 for each in responses), length
+
+
 def test_caption_of_weights(case):
     ratios = [name for name in case.weights if name.startswith("prefix_ratio")]
     all_steps = case.rows("weights")[: len(case.weights)]
@@ -502,14 +508,14 @@ def test_caption_of_weights(case):
     lengths, differences = [], []
     for phase, responses in case.phases("weights_of_long"):
         rows = case.rows("weights_of_long", phase=phase)
-        lengths.append((*steps_in(phase), recount.long_responses(responses)[0]))
+        lengths.append((*steps_in(phase), *sizes_of_long(responses)))
         difference = max(abs(row["iw_opd"] - row["iw_opd signed=true"]) for row in rows)
         differences.append((difference, *steps_in(phase)))
     check_numbers(case, "weights", [*sizes, *lengths, *differences])
     expected: list[float] = [0.1, 0.9]
     for phase, responses in case.phases("prefix_ratio"):
         rows = case.rows("prefix_ratio", phase=phase)
-        expected += [*steps_in(phase), recount.long_responses(responses)[0], rows[-1]["to_position"]]
+        expected += [*steps_in(phase), *sizes_of_long(responses), rows[-1]["to_position"]]
         for name in ratios:
             of_weight = [row for row in rows if row["weight"] == name]
             low = [row["from_position"] for row in of_weight if row["median"] < 0.01]
@@ -535,7 +541,8 @@ def test_caption_of_cohorts(case):
         sizes = {
             min(map(len, each)) if label != "truncated" else math.inf: len(each) for label, each in cohorts.items()
         }
-        expected += [*steps_in(phase), *(sizes[shortest] for shortest in sorted(sizes))]
+        others = sum(len(each) > 0 for each in responses) - sum(sizes.values())
+        expected += [*steps_in(phase), *(sizes[shortest] for shortest in sorted(sizes)), *([others] if others else [])]
     check_numbers(case, "cohorts", expected)
 
 
