@@ -116,6 +116,7 @@ class Analysis:
                 "phases": [self._phase_summary(phase) for phase in self.phases],
                 "weights": table_rows(self.weight_table()),
                 "continuations": list(self.continuations),
+                "accuracy": self.accuracy,
             }
         )
         return summary

@@ -275,6 +275,7 @@ class AnalysisRecord(TypedDict):
     phases: list[PhaseRecord]
     weights: list[dict[str, Any]]
     continuations: list[dict[str, Any]]
+    accuracy: dict[str, Any] | None
 
 
 class HeartbeatRecord(TypedDict):

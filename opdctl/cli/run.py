@@ -202,7 +202,8 @@ def show(
     run: RunOption = None,
     weights: Weights = None,
     shade: Annotated[
-        Literal["signal", "weight"], typer.Option("--shade", help="What a token is shaded by.")
+        Literal["signal", "weight", "entropy", "log_ratio"],
+        typer.Option("--shade", help="What a token is shaded by. log_ratio: that of the prefix, student to teacher."),
     ] = "signal",
     json_: Json = False,
     verbose: Verbose = None,

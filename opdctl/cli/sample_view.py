@@ -5,6 +5,7 @@ from rich.text import Text
 
 from opdctl import console
 from opdctl.analysis.samples import SHADES, Sample, printable, shade_range
+from opdctl.errors import OpdctlError
 
 MAX_LISTED_TOKENS = 10
 """Tokens listed below the text."""
@@ -15,12 +16,23 @@ MIN_SHADE = 0.05
 def print_sample(sample: Sample, by: str) -> None:
     """Print a response with shaded tokens, and list the tokens with the most signal.
 
-    by: "signal", or "weight" for the first weight.
+    by: one of SHADES; "weight" is the first weight.
+
+    Raises:
+        OpdctlError: the quantity is not stored.
     """
     name = next(iter(sample.weights))
+    if by not in sample.shades():
+        hint = "start a run with `rollout.entropy = true`, or use another value"
+        raise OpdctlError("settings_mismatch", f"--shade {by}: {sample.sample_id} has no stored entropies", hint=hint)
+    quantity = {
+        "signal": "|A| in nats",
+        "weight": f"weight {name}",
+        "entropy": "the student's entropy in nats",
+        "log_ratio": "log p_student - log p_teacher of the prefix in nats",
+    }[by]
     low, high = shade_range([sample], by)
     shade_T = sample.shade(by, (low, high))
-    quantity = "|A| in nats" if by == "signal" else f"weight {name}"
     console.answer(f"{sample.title()}; shaded by {quantity}, from {low:.3g} to {high:.3g}", "bold")
     text = Text().append(printable(sample.prompt), style="dim")
     for piece, number in sample.numbered_pieces():

@@ -161,7 +161,7 @@ def test_report_links_to_the_files_beside_it_and_to_no_others(complete_report, c
 # ── run show ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("shade", ["signal", "weight"])
+@pytest.mark.parametrize("shade", ["signal", "weight", "log_ratio"])
 def test_one_response_is_shown_with_its_numbers(run, shade):
     plant(run, 0, [np.array([-1.0, -2.0]), np.array([-0.5])])
     result = invoke("run", "show", run.path, "planted/00000/0", "--shade", shade, "--json")
@@ -171,6 +171,13 @@ def test_one_response_is_shown_with_its_numbers(run, shade):
     assert sample["iw_opd gamma=1"] == pytest.approx([2.0, 1 + 2 / 3])
     assert len(sample["tokens"]) == 2
     assert "-2.000" in result.err
+
+
+def test_shade_that_is_not_stored_is_rejected(run):
+    plant(run, 0, [np.array([-1.0, -2.0])])
+    result = invoke("run", "show", run.path, "planted/00000/0", "--shade", "entropy")
+    assert (result.code, result.kind) == (4, "settings_mismatch")
+    assert "rollout.entropy = true" in " ".join(result.err.split())
 
 
 def test_weights_with_parameters_are_shown(run):
