@@ -13,13 +13,14 @@ import numpy as np
 
 from opdctl import console
 from opdctl.analysis import verdict
-from opdctl.analysis.analyze import analyze_run, scored_steps
+from opdctl.analysis.analyze import analyze_run
 from opdctl.analysis.bootstrap import interval_of_difference
 from opdctl.analysis.curves import PositionCurve
 from opdctl.analysis.phase import Phase
 from opdctl.analysis.phase_tables import TableColumns, concat_tables, estimate_columns, table_rows
 from opdctl.analysis.position_sums import BINS, PERCENT, BinnedSums, PromptGroups
 from opdctl.analysis.results import Analysis
+from opdctl.errors import OpdctlError
 from opdctl.evaluation.statistics import Estimate
 from opdctl.runs.run import Run
 
@@ -95,18 +96,27 @@ def _bounds_of_difference(first: BinnedSums, other: BinnedSums, name: str) -> tu
 
 
 def compare_positions(paths: Sequence[Path]) -> RunComparison | None:
-    """Return the comparison of runs that have scored steps with tokens; None if fewer than two have.
-
-    Raises:
-        OpdctlError: an artifact is corrupt.
-    """
+    """Return the comparison of the runs whose scored responses can be read; None if there are fewer than two. Warns of
+    the others: their accuracies can be compared all the same."""
     groups, analyses = PromptGroups(), {}
     names = Counter(path.name for path in paths)
     for path in paths:
-        run = Run.load(path) if (path / "run.json").exists() else None
-        analysis = analyze_run(run, "", groups=groups) if run and scored_steps(run)[0] else None
-        if analysis and analysis.phases[-1].numbers.tokens:
-            analyses[path.name if names[path.name] == 1 else str(path)] = analysis
-        else:
-            console.warn(f"{path}: no step has scored responses, so its signal is not compared")
+        try:
+            analysis = _analyze(path, groups)
+        except OpdctlError as error:
+            console.warn(f"{path}: its signal is not compared: {error.message}")
+            continue
+        analyses[path.name if names[path.name] == 1 else str(path)] = analysis
     return RunComparison(analyses) if len(analyses) > 1 else None
+
+
+def _analyze(path: Path, groups: PromptGroups) -> Analysis:
+    """Return the analysis of a run.
+
+    Raises:
+        OpdctlError: no response with a token is scored, or an artifact is corrupt or was made with other settings.
+    """
+    analysis = analyze_run(Run.load(path), "", groups=groups)
+    if not analysis.phases[-1].numbers.tokens:
+        raise OpdctlError("missing_input", f"{path}: no response of the last phase has a token")
+    return analysis

@@ -58,5 +58,5 @@ def test_runs_without_scored_responses_have_no_report(pair, tmp_path):
     plant_evaluation(unscored / "eval/sort12/step-00001", {"a": [True], "b": [False]}, "sort12", problems=2, samples=1)
     result = invoke("compare", pair[0], unscored, "--output", tmp_path / "out", "--json")
     assert result.code == 0, result.err
-    assert "unscored: no step has scored responses" in " ".join(result.err.split())
+    assert "unscored: its signal is not compared" in " ".join(result.err.split())
     assert not (tmp_path / "out/report.html").exists()
