@@ -40,8 +40,8 @@ def analyze_run(
 ) -> Analysis:
     """Analyze every scored step of a run.
 
-    weights_text: the weights to show besides the recipe's, in the form of `--weights`; "" for none. groups: those of
-    other runs, with which this one is compared.
+    weights_text: the weights to show besides the recipe's, in the form of `--weights`. groups: those of other
+    runs, with which this one is compared.
 
     Raises:
         OpdctlError: no step is scored; a weight is unknown, or needs columns that are not stored; an artifact is

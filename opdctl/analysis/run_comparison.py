@@ -116,7 +116,7 @@ def _analyze(path: Path, groups: PromptGroups) -> Analysis:
     Raises:
         OpdctlError: no response with a token is scored, or an artifact is corrupt or was made with other settings.
     """
-    analysis = analyze_run(Run.load(path), "", groups=groups)
+    analysis = analyze_run(Run.load(path), "uniform", groups=groups)
     if not analysis.phases[-1].numbers.tokens:
         raise OpdctlError("missing_input", f"{path}: no response of the last phase has a token")
     return analysis

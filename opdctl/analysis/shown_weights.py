@@ -111,7 +111,7 @@ def _build_labelled(run: Run, component: WeightSettings) -> tuple[str, Weight]:
 
 def _parse_weights(text: str) -> Iterator[tuple[Component, bool]]:
     """Yield each weight of `--weights`, and whether it is shown only if its columns are stored."""
-    for item in filter(None, map(str.strip, text.split(","))):
+    for item in map(str.strip, text.split(",")):
         if item == "all":
             for name in (*DEFAULT_WEIGHTS.split(","), *WEIGHTS.names()):
                 yield _parse_weight(name), True

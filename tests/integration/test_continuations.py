@@ -60,7 +60,7 @@ def test_report_shows_continuations(copy):
     assert result.code == 0, result.err
     (summary,) = result.json()["summary"]["continuations"]
     assert summary["accuracy"]
-    assert (path / "analysis" / "figures" / "continuations.pdf").exists()
+    assert '<figure id="continuations"' in (path / "analysis" / "report.html").read_text()
     assert (path / "analysis" / "tables" / "continuations.csv").exists()
 
 

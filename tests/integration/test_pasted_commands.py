@@ -47,7 +47,7 @@ def test_next_command_of_a_finished_run(home: Path) -> None:
         (command,) = advice(invoke(*words, NAME))
         assert paste(command, home) == [["analyze-position", NAME]], words
     analyzed = run_pasted(command, home)
-    (path,) = re.findall(r"^wrote (.+), \d+ figures", analyzed.err, flags=re.MULTILINE)
+    (path,) = re.findall(r"^wrote (.+), \d+ tables", analyzed.err, flags=re.MULTILINE)
     paste(f"test -f {path}", home)
     (command,) = advice(analyzed)
     assert run_pasted(command, home).code == 0
