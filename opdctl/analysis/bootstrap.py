@@ -3,11 +3,13 @@
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 from scipy import stats
 
+from opdctl.analysis.position_sums import Ints
 from opdctl.evaluation.statistics import CONFIDENCE_LEVEL
 from opdctl.losses.token_weights import Floats
 
@@ -44,15 +46,14 @@ def interval_of_means(
     """
     used_G = tokens_GL.any(1)
     value_GL, tokens_GL = value_GL[used_G], tokens_GL[used_G]
-    groups_L = np.count_nonzero(tokens_GL, axis=0)
-    low_L, high_L = np.full((2, len(groups_L)), np.nan)
-    (kept_L,) = np.nonzero(groups_L >= MIN_INTERVAL_PROMPTS)
-    if len(kept_L):
+
+    def resample(kept_L: Ints) -> Floats:
         mean_JL = _resample_means(value_GL[:, kept_L], tokens_GL[:, kept_L])
-        if cumulated_width_L is not None:
-            mean_JL = np.cumsum(mean_JL * cumulated_width_L[kept_L], axis=1)
-        low_L[kept_L], high_L[kept_L] = expanded_percentiles(mean_JL, groups_L[kept_L])
-    return low_L, high_L
+        if cumulated_width_L is None:
+            return mean_JL
+        return np.cumsum(mean_JL * cumulated_width_L[kept_L], axis=1)
+
+    return _bound(np.count_nonzero(tokens_GL, axis=0), resample)
 
 
 def interval_of_difference(
@@ -66,11 +67,20 @@ def interval_of_difference(
     used_G = tokens_GL.any(1) | other_tokens_GL.any(1)
     pairs = [(v_GL[used_G], t_GL[used_G]) for v_GL, t_GL in ((value_GL, tokens_GL), (other_value_GL, other_tokens_GL))]
     groups_L = np.min([np.count_nonzero(t_GL, axis=0) for _, t_GL in pairs], axis=0)
+
+    def resample(kept_L: Ints) -> Floats:
+        first_JL, other_JL = (_resample_means(v_GL[:, kept_L], t_GL[:, kept_L]) for v_GL, t_GL in pairs)
+        return other_JL - first_JL
+
+    return _bound(groups_L, resample)
+
+
+def _bound(groups_L: Ints, resample: Callable[[Ints], Floats]) -> tuple[Floats, Floats]:
+    """Return the bounds of bins with enough groups, NaN of others. resample: the samples of these bins, [J, L]."""
     low_L, high_L = np.full((2, len(groups_L)), np.nan)
     (kept_L,) = np.nonzero(groups_L >= MIN_INTERVAL_PROMPTS)
     if len(kept_L):
-        first_JL, other_JL = (_resample_means(v_GL[:, kept_L], t_GL[:, kept_L]) for v_GL, t_GL in pairs)
-        low_L[kept_L], high_L[kept_L] = expanded_percentiles(other_JL - first_JL, groups_L[kept_L])
+        low_L[kept_L], high_L[kept_L] = expanded_percentiles(resample(kept_L), groups_L[kept_L])
     return low_L, high_L
 
 
@@ -81,7 +91,7 @@ def _resample_means(value_GL: Floats, tokens_GL: Floats) -> Floats:
     return np.divide(value_JL, tokens_JL, out=all_JL, where=tokens_JL > 0)
 
 
-def expanded_percentiles(value_JL: Floats, groups_L: Floats) -> tuple[Floats, Floats]:
+def expanded_percentiles(value_JL: Floats, groups_L: Ints) -> tuple[Floats, Floats]:
     """Return the bounds, [L] each, of 95% intervals from bootstrap samples of `groups_L` groups."""
     t_L = stats.t.ppf((1 - CONFIDENCE_LEVEL) / 2, groups_L - 1) * np.sqrt(groups_L / (groups_L - 1))
     sorted_JL, rank_L = np.sort(value_JL, axis=0), stats.norm.cdf(t_L) * (len(value_JL) - 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,10 @@ class Analysis:
 
     def tables(self) -> dict[str, TableColumns]:
         """Return every table by its name."""
+        return self._tables
+
+    @cached_property
+    def _tables(self) -> dict[str, TableColumns]:
         phases = [phase for phase in self.phases if phase.numbers.tokens]
         tables = {
             "position": concat_tables([position_table(phase) for phase in phases]),
