@@ -69,7 +69,7 @@ def test_cohorts_by_hand():
     cohort = phase.by_position("abs_advantage", "4–7 tokens")
     assert (cohort.mean_L.tolist(), cohort.responses_L.tolist()) == ([6.25] * 5, [4.0] * 5)
     cut = phase.by_position("abs_advantage", "truncated")
-    assert cut.last_L[-1] == 39.0  # the bin of the positions 40 and 41 is not complete
+    assert cut.last_L[-1] == 40.0  # the last bin ends with the longest response
     assert phase.common_length == 4
     assert phase.by_position_of_long("abs_advantage").mean_L.tolist() == pytest.approx([105 / 6] * 4)
     assert len(phase.by_position("abs_advantage")) == phase.shown_bins() == 36  # two responses reach position 40
