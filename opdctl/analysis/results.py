@@ -32,10 +32,8 @@ from opdctl.analysis.position_bias import PositionBias, common_direction, finite
 from opdctl.analysis.samples import Sample
 from opdctl.artifacts.manifests import AnalysisRecord, BiasDirection
 from opdctl.artifacts.stage_dir import Changes
+from opdctl.artifacts.versions import versioned
 from opdctl.evaluation.statistics import Estimate, estimate_ratio
-
-SUMMARY_VERSION = 1
-"""Of the form of summary.json. A key that is added does not change it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class Analysis:
         """Return the main numbers as JSON values."""
         summary: AnalysisRecord = finite_or_none(
             {
-                "version": SUMMARY_VERSION,
+                **versioned("analysis"),
                 "run": self.run,
                 "steps": [step.step for step in self.steps],
                 "skipped": list(self.skipped),

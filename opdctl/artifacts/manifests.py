@@ -263,8 +263,9 @@ class PhaseRecord(TypedDict):
 
 
 class AnalysisRecord(TypedDict):
-    """summary.json of analyze-position. docs/analysis.md has the meaning of the keys. version: that of this form."""
+    """summary.json of analyze-position. docs/analysis.md has the meaning of the keys."""
 
+    artifact: str
     version: int
     run: str
     steps: list[Count]

@@ -16,9 +16,10 @@ VERSIONS = {
     "eval": 5,
     "continuations": 5,
     "file_scores": 5,
+    "analysis": 5,
 }
-"""The version that is written, by kind: run.json, the stages, update.json, the digests of a trainer state. A stage's
-summary has the stage's version."""
+"""The version that is written, by kind: run.json, the stages, update.json, the digests of a trainer state, the summary
+of an analysis. A stage's summary has the stage's version."""
 SCHEMA_VERSION = 5
 """The version of what `--json` prints."""
 

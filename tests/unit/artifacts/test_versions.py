@@ -2,7 +2,9 @@ from opdctl.artifacts.versions import OLDEST_VERSION, VERSIONS, versioned
 
 
 def test_every_kind_of_artifact_has_a_version_that_is_read():
-    assert set(VERSIONS) == {"run", "rollout", "score", "update", "trainer", "eval", "continuations", "file_scores"}
+    assert set(VERSIONS) == {
+        *("run", "rollout", "score", "update", "trainer", "eval", "continuations", "file_scores", "analysis")
+    }
     assert all(version >= OLDEST_VERSION for version in VERSIONS.values())
 
 
