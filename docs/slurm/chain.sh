@@ -14,7 +14,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 source "$here/recipe.sh"
 
 after=
-submit_next() { # submit_next STAGE PROCESSES OPTIONS [ARGUMENTS]: the job waits for the previous one
+submit_next() { # submit_next STAGE LAUNCHER OPTIONS [ARGUMENTS]: the job waits for the previous one
   job=$(submit "$1" "$2" "$3 $after" "${@:4}")
   after=--dependency=afterok:${job%%;*}
 }

@@ -10,10 +10,5 @@ recipe=$1 run=$2
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/recipe.sh"
 
-for engine_gpus in "$rollout_gpus" "$score_gpus"; do
-  if ((engine_gpus && gpus % engine_gpus)); then
-    echo "GPUS=$gpus on each node is no multiple of the $engine_gpus GPUs of an engine" >&2
-    exit 2
-  fi
-done
+check_engines
 submit train "$gpus" "$train"

@@ -23,11 +23,12 @@ COMMANDS = {
     # Records the job: options, script and arguments, one line.
     "sbatch": 'printf "%q " "$@" >> jobs; echo >> jobs; echo 17',
     "scontrol": 'if [[ $1 == show ]]; then echo localhost; else echo "$@" >> requeued; fi',
-    # Runs the command once for each node of the job, passes USR1 on, and returns the highest exit code.
+    # Runs the command once for each node of the job, passes USR1 and TERM on, and returns the highest exit code.
     "srun": """
         while [[ $1 == --* ]]; do shift; done
-        for ((node = 0; node < SLURM_NNODES; node++)); do "$@" & done
+        for ((node = 0; node < SLURM_NNODES; node++)); do SLURM_NODEID=$node "$@" & done
         trap 'kill -USR1 $(jobs -p)' USR1
+        trap 'kill -TERM $(jobs -p)' TERM
         highest=0
         for pid in $(jobs -p); do
           while :; do
@@ -97,6 +98,22 @@ def alone(tmp_path_factory) -> Path:
     return cluster.path / "run"
 
 
+RAY = {
+    "ray": f"""
+        echo "$@" >> rays
+        [[ $3 != --head ]] || exec {sys.executable} -m http.server --bind 127.0.0.1 "${{4#--port=}}" 2> /dev/null
+        exec sleep 600""",
+    "python3": "wc -l < rays",
+    "opdctl": """
+        if [[ $1 == status ]]; then echo '"is_finished": false'; exit; fi
+        wc -l < rays > nodes_at_start
+        trap 'exit 75' USR1
+        echo "$RAY_ADDRESS $*" > command.part; mv command.part command
+        while :; do sleep 0.1; done""",
+}
+"""Of Ray: nodes that do nothing, their number, and a driver that waits for a signal."""
+
+
 def check_same_student(run: Path, alone: Path, step: int = 2) -> None:
     """Rollouts are equal bit for bit on CPUs; two trainers sum in another order than one."""
     assert max_difference(weights(run, step), weights(alone, step)) < 1e-5
@@ -111,6 +128,16 @@ def test_script_is_valid_bash(script):
     ("script", "arguments", "expected"),
     [
         ("colocated.sh", (), {"train": ["--nodes=4", "--gpus-per-node=8", "8"]}),
+        (
+            "ray.sh",
+            ("--set", "pipeline.placement=apart"),
+            {
+                "train": [
+                    *("--nodes=4", "--gpus-per-node=8", "--launcher", "hardware.train_gpus=32"),
+                    *("hardware.gpus_per_node=8", "pipeline.placement=apart", "ray"),
+                ]
+            },
+        ),
         (
             "follow.sh",
             (),
@@ -132,7 +159,7 @@ def test_script_is_valid_bash(script):
     ],
 )
 def test_jobs_have_the_gpus_of_the_recipe(tmp_path, script, arguments, expected):
-    """large.toml, like cross_scale, has engines of four GPUs. The last word is the number of processes on a node."""
+    """large.toml, like cross_scale, has engines of four GPUs. The last word is the launcher, or its processes on a node."""
     cluster = Cluster(tmp_path)
     done = cluster.submit(script, "large.toml", "run", *arguments, NODES="4", GPUS="8", WORKERS="2")
     assert done.returncode == 0, done.stderr
@@ -145,9 +172,10 @@ def test_jobs_have_the_gpus_of_the_recipe(tmp_path, script, arguments, expected)
         assert {"--signal=B:USR1@120", "--requeue"} <= set(job)
 
 
-def test_engine_that_is_no_part_of_a_node_is_refused(tmp_path):
+@pytest.mark.parametrize("script", ["colocated.sh", "ray.sh"])
+def test_engine_that_is_no_part_of_a_node_is_refused(tmp_path, script):
     cluster = Cluster(tmp_path)
-    done = cluster.submit("colocated.sh", "large.toml", "run", GPUS="6")
+    done = cluster.submit(script, "large.toml", "run", GPUS="6")
     assert done.returncode == 2
     assert "GPUS=6" in done.stderr
     assert not (tmp_path / "jobs").exists()
@@ -160,9 +188,7 @@ def test_colocated_job_on_two_nodes_is_requeued_after_a_signal_and_makes_the_stu
     assert done.returncode == 0, done.stderr
     (job,) = cluster.jobs()
     running = cluster.start(job, nodes=2)
-    while not (tmp_path / "run/step-00000/rollout/manifest.json").exists():
-        assert running.poll() is None
-        time.sleep(0.05)
+    wait_for(tmp_path / "run/step-00000/rollout/manifest.json", running)
     running.send_signal(signal.SIGUSR1)
     assert running.wait() == 1
     assert cluster.requeued() == "requeue 17\n"
@@ -188,6 +214,36 @@ def test_following_jobs_are_requeued_and_make_the_student_of_one_process(tmp_pat
     assert [job.wait() for job in jobs] == [0, 0, 0]
     assert cluster.requeued() == "requeue 17\n"
     check_same_student(tmp_path / "run", alone)
+
+
+def wait_for(path: Path, job: subprocess.Popen) -> None:
+    while not path.exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+
+
+def test_job_with_ray_starts_a_cluster_of_its_nodes_and_the_command_on_the_first(tmp_path):
+    """A signal stops the command, not the cluster, which ends with the job."""
+    cluster = Cluster(tmp_path, **RAY)
+    running = cluster.start([str(SCRIPTS / "job.sh"), "run", "ray", "train", "--launcher", "ray"], nodes=3)
+    wait_for(tmp_path / "command", running)
+    assert (tmp_path / "command").read_text() == "localhost:20017 train --launcher ray\n"
+    assert int((tmp_path / "nodes_at_start").read_text()) == 3
+    head, *others = (tmp_path / "rays").read_text().splitlines()
+    assert head == "start --block --head --port=20017 --disable-usage-stats"
+    assert others == ["start --block --address=localhost:20017"] * 2
+    running.send_signal(signal.SIGUSR1)
+    assert running.wait() == ExitCode.REQUEUE
+    assert cluster.requeued() == "requeue 17\n"
+    with pytest.raises(ProcessLookupError):  # the nodes are processes of the job's group
+        os.killpg(running.pid, 0)
+
+
+def test_job_whose_ray_cluster_does_not_start_ends_without_the_command(tmp_path):
+    cluster = Cluster(tmp_path, **{**RAY, "ray": "exit 1"})
+    assert cluster.start([str(SCRIPTS / "job.sh"), "run", "ray", "train"], nodes=2).wait() == 1
+    assert not (tmp_path / "command").exists()
+    assert not cluster.requeued()
 
 
 def test_chain_of_jobs_makes_the_student_of_one_process(tmp_path, alone):
