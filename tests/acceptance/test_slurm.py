@@ -159,7 +159,7 @@ def test_script_is_valid_bash(script):
     ],
 )
 def test_jobs_have_the_gpus_of_the_recipe(tmp_path, script, arguments, expected):
-    """large.toml, like cross_scale, has engines of four GPUs. The last word is the launcher, or its processes on a node."""
+    """large.toml, like cross_scale, has engines of four GPUs. The last word is the launcher."""
     cluster = Cluster(tmp_path)
     done = cluster.submit(script, "large.toml", "run", *arguments, NODES="4", GPUS="8", WORKERS="2")
     assert done.returncode == 0, done.stderr

@@ -259,7 +259,7 @@ def test_scaling_page_has_the_longest_responses(pair: str, student: str) -> None
 SLURM_SCRIPT = re.compile(
     r'^ {4}(?P<settings>(?:[A-Z]+=(?:"[^"]*"|\S+) )*)bash docs/slurm/(?P<script>\w+)\.sh (?P<recipe>\S+)', re.MULTILINE
 )
-SCRIPT_OPTIONS = {"colocated": [], "follow": ["--follow"], "chain": ["--no-fill"]}
+SCRIPT_OPTIONS = {"colocated": [], "ray": [], "follow": ["--follow"], "chain": ["--no-fill"]}
 
 
 def documented_launches() -> dict[str, Launch]:
@@ -294,7 +294,7 @@ def test_documented_command_fits_the_gpus_of_its_launcher(command: str, checkout
 def test_commands_of_every_launcher_are_documented() -> None:
     """Otherwise the test above overlooks them."""
     programs = {re.sub(r"^.* bash docs/slurm/", "", command).split()[0] for command in documented_launches()}
-    assert programs == {"opdctl", "torchrun", "srun", "colocated.sh", "follow.sh", "chain.sh"}
+    assert programs == {"opdctl", "torchrun", "srun", "colocated.sh", "ray.sh", "follow.sh", "chain.sh"}
 
 
 def test_every_pair_of_the_paper_has_a_recipe() -> None:
