@@ -241,7 +241,7 @@ def test_job_with_ray_starts_a_cluster_of_its_nodes_and_the_command_on_the_first
 
 def test_job_whose_ray_cluster_does_not_start_ends_without_the_command(tmp_path):
     cluster = Cluster(tmp_path, **{**RAY, "ray": "exit 1"})
-    assert cluster.start([str(SCRIPTS / "job.sh"), "run", "ray", "train"], nodes=2).wait() == 1
+    assert cluster.start([str(SCRIPTS / "job.sh"), "run", "ray", "train"], nodes=1).wait() == 1
     assert not (tmp_path / "command").exists()
     assert not cluster.requeued()
 
