@@ -18,8 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.filesize import decimal
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -224,20 +233,22 @@ def live_table(title: str, header: Sequence[str]) -> Iterator[Callable[[Callable
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int, *, is_bytes: bool = False) -> Iterator[Callable[[int], None]]:
     """Yield a function advance(n), called after n of `total` items.
 
     It draws a bar on a terminal. Elsewhere it prints a line every 10 %, and whenever PROGRESS_SECONDS have passed.
+    is_bytes: the items are bytes, which are shown with their number per second.
     """
     if _level < 0:
         yield lambda n: None
     elif _can_redraw():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        count = (DownloadColumn(), TransferSpeedColumn()) if is_bytes else (MofNCompleteColumn(),)
+        columns = (TextColumn("{task.description}"), BarColumn(), *count, TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield lambda n: bar.advance(task, n)
     else:
-        with _plain_lines(label, total) as advance:
+        with _plain_lines(label, total, is_bytes=is_bytes) as advance:
             yield advance
 
 
@@ -246,7 +257,7 @@ def _can_redraw() -> bool:
 
 
 @contextlib.contextmanager
-def _plain_lines(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def _plain_lines(label: str, total: int, *, is_bytes: bool) -> Iterator[Callable[[int], None]]:
     start = printed = time.monotonic()
     done = printed_tenth = 0
     ended = threading.Event()
@@ -255,7 +266,9 @@ def _plain_lines(label: str, total: int) -> Iterator[Callable[[int], None]]:
         nonlocal printed
         printed = time.monotonic()
         left = f", {(printed - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
-        info(f"{label}: {100 * done // max(total, 1)} % ({done} of {total}{left})")
+        speed = f", {decimal(int(done / max(printed - start, 1e-3)))}/s" if is_bytes else ""
+        counts = f"{decimal(done)} of {decimal(total)}" if is_bytes else f"{done} of {total}"
+        info(f"{label}: {100 * done // max(total, 1)} % ({counts}{speed}{left})")
 
     def advance(n: int) -> None:
         nonlocal done, printed_tenth

@@ -291,10 +291,26 @@ def read_json(path: Path, form: Any = dict[str, Any], hint: str | None = None) -
     Raises:
         OpdctlError: the file is missing or corrupt, or has a version that this opdctl does not read.
     """
-    hint = hint or "restore it from a copy, or start again in another --output"
-    try:
+    with _translate_json_errors(path, hint):
         stat = parsing.check_regular(path)
         return _read_json_once(path, form, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+
+
+def parse_json_file(name: str, data: bytes, form: Any, hint: str) -> Any:
+    """Return the JSON object in `data`, the content of a file that is elsewhere. form, hint: as of `read_json`.
+
+    Raises:
+        OpdctlError: as `read_json` does.
+    """
+    with _translate_json_errors(name, hint):
+        return _check_json(name, data, form)
+
+
+@contextlib.contextmanager
+def _translate_json_errors(path: Path | str, hint: str | None) -> Iterator[None]:
+    hint = hint or "restore it from a copy, or start again in another --output"
+    try:
+        yield
     except _ChecksumError as error:
         raise OpdctlError("checksum_mismatch", f"{path}: the content does not match its digest", hint=hint) from error
     except (OSError, ValueError) as error:
@@ -312,7 +328,11 @@ class _ChecksumError(Exception):
 @lru_cache(maxsize=4096)
 def _read_json_once(path: Path, form: Any, identity: tuple[int, int, int]) -> Any:
     """Read and check a file once for each (inode, modification time, size): a replaced file has another one."""
-    value = manifests.parse_object(parsing.read_bytes(path))
+    return _check_json(path, parsing.read_bytes(path), form)
+
+
+def _check_json(path: Path | str, data: bytes, form: Any) -> Any:
+    value = manifests.parse_object(data)
     digest = value.pop("digest", None)
     _check_version(path, value)
     if digest != digest_of(value):
@@ -320,7 +340,7 @@ def _read_json_once(path: Path, form: Any, identity: tuple[int, int, int]) -> An
     return manifests.check_form(value, form)
 
 
-def _check_version(path: Path, value: Mapping[str, Any]) -> None:
+def _check_version(path: Path | str, value: Mapping[str, Any]) -> None:
     kind, version = value.get("artifact"), value.get("version", value.get("schema_version"))
     newest = VERSIONS.get(kind, OLDEST_VERSION) if isinstance(kind, str) else OLDEST_VERSION
     if version is not None and not (isinstance(version, int) and OLDEST_VERSION <= version <= newest):
@@ -369,7 +389,7 @@ def check_tree(directory: Path, *, directories_only: bool = False) -> None:
                 check_no_symlinks(Path(entry.path))
 
 
-def corrupt_artifact(path: Path, why: str, hint: str | None = None) -> OpdctlError:
+def corrupt_artifact(path: Path | str, why: str, hint: str | None = None) -> OpdctlError:
     """Return the error for an artifact that differs from what was written."""
     hint = hint or f"remove {path} and run the command that writes it"
     return OpdctlError("corrupt_artifact", f"{path}: {why}", hint=hint)

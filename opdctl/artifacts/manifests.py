@@ -279,6 +279,19 @@ class AnalysisRecord(TypedDict):
     accuracy: dict[str, Any] | None
 
 
+class JournalRecord(TypedDict):
+    """A line of the journal of a sync: a file that the run directory and a store had in common.
+
+    here, there: the identities of the file and of the object at that time. size: bytes.
+    """
+
+    name: str
+    sha256: Digest
+    size: Count
+    here: str
+    there: str
+
+
 class HeartbeatRecord(TypedDict):
     """A file in heartbeats/: what a stage does at the moment."""
 

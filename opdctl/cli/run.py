@@ -1,4 +1,4 @@
-"""`opdctl run …`: fork, repair, prune, show and export a run, import responses, and continue its prefixes."""
+"""`opdctl run …`: fork, repair, prune, show, export and sync a run, import responses, and continue its prefixes."""
 
 import shlex
 from dataclasses import replace
@@ -18,14 +18,16 @@ from opdctl.cli.session import (
     read_recipe_options,
     set_up_device,
 )
+from opdctl.cli.sync import sync
 from opdctl.errors import ExitCode, OpdctlError
 
 if TYPE_CHECKING:
     from opdctl.runs.repair import CorruptArtifact
 
 run_app = typer.Typer(
-    help="Manage a run: fork, repair, prune, show, export, import, continuations.", no_args_is_help=True
+    help="Manage a run: fork, repair, prune, show, export, sync, import, continuations.", no_args_is_help=True
 )
+run_app.command()(sync)
 
 
 @run_app.command()
