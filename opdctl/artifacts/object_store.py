@@ -25,10 +25,10 @@ BLOCK_BYTES = 8 * 2**20
 """The largest file that is sent by one request, and the smallest part of a larger one."""
 MAX_BLOCKS = 9_000
 """Of one file: S3 allows 10,000 parts."""
-ATTEMPTS = 3
+ATTEMPTS = 2
 """Of each transfer, each with the retries of the store's library."""
 RETRY_SECONDS = 1.0
-"""Before the second attempt; twice as long before the third."""
+"""Before the second attempt."""
 PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 """The extra of opdctl with the file system of a URL's scheme."""
 CREDENTIALS_IN_URL = re.compile(r"^[^:/]+://[^@]*:[^@]*@|\?|::")
@@ -245,7 +245,7 @@ class ObjectStore:
                 translated = self._translate(error)
                 if translated.kind != "unavailable_server" or attempt == ATTEMPTS - 1:
                     raise translated from None  # the cause may contain credentials
-            time.sleep(RETRY_SECONDS * 2**attempt)
+            time.sleep(RETRY_SECONDS)
         raise AssertionError
 
     def _translate(self, error: Exception) -> OpdctlError:
