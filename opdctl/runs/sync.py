@@ -67,7 +67,8 @@ class _Journal:
 
     def rewrite(self) -> None:
         """Keep one line of each file."""
-        files.write_lines(self._path, self.records.values())
+        if self.records:
+            files.write_lines(self._path, self.records.values())
 
     def add(self, name: str, sha256: str, here: StoredFile, there: StoredFile) -> None:
         record = JournalRecord(name=name, sha256=sha256, size=there.size, here=here.identity, there=there.identity)
@@ -189,7 +190,8 @@ class RunSync:
 
     def _check_is_empty(self) -> None:
         is_directory = self.path.is_dir()
-        if not is_directory or any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+        present = (file for file in self.path.rglob("[!.]*") if not file.is_dir())
+        if not is_directory or any(present):  # a sync that ended early leaves empty directories
             reason = "is not empty and not a run directory" if is_directory else "is a file"
             hint = "give the path of a run, or of a new directory"
             raise OpdctlError("unusable_output", f"{self.path} {reason}", hint=hint)

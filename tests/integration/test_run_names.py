@@ -23,6 +23,7 @@ WITHOUT_A_RUN = {"compare": "several runs or evaluations", "list": "what a comma
 WORDS = {
     "run show": ["SAMPLE_ID"],
     "run export": ["out.parquet"],
+    "run sync": ["memory://run-names/x"],
     "run import": ["responses.jsonl"],
     "run fork": ["forked", "--set", "weight.gamma=0.25"],
 }
@@ -110,7 +111,13 @@ def test_prune_removes_nothing_of_a_run_that_is_not_named(folder: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("name", "word"),
-    [("run show", "SAMPLE_ID"), ("run export", "FILE"), ("run import", "FILES"), ("run fork", "NEW_RUN_DIR")],
+    [
+        ("run show", "SAMPLE_ID"),
+        ("run export", "FILE"),
+        ("run import", "FILES"),
+        ("run fork", "NEW_RUN_DIR"),
+        ("run sync", "URL"),
+    ],
 )
 def test_missing_word_after_the_run_is_named(
     name: str, word: str, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,7 @@ def importers(*modules: str) -> set[str]:
         (["rich"], ("console", "cli.")),
         (["typer"], ("cli.",)),
         (["matplotlib"], ("analysis.figures", "analysis.comparison_figures", "analysis.plotting")),
+        (["fsspec", "s3fs", "gcsfs", "adlfs"], ("artifacts.object_store",)),
         (["pickle"], ()),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

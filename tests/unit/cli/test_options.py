@@ -21,7 +21,16 @@ def options(*names: str) -> set[str]:
 
 def test_commands():
     assert tuple(command().commands) == COMMANDS
-    assert set(command("run").commands) == {"fork", "repair", "prune", "show", "export", "import", "continuations"}
+    assert set(command("run").commands) == {
+        "fork",
+        "repair",
+        "prune",
+        "show",
+        "export",
+        "sync",
+        "import",
+        "continuations",
+    }
 
 
 @pytest.mark.parametrize(("name", "most"), [("train", 9), ("eval", 13), ("analyze-position", 9)])
@@ -30,7 +39,7 @@ def test_number_of_options(name, most):
 
 
 PATHS = [(name,) for name in COMMANDS[:-1]] + [
-    ("run", name) for name in ("fork", "repair", "prune", "show", "export", "import", "continuations")
+    ("run", name) for name in ("fork", "repair", "prune", "show", "export", "sync", "import", "continuations")
 ]
 
 
@@ -48,7 +57,8 @@ def test_every_option_has_a_help_text_and_every_command_an_example(names):
 
 
 @pytest.mark.parametrize(
-    "names", [("rollout",), ("score-teacher",), ("train",), ("eval",), ("run", "fork"), ("run", "repair")]
+    "names",
+    [("rollout",), ("score-teacher",), ("train",), ("eval",), ("run", "fork"), ("run", "repair"), ("run", "sync")],
 )
 def test_commands_that_write_have_a_dry_run(names):
     assert "--dry-run" in options(*names)
