@@ -23,8 +23,6 @@ from opdctl.errors import DISK_FULL_ERRNOS, OpdctlError, summarize_exception
 
 BLOCK_BYTES = 8 * 2**20
 """The largest file that is sent by one request, and the smallest part of a larger one."""
-MAX_BLOCKS = 9_000
-"""Of one file: S3 allows 10,000 parts."""
 ATTEMPTS = 2
 """Of each transfer, each with the retries of the store's library."""
 RETRY_SECONDS = 1.0
@@ -38,9 +36,8 @@ SECRETS = (
     (re.compile(r"(?i)\b([\w-]*(?:key|secret|token|signature|password|credential)[\w-]*['\"]?\s*[=:]\s*)\S+"), r"\1…"),
 )
 """Patterns of credentials and signed queries in the texts of libraries, and what replaces each."""
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"use_listings_cache": False, "default_block_size": BLOCK_BYTES, "max_concurrency": 4}
-}
+S3_OPTIONS = {"use_listings_cache": False, "default_block_size": BLOCK_BYTES, "max_concurrency": 4}
+"""The last two bound the memory that a large file takes: parts, and how many of them are in transfer."""
 Result = TypeVar("Result")
 
 
@@ -84,8 +81,10 @@ class ObjectStore:
                 hint="give only bucket and path; the store's library finds credentials in the environment or its files",
             )
         self.url = url.rstrip("/")
+        is_s3 = scheme in ("s3", "s3a")
+        self._parts = {"chunksize": BLOCK_BYTES} if is_s3 else {}
         try:
-            options = {"skip_instance_cache": True, **_OPTIONS.get(scheme, {})}
+            options = {"skip_instance_cache": True, **(S3_OPTIONS if is_s3 else {})}
             self._system, self._root = fsspec.core.url_to_fs(self.url, **options)
         except ImportError as error:
             extra = PACKAGES.get(scheme)
@@ -191,18 +190,9 @@ class ObjectStore:
             self._system.pipe_file(path, data)
             count(size)
             return digest
-        block_size = max(BLOCK_BYTES, -(-size // MAX_BLOCKS))
-        target = self._system.open(path, "wb", block_size=block_size, autocommit=False)
-        try:
-            digest = _copy(source, target, size, count)
-            check(digest)
-            target.close()
-            target.commit()
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first error counts
-                target.discard()
-            target.closed = True  # otherwise its destructor would send the rest
-            raise
+        digest = hashlib.file_digest(source, "sha256").hexdigest()
+        check(digest)
+        self._system.put_file(source.name, path, callback=_Blocks(count), **self._parts)
         return digest
 
     def _write_beside(

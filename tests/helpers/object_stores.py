@@ -148,10 +148,10 @@ class Store:
     """The S3 server with an empty bucket, and the proxy before it, which commands use."""
 
     def __init__(self, port: int):
-        self.proxy = Proxy(port)
+        self.proxy, self.direct_url = Proxy(port), f"http://127.0.0.1:{port}"
         self.client = boto3.client(
             "s3",
-            endpoint_url=f"http://127.0.0.1:{port}",
+            endpoint_url=self.direct_url,
             region_name="us-east-1",
             aws_access_key_id="key",
             aws_secret_access_key=SECRET,
