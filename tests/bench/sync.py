@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python tests/bench/sync.py --gib 1 --aws /path/to/aws
 
-The run consists of random files with true manifests: parts of 4 MiB in steps of 16, and one student of 256 MiB. For
-each program: the upload into an empty prefix, the second sync, the download into an empty directory, and the second one.
+The run consists of random files with true manifests: parts of 4 MiB in steps of 16, and one student of 256 MiB. Each
+program makes an upload into an empty prefix, a second sync, a download into an empty directory, and a second one.
 The programs take turns, `--rounds` times. Seconds are those of whole processes, with the start of Python.
 """
 
