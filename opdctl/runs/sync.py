@@ -38,18 +38,20 @@ from opdctl.runs.sync_plan import (
     record_form,
     recorded_files,
     refers_to_others,
-    run_identity,
+    identify_run,
     stage_directories,
     transfer_order,
 )
 
 TRANSFER_THREADS = 16
 """Files that are transferred at a time."""
-POLL_SECONDS = 5.0
+SYNC_POLL_SECONDS = 5.0
 """Between two comparisons of both sides with `--follow`."""
 OUTAGE_SECONDS = 900.0
 """For which `--follow` continues without an answer of the store."""
-WAIT_SECONDS = 0.5
+TRANSIENT_KINDS = ("unavailable_server", "failed_download", "failed_upload")
+"""Errors after which `--follow` compares again. The last two occur if a file is replaced during its transfer."""
+SIGNAL_POLL_SECONDS = 0.5
 """Between two looks for a signal while files are transferred."""
 
 
@@ -243,7 +245,7 @@ class RunSync:
         data = self.store.read("run.json", there.stored["run.json"])
         hint = "use another URL or directory"
         other = files.parse_json_file(f"{self.store.url}/run.json", data, RunRecord, hint)
-        if run_identity(other) != run_identity(self._read_record("run.json", RunRecord)):
+        if identify_run(other) != identify_run(self._read_record("run.json", RunRecord)):
             raise OpdctlError("source_mismatch", f"{self.store.url} has another run than {self.path}", hint=hint)
 
     def _compare(self, name: str, here: _Side, there: _Side, direction: Direction) -> tuple[Any, str | None]:
@@ -319,7 +321,7 @@ class RunSync:
                 while not future.done():
                     signals.check()
                     with contextlib.suppress(TimeoutError, Exception):
-                        future.result(timeout=WAIT_SECONDS)
+                        future.result(timeout=SIGNAL_POLL_SECONDS)
                 future.result()
         except BaseException as error:
             self._stop.set()
@@ -384,7 +386,7 @@ class RunSync:
                 self.transfer(plan)
                 answered = time.monotonic()
             except OpdctlError as error:
-                if error.kind != "unavailable_server" or time.monotonic() - answered > OUTAGE_SECONDS:
+                if error.kind not in TRANSIENT_KINDS or time.monotonic() - answered > OUTAGE_SECONDS:
                     raise
                 console.warn(f"{error.message}; trying again")
             else:
@@ -395,7 +397,7 @@ class RunSync:
                 elif self._is_finished(plan):
                     return
             signals.check()
-            time.sleep(POLL_SECONDS)
+            time.sleep(SYNC_POLL_SECONDS)
 
     def _is_finished(self, plan: SyncPlan) -> bool:
         if not {"run.json", "recipe.toml"} <= plan.here.keys():

@@ -125,7 +125,7 @@ def _below(directory: str, digests: Mapping[str, str]) -> dict[str, RecordedFile
     return {f"{directory}/{name}": RecordedFile(sha256) for name, sha256 in digests.items()}
 
 
-def run_identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def identify_run(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what two run.json of the same run share, on whichever machines they were written."""
     models = {name: model["digest"] for name, model in record["models"].items()}
     start = record.get("forked_from") or {}

@@ -17,7 +17,7 @@ from opdctl.runs import sync
 from opdctl.runs.run import Run
 
 URL = f"s3://{BUCKET}/runs/x"
-THREE = ("train.steps=3", "rollout.max_tokens=40")
+THREE = ("train.steps=3", "rollout.max_tokens=40", "train.keep_latest=9")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def server() -> Iterator[Store]:
 
 @pytest.fixture
 def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(sync, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(sync, "SYNC_POLL_SECONDS", 0.2)
     return use(server, monkeypatch)
 
 
@@ -130,3 +130,24 @@ def test_what_was_removed_here_is_not_fetched_again(
     assert not (copy / "student/step-00001/model.safetensors").exists()
     assert invoke("run", "sync", URL, copy).code == 0
     assert artifacts(copy) == artifacts(finished_run)
+
+
+def test_object_that_is_replaced_while_it_is_fetched_is_fetched_again(
+    store: Store, finished_run: Path, finished_copy: Path, tmp_path: Path
+) -> None:
+    """The other machine sends a newer version between the list and the request."""
+    assert invoke("run", "sync", finished_copy, URL).code == 0
+    grown: list[str] = []
+
+    def fault(request: Request, forward: Callable[[], Answer]) -> Answer:
+        answer = forward()
+        if request.name.endswith("metrics.jsonl") and not grown:
+            grown.append(request.name)
+            return Answer(answer.status, answer.headers, answer.body + b"x" * 10_000)
+        return answer
+
+    store.proxy.set(fault)
+    result = invoke("run", "sync", "--follow", URL, tmp_path / "copy")
+    assert result.code == 0, result.err
+    assert grown
+    assert (tmp_path / "copy/metrics.jsonl").read_bytes() == (finished_run / "metrics.jsonl").read_bytes()
