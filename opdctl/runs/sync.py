@@ -33,12 +33,12 @@ from opdctl.runs.sync_plan import (
     belongs_to_run,
     complete_files,
     decide,
+    identify_run,
     is_replaceable,
     needed_to_follow,
     record_form,
     recorded_files,
     refers_to_others,
-    identify_run,
     stage_directories,
     transfer_order,
 )
