@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -288,6 +289,9 @@ def run_until_killed(store: Store, count: int, method: str, *words: object) -> N
     command = [sys.executable, "-m", "opdctl", "run", "sync", *map(str, words)]
     started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     assert started[0].wait(timeout=120) == -signal.SIGKILL
+    names: list[str] = []
+    while names != (names := store.names()):  # the proxy still forwards what it had received
+        time.sleep(1)
 
 
 def test_killed_sync_sends_only_the_rest(store: Store, run: Path) -> None:
