@@ -167,6 +167,8 @@ class RunSync:
         clashes = []
         for name in sorted({*ready[0], *ready[1]}, key=transfer_order):
             decision, digest = self._compare(name, here, there, direction)
+            if decision == "conflict" and direction != "receive" and name in ready[0] and name not in ready[1]:
+                decision = "send"  # what a killed sync has left there has no record yet
             if decision == "conflict" and is_replaceable(name):
                 decision = "leave" if direction == "both" else direction
                 plan.kept.extend([name] if direction == "both" else [])
