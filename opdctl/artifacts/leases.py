@@ -51,8 +51,7 @@ class Lease:
             OpdctlError: the directory cannot be written, or the lock file is that of another program.
         """
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._lease.acquire(blocking=False)
+            self._lease.acquire(blocking=False)  # creates the directory
         except filelock.Timeout:
             self._observe_owner()
             return False
@@ -139,6 +138,15 @@ def check_held(path: Path) -> None:
                 f"{lease.owner()} has acquired its lease `{lease.name}` on {lease.directory}",
                 hint="run the same command again to resume",
             )
+
+
+def list_leases(directory: Path) -> list[str]:
+    """Return the names of the leases in a directory that have a lock file, held or stale, by one listing."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return [name[1:].removesuffix(".lock") for name in names if name.startswith(".") and name.endswith(".lock")]
 
 
 def live_leases(directory: Path, now: float) -> Iterator[tuple[Path, str]]:

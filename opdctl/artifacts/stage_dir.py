@@ -11,8 +11,10 @@ fingerprint and refuses any other. Workers share a stage by leases on its parts.
 
 import contextlib
 import itertools
+import os
 import re
 import shlex
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opdctl.artifacts import leases
+from opdctl.artifacts.claims import PartClaims
 from opdctl.artifacts.files import (
     atomic_write,
     check_no_symlinks,
@@ -31,6 +34,7 @@ from opdctl.artifacts.files import (
     read_json,
     remove_temporary_files,
     sha256_file,
+    sha256_files,
     translate_write_errors,
     write_json,
 )
@@ -41,6 +45,7 @@ from opdctl.errors import OpdctlError
 
 STAGE_MARKERS = ("in_progress.json", "manifest.json")
 """Files of which one exists as soon as a stage was started."""
+RECEIPT_SUFFIX = ".receipt.json"
 PART_NAME = re.compile(r"part-(\d{5})-of-(\d{5})(\.\w+)(\.receipt\.json)?")
 Item = TypeVar("Item")
 Changes = list[tuple[str, Any, Any]]
@@ -154,7 +159,7 @@ class StageDir:
         return manifest["parts"][index] if manifest else receipt
 
     def _receipt_path(self, index: int) -> Path:
-        return self.path / f"{self.names[index]}.receipt.json"
+        return self.path / f"{self.names[index]}{RECEIPT_SUFFIX}"
 
     def failed(self) -> list[str]:
         """Return the ids of what failed in the parts that are recorded."""
@@ -184,29 +189,72 @@ class StageDir:
 
     def is_finished(self) -> bool:
         """Whether the manifest is written and every part exists."""
-        return self.manifest() is not None and not self.missing()
+        return self.manifest() is not None and not self._unmade()
+
+    def count_made(self) -> int:
+        """Return the number of parts that exist with a record. None is read."""
+        return len(self.names) - len(self._unmade())
+
+    def _unmade(self) -> list[int]:
+        """Return the numbers of the parts without a file or, in an unfinished stage, without a receipt.
+
+        It takes one listing: if each worker asked for each part, the load would grow with parts times workers.
+        """
+        present = self._list()
+        absent = [index for index, name in enumerate(self.names) if name not in present]
+        if self.manifest():  # after the listing: receipts are removed after the manifest is written
+            return [index for index in absent if not (self.path / self.names[index]).exists()]  # a listing may be old
+        unrecorded = {index for index, name in enumerate(self.names) if f"{name}{RECEIPT_SUFFIX}" not in present}
+        return sorted(unrecorded.union(absent))
+
+    def _list(self) -> set[str]:
+        """Return the names in the directory, none before the stage is started."""
+        try:
+            return set(os.listdir(self.path))
+        except FileNotFoundError:
+            return set()
+
+    def _is_made(self, index: int) -> bool:
+        """Whether a part has a file and a record, whose content may differ."""
+        if not (self.path / self.names[index]).exists():
+            return False
+        return self._receipt_path(index).exists() or self.manifest_path.exists()
 
     def missing(self, *, digests: bool = True) -> list[int]:
         """Return the numbers of the parts that must be made.
 
         A part without a manifest counts if it agrees with its receipt: in size, and if `digests` in content.
         """
-        return [index for index in range(len(self.names)) if self._is_missing(index, digests=digests)]
+        unmade = self._unmade()
+        if self.manifest():
+            return unmade
+        made = {*range(len(self.names))}.difference(unmade)
+        return sorted({*unmade, *self._unusable(self._records(made), digests=digests)})
 
-    def _is_missing(self, index: int, *, digests: bool = True) -> bool:
-        if not (self.path / self.names[index]).exists():
-            return True
-        return self.manifest() is None and not self._is_reusable(index, digests=digests)
+    def _unusable(self, records: Mapping[int, PartRecord | None], *, digests: bool = True) -> list[int]:
+        """Return the numbers of the parts that differ from their receipts. digests: as of `missing`."""
+        paths = {index: self.path / self.names[index] for index in records}
+        fitting = {
+            path: record["sha256"]
+            for index, path in paths.items()
+            if (record := records[index]) and path.stat().st_size == record["bytes"]
+        }
+        found = sha256_files([*fitting]) if digests else fitting
+        return [index for index, path in paths.items() if path not in found or found[path] != fitting[path]]
 
-    def _is_reusable(self, index: int, *, digests: bool) -> bool:
-        record, path = self.record(index), self.path / self.names[index]
-        if record is None or record["bytes"] != path.stat().st_size:
-            return False
-        return not digests or record["sha256"] == sha256_file(path)
+    def _records(self, indices: Iterable[int]) -> dict[int, PartRecord | None]:
+        """Return the records of parts, by number. Of the receipts only those that one listing has are read."""
+        present, manifest = self._list(), self.manifest()
+        records: dict[int, PartRecord | None] = {}
+        for index in sorted(indices):
+            path = self._receipt_path(index)
+            receipt = self._read(path, PartRecord) if path.name in present else None
+            records[index] = receipt or (manifest["parts"][index] if manifest else self.record(index))
+        return records
 
     def finished_but_missing(self) -> list[Path]:
         """Return the parts that the manifest lists and that do not exist."""
-        return [self.path / name for name in self.names if not (self.path / name).exists()] if self.manifest() else []
+        return [self.path / self.names[index] for index in self._unmade()] if self.manifest() else []
 
     def verify(self, index: int, *, digests: bool = True) -> Path:
         """Return the path of a finished part.
@@ -214,13 +262,21 @@ class StageDir:
         Raises:
             OpdctlError: the part is missing or differs from its record: in size or, if `digests`, in content.
         """
-        path, record = self.path / self.names[index], self.record(index)
-        check_no_symlinks(path)
-        if record is None or not path.exists():
+        return self._verify(index, self.record(index), digests=digests)
+
+    def _verify(self, index: int, record: PartRecord | None, *, digests: bool) -> Path:
+        path = self.path / self.names[index]
+        try:
+            state = path.lstat()
+        except FileNotFoundError:
+            state = None
+        if state and not stat.S_ISREG(state.st_mode):
+            check_no_symlinks(path)
+        if record is None or state is None:
             raise corrupt_artifact(path, "is missing", f"run `{self.rerun_command}`")
         hint = self._hint(path)
-        if (size := path.stat().st_size) != record["bytes"]:
-            raise corrupt_artifact(path, f"has {size} bytes, expected {record['bytes']}", hint)
+        if state.st_size != record["bytes"]:
+            raise corrupt_artifact(path, f"has {state.st_size} bytes, expected {record['bytes']}", hint)
         if digests and (digest := sha256_file(path)) != record["sha256"]:
             why = f"{path}: SHA-256 {digest[:12]}…, expected {record['sha256'][:12]}…"
             raise OpdctlError("checksum_mismatch", why, hint=hint)
@@ -228,10 +284,13 @@ class StageDir:
 
     def corrupted_parts(self, *, digests: bool = True) -> dict[int, str]:
         """Return why each part that the manifest lists is corrupt, by number."""
+        if not self.manifest():
+            return {}
         reasons = {}
-        for index in range(len(self.names)) if self.manifest() else ():
+        records = self._records(range(len(self.names)))
+        for index in range(len(self.names)):
             try:
-                self.verify(index, digests=digests)
+                self._verify(index, records[index], digests=digests)
             except OpdctlError as error:
                 reasons[index] = error.message
         return reasons
@@ -276,21 +335,29 @@ class StageDir:
     @contextlib.contextmanager
     def claim_available_parts(self, *, wait: bool = False) -> Iterator[Iterator[int | None] | None]:
         """Like `claim_parts`, with None in the iteration where the caller may work on the parts that it has: other
-        workers have leased all others, and the iterator is about to wait."""
+        workers have leased all others, and the iterator is about to wait; or all are leased, and it is about to read
+        the records of all parts."""
         if self.is_finished() and not self._header_path.exists():
             yield None
         else:
             try:
-                parts = self._lease_each(self.missing(), wait=wait)
+                parts = self._lease_all(wait=wait)
                 first = next((index for index in parts if index is not None), None)
                 yield None if first is None else itertools.chain([first], parts)
             finally:
                 while self._leases:
                     self._leases.popitem()[1].release()
-            if not self.missing(digests=False):
-                with self.hold():  # two workers may finish at the same time
-                    self.finalize()
+            if self._unmade():  # other workers make them
+                return
+            self._finish()
         leases.remove_stale_leases(self._lease_directory, self.path.name)
+
+    def _finish(self) -> list[int]:
+        """Write the manifest, unless another worker has; return the parts that must be made first."""
+        if self.manifest() and not self._header_path.exists():
+            return self._unmade()
+        with self.hold():  # several workers may finish at the same time
+            return self._finalize()
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -303,32 +370,25 @@ class StageDir:
             self._check_fingerprint()
             yield
 
-    def _lease_each(self, indices: Iterable[int], *, wait: bool) -> Iterator[int | None]:
-        """Yield each part as soon as this worker holds its lease, and None before each pause.
+    def _lease_all(self, *, wait: bool) -> Iterator[int | None]:
+        """Yield each part that must be made as soon as this worker holds its lease, and None before each pause.
 
-        The loop passes over the parts again and again. In each pass a part leaves the loop if its lease was acquired,
-        or if its owner is alive and `wait` is off. A part is yielded only if it is still missing: its owner may have
-        finished it between two passes.
+        The parts that exist are read as soon as all do, by the worker that finishes the stage: if each worker read them
+        before it starts, the load would grow with parts times workers. Those that differ from their receipts follow.
         """
-        waiting = {
-            index: leases.Lease(self._lease_directory, f"{self.path.name}-part-{index:05d}") for index in indices
-        }
-        pause = leases.backoff()
-        while waiting:
-            for index, lease in list(waiting.items()):
-                if lease.acquire():
-                    del waiting[index]
-                    pause = leases.backoff()
-                    self._leases[index] = lease
-                    if self._is_missing(index):
-                        yield index
-                    else:
-                        self._release(index)
-                elif not wait and lease.owner_is_alive():
-                    del waiting[index]
-            if waiting:
-                yield None
-                time.sleep(next(pause))
+        yield from self._claims(self._unmade, self._is_made).lease_each(wait=wait)
+        yield None
+        if not self._unmade() and (unusable := self._finish()):
+
+            def is_usable(index: int) -> bool:
+                return self._is_made(index) and not self._unusable({index: self.record(index)})
+
+            yield from self._claims(lambda: [*itertools.filterfalse(is_usable, unusable)], is_usable).lease_each(
+                wait=wait
+            )
+
+    def _claims(self, list_unmade: Callable[[], list[int]], is_made: Callable[[int], bool]) -> PartClaims:
+        return PartClaims(self._lease_directory, self.path.name, list_unmade, is_made, self._leases)
 
     def _release(self, index: int) -> None:
         if lease := self._leases.pop(index, None):
@@ -383,20 +443,27 @@ class StageDir:
 
     def finalize(self) -> bool:
         """Write the manifest if every part exists and it is not written yet. Return whether the stage is finished."""
-        if self.missing():
-            return False
+        return not self._finalize()
+
+    def _finalize(self) -> list[int]:
+        """Write the manifest, unless parts must be made first; return their numbers."""
+        if unmade := self._unmade():
+            return unmade
         # A part that was removed from a finished stage has a receipt that is newer than the manifest.
-        receipts = [self._read(self._receipt_path(index), PartRecord) for index in range(len(self.names))]
+        records = self._records(range(len(self.names)))
+        if not self.manifest() and (unusable := self._unusable(records)):
+            return unusable
+        receipts = [name for name in self._list() if name.endswith(RECEIPT_SUFFIX)]
         header = self._read(self._header_path, StageHeader)
-        if header or any(receipts):
-            parts = [self.record(index) for index in range(len(self.names))]
-            write_json(self.manifest_path, {**(header or self._read(self.manifest_path, Manifest)), "parts": parts})
+        if header or receipts:
+            header = header or self._read(self.manifest_path, Manifest)
+            write_json(self.manifest_path, {**header, "parts": [*records.values()]})
             leases.check_held(self.manifest_path)
-            for index in range(len(self.names)):
-                self._receipt_path(index).unlink(missing_ok=True)
+            for name in receipts:
+                (self.path / name).unlink(missing_ok=True)
             remove_temporary_files(self.path)
             self._header_path.unlink(missing_ok=True)  # last: while it exists, a worker finalizes again
-        return True
+        return []
 
 
 def write_summary(path: Path, stages: Iterable[StageDir], summarize: Callable[[], dict[str, Any]]) -> dict[str, Any]:
