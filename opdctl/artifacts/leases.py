@@ -144,7 +144,7 @@ def list_leases(directory: Path) -> list[str]:
     """Return the names of the leases in a directory that have a lock file, held or stale, by one listing."""
     try:
         names = os.listdir(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [name[1:].removesuffix(".lock") for name in names if name.startswith(".") and name.endswith(".lock")]
 

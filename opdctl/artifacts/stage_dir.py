@@ -17,6 +17,7 @@ import shlex
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 from opdctl.artifacts import leases
 from opdctl.artifacts.claims import PartClaims
 from opdctl.artifacts.files import (
+    HASH_THREADS,
     atomic_write,
     check_no_symlinks,
     corrupt_artifact,
@@ -211,7 +213,7 @@ class StageDir:
         """Return the names in the directory, none before the stage is started."""
         try:
             return set(os.listdir(self.path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return set()
 
     def _is_made(self, index: int) -> bool:
@@ -237,7 +239,7 @@ class StageDir:
         fitting = {
             path: record["sha256"]
             for index, path in paths.items()
-            if (record := records[index]) and path.stat().st_size == record["bytes"]
+            if (record := records[index]) and path.exists() and path.stat().st_size == record["bytes"]
         }
         found = sha256_files([*fitting]) if digests else fitting
         return [index for index, path in paths.items() if path not in found or found[path] != fitting[path]]
@@ -286,14 +288,18 @@ class StageDir:
         """Return why each part that the manifest lists is corrupt, by number."""
         if not self.manifest():
             return {}
-        reasons = {}
         records = self._records(range(len(self.names)))
-        for index in range(len(self.names)):
+
+        def find_reason(index: int) -> str | None:
             try:
                 self._verify(index, records[index], digests=digests)
             except OpdctlError as error:
-                reasons[index] = error.message
-        return reasons
+                return error.message
+            return None
+
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            reasons = [*(threads.map if digests else map)(find_reason, records)]
+        return {index: reason for index, reason in enumerate(reasons) if reason}
 
     def read_all(self, record: type[Row]) -> list[Row]:
         """Return the rows of all parts. Raises OpdctlError if one is corrupt."""
@@ -383,9 +389,8 @@ class StageDir:
             def is_usable(index: int) -> bool:
                 return self._is_made(index) and not self._unusable({index: self.record(index)})
 
-            yield from self._claims(lambda: [*itertools.filterfalse(is_usable, unusable)], is_usable).lease_each(
-                wait=wait
-            )
+            remaining = self._claims(lambda: [*itertools.filterfalse(is_usable, unusable)], is_usable)
+            yield from remaining.lease_each(wait=wait)
 
     def _claims(self, list_unmade: Callable[[], list[int]], is_made: Callable[[int], bool]) -> PartClaims:
         return PartClaims(self._lease_directory, self.path.name, list_unmade, is_made, self._leases)
@@ -453,7 +458,7 @@ class StageDir:
         records = self._records(range(len(self.names)))
         if not self.manifest() and (unusable := self._unusable(records)):
             return unusable
-        receipts = [name for name in self._list() if name.endswith(RECEIPT_SUFFIX)]
+        receipts = self._list().intersection(f"{name}{RECEIPT_SUFFIX}" for name in self.names)
         header = self._read(self._header_path, StageHeader)
         if header or receipts:
             header = header or self._read(self.manifest_path, Manifest)
@@ -498,13 +503,13 @@ def recorded_stage(path: Path, rerun_command: str, repair_command: str = "") -> 
     if header is None:
         return None
     recorded = [part["name"] for part in header.get("parts", ())]
-    names = recorded or [each.name for each in sorted(path.glob("part-*"))]
-    if not names:
+    first = recorded[0] if recorded else min((each.name for each in path.glob("part-*")), default=None)
+    if first is None:
         return None
-    name = PART_NAME.fullmatch(names[0])
+    name = PART_NAME.fullmatch(first)
     if name is None:
         hint = f"remove {shlex.quote(str(path))} and run `{rerun_command}`"
-        raise corrupt_artifact(path, f"has a part named {names[0]}", hint)
+        raise corrupt_artifact(path, f"has a part named {first}", hint)
     return StageDir(
         path,
         stage=header["artifact"],

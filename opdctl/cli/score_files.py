@@ -78,7 +78,7 @@ def _print_plan(scoring: "FileScoring", as_json: bool) -> None:
     finished = None  # unknown without the digest of the teacher, whose weights a plan does not download
     if scoring.model.weights.files or scoring.recipe.score.engine == "server":
         stage = scoring.open_stage()
-        finished = len(stage.names) - len(stage.missing(digests=False))
+        finished = stage.count_made()
     done = "" if finished is None else f", {finished} of them finished"
     rows = [
         ("input", f"{counts.rows:,} responses, {counts.tokens:,} tokens, {counts.own_tokens:,} of the student"),

@@ -291,7 +291,7 @@ class FileScores:
         return self.stage.is_finished()
 
     def count_finished_parts(self) -> int:
-        return len(self.stage.names) - len(self.stage.missing(digests=False))
+        return self.stage.count_made()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""

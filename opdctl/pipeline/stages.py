@@ -40,7 +40,7 @@ class StageResult:
         return sum(len(stage.names) for stage in self.stages)
 
     def count_finished_parts(self) -> int:
-        return self.total_parts - sum(len(stage.missing(digests=False)) for stage in self.stages)
+        return sum(stage.count_made() for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""

@@ -42,6 +42,7 @@ EVENTS = ("open", "os.scandir", "os.listdir", "os.rename", "os.remove", "os.mkdi
 """The audit events of operations with a path. Those that have no event are wrapped."""
 UNAUDITED = ("stat", "lstat")
 SECONDS_OF_A_PART, TOUCH_SECONDS = 60.0, leases.HEARTBEAT_SECONDS
+FIRST_PAUSE_SECONDS = next(leases.backoff())
 counts: Counter[str] = Counter()
 
 
@@ -91,16 +92,19 @@ class Worker:
             self.stage.start({})
         if self.claimed is not None:
             self.stage.write(self.claimed, save_content, rows=1, tokens=1)
+        pauses.clear()
         try:
             self.claimed = next(self.parts or iter(()))
         except StopIteration:
             self.claims.__exit__(None, None, None)
             return None
-        return random.uniform(0.5, 1.5) * SECONDS_OF_A_PART if self.claimed is not None else pauses[-1]
+        if self.claimed is not None:
+            return random.uniform(0.5, 1.5) * SECONDS_OF_A_PART
+        return min(1.5 * pauses[-1], leases.MAX_BACKOFF_SECONDS) if pauses else FIRST_PAUSE_SECONDS
 
 
-pauses: list[float] = [leases.MAX_BACKOFF_SECONDS]
-"""The seconds that workers without a part have waited."""
+pauses: list[float] = []
+"""The seconds that a worker without a part would have slept. It sleeps after it has reported that it has none."""
 
 
 def measure_claims(out: Path, parts: int, workers: int) -> dict[str, float]:
