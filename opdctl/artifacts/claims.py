@@ -39,6 +39,7 @@ class PartClaims:
         self._list_unmade, self._is_made, self._held = list_unmade, is_made, held
         self._settled: set[int] = set()  # claimed here, or found to be made
         self._watched: dict[int, leases.Lease] = {}
+        self._next_look = 0.0  # at the watched leases
         self._is_ascending = True
 
     def lease_each(self, *, wait: bool) -> Iterator[int | None]:
@@ -56,7 +57,7 @@ class PartClaims:
             yield from itertools.chain(self._claim_watched(locked), self._claim_free(free))
             if len(self._settled) > settled:
                 pause = leases.backoff()
-            elif is_idle and not wait and all(lease.owner_is_alive() for lease in self._watched.values()):
+            elif is_idle and not wait and self._are_owners_alive():
                 return
             else:
                 yield None
@@ -69,8 +70,11 @@ class PartClaims:
         return {int(number) for number in numbers if number.isdecimal()}
 
     def _claim_watched(self, locked: Collection[int]) -> Iterator[int]:
-        """Claim parts whose leases have become free or stale. locked: the parts that other workers have leased."""
+        """Claim parts with stale leases, twice in the time of a heartbeat. locked: the parts that have a lock file."""
         self._watched = {index: lease for index, lease in self._watched.items() if index in locked}
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + leases.HEARTBEAT_SECONDS / 2
         others, room = sorted({*locked} - self._watched.keys()), MAX_WATCHED - len(self._watched)
         if len(others) > room:
             others = secrets.SystemRandom().sample(others, room)
@@ -78,7 +82,11 @@ class PartClaims:
         for index, lease in sorted(self._watched.items()):
             if lease.acquire():
                 del self._watched[index]
+                self._next_look = 0.0  # the next pass watches another lease in its place
                 yield from self._claim(index, lease)
+
+    def _are_owners_alive(self) -> bool:
+        return bool(self._watched) and all(lease.owner_is_alive() for lease in self._watched.values())
 
     def _claim_free(self, free: list[int]) -> Iterator[int]:
         """Claim parts of `free` that have no lock file, and remove each that was tried from it."""

@@ -239,7 +239,7 @@ class StageDir:
         fitting = {
             path: record["sha256"]
             for index, path in paths.items()
-            if (record := records[index]) and path.exists() and path.stat().st_size == record["bytes"]
+            if (record := records[index]) and _size(path) == record["bytes"]
         }
         found = sha256_files([*fitting]) if digests else fitting
         return [index for index, path in paths.items() if path not in found or found[path] != fitting[path]]
@@ -469,6 +469,14 @@ class StageDir:
             remove_temporary_files(self.path)
             self._header_path.unlink(missing_ok=True)  # last: while it exists, a worker finalizes again
         return []
+
+
+def _size(path: Path) -> int | None:
+    """Return the size of a file in bytes, or None if another process has removed it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def write_summary(path: Path, stages: Iterable[StageDir], summarize: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ disk take minutes.
 
 import argparse
 import contextlib
+import hashlib
 import heapq
+import json
 import math
 import os
 import random
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import filelock
 from helpers.planted import planted_run
 from helpers.stages import stage
 
@@ -103,6 +106,8 @@ class Worker:
         return min(1.5 * pauses[-1], leases.MAX_BACKOFF_SECONDS) if pauses else FIRST_PAUSE_SECONDS
 
 
+clock = [0.0]
+"""The simulated time in seconds."""
 pauses: list[float] = []
 """The seconds that a worker without a part would have slept. It sleeps after it has reported that it has none."""
 
@@ -121,6 +126,7 @@ def measure_claims(out: Path, parts: int, workers: int) -> dict[str, float]:
     simulated, beat = [first, *others], 0.0
     while calls:
         now, number = heapq.heappop(calls)
+        clock[0] = now
         if now > beat + TOUCH_SECONDS:
             beat = now
             touch_leases(directory)
@@ -177,9 +183,15 @@ def plant(out: Path, parts: int, steps: int) -> Run:
 
 
 def fill(stage_dir: StageDir) -> None:
+    """Write all parts with their receipts, without flushes."""
     stage_dir.start({})
-    for index in range(len(stage_dir.names)):
-        stage_dir.write(index, save_content, rows=1, tokens=1)
+    content = b"content"
+    digest = hashlib.sha256(content).hexdigest()
+    for name in stage_dir.names:
+        record = {"name": name, "rows": 1, "tokens": 1, "bytes": len(content), "sha256": digest}
+        (stage_dir.path / name).write_bytes(content)
+        text = json.dumps({**record, "digest": files.digest_of(record)})
+        (stage_dir.path / f"{name}.receipt.json").write_text(text)
 
 
 @contextlib.contextmanager
@@ -240,11 +252,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="steps of the run that status and repair read; 0: none")
     args = parser.parse_args()
     count_operations(args.out)
+    monotonic, time.monotonic = time.monotonic, lambda: clock[0]
     sleep, time.sleep = time.sleep, pauses.append  # type: ignore[assignment]
-    leases.HEARTBEAT_SECONDS = 50.0  # of filelock's threads; the leases are touched by `touch_leases`
+    filelock.SoftFileLease._start_heartbeat = lambda *arguments: None  # a thread; `touch_leases` does it
     try:
         print_claims(args.out, args.parts, args.workers)
-        time.sleep = sleep
+        time.sleep, time.monotonic = sleep, monotonic
         if args.steps:
             print_readers(args.out, args.parts, args.steps)
     finally:
