@@ -155,15 +155,23 @@ class _Forwarder:
     is_terminal = False
     is_dumb_terminal = False
 
-    def __init__(self, send: Callable[[Text], None]):
-        self.print = send
+    def __init__(self, send: Callable[[Text], None], advance: Callable[[int], None] | None):
+        self.print, self.advance = send, advance
 
 
-def forward_to(send: Callable[[Text], None], level: int) -> None:
-    """Let all messages of this process, a child, be printed by its parent: `send` passes them to it."""
+def forward_to(send: Callable[[Text], None], level: int, advance: Callable[[int], None] | None = None) -> None:
+    """Let all messages of this process, a child, be printed by its parent: `send` passes them to it.
+
+    advance: passes on the number of items that were processed, for the progress bar of the parent.
+    """
     global console, _level
-    console = _Forwarder(send)  # type: ignore[assignment]
+    console = _Forwarder(send, advance)  # type: ignore[assignment]
     _level = level
+
+
+def print_line(line: str) -> None:
+    """Print what another process has printed as a message, as often as it comes."""
+    console.print(Text(_strip_control_chars(line)))
 
 
 def print_forwarded(text: Text) -> None:
@@ -239,7 +247,9 @@ def progress(label: str, total: int, *, is_bytes: bool = False) -> Iterator[Call
     It draws a bar on a terminal. Elsewhere it prints a line every 10 %, and whenever PROGRESS_SECONDS have passed.
     is_bytes: the items are bytes, which are shown with their number per second.
     """
-    if _level < 0:
+    if isinstance(console, _Forwarder) and console.advance:
+        yield console.advance
+    elif _level < 0:
         yield lambda n: None
     elif _can_redraw():
         count = (DownloadColumn(), TransferSpeedColumn()) if is_bytes else (MofNCompleteColumn(),)

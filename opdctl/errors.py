@@ -3,7 +3,7 @@
 import difflib
 import errno
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ ErrorKind = Literal[
     "failed_download",
     "failed_engine",
     "failed_environment",
+    "failed_rank",
     "failed_upload",
     "failed_write",
     "immutable_setting",
@@ -53,6 +54,7 @@ ErrorKind = Literal[
     "settings_mismatch",
     "source_mismatch",
     "stale_rollout",
+    "unavailable_cluster",
     "unavailable_server",
     "unknown_name",
     "unsupported_model",
@@ -60,6 +62,7 @@ ErrorKind = Literal[
     "unsupported_version",
     "untrusted_code",
     "unusable_output",
+    "version_mismatch",
 ]
 """What went wrong, as a noun phrase. The message begins with it: `checksum_mismatch` reads "Checksum mismatch: …"."""
 
@@ -93,6 +96,7 @@ EXIT_CODES: dict[str, ExitCode] = dict.fromkeys(get_args(ErrorKind), ExitCode.US
     "failed_download": ExitCode.UNAVAILABLE,
     "failed_engine": ExitCode.UNAVAILABLE,
     "failed_environment": ExitCode.UNAVAILABLE,
+    "failed_rank": ExitCode.UNAVAILABLE,
     "failed_upload": ExitCode.UNAVAILABLE,
     "failed_write": ExitCode.UNAVAILABLE,
     "invalid_data": ExitCode.BAD_DATA,
@@ -112,6 +116,7 @@ EXIT_CODES: dict[str, ExitCode] = dict.fromkeys(get_args(ErrorKind), ExitCode.US
     "settings_mismatch": ExitCode.RECIPE_MISMATCH,
     "source_mismatch": ExitCode.RECIPE_MISMATCH,
     "stale_rollout": ExitCode.RECIPE_MISMATCH,
+    "unavailable_cluster": ExitCode.UNAVAILABLE,
     "unavailable_server": ExitCode.UNAVAILABLE,
     "unsupported_version": ExitCode.BAD_DATA,
 }
@@ -127,7 +132,11 @@ class OpdctlError(Exception):
         OpdctlError("missing_file", "prompts.jsonl", hint="check prompts.source")
         # error: Missing file: prompts.jsonl
         # hint: check prompts.source
+
+    parts: the numbers of the parts of a stage that were in work.
     """
+
+    parts: Sequence[int] = ()
 
     def __init__(self, kind: ErrorKind, detail: str, *, hint: str | None = None):
         self.kind, self.detail, self.hint = kind, detail, hint

@@ -17,8 +17,9 @@ import numpy as np
 from opdctl.artifacts.records import Completion, GradedResponse, Ids, Response, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint, StageDir, write_summary
 from opdctl.artifacts.versions import versioned
+from opdctl.cluster import open_engines
 from opdctl.engines.base import Request
-from opdctl.engines.pool import EnginePool, open_engine_pool
+from opdctl.engines.pool import EnginePool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import statistics
 from opdctl.evaluation.benchmarks import Benchmark, find_benchmark
@@ -89,7 +90,7 @@ def make_continuations(run: Run, device: str, step: int) -> ContinuationsResult:
     Raises:
         OpdctlError: see `run_continuations`.
     """
-    with open_engine_pool(_recipe_for_engines(run.recipe), device) as engines:
+    with open_engines(run, device, _recipe_for_engines(run.recipe)) as engines:
         summary, made = run_continuations(run, step, engines)
     return ContinuationsResult(continuations_path(run, step), summary, made)
 
@@ -293,7 +294,15 @@ def _generate_continuations(
         )
 
     num_items = _count_continuations(run, name, responses)
-    return make_missing_parts(stage, f"continuations, {name}, step {step}", num_items, prepare)
+    makers = engines.part_makers("rollout", name, partial(continue_prefixes, step, name))
+    return make_missing_parts(stage, f"continuations, {name}, step {step}", num_items, prepare, makers=makers)
+
+
+def continue_prefixes(step: int, name: str, run: Run, engines: EnginePool) -> int:
+    """Make the missing parts of the continuations by one model, but for those of other workers; return how many."""
+    benchmark, responses = _benchmark(run), _responses(run, step)
+    stage = _stage(run, step, name, benchmark, responses)
+    return _generate_continuations(run, step, name, benchmark, responses, engines, stage)
 
 
 def _grade(

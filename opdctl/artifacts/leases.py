@@ -87,6 +87,11 @@ class Lease:
         """Whether the owner has touched the lock file since the first attempt to acquire it."""
         return self._changes > 1
 
+    def is_owned_by(self, host: str, pid: int) -> bool:
+        """Whether the lock file names this process as the owner, which may have ended."""
+        owner = self._lease.owner
+        return owner is not None and (owner.hostname, owner.pid) == (host, pid)
+
     def owner(self) -> str:
         """Return process and host of the owner, as text."""
         owner = self._lease.owner

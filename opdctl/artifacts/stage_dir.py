@@ -395,6 +395,17 @@ class StageDir:
     def _claims(self, list_unmade: Callable[[], list[int]], is_made: Callable[[int], bool]) -> PartClaims:
         return PartClaims(self._lease_directory, self.path.name, list_unmade, is_made, self._leases)
 
+    def claimed_parts(self) -> list[int]:
+        """Return the numbers of the parts whose leases this process holds."""
+        return sorted(self._leases)
+
+    def parts_leased_by(self, host: str, pid: int) -> list[int]:
+        """Return the numbers of the parts that a process had leased last, also one that has ended since."""
+        prefix = f"{self.path.name}-part-"
+        names = [name for name in leases.list_leases(self._lease_directory) if name.startswith(prefix)]
+        owned = [name for name in names if leases.Lease(self._lease_directory, name).is_owned_by(host, pid)]
+        return sorted(int(name.removeprefix(prefix)) for name in owned)
+
     def _release(self, index: int) -> None:
         if lease := self._leases.pop(index, None):
             lease.release()
@@ -477,6 +488,18 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
+
+
+@dataclass(frozen=True)
+class PartMakers:
+    """Which processes make the parts of a stage.
+
+    is_here: whether this process makes some. remotely: instead lets the workers of a cluster make all that are missing,
+    and returns how many: (stage, function that is called with the number of items that were processed) → parts made.
+    """
+
+    is_here: bool = True
+    remotely: Callable[[StageDir, Callable[[int], None]], int] | None = None
 
 
 def write_summary(path: Path, stages: Iterable[StageDir], summarize: Callable[[], dict[str, Any]]) -> dict[str, Any]:

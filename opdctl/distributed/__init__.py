@@ -66,6 +66,11 @@ def local_rank() -> int:
     return _launch().local_rank
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process as a rank, perhaps the only one."""
+    return "RANK" in os.environ or world_size() > 1
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the only process that writes files and prints."""
     return rank() == 0

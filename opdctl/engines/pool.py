@@ -1,9 +1,11 @@
 """Engines that stay loaded between steps, and take turns with the memory of a GPU."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Literal
 
 from opdctl import console, distributed
+from opdctl.artifacts.stage_dir import PartMakers
 from opdctl.engines.base import Engine, EngineContext
 from opdctl.engines.host import HostedEngine
 from opdctl.engines.parity import measure_probe
@@ -37,8 +39,9 @@ class EnginePool:
     def _gpus(self, engine: str) -> tuple[str, ...] | None:
         if self.device == "cpu" or engine not in ("vllm", "transformers"):
             return ()
-        settings = self._recipe.vllm
-        count = settings.tensor_parallel_size * settings.pipeline_parallel_size if engine == "vllm" else 1
+        if self._recipe.spans_nodes(engine):  # Ray assigns them
+            return ()
+        count = self._recipe.gpus_per_engine(engine)
         return select_engine_gpus(distributed.local_rank(), distributed.visible_gpus(), count)
 
     def get(self, role: str, engine: str, model: ModelDir) -> Engine:
@@ -114,6 +117,17 @@ class EnginePool:
             f"the log-probs of {len(model.probe.logprobs)} fixed tokens differ from the trainer's by {rms:.3g} nats "
             f"RMS, at most {maximum:.3g}; the bound for {model.dtype} is {bound:g}"
         )
+
+    def part_makers(
+        self, section: Literal["rollout", "score"], role: str, make_parts: Callable[..., int]
+    ) -> PartMakers:
+        """Return which processes make the parts of a stage: here this one, if it has engines of that name.
+
+        section: of the recipe, which names the engine. role: of the model that the parts need. make_parts: a function
+        of a module, or a partial of one. Each worker of a cluster calls it with its own `run` and `engines`, and it
+        returns the number of parts that it made.
+        """
+        return PartMakers(is_here=self.owns(getattr(self._recipe, section).engine))
 
     def start(self, models: Mapping[str, tuple[str, ModelDir]]) -> None:
         """Start the engines that this process owns, of (engine, model) by role, and wait until they are ready.

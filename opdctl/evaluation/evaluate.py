@@ -19,18 +19,20 @@ from opdctl.artifacts.stage_dir import (
     STAGE_MARKERS,
     Fingerprint,
     FingerprintMismatchError,
+    PartMakers,
     StageDir,
     corrupt_file_hint,
     write_summary,
 )
 from opdctl.artifacts.tables import write_rows
 from opdctl.artifacts.versions import versioned
+from opdctl.cluster import open_engines
 from opdctl.data.formats import evaluation_format
 from opdctl.data.messages import Message
 from opdctl.data.prompts import Problem, append_suffix
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.engines.base import Request
-from opdctl.engines.pool import EnginePool, open_engine_pool
+from opdctl.engines.pool import EnginePool
 from opdctl.engines.stop_strings import text_before_stop
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import contamination, statistics
@@ -231,7 +233,7 @@ def evaluate_benchmarks(
         OpdctlError: as `run_eval` does; the model is missing.
     """
     target = find_target(run, model, step)
-    with open_engine_pool(run.recipe, device) as engines:
+    with open_engines(run, device) as engines:
         for bench in run.recipe.eval.bench:
             summary, made = run_eval(run, bench, target, engines, data, wait=distributed.world_size() > 1)
             yield EvalResult(run.evaluation_path(bench, target.name), summary, made)
@@ -249,18 +251,32 @@ def run_eval(
         OpdctlError: code execution is disabled; the benchmark's data are invalid or unavailable; the evaluation was
             started with different settings.
     """
-    run = _with_prompt_settings(run, target.role)
-    benchmark = find_benchmark(bench, run.recipe.eval)
-    _check_code_execution(benchmark, run.recipe.eval)
-    problems = benchmark.problems(run.recipe.eval.limit, data)
-    stage = _stage(run, benchmark, problems, target)
+    run, benchmark, problems, stage = _open_evaluation(run, bench, target, data)
     for directory in (stage.path, stage.path.parent):
         files.remove_temporary_files(directory)
-    made = _answer_problems(run, benchmark, problems, target, engines, stage, wait=wait)
+    makers = engines.part_makers("rollout", target.role, partial(answer_benchmark, bench, target, data))
+    made = _answer_problems(run, benchmark, problems, target, engines, stage, wait=wait, makers=makers)
     if not distributed.is_main() or not stage.is_finished():
         return None, made
     summarize_stage = partial(_summarize_stage, run, benchmark, problems, target, stage, data)
     return write_summary(stage.path / "summary.json", [stage], summarize_stage), made
+
+
+def answer_benchmark(bench: str, target: EvalTarget, data: Path | None, run: Run, engines: EnginePool) -> int:
+    """Answer and grade the missing parts of a benchmark, but for those of other workers; return how many."""
+    run, benchmark, problems, stage = _open_evaluation(run, bench, target, data)
+    return _answer_problems(run, benchmark, problems, target, engines, stage)
+
+
+def _open_evaluation(
+    run: Run, bench: str, target: EvalTarget, data: Path | None
+) -> tuple[Run, Benchmark, list[Problem], StageDir]:
+    """Return the run with the target's prompt settings, the benchmark, its problems, and the directory of results."""
+    run = _with_prompt_settings(run, target.role)
+    benchmark = find_benchmark(bench, run.recipe.eval)
+    _check_code_execution(benchmark, run.recipe.eval)
+    problems = benchmark.problems(run.recipe.eval.limit, data)
+    return run, benchmark, problems, _stage(run, benchmark, problems, target)
 
 
 def _summarize_stage(
@@ -376,7 +392,8 @@ def _answer_problems(
     engines: EnginePool,
     stage: StageDir,
     *,
-    wait: bool,
+    wait: bool = False,
+    makers: PartMakers = PartMakers(),  # noqa: B008 - immutable
 ) -> int:
     settings, samples = run.recipe.eval, benchmark.samples_per_problem(run.recipe.eval)
 
@@ -403,9 +420,14 @@ def _answer_problems(
             engine.batches_across_parts and not settings.max_thinking_tokens,
         )
 
-    title = f"eval {benchmark.name}, {target.name}"
-    has_engine = engines.owns(run.recipe.rollout.engine)
-    return make_missing_parts(stage, title, samples * len(problems), prepare, wait=wait, has_engine=has_engine)
+    return make_missing_parts(
+        stage,
+        f"eval {benchmark.name}, {target.name}",
+        samples * len(problems),
+        prepare,
+        wait=wait,
+        makers=makers,
+    )
 
 
 def _grader_package(benchmark: Benchmark) -> dict[str, str]:

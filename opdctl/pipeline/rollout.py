@@ -88,9 +88,8 @@ def run_rollout(run: Run, step: int, engines: EnginePool, *, wait: bool = False)
         stream = partial(engine.stream_completions, sampling=settings.sampling(), batch_size=settings.batch_size)
         return StageWork(metadata, open_part, partial(stream, columns=settings), engine.batches_across_parts)
 
-    title = f"rollout, step {step}"
-    has_engine = engines.owns(run.recipe.rollout.engine)
-    return make_missing_parts(stage, title, len(samples), prepare, wait=wait, has_engine=has_engine)
+    makers = engines.part_makers("rollout", "student", partial(run_rollout, step=step))
+    return make_missing_parts(stage, f"rollout, step {step}", len(samples), prepare, wait=wait, makers=makers)
 
 
 def _check_imported(run: Run, step: int) -> int:

@@ -4,13 +4,14 @@ Reads rollout parts, writes safetensors parts in one directory for each scorer.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from opdctl import distributed
 from opdctl.artifacts.records import Response, TokenScores
+from opdctl.artifacts.stage_dir import PartMakers
 from opdctl.artifacts.tables import write_scores
 from opdctl.engines.base import ScoreRequest
 from opdctl.engines.parity import check_parity
@@ -44,12 +45,12 @@ class SaveScores(Protocol):
 
 @dataclass(frozen=True)
 class ScorerSource:
-    """Where a stage gets its scorer. get: called once, if there is a part to make. is_here: otherwise never."""
+    """Where a stage gets its scorer. get: called once, if there is a part to make here."""
 
     backend: str
     device: str
     get: Callable[[], Scorer]
-    is_here: bool = True
+    makers: PartMakers = field(default_factory=PartMakers)
 
 
 def run_scoring(
@@ -65,13 +66,10 @@ def run_scoring(
     """
     engine, made = run.recipe.score.engine, 0
     for name in run.scorers() if only is None else only:
-        made += _score(run, step, name, pooled_scorer(engines, name, engine, run.models[name]), wait=wait)
+        makers = engines.part_makers("score", name, partial(run_scoring, step=step, only=[name]))
+        get = partial(engines.get, name, engine, run.models[name])
+        made += _score(run, step, name, ScorerSource(engine, engines.device, get, makers), wait=wait)
     return made
-
-
-def pooled_scorer(engines: EnginePool, name: str, engine: str, model: ModelDir) -> ScorerSource:
-    """Return the scorer `name` of the recipe, in an engine of the pool."""
-    return ScorerSource(engine, engines.device, partial(engines.get, name, engine, model), engines.owns(engine))
 
 
 def score_by_base(run: Run, step: int, scorer: BaseScorer) -> int:
@@ -107,7 +105,7 @@ def _score(run: Run, step: int, name: str, source: ScorerSource, *, wait: bool) 
     title = f"score-teacher {name}, step {step}"
     prepare = partial(scoring_work, source, *scorer, open_part)
     count = _count_responses(run, step, name)
-    return make_missing_parts(stage, title, count, prepare, wait=wait, has_engine=source.is_here)
+    return make_missing_parts(stage, title, count, prepare, wait=wait, makers=source.makers)
 
 
 def _count_responses(run: Run, step: int, name: str) -> int:

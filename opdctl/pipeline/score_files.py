@@ -20,7 +20,7 @@ from opdctl.artifacts import tables
 from opdctl.artifacts.exchange import describe_file
 from opdctl.artifacts.files import digest_of, sha256_files
 from opdctl.artifacts.records import ExportedResponse, Ids, TokenScores, Trajectory
-from opdctl.artifacts.stage_dir import PART_NAME, Fingerprint, StageDir, recorded_header
+from opdctl.artifacts.stage_dir import PART_NAME, Fingerprint, PartMakers, StageDir, recorded_header
 from opdctl.data.formats import read_chat_templates, teacher_formats
 from opdctl.data.rendering import PromptFormat, PromptRenderer
 from opdctl.data.sources import find_inputs, list_data_files
@@ -30,7 +30,7 @@ from opdctl.engines.pool import open_engine_pool
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.startup import measure_stage
-from opdctl.pipeline.score import SaveScores, pooled_scorer, scoring_work
+from opdctl.pipeline.score import SaveScores, ScorerSource, scoring_work
 from opdctl.recipe.dependencies import scorer_fingerprint_settings
 from opdctl.recipe.schema import AUTO, MAX_PARTS, RESPONSES_PER_PART, Recipe
 from opdctl.runs.models import HubFiles, check_top_k, find_model
@@ -319,11 +319,12 @@ def score_files(scoring: FileScoring, device: str) -> FileScores:
     stage, made = scoring.open_stage(), list[int]()
     recipe, model = scoring.recipe, scoring.model
     with open_engine_pool(recipe, device) as engines, measure_stage() as times:
-        scorer = pooled_scorer(engines, SCORER, recipe.score.engine, model)
+        engine, makers = recipe.score.engine, PartMakers(is_here=engines.owns(recipe.score.engine))
+        scorer = ScorerSource(engine, device, partial(engines.get, SCORER, engine, model), makers)
         digest = stage.fingerprint.inputs[SCORER]
         prepare = partial(scoring_work, scorer, recipe, model, digest, partial(_open_part, scoring, stage, made))
         title = f"score-teacher {stage.path}"
-        parts_made = make_missing_parts(stage, title, scoring.counts.rows, prepare, has_engine=scorer.is_here)
+        parts_made = make_missing_parts(stage, title, scoring.counts.rows, prepare, makers=makers)
     advantage = _mean_advantage(stage) if stage.is_finished() else None
     return FileScores(stage, parts_made, sum(made), times.work, times.startup, advantage)
 

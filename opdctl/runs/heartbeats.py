@@ -54,6 +54,10 @@ class StageHeartbeat:
             time.sleep(next(pause))
         self._state = RUNNING
 
+    def report(self, step: int, state: str) -> None:
+        """Set what the next heartbeat has."""
+        self._step, self._state = step, state
+
     def _any_other_running(self) -> bool:
         now = self._path.stat().st_mtime if self._path.exists() else time.time()
         return any(beat.state == RUNNING and beat.is_alive for beat in read_heartbeats(self._run, now))

@@ -85,10 +85,18 @@ def check_run(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
         check_source_files(recipe, path)
         check_chat_templates(recipe, path)
     run = Run.from_record(recipe, path)
-    needed = [name for name in run.models if needs is None or name in needs]
-    run = replace(run, models={**run.models, **{name: _relocate_model(run, name) for name in needed}})
-    for name in needed:
-        _check_model(path, name, run.models[name])
+    return locate_models(run, [name for name in run.models if needs is None or name in needs])
+
+
+def locate_models(run: Run, names: Collection[str]) -> Run:
+    """Return the run with the paths that models have on this machine, after a check that they are the recorded ones.
+
+    Raises:
+        OpdctlError: a model is missing, or another one.
+    """
+    run = replace(run, models={**run.models, **{name: _relocate_model(run, name) for name in names}})
+    for name in names:
+        _check_model(run.path, name, run.models[name])
     return run
 
 
@@ -131,7 +139,9 @@ def resolve_open_settings(recipe: Recipe, path: Path, sections: Sequence[str] = 
     for section in sections:
         settings = getattr(recipe, section)
         if settings.engine == AUTO:
-            name = getattr(recorded, section).engine if recorded else ("vllm" if has_vllm() else "transformers")
+            on_gpus = (recipe.pipeline.launcher, recipe.pipeline.device) == ("ray", "cuda")
+            best = "vllm" if has_vllm(on_gpus=on_gpus) else "transformers"
+            name = getattr(recorded, section).engine if recorded else best
             update[section] = settings.model_copy(update={"engine": name})
             if not recorded:
                 console.info(f"{section}.engine: auto selects `{name}`")

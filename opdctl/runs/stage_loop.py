@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 
 from opdctl import console, signals
 from opdctl.artifacts.records import GradedResponse, Response
-from opdctl.artifacts.stage_dir import StageDir
+from opdctl.artifacts.stage_dir import PartMakers, StageDir
 from opdctl.artifacts.tables import write_rows
+from opdctl.errors import OpdctlError
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,21 @@ def make_missing_parts(
     prepare: Callable[[], StageWork[Any, Any]],
     *,
     wait: bool = False,
-    has_engine: bool = True,
+    makers: PartMakers = PartMakers(),  # noqa: B008 - immutable
 ) -> int:
-    """Make the parts of a stage that are missing, and return how many were made here.
+    """Make the parts of a stage that are missing, and return how many were made here, or by the workers of a cluster.
 
     prepare: called once, only if there is a part to make: it gets the engine. wait: until all parts exist, also those
-    that other workers have leased. has_engine: otherwise this process makes none.
+    that other workers have leased.
 
     Raises:
-        OpdctlError: what `prepare` and the engine raise; the disk is full.
+        OpdctlError: what `prepare` and the engine raise; the disk is full. Of an engine that has failed, it has the
+            numbers of the parts in work.
     """
-    if not has_engine:
+    if makers.remotely:
+        with console.progress(title, num_items) as on_progress:
+            return makers.remotely(stage, on_progress)
+    if not makers.is_here:
         if wait:
             stage.wait_until_finished()
         return 0
@@ -81,14 +86,18 @@ def make_missing_parts(
             return 0
         for path in stage.finished_but_missing():
             console.warn(f"{path}: a finished part is missing; regenerating it")
-        work = prepare()
-        stage.start(work.logprob_metadata)
-        with (
-            console.progress(title, num_items) as on_progress,
-            contextlib.closing(_make_parts(claims, work, on_progress)) as parts,
-        ):
-            for index, part in parts:
-                made += stage.write(index, part.save, rows=part.rows, tokens=part.tokens, failed=part.failed)
+        try:
+            work = prepare()
+            stage.start(work.logprob_metadata)
+            with (
+                console.progress(title, num_items) as on_progress,
+                contextlib.closing(_make_parts(claims, work, on_progress)) as parts,
+            ):
+                for index, part in parts:
+                    made += stage.write(index, part.save, rows=part.rows, tokens=part.tokens, failed=part.failed)
+        except OpdctlError as error:
+            error.parts = stage.claimed_parts()
+            raise
     return made
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.stages import fill, stage
 
 from opdctl.artifacts import leases
-from opdctl.artifacts.stage_dir import StageDir
+from opdctl.artifacts.stage_dir import PartMakers, StageDir
 from opdctl.runs.stage_loop import Part, StageWork, make_missing_parts
 
 
@@ -243,7 +243,7 @@ def test_parts_of_this_worker_are_written_while_another_one_has_the_rest(tmp_pat
 
 def test_process_without_an_engine_waits_for_those_that_have_one(tmp_path):
     made = stage(tmp_path / "s")
-    options = {"wait": False, "has_engine": False}
+    options = {"wait": False, "makers": PartMakers(is_here=False)}
     assert make_missing_parts(made, "rollout", 3, lambda: pytest.fail("no engine"), **options) == 0
     worker = threading.Thread(target=lambda: make(stage(tmp_path / "s"), 2, [[1], [2], [3]]))
     worker.start()
