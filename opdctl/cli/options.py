@@ -1,11 +1,16 @@
 """The options that commands share: name, help, completion."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from opdctl.cli import completion
+
+
+def with_launcher(overrides: list[str] | None, launcher: str | None) -> list[str]:
+    """Return the overrides of a recipe with that of `--launcher`, if it is given."""
+    return [*(overrides or []), *([f"pipeline.launcher={launcher}"] if launcher else [])]
 
 
 def split_names(text: str) -> list[str]:
@@ -50,6 +55,10 @@ RunOption = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
+Launcher = Annotated[
+    Literal["local", "ray"] | None,
+    typer.Option("--launcher", help="The same as --set pipeline.launcher=…: this machine, or a Ray cluster."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Verbose = Annotated[
     bool | None,

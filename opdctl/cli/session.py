@@ -208,6 +208,7 @@ def set_up_device(recipe: "Recipe") -> str:
 
     if recipe.pipeline.threads:
         torch.set_num_threads(recipe.pipeline.threads)
-    device = resolve_device(recipe.pipeline.device)
+    is_on_other_nodes = recipe.pipeline.launcher == "ray" and not distributed.is_launched()
+    device = "cpu" if is_on_other_nodes else resolve_device(recipe.pipeline.device)
     console.debug(f"device {device}, {torch.get_num_threads()} threads")
     return device

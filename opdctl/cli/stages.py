@@ -10,7 +10,7 @@ import typer
 
 from opdctl import console, distributed
 from opdctl.cli import completion
-from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunOption, Verbose
+from opdctl.cli.options import DryRun, Json, Launcher, Overrides, Recipes, RunDir, RunOption, Verbose, with_launcher
 from opdctl.cli.score_files import read_file_options, score_input_files
 from opdctl.cli.session import command_session, named_run, open_run_and_device, print_json, read_recipe_options
 from opdctl.errors import OpdctlError, did_you_mean
@@ -53,6 +53,7 @@ def rollout(
     run: RunOption = None,
     step: Step = None,
     follow: Follow = False,
+    launcher: Launcher = None,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -66,7 +67,8 @@ def rollout(
     then: opdctl score-teacher
     """
     with command_session(verbose, as_json=json_):
-        resolved, path = read_recipe_options(recipe, set_, named_run(run_dir, run), "plan" if dry_run else "run")
+        settings = with_launcher(set_, launcher)
+        resolved, path = read_recipe_options(recipe, settings, named_run(run_dir, run), "plan" if dry_run else "run")
         _run("rollout", resolved, path, ["student"], step, follow=follow, dry_run=dry_run, as_json=json_)
 
 
@@ -80,6 +82,7 @@ def score_teacher(
     follow: Follow = False,
     input_: Input = None,
     teacher: TeacherModel = None,
+    launcher: Launcher = None,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -102,11 +105,13 @@ def score_teacher(
                 "--step": step,
                 "--only": only,
                 "--follow": follow or None,
+                "--launcher": launcher,
             }
             request = read_file_options(input_, teacher, run, set_ or [], of_run)
             score_input_files(request, dry_run=dry_run, as_json=json_)
             return
-        resolved, path = read_recipe_options(recipe, set_, named_run(run_dir, run), "plan" if dry_run else "run")
+        settings = with_launcher(set_, launcher)
+        resolved, path = read_recipe_options(recipe, settings, named_run(run_dir, run), "plan" if dry_run else "run")
         scorers = _select_scorers(resolved, only)
         _run("score-teacher", resolved, path, scorers, step, follow=follow, dry_run=dry_run, as_json=json_)
 

@@ -1,15 +1,18 @@
 """`opdctl train`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from opdctl import console, distributed
-from opdctl.cli.options import DryRun, Json, Overrides, Recipes, RunDir, RunOption, Verbose
+from opdctl.cli.options import DryRun, Json, Launcher, Overrides, Recipes, RunDir, RunOption, Verbose, with_launcher
 from opdctl.cli.session import command_session, named_run, open_run_and_device, print_json, read_recipe_options
 from opdctl.errors import OpdctlError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from opdctl.pipeline.progress import TrainingSummary
     from opdctl.recipe.schema import Recipe
     from opdctl.runs.run import Run
@@ -30,6 +33,7 @@ def train(
         str | None,
         typer.Option("--push", metavar="OWNER/NAME", help="Upload the newest student and its card to the model hub."),
     ] = None,
+    launcher: Launcher = None,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = None,
@@ -42,7 +46,8 @@ def train(
     then: opdctl analyze-position runs/quickstart
     """
     with command_session(verbose, as_json=json_):
-        resolved, path = read_recipe_options(recipe, set_, named_run(run_dir, run), "plan" if dry_run else "run")
+        settings = with_launcher(set_, launcher)
+        resolved, path = read_recipe_options(recipe, settings, named_run(run_dir, run), "plan" if dry_run else "run")
         if push is not None:
             from opdctl.training.publish import check_repo_id
 
@@ -52,7 +57,13 @@ def train(
         if dry_run:
             from opdctl.cli.plan import show_plan
 
-            show_plan(resolved, path, models, json_, colocated=fill)
+            on_trainer_gpus = resolved.pipeline.launcher == "local" or resolved.pipeline.placement == "colocated"
+            show_plan(resolved, path, models, json_, colocated=fill and on_trainer_gpus)
+            return
+        if resolved.pipeline.launcher == "ray" and not distributed.is_launched():
+            flags = {"--no-fill": no_fill, "--follow": follow, "--json": json_, "-v": verbose, "-q": verbose is False}
+            options = [*_repeat("--recipe", recipe), *_repeat("--set", settings), *_repeat("--push", push and [push])]
+            _train_on_cluster(resolved, path, [*options, *(flag for flag, is_given in flags.items() if is_given)])
             return
         from opdctl.pipeline.loop import run_training  # loads torch: a recipe error comes before
         from opdctl.pipeline.progress import summarize_training
@@ -64,6 +75,19 @@ def train(
             _report(summarize_training(opened, before, clock.seconds), fill, json_)
             if push is not None:
                 _push(opened, push)
+
+
+def _train_on_cluster(recipe: "Recipe", path: Path, options: list[str]) -> None:
+    """Run the same command as the ranks of a cluster. Rank 0 prints its report."""
+    from opdctl.cluster.ranks import run_ranks
+
+    if code := run_ranks(recipe, path, ["train", str(path), *options]):
+        raise typer.Exit(code)
+
+
+def _repeat(option: str, values: "Sequence[str] | None") -> list[str]:
+    """Return the words that give an option with each of the values."""
+    return [word for value in values or () for word in (option, value)]
 
 
 def _updated_from(recipe: "Recipe") -> list[str]:

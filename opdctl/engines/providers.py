@@ -22,6 +22,8 @@ def transformers(model: ModelDir, context: EngineContext) -> Engine:
 @ENGINES.register("vllm")
 def vllm(model: ModelDir, context: EngineContext) -> Engine:
     """vLLM in a separate process, for large models and long responses."""
+    if context.recipe.spans_nodes("vllm"):  # its processes are actors in the placement group of this one
+        return _start_vllm(model, context)
     from opdctl.engines.host import HostedEngine
 
     can_sleep = context.recipe.vllm.enable_sleep_mode

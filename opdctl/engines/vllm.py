@@ -616,6 +616,8 @@ def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]
         "pipeline_parallel_size": settings.pipeline_parallel_size,
     }
     arguments: dict[str, Any] = {name: size for name, size in parallel.items() if size > 1}
+    if context.recipe.spans_nodes("vllm"):
+        arguments["distributed_executor_backend"] = "ray"
     if context.device == "cuda":
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.enable_sleep_mode:

@@ -143,10 +143,6 @@ def _mean_tokens(recipe: Recipe, max_tokens: int) -> int:
 # ── Engines ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def gpus_per_engine(recipe: Recipe, engine: str) -> int:
-    return 1 if engine == "transformers" else recipe.vllm.tensor_parallel_size * recipe.vllm.pipeline_parallel_size
-
-
 def _head_dtype(engine: str, dtype: str) -> str:
     """Return the dtype in which an engine keeps and multiplies the output matrix. Its logits are float32.
 
@@ -171,7 +167,7 @@ def _forward_bytes(shape: ModelShape, dtype: str, tokens: int, num_gpus: int) ->
 
 def _vllm_memory(recipe: Recipe, shape: ModelShape, dtype: str) -> dict[str, int]:
     """Return the memory that vLLM takes at its start: gpu_memory_utilization of the GPU, what is left as the cache."""
-    settings, num_gpus = recipe.vllm, gpus_per_engine(recipe, "vllm")
+    settings, num_gpus = recipe.vllm, recipe.gpus_per_engine("vllm")
     memory = _weight_memory(shape, "vllm", dtype, num_gpus)
     memory["activations"] = _forward_bytes(shape, dtype, settings.max_batched_tokens("cuda"), num_gpus)
     memory["logits"] = 4 * SAMPLING_COPIES * settings.max_num_seqs * shape.vocab_size
@@ -182,13 +178,13 @@ def _vllm_memory(recipe: Recipe, shape: ModelShape, dtype: str) -> dict[str, int
 
 def _vllm_cache_bytes(recipe: Recipe, shape: ModelShape, dtype: str, tokens: int) -> int:
     """Return the bytes of the cache of `tokens` tokens on each GPU of an engine."""
-    settings, num_gpus = recipe.vllm, gpus_per_engine(recipe, "vllm")
+    settings, num_gpus = recipe.vllm, recipe.gpus_per_engine("vllm")
     return tokens * cache_bytes(shape, DTYPE_BYTES[dtype], num_gpus) // settings.pipeline_parallel_size
 
 
 def _vllm_obstacle(recipe: Recipe, shape: ModelShape, dtype: str, gpus: int, cache: int) -> str:
     """Return why vLLM cannot start on `gpus` GPUs with `cache` bytes, or ""."""
-    size, tensor = gpus_per_engine(recipe, "vllm"), recipe.vllm.tensor_parallel_size
+    size, tensor = recipe.gpus_per_engine("vllm"), recipe.vllm.tensor_parallel_size
     of_node = min(gpus, recipe.hardware.gpus_per_node)
     if of_node % size or gpus % size:
         return f"engines of {size} GPUs do not divide {gpus} GPUs, {of_node} on a node"
@@ -212,7 +208,7 @@ def generation_cost(
     assumed to be vLLM; its memory is elsewhere.
     """
     hardware, engine = recipe.hardware, recipe.rollout.engine
-    gpus, num_gpus = hardware.rollout_gpus, gpus_per_engine(recipe, engine)
+    gpus, num_gpus = hardware.rollout_gpus, recipe.gpus_per_engine(engine)
     prompt, longest, mean = recipe.prompts.max_tokens, settings.max_tokens, _mean_tokens(recipe, settings.max_tokens)
     of_part, parts_per_engine = ceil(responses / parts), ceil(parts / max(1, gpus // num_gpus))
     rounds, of_round = (parts_per_engine, of_part) if engine == "transformers" else (1, parts_per_engine * of_part)

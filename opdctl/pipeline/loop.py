@@ -10,7 +10,8 @@ from typing import Any
 from opdctl import console, distributed
 from opdctl.artifacts import files, leases
 from opdctl.artifacts.directories import CARD_FILE
-from opdctl.engines.pool import EnginePool, open_engine_pool
+from opdctl.cluster import open_engines
+from opdctl.engines.pool import EnginePool
 from opdctl.errors import OpdctlError
 from opdctl.evaluation import evaluate
 from opdctl.models.startup import StageTime, measure_stage, measure_startup
@@ -70,7 +71,7 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
     with contextlib.ExitStack() as stack:
         stack.enter_context(_exclusive_training(run))
         report = stack.enter_context(report_steps(run))
-        engines = stack.enter_context(open_engine_pool(run.recipe, device))
+        engines = stack.enter_context(open_engines(run, device))
         trackers = stack.enter_context(tracking.open_trackers(run.recipe, run.path))
         accuracies = AccuracyLog(run, trackers)
         open_trainer = cache(partial(_open_trainer, run, device, stack))

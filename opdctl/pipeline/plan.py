@@ -22,7 +22,7 @@ from opdctl.errors import ExitCode, OpdctlError
 from opdctl.evaluation.benchmarks import find_benchmark, is_of_unknown_plugin
 from opdctl.models.directory import ModelDir
 from opdctl.models.shapes import count_parameters, read_shape
-from opdctl.pipeline.costs import DTYPE_BYTES, gpus_per_engine, if_known, state_bytes
+from opdctl.pipeline.costs import DTYPE_BYTES, if_known, state_bytes
 from opdctl.pipeline.pruning import is_kept
 from opdctl.pipeline.rollout import warn_of_modified_sampling
 from opdctl.pipeline.stage_plan import ModelShapes, StagePlan, plan_stages
@@ -115,7 +115,7 @@ def make_plan(recipe: Recipe, path: Path, needs: Collection[str] | None = None, 
         device=resolve_device(recipe.pipeline.device),
         steps=steps,
         gpus_per_engine={
-            name: 0 if engine == "server" else gpus_per_engine(recipe, engine)
+            name: 0 if engine == "server" else recipe.gpus_per_engine(engine)
             for name, engine in (("rollout", recipe.rollout.engine), ("score", recipe.score.engine))
         },
         prompts=prompts,

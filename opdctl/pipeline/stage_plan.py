@@ -49,6 +49,9 @@ class StagePlan:
     def commands(self) -> dict[str, str]:
         """The command of each allocation, by its GPUs, without the options that name recipe and run."""
         gpus, recipe = self.hardware.train_gpus, self.recipe
+        if recipe.pipeline.launcher == "ray":
+            gpus += 0 if self.colocated else self.hardware.rollout_gpus + self.hardware.score_gpus
+            return {_gpus(gpus): "opdctl train --launcher ray"}
         if self.colocated:
             return {_gpus(gpus): _launch("train", gpus, self.hardware.gpus_per_node)}
         rollout = _workers(recipe, recipe.rollout.engine, self.hardware.rollout_gpus)
@@ -144,7 +147,7 @@ def _workers(recipe: Recipe, engine: str, gpus: int) -> str:
     """Return how many workers a stage has, and their GPUs. Those that use a server need none."""
     if engine == "server":
         return "no GPU"
-    size = costs.gpus_per_engine(recipe, engine)
+    size = recipe.gpus_per_engine(engine)
     return f"{max(1, gpus // size)} × {_gpus(size)}"
 
 
@@ -310,7 +313,7 @@ def _node_bytes(recipe: Recipe, shapes: ModelShapes, colocated: bool) -> float |
     is_sharded = recipe.shards_student(hardware.train_gpus)
     trainers = if_known(lambda shape: ranks * is_sharded * costs.trainer_cpu_bytes(recipe, shape), student)
     scorers = list(recipe.scorers()) if colocated and sleeps(recipe, recipe.score.engine) else []
-    engines = max(1, ranks // costs.gpus_per_engine(recipe, recipe.score.engine))
+    engines = max(1, ranks // recipe.gpus_per_engine(recipe.score.engine))
     scorers = [name for name in scorers if not _is_scored_by_trainer(recipe, name, colocated)]
     asleep = sum_known(_weight_bytes(recipe, shapes, name) for name in scorers)
     return if_known(lambda trainers, asleep: trainers + engines * asleep, trainers, asleep)

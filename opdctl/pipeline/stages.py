@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from opdctl import console
 from opdctl.artifacts.stage_dir import StageDir
-from opdctl.engines.pool import open_engine_pool
+from opdctl.cluster import open_engines
 from opdctl.errors import OpdctlError
 from opdctl.models.startup import measure_stage
 from opdctl.pipeline.plan import check_space
@@ -74,7 +74,7 @@ def run_stage(run: Run, device: str, name: StageName, step: int, scorers: Collec
         OpdctlError: an input is missing; the stage was made with different settings; the disk is full.
     """
     check_space(run, [name.removesuffix("-teacher")])
-    with open_engine_pool(run.recipe, device) as engines, measure_stage() as times:
+    with open_engines(run, device) as engines, measure_stage() as times:
         if name == "rollout":
             made, stages = run_rollout(run, step, engines), [run.rollout_stage(step)]
         else:
@@ -89,7 +89,7 @@ def follow_stage(run: Run, device: str, name: StageName, scorers: Collection[str
     Raises:
         OpdctlError: there were no inputs for pipeline.follow_timeout_seconds.
     """
-    with open_engine_pool(run.recipe, device) as engines, send_heartbeats(run, name) as heartbeat:
+    with open_engines(run, device) as engines, send_heartbeats(run, name) as heartbeat:
         for step in range(run.current_step(), run.recipe.train.steps):
             if name == "rollout":
                 heartbeat.wait_for(step, partial(run.can_sample, step), "student")

@@ -549,9 +549,16 @@ class Pipeline(Section):
     """Device, asynchrony, and checks."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """The device of the models; `auto` uses a GPU if there is one."""
+    """The device of the models; `auto` uses a GPU if there is one: of this machine, or at present on the cluster."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 keeps torch's default."""
+    launcher: Literal["local", "ray"] = "local"
+    """What starts engines and trainer processes: this machine, or the nodes of a Ray cluster. The sizes are those of
+    [hardware]."""
+    ray_address: str = ""
+    """The address of the cluster, HOST:PORT; if empty RAY_ADDRESS, else the cluster of this machine, else a new one."""
+    placement: Literal["colocated", "apart"] = "colocated"
+    """Where `opdctl train` has its engines on a cluster: on the trainer's GPUs, or on GPUs apart from them."""
     max_staleness: int = Field(default=0, ge=0)
     """Steps that `rollout --follow` may run ahead. The latest student, of step s - max_staleness or later, samples the
     responses of step s; 0 is on-policy. Other values need an objective with a rollout correction."""
@@ -563,17 +570,19 @@ class Pipeline(Section):
 
 
 class Hardware(Section):
-    """The hardware that `--dry-run` assumes for memory and hours. A run ignores it. The defaults are one H100."""
+    """The hardware: what `--dry-run` assumes for memory and hours, and what `pipeline.launcher = "ray"` asks for.
+    Otherwise a run ignores it. The defaults are one H100."""
 
     rollout_gpus: int = Field(default=1, gt=0)
     """GPUs of the allocation that samples responses, for `train --follow` and `train --no-fill`, and of another one for
-    `opdctl eval` beside them."""
+    `opdctl eval` beside them. On a cluster: those of all engines that sample."""
     score_gpus: int = Field(default=1, gt=0)
-    """GPUs of the allocation that scores responses, for the same."""
+    """GPUs of the allocation that scores responses, for the same. On a cluster: those of all engines that score."""
     train_gpus: int = Field(default=1, gt=0)
-    """GPUs over which the student is sharded. `opdctl train` without these options runs all stages on them."""
+    """GPUs over which the student is sharded, one for each trainer process. `opdctl train` without these options runs
+    all stages on them."""
     gpus_per_node: int = Field(default=8, gt=0)
-    """GPUs of a machine. An engine has all of its GPUs on one."""
+    """GPUs of a machine. An engine has all of its GPUs on one, but for a larger one on a Ray cluster."""
     memory_gib: float = Field(default=79.0, gt=0)
     """Memory of one GPU, in GiB; torch reports 79 for an H100 of 80 GB. 92% of it may be planned: the rest is for CUDA,
     NCCL and fragmentation."""
@@ -666,6 +675,15 @@ class Recipe(Section):
         keys = ("template_arguments", "system")
         values = {key: [value for each in sources if (value := getattr(each, key)) is not None] for key in keys}
         return self.eval.model_copy(update={key: found[0] for key, found in values.items() if found})
+
+    def gpus_per_engine(self, engine: str) -> int:
+        """Return the number of GPUs of one engine."""
+        return 1 if engine == "transformers" else self.vllm.tensor_parallel_size * self.vllm.pipeline_parallel_size
+
+    def spans_nodes(self, engine: str) -> bool:
+        """Whether an engine has GPUs of several nodes of a cluster."""
+        is_larger = self.gpus_per_engine(engine) > self.hardware.gpus_per_node
+        return engine == "vllm" and self.pipeline.launcher == "ray" and is_larger
 
     def scorers(self) -> dict[str, Model]:
         """Return the models that score responses, by name: the teachers, and `reference` if there is one."""

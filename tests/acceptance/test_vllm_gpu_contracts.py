@@ -16,6 +16,7 @@ import pytest
 from helpers.commands import small_recipe
 from helpers.engines import directory
 
+from opdctl.cluster.worker_pool import pool_size
 from opdctl.engines.base import EngineContext
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
@@ -28,6 +29,7 @@ from vllm.device_allocator import sleep_mode_backend  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.outputs import CompletionOutput, RequestOutput  # noqa: E402
 from vllm.utils.system_utils import get_mp_context  # noqa: E402
+from vllm.v1.executor import ray_utils  # noqa: E402
 from vllm.v1.worker.utils import request_memory  # noqa: E402
 
 from opdctl.engines.vllm import (  # noqa: E402
@@ -124,6 +126,24 @@ def test_tensor_parallel_workers_need_as_many_visible_gpus():
         assert ParallelConfig(tensor_parallel_size=2).distributed_executor_backend == "mp"
         with pytest.raises(ValueError, match="larger than the number of available GPUs"):
             ParallelConfig(tensor_parallel_size=4)
+
+
+def test_an_engine_that_spans_nodes_takes_the_bundles_of_its_placement_group():
+    spanning = ("pipeline.launcher=ray", "hardware.gpus_per_node=2", "hardware.score_gpus=4", "score.engine=vllm")
+    spanning += ("pipeline.device=cuda", "vllm.tensor_parallel_size=4")
+    given = engine_arguments(*spanning)
+    assert given["distributed_executor_backend"] == "ray"
+    bundles = list(pool_size(small_recipe(*spanning), "score").bundles)
+    ray = mock.Mock(**{"util.get_current_placement_group.return_value.bundle_specs": bundles})
+    platform = mock.patch.object(type(vllm.platforms.current_platform), "ray_device_key", "GPU")
+    functions = {"ray": ray, "assert_ray_available": mock.Mock(), "_verify_bundles": mock.Mock()}
+    with platform, mock.patch.multiple(ray_utils, **functions):
+        settings = SimpleNamespace(placement_group=None, world_size=4)
+        ray_utils.initialize_ray_cluster(settings)
+        assert settings.placement_group.bundle_specs == bundles
+        bundles[0] = {"GPU": 2}
+        with pytest.raises(ValueError, match="more than 1 GPU"):
+            ray_utils.initialize_ray_cluster(SimpleNamespace(placement_group=None, world_size=4))
 
 
 # --- The workers' processes

@@ -33,7 +33,7 @@ def test_commands():
     }
 
 
-@pytest.mark.parametrize(("name", "most"), [("train", 9), ("eval", 13), ("analyze-position", 9)])
+@pytest.mark.parametrize(("name", "most"), [("train", 10), ("eval", 14), ("analyze-position", 9)])
 def test_number_of_options(name, most):
     assert len(options(name)) <= most
 
