@@ -6,12 +6,10 @@ import tomllib
 import typing
 
 import pytest
-import typer.main
-from helpers.commands import QUICKSTART, ROOT, split_launcher
+from helpers.commands import QUICKSTART, ROOT, check_options, split_launcher
 from helpers.documents import PAGES, code_blocks, recipe_sections, shown_commands
 
 from opdctl.artifacts.versions import VERSIONS
-from opdctl.cli.main import app
 from opdctl.errors import ExitCode
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.section import Section
@@ -122,13 +120,7 @@ def test_pieces_of_recipes_are_valid(page, tmp_path):
 
 @pytest.mark.parametrize(("page", "line"), shown_commands())
 def test_shown_commands_have_such_options(page, line):
-    words = split_launcher(line).words
-    command = typer.main.get_command(app)
-    while words and words[0] in getattr(command, "commands", {}):
-        name = words.pop(0)
-        command = command.commands[name]
-    assert not hasattr(command, "commands"), f"{page}: {words}"
-    command.make_context(name, words)  # raises for an unknown option
+    check_options(split_launcher(line).words)
 
 
 @pytest.mark.parametrize("script", sorted(DOCS.rglob("*.sh")), ids=lambda script: script.name)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import kubernetes_validate
 import pytest
 import yaml
-from helpers.commands import ROOT, split_launcher
+from helpers.commands import ROOT, check_options, split_launcher
 from pydantic import BaseModel, ConfigDict, Field
 
 from opdctl.recipe.load import load_recipe
@@ -184,6 +184,11 @@ def test_pods_of_the_job_meet_at_the_name_of_the_first_one():
     assert f"--rdzv-endpoint={job['metadata']['name']}-0.{name}:" in torchrun_command()
 
 
+@pytest.mark.parametrize("command", [ray_job().spec.entrypoint, torchrun_command()], ids=["ray", "torchrun"])
+def test_commands_have_such_options(command):
+    check_options(split_launcher(command).words)
+
+
 def test_runs_are_on_the_shared_volume():
     for command in (ray_job().spec.entrypoint, torchrun_command()):
         words = command.replace("=", " ").split()
@@ -262,6 +267,8 @@ def test_spot_instance_continues_what_the_bucket_has(tmp_path):
     fetch, *beside, upload = first.calls()
     assert (fetch, upload) == ("run sync s3://bucket/run runs/run", "run sync runs/run s3://bucket/run")
     follow, stage = sorted(beside)
+    for call in (fetch, follow, upload):
+        check_options(shlex.split(call))
     assert follow == "run sync --follow runs/run s3://bucket/run"
     assert split_launcher(stage) == (1, 8, ["train", "--recipe", "cross_scale", "--output", "runs/run"])
     subprocess.run(["rm", "-r", "runs", "calls"], cwd=tmp_path, check=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import typer.main
 from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
@@ -98,6 +99,16 @@ def split_launcher(command: str) -> Launch:
     nodes = int(launch.nnodes.split(":")[-1])
     assert nodes == 1 or (launch.rdzv_backend == "c10d" and launch.rdzv_endpoint), command
     return Launch(nodes, int(launch.nproc_per_node), launch.training_script_args)
+
+
+def check_options(words: list[str]) -> None:
+    """Parse the arguments of opdctl, which must name a command and its options. Nothing runs."""
+    words, command = [*words], typer.main.get_command(app)
+    while words and words[0] in getattr(command, "commands", {}):
+        name = words.pop(0)
+        command = command.commands[name]
+    assert not hasattr(command, "commands"), words
+    command.make_context(name, words)  # raises for an unknown option
 
 
 def small_recipe(*overrides: str) -> Recipe:

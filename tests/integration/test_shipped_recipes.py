@@ -259,7 +259,7 @@ def test_scaling_page_has_the_longest_responses(pair: str, student: str) -> None
 SLURM_SCRIPT = re.compile(
     r'^ {4}(?P<settings>(?:[A-Z]+=(?:"[^"]*"|\S+) )*)bash docs/slurm/(?P<script>\w+)\.sh (?P<recipe>\S+)', re.MULTILINE
 )
-SCRIPT_OPTIONS = {"colocated": [], "ray": [], "follow": ["--follow"], "chain": ["--no-fill"]}
+SCRIPT_OPTIONS = {"colocated": [], "ray": ["--launcher", "ray"], "follow": ["--follow"], "chain": ["--no-fill"]}
 
 
 def documented_launches() -> dict[str, Launch]:
