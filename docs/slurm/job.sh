@@ -26,7 +26,7 @@ start_ray() { # start_ray SECONDS: return when all nodes have joined the cluster
   trap 'kill $cluster 2> /dev/null && wait $cluster || :' EXIT
   local count='import ray; ray.init(logging_level="error"); print(sum(node["Alive"] for node in ray.nodes()))'
   local end=$((SECONDS + $1))
-  until [[ $(python3 -c "$count" 2> /dev/null) == "$SLURM_NNODES" ]]; do
+  until [[ $(timeout 60 python3 -c "$count" 2> /dev/null) == "$SLURM_NNODES" ]]; do
     if ((SECONDS > end)) || ! kill -0 $cluster 2> /dev/null; then
       echo "no Ray cluster of $SLURM_NNODES nodes at $RAY_ADDRESS" >&2
       exit 1
