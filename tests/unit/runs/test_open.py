@@ -309,7 +309,7 @@ def test_started_run_keeps_the_number_of_parts_that_its_recipe_leaves_open(finis
 def test_auto_engine_is_what_is_installed_and_then_what_the_run_recorded(
     small, finished_run, tmp_path, monkeypatch, installed, engine
 ):
-    monkeypatch.setattr(opening, "has_vllm", lambda: installed)
+    monkeypatch.setattr(opening, "has_vllm", lambda on_gpus: installed)
     recipe = small("rollout.engine=auto", "score.engine=auto")
     resolved = resolve_open_settings(recipe, tmp_path / "run")
     assert (resolved.rollout.engine, resolved.score.engine) == (engine, engine)
