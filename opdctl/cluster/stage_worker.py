@@ -55,7 +55,7 @@ class StageWorker:
     def __init__(self, setup: WorkerSetup, mailbox: str, name: str):
         self._setup = setup
         self._engines: EnginePool | None = None
-        self._run = setup.run
+        self._run, self._located = setup.run, set[str]()
         self._is_busy = False
         self._reporter = Reporter(mailbox, name, self._stop)
         console.forward_to(partial(self._reporter.send, "print"), setup.level, self._reporter.count_items)
@@ -128,8 +128,9 @@ class StageWorker:
             self._engines = None
 
     def _locate(self, role: str) -> Run:
-        """Return the run with the paths that the model has on this node."""
+        """Return the run with the path that the model has on this node. The run keeps the prompts that it has read."""
         self._open_engines()
-        if role in self._run.models:
+        if role in self._run.models and role not in self._located:
             self._run = locate_models(self._run, [role])
+            self._located.add(role)
         return self._run

@@ -202,7 +202,6 @@ class SyncPlan:
     sent: list[str] = field(default_factory=list)
     received: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
-    conflicts: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     confirmed: dict[str, str] = field(default_factory=dict)
 
