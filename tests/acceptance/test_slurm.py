@@ -5,7 +5,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -238,26 +237,6 @@ def test_job_with_ray_starts_a_cluster_of_its_nodes_and_the_command_on_the_first
     assert cluster.requeued() == "requeue 17\n"
     with pytest.raises(ProcessLookupError):  # the nodes are processes of the job's group
         os.killpg(running.pid, 0)
-
-
-def test_job_with_ray_on_two_nodes_is_requeued_after_a_signal_and_makes_the_student_of_one_process(tmp_path, alone):
-    """Ray's files are in a directory of the test, with a short name: the paths of sockets are limited to 107 bytes."""
-    pytest.importorskip("ray", reason="needs the extra `ray`")
-    with tempfile.TemporaryDirectory(prefix="ray-") as directory:
-        program = f'exec {sys.executable} -m ray.scripts.scripts "$@"'
-        cluster = Cluster(tmp_path, ray=program, python3=f'exec {sys.executable} "$@"')
-        cluster.environment |= {"SLURM_JOB_ID": "18", "RAY_TMPDIR": directory}
-        done = cluster.submit("ray.sh", "small.toml", "run", NODES="2", GPUS="1")
-        assert done.returncode == 0, done.stderr
-        (job,) = cluster.jobs()
-        running = cluster.start(job, nodes=2)
-        wait_for(tmp_path / "run/step-00000/rollout/manifest.json", running)
-        running.send_signal(signal.SIGUSR1)
-        assert running.wait() == ExitCode.REQUEUE
-        assert cluster.requeued() == "requeue 18\n"
-        assert cluster.start(job, nodes=2).wait() == 0
-    assert cluster.requeued() == "requeue 18\n"
-    check_same_student(tmp_path / "run", alone)
 
 
 def test_job_whose_ray_cluster_does_not_start_ends_without_the_command(tmp_path):
