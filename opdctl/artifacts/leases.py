@@ -12,7 +12,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class Lease:
         except OSError as error:
             raise OpdctlError("failed_write", f"{self._path}: {error.strerror}") from error
         self._token = self._lease.token
+        for observer in _observers:
+            observer(self.name)
         return True
 
     def release(self) -> None:
@@ -86,11 +88,6 @@ class Lease:
     def owner_is_alive(self) -> bool:
         """Whether the owner has touched the lock file since the first attempt to acquire it."""
         return self._changes > 1
-
-    def is_owned_by(self, host: str, pid: int) -> bool:
-        """Whether the lock file names this process as the owner, which may have ended."""
-        owner = self._lease.owner
-        return owner is not None and (owner.hostname, owner.pid) == (host, pid)
 
     def owner(self) -> str:
         """Return process and host of the owner, as text."""
@@ -122,6 +119,14 @@ def hold_lease(directory: Path, name: str, *, wait: bool = False) -> Iterator[No
     finally:
         _held.remove(lease)
         lease.release()
+
+
+_observers: list[Callable[[str], None]] = []
+
+
+def observe_leases(observer: Callable[[str], None]) -> None:
+    """Call a function with the name of each lease that this process acquires from now on."""
+    _observers.append(observer)
 
 
 _held: list[Lease] = []  # of this process, by `hold_lease`

@@ -399,12 +399,11 @@ class StageDir:
         """Return the numbers of the parts whose leases this process holds."""
         return sorted(self._leases)
 
-    def parts_leased_by(self, host: str, pid: int) -> list[int]:
-        """Return the numbers of the parts that a process had leased last, also one that has ended since."""
+    def unmade_parts(self, lease_names: Iterable[str]) -> list[int]:
+        """Return the numbers of the parts that are not made, among those with leases of these names."""
         prefix = f"{self.path.name}-part-"
-        names = [name for name in leases.list_leases(self._lease_directory) if name.startswith(prefix)]
-        owned = [name for name in names if leases.Lease(self._lease_directory, name).is_owned_by(host, pid)]
-        return sorted(int(name.removeprefix(prefix)) for name in owned)
+        numbers = {name.removeprefix(prefix) for name in lease_names if name.startswith(prefix)}
+        return sorted({int(number) for number in numbers if number.isdecimal()}.intersection(self._unmade()))
 
     def _release(self, index: int) -> None:
         if lease := self._leases.pop(index, None):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opdctl import console, signals
+from opdctl.artifacts import leases
 from opdctl.cluster.connection import check_code, enter_directory
 from opdctl.cluster.mailbox import Reporter
 from opdctl.engines.pool import EnginePool
@@ -58,6 +59,7 @@ class StageWorker:
         self._run, self._located = setup.run, set[str]()
         self._is_busy = False
         self._reporter = Reporter(mailbox, name, self._stop)
+        leases.observe_leases(self._report_lease)
         console.forward_to(partial(self._reporter.send, "print"), setup.level, self._reporter.count_items)
 
     def make_parts(self, role: str, make_parts: Callable[..., int]) -> int | OpdctlError:
@@ -102,6 +104,12 @@ class StageWorker:
             self._is_busy = False
             for number, handler in handlers.items():  # of Ray
                 signal.signal(number, handler)
+            self._reporter.flush()
+
+    def _report_lease(self, name: str) -> None:
+        """Report a lease at once: this process may die of the part."""
+        if "-part-" in name:
+            self._reporter.send("lease", name)
             self._reporter.flush()
 
     def _stop(self) -> None:

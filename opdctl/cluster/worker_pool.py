@@ -44,12 +44,14 @@ class Loss:
 class Worker:
     """The handle of a worker. process: where it runs, None until it has reported itself.
 
-    loss: of the process before, until Ray has started another. failures: engines that died since it has made a part.
+    leases: that its call has acquired. loss: of the process before, until Ray has started another. failures: engines
+    that died since it has made a part.
     """
 
     section: EngineSection
     actor: Any
     process: WorkerProcess | None = None
+    leases: set[str] = field(default_factory=set)
     loss: Loss | None = None
     restarts: int = 0
     failures: int = 0
@@ -155,6 +157,7 @@ class WorkerPool:
                 self._note_loss(worker, worker.process, stage)
             return None
         if not isinstance(result, OpdctlError):
+            worker.leases.clear()
             worker.failures = 0 if result else worker.failures
             return int(result)
         if result.kind != "failed_engine" or stage is None:
@@ -165,9 +168,9 @@ class WorkerPool:
 
     def _note_loss(self, worker: Worker, process: WorkerProcess, stage: StageDir | None) -> None:
         """Count the parts that a lost process had in work. If its node turns out to be lost, they do not count."""
-        parts = stage.parts_leased_by(process.host, process.pid) if stage else []
-        paths = [stage.path / stage.names[index] for index in parts] if stage else []
+        paths = [stage.path / stage.names[index] for index in stage.unmade_parts(worker.leases)] if stage else []
         worker.process, worker.loss = None, Loss(process, paths)
+        worker.leases.clear()
         error = OpdctlError("failed_engine", f"worker process {process.pid} on {process.host} died", hint=LOGS_HINT)
         self._count_failure(worker, paths, error)
 
@@ -216,11 +219,16 @@ class WorkerPool:
                 console.print_forwarded(value)
             elif kind == "items":
                 on_progress(value)
+            elif kind == "lease":
+                self._find(sender).leases.add(value)
             elif kind == "process":
-                section, _, number = sender.rpartition("-")
-                self._note_process(self._workers[section][int(number)], value)
+                self._note_process(self._find(sender), value)
         if events and self._heartbeat:
             self._heartbeat.report(self._run.current_step(), self._describe())
+
+    def _find(self, name: str) -> Worker:
+        section, _, number = name.rpartition("-")
+        return self._workers["rollout" if section == "rollout" else "score"][int(number)]
 
     def _describe(self) -> str:
         """Return how many workers of each section run, and on which hosts."""

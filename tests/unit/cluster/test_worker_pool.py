@@ -70,44 +70,44 @@ def stage(tmp_path):
     )  # fmt: skip
 
 
-def lose(pool, worker, stage, parts, monkeypatch):
+def lose(pool, worker, stage, parts):
     """Let the process of a worker die with parts in work, and start again."""
-    monkeypatch.setattr(stage, "parts_leased_by", lambda host, pid: parts)
+    worker.leases |= {f"rollout-part-{index:05d}" for index in parts}
     pool._note_loss(worker, worker.process, stage)
     pool._note_process(worker, HERE)
 
 
-def test_the_third_engine_that_dies_with_a_part_names_it(pool, stage, monkeypatch):
+def test_the_third_engine_that_dies_with_a_part_names_it(pool, stage):
     workers = [Worker("rollout", None, HERE) for _ in range(3)]
-    lose(pool, workers[0], stage, [0, 2], monkeypatch)
-    lose(pool, workers[1], stage, [1, 2], monkeypatch)
+    lose(pool, workers[0], stage, [0, 2])
+    lose(pool, workers[1], stage, [1, 2])
     with pytest.raises(OpdctlError, match=r"part-00002-of-00003\.parquet: 3 engines") as caught:
-        lose(pool, workers[2], stage, [2], monkeypatch)
+        lose(pool, workers[2], stage, [2])
     assert caught.value.kind == "failed_engine"
     assert [worker.restarts for worker in workers] == [1, 1, 0]
 
 
-def test_a_lost_node_is_no_fault_of_its_parts(pool, stage, monkeypatch):
+def test_a_lost_node_is_no_fault_of_its_parts(pool, stage):
     pool.nodes = {"a"}
     for _ in range(5):
         worker = Worker("rollout", None, THERE)
-        lose(pool, worker, stage, [2], monkeypatch)
+        lose(pool, worker, stage, [2])
     assert not any(pool._losses.values())
     assert worker.process == HERE
 
 
-def test_a_worker_whose_engines_only_die_ends_the_stage(pool, stage, monkeypatch):
+def test_a_worker_whose_engines_only_die_ends_the_stage(pool, stage):
     worker = Worker("rollout", None, HERE)
     for part in range(2):
-        lose(pool, worker, stage, [part], monkeypatch)
+        lose(pool, worker, stage, [part])
     with pytest.raises(OpdctlError, match="worker process 11 on node-a died"):
-        lose(pool, worker, stage, [], monkeypatch)
+        lose(pool, worker, stage, [])
 
 
-def test_engines_that_die_on_a_worker_that_makes_parts_are_no_end(pool, stage, monkeypatch):
+def test_engines_that_die_on_a_worker_that_makes_parts_are_no_end(pool, stage):
     worker = Worker("rollout", None, HERE)
     for _ in range(4):
-        lose(pool, worker, stage, [], monkeypatch)
+        lose(pool, worker, stage, [])
         worker.failures = 0  # as after a call that has made a part
     assert worker.restarts == 4
 
