@@ -3,7 +3,7 @@
 import difflib
 import errno
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -132,11 +132,7 @@ class OpdctlError(Exception):
         OpdctlError("missing_file", "prompts.jsonl", hint="check prompts.source")
         # error: Missing file: prompts.jsonl
         # hint: check prompts.source
-
-    parts: the numbers of the parts of a stage that were in work.
     """
-
-    parts: Sequence[int] = ()
 
     def __init__(self, kind: ErrorKind, detail: str, *, hint: str | None = None):
         self.kind, self.detail, self.hint = kind, detail, hint

@@ -395,10 +395,6 @@ class StageDir:
     def _claims(self, list_unmade: Callable[[], list[int]], is_made: Callable[[int], bool]) -> PartClaims:
         return PartClaims(self._lease_directory, self.path.name, list_unmade, is_made, self._leases)
 
-    def claimed_parts(self) -> list[int]:
-        """Return the numbers of the parts whose leases this process holds."""
-        return sorted(self._leases)
-
     def unmade_parts(self, lease_names: Iterable[str]) -> list[int]:
         """Return the numbers of the parts that are not made, among those with leases of these names."""
         prefix = f"{self.path.name}-part-"

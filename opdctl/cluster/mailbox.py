@@ -93,3 +93,13 @@ def start_mailbox() -> tuple[str, Any]:
     name = f"opdctl-mailbox-{secrets.token_hex(4)}"
     options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here, "name": name}
     return name, ray.remote(Mailbox).options(**options).remote()
+
+
+def take_events(mailbox: Any, *, stop: bool) -> list[Event]:
+    """Return the events since the last call, none while the actor is being restarted. stop: as of `Mailbox.take`."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        events: list[Event] = ray.get(mailbox.take.remote(stop=stop))
+        return events
+    return []

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from opdctl import console, signals
 from opdctl.cluster.connection import check_code, code_identity, connect, describe_failure, enter_directory
-from opdctl.cluster.mailbox import Reporter, start_mailbox
+from opdctl.cluster.mailbox import Reporter, start_mailbox, take_events
 from opdctl.cluster.worker_pool import CALL_POLL_SECONDS, LOGS_HINT, START_NOTICE_SECONDS, STOP_SECONDS, has_gpus
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.recipe.schema import Recipe
@@ -123,11 +123,7 @@ class _Driver:
 
     def read_mailbox(self, *, stop: bool = False) -> None:
         """Print and note what the ranks have reported."""
-        import ray
-
-        events = []
-        with contextlib.suppress(ray.exceptions.RayError):
-            events = ray.get(self._mailbox.take.remote(stop=stop))
+        events = take_events(self._mailbox, stop=stop)
         if self._begin and time.monotonic() - self._begin > START_NOTICE_SECONDS:
             self._begin = None
             console.info("the ranks have not started yet: Ray waits for nodes with room for all of them")

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from opdctl import console, signals
 from opdctl.artifacts.stage_dir import StageDir
 from opdctl.cluster.connection import code_identity, describe_failure
-from opdctl.cluster.mailbox import start_mailbox
+from opdctl.cluster.mailbox import start_mailbox, take_events
 from opdctl.cluster.stage_worker import StageWorker, WorkerProcess, WorkerSetup
 from opdctl.errors import OpdctlError
 from opdctl.recipe.schema import Recipe
@@ -163,14 +163,19 @@ class WorkerPool:
         if result.kind != "failed_engine" or stage is None:
             raise result
         console.warn(f"{result.message}\nIts parts are regenerated.")
-        self._count_failure(worker, [stage.path / stage.names[index] for index in result.parts], result)
+        self._count_failure(worker, self._take_parts(worker, stage), result)
         return None
+
+    def _take_parts(self, worker: Worker, stage: StageDir | None) -> list[Path]:
+        """Return the parts that a worker had in work, and forget its leases."""
+        paths = [stage.path / stage.names[index] for index in stage.unmade_parts(worker.leases)] if stage else []
+        worker.leases.clear()
+        return paths
 
     def _note_loss(self, worker: Worker, process: WorkerProcess, stage: StageDir | None) -> None:
         """Count the parts that a lost process had in work. If its node turns out to be lost, they do not count."""
-        paths = [stage.path / stage.names[index] for index in stage.unmade_parts(worker.leases)] if stage else []
+        paths = self._take_parts(worker, stage)
         worker.process, worker.loss = None, Loss(process, paths)
-        worker.leases.clear()
         error = OpdctlError("failed_engine", f"worker process {process.pid} on {process.host} died", hint=LOGS_HINT)
         self._count_failure(worker, paths, error)
 
@@ -209,11 +214,7 @@ class WorkerPool:
 
     def _read_mailbox(self, on_progress: Callable[[int], None], *, stop: bool = False) -> None:
         """Print and note what the workers have reported. stop: request that they stop."""
-        import ray
-
-        events = []
-        with contextlib.suppress(ray.exceptions.RayError):  # it is being restarted
-            events = ray.get(self._mailbox.take.remote(stop=stop))
+        events = take_events(self._mailbox, stop=stop)
         for sender, kind, value in events:
             if kind == "print":
                 console.print_forwarded(value)

@@ -12,7 +12,6 @@ from opdctl import console, signals
 from opdctl.artifacts.records import GradedResponse, Response
 from opdctl.artifacts.stage_dir import PartMakers, StageDir
 from opdctl.artifacts.tables import write_rows
-from opdctl.errors import OpdctlError
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def make_missing_parts(
     that other workers have leased.
 
     Raises:
-        OpdctlError: what `prepare` and the engine raise; the disk is full. Of an engine that has failed, it has the
-            numbers of the parts in work.
+        OpdctlError: what `prepare` and the engine raise; the disk is full.
     """
     if makers.remotely:
         with console.progress(title, num_items) as on_progress:
@@ -86,18 +84,14 @@ def make_missing_parts(
             return 0
         for path in stage.finished_but_missing():
             console.warn(f"{path}: a finished part is missing; regenerating it")
-        try:
-            work = prepare()
-            stage.start(work.logprob_metadata)
-            with (
-                console.progress(title, num_items) as on_progress,
-                contextlib.closing(_make_parts(claims, work, on_progress)) as parts,
-            ):
-                for index, part in parts:
-                    made += stage.write(index, part.save, rows=part.rows, tokens=part.tokens, failed=part.failed)
-        except OpdctlError as error:
-            error.parts = stage.claimed_parts()
-            raise
+        work = prepare()
+        stage.start(work.logprob_metadata)
+        with (
+            console.progress(title, num_items) as on_progress,
+            contextlib.closing(_make_parts(claims, work, on_progress)) as parts,
+        ):
+            for index, part in parts:
+                made += stage.write(index, part.save, rows=part.rows, tokens=part.tokens, failed=part.failed)
     return made
 
 
