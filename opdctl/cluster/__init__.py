@@ -15,11 +15,13 @@ from opdctl.runs.run import Run
 
 
 @contextlib.contextmanager
-def open_engines(run: Run, device: str, recipe: Recipe | None = None) -> Iterator[EnginePool]:
+def open_engines(
+    run: Run, device: str, recipe: Recipe | None = None, *, keep_idle: bool = True
+) -> Iterator[EnginePool]:
     """Yield the engines of this process, or those of a cluster if the recipe has `pipeline.launcher = "ray"`.
 
     A rank of training has its own engines if they are colocated with the trainer. recipe: of the engines, by default
-    the run's.
+    the run's. keep_idle: keep the workers of a cluster when all parts are made or in work, for the next stage.
 
     Raises:
         OpdctlError: the cluster cannot be reached.
@@ -35,4 +37,4 @@ def open_engines(run: Run, device: str, recipe: Recipe | None = None) -> Iterato
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             stack.enter_context(connect(pipeline))
-        yield stack.enter_context(contextlib.closing(RemoteEngines(run, device, recipe)))
+        yield stack.enter_context(contextlib.closing(RemoteEngines(run, device, recipe, keep_idle)))

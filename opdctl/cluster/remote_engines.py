@@ -11,9 +11,8 @@ from typing import Any
 from opdctl import distributed
 from opdctl.artifacts import leases
 from opdctl.artifacts.stage_dir import PartMakers, StageDir
-from opdctl.cluster.worker_pool import LOGS_HINT, SECTIONS, Calls, EngineSection, Worker, WorkerPool
+from opdctl.cluster.worker_pool import SECTIONS, Calls, EngineSection, Worker, WorkerPool
 from opdctl.engines.pool import EnginePool
-from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.run import Run
@@ -22,9 +21,9 @@ from opdctl.runs.run import Run
 class RemoteEngines(EnginePool):
     """Engines in the workers of a cluster. Rank 0 has them; the other ranks wait for the parts."""
 
-    def __init__(self, run: Run, device: str, recipe: Recipe):
+    def __init__(self, run: Run, device: str, recipe: Recipe, keep_idle: bool):
         super().__init__(recipe, device)
-        self._run = run
+        self._run, self._keep_idle = run, keep_idle
         self._open_pool: WorkerPool | None = None
 
     def _pool(self) -> WorkerPool:
@@ -41,9 +40,10 @@ class RemoteEngines(EnginePool):
         def call(worker: Worker) -> Any:
             return worker.actor.make_parts.remote(role, make_parts)
 
-        return PartMakers(
-            remotely=lambda stage, on_progress: _make_parts(self._pool, section, call, stage, on_progress)
-        )
+        def make_remotely(stage: StageDir, on_progress: Callable[[int], None]) -> int:
+            return _make_parts(self._pool, section, call, stage, on_progress, keep_idle=self._keep_idle)
+
+        return PartMakers(remotely=make_remotely)
 
     def start(self, models: Mapping[str, tuple[str, ModelDir]]) -> None:
         """Start the engines on all workers, and wait until one of each section is ready.
@@ -54,18 +54,21 @@ class RemoteEngines(EnginePool):
         if not distributed.is_main():
             return
         pool, calls, unready = self._pool(), Calls(), set()
+        own = {
+            section: {role: model for role, model in models.items() if (role == "student") == (section == "rollout")}
+            for section in SECTIONS
+        }
         for section in SECTIONS:
-            own = {role: model for role, model in models.items() if (role == "student") == (section == "rollout")}
-            for worker in pool.start_workers(section) if own else ():
-                calls.add(worker, worker.actor.start_engines.remote(own))
+            for worker in pool.start_workers(section) if own[section] else ():
+                calls.add(worker, worker.actor.start_engines.remote(own[section]))
                 unready.add(section)
         while unready:
             for reference in pool.wait(calls):
                 worker = calls.by_reference.pop(reference)
-                if pool.result(worker, reference) is not None:
+                if pool.result(worker, reference) is None:  # it died, and Ray starts it again
+                    calls.add(worker, worker.actor.start_engines.remote(own[worker.section]))
+                else:
                     unready.discard(worker.section)
-                elif not calls.by_reference:
-                    raise OpdctlError("failed_engine", f"{worker.section}: all workers died", hint=LOGS_HINT)
 
     def release(self, keys: Collection[tuple[str, str]] | None = None) -> None:
         """Do nothing: the memory of other nodes is not the trainer's."""
@@ -81,10 +84,13 @@ def _make_parts(
     call: Callable[[Worker], Any],
     stage: StageDir,
     on_progress: Callable[[int], None],
+    *,
+    keep_idle: bool,
 ) -> int:
     """Let the workers make the missing parts of a stage, wait until all exist, and return how many they made.
 
-    call: lets a worker make parts until each is made or leased; returns the reference to the result.
+    call: lets a worker make parts until each is made or leased; returns the reference to the result. keep_idle: keep
+    workers that have nothing left to do; without them the autoscaler can remove their nodes.
     """
     if stage.is_finished():
         return 0
@@ -104,6 +110,8 @@ def _make_parts(
                 made += result or 0
                 if result is None:
                     calls.add(worker, call(worker))
+                elif not keep_idle and calls.started():  # all parts are made, or in work at others
+                    pool.dismiss([worker, *calls.cancel_waiting()])
     except BaseException:
         pool.stop(calls)
         raise

@@ -45,7 +45,7 @@ class Worker:
     """The handle of a worker. process: where it runs, None until it has reported itself.
 
     leases: that its call has acquired. loss: of the process before, until Ray has started another. failures: engines
-    that died since it has made a part.
+    that died since it has made a part. is_dismissed: whether it was ended, since there was nothing left to do.
     """
 
     section: EngineSection
@@ -55,6 +55,7 @@ class Worker:
     loss: Loss | None = None
     restarts: int = 0
     failures: int = 0
+    is_dismissed: bool = False
 
 
 @dataclass
@@ -71,10 +72,15 @@ class Calls:
         """Return those of workers that have a process. The others wait for a node."""
         return [reference for reference, worker in self.by_reference.items() if worker.process]
 
+    def cancel_waiting(self) -> list[Worker]:
+        """Forget the calls of workers that wait for a node, and return these workers."""
+        waiting = {reference: worker for reference, worker in self.by_reference.items() if not worker.process}
+        return [self.by_reference.pop(reference) for reference in waiting]
+
     def find_idle(self, workers: Sequence[Worker]) -> Worker | None:
         """Return a worker without a call."""
         busy = [id(worker) for worker in self.by_reference.values()]
-        return next((worker for worker in workers if id(worker) not in busy), None)
+        return next((worker for worker in workers if id(worker) not in busy and not worker.is_dismissed), None)
 
 
 class WorkerPool:
@@ -102,6 +108,14 @@ class WorkerPool:
             arguments = [(setup, self._mailbox_name, f"{section}-{number}") for number in range(size.workers)]
             self._workers[section] = [Worker(section, _start_worker(size, each)) for each in arguments]
         return self._workers[section]
+
+    def dismiss(self, workers: Sequence[Worker]) -> None:
+        """End workers that have nothing left to do, or that still wait for a node."""
+        import ray
+
+        for worker in workers:
+            worker.is_dismissed, worker.process = True, None
+            ray.kill(worker.actor)
 
     def close(self) -> None:
         """End the workers. Those at work leave stale leases, unless `stop` was called before."""

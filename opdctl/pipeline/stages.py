@@ -74,7 +74,7 @@ def run_stage(run: Run, device: str, name: StageName, step: int, scorers: Collec
         OpdctlError: an input is missing; the stage was made with different settings; the disk is full.
     """
     check_space(run, [name.removesuffix("-teacher")])
-    with open_engines(run, device) as engines, measure_stage() as times:
+    with open_engines(run, device, keep_idle=len(scorers) > 1) as engines, measure_stage() as times:
         if name == "rollout":
             made, stages = run_rollout(run, step, engines), [run.rollout_stage(step)]
         else:

@@ -52,6 +52,16 @@ def test_a_worker_without_a_call_is_idle():
     assert calls.find_idle(workers) is None
 
 
+def test_a_dismissed_worker_gets_no_call():
+    workers, calls = [Worker("rollout", object(), HERE), Worker("rollout", object())], Calls()
+    for worker in workers:
+        calls.add(worker, f"call of {id(worker)}")
+    assert calls.cancel_waiting() == [workers[1]]
+    assert list(calls.by_reference.values()) == [workers[0]]
+    workers[1].is_dismissed = True
+    assert calls.find_idle(workers) is None
+
+
 @pytest.fixture
 def pool(monkeypatch):
     """A pool without a cluster. `nodes` in it are the nodes that are alive."""
