@@ -25,7 +25,7 @@ from opdctl.models.batching import by_token_budget, pad_batch
 from opdctl.models.decoding import BatchRules, DecodeBatch
 from opdctl.models.directory import ModelDir
 from opdctl.models.held_weights import digest_held_weights
-from opdctl.models.loading import load_model
+from opdctl.models.loading import load_model, reload_weights
 from opdctl.models.logprobs import Chunk, map_vocab_chunks, output_head, response_states
 from opdctl.models.routing import Routers, check_has_experts, encode_experts
 from opdctl.models.self_check import find_batch_rules
@@ -52,12 +52,10 @@ class TransformersEngine(InOrder):
         self.load_weights(model)
 
     def load_weights(self, model: ModelDir) -> None:
-        """Load another directory.
-
-        Tensors cannot be copied into the loaded model: a mixture of experts is stored in other shapes than in memory.
-        """
-        self.close()
-        self._model = load_model(model, device=self._device)
+        """Load another directory: into the loaded model, if it is the same architecture."""
+        if self._model is None or not reload_weights(self._model, self._directory, model):
+            self.close()
+            self._model = load_model(model, device=self._device)
         self._head = output_head(self._model, model.vocab_size)
         self._directory, self._rope_limit = model, rope_limit(self._model.config)
         self.logprob_metadata = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}

@@ -17,6 +17,7 @@ from opdctl.models.inspection import (
 )
 from opdctl.models.logprobs import Head, output_head
 from opdctl.models.self_check import check_scoring
+from opdctl.models.shards import WeightReader
 
 
 def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> PreTrainedModel:
@@ -43,6 +44,30 @@ def load_model(model: ModelDir, *, device: str, dtype: str | None = None) -> Pre
     separate_body(loaded, model.path)
     check_scoring(loaded, model.path)
     return loaded
+
+
+def reload_weights(loaded: PreTrainedModel, before: ModelDir, model: ModelDir) -> bool:
+    """Read the weights of another directory into a loaded model, in place, and return whether all of them were read.
+
+    Then `loaded` is what `load_model` would return: its checks concern the architecture, which is the same. Otherwise
+    the model may have weights of both. before: the directory that the model was loaded from.
+
+    Raises:
+        OpdctlError: as `load_model`.
+    """
+
+    def form(directory: ModelDir) -> tuple[object, ...]:
+        tensors = {name: tensor.shape for name, tensor in directory.weights.tensors.items()}
+        return directory.dtype, directory.config, tensors
+
+    if model.is_quantized or form(before) != form(model):
+        return False
+    check_files(model)
+    tensors = loaded.state_dict(keep_vars=True)
+    with captured_report(), translate_loading_errors(model.path, "the model", "invalid_model"):
+        read = WeightReader(loaded, model.weights).read({name: [tensor] for name, tensor in tensors.items()})
+    held = {tensors[name].data_ptr() for name in read}  # tied tensors have one memory
+    return all(tensor.data_ptr() in held for tensor in tensors.values())
 
 
 def load_head(model: ModelDir, *, device: str) -> Head:

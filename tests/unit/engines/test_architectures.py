@@ -2,11 +2,15 @@
 forward pass over one sequence, in rollouts, scores and training."""
 
 import copy
+import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import save
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationConfig, PreTrainedModel
 
 from opdctl.artifacts.records import sample_seed
@@ -16,7 +20,7 @@ from opdctl.errors import OpdctlError
 from opdctl.models.batching import pack_batch, pad_batch
 from opdctl.models.decoding import BatchRules
 from opdctl.models.directory import LOGPROB_TOLERANCE, ModelDir
-from opdctl.models.loading import load_model
+from opdctl.models.loading import load_model, reload_weights
 from opdctl.models.logprobs import output_head, response_states
 from opdctl.models.self_check import enable_packing
 from opdctl.recipe.schema import Sampling, Score
@@ -199,6 +203,34 @@ def test_scores_of_mixed_batches(architecture):
     want = [plain_logprobs(model, *pair) for pair in pairs]
     for budget in (1, 60, 1000):
         assert_near(score(engine, pairs, budget), want)
+
+
+def test_weights_read_into_a_loaded_model_are_those_of_a_new_one(architecture, tmp_path):
+    _, directory, _ = architecture
+    loaded = load_model(directory, device="cpu")
+    other = directory.with_path(tmp_path / "other")
+    shutil.copytree(directory.path, other.path)
+    for file in other.path.glob("*.safetensors"):
+        tensors = load_file(file).items()
+        changed = {name: 1.25 * value if value.is_floating_point() else value for name, value in tensors}
+        save_file(changed, file, {"format": "pt"})
+    assert reload_weights(loaded, directory, other)
+    found, expected = (dict(state_tensors(model)) for model in (loaded, load_model(other, device="cpu")))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def state_tensors(model):
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def test_weights_of_another_config_are_not_read_into_a_loaded_model(tmp_path):
+    _, directory, _ = load("llama", tmp_path)
+    loaded, other = load_model(directory, device="cpu"), directory.with_path(tmp_path / "other")
+    shutil.copytree(directory.path, other.path, ignore=shutil.ignore_patterns("other"))
+    config = json.loads((other.path / "config.json").read_text())
+    (other.path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    assert not reload_weights(loaded, directory, other)
 
 
 PACKED = ("llama", "gemma2", "gpt2", "gemma4_text", "qwen2_5_vl", "gemma3", "mistral3")
