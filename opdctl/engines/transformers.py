@@ -42,6 +42,7 @@ class TransformersEngine(InOrder):
     """
 
     batches_across_parts = False
+    _directory: ModelDir
     _model: Any = None
     _head: Any = None
     _routers: Routers | None = None

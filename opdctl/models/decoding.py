@@ -1,5 +1,7 @@
 """Decoding a batch of sequences, one token at a time, with the cache that the model makes for itself.
 
+A cache of plain layers is kept in memory that grows in steps: transformers' own copies all of it for every token.
+
 The model's `prepare_inputs_for_generation` arranges the inputs of each pass, as in transformers' `generate`, so every
 model that transformers generates with is served. Only the last hidden state is computed: `Head` makes the logits.
 
@@ -13,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from opdctl.artifacts.records import Ids
+
+MIN_ADDED_TOKENS = 64
+"""By which the memory of a cache grows; a quarter of its length if that is more."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,30 @@ class BatchRules:
     left_padding: bool = True
     drop_rows: bool = True
     use_cache: bool = True
+
+
+class _GrowingLayer(DynamicLayer):
+    """A layer of a DynamicCache with room for further tokens. keys, values: views of the tokens that it has."""
+
+    def __init__(self, layer: DynamicLayer):
+        self.__dict__ |= vars(layer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        self._length, self._room = layer.keys.shape[-2], [layer.keys, layer.values]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        if self._length > self._room[0].shape[-2]:
+            added = max(MIN_ADDED_TOKENS, start // 4)
+            self._room = [nn.functional.pad(room, (0, 0, 0, added)) for room in self._room]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[..., start : self._length, :] = states
+        self.keys, self.values = (room[..., : self._length, :] for room in self._room)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._room = [room.index_select(0, beam_idx) for room in self._room]
+        self.keys, self.values = (room[..., : self._length, :] for room in self._room)
 
 
 class DecodeBatch:
@@ -71,7 +100,17 @@ class DecodeBatch:
             **{name: value for name, value in inputs.items() if self._accepts_all or name in self._accepted}
         )
         self._cache = {name: outputs[name] for name in ALL_CACHE_NAMES if name in outputs}
+        if is_first:
+            self._let_cache_grow()
         self.hidden_BD = outputs.last_hidden_state[:, -1]
+
+    def _let_cache_grow(self) -> None:
+        for cache in self._cache.values():
+            if type(cache) is DynamicCache:
+                cache.layers = [
+                    _GrowingLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer
+                    for layer in cache.layers
+                ]
 
     def feed(self, token_B: Tensor) -> None:
         """Append one token to each sequence."""
@@ -104,7 +143,7 @@ class DecodeBatch:
         caches = [cache for cache in self._cache.values() if type(cache) is DynamicCache]
         layers = [layer for cache in caches for layer in cache.layers]
         return len(caches) == len(self._cache) and all(
-            type(layer).__module__ == DynamicCache.__module__ for layer in layers
+            type(layer) is _GrowingLayer or type(layer).__module__ == DynamicCache.__module__ for layer in layers
         )
 
     def can_select(self, rows: Tensor) -> bool:
@@ -123,5 +162,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part)
-    elif type(value).__module__.startswith("transformers"):
+    elif type(value) is _GrowingLayer or type(value).__module__.startswith("transformers"):
         yield from _tensors(vars(value))

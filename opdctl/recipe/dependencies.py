@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from opdctl.recipe.schema import AUTO, Eval, Recipe, model_key
@@ -109,10 +110,10 @@ def unaffected_stages(keys: Iterable[str]) -> list[str]:
 def fingerprint_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings in the fingerprint of a stage's artifacts, by dotted key."""
     excluded = ("eval.every_steps", "eval.bench", "eval.batch_size", "eval.allow_code_execution", *BENCHMARK_KEYS)
-    keys = sorted(key for key in recipe.flat() if key.startswith(STAGE_DEPENDENCIES[stage]))
+    flat = recipe.flat()
+    keys = sorted(key for key in flat if key.startswith(STAGE_DEPENDENCIES[stage]))
     if stage not in ("eval", "continuations"):
         keys = [key for key in keys if not is_mutable(key)]
-    flat = recipe.flat()
     unset = [key for key in keys if _is_as_before(key, flat)]
     return {key: flat[key] for key in keys if not key.startswith(excluded) and key not in unset}
 
@@ -121,15 +122,20 @@ def _is_as_before(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a setting was added later and has the value by which older artifacts were made."""
     section, _, name = key.rpartition(".")
     parameters = ADDED_PARAMETERS.get(flat[f"{section}.name"], {}) if section in ("weight", "weight.times") else {}
-    added = [before for pattern, before in ADDED_KEYS.items() if re.fullmatch(pattern, key)]
-    return flat[key] in added or (name in parameters and parameters[name] == flat[key])
+    return flat[key] in _values_before(key) or (name in parameters and parameters[name] == flat[key])
+
+
+@cache
+def _values_before(key: str) -> tuple[Any, ...]:
+    """Return the value by which older artifacts were made, if the setting was added later."""
+    return tuple(before for pattern, before in ADDED_KEYS.items() if re.fullmatch(pattern, key))
 
 
 def restore_omitted_settings(settings: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[str, Any]:
     """Return the settings in the fingerprint of a stage, by dotted key, together with those that it omits: settings
     that were added later and have the value by which older artifacts were made. keys: the keys of a recipe."""
     stage_keys = [key for key in keys if key.startswith(STAGE_DEPENDENCIES[stage])]
-    omitted = {key: value for pattern, value in ADDED_KEYS.items() for key in stage_keys if re.fullmatch(pattern, key)}
+    omitted = {key: value for key in stage_keys for value in _values_before(key)}
     for section in ("weight", "weight.times"):
         parameters = ADDED_PARAMETERS.get(str(settings.get(f"{section}.name")), {})
         omitted |= {f"{section}.{name}": value for name, value in parameters.items()}

@@ -91,11 +91,15 @@ def _phases_of(run: Run, recipe: Recipe, steps: Collection[int]) -> list[Trainin
     recorded = (
         (step, run.update(step)["settings"] if run.update_path(step).exists() else {}) for step in sorted(steps)
     )
-    complete = ((step, _complete(settings or default, keys)) for step, settings in recorded)
+    # Most records are equal, so the settings of a few are completed.
+    groups = [
+        (settings, [step for step, _ in group]) for settings, group in groupby(recorded, key=lambda pair: pair[1])
+    ]
+    complete = [(_complete(settings or default, keys), of_group) for settings, of_group in groups]
     phases: list[TrainingPhase] = []
-    for settings, group in groupby(complete, key=lambda pair: pair[1]):
+    for settings, equal in groupby(complete, key=lambda pair: pair[0]):
         changes = changed_settings(phases[-1].settings, settings) if phases else []
-        phases.append(_make_phase(run, tuple(step for step, _ in group), settings, changes))
+        phases.append(_make_phase(run, tuple(step for _, of_group in equal for step in of_group), settings, changes))
     return phases
 
 
