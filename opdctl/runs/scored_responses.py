@@ -124,12 +124,9 @@ def _own_tokens(response: Response, name: str, record: _Record) -> _Record:
         why = f"{response.sample_id}: {length} tokens, {lengths[wrong[0]]} {wrong[0]} of the {name}"
         raise OpdctlError("corrupt_artifact", why)
     if mask_T is not None:
-        columns = {each: values[mask_T] for each, values in columns.items()}
-        own: dict[str, Any] = dict(columns)
-        if isinstance(record, TokenScores) and record.hidden_states is not None:
-            own["hidden_states"] = _own_hidden_states(record.hidden_states, mask_T)
-        record = replace(record, **own)
-    for column, values in columns.items():
+        record = _select_rows(record, mask_T)
+    for column in columns:
+        values = getattr(record, column)
         if not np.isfinite(values).all():
             position = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(-1)))
             raise OpdctlError(
@@ -141,8 +138,33 @@ def _own_tokens(response: Response, name: str, record: _Record) -> _Record:
     return record
 
 
-def _own_hidden_states(read: HiddenStates, mask_T: LossMask) -> HiddenStates:
-    return lambda: read()[mask_T]
+def select_tokens(sample: ScoredResponse, is_selected_T: LossMask) -> ScoredResponse:
+    """Return a response with some of the student's own tokens only. What follows the last of them is left out.
+
+    Where experts are stored, which are of all tokens, the later tokens remain and are masked.
+    """
+    if is_selected_T.all():
+        return sample
+    response = sample.response
+    mask_T = np.ones(len(response.response_ids), bool) if response.loss_mask is None else response.loss_mask.copy()
+    mask_T[mask_T] = is_selected_T
+    end = int(np.flatnonzero(mask_T).max(initial=-1)) + 1 if response.routed_experts is None else len(mask_T)
+    cut = replace(response, response_ids=response.response_ids[:end], loss_mask=mask_T[:end])
+    reference = sample.reference and _select_rows(sample.reference, is_selected_T)
+    return ScoredResponse(_select_rows(cut, is_selected_T), _select_rows(sample.teacher, is_selected_T), reference)
+
+
+def _select_rows(record: _Record, is_selected_T: LossMask) -> _Record:
+    """Return a response, or its scores, with some rows of each column of TOKEN_COLUMNS and of the hidden states."""
+    columns = {each: values for each in TOKEN_COLUMNS if (values := getattr(record, each, None)) is not None}
+    selected: dict[str, Any] = {each: values[is_selected_T] for each, values in columns.items()}
+    if isinstance(record, TokenScores) and record.hidden_states is not None:
+        selected["hidden_states"] = _select_hidden_states(record.hidden_states, is_selected_T)
+    return replace(record, **selected)
+
+
+def _select_hidden_states(read: HiddenStates, is_selected_T: LossMask) -> HiddenStates:
+    return lambda: read()[is_selected_T]
 
 
 def target_logprobs(scored: ScoredResponse, extrapolation: float, weight_T: Floats | None = None) -> Logprobs:

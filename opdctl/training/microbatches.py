@@ -6,19 +6,19 @@ Shape suffixes: see Notation in CONTRIBUTING.md.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from opdctl.artifacts.records import Logprobs, ScoredResponse
+from opdctl.artifacts.records import Logprobs, LossMask, ScoredResponse
 from opdctl.losses.objectives import Objective
 from opdctl.losses.token_weights import Floats, Weight, weigh
 from opdctl.models.batching import SequenceBatch, pack_batch, pad_batch
 from opdctl.recipe.schema import Recipe, Train
-from opdctl.runs.scored_responses import target_logprobs, to_weight_inputs
+from opdctl.runs.scored_responses import select_tokens, target_logprobs, to_weight_inputs
 from opdctl.training.division import Division, divide
 
 
@@ -29,7 +29,8 @@ class MicroBatch:
     Log-probs are in nats. rollout_logp_N: under the student's own distribution, by the rollout's engine.
     sampling_logp_N: under the distribution that was sampled, by default the same. weight_N: the token weights.
     loss_scale_N: the factor of a token's loss in the step's loss: weight / denominator, or 1 / denominator if the
-    weight modulates the extrapolation, which is in target_logp_N.
+    weight modulates the extrapolation, which is in target_logp_N. Tokens whose factor is 0 are left out of everything
+    but `left_out`, and so are the tokens after the last one that counts: the model need not read them.
     support_ids_NK, teacher_logp_NK: the ids of a top-k objective and the teacher's log-probs of them.
     """
 
@@ -43,10 +44,19 @@ class MicroBatch:
     loss_scale_N: Tensor
     support_ids_NK: Tensor | None
     teacher_logp_NK: Tensor | None
+    left_out: list["LeftOut"]
     old_logp_N: Tensor | None = None
     """The student's log-probs before the step's first update; None until they are computed."""
     is_filler: bool = False
     """Whether it only keeps the collective calls of the ranks aligned. Its loss scales are 0."""
+
+
+class LeftOut(NamedTuple):
+    """The tokens of a response that do not count in the loss: their number, and sums of their stored A in nats."""
+
+    tokens: int
+    advantage: float
+    abs_advantage: float
 
 
 def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
@@ -61,8 +71,11 @@ def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
 
     if not half:
         return [batch]
-    first, second = batch.samples[:half], batch.samples[half:]
-    return [select(first, slice(num_tokens)), select(second, slice(num_tokens, None))]
+    first, second = (
+        select(batch.samples[:half], slice(num_tokens)),
+        select(batch.samples[half:], slice(num_tokens, None)),
+    )
+    return [replace(first, left_out=batch.left_out[:half]), replace(second, left_out=batch.left_out[half:])]
 
 
 def _join(samples: list[ScoredResponse], packs: bool, device: torch.device | str) -> SequenceBatch:
@@ -92,18 +105,27 @@ def make_micro_batches(
     weights = weigh(weight, [to_weight_inputs(sample, step, logp) for sample, logp in zip(scored, own, strict=True)])
     factors = [np.ones(len(w)) for w in weights] if recipe.weight.modulates == "extrapolation" else weights
     denominators = _loss_denominators(factors, recipe.train)
-    sizes = [len(sample.response.prompt_ids) + len(sample.response.response_ids) for sample in scored]
+    counts = [factor_T > 0 for factor_T in factors]
+    selected = [select_tokens(sample, counts_T) for sample, counts_T in zip(scored, counts, strict=True)]
+    sizes = [len(sample.response.prompt_ids) + len(sample.response.response_ids) for sample in selected]
     teachers = [sample.response.teacher for sample in scored]
     groups = [[i for i, of in enumerate(teachers) if of == teacher] for teacher in recipe.teacher_models()]
     batches = []
     for share in divide(groups, sizes, recipe.train.tokens_per_micro_batch, division)[rank]:
         rows, scale = share.indices, 0.0 if share.is_filler else 1.0
-        loss_scales = [scale * factors[i] / denominators[i] for i in rows]
-        samples, batch_weights = [scored[i] for i in rows], [weights[i] for i in rows]
+        loss_scales = [scale * factors[i][counts[i]] / denominators[i] for i in rows]
+        samples, batch_weights = [selected[i] for i in rows], [weights[i][counts[i]] for i in rows]
         batch = _micro_batch(recipe, samples, batch_weights, loss_scales, objective, device, division.packs)
-        old_logp_N = _column([own[i] for i in rows], device) if old_logprobs else None
-        batches.append(replace(batch, old_logp_N=old_logp_N, is_filler=share.is_filler))
+        old = [logp_T[counts[i]] for i in rows if (logp_T := own[i]) is not None]
+        old_logp_N = _column(old, device) if old_logprobs else None
+        left_out = [_left_out(scored[i], ~counts[i]) for i in rows]
+        batches.append(replace(batch, old_logp_N=old_logp_N, left_out=left_out, is_filler=share.is_filler))
     return batches
+
+
+def _left_out(sample: ScoredResponse, is_left_out_T: LossMask) -> LeftOut:
+    advantage_T = (sample.teacher.logprobs - sample.response.logprobs)[is_left_out_T].astype(np.float64)
+    return LeftOut(len(advantage_T), float(advantage_T.sum()), float(np.abs(advantage_T).sum()))
 
 
 def _loss_denominators(factors: Sequence[Floats], settings: Train) -> list[int]:
@@ -154,6 +176,7 @@ def _micro_batch(
         loss_scale_N=column(loss_scales),
         support_ids_NK=None if ids_NK is None else ids_NK[:, :top_k],
         teacher_logp_NK=None if logp_NK is None else logp_NK[:, :top_k],
+        left_out=[],
     )
 
 

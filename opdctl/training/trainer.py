@@ -64,6 +64,8 @@ UPDATE_PROBE_TOKENS = 32  # with which an engine shows that it has an updated st
 LOW_OVERLAP = 0.3
 """Of the most probable tokens of student and teacher. In arXiv 2604.13016 it grows from 0.7 to 0.9 where distillation
 succeeds; on the embedded task it is 0.36 at first."""
+ALL_TOKENS_METRICS = ("k1", "abs_advantage", "weight")
+"""Metrics that are means over all tokens. The others are means over those that count in the loss."""
 LAST_UPDATE_METRICS = ("loss", "ratio", "clip_fraction", "dual_clip_fraction")
 """Metrics of a step's last update. The others describe the policy before the first one."""
 
@@ -287,8 +289,9 @@ class Trainer:
             batches, sums = self._with_smaller_batches(self._backward_all, batches)
             norm = self._optimizer_step()
             sums = distributed.all_reduce_sum(sums)
-            num_tokens = max(sums.pop("tokens"), 1)
-            means = {key: value / (1 if key == "loss" else num_tokens) for key, value in sums.items()}
+            counts = {key: max(sums.pop(key), 1) for key in ("tokens", "loss_tokens")} | {"loss": 1}
+            counts |= dict.fromkeys(ALL_TOKENS_METRICS, counts["tokens"])
+            means = {key: value / counts.get(key, counts["loss_tokens"]) for key, value in sums.items()}
             means |= self._routers.metrics(distributed.all_reduce_sum(self._routers.counts()))
             metrics = (metrics or means) | {key: means[key] for key in LAST_UPDATE_METRICS if key in means}
             metrics |= {"grad_norm": norm, "learning_rate": rate}
@@ -381,7 +384,10 @@ class Trainer:
         loss.backward()
         sums.sums["loss"] = loss.detach()
         totals = dict(zip(sums.sums, torch.stack([*sums.sums.values()]).tolist(), strict=True))  # one wait for the GPU
-        totals["tokens"] = len(batch.loss_scale_N)
+        totals["k1"] -= sum(each.advantage for each in batch.left_out)
+        totals["abs_advantage"] += sum(each.abs_advantage for each in batch.left_out)
+        totals["loss_tokens"] = len(batch.loss_scale_N)
+        totals["tokens"] = totals["loss_tokens"] + sum(each.tokens for each in batch.left_out)
         return torch.cat(sums.logps) if batch.old_logp_N is None else batch.old_logp_N, totals
 
     def _token_batch(

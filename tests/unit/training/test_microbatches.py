@@ -74,11 +74,11 @@ class FixedWeights(Weight):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ([], [[1 / 9, 2 / 9, 0, 0], [3 / 9, 0], [0, 0, 0]]),
-        (["denominator=selected"], [[1 / 3, 2 / 3, 0, 0], [1, 0], [0, 0, 0]]),
-        (["aggregate=response"], [[1 / 12, 2 / 12, 0, 0], [3 / 6, 0], [0, 0, 0]]),
+        ([], [[1 / 9, 2 / 9], [3 / 9], []]),
+        (["denominator=selected"], [[1 / 3, 2 / 3], [1], []]),
+        (["aggregate=response"], [[1 / 12, 2 / 12], [3 / 6], []]),
         # two tokens of the first response, one of the second, none of the third: 2 responses
-        (["aggregate=response", "denominator=selected"], [[1 / 4, 2 / 4, 0, 0], [3 / 2, 0], [0, 0, 0]]),
+        (["aggregate=response", "denominator=selected"], [[1 / 4, 2 / 4], [3 / 2], []]),
     ],
 )
 def test_denominators_by_hand(settings, expected, tmp_path):
