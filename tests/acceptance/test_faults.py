@@ -39,8 +39,8 @@ SMALL = ("--steps", "2", "--set", "rollout.prompts_per_step=12")
 
 
 def test_killed_workers_make_the_student_of_an_undisturbed_run(tmp_path: Path) -> None:
-    summary = run_harness(tmp_path, "faults", "--kills", "6", *SMALL)
-    assert summary.startswith("6 kills (")  # the time decides which stage is hit
+    summary = run_harness(tmp_path, "faults", "--kills", "4", *SMALL)
+    assert summary.startswith("4 kills (")  # the time decides which stage is hit
 
 
 def test_killed_workers_that_score_files_write_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
@@ -49,16 +49,16 @@ def test_killed_workers_that_score_files_write_the_bytes_of_an_undisturbed_one(t
 
 def test_double_signals_at_random_moments(tmp_path: Path) -> None:
     """Each ends with a signal's exit code; the run is that of an undisturbed one."""
-    assert run_harness(tmp_path, "faults", "--signals", "6", *SMALL).startswith("6 double signals (")
+    assert run_harness(tmp_path, "faults", "--signals", "3", *SMALL).startswith("3 double signals (")
 
 
 def test_workers_that_sleep_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    assert run_harness(tmp_path, "sleeps", "--moments", "4", "--seed", "1").startswith("4 sleeps (")
+    assert run_harness(tmp_path, "sleeps", "--moments", "3", "--seed", "1").startswith("3 sleeps (")
 
 
-@pytest.mark.parametrize(("fault", "start"), [(power_cut, 0), (power_cut, 4), (system_error, 2), (system_error, 7)])
+@pytest.mark.parametrize(("fault", "start"), [(power_cut, 4), (system_error, 2)])
 def test_rerun_after_a_fault_of_the_disk_ends_the_same(fault, start, tmp_path):
-    """Every ninth call, from two starts; the harness covers all calls."""
+    """Every ninth call; the harness covers all calls."""
     assert "every rerun ended the same" in faults.fail_at_calls(tmp_path, fault, start, stride=9)
 
 

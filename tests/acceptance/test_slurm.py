@@ -198,24 +198,6 @@ def test_colocated_job_on_two_nodes_is_requeued_after_a_signal_and_makes_the_stu
     check_same_student(tmp_path / "run", alone)
 
 
-def test_following_jobs_are_requeued_and_make_the_student_of_one_process(tmp_path, alone):
-    """One gets the signal before its time limit."""
-    cluster = Cluster(tmp_path)
-    assert cluster.submit("follow.sh", "small.toml", "run", GPUS="1").returncode == 0
-    lines = cluster.jobs()
-    jobs = [cluster.start(line) for line in lines]
-    while not list((tmp_path / "run/heartbeats").glob("score-teacher-*")):
-        assert jobs[1].poll() is None
-        time.sleep(0.05)
-    jobs[1].send_signal(signal.SIGUSR1)
-    assert jobs[1].wait() == ExitCode.REQUEUE
-    assert cluster.requeued() == "requeue 17\n"
-    jobs[1] = cluster.start(lines[1])
-    assert [job.wait() for job in jobs] == [0, 0, 0]
-    assert cluster.requeued() == "requeue 17\n"
-    check_same_student(tmp_path / "run", alone)
-
-
 def wait_for(path: Path, job: subprocess.Popen) -> None:
     while not path.exists():
         assert job.poll() is None

@@ -21,7 +21,7 @@ from helpers.models import SMALL, save
 from helpers.sampling import logprobs_of
 from helpers.vllm import answers, changed, load, logprobs, near, pair_of_tied_models, start
 from scipy.stats import chi2
-from transformers import Olmo2Config, Olmo2ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from opdctl.artifacts.records import TokenScores, sample_seed
 from opdctl.engines.base import EngineContext, Request, ScoreRequest
@@ -260,18 +260,11 @@ def test_temperatures_are_those_that_vllm_uses(toy, temperature):
         np.testing.assert_allclose(drawn.logprobs, logp_TV[np.arange(len(ids)), ids], rtol=0, atol=5e-4 / temperature)
 
 
-BACKEND = {
-    "smollm3": lambda settings: SmolLM3ForCausalLM(SmolLM3Config(**settings)),
-    "olmo2": lambda settings: Olmo2ForCausalLM(Olmo2Config(**settings)),
-}
-
-
-@pytest.mark.parametrize("architecture", BACKEND)
-def test_model_of_vllm_s_transformers_backend_is_scored_by_transformers_here(architecture, tmp_path):
+def test_model_of_vllm_s_transformers_backend_is_scored_by_transformers_here(tmp_path):
     """In its process, vLLM replaces parts of transformers, which then loads no model of this architecture."""
     torch.manual_seed(0)
     settings = SMALL | {"num_attention_heads": 1, "initializer_range": 0.2}
-    model = ModelDir(save(BACKEND[architecture](settings), tmp_path), "float32")
+    model = ModelDir(save(SmolLM3ForCausalLM(SmolLM3Config(**settings)), tmp_path), "float32")
     recipe = small_recipe("vllm.enforce_eager=true", "prompts.max_tokens=60", "rollout.max_tokens=60")
     engine = ENGINES.get("vllm")(model, EngineContext(recipe, recipe.student, "cpu"))
     wanted = requests(3, cut=3)
