@@ -32,6 +32,9 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 """Names of these settings in the configs of Cohere, Falcon-H1, …; Granite, Inkling; Gemma, RecurrentGemma, xLSTM."""
 MIN_OTHERS_PROB = 1e-30
 """Least probability of the ids outside a set: its inverse is a factor of gradients in float32."""
+PADDING_LOGIT = -1e30
+"""Of rows that are padding. Their probability is 0, and so is its product with their log-prob, which is finite."""
+ENTROPY_BLOCK_LOGITS = 2**18
 SMALL_BATCH_ROWS = 32  # up to here a CPU computes weight · hiddenᵀ twice as fast as hidden · weightᵀ
 
 
@@ -51,23 +54,30 @@ class Head:
     dtype: torch.dtype = torch.float32
 
     @torch.no_grad()
-    def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
-        """Return the logits, [C, V], float32. Not differentiable: use `map_vocab_chunks`.
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """Return the logits, [C, V], float32. Not differentiable: use `map_vocab_chunks`."""
+        return self._all_logits(hidden_CD)[:, : self.vocab_size]
 
-        out_CV: memory for them and for those of the padding.
-        """
+    @torch.no_grad()
+    def padded_logits(self, hidden_CD: Tensor, out_CY: Tensor) -> Tensor:
+        """Write the logits to `out_CY`, which has a column for each row of the matrix: PADDING_LOGIT for padding."""
+        logits_CY = self._all_logits(hidden_CD, out_CY)
+        logits_CY[:, self.vocab_size :] = PADDING_LOGIT
+        return logits_CY
+
+    def _all_logits(self, hidden_CD: Tensor, out_CY: Tensor | None = None) -> Tensor:
         weight_VD, hidden_CD = self.weight_VD.to(self.dtype), hidden_CD.to(self.dtype)
-        if out_CV is None and len(hidden_CD) <= SMALL_BATCH_ROWS and hidden_CD.device.type == "cpu":
-            logits_CV = torch.mm(weight_VD, hidden_CD.T).T.contiguous()
+        if out_CY is None and len(hidden_CD) <= SMALL_BATCH_ROWS and hidden_CD.device.type == "cpu":
+            logits_CY = torch.mm(weight_VD, hidden_CD.T).T.contiguous()
         else:
-            logits_CV = torch.mm(hidden_CD, weight_VD.T, out=out_CV, **_float32_result(self.dtype))
+            logits_CY = torch.mm(hidden_CD, weight_VD.T, out=out_CY, **_float32_result(self.dtype))
         if self.bias_V is not None:
-            logits_CV += self.bias_V
+            logits_CY += self.bias_V
         if self.scale != 1:
-            logits_CV *= self.scale
+            logits_CY *= self.scale
         if self.softcap:
-            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_CV[:, : self.vocab_size]
+            logits_CY.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_CY
 
     def logit_derivative(self, logits_CV: Tensor) -> Tensor:
         """Return the derivative of the logits with respect to hidden · weightᵀ + bias. Overwrites the logits."""
@@ -140,20 +150,30 @@ class Chunk:
     the log-probs of the requested ids. With `gradient`, a loss is differentiable in both.
     """
 
-    def __init__(self, rows: slice, logits_CV: Tensor, buffer_CV: Tensor, ids_CK: Tensor, gradient: bool):
-        self.rows, self._ids_CK, self._needs_gradient = rows, ids_CK, gradient
+    def __init__(
+        self, rows: slice, logits_CY: Tensor, buffer_CY: Tensor, vocab_size: int, ids_CK: Tensor, gradient: bool
+    ):
+        """logits_CY: with padding, of the logit PADDING_LOGIT. They are overwritten."""
+        self.rows, self._vocab_size, self._ids_CK, self._needs_gradient = rows, vocab_size, ids_CK, gradient
         self._tail: tuple[Tensor, Tensor] | None = None
-        # log-softmax within the two given buffers: allocating memory would dominate the time.
-        max_C1 = logits_CV.amax(-1, keepdim=True)
-        self._p_CV = torch.exp(logits_CV.sub_(max_C1), out=buffer_CV)
-        sum_C1 = self._p_CV.sum(-1, keepdim=True)
-        self._p_CV.div_(sum_C1)
-        self.logp_CV = logits_CV.sub_(sum_C1.log())
-        self._logz_C1 = max_C1 + sum_C1.log()
+        self._buffer_CY, self._has_p = buffer_CY, False
+        selected_CK = logits_CY.gather(-1, ids_CK)
+        # Within two given buffers, and one pass over the logits: memory limits the speed.
+        self._logp_CY = torch.log_softmax(logits_CY, -1, out=logits_CY)
+        self.logp_CV = self._logp_CY[:, :vocab_size]
         self.selected_logp_CK = self.logp_CV.gather(-1, ids_CK)
+        self._logz_C1 = (selected_CK - self.selected_logp_CK)[:, :1]
         if gradient:
             self.logp_CV.requires_grad_()
             self.selected_logp_CK.requires_grad_()
+
+    @property
+    def _p_CY(self) -> Tensor:
+        """The probability of every id, 0 of padding, in the buffer."""
+        if not self._has_p:
+            torch.exp(self._logp_CY, out=self._buffer_CY)
+            self._has_p = True
+        return self._buffer_CY
 
     def tail_logp_C(self, ids_CK: Tensor) -> Tensor:
         """Return the log-prob of all ids but these, [C], at least log MIN_OTHERS_PROB. Call it once for a chunk.
@@ -162,9 +182,9 @@ class Chunk:
         With the chunk's `gradient`, a loss is differentiable in it.
         """
         with torch.no_grad():
-            p_CK = self._p_CV.gather(-1, ids_CK)
-            tail_C1 = self._p_CV.scatter_(-1, ids_CK, 0.0).sum(-1, keepdim=True)
-            self._p_CV.scatter_(-1, ids_CK, p_CK)
+            p_CK = self._p_CY.gather(-1, ids_CK)
+            tail_C1 = self._p_CY.scatter_(-1, ids_CK, 0.0).sum(-1, keepdim=True)
+            self._p_CY.scatter_(-1, ids_CK, p_CK)
             logp_C1 = tail_C1.clamp(min=MIN_OTHERS_PROB).log().requires_grad_(self._needs_gradient)
         self._tail = ids_CK, logp_C1
         return logp_C1.squeeze(-1)
@@ -172,7 +192,11 @@ class Chunk:
     @torch.no_grad()
     def entropy_C(self) -> Tensor:
         """Return the entropy of each token's distribution in nats, without gradient."""
-        return -torch.einsum("cv,cv->c", self._p_CV, self.logp_CV).clamp(max=0)  # rounding could make it negative
+        # In blocks that fit a cache: all products would be another chunk in memory. einsum takes ten times as long.
+        size = max(1, ENTROPY_BLOCK_LOGITS // self._p_CY.shape[-1])
+        blocks = zip(self._p_CY.split(size), self._logp_CY.detach().split(size), strict=True)
+        negative_C = torch.cat([(p_BY * logp_BY).sum(-1) for p_BY, logp_BY in blocks])
+        return -negative_C.clamp(max=0)  # rounding could make it negative
 
     @torch.no_grad()
     def top(self, k: int) -> tuple[Tensor, Tensor]:
@@ -189,13 +213,14 @@ class Chunk:
         # d log softmax(z)_k / d z_v = [k = v] - p_v, summed over all log-probs in the loss.
         total_C1 = sum(grad.sum(-1, keepdim=True) for grad in grads if grad is not None)
         if self._tail is None or grads[2] is None:
-            grad_CV = self._p_CV.mul_(-total_C1)
+            grad_CY = self._p_CY.mul_(-total_C1)
         else:
             # d log tail / d z_v = [v in the tail] p_v / tail - p_v.
             ids_CK, tail_logp_C1 = self._tail
-            p_CK = self._p_CV.gather(-1, ids_CK)
-            grad_CV = self._p_CV.mul_(grads[2] / tail_logp_C1.exp() - total_C1)
-            grad_CV.scatter_(-1, ids_CK, -total_C1 * p_CK)
+            p_CK = self._p_CY.gather(-1, ids_CK)
+            grad_CY = self._p_CY.mul_(grads[2] / tail_logp_C1.exp() - total_C1)
+            grad_CY.scatter_(-1, ids_CK, -total_C1 * p_CK)
+        grad_CV = grad_CY[:, : self._vocab_size]
         if selected_CK is not None:
             grad_CV.scatter_add_(-1, self._ids_CK, selected_CK)
         if all_CV is not None:
@@ -241,22 +266,19 @@ class _MapVocabChunks(torch.autograd.Function):
         head = replace(head, weight_VD=weight_VD.to(head.dtype))  # once for all chunks
         limit = CHUNK_LOGITS if hidden_ND.device.type == "cpu" else GPU_CHUNK_LOGITS
         size = min(max(1, limit // len(weight_VD)), max(1, len(hidden_ND)))
-        logits_CV, padded_CV = (torch.empty(size, len(weight_VD), device=hidden_ND.device) for _ in range(2))
-        buffer_CV = padded_CV[:, : head.vocab_size]
+        logits_CY, buffer_CY = (torch.empty(size, len(weight_VD), device=hidden_ND.device) for _ in range(2))
         for start in range(0, max(len(hidden_ND), 1), size):  # without tokens there is one empty chunk
             rows = slice(start, start + size)
             count = len(ids_NK[rows])
-            chunk = Chunk(
-                rows, head.logits(hidden_ND[rows], logits_CV[:count]), buffer_CV[:count], ids_NK[rows], gradient
-            )
+            logits = head.padded_logits(hidden_ND[rows], logits_CY[:count])
+            chunk = Chunk(rows, logits, buffer_CY[:count], head.vocab_size, ids_NK[rows], gradient)
             with torch.set_grad_enabled(gradient):
                 loss = fn(chunk)
             if loss is not None:
                 total += loss.detach()
             if loss is not None and loss.requires_grad:
                 chunk.write_gradient(loss, head)
-                padded_CV[:, head.vocab_size :] = 0
-                _accumulate(grads, padded_CV[:count], hidden_ND[rows], head, rows)
+                _accumulate(grads, buffer_CY[:count], hidden_ND[rows], head, rows)
         ctx.grads = grads
         return total
 
