@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +28,8 @@ from typing import Any
 SHAPES = {"student": (256, 4, 4, 768), "teacher": (384, 6, 6, 1152)}  # hidden, layers, heads, intermediate
 TOY_MODELS = Path(__file__).parents[2] / "opdctl/data/toy/models"
 PROMPT_WORDS = 32
+LABELS = {"generation": "generation", "score and update": "rest", "complete step": "step"}
+"""Of the rows of a table, with the names of their measurements."""
 
 
 def make_models(folder: Path, vocab: int) -> None:
@@ -159,8 +163,7 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
         "rollout.max_tokens": args.completion,
         "score.engine": "transformers",
         "score.tokens_per_batch": 4096,
-        "weight.name": "iw_opd",
-        "weight.gamma": 0.5,
+        "weight.name": args.weight,
         "train.steps": args.steps,
         "train.learning_rate": 1e-5,
         "train.tokens_per_micro_batch": 4096,
@@ -193,17 +196,38 @@ def measure(python: str, system: str, options: list[str]) -> dict[str, Any]:
     return measurement
 
 
-def compare(args: argparse.Namespace, options: list[str]) -> None:
+def compare(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Return what TRL and opdctl take for each part of a step: medians of seconds, and GiB."""
+    names = ("batch", "completion", "steps", "threads", "prompt_tokens", "models", "weight")
+    options = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     make_prompts(args.models / "prompts.jsonl", args.batch * args.steps, args.toy)
     results = {"TRL": measure(args.trl, "trl", options), "opdctl": measure(sys.executable, "opdctl", options)}
+    trl, opdctl = (
+        {label: median(result[name][1:]) for label, name in LABELS.items()} | {"peak memory": result["peak_gib"]}
+        for result in results.values()
+    )
+    return {label: (trl[label], opdctl[label]) for label in trl}
+
+
+def print_table(args: argparse.Namespace, rows: dict[str, tuple[float, float]]) -> None:
     print(f"batch {args.batch} x {args.completion} tokens, {args.threads} threads; medians of {args.steps - 1} steps\n")
     print("| | TRL | opdctl | TRL / opdctl |\n|---|---|---|---|")
-    for name in ("generation", "rest", "step"):
-        trl, opdctl = (median(result[name][1:]) for result in results.values())
-        label = {"rest": "score and update", "step": "complete step"}.get(name, name)
-        print(f"| {label} | {trl:.2f} s | {opdctl:.2f} s | {trl / opdctl:.2f} |")
-    trl, opdctl = (result["peak_gib"] for result in results.values())
-    print(f"| peak memory | {trl:.2f} GiB | {opdctl:.2f} GiB | {trl / opdctl:.2f} |")
+    for label, (trl, opdctl) in rows.items():
+        unit = "GiB" if label == "peak memory" else "s"
+        print(f"| {label} | {trl:.2f} {unit} | {opdctl:.2f} {unit} | {trl / opdctl:.2f} |")
+
+
+@contextmanager
+def models(args: argparse.Namespace) -> Iterator[None]:
+    """Set `args.models` to a directory with the models, made if none is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        args.models = args.models or Path(folder)
+        if args.toy:
+            for name in SHAPES:
+                (args.models / name).symlink_to(TOY_MODELS / name)
+        elif not (args.models / "student").is_dir():
+            make_models(args.models, args.vocab)
+        yield
 
 
 def has_trl(python: str) -> bool:
@@ -211,8 +235,8 @@ def has_trl(python: str) -> bool:
     return shutil.which(python) is not None and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", help="the Python of an environment with TRL")
     parser.add_argument("--toy", action="store_true", help="use the toy models and prompts")
     parser.add_argument("--vocab", type=int, default=151936)
@@ -222,6 +246,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_WORDS + 2)
     parser.add_argument("--models", type=Path)
+    parser.add_argument("--weight", default="iw_opd", help="opdctl's token weight; TRL has iw_opd only")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(str(__doc__))
     parser.add_argument("--system", choices=["trl", "opdctl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.system:
@@ -230,16 +260,8 @@ def main() -> None:
         return
     if args.trl is None or not has_trl(args.trl):
         parser.error("--trl must be the Python of an environment with TRL")
-    with tempfile.TemporaryDirectory() as folder:
-        args.models = args.models or Path(folder)
-        if args.toy:
-            for name in SHAPES:
-                (args.models / name).symlink_to(TOY_MODELS / name)
-        elif not (args.models / "student").is_dir():
-            make_models(args.models, args.vocab)
-        names = ("batch", "completion", "steps", "threads", "prompt_tokens", "models")
-        options = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-        compare(args, options)
+    with models(args):
+        print_table(args, compare(args))
 
 
 if __name__ == "__main__":
