@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.ray_cluster import start_cluster
 
-TRAIN = ("train", "--recipe", "quickstart", "--set", "train.steps=16", "--set", "eval.every_steps=0")
+THREADS = ("--set", "pipeline.threads=1")  # two workers share two cores; Ray gives a process as many as it has CPUs
+TRAIN = ("train", "--recipe", "quickstart", "--set", "train.steps=16", "--set", "eval.every_steps=0", *THREADS)
 ROLLOUT = (
     "rollout",
     "--recipe",
@@ -28,6 +29,7 @@ ROLLOUT = (
     "rollout.num_parts=64",
     "--set",
     "rollout.prompts_per_step=1024",
+    *THREADS,
 )
 RAY = ("--launcher", "ray", "--set", "hardware.rollout_gpus=2")
 
