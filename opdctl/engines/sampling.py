@@ -68,10 +68,9 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Te
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1), torch.zeros_like(uniform_B)
-    logits_BV = restrict(logits_BV, sampling)
-    logz_B1 = logits_BV.logsumexp(-1, keepdim=True)
-    token_B1 = _inverse_cdf((logits_BV - logz_B1).exp_(), uniform_B[:, None].double())
-    return token_B1.squeeze(-1), (logits_BV.gather(-1, token_B1) - logz_B1).squeeze(-1)
+    p_BV = restrict(logits_BV, sampling).softmax(-1)  # in one pass; a log-sum-exp takes several
+    token_B1 = _inverse_cdf(p_BV, uniform_B[:, None].double())
+    return token_B1.squeeze(-1), p_BV.gather(-1, token_B1).log().squeeze(-1)
 
 
 def restrict(logits_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -101,12 +100,13 @@ def _top_p_filter(logits_BV: Tensor, top_p: float) -> Tensor:
 
 
 def _inverse_cdf(p_BV: Tensor, uniform_B1: Tensor) -> Tensor:
-    """Return the first id whose cumulative probability, in float64, exceeds `uniform_B1`, [B, 1].
+    """Return the first id whose cumulative probability exceeds `uniform_B1`, [B, 1].
 
-    It finds the block first, then the id within it: a float64 sum over a large vocabulary costs as much as the model.
+    It finds the block first, then the id within it. Sums are float64, those of a block float32: a float64 sum over a
+    large vocabulary costs as much as the model.
     """
     blocks_BNb = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    ends_BN = blocks_BNb.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends_BN = blocks_BNb.sum(-1).cumsum(-1, dtype=torch.float64)
     # Scaled by the sum, so that rounding can sample neither past the end nor a token of probability zero.
     target_B1 = uniform_B1 * ends_BN[:, -1:]
     block_B1 = torch.searchsorted(ends_BN, target_B1, right=True).clamp(max=ends_BN.shape[-1] - 1)
