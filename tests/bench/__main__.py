@@ -80,27 +80,11 @@ def against(args: argparse.Namespace, toy: bool, shapes: tuple[tuple[int, int], 
             yield Row(name, f"{opdctl:.2f} {unit}", f"{trl:.2f} {unit}", trl / opdctl, goals.get(label))
 
 
-def products_seconds(tokens: int, args: argparse.Namespace) -> float:
-    """Return the seconds of the three products of the head's forward and backward pass alone."""
-    torch.set_num_threads(args.threads)
-    hidden_ND, head_VD = torch.randn(tokens, args.hidden), torch.randn(args.vocab, args.hidden)
-    rows = max(1, logprobs.CHUNK_LOGITS // args.vocab)
-    logits_CV, grad_ND, grad_VD = torch.empty(rows, args.vocab), torch.empty_like(hidden_ND), torch.zeros_like(head_VD)
-    start = time.perf_counter()
-    for chunk in range(0, tokens, rows):
-        hidden_CD = hidden_ND[chunk : chunk + rows]
-        out = logits_CV[: len(hidden_CD)]
-        torch.mm(hidden_CD, head_VD.T, out=out)
-        torch.mm(out, head_VD, out=grad_ND[chunk : chunk + rows])
-        torch.addmm(grad_VD, out.T, hidden_CD, out=grad_VD)
-    return time.perf_counter() - start
-
-
 def head(args: argparse.Namespace) -> Iterator[Row]:
     """Yield the ratios of the output head's seconds to those of its products and of the plain formula."""
     shape = argparse.Namespace(vocab=151_936, hidden=1024, threads=args.threads, device="cpu")
     own = run_in_new_process(logprobs.measure, "chunked", HEAD_TOKENS, shape)
-    products = run_in_new_process(products_seconds, HEAD_TOKENS, shape)
+    products = run_in_new_process(logprobs.measure_products, HEAD_TOKENS, shape)
     name, cells = f"head, {HEAD_TOKENS:,} tokens", (f"{own.seconds:.2f} s", f"{products:.2f} s")
     yield Row(f"{name} / products", *cells, own.seconds / products, -MAX_HEAD_RATIO)
 

@@ -62,6 +62,22 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> Measurement:
     return Measurement(seconds, peak, [float(gradient.norm()) for gradient in gradients if gradient is not None])
 
 
+def measure_products(tokens: int, args: argparse.Namespace) -> float:
+    """Return the seconds of the three products of the head's forward and backward pass alone."""
+    torch.set_num_threads(args.threads)
+    hidden_ND, head_VD = torch.randn(tokens, args.hidden), torch.randn(args.vocab, args.hidden)
+    rows = max(1, CHUNK_LOGITS // args.vocab)
+    logits_CV, grad_ND, grad_VD = torch.empty(rows, args.vocab), torch.empty_like(hidden_ND), torch.zeros_like(head_VD)
+    start = time.perf_counter()
+    for chunk in range(0, tokens, rows):
+        hidden_CD = hidden_ND[chunk : chunk + rows]
+        out = logits_CV[: len(hidden_CD)]
+        torch.mm(hidden_CD, head_VD.T, out=out)
+        torch.mm(out, head_VD, out=grad_ND[chunk : chunk + rows])
+        torch.addmm(grad_VD, out.T, hidden_CD, out=grad_VD)
+    return time.perf_counter() - start
+
+
 def memory_bytes(device: str, *, peak: bool = False) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
