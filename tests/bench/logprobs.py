@@ -18,6 +18,7 @@ from processes import run_in_new_process
 from torch import Tensor
 
 from opdctl.losses.objectives import PolicyGradient, TokenBatch
+from opdctl.models import CHUNK_LOGITS
 from opdctl.models.logprobs import Chunk, Head, map_vocab_chunks
 
 
