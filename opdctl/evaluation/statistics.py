@@ -15,16 +15,21 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 from opdctl.losses.token_weights import Floats
 
 CONFIDENCE_LEVEL = 0.95
-Z = float(stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2))
+Z = float(special.ndtri((1 + CONFIDENCE_LEVEL) / 2))
 FEW = (1.0, 5.0)  # problems: up to the first number their variance is not used, from the second one on it is
 PERMUTATIONS = 9999
 NEGLIGIBLE = 1e-20  # a probability; the sum of all such terms of maj@k is far below its rounding error
 ROUNDING = 1e-12  # accuracies that differ by less are equal
+
+
+def student_t_quantile(degrees: float) -> float:
+    """Return the quantile of Student's t that bounds the central interval of CONFIDENCE_LEVEL."""
+    return float(special.stdtrit(degrees, (1 + CONFIDENCE_LEVEL) / 2))
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def problem_bounds(x_JP: Floats, samples: float) -> tuple[Floats, Floats]:
     or few incorrect ones, the next one may be of a kind that none of them is; then each counts as a single trial.
     """
     problems, mean_J = x_JP.shape[-1], x_JP.mean(-1)
-    t_ratio = stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, problems - 1) / Z
+    t_ratio = student_t_quantile(problems - 1) / Z
     variance_J, binomial_J = x_JP.var(-1, ddof=1) * t_ratio**2, mean_J * (1 - mean_J)
     ratio_J = np.divide(variance_J, binomial_J, out=np.ones_like(mean_J), where=binomial_J > 0).clip(1 / samples, 1)
     few_J = _weight_of_few(_problems_worth(x_JP))
@@ -182,6 +187,8 @@ def _majority_probability(correct: int, incorrect: tuple[int, ...], abstentions:
     No binomial coefficient of a large number occurs. For each number r of correct votes, ways[d, t] is the probability
     of d chosen samples in the classes that have at least r, with at most r of each and exactly r of t of them.
     """
+    from scipy import stats  # its import takes a second, so only where it is needed
+
     n = correct + sum(incorrect) + abstentions
     total = 0.0
     probability_of_r = stats.binom.pmf(np.arange(min(correct, k) + 1), correct, k / n)
@@ -233,7 +240,7 @@ def paired_bounds(one_JP: Floats, other_JP: Floats) -> tuple[Floats, Floats]:
     n_J = x_JP.shape[-1] + 2 * added_J
     mean_J = x_JP.sum(-1) / n_J
     variance_J = ((square_J + 2 * added_J) / n_J - mean_J**2).clip(0) / (n_J - 1)
-    half_width_J = stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, x_JP.shape[-1] - 1) * np.sqrt(variance_J)
+    half_width_J = student_t_quantile(x_JP.shape[-1] - 1) * np.sqrt(variance_J)
     return np.maximum(mean_J - half_width_J, -1), np.minimum(mean_J + half_width_J, 1)
 
 
@@ -241,6 +248,8 @@ def _permutation_p_value(x_P: np.ndarray) -> float:
     changed_P = x_P[x_P != 0]
     if len(changed_P) < 2:  # both signs of a single difference are equally extreme
         return 1.0
+    from scipy import stats
+
     test = stats.permutation_test(
         (changed_P,), _mean, permutation_type="samples", n_resamples=PERMUTATIONS, rng=np.random.default_rng(0)
     )
@@ -301,5 +310,5 @@ def compare_runs(one: Sequence[float], other: Sequence[float]) -> Estimate:
 def _t_interval(value: float, error: float, degrees: float) -> Estimate:
     if error < ROUNDING:
         return Estimate(value, math.nan, math.nan)
-    half_width = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * error
+    half_width = student_t_quantile(degrees) * error
     return Estimate(value, value - half_width, value + half_width)
