@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,3 +67,8 @@ def resolve_device(name: str) -> str:
             "missing_device", "pipeline.device is `cuda`, but torch finds no GPU", hint='set pipeline.device = "auto"'
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def join_python_path() -> str:
+    """Return the PYTHONPATH by which a child process finds the modules of this one."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)

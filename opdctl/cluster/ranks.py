@@ -23,6 +23,7 @@ from opdctl import console, signals
 from opdctl.cluster.connection import check_code, code_identity, connect, describe_failure, enter_directory
 from opdctl.cluster.mailbox import Reporter, start_mailbox, take_events
 from opdctl.cluster.worker_pool import CALL_POLL_SECONDS, LOGS_HINT, START_NOTICE_SECONDS, STOP_SECONDS, has_gpus
+from opdctl.environment import join_python_path
 from opdctl.errors import ExitCode, OpdctlError
 from opdctl.recipe.schema import Recipe
 from opdctl.runs.layout import list_steps
@@ -219,7 +220,7 @@ def _environment() -> dict[str, str]:
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONPATH": join_python_path(),
     }
 
 

@@ -36,6 +36,7 @@ from opdctl.engines.base import (
     Request,
     ScoreRequest,
 )
+from opdctl.environment import join_python_path
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.startup import measure_startup
@@ -259,7 +260,7 @@ class HostedEngine(InOrder):
 
     def _spawn(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not LAUNCHER_VARIABLES.fullmatch(name)}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment["PYTHONPATH"] = join_python_path()
         if self._context.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._context.gpus)
         ours, theirs = socket.socketpair()
