@@ -54,9 +54,12 @@ class TransformersEngine(InOrder):
 
     def load_weights(self, model: ModelDir) -> None:
         """Load another directory: into the loaded model, if it is the same architecture."""
-        if self._model is None or not reload_weights(self._model, self._directory, model):
+        loaded, self._model = self._model, None  # an error leaves no model with weights of both
+        if loaded is None or not reload_weights(loaded, self._directory, model):
+            loaded = None
             self.close()
-            self._model = load_model(model, device=self._device)
+            loaded = load_model(model, device=self._device)
+        self._model = loaded
         self._head = output_head(self._model, model.vocab_size)
         self._directory, self._rope_limit = model, rope_limit(self._model.config)
         self.logprob_metadata = {"engine": "transformers", "dtype": model.dtype, "logprobs": "processed, float32, nats"}

@@ -1,5 +1,8 @@
 """The transformers engine, on the toy models and on distributions computed by hand."""
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +111,18 @@ def test_loaded_weights_give_the_logprobs_of_a_fresh_engine(engine):
     for a, b, c in zip(before, after, want, strict=True):
         assert not np.allclose(a.logprobs, b.logprobs)
         np.testing.assert_array_equal(b.logprobs, c.logprobs)
+
+
+def test_no_model_is_left_if_other_weights_cannot_be_read(tmp_path):
+    engine, other = TransformersEngine(directory("toy:student"), "cpu"), tmp_path / "other"
+    shutil.copytree(directory("toy:student").path, other)
+    weights = other / "model.safetensors"
+    whole = dataclasses.replace(directory("toy:student"), path=other)
+    assert whole.weights.files  # the headers are read before the file is cut
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(OpdctlError):
+        engine.load_weights(whole)
+    assert engine._model is None
 
 
 # ── Sampling settings ────────────────────────────────────────────────────────────────────────────────────────────────
