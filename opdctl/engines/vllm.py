@@ -575,7 +575,7 @@ def _without_unused_weights(model: ModelDir) -> Iterator[Path]:
     if not ignored:
         yield model.path  # vLLM's cache of compiled graphs depends on the path
         return
-    with tempfile.TemporaryDirectory(prefix="opdctl-") as folder:
+    with tempfile.TemporaryDirectory(prefix="opdctl-vllm-") as folder:
         for entry in model.path.iterdir():
             if entry not in ignored:
                 Path(folder, entry.name).symlink_to(entry)
