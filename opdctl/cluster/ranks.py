@@ -106,7 +106,7 @@ class _Driver:
 
         os.environ.update(RAY_TRAIN_SETTINGS)
         use_gpu, hardware = has_gpus(recipe.pipeline.device), recipe.hardware
-        with TemporaryDirectory(prefix="opdctl-ranks-") as storage:  # for what Ray Train writes; the ranks use none of it
+        with TemporaryDirectory(prefix="opdctl-ranks-") as storage:  # what Ray Train writes; ranks do not use it
             trainer = DataParallelTrainer(
                 supervise_rank,
                 train_loop_config={"setup": setup},

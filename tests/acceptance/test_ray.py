@@ -36,12 +36,10 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run of one process, with evaluations of each student and of the teacher, and continuations."""
+    """The run of one process, with evaluations of each student and of the teacher."""
     path = tmp_path_factory.mktemp("whole") / "run"
     trained = invoke("train", "--recipe", QUICKSTART, *sets(*PARTS, "eval.every_steps=1"), "--output", path)
     assert trained.code == 0, trained.err
-    continued = invoke("run", "continuations", path, "--set", "continuations.responses=8")
-    assert continued.code == 0, continued.err
     return path
 
 
@@ -54,8 +52,8 @@ def train(path, *overrides, **options):
 
 
 def without_cards(files):
-    """Without model cards, which have the recipe, and continuations."""
-    return {name: data for name, data in files.items() if not name.endswith("README.md") and "continu" not in name}
+    """Without model cards, which have the recipe."""
+    return {name: data for name, data in files.items() if not name.endswith("README.md")}
 
 
 def live_leases(path):
@@ -75,21 +73,7 @@ def test_stages_make_the_artifacts_of_one_process(cluster, whole, tmp_path):
     evaluated = invoke("eval", *common, "--bench", "sort12", "--model", "teacher")
     assert evaluated.code == 0, evaluated.err
     assert contents(run / "eval/sort12/teacher") == contents(whole / "eval/sort12/teacher")
-    continued = invoke("run", "continuations", run, "--set", "continuations.responses=8")
-    assert continued.code == 0, continued.err
-    assert contents(run / "continuations") == contents(whole / "continuations")
     assert not live_leases(run)
-
-
-@pytest.mark.parametrize("overrides", [(), APART], ids=["colocated", "apart"])
-def test_one_rank_gives_the_same_bits(cluster, whole, tmp_path, overrides):
-    result = invoke(
-        "train", "--recipe", QUICKSTART, *sets(*PARTS, *overrides, "eval.every_steps=1"), "--output", tmp_path, *RAY
-    )
-    assert result.code == 0, result.err
-    assert without_cards(artifacts(tmp_path)) == without_cards(artifacts(whole))
-    assert "step 1 (2 of 2)" in result.err
-    assert invoke("status", tmp_path, "--verify").code == 0
 
 
 def test_two_ranks_give_the_same_student_within_rounding(cluster, whole, tmp_path):
@@ -153,6 +137,7 @@ def test_a_part_is_made_again_until_three_engines_have_died(cluster, tmp_path, m
 
 @pytest.mark.parametrize("kind", ray_kills.KINDS)
 def test_what_dies_is_started_again(cluster, whole, tmp_path, kind):
+    """Engines are apart from the trainer if a worker or a node dies, else colocated. One rank gives the same bits."""
     run, overrides = tmp_path / "run", APART if kind in ("worker", "node") else ()
     is_time = (run / "step-00001/rollout").exists
     generator = random.Random(kind)
@@ -160,6 +145,7 @@ def test_what_dies_is_started_again(cluster, whole, tmp_path, kind):
     assert killed.startswith(kind)
     expected = {name: data for name, data in without_cards(artifacts(whole)).items() if not name.startswith("eval")}
     assert without_cards(artifacts(run)) == expected
+    assert invoke("status", run, "--verify").code == 0
 
 
 def test_sigterm_ends_the_command_and_releases_the_leases(cluster, whole, tmp_path):
