@@ -64,8 +64,9 @@ class Faulty(TransformersEngine):
         if old is None or self.fault in ("none", "shifted"):  # a new engine has no old weights
             super().load_weights(model)
         elif self.fault == "one tensor":
+            kept = old.get_input_embeddings().weight.detach().clone()
             super().load_weights(model)
-            self._model.get_input_embeddings().weight.data.copy_(old.get_input_embeddings().weight)
+            self._model.get_input_embeddings().weight.data.copy_(kept)
             self.logprob_metadata["weights"] = digest_held_weights(self._model.state_dict())
 
     def stream_scores(self, *arguments, **options):
