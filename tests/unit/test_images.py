@@ -1,6 +1,7 @@
 """Every image of the docs is shown by a page, and made by a script that a page names."""
 
 import re
+from pathlib import Path
 
 import pytest
 from helpers.commands import ROOT
@@ -15,14 +16,13 @@ def named_scripts() -> set[str]:
     return {name for text in PAGES.values() for name in re.findall(r"python (tests/[\w./]+)", text)}
 
 
-def scripts_that_make(image: str) -> list[str]:
-    makers = []
-    for name in sorted(named_scripts()):
+def scripts_that_make(image: str) -> set[Path]:
+    sources: set[Path] = set()
+    for name in named_scripts():
         path = ROOT / name
         assert path.exists(), f"a page names {name}"
-        sources = path.glob("*.py") if path.is_dir() else [path]
-        makers += [name] * any(re.search(rf"\b{re.escape(image)}\b", source.read_text()) for source in sources)
-    return makers
+        sources |= {*path.glob("*.py")} if path.is_dir() else {path}
+    return {source for source in sources if re.search(rf"\b{re.escape(image)}\b", source.read_text())}
 
 
 @pytest.mark.parametrize("image", IMAGES)
