@@ -166,7 +166,7 @@ def test_sigterm_ends_the_command_and_releases_the_leases(cluster, whole, tmp_pa
 
 
 def wait_for(is_true, process):
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while not is_true():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
