@@ -58,15 +58,19 @@ class RemoteEngines(EnginePool):
             section: {role: model for role, model in models.items() if (role == "student") == (section == "rollout")}
             for section in SECTIONS
         }
+
+        def submit(worker: Worker) -> None:
+            calls.add(worker, worker.actor.start_engines.remote(own[worker.section]))
+
         for section in SECTIONS:
             for worker in pool.start_workers(section) if own[section] else ():
-                calls.add(worker, worker.actor.start_engines.remote(own[section]))
+                submit(worker)
                 unready.add(section)
         while unready:
             for reference in pool.wait(calls):
                 worker = calls.by_reference.pop(reference)
                 if pool.result(worker, reference) is None:  # it died, and Ray starts it again
-                    calls.add(worker, worker.actor.start_engines.remote(own[worker.section]))
+                    submit(worker)
                 else:
                     unready.discard(worker.section)
 

@@ -107,7 +107,7 @@ class WorkerPool:
             setup = WorkerSetup(run, self._recipe, Path.cwd(), code_identity(), console.get_level(), device)
             arguments = [(setup, self._mailbox_name, f"{section}-{number}") for number in range(size.workers)]
             self._workers[section] = [Worker(section, _start_worker(size, each)) for each in arguments]
-        return self._workers[section]
+        return [worker for worker in self._workers[section] if not worker.is_dismissed]
 
     def dismiss(self, workers: Sequence[Worker]) -> None:
         """End workers that have nothing left to do, or that still wait for a node."""

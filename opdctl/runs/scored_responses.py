@@ -117,7 +117,7 @@ def _own_tokens(response: Response, name: str, record: _Record) -> _Record:
         OpdctlError: a column does not have one row for each token of the response, or a row is not finite.
     """
     mask_T, length = response.loss_mask, len(response.response_ids)
-    columns = {each: values for each in TOKEN_COLUMNS if (values := getattr(record, each, None)) is not None}
+    columns = _token_columns(record)
     lengths = {each: len(values) for each, values in columns.items()}
     lengths |= {} if mask_T is None else {"loss_mask": len(mask_T)}
     if wrong := [each for each in lengths if lengths[each] != length]:
@@ -125,8 +125,7 @@ def _own_tokens(response: Response, name: str, record: _Record) -> _Record:
         raise OpdctlError("corrupt_artifact", why)
     if mask_T is not None:
         record = _select_rows(record, mask_T)
-    for column in columns:
-        values = getattr(record, column)
+    for column, values in _token_columns(record).items():
         if not np.isfinite(values).all():
             position = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(-1)))
             raise OpdctlError(
@@ -154,10 +153,14 @@ def select_tokens(sample: ScoredResponse, is_selected_T: LossMask) -> ScoredResp
     return ScoredResponse(_select_rows(cut, is_selected_T), _select_rows(sample.teacher, is_selected_T), reference)
 
 
+def _token_columns(record: Response | TokenScores) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of TOKEN_COLUMNS that are stored, by name."""
+    return {each: values for each in TOKEN_COLUMNS if (values := getattr(record, each, None)) is not None}
+
+
 def _select_rows(record: _Record, is_selected_T: LossMask) -> _Record:
     """Return a response, or its scores, with some rows of each column of TOKEN_COLUMNS and of the hidden states."""
-    columns = {each: values for each in TOKEN_COLUMNS if (values := getattr(record, each, None)) is not None}
-    selected: dict[str, Any] = {each: values[is_selected_T] for each, values in columns.items()}
+    selected: dict[str, Any] = {each: values[is_selected_T] for each, values in _token_columns(record).items()}
     if isinstance(record, TokenScores) and record.hidden_states is not None:
         selected["hidden_states"] = _select_hidden_states(record.hidden_states, is_selected_T)
     return replace(record, **selected)

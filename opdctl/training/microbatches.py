@@ -44,7 +44,8 @@ class MicroBatch:
     loss_scale_N: Tensor
     support_ids_NK: Tensor | None
     teacher_logp_NK: Tensor | None
-    left_out: list["LeftOut"]
+    left_out: Sequence["LeftOut"] = ()
+    """Of each response."""
     old_logp_N: Tensor | None = None
     """The student's log-probs before the step's first update; None until they are computed."""
     is_filler: bool = False
@@ -64,18 +65,15 @@ def split_in_half(batch: MicroBatch) -> list[MicroBatch]:
     half = len(batch.samples) // 2
     num_tokens = sum(batch.sequences.lengths[:half])
 
-    def select(samples: list[ScoredResponse], rows: slice) -> MicroBatch:
-        columns: dict[str, Any] = {k: value[rows] for k, value in vars(batch).items() if isinstance(value, Tensor)}
+    def select(responses: slice, tokens: slice) -> MicroBatch:
+        columns: dict[str, Any] = {k: value[tokens] for k, value in vars(batch).items() if isinstance(value, Tensor)}
+        samples, left_out = batch.samples[responses], batch.left_out[responses]
         sequences = _join(samples, batch.sequences.packed is not None, batch.loss_scale_N.device)
-        return replace(batch, samples=samples, sequences=sequences, **columns)
+        return replace(batch, samples=samples, sequences=sequences, left_out=left_out, **columns)
 
     if not half:
         return [batch]
-    first, second = (
-        select(batch.samples[:half], slice(num_tokens)),
-        select(batch.samples[half:], slice(num_tokens, None)),
-    )
-    return [replace(first, left_out=batch.left_out[:half]), replace(second, left_out=batch.left_out[half:])]
+    return [select(slice(half), slice(num_tokens)), select(slice(half, None), slice(num_tokens, None))]
 
 
 def _join(samples: list[ScoredResponse], packs: bool, device: torch.device | str) -> SequenceBatch:
@@ -176,7 +174,6 @@ def _micro_batch(
         loss_scale_N=column(loss_scales),
         support_ids_NK=None if ids_NK is None else ids_NK[:, :top_k],
         teacher_logp_NK=None if logp_NK is None else logp_NK[:, :top_k],
-        left_out=[],
     )
 
 

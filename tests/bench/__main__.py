@@ -81,7 +81,7 @@ def against(args: argparse.Namespace, toy: bool, shapes: tuple[tuple[int, int], 
 
 
 def head(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield the ratios of the output head's seconds to those of its products and of the plain formula."""
+    """Yield the ratio of the output head's seconds to those of its products alone."""
     shape = argparse.Namespace(vocab=151_936, hidden=1024, threads=args.threads, device="cpu")
     own = run_in_new_process(logprobs.measure, "chunked", HEAD_TOKENS, shape)
     products = run_in_new_process(logprobs.measure_products, HEAD_TOKENS, shape)
