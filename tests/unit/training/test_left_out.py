@@ -96,3 +96,16 @@ def test_metrics_of_all_tokens_count_those_that_are_left_out(scored_run):
     assert results["uniform"]["weight"] == 1
     assert results["prefix"]["weight"] == pytest.approx(0.3, abs=0.03)
     assert results["prefix"]["entropy"] != pytest.approx(results["uniform"]["entropy"], abs=1e-3)
+
+
+def test_a_step_without_a_token_that_counts_has_no_gradient(scored_run):
+    trainer = Trainer(scored_run, "cpu")
+    trainer._weight = NoWeight()
+    metrics = trainer._update(0, trainer.make_micro_batches(0, list(read_scored(scored_run, 0))))
+    assert (metrics["loss"], metrics["grad_norm"], metrics["weight"]) == (0, 0, 0)
+    assert metrics["k1"] != 0
+
+
+class NoWeight(Weight):
+    def __call__(self, tokens):
+        return np.zeros(len(tokens))
