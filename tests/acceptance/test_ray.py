@@ -36,10 +36,12 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run of one process, with evaluations of each student and of the teacher."""
+    """The run of one process, with evaluations of each student and of the teacher, and continuations."""
     path = tmp_path_factory.mktemp("whole") / "run"
     trained = invoke("train", "--recipe", QUICKSTART, *sets(*PARTS, "eval.every_steps=1"), "--output", path)
     assert trained.code == 0, trained.err
+    continued = invoke("run", "continuations", path, "--set", "continuations.responses=8")
+    assert continued.code == 0, continued.err
     return path
 
 
@@ -52,8 +54,8 @@ def train(path, *overrides, **options):
 
 
 def without_cards(files):
-    """Without model cards, which have the recipe."""
-    return {name: data for name, data in files.items() if not name.endswith("README.md")}
+    """Without model cards, which have the recipe, and continuations."""
+    return {name: data for name, data in files.items() if not name.endswith("README.md") and "continu" not in name}
 
 
 def live_leases(path):
@@ -73,7 +75,21 @@ def test_stages_make_the_artifacts_of_one_process(cluster, whole, tmp_path):
     evaluated = invoke("eval", *common, "--bench", "sort12", "--model", "teacher")
     assert evaluated.code == 0, evaluated.err
     assert contents(run / "eval/sort12/teacher") == contents(whole / "eval/sort12/teacher")
+    continued = invoke("run", "continuations", run, "--set", "continuations.responses=8")
+    assert continued.code == 0, continued.err
+    assert contents(run / "continuations") == contents(whole / "continuations")
     assert not live_leases(run)
+
+
+def test_one_rank_gives_the_same_bits(cluster, whole, tmp_path):
+    """With engines apart and evaluations. Engines of the ranks: `test_what_dies_is_started_again`."""
+    result = invoke(
+        "train", "--recipe", QUICKSTART, *sets(*PARTS, *APART, "eval.every_steps=1"), "--output", tmp_path, *RAY
+    )
+    assert result.code == 0, result.err
+    assert without_cards(artifacts(tmp_path)) == without_cards(artifacts(whole))
+    assert "step 1 (2 of 2)" in result.err
+    assert invoke("status", tmp_path, "--verify").code == 0
 
 
 def test_two_ranks_give_the_same_student_within_rounding(cluster, whole, tmp_path):
