@@ -94,8 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         query = re.sub(r"(^|&)x-id=\w+", "", parts.query)
         request = Request(self.command, unquote(parts.path).strip("/").partition("/")[2], query)
-        body = self._read_body()
         try:
+            body = self._read_body()
             answer = self.server.fault(request, lambda: self._forward(body))
         except OSError:
             self.close_connection = True
@@ -115,14 +115,31 @@ class Handler(BaseHTTPRequestHandler):
     do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
 
     def _read_body(self) -> bytes:
+        """Return the body of the request.
+
+        Raises:
+            ConnectionError: the client was killed while it sent it. S3 keeps nothing of such an object.
+        """
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return self._read(int(self.headers.get("Content-Length", 0)))
         body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
+        while size := int(self._read_line(), 16):
+            body += self._read(size)
+            self._read_line()
+        self._read_line()
         return body
+
+    def _read(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionError
+        return data
+
+    def _read_line(self) -> bytes:
+        line = self.rfile.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionError
+        return line
 
     def _forward(self, body: bytes) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)

@@ -313,9 +313,11 @@ def test_killed_download_fetches_only_the_rest(stored: Store, run: Path, tmp_pat
     assert 0 < len(arrived) < len(contents(run))
     stored.proxy.set()
     succeed(URL, copy)
-    parts = {PREFIX + name for name in arrived if name.startswith(("step-", "student/"))}
-    assert parts
-    assert not {name for name in parts & {*stored.proxy.fetched()} if "part-" in name or "student/" in name}
+    # The record of a student has no digest of its card: a kill just after its arrival has it fetched again.
+    recorded = {PREFIX + name for name in arrived if "part-" in name or name.startswith("student/")}
+    recorded = {name for name in recorded if not name.endswith("README.md")}
+    assert recorded
+    assert not recorded & {*stored.proxy.fetched()}
     assert contents(copy) == contents(run)
     assert not list(copy.rglob(".tmp-*"))
 
