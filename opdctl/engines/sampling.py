@@ -105,14 +105,19 @@ def _inverse_cdf(p_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     It finds the block first, then the id within it. Sums are float64, those of a block float32: a float64 sum over a
     large vocabulary costs as much as the model.
     """
+    # Targets are scaled by the sum, so that rounding can sample neither past the end nor a token of probability zero.
+    if p_BV.shape[-1] <= BLOCK:
+        return _find_in_block(p_BV, uniform_B1 * p_BV.sum(-1, keepdim=True).double())
     blocks_BNb = torch.nn.functional.pad(p_BV, (0, -p_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     ends_BN = blocks_BNb.sum(-1).cumsum(-1, dtype=torch.float64)
-    # Scaled by the sum, so that rounding can sample neither past the end nor a token of probability zero.
     target_B1 = uniform_B1 * ends_BN[:, -1:]
     block_B1 = torch.searchsorted(ends_BN, target_B1, right=True).clamp(max=ends_BN.shape[-1] - 1)
     block_Bb = blocks_BNb.take_along_dim(block_B1[..., None], dim=1).squeeze(1)
-    ends_Bb = block_Bb.cumsum(-1, dtype=torch.float64)
     within_B1 = target_B1 - torch.where(block_B1 > 0, ends_BN.gather(-1, (block_B1 - 1).clamp(min=0)), 0.0)
-    token_B1 = torch.searchsorted(ends_Bb, within_B1, right=True)
-    last_B1 = BLOCK - 1 - (block_Bb.flip(-1) > 0).int().argmax(-1, keepdim=True)
-    return block_B1 * BLOCK + token_B1.minimum(last_B1)
+    return block_B1 * BLOCK + _find_in_block(block_Bb, within_B1)
+
+
+def _find_in_block(p_Bb: Tensor, target_B1: Tensor) -> Tensor:
+    """Return the first place whose cumulative probability exceeds the target, at most the last possible one, [B, 1]."""
+    place_B1 = torch.searchsorted(p_Bb.cumsum(-1, dtype=torch.float64), target_B1, right=True)
+    return place_B1.minimum(p_Bb.shape[-1] - 1 - (p_Bb.flip(-1) > 0).int().argmax(-1, keepdim=True))

@@ -29,6 +29,7 @@ from opdctl.models.loading import load_model, reload_weights
 from opdctl.models.logprobs import Chunk, map_vocab_chunks, output_head, response_states
 from opdctl.models.routing import Routers, check_has_experts, encode_experts
 from opdctl.models.self_check import find_batch_rules
+from opdctl.models.tracing import TracedDecoding
 from opdctl.recipe.schema import RolloutColumns, Sampling, Score
 
 _T = TypeVar("_T")
@@ -46,6 +47,7 @@ class TransformersEngine(InOrder):
     _model: Any = None
     _head: Any = None
     _routers: Routers | None = None
+    _traced: TracedDecoding | None = None
     _rules: BatchRules | None = None  # found by the first `generate`; they depend on the architecture only
 
     def __init__(self, model: ModelDir, device: str):
@@ -58,7 +60,8 @@ class TransformersEngine(InOrder):
         if loaded is None or not reload_weights(loaded, self._directory, model):
             loaded = None
             self.close()
-            loaded = load_model(model, device=self._device)
+            loaded = load_model(model, device=self._device).requires_grad_(False)
+            self._traced = TracedDecoding(loaded)
         self._model = loaded
         self._head = output_head(self._model, model.vocab_size)
         self._directory, self._rope_limit = model, rope_limit(self._model.config)
@@ -68,7 +71,7 @@ class TransformersEngine(InOrder):
             self.logprob_metadata["weights"] = digest_held_weights(dict(tensors))
 
     def close(self) -> None:
-        self._model = self._head = self._routers = None
+        self._model = self._head = self._routers = self._traced = None
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
@@ -137,29 +140,35 @@ class TransformersEngine(InOrder):
         """Yield the row of each response as soon as it is finished."""
         max_tokens = buffer.max_tokens
         uniform_BT = torch.from_numpy(np.stack([uniform_stream(request.seed, max_tokens) for request in requests]))
-        uniform_BT = uniform_BT.to(self._device)
-        rows_B = torch.arange(len(requests), device=self._device)
+        uniform_TB = uniform_BT.T.contiguous().to(self._device)
+        rows, rows_B = list(range(len(requests))), torch.arange(len(requests), device=self._device)
         record = buffer.routing.record if buffer.routing else _call
         prompts = [request.prompt_ids for request in requests]
         penalties = Penalties(prompts, self._head.vocab_size, sampling, self._device)
         ends = _ResponseEnds(self._directory, requests, sampling, self._device)
-        batch = record(rows_B, lambda: DecodeBatch(self._model, prompts, rules, self._device))
+        traced = None if buffer.routing else self._traced  # the choices of experts are recorded by hooks
+        batch = record(rows_B, lambda: DecodeBatch(self._model, prompts, rules, self._device, traced))
+        was_finished = [False] * len(rows)
         for t in range(max_tokens):
             signals.check()
             logits_BV = self._head.logits(batch.hidden_BD)
             penalized_BV = penalties.apply(rows_B, logits_BV)
-            token_B, logp_B = sample(penalized_BV, uniform_BT[rows_B, t], sampling)
+            token_B, logp_B = sample(penalized_BV, uniform_TB[t, rows_B], sampling)
             penalties.add(rows_B, token_B)
-            was_finished_B = buffer.finished_B[rows_B]
-            buffer.add(rows_B, t, token_B, logp_B, logits_BV, ends.find(rows_B, token_B) & ~was_finished_B)
-            yield from rows_B[buffer.finished_B[rows_B] & ~was_finished_B].tolist()
-            unfinished_B = ~buffer.finished_B[rows_B]
+            buffer.add(rows_B, t, token_B, logp_B, logits_BV, ends.find(rows_B, token_B))
+            finished = buffer.finished_B[rows_B].tolist()  # waits for the device
+            yield from (
+                row for row, now, before in zip(rows, finished, was_finished, strict=True) if now and not before
+            )
             self.num_passes += 1
-            if not (unfinished := int(unfinished_B.sum())):
+            if not (unfinished := finished.count(False)):
                 return
-            if rules.drop_rows and unfinished < COMPACT_BELOW * len(rows_B):
-                batch.select(unfinished_B.nonzero().squeeze(-1))
-                rows_B, token_B = rows_B[unfinished_B], token_B[unfinished_B]
+            if rules.drop_rows and unfinished < COMPACT_BELOW * len(rows):
+                kept_B = torch.tensor([i for i, is_finished in enumerate(finished) if not is_finished]).to(self._device)
+                batch.select(kept_B)
+                rows_B, token_B = rows_B[kept_B], token_B[kept_B]
+                rows, finished = rows_B.tolist(), [False] * len(kept_B)
+            was_finished = finished
             record(rows_B, partial(batch.feed, token_B))
 
 
@@ -227,7 +236,7 @@ class _ResponseEnds:
 
     def find(self, rows_B: Tensor, token_B: Tensor) -> Tensor:
         """Return whether the responses in `rows_B` end with these tokens, [B]."""
-        ended_B = torch.isin(token_B, self._ids)
+        ended_B = (token_B[:, None] == self._ids).any(-1)
         if self._searches:
             tokens = zip(rows_B.tolist(), token_B.tolist(), strict=True)
             found = [bool(search and search.add(token)) for row, token in tokens for search in [self._searches[row]]]
@@ -260,7 +269,7 @@ class _SampleBuffer:
         self.finished_B = self._stopped_B.clone()
 
     def add(self, rows_B: Tensor, t: int, token_B: Tensor, logp_B: Tensor, logits_BV: Tensor, ended_B: Tensor) -> None:
-        """Record token t of the responses in `rows_B`; those in `ended_B` end with it.
+        """Record token t of the responses in `rows_B`; those in `ended_B` end with it, unless they have ended before.
 
         logp_B: under the sampled distribution. logits_BV: of the model's own.
         """
@@ -273,10 +282,12 @@ class _SampleBuffer:
             values["top_logprobs"], top_ids_BK = logp_BV.topk(self._top_k, dim=-1)
             values["top_ids"] = top_ids_BK.int()
         for name, column in self._columns.items():
-            column[rows_B, t] = values[name]
-        self._length_B[rows_B[ended_B]] = t + 1
-        self._stopped_B[rows_B[ended_B]] = True
-        self.finished_B[rows_B] |= t + 1 >= self._length_B[rows_B]
+            column[:, t].index_copy_(0, rows_B, values[name])
+        ended_B = ended_B & ~self.finished_B[rows_B]
+        length_B = self._length_B[rows_B]
+        self._length_B.index_copy_(0, rows_B, length_B.masked_fill(ended_B, t + 1))
+        self._stopped_B.index_copy_(0, rows_B, self._stopped_B[rows_B] | ended_B)
+        torch.le(self._length_B, t + 1, out=self.finished_B)
 
     def completion(self, row: int) -> Completion:
         """Return a finished response."""

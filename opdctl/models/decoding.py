@@ -20,6 +20,7 @@ from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from opdctl.artifacts.records import Ids
+from opdctl.models.tracing import DecodeInputs, TracedDecoding
 
 MIN_ADDED_TOKENS = 64
 """By which the memory of a cache grows; a quarter of its length if that is more."""
@@ -48,13 +49,24 @@ class _GrowingLayer(DynamicLayer):
         self._length, self._room = layer.keys.shape[-2], [layer.keys, layer.values]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, self._length = self._length, self._length + key_states.shape[-2]
+        start = self._length
+        keys, values = self.extend(key_states.shape[-2])
+        keys[..., start:, :], values[..., start:, :] = key_states, value_states
+        return keys, values
+
+    def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values with a place for further tokens at their end, which the caller writes."""
+        start, self._length = self._length, self._length + tokens
         if self._length > self._room[0].shape[-2]:
             added = max(MIN_ADDED_TOKENS, start // 4)
             self._room = [nn.functional.pad(room, (0, 0, 0, added)) for room in self._room]
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[..., start : self._length, :] = states
         self.keys, self.values = (room[..., : self._length, :] for room in self._room)
+        return self.keys, self.values
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the tokens."""
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -67,11 +79,20 @@ class DecodeBatch:
 
     Prompts of several lengths are padded on the left, with position ids from the mask. There is no mask if no prompt
     needs padding, which is faster. A model without a cache gets the entire sequences for every token.
+
+    traced: runs the passes of further tokens where it can.
     """
 
     hidden_BD: Tensor
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Ids], rules: BatchRules, device: torch.device | str):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Ids],
+        rules: BatchRules,
+        device: torch.device | str,
+        traced: TracedDecoding | None = None,
+    ):
         self._model, self._rules, self._cache = model, rules, dict[str, Any]()
         parameters = inspect.signature(model.base_model.forward).parameters
         self._accepts_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -85,6 +106,7 @@ class DecodeBatch:
         self._mask_BT = None if bool(mask_BT.all()) else mask_BT.to(device)
         self._ids_BT, self._positions_BT = ids_BT.to(device), (mask_BT.cumsum(-1) - 1).clamp(min=0).to(device)
         self._forward(is_first=True)
+        self._traced = traced if self._growing_layers() else None
 
     def _forward(self, *, is_first: bool) -> None:
         inputs = self._model.prepare_inputs_for_generation(
@@ -122,7 +144,31 @@ class DecodeBatch:
         else:
             self._ids_BT = torch.cat([self._ids_BT, token_B[:, None]], dim=-1)
             self._positions_BT = torch.cat([self._positions_BT, next_B1], dim=-1)
-        self._forward(is_first=not self._cache)
+        if self._traced is None:
+            self._forward(is_first=not self._cache)
+        else:
+            self._forward_traced(self._traced)
+
+    def _forward_traced(self, traced: TracedDecoding) -> None:
+        """Run the recorded pass. The first pass is the model's own, and is recorded."""
+        is_recorded, layers = traced.is_recorded(self._mask_BT is not None), self._growing_layers()
+        if is_recorded:
+            for layer in layers:
+                layer.extend(1)
+        else:
+            self._forward(is_first=False)
+        cache = [tensor for layer in layers for tensor in layer.tensors()]
+        inputs = DecodeInputs(self._ids_BT, self._positions_BT, self._mask_BT, cache)
+        if is_recorded:
+            self.hidden_BD = traced.run(inputs)
+        elif not traced.record(inputs, self.hidden_BD):
+            self._traced = None
+
+    def _growing_layers(self) -> list["_GrowingLayer"]:
+        """Return the layers of the cache if all are of this class, else none."""
+        caches = list(self._cache.values())
+        layers = caches[0].layers if len(caches) == 1 and type(caches[0]) is DynamicCache else []
+        return layers if all(type(layer) is _GrowingLayer for layer in layers) else []
 
     def select(self, rows: Tensor) -> None:
         """Remove all other rows. Only for a batch whose rules allow it."""
