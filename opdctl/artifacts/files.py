@@ -28,6 +28,9 @@ from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, OpdctlError
 
 HASH_THREADS = 8
 """Files that are hashed at a time. SHA-256 leaves the interpreter to other threads."""
+MIN_HASHED_IN_THREADS_BYTES = 2**20
+"""Of the files together: threads take as long to start as the hash of fewer."""
+FLUSH_THREADS = 8
 
 # ── Checksums ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -51,6 +54,8 @@ def sha256_files(paths: Sequence[Path], sha256: Callable[[Path], str] = sha256_f
     Raises:
         OpdctlError: one is not a regular file.
     """
+    if len(paths) <= HASH_THREADS and sum(path.stat().st_size for path in paths) < MIN_HASHED_IN_THREADS_BYTES:
+        return {path: sha256(path) for path in paths}
     with ThreadPoolExecutor(HASH_THREADS) as hashing:
         return dict(zip(paths, hashing.map(sha256, paths), strict=True))
 
@@ -150,8 +155,7 @@ def atomic_write(final: Path, check: Callable[[], None] | None = None) -> Iterat
         try:
             make_directory(final.parent)
             yield temporary
-            for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
-                fsync_path(path)
+            _flush(temporary)
             if final.is_dir():
                 remove_directory(final, check)  # a directory cannot be renamed over another one
             _check_before_rename(final, check)
@@ -162,6 +166,15 @@ def atomic_write(final: Path, check: Callable[[], None] | None = None) -> Iterat
             raise
         finally:
             discard(temporary)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or a directory with all in it: together, so that a file system may write its journal once."""
+    content = [*path.rglob("*")] if path.is_dir() else []
+    if content:
+        with ThreadPoolExecutor(min(len(content), FLUSH_THREADS)) as threads:
+            list(threads.map(fsync_path, content))
+    fsync_path(path)
 
 
 def _check_before_rename(final: Path, check: Callable[[], None] | None) -> None:

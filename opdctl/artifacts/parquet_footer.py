@@ -118,7 +118,10 @@ class _Reader:
         return [self._value(kind, depth) for _ in range(count)]
 
     def _byte(self) -> int:
-        return self._bytes(1)[0]
+        if self._at >= len(self._data):
+            raise ValueError("the footer is cut")
+        self._at += 1
+        return self._data[self._at - 1]
 
     def _bytes(self, count: int) -> bytes:
         start, self._at = self._at, self._at + count

@@ -18,8 +18,8 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,9 +66,9 @@ class Fingerprint:
     settings: Mapping[str, Any]
     inputs: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        return digest_of(asdict(self))
+        return digest_of({"settings": dict(self.settings), "inputs": dict(self.inputs)})
 
 
 class FingerprintMismatchError(OpdctlError):

@@ -20,6 +20,8 @@ DTYPE_ORDER = (
 )
 """Names of dtypes, in the order in which a file stores its tensors: larger ones first, which keeps them aligned."""
 ALIGNMENT_BYTES = 8  # of the first tensor
+MIN_HASHED_APART_BYTES = 2**17
+"""Of a piece that another thread hashes: the change of threads takes as long as the hash of a smaller one."""
 
 
 class TensorEntry(NamedTuple):
@@ -63,6 +65,10 @@ class TensorFileWriter:
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append bytes of the tensors, which are in the order of the entries. A piece has any size."""
+        if len(piece) < MIN_HASHED_APART_BYTES:
+            self._digest.update(piece)
+            self._size += self._file.write(piece)
+            return
         hashed = self._hashing.submit(self._digest.update, piece)  # while the file system copies the same bytes
         self._size += self._file.write(piece)
         hashed.result()

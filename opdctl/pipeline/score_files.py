@@ -31,7 +31,7 @@ from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.startup import measure_stage
 from opdctl.pipeline.score import SaveScores, ScorerSource, scoring_work
-from opdctl.recipe.dependencies import scorer_fingerprint_settings
+from opdctl.recipe.dependencies import fingerprint_settings, scorer_settings
 from opdctl.recipe.schema import AUTO, MAX_PARTS, RESPONSES_PER_PART, Recipe
 from opdctl.runs.models import HubFiles, check_top_k, find_model
 from opdctl.runs.open import resolve_open_settings
@@ -168,7 +168,7 @@ class FileScoring:
         Raises:
             OpdctlError: it was made with other settings, by another model, or of other files.
         """
-        settings = scorer_fingerprint_settings(self.recipe, SCORER) | {NUM_PARTS: self.num_parts}
+        settings = scorer_settings(fingerprint_settings(self.recipe, "score"), SCORER) | {NUM_PARTS: self.num_parts}
         return StageDir(
             self.output,
             stage=STAGE,

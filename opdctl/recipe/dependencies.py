@@ -142,10 +142,10 @@ def restore_omitted_settings(settings: Mapping[str, Any], keys: Iterable[str], s
     return {**omitted, **settings}
 
 
-def scorer_fingerprint_settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Return the settings in the fingerprint of the scores of the model `name`: [score], and those of the model."""
+def scorer_settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the settings of `score` on which the scores of the model `name` depend: [score] and the model's."""
     prefixes = ("score.", f"{model_key(name)}.")
-    return {key: value for key, value in fingerprint_settings(recipe, "score").items() if key.startswith(prefixes)}
+    return {key: value for key, value in settings.items() if key.startswith(prefixes)}
 
 
 def describe_changes(changes: Iterable[tuple[str, Any, Any]]) -> str:

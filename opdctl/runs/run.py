@@ -4,9 +4,9 @@ Knows no stage's work. Only files are read here; runs/open.py creates a run dire
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from opdctl.data.order import step_order
 from opdctl.errors import OpdctlError, did_you_mean
 from opdctl.models.directory import ModelDir, Probe
 from opdctl.recipe.data_names import benchmark_directory
-from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_fingerprint_settings
+from opdctl.recipe.dependencies import describe_changes, fingerprint_settings, scorer_settings
 from opdctl.recipe.load import Purpose, load_recorded_recipe
 from opdctl.recipe.schema import Recipe
 from opdctl.registry import load_function, plugin_file
@@ -318,12 +318,18 @@ class Run:
             )
         if not path.is_dir() and step > self.start_step:
             raise files.corrupt_artifact(path, "is missing", f"run `{self.command_line('train')}`")
-        if distributed.local_rank() == 0:
-            state = (path, self.student_digest(step), *directories.file_states(path))
-            if state not in _checked_students:
-                directories.check_directory(path, self.student_digests(step), self.student_hint(step))
-                _checked_students.add(state)
+        if distributed.local_rank() == 0 and self._student_state(step) not in _checked_students:
+            directories.check_directory(path, self.student_digests(step), self.student_hint(step))
+            self.mark_student_checked(step)
         return self.student.with_path(path, self._probe(step))
+
+    def mark_student_checked(self, step: int) -> None:
+        """Let `student_at` not check the files of policy version `step`, which this process has checked or written."""
+        _checked_students.add(self._student_state(step))
+
+    def _student_state(self, step: int) -> tuple[object, ...]:
+        path = self.student_path(step)
+        return (path, self.student_digest(step), *directories.file_states(path))
 
     def _probe(self, step: int) -> Probe | None:
         """Return the probe of policy version `step`. A fork's first student has none, nor has one of opdctl 0.2.0."""
@@ -474,6 +480,11 @@ class Run:
             return response.prompt_ids
         return self._teacher_prompts.get(response.prompt_id, response.prompt_ids)
 
+    @cached_property
+    def fingerprint_settings(self) -> Callable[[str], dict[str, Any]]:
+        """The function `fingerprint_settings` of the recipe, which finds those of each stage once."""
+        return cache(partial(fingerprint_settings, self.recipe))
+
     # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def rollout_stage(self, step: int) -> StageDir:
@@ -483,7 +494,7 @@ class Run:
             OpdctlError: it was made with different settings, or is too stale.
         """
         self._check_staleness(step)
-        settings = fingerprint_settings(self.recipe, "rollout")
+        settings = self.fingerprint_settings("rollout")
         inputs = {"prompts": str(self.prompts_digest), **self._environment_inputs()}
         if imported := self.imported_files(step):
             settings = {key: settings[key] for key in IMPORT_KEYS}
@@ -527,7 +538,7 @@ class Run:
             num_parts=self.recipe.rollout.num_parts,
             suffix=".safetensors",
             fingerprint=Fingerprint(
-                scorer_fingerprint_settings(self.recipe, name),
+                scorer_settings(self.fingerprint_settings("score"), name),
                 {"rollout": self.rollout_stage(step).digest, name: self.digests[name]},
             ),
             rerun_command=self.command_line("score-teacher", step) + f" --only {name}",

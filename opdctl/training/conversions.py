@@ -38,6 +38,8 @@ class Conversion:
 
     def convert(self, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors to store by name. Their memory may be that of the weights."""
+        if self.is_renaming:
+            return {self.name: weights[self.sources[0][0]]}
         transform = deepcopy(self.transform)
         for name, pattern in self.sources:
             transform.add_tensor(self.name, name, pattern, weights[name])

@@ -1,6 +1,7 @@
 """The exported student: the directory of the initial student with the trained weights.
 
-All ranks call `export_student`. The weights are gathered and converted one after another, and every rank writes files.
+All ranks call `StudentExporter.export`. The weights are gathered and converted one after another, and every rank writes
+files.
 """
 
 import json
@@ -20,7 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opdctl import distributed
-from opdctl.artifacts.tensor_files import FileDigest, TensorEntry, TensorFileWriter, position_in_file
+from opdctl.artifacts.tensor_files import (
+    MIN_HASHED_APART_BYTES,
+    FileDigest,
+    TensorEntry,
+    TensorFileWriter,
+    position_in_file,
+)
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.dtypes import DTYPE_NAMES, DTYPES, tensor_bytes
@@ -138,29 +145,39 @@ class StoredTensor:
     source: TensorSource | None
 
 
-def export_student(model: PreTrainedModel, student: ModelDir, dtype: str, directory: Path) -> dict[str, FileDigest]:
-    """Write the student's directory with the merged weights, in `dtype`, and adapters also in `adapter/`.
+class StudentExporter:
+    """Writes a student in training as a model directory. What its files consist of is found once.
 
-    Every rank writes its share of the weight files, and keeps what one conversion returns for them until it is written.
-    It returns the digests of its weight files by name.
+    student: the directory of the initial one. dtype: of the trained weights in the files.
     """
-    # The conversion of names looks up weights of the model, whose names adapters change.
-    plain = load_on_meta_device(student)[0] if hasattr(model, "peft_config") else model
-    weights = MergedWeights(model, plain, student, getattr(torch, dtype))
-    files = plan_files(weights.tensors, student)
-    adapter = adapters.gather_adapter(model)
-    if distributed.is_main():
-        _copy_settings(student, directory)
-        _write_configs(files, student, dtype, directory)
-        if adapter:
-            adapters.save_adapter(model, adapter, student, directory / "adapter")
-    digests: dict[str, FileDigest] = {}
-    names, world_size = list(files), distributed.world_size()
-    weights.keep(tensor for name in names[distributed.rank() :: world_size] for tensor in files[name])
-    for start in range(0, len(names), world_size):
-        of_round = {name: files[name] for name in names[start : start + world_size]}
-        digests |= _write_round(of_round, weights, directory)
-    return digests
+
+    def __init__(self, model: PreTrainedModel, student: ModelDir, dtype: str):
+        # The conversion of names looks up weights of the model, whose names adapters change.
+        plain = load_on_meta_device(student)[0] if hasattr(model, "peft_config") else model
+        self._model, self._student, self._dtype = model, student, dtype
+        self._weights = MergedWeights(model, plain, student, getattr(torch, dtype))
+        self._files = plan_files(self._weights.tensors, student)
+
+    def export(self, directory: Path) -> dict[str, FileDigest]:
+        """Write the student's directory with the merged weights, and adapters also in `adapter/`. Called by all ranks.
+
+        Every rank writes its share of the weight files, and keeps what one conversion returns for them until it is
+        written. It returns the digests of its weight files by name.
+        """
+        weights, files = self._weights, self._files
+        adapter = adapters.gather_adapter(self._model)
+        if distributed.is_main():
+            _copy_settings(self._student, directory)
+            _write_configs(files, self._student, self._dtype, directory)
+            if adapter:
+                adapters.save_adapter(self._model, adapter, self._student, directory / "adapter")
+        digests: dict[str, FileDigest] = {}
+        names, world_size = list(files), distributed.world_size()
+        weights.start_export(tensor for name in names[distributed.rank() :: world_size] for tensor in files[name])
+        for start in range(0, len(names), world_size):
+            of_round = {name: files[name] for name in names[start : start + world_size]}
+            digests |= _write_round(of_round, weights, directory)
+        return digests
 
 
 def _write_round(
@@ -185,6 +202,9 @@ def _write_round(
                     weights.convert(tensor)
                 if tensor and owner == rank:
                     writing.result()
+                    if tensor.entry.num_bytes < MIN_HASHED_APART_BYTES:
+                        _write_pieces(file, weights.take(tensor))
+                        continue
                     writing = background.submit(_write_pieces, file, weights.take(tensor))
         writing.result()
         return {own: file.finish()} if own else {}
@@ -273,9 +293,11 @@ class MergedWeights:
             source = source if is_changed else None
         return StoredTensor(TensorEntry(name, dtype, header.shape, num_bytes), header, source)
 
-    def keep(self, tensors: Iterable[StoredTensor]) -> None:
-        """Set which tensors this rank keeps when they have been converted."""
-        self._kept = {tensor.entry.name for tensor in tensors}
+    def start_export(self, kept: Iterable[StoredTensor]) -> None:
+        """Begin with the present weights. kept: the tensors that this rank keeps when they have been converted."""
+        self._kept = {tensor.entry.name for tensor in kept}
+        self._done.clear()
+        self._converted.clear()
 
     def convert(self, tensor: StoredTensor) -> None:
         """Gather and convert what a tensor is made of, unless that was done for another one. Called by all ranks."""

@@ -36,7 +36,6 @@ from opdctl.models.routing import Routers
 from opdctl.models.shapes import attention_span, read_shape
 from opdctl.models.startup import measure_stage, measure_startup
 from opdctl.recipe.components import build_objective, build_token_weight, reads_trainer_logprobs
-from opdctl.recipe.dependencies import fingerprint_settings
 from opdctl.registry import plugin_errors
 from opdctl.runs.fork import new_run_command
 from opdctl.runs.phases import phases_of_student
@@ -46,7 +45,7 @@ from opdctl.training import checkpoint, policy, publish, sharding
 from opdctl.training.adapters import adapters_disabled, set_dropout
 from opdctl.training.base_scorer import BaseScorer
 from opdctl.training.division import Division
-from opdctl.training.export import export_student
+from opdctl.training.export import StudentExporter
 from opdctl.training.metrics import (
     ROLLOUT_CORRECTION_SQUARED,
     MetricSums,
@@ -79,6 +78,7 @@ class Trainer:
         self._weight, self._objective = build_token_weight(run.recipe), build_objective(run.recipe)
         self._teacher_heads: dict[str, Head] = {}
         self._model = policy.load_policy(run.student, run.recipe, device)
+        self._exporter = StudentExporter(self._model, run.student, run.recipe.student.dtype)
         self._routers = Routers(self._model)
         shape = read_shape(run.student)
         self._attention_span = attention_span(shape) if shape else math.inf
@@ -458,6 +458,7 @@ class Trainer:
             }
             files.write_json(run.update_path(step), record)
             files.append_line(run.metrics_path, metrics)
+            run.mark_student_checked(done)
         distributed.barrier()
         distributed.wait_until_visible(run.update_path(step).exists, f"the update of step {step}")
         if is_saved and not is_last:
@@ -488,7 +489,7 @@ class Trainer:
 
     def _export(self, directory: Path, step: int, metrics: Mapping[str, Any] | None = None) -> dict[str, FileDigest]:
         recipe = self._run.recipe
-        digests = export_student(self._model, self._run.student, recipe.student.dtype, directory)
+        digests = self._exporter.export(directory)
         if distributed.is_main():
             if template := self._run.chat_templates.get("prompts"):  # transformers and vLLM prefer this file
                 (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -580,7 +581,7 @@ def _write_trainer_state(path: Path, state: Mapping[str, Tensor], student: Mappi
 
 
 def update_fingerprint(run: Run, step: int) -> Fingerprint:
-    return Fingerprint(fingerprint_settings(run.recipe, "update"), run.update_input_digests(step))
+    return Fingerprint(run.fingerprint_settings("update"), run.update_input_digests(step))
 
 
 def _non_finite_error(run: Run, what: str, sample_ids: list[str]) -> OpdctlError:

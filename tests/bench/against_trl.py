@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -138,8 +138,13 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     return {"step": steps, "generation": generations, "rest": [s - g for s, g in zip(steps, generations, strict=True)]}
 
 
-def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
-    """Train with opdctl, which writes its artifacts as usual; return the seconds of each step and of its stages."""
+Stages = Callable[[int], dict[str, Callable[[], Any]]]
+"""step → the stages of a step by name, each of which is to be called in turn."""
+
+
+@contextmanager
+def open_opdctl(args: argparse.Namespace) -> Iterator[Stages]:
+    """Yield the stages of opdctl's steps, in a new run. They write their artifacts as usual."""
     import torch
 
     from opdctl.engines.pool import open_engine_pool
@@ -170,17 +175,23 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
         "train.save_every_steps": 1000,
     }
     recipe = load_recipe([], [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-    seconds: dict[str, list[float]] = {"generation": [], "score": [], "update": []}
-    run = open_run(recipe, Path(tempfile.mkdtemp()) / "run")
-    trainer = Trainer(run, "cpu")
-    with open_engine_pool(recipe, "cpu") as engines:
-        for step in range(args.steps):
-            stages = {
-                "generation": lambda step=step: rollout.run_rollout(run, step, engines),
-                "score": lambda step=step: score.run_scoring(run, step, engines),
-                "update": lambda step=step: trainer.train_step(step),
+    with tempfile.TemporaryDirectory() as folder:
+        run = open_run(recipe, Path(folder) / "run")
+        trainer = Trainer(run, "cpu")
+        with open_engine_pool(recipe, "cpu") as engines:
+            yield lambda step: {
+                "generation": lambda: rollout.run_rollout(run, step, engines),
+                "score": lambda: score.run_scoring(run, step, engines),
+                "update": lambda: trainer.train_step(step),
             }
-            for name, run_stage in stages.items():
+
+
+def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
+    """Train with opdctl and return the seconds of each step and of its stages."""
+    seconds: dict[str, list[float]] = {"generation": [], "score": [], "update": []}
+    with open_opdctl(args) as stages:
+        for step in range(args.steps):
+            for name, run_stage in stages(step).items():
                 start = time.perf_counter()
                 run_stage()
                 seconds[name].append(time.perf_counter() - start)

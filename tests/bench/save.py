@@ -82,7 +82,7 @@ def measure(student: Path, out: Path) -> dict[str, tuple[float, float]]:
         distributed.barrier()
 
     def export_student() -> None:
-        finish(out / "student", export.export_student(model, directory, "bfloat16", out / "student"))
+        finish(out / "student", export.StudentExporter(model, directory, "bfloat16").export(out / "student"))
 
     def save_state() -> None:
         if hasattr(checkpoint, "state_tensors"):

@@ -25,7 +25,7 @@ from opdctl import distributed
 from opdctl.models.directory import ModelDir
 from opdctl.models.logprobs import map_vocab_chunks, output_head, response_states
 from opdctl.training import policy
-from opdctl.training.export import export_student
+from opdctl.training.export import StudentExporter
 from opdctl.training.optimizer import make_adamw
 
 M_MMAP_THRESHOLD = -3  # of glibc
@@ -109,7 +109,7 @@ def measure(student: ModelDir, output: Path, dtype: str) -> dict[str, Any]:
     optimizer.step()
     optimizer.zero_grad()
     finish("step")
-    export_student(model, student, dtype, output)
+    StudentExporter(model, student, dtype).export(output)
     finish("export")
     return result
 

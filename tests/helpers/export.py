@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opdctl.models.directory import ModelDir
-from opdctl.training.export import export_student
+from opdctl.training.export import StudentExporter
 from opdctl.training.policy import check_trainable, load_policy
 
 IDS_1T = torch.arange(2, 14)[None]
@@ -90,7 +90,7 @@ def train_and_export(
             if parameter.requires_grad:
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # of the only process
                 local += 0.05 * torch.randn(local.shape)
-    export_student(policy, student, dtype, exported)
+    StudentExporter(policy, student, dtype).export(exported)
     return policy, exported
 
 

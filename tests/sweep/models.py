@@ -25,7 +25,7 @@ from opdctl.runs.open import open_run
 from opdctl.runs.run import Run
 from opdctl.runs.scored_responses import read_scored
 from opdctl.training import policy, sharding
-from opdctl.training.export import export_student
+from opdctl.training.export import StudentExporter
 from opdctl.training.trainer import Trainer
 
 SETTINGS = (
@@ -214,7 +214,7 @@ def check_adapter(student: Path, teacher: Path, folder: Path) -> dict[str, float
         for parameter in trained:
             parameter.normal_(std=0.05)
     folder.with_name("merged").mkdir()
-    export_student(model, run.student, "float32", folder.with_name("merged"))
+    StudentExporter(model, run.student, "float32").export(folder.with_name("merged"))
     merged = load_plain(folder.with_name("merged"), student)
     ids_1T = torch.arange(3, 43)[None]
     assert max_difference(merged, load_plain(student), ids_1T) > 0.1, "the adapter has no effect"

@@ -10,7 +10,7 @@ from opdctl.recipe.dependencies import (
     describe_changes,
     fingerprint_settings,
     is_mutable,
-    scorer_fingerprint_settings,
+    scorer_settings,
     unaffected_stages,
 )
 from opdctl.recipe.load import load_recipe, load_recorded_recipe
@@ -138,7 +138,7 @@ def test_recorded_recipe_is_recorded_again_unchanged(smallest: Path, tmp_path: P
 def test_fingerprint_of_a_teacher_excludes_other_teachers(smallest: Path) -> None:
     smallest.write_text(smallest.read_text().replace('teacher.model = "toy:teacher"', ""))
     teachers = ["teachers.math.model=toy:teacher", "teachers.code.model=toy:teacher", "prompts.teacher_column=domain"]
-    settings = scorer_fingerprint_settings(load_recipe([smallest], teachers), "teacher-math")
+    settings = scorer_settings(fingerprint_settings(load_recipe([smallest], teachers), "score"), "teacher-math")
     assert set(settings) >= {"score.engine", "teachers.math.model"}
     assert not any(key.startswith("teachers.code") for key in settings)
 

@@ -25,7 +25,7 @@ from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.training import export
 from opdctl.training.conversions import find_conversions
-from opdctl.training.export import MergedWeights, check_exportable, export_student
+from opdctl.training.export import MergedWeights, StudentExporter, check_exportable
 from opdctl.training.policy import check_trainable, load_policy
 
 
@@ -117,7 +117,7 @@ def test_ranks_share_the_files_of_one_process(num_ranks, overrides, tmp_path, mo
                 if parameter.requires_grad:
                     parameter.add_(0.01)
         directory.mkdir(exist_ok=True)
-        return export_student(policy, student, "float32", directory)
+        return StudentExporter(policy, student, "float32").export(directory)
 
     expected = export_to("one")
     written = in_ranks(num_ranks, lambda: export_to("ranks"))
