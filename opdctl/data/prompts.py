@@ -23,6 +23,7 @@ from opdctl.recipe.prompts import MixedSource, Prompts, PromptSource, source_key
 from opdctl.recipe.schema import teacher_name
 
 MAX_LISTED_PROMPTS = 5  # in an error message
+CHATS_AHEAD = 64  # that the process of the chat template renders while earlier ones are tokenized
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ def tokenize(
     teachers = teachers or {"teacher": None}
     prompts: list[Prompt] = []
     too_long: list[tuple[str, int]] = []
-    for problem in problems:
+    for number, problem in enumerate(problems):
+        if number % CHATS_AHEAD == 0:
+            following = problems[number : number + CHATS_AHEAD]
+            renderer.render_ahead([(each.chat, each.tools) for each in following])
         location = str(problem)
         prompt_ids = renderer.token_ids(problem.chat, location, problem.tools)
         teacher, teacher_ids = _teacher_of(problem, [*teachers]), None

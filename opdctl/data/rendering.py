@@ -88,6 +88,16 @@ class PromptRenderer:
         """
         return np.asarray(self.encode(self.render(chat, location, tools), location), np.int32)
 
+    def render_ahead(self, chats: Sequence[tuple[Chat, Sequence[Tool]]]) -> None:
+        """Begin to render chats, each with its tools, that `token_ids` is called with next, in this order."""
+        if not self._has_template:
+            return
+        requests = []
+        for chat, tools in chats:
+            messages = self._with_system(chat.messages)
+            requests.append(self._request(messages, self._content, **({"tools": [*tools]} if tools else {})))
+        self._template.send_ahead(requests)
+
     def render(self, chat: Chat, location: str, tools: Sequence[Tool] = (), *, is_closed: bool = False) -> MarkedText:
         """Return the text of a chat, as for `token_ids`. A special token that a message spells has a mark in it.
 
@@ -219,10 +229,16 @@ class PromptRenderer:
 
         It has the generation prompt, unless `arguments` override it; a last message of the assistant is left open.
         """
+        return self._template.render(*self._request(messages, content, **arguments))
+
+    def _request(
+        self, messages: Sequence[Message], content: Content, **arguments: Any
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return the turns and the arguments for the template."""
         turns = [{"role": each.role, "content": content(each.text), **each.extra} for each in messages]
         is_continued = messages[-1].role == "assistant"
         end = {"continue_final_message": True} if is_continued else {"add_generation_prompt": True}
-        return self._template.render(turns, {**end, **self._format.arguments, **arguments})
+        return turns, {**end, **self._format.arguments, **arguments}
 
     # ── The test of a chat template ──────────────────────────────────────────────────────────────────────────────────
 

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from multiprocessing.connection import Connection, Pipe
@@ -49,6 +50,18 @@ class TemplateProcess:
         other_end.close()
         self._end = weakref.finalize(self, _end_process, os.getpid(), process_id, self._connection)
         self._reason = ""
+        self._ahead: deque[tuple[Any, Any]] = deque()
+
+    def send_ahead(self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> None:
+        """Let the process render chats, (messages, arguments) each, that `render` is called with next, in this order.
+
+        The change of processes for each chat takes longer than most templates.
+        """
+        self._drop_ahead()
+        if not self._reason:
+            with contextlib.suppress(ConnectionError):  # `render` reports it
+                self._connection.send([*chats])
+                self._ahead.extend(chats)
 
     def render(self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> tuple[str, bool]:
         """Return the text of a chat, and whether the template read the clock.
@@ -56,10 +69,26 @@ class TemplateProcess:
         Raises:
             TemplateError: the template fails, or has exceeded a limit for this chat or an earlier one.
         """
+        if self._ahead and self._ahead[0] == (messages, arguments):
+            self._ahead.popleft()
+            return self._receive()
+        self._drop_ahead()
+        if self._reason:
+            raise TemplateError(self._reason)
+        with contextlib.suppress(ConnectionError):  # `_receive` reports it
+            self._connection.send([(messages, arguments)])
+        return self._receive()
+
+    def _drop_ahead(self) -> None:
+        while self._ahead:
+            self._ahead.popleft()
+            with contextlib.suppress(TemplateError):
+                self._receive()
+
+    def _receive(self) -> tuple[str, bool]:
         if self._reason:
             raise TemplateError(self._reason)
         try:
-            self._connection.send((messages, arguments))
             if not self._connection.poll(MAX_WAIT_SECONDS):
                 self._end()
                 self._reason = f"does not finish within {MAX_WAIT_SECONDS:g} s"
@@ -105,12 +134,12 @@ def _serve(
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         _limit_memory()
         while True:
-            messages, arguments = connection.recv()
-            remaining, _ = signal.getitimer(signal.ITIMER_PROF)
-            signal.setitimer(signal.ITIMER_PROF, min(remaining + MEAN_CPU_SECONDS, CPU_SECONDS))
-            connection.send_bytes(
-                json.dumps(_render(tokenizer, messages, {"chat_template": chat_template, **arguments})).encode()
-            )
+            for messages, arguments in connection.recv():
+                remaining, _ = signal.getitimer(signal.ITIMER_PROF)
+                signal.setitimer(signal.ITIMER_PROF, min(remaining + MEAN_CPU_SECONDS, CPU_SECONDS))
+                connection.send_bytes(
+                    json.dumps(_render(tokenizer, messages, {"chat_template": chat_template, **arguments})).encode()
+                )
     finally:
         os._exit(0)  # nothing of the parent's end, such as buffered output, belongs to this process
 

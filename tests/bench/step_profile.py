@@ -33,6 +33,7 @@ KINDS = {
     "layers, backward": ["torch/autograd/"],
     "optimizer": ["training/trainer.py:_optimizer_step"],
     "weights of the student: export, reload": ["training/export.py:", "models/loading.py:"],
+    "engine's own code": ["opdctl/engines/"],
     "records, parts, other files": ["opdctl/artifacts/", "opdctl/runs/", "training/publish.py:"],
 }
 """The ends of the places, "file:function", of each kind of work. The innermost function that has a kind decides."""
