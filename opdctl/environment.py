@@ -4,10 +4,15 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from opdctl.errors import OpdctlError
+
+MAX_BFLOAT16_RATIO = 3.0
+"""Of the time of a product, up to which nobody is warned: memory takes half of the time that it takes for float32."""
 
 
 def has_vllm(*, on_gpus: bool = False) -> bool:
@@ -26,6 +31,26 @@ def _installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@cache
+def bfloat16_time_ratio() -> float:
+    """Return how many times as long a bfloat16 product takes on this CPU as a float32 one, by a small one of each.
+
+    Processors with AMX or AVX512-BF16 have products of 16-bit operands with float32 sums; others convert each number.
+    """
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 def select_engine_gpus(local_rank: int, visible: Sequence[str] | None, count: int) -> tuple[str, ...] | None:

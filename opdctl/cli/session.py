@@ -211,4 +211,23 @@ def set_up_device(recipe: "Recipe") -> str:
     is_on_other_nodes = recipe.pipeline.launcher == "ray" and not distributed.is_launched()
     device = "cpu" if is_on_other_nodes else resolve_device(recipe.pipeline.device)
     console.debug(f"device {device}, {torch.get_num_threads()} threads")
+    if device == "cpu" and not is_on_other_nodes:
+        warn_of_slow_dtypes(recipe)
     return device
+
+
+def warn_of_slow_dtypes(recipe: "Recipe") -> None:
+    """Warn if this CPU has no fast products of the numbers in bfloat16 that the models of the recipe have."""
+    from opdctl.environment import MAX_BFLOAT16_RATIO, bfloat16_time_ratio
+    from opdctl.recipe.schema import model_key
+
+    keys = [
+        f"{model_key(name)}.dtype"
+        for name, model in recipe.models().items()
+        if model.dtype == "bfloat16" and not model.server
+    ]
+    if keys and (ratio := bfloat16_time_ratio()) > MAX_BFLOAT16_RATIO:
+        console.warn_once(
+            f"bfloat16 products take {ratio:.0f} times as long as float32 ones on this CPU: set {', '.join(keys)} to "
+            '"float32"'
+        )

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from helpers.commands import small_recipe
 
-from opdctl.environment import resolve_device, select_engine_gpus
+from opdctl import environment
+from opdctl.cli.session import set_up_device
+from opdctl.environment import bfloat16_time_ratio, resolve_device, select_engine_gpus
 from opdctl.errors import OpdctlError
 
 
@@ -58,3 +61,25 @@ def test_gpu_that_the_launcher_chose_is_that_of_the_engine():
 def test_single_process_has_an_engine_on_the_first_gpus():
     assert select_engine_gpus(0, NODE, 2) == ("0", "1")
     assert select_engine_gpus(0, None, 1) == ("0",)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "dtypes", "named"),
+    [
+        (40.0, ("bfloat16", "float32"), "set student.dtype to"),
+        (40.0, ("bfloat16", "bfloat16"), "set student.dtype, teacher.dtype to"),
+        (40.0, ("float32", "float32"), ""),
+        (1.5, ("bfloat16", "bfloat16"), ""),
+    ],
+)
+def test_slow_bfloat16_is_reported(monkeypatch, capsys, ratio, dtypes, named):
+    monkeypatch.setattr(environment, "bfloat16_time_ratio", lambda: ratio)
+    recipe = small_recipe(f"student.dtype={dtypes[0]}", f"teacher.dtype={dtypes[1]}")
+    assert set_up_device(recipe) == "cpu"
+    printed = " ".join(capsys.readouterr().err.split())
+    assert ("bfloat16 products take 40 times as long as float32 ones" in printed) == bool(named)
+    assert named in printed
+
+
+def test_time_ratio_is_that_of_two_products():
+    assert 0.05 < bfloat16_time_ratio() < 1000

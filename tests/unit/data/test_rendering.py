@@ -142,6 +142,37 @@ def test_process_that_waits_for_ever_is_ended(tmp_path: Path, monkeypatch: pytes
         make_renderer(tmp_path)
 
 
+def test_chats_rendered_ahead_are_those_of_one_at_a_time(tmp_path: Path) -> None:
+    renderer, texts = make_renderer(tmp_path), [f"ab {i}" for i in range(20)]
+    expected = [render(renderer, text) for text in texts]
+    renderer.render_ahead([(Chat(text), ()) for text in texts])
+    sent = renderer._template._ahead
+    assert len(sent) == 20
+    assert [render(renderer, text) for text in texts] == expected
+    assert not sent
+    for order in (texts[::-1], texts[5:], [*texts, *texts]):  # others than were sent
+        renderer.render_ahead([(Chat(text), ()) for text in texts])
+        assert [render(renderer, text) for text in order] == [expected[texts.index(text)] for text in order]
+
+
+def test_chat_that_ends_the_process_is_named_among_those_rendered_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "CPU_SECONDS", 0.2)
+    failing = "{{ raise_exception('no 3') if messages[0].content == 'ab 3' else '' }}"
+    renderer = make_renderer(
+        tmp_path, "{% if 'bomb' in messages[0].content %}" + LOOP + "{% endif %}" + failing + CHATML
+    )
+    texts = ["ab 1", "ab 2", "ab 3", "ab 4", "a bomb", "ab 6"]
+    renderer.render_ahead([(Chat(text), ()) for text in texts])
+    for text, reason in zip(texts, ("", "", "no 3", "", "takes more than", "takes more than"), strict=True):
+        if reason:
+            with pytest.raises(OpdctlError, match=reason):
+                render(renderer, text)
+        else:
+            assert text in render(renderer, text)
+
+
 def test_fork_leaves_the_process_to_its_parent(tmp_path: Path) -> None:
     """A fork that forgets the tokenizer, or ends, must not end it."""
     template = template_process.TemplateProcess(
