@@ -30,7 +30,7 @@ HASH_THREADS = 8
 """Files that are hashed at a time. SHA-256 leaves the interpreter to other threads."""
 MIN_HASHED_IN_THREADS_BYTES = 2**20
 """Of the files together: threads take as long to start as the hash of fewer."""
-FLUSH_THREADS = 8
+FLUSH_THREADS = 8  # files of a directory that are flushed at a time
 
 # ── Checksums ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -40,8 +40,12 @@ class DecodeInputs:
         return [self.ids_B1, self.positions_B1, *([] if self.mask_BT is None else [self.mask_BT]), *self.cache]
 
     def resize(self) -> "DecodeInputs":
-        """Return a copy of the last sequence without its first position: of a single sequence, two copies."""
-        rows = [-1] if len(self.ids_B1) > 1 else [-1, -1]
+        """Return a copy of a sequence without padding, without its first position: of a single sequence, two copies.
+
+        For such a sequence the model's own code makes no mask, as it does when padded ones have left the batch.
+        """
+        row = 0 if self.mask_BT is None else int(self.mask_BT.sum(-1).argmax())
+        rows = [row] if len(self.ids_B1) > 1 else [row, row]
         mask_BT = None if self.mask_BT is None else self.mask_BT[rows, 1:]
         cache = [tensor[..., 1:, :][rows] for tensor in self.cache]
         return DecodeInputs(self.ids_B1[rows], self.positions_B1[rows] - 1, mask_BT, cache)

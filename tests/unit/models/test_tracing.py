@@ -66,6 +66,10 @@ def by_rows(states):
     return states if states.shape[0] > 1 else -states
 
 
+def by_many_rows(states):
+    return states if states.shape[0] < 100 else -states
+
+
 CALLS = itertools.count()
 
 
@@ -73,7 +77,7 @@ def by_call(states):
     return states * (1 + next(CALLS) % 2)
 
 
-@pytest.mark.parametrize("change", [by_value, by_rows, by_call])
+@pytest.mark.parametrize("change", [by_value, by_rows, by_many_rows, by_call])
 def test_pass_that_depends_on_more_than_its_inputs_is_not_recorded(change, monkeypatch):
     model = model_of("qwen3")
     mlp = model.model.layers[0].mlp
