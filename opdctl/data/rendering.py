@@ -92,11 +92,9 @@ class PromptRenderer:
         """Begin to render chats, each with its tools, that `token_ids` is called with next, in this order."""
         if not self._has_template:
             return
-        requests = []
-        for chat, tools in chats:
-            messages = self._with_system(chat.messages)
-            requests.append(self._request(messages, self._content, **({"tools": [*tools]} if tools else {})))
-        self._template.send_ahead(requests)
+        self._template.send_ahead(
+            [self._request(self._with_system(chat.messages), self._content, tools) for chat, tools in chats]
+        )
 
     def render(self, chat: Chat, location: str, tools: Sequence[Tool] = (), *, is_closed: bool = False) -> MarkedText:
         """Return the text of a chat, as for `token_ids`. A special token that a message spells has a mark in it.
@@ -203,7 +201,7 @@ class PromptRenderer:
     ) -> str:
         # A template's variables cannot be listed, so a typo among its arguments is not detected.
         end = {"add_generation_prompt": False, "continue_final_message": False} if is_closed else {}
-        text, _ = self._render(messages, self._content, **end, **({"tools": [*tools]} if tools else {}))
+        text, _ = self._render(messages, self._content, tools, **end)
         for number, message in enumerate(messages, 1):
             what = f"message {number}, role `{message.role}`"
             # The reasoning of an assistant's message is dropped by design.
@@ -224,21 +222,24 @@ class PromptRenderer:
         start = next((i for i in starts if with_special_tokens[i : i + len(ids)] == ids), 0)
         return with_special_tokens[:start]
 
-    def _render(self, messages: Sequence[Message], content: Content, **arguments: Any) -> tuple[str, bool]:
+    def _render(
+        self, messages: Sequence[Message], content: Content, tools: Sequence[Tool] = (), **arguments: Any
+    ) -> tuple[str, bool]:
         """Return a chat as text, and whether the template read the clock.
 
         It has the generation prompt, unless `arguments` override it; a last message of the assistant is left open.
         """
-        return self._template.render(*self._request(messages, content, **arguments))
+        return self._template.render(*self._request(messages, content, tools, **arguments))
 
     def _request(
-        self, messages: Sequence[Message], content: Content, **arguments: Any
+        self, messages: Sequence[Message], content: Content, tools: Sequence[Tool], **arguments: Any
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return the turns and the arguments for the template."""
         turns = [{"role": each.role, "content": content(each.text), **each.extra} for each in messages]
         is_continued = messages[-1].role == "assistant"
         end = {"continue_final_message": True} if is_continued else {"add_generation_prompt": True}
-        return turns, {**end, **self._format.arguments, **arguments}
+        given = {"tools": [*tools]} if tools else {}
+        return turns, {**end, **self._format.arguments, **arguments, **given}
 
     # ── The test of a chat template ──────────────────────────────────────────────────────────────────────────────────
 

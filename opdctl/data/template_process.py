@@ -58,10 +58,8 @@ class TemplateProcess:
         The change of processes for each chat takes longer than most templates.
         """
         self._drop_ahead()
-        if not self._reason:
-            with contextlib.suppress(ConnectionError):  # `render` reports it
-                self._connection.send([*chats])
-                self._ahead.extend(chats)
+        self._send(chats)
+        self._ahead.extend(chats)
 
     def render(self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> tuple[str, bool]:
         """Return the text of a chat, and whether the template read the clock.
@@ -73,11 +71,13 @@ class TemplateProcess:
             self._ahead.popleft()
             return self._receive()
         self._drop_ahead()
-        if self._reason:
-            raise TemplateError(self._reason)
-        with contextlib.suppress(ConnectionError):  # `_receive` reports it
-            self._connection.send([(messages, arguments)])
+        self._send([(messages, arguments)])
         return self._receive()
+
+    def _send(self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> None:
+        if not self._reason:
+            with contextlib.suppress(ConnectionError):  # `_receive` reports why the process has ended
+                self._connection.send([*chats])
 
     def _drop_ahead(self) -> None:
         while self._ahead:

@@ -318,13 +318,15 @@ class Run:
             )
         if not path.is_dir() and step > self.start_step:
             raise files.corrupt_artifact(path, "is missing", f"run `{self.command_line('train')}`")
-        if distributed.local_rank() == 0 and self._student_state(step) not in _checked_students:
-            directories.check_directory(path, self.student_digests(step), self.student_hint(step))
-            self.mark_student_checked(step)
+        if distributed.local_rank() == 0:
+            state = self._student_state(step)  # before the check: a later change is another state
+            if state not in _checked_students:
+                directories.check_directory(path, self.student_digests(step), self.student_hint(step))
+                _checked_students.add(state)
         return self.student.with_path(path, self._probe(step))
 
     def mark_student_checked(self, step: int) -> None:
-        """Let `student_at` not check the files of policy version `step`, which this process has checked or written."""
+        """Let `student_at` not check the files of policy version `step`, which this process has just written."""
         _checked_students.add(self._student_state(step))
 
     def _student_state(self, step: int) -> tuple[object, ...]:

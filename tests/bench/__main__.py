@@ -32,7 +32,8 @@ LEAST = {
     (8, 116): {"generation": 1.3, "complete step": 1.05},
     (64, 116): {"generation": 1.2, "complete step": 1.05},
 }
-"""By shape: a sixth less than was measured, on machines with AVX2 and with AVX-512. Lower ratios are regressions."""
+"""By shape: a seventh to a fifth less than the least that was measured, with AVX2 and with AVX-512. Lower ratios are
+regressions."""
 MAX_HEAD_RATIO = 1.3
 MAX_PREFIX_RATIO, PREFIX_REGRESSION = 0.45, 0.5
 HEAD_TOKENS = 2048

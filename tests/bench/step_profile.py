@@ -36,7 +36,7 @@ KINDS = {
     "engine's own code": ["opdctl/engines/"],
     "records, parts, other files": ["opdctl/artifacts/", "opdctl/runs/", "training/publish.py:"],
 }
-"""The ends of the places, "file:function", of each kind of work. The innermost function that has a kind decides."""
+"""Parts of the places, "file:function", of each kind of work. The innermost function that has a kind decides."""
 
 
 def find_kind(frame: FrameType | None) -> str:

@@ -477,8 +477,9 @@ def test_numbers_at_the_size_of_a_vocabulary(float32_results, dtype, gradient_bo
     found = torch.autograd.grad(
         map_vocab_chunks(Head(master_VD, vocabulary, dtype=dtype), leaf_ND, ids_NK, loss), [leaf_ND, master_VD]
     )
-    # float32 sums 152,000 exponentials in the 8 or 16 lanes of the processor: with 8 the sum is off by 1.4e-5.
-    assert (torch.cat(logps) - wanted_N).abs().max() < 4e-5
+    # float32 sums 152,000 exponentials in the 16 lanes of AVX-512, or in 8, by which the sum is off by 1.4e-5.
+    bound = 2e-5 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4e-5
+    assert (torch.cat(logps) - wanted_N).abs().max() < bound
     for grad, want in zip(found, wanted, strict=True):
         assert float((grad - want).norm()) < gradient_bound * float(want.norm())
 
