@@ -5,42 +5,72 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from opdctl.artifacts import parsing
-from opdctl.artifacts.files import atomic_write, check_no_symlinks, corrupt_artifact, sha256_files
-from opdctl.artifacts.tensor_files import FileDigest
+from opdctl.artifacts.files import (
+    atomic_write,
+    check_no_symlinks,
+    corrupt_artifact,
+    flush_path,
+    fsync_path,
+    sha256_files,
+    translate_write_errors,
+)
 
 CARD_FILE = "README.md"
 """The model card of a student. It has no digest: people may edit it, and it lists settings that may change."""
 DIGESTS_FILE = "digests.json"
 """The digests of a trainer state, in its directory. It contains its own digest."""
+OTHER_WRITER = "another process has changed or removed it"
 
 
-def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
-    """Write the directory `final` atomically; `fill` writes the content into the temporary directory that it gets."""
-    with atomic_write(final) as temporary:
+class FileDigest(NamedTuple):
+    """The SHA-256 of a file, as hexadecimal digits, and its size in bytes."""
+
+    sha256: str
+    size: int
+
+
+def write_directory(final: Path, fill: Callable[[Path], None], *, flush: bool = True) -> None:
+    """Write the directory `final` atomically; `fill` writes the content into the temporary directory that it gets.
+
+    flush: as of `atomic_write`.
+    """
+    with atomic_write(final, flush=flush) as temporary:
         temporary.mkdir()
         fill(temporary)
 
 
-def write_directory_with_digests(final: Path, fill: Callable[[Path], Mapping[str, FileDigest]]) -> dict[str, str]:
-    """Write a directory atomically and return the SHA-256 of its files by name.
-
-    fill: returns the digests that were taken while files were written, by any process. The other files are read.
+def flush_and_hash(directory: Path, names: Iterable[str]) -> dict[str, FileDigest]:
+    """Flush files of a directory to disk, and return their digests by name.
 
     Raises:
-        OpdctlError: a file with such a digest is missing or has another size.
+        OpdctlError: the disk is full, or a file is missing.
     """
-    digests = {}
+    files = {name: directory / name for name in names}
+    for file in files.values():
+        if not file.is_file():
+            raise corrupt_artifact(file, OTHER_WRITER)
+        with translate_write_errors(file):
+            fsync_path(file)
+    digests = sha256_files([*files.values()])
+    return {name: FileDigest(digests[file], file.stat().st_size) for name, file in files.items()}
 
-    def fill_and_digest(directory: Path) -> None:
-        written = fill(directory)
-        for name in written:
-            if not has_size(directory / name, written[name].size):
-                raise corrupt_artifact(directory / name, "another process has changed or removed it")
-        digests.update(directory_digests(directory, written))
 
-    write_directory(final, fill_and_digest)
+def complete_directory(path: Path, known: Mapping[str, FileDigest]) -> dict[str, str]:
+    """Flush a directory that was written without it, and return the SHA-256 of its files by name.
+
+    known: the digests of files that other processes have flushed and read. The others are read.
+
+    Raises:
+        OpdctlError: the disk is full; a file in `known` is missing or has another size.
+    """
+    for name, (_, size) in known.items():
+        if not has_size(path / name, size):
+            raise corrupt_artifact(path / name, OTHER_WRITER)
+    digests = directory_digests(path, known)
+    flush_path(path)
     return digests
 
 

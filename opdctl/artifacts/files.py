@@ -142,10 +142,11 @@ def remove_temporary_files(directory: Path, *, include_running: bool = False) ->
 
 
 @contextlib.contextmanager
-def atomic_write(final: Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
+def atomic_write(final: Path, check: Callable[[], None] | None = None, *, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `final`; if the block succeeds, flush it to disk and rename it to `final`.
 
-    check: is called right before the rename, and prevents it by an exception.
+    check: is called right before the rename, and prevents it by an exception. flush: otherwise the caller calls
+    `flush_path` before it records that `final` is complete.
 
     Raises:
         OpdctlError: the disk is full, the directory cannot be written, or a lease on it was lost.
@@ -155,12 +156,14 @@ def atomic_write(final: Path, check: Callable[[], None] | None = None) -> Iterat
         try:
             make_directory(final.parent)
             yield temporary
-            _flush(temporary)
+            if flush:
+                _flush_content(temporary)
             if final.is_dir():
                 remove_directory(final, check)  # a directory cannot be renamed over another one
             _check_before_rename(final, check)
             os.replace(temporary, final)
-            fsync_path(final.parent)
+            if flush:
+                fsync_path(final.parent)
         except Exception:
             _check_before_rename(final, check)  # a new owner of the lease has removed the temporary file
             raise
@@ -168,7 +171,18 @@ def atomic_write(final: Path, check: Callable[[], None] | None = None) -> Iterat
             discard(temporary)
 
 
-def _flush(path: Path) -> None:
+def flush_path(path: Path) -> None:
+    """Flush a file or a directory, with all in it, and its name.
+
+    Raises:
+        OpdctlError: the disk is full.
+    """
+    with translate_write_errors(path):
+        _flush_content(path)
+        fsync_path(path.parent)
+
+
+def _flush_content(path: Path) -> None:
     """Flush a file, or a directory with all in it: together, so that a file system may write its journal once."""
     content = [*path.rglob("*")] if path.is_dir() else []
     if content:

@@ -87,8 +87,9 @@ class FingerprintMismatchError(OpdctlError):
 class StageDir:
     """The parts of one stage at one step, and their manifest.
 
-    rerun_command: the command that makes its parts. repair_command: the one that moves a corrupt file away, "" for an
-    evaluation that belongs to no run. lease_directory: where the leases are, by default beside the directory.
+    fingerprint: or a function that waits for one that is not known yet. rerun_command: the command that makes its
+    parts. repair_command: the one that moves a corrupt file away, "" for an evaluation that belongs to no run.
+    lease_directory: where the leases are, by default beside the directory.
 
     Raises:
         OpdctlError: the directory was made with another fingerprint, or its manifest is corrupt.
@@ -101,12 +102,12 @@ class StageDir:
         stage: str,
         num_parts: int,
         suffix: str,
-        fingerprint: Fingerprint,
+        fingerprint: Fingerprint | Callable[[], Fingerprint],
         rerun_command: str,
         repair_command: str = "",
         lease_directory: Path | None = None,
     ):
-        self.path, self.stage, self.fingerprint, self.rerun_command = path, stage, fingerprint, rerun_command
+        self.path, self.stage, self._fingerprint, self.rerun_command = path, stage, fingerprint, rerun_command
         self.repair_command = repair_command
         self._lease_directory = lease_directory or path.parent
         self.names = [f"part-{i:05d}-of-{num_parts:05d}{suffix}" for i in range(num_parts)]
@@ -116,6 +117,17 @@ class StageDir:
         self._check_fingerprint()
 
     # ── Records ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        if not isinstance(self._fingerprint, Fingerprint):
+            self._fingerprint = self._fingerprint()
+        return self._fingerprint
+
+    @property
+    def has_fingerprint(self) -> bool:
+        """Whether the fingerprint is known."""
+        return isinstance(self._fingerprint, Fingerprint)
 
     def manifest(self) -> Manifest | None:
         """Return the manifest, or None while the stage is unfinished."""
@@ -407,10 +419,10 @@ class StageDir:
 
     def start(self, logprob_metadata: Mapping[str, Any]) -> None:
         """Record, before the first part, the fingerprint and what the values of the parts mean."""
+        fingerprint = self.fingerprint  # nothing is written before it is known
         with translate_write_errors(self.path):
             make_directory(self.path)
         remove_temporary_files(self.path)
-        fingerprint = self.fingerprint
         header = versioned(self.stage) | {"fingerprint": fingerprint.digest, "logprob_metadata": dict(logprob_metadata)}
         header |= {"settings": dict(fingerprint.settings), "inputs": dict(fingerprint.inputs)}
         with contextlib.suppress(leases.LeaseLost):  # of every part: other workers have started the stage

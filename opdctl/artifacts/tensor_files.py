@@ -4,12 +4,9 @@ The format: an 8-byte little-endian length, a JSON header of that length, and th
 tensors and the text of the header are those of the safetensors library, so the files are the same, byte for byte.
 """
 
-import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -20,8 +17,6 @@ DTYPE_ORDER = (
 )
 """Names of dtypes, in the order in which a file stores its tensors: larger ones first, which keeps them aligned."""
 ALIGNMENT_BYTES = 8  # of the first tensor
-MIN_HASHED_APART_BYTES = 2**17
-"""Of a piece that another thread hashes: the change of threads takes as long as the hash of a smaller one."""
 
 
 class TensorEntry(NamedTuple):
@@ -31,13 +26,6 @@ class TensorEntry(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
-
-
-class FileDigest(NamedTuple):
-    """The SHA-256 of a file, as hexadecimal digits, and its size in bytes, both taken while it was written."""
-
-    sha256: str
-    size: int
 
 
 def position_in_file(entry: TensorEntry) -> tuple[int, str]:
@@ -52,8 +40,7 @@ class TensorFileWriter:
         """entries: sorted by `position_in_file`."""
         header, num_bytes = _header(entries, metadata)
         self._path, self._expected = path, len(header) + num_bytes
-        self._digest, self._size = hashlib.sha256(), 0
-        self._file, self._hashing = path.open("wb"), ThreadPoolExecutor(1)
+        self._file, self._size = path.open("wb"), 0
         self.write(header)
 
     def __enter__(self) -> Self:
@@ -61,20 +48,13 @@ class TensorFileWriter:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-        self._hashing.shutdown()
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append bytes of the tensors, which are in the order of the entries. A piece has any size."""
-        if len(piece) < MIN_HASHED_APART_BYTES:
-            self._digest.update(piece)
-            self._size += self._file.write(piece)
-            return
-        hashed = self._hashing.submit(self._digest.update, piece)  # while the file system copies the same bytes
         self._size += self._file.write(piece)
-        hashed.result()
 
-    def finish(self) -> FileDigest:
-        """Flush the file to disk, and return its digest.
+    def finish(self) -> int:
+        """Pass the file to the system, which has yet to flush it to disk, and return its size in bytes.
 
         Raises:
             ValueError: the pieces have another length than the entries.
@@ -82,8 +62,7 @@ class TensorFileWriter:
         if self._size != self._expected:
             raise ValueError(f"{self._path}: {self._size} bytes; its header describes {self._expected}")
         self._file.flush()
-        os.fsync(self._file.fileno())
-        return FileDigest(self._digest.hexdigest(), self._size)
+        return self._size
 
 
 def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> tuple[bytes, int]:

@@ -53,6 +53,7 @@ class RemoteEngines(EnginePool):
         """
         if not distributed.is_main():
             return
+        self._run.finish_update()  # workers read the student's record
         pool, calls, unready = self._pool(), Calls(), set()
         own = {
             section: {role: model for role, model in models.items() if (role == "student") == (section == "rollout")}

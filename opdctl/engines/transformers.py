@@ -99,14 +99,14 @@ class TransformersEngine(InOrder):
             columns = {"logprobs": chunk.selected_logp_CK[:, 0]}
             if settings.student_top_k:
                 columns["student_top_logprobs"] = chunk.selected_logp_CK[:, 1:]
-            if settings.entropy:
-                columns["entropies"] = chunk.entropy_C()
+            if chunk.entropy_C is not None:
+                columns["entropies"] = chunk.entropy_C
             if settings.top_k:
                 top_ids_CK, columns["top_logprobs"] = chunk.top(settings.top_k)
                 columns["top_ids"] = top_ids_CK.int()
             chunks.append({name: value.cpu() for name, value in columns.items()})
 
-        map_vocab_chunks(self._head, hidden_ND, ids_NK, read)
+        map_vocab_chunks(self._head, hidden_ND, ids_NK, read, entropy=settings.entropy)
         columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         if settings.hidden_states:
             columns["hidden_states"] = hidden_ND.float().cpu()

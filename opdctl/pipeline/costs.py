@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any, TypeVar
 
 from opdctl.artifacts.files import HASH_THREADS
-from opdctl.models import GPU_CHUNK_LOGITS
+from opdctl.models import GPU_BLOCK_LOGITS, GPU_CHUNK_LOGITS
 from opdctl.models.shapes import (
     active_parameters,
     adapter_parameters,
@@ -28,7 +28,6 @@ from opdctl.recipe.schema import Eval, Hardware, ModelShape, Recipe, Rollout
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GRADIENT_BYTES = 4  # per number of the gradient of the output matrix
-LIVE_CHUNKS = 2  # chunks of logits that exist at the same time
 COLUMN_BYTES = 2 * 8 + 5 * 4  # per response token of a micro-batch: row, position, and five float32 columns
 FIT_FRACTION = 0.92  # of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
 SAMPLING_COPIES = 3  # float32 copies of the next token's logits during sampling
@@ -131,8 +130,10 @@ def _batch_tokens(recipe: Recipe, budget: int) -> int:
     return min(max(budget, longest), recipe.responses_per_step() * longest)
 
 
-def _chunk_bytes(shape: ModelShape, tokens: int, bytes_per_logit: int = LIVE_CHUNKS * 4) -> int:
-    return bytes_per_logit * min(GPU_CHUNK_LOGITS, tokens * shape.vocab_size)
+def _chunk_bytes(shape: ModelShape, tokens: int, bytes_per_logit: int = 4) -> int:
+    """Return the memory of a chunk of logits and of two blocks of one."""
+    chunk, block = (min(limit, tokens * shape.vocab_size) for limit in (GPU_CHUNK_LOGITS, GPU_BLOCK_LOGITS))
+    return bytes_per_logit * chunk + 2 * 4 * block
 
 
 def _mean_tokens(recipe: Recipe, max_tokens: int) -> int:
@@ -420,5 +421,5 @@ def _micro_batch_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     per_token = kept * per_layer + checkpointed * (2 if is_bfloat16 else 4) * shape.hidden_size
     # The last norm saves two arrays; response tokens have hidden states and their gradient.
     per_token += 4 * 4 * shape.hidden_size
-    per_logit = 4 * LIVE_CHUNKS + 2 * is_bfloat16  # the gradient is also rounded
+    per_logit = 4 + 2 * is_bfloat16  # the gradient is also rounded
     return {"activations": tokens * per_token, "logits": _chunk_bytes(shape, tokens, per_logit)}

@@ -99,6 +99,7 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
             seconds = produce_inputs(step)
             if seconds is None:
                 break
+            run.finish_update()
             if distributed.is_main():
                 accuracies.log_new()
                 prune_students(run, earlier)  # by now the last trainer state is complete
@@ -245,7 +246,7 @@ def check_collapse(run: Run) -> None:
     bounds, recent = run.recipe.train, run.finished_steps()[-COLLAPSE_STEPS:]
     if len(recent) < COLLAPSE_STEPS:
         return
-    metrics = [run.update(step)["metrics"] for step in recent]
+    metrics = [run.metrics(step) for step in recent]
     truncated, entropies = [m["truncated_fraction"] for m in metrics], [m["entropy"] for m in metrics]
     if min(truncated) > bounds.max_truncated_fraction:
         values = ", ".join(f"{fraction:.0%}" for fraction in truncated)

@@ -92,7 +92,8 @@ class Model(Section):
     revision: str | None = None
     """The hub revision. A commit makes the run reproducible."""
     dtype: Dtype = "bfloat16"
-    """The dtype of the weights in engines and, for the student, in the exported model directory."""
+    """The dtype of the weights in engines and, for the student, in the exported model directory. If unset, a new run on
+    a CPU without fast products of bfloat16 numbers has `float32` for models of the engine transformers."""
     trust_remote_code: bool = False
     """Run code from the model repository. Enable it only after you have read that code."""
     tokenizer: Literal["auto", "file", "class"] = "auto"
@@ -692,6 +693,18 @@ class Recipe(Section):
     def models(self) -> dict[str, Model]:
         """Return all models by name: the student and the scorers."""
         return {"student": self.student} | self.scorers()
+
+    def with_dtypes(self, dtypes: Mapping[str, Dtype]) -> "Recipe":
+        """Return the recipe with other dtypes of the models with these names."""
+
+        def change(name: str, model: Model | None) -> Model | None:
+            return model.model_copy(update={"dtype": dtypes[name]}) if model and name in dtypes else model
+
+        models: dict[str, Any] = {
+            name: change(name, getattr(self, name)) for name in ("student", "teacher", "reference")
+        }
+        models["teachers"] = {name: change(teacher_name(name), model) for name, model in self.teachers.items()}
+        return self.model_copy(update=models)
 
 
 def teacher_name(name: str) -> str:

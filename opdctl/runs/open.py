@@ -18,7 +18,7 @@ from opdctl.artifacts import files
 from opdctl.artifacts.stage_dir import changed_settings
 from opdctl.artifacts.versions import versioned
 from opdctl.data.formats import read_chat_templates
-from opdctl.environment import has_vllm
+from opdctl.environment import MAX_BFLOAT16_RATIO, bfloat16_time_ratio, has_vllm, resolve_device
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir, find_or_download
 from opdctl.recipe.schema import AUTO, Recipe, model_key
@@ -122,9 +122,9 @@ def standalone_eval_run(recipe: Recipe, path: Path) -> Run:
 
 def resolve_open_settings(recipe: Recipe, path: Path, sections: Sequence[str] = ("rollout", "score")) -> Recipe:
     """Return the recipe with what it leaves open and the run in `path` was started with: an engine for each `auto`, the
-    number of parts, the column of the prompts, and the template arguments of evaluations.
+    number of parts, dtypes, the column of the prompts, and the template arguments of evaluations.
 
-    Of a new run the engine is the best available on this machine, which is logged.
+    Of a new run engine and dtypes are the best on this machine, which is logged.
     """
     recorded = read_recipe(path) if (path / "recipe.toml").exists() else None
     update = {}
@@ -145,7 +145,27 @@ def resolve_open_settings(recipe: Recipe, path: Path, sections: Sequence[str] = 
             update[section] = settings.model_copy(update={"engine": name})
             if not recorded:
                 console.info(f"{section}.engine: auto selects `{name}`")
-    return recipe.model_copy(update=update)
+    return _resolve_dtypes(recipe.model_copy(update=update), recorded)
+
+
+def _resolve_dtypes(recipe: Recipe, recorded: Recipe | None) -> Recipe:
+    """Return the recipe with the dtypes that it leaves open and the run was started with. A new run has float32 for the
+    models of the engine transformers on a CPU without fast products of bfloat16 numbers, which is logged."""
+    models = {name: model for name, model in recipe.models().items() if "dtype" not in model.model_fields_set}
+    if recorded:
+        earlier = recorded.models()
+        return recipe.with_dtypes({name: earlier[name].dtype for name in models if name in earlier})
+    engines = {name: recipe.rollout.engine if name == "student" else recipe.score.engine for name in models}
+    names = [name for name in models if engines[name] == "transformers"]
+    if recipe.train.master_dtype == "bfloat16" and "student" in names:  # which needs a student of the same dtype
+        names.remove("student")
+    if not names or recipe.pipeline.launcher == "ray" or resolve_device(recipe.pipeline.device) != "cpu":
+        return recipe
+    if (ratio := bfloat16_time_ratio()) <= MAX_BFLOAT16_RATIO:
+        return recipe
+    keys = ", ".join(f"{model_key(name)}.dtype" for name in names)
+    console.info(f'{keys}: "float32", since bfloat16 products take {ratio:.0f} times as long on this CPU')
+    return recipe.with_dtypes(dict.fromkeys(names, "float32"))
 
 
 def _relocate_model(run: Run, name: str) -> ModelDir:

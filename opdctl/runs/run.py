@@ -4,8 +4,9 @@ Knows no stage's work. Only files are read here; runs/open.py creates a run dire
 """
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from opdctl.artifacts.manifests import (
     DEFAULT_PROMPT_ORDER,
     ImportRecord,
     PolicyRecord,
+    ProbeRecord,
     RunRecord,
     StartRecord,
     StateRecord,
@@ -42,6 +44,19 @@ _checked_students: set[tuple[object, ...]] = set()
 
 
 @dataclass(frozen=True)
+class UnrecordedUpdate:
+    """An update whose student this process has written, and whose update.json it is writing in the background.
+
+    written: of update.json.
+    """
+
+    step: int
+    metrics: Mapping[str, Any]
+    probe: ProbeRecord
+    written: Future[Any]
+
+
+@dataclass(frozen=True)
 class Run:
     """One run directory and its recipe.
 
@@ -57,6 +72,7 @@ class Run:
     """The digest of each model."""
     forked_from: StartRecord | None = None
     """The run and the step that a fork starts from."""
+    _unrecorded: list[UnrecordedUpdate] = field(default_factory=list, repr=False, compare=False)  # at most one
 
     @classmethod
     def load(cls, path: Path, purpose: Purpose = "read") -> "Run":
@@ -151,12 +167,15 @@ class Run:
 
     def current_step(self) -> int:
         """Return the step after the last one with an update. Directories of earlier steps may have been removed."""
+        if self._unrecorded:
+            return self._unrecorded[0].step + 1
         updated = (step for step in reversed(list_steps(self.path)) if self.update_path(step).exists())
         return max(self.start_step, next(updated, -1) + 1)
 
     def finished_steps(self) -> list[int]:
-        """Return the steps that have an update."""
-        return [step for step in range(self.start_step, self.current_step()) if self.update_path(step).exists()]
+        """Return the steps that have an update, recorded or not yet."""
+        steps = range(self.start_step, self.current_step())
+        return [step for step in steps if self._unrecorded_update(step) or self.update_path(step).exists()]
 
     def removed_steps(self) -> list[int]:
         """Return the steps before the current one whose responses were removed."""
@@ -178,12 +197,41 @@ class Run:
         steps = [path for step, path in list_steps(self.path).items() if step >= current]
         return sum(all((path / name / "manifest.json").exists() for name in names) for path in steps)
 
+    def begin_update(self, update: UnrecordedUpdate) -> None:
+        """Let this process continue with the student of an update before the update is recorded.
+
+        What needs the record waits for it: so nothing is written that depends on an update that a kill may undo. What
+        other processes do must call `finish_update` before.
+        """
+        self.finish_update()
+        self._unrecorded.append(update)
+
+    def finish_update(self) -> None:
+        """Wait until the latest update is recorded.
+
+        Raises:
+            OpdctlError: it could not be written.
+        """
+        for update in self._unrecorded:
+            update.written.result()
+        self._unrecorded.clear()
+
+    def _unrecorded_update(self, step: int) -> UnrecordedUpdate | None:
+        return next((update for update in self._unrecorded if update.step == step), None)
+
     def update(self, step: int) -> UpdateRecord:
         """Return the record of a step's update."""
+        if self._unrecorded_update(step):
+            self.finish_update()
         path = self.update_path(step)
         hint = f"run `{self.manage_command_line('repair')}`, which moves it away"
         record: UpdateRecord = files.read_json(path, UpdateRecord, hint)
         return record
+
+    def metrics(self, step: int) -> Mapping[str, Any]:
+        """Return the metrics of a step's update, recorded or not yet."""
+        unrecorded = self._unrecorded_update(step)
+        return unrecorded.metrics if unrecorded else self.update(step)["metrics"]
 
     def is_started(self, step: int) -> bool:
         """Whether a step's rollout was started. It may be ahead of the updates."""
@@ -220,6 +268,8 @@ class Run:
 
     def _is_recorded(self, step: int) -> bool:
         """Whether there is a record of policy version `step`: that of an earlier update may have been removed."""
+        if self._unrecorded_update(step - 1):
+            self.finish_update()
         return step == self.start_step or self.update_path(step - 1).exists()
 
     def student_digests(self, step: int) -> Mapping[str, str]:
@@ -318,25 +368,27 @@ class Run:
             )
         if not path.is_dir() and step > self.start_step:
             raise files.corrupt_artifact(path, "is missing", f"run `{self.command_line('train')}`")
-        if distributed.local_rank() == 0:
-            state = self._student_state(step)  # before the check: a later change is another state
+        unrecorded = self._unrecorded_update(step - 1)
+        if distributed.local_rank() == 0 and not (unrecorded and distributed.is_main()):
+            state = (path, self.student_digest(step), *directories.file_states(path))  # before the check
             if state not in _checked_students:
                 directories.check_directory(path, self.student_digests(step), self.student_hint(step))
                 _checked_students.add(state)
         return self.student.with_path(path, self._probe(step))
 
-    def mark_student_checked(self, step: int) -> None:
-        """Let `student_at` not check the files of policy version `step`, which this process has just written."""
-        _checked_students.add(self._student_state(step))
+    def mark_student_checked(self, step: int, digest: str, states: Iterable[tuple[Path, int, int]]) -> None:
+        """Let `student_at` not check the files of policy version `step`, which this process has just written.
 
-    def _student_state(self, step: int) -> tuple[object, ...]:
-        path = self.student_path(step)
-        return (path, self.student_digest(step), *directories.file_states(path))
+        digest: of the student. states: of its files, before they were read for it.
+        """
+        _checked_students.add((self.student_path(step), digest, *states))
 
     def _probe(self, step: int) -> Probe | None:
         """Return the probe of policy version `step`. A fork's first student has none, nor has one of opdctl 0.2.0."""
-        is_updated = step > self.start_step and self._is_recorded(step)
-        record = self.update(step - 1).get("probe") if is_updated else None
+        unrecorded = self._unrecorded_update(step - 1)
+        record = unrecorded.probe if unrecorded else None
+        if record is None and step > self.start_step and self._is_recorded(step):
+            record = self.update(step - 1).get("probe")
         return Probe(tuple(record["ids"]), tuple(record["logprobs"])) if record else None
 
     def kept_steps(self) -> list[int]:
@@ -363,6 +415,7 @@ class Run:
         path = self._policy_version_path(step)
         if not self.recipe.pipeline.max_staleness or path.exists():
             return
+        self.finish_update()
         with leases.hold_lease(self.step_path(step), "rollout-policy", wait=True):
             version = min(self.current_step(), step)
             markers = (path.name, *stage_dir.STAGE_MARKERS)
@@ -501,13 +554,17 @@ class Run:
         if imported := self.imported_files(step):
             settings = {key: settings[key] for key in IMPORT_KEYS}
             inputs = {"files": digest_of([*imported.values()])}
-        policy = self.student_digest(self.policy_version(step))
+        version = self.policy_version(step)
+
+        def find_fingerprint() -> Fingerprint:
+            return Fingerprint(settings, {**inputs, "policy": self.student_digest(version)})
+
         return open_stage_dir(
             self.step_path(step) / "rollout",
             stage="rollout",
             num_parts=self.recipe.rollout.num_parts,
             suffix=".parquet",
-            fingerprint=Fingerprint(settings, {**inputs, "policy": policy}),
+            fingerprint=find_fingerprint if self._unrecorded else find_fingerprint(),
             rerun_command=self.rollout_command_line(step),
             repair_command=self.manage_command_line("repair"),
         )

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -85,12 +85,15 @@ def make_missing_parts(
         for path in stage.finished_but_missing():
             console.warn(f"{path}: a finished part is missing; regenerating it")
         work = prepare()
-        stage.start(work.logprob_metadata)
+        start = cache(partial(stage.start, work.logprob_metadata))
+        if stage.has_fingerprint:
+            start()
         with (
             console.progress(title, num_items) as on_progress,
             contextlib.closing(_make_parts(claims, work, on_progress)) as parts,
         ):
             for index, part in parts:
+                start()  # which waits for the fingerprint
                 made += stage.write(index, part.save, rows=part.rows, tokens=part.tokens, failed=part.failed)
     return made
 

@@ -27,7 +27,7 @@ from torch.futures import Future
 from torch.optim import AdamW
 
 from opdctl import distributed
-from opdctl.artifacts.tensor_files import FileDigest, TensorEntry, TensorFileWriter, position_in_file
+from opdctl.artifacts.tensor_files import TensorEntry, TensorFileWriter, position_in_file
 from opdctl.models.dtypes import DTYPE_NAMES, tensor_bytes
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of a single process
@@ -35,15 +35,15 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of a singl
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(directory: Path, state: Mapping[str, Tensor]) -> dict[str, FileDigest]:
-    """Write the state to `directory` and return the digest of this rank's file by name. Called by all ranks.
+def save(directory: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Write the state to `directory` and return the bytes of this rank's file by name. Called by all ranks.
 
     It may be called in a background thread, while nothing changes the tensors.
     """
     writer, group = ShardWriter(directory), distributed.control_group()
     with _plain_errors():
         state_dict_saver.save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
-    return writer.digests
+    return writer.sizes
 
 
 class ShardWriter(StorageWriter):
@@ -54,7 +54,7 @@ class ShardWriter(StorageWriter):
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self.digests: dict[str, FileDigest] = {}
+        self.sizes: dict[str, int] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None: ...
 
@@ -80,7 +80,7 @@ class ShardWriter(StorageWriter):
             with TensorFileWriter(self._directory / plan.storage_data, entries, metadata) as file:
                 for entry in entries:
                     file.write(tensor_bytes(cast(Tensor, planner.resolve_data(shards[entry])).cpu()))
-                self.digests[plan.storage_data] = file.finish()
+                self.sizes[plan.storage_data] = file.finish()
         written: Future[list[WriteResult]] = Future()
         written.set_result([])
         return written

@@ -21,13 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opdctl import distributed
-from opdctl.artifacts.tensor_files import (
-    MIN_HASHED_APART_BYTES,
-    FileDigest,
-    TensorEntry,
-    TensorFileWriter,
-    position_in_file,
-)
+from opdctl.artifacts.tensor_files import TensorEntry, TensorFileWriter, position_in_file
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.dtypes import DTYPE_NAMES, DTYPES, tensor_bytes
@@ -39,6 +33,8 @@ from opdctl.training.conversions import Conversion, find_conversions
 
 ACCOMPANYING_PATTERNS = ("LICENSE*", "NOTICE*", "*.tiktoken", "*.spm", "additional_chat_templates/*.jinja")
 """Further files of a model directory that a student keeps."""
+MIN_WRITTEN_APART_BYTES = 2**17
+"""Of a tensor that another thread writes: the change of threads takes as long as the copy of a smaller one."""
 
 
 def text_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
@@ -158,11 +154,11 @@ class StudentExporter:
         self._weights = MergedWeights(model, plain, student, getattr(torch, dtype))
         self._files = plan_files(self._weights.tensors, student)
 
-    def export(self, directory: Path) -> dict[str, FileDigest]:
+    def export(self, directory: Path) -> dict[str, int]:
         """Write the student's directory with the merged weights, and adapters also in `adapter/`. Called by all ranks.
 
         Every rank writes its share of the weight files, and keeps what one conversion returns for them until it is
-        written. It returns the digests of its weight files by name.
+        written. It returns the bytes of its weight files by name. They are not flushed to disk.
         """
         weights, files = self._weights, self._files
         adapter = adapters.gather_adapter(self._model)
@@ -171,18 +167,16 @@ class StudentExporter:
             _write_configs(files, self._student, self._dtype, directory)
             if adapter:
                 adapters.save_adapter(self._model, adapter, self._student, directory / "adapter")
-        digests: dict[str, FileDigest] = {}
+        sizes: dict[str, int] = {}
         names, world_size = list(files), distributed.world_size()
         weights.start_export(tensor for name in names[distributed.rank() :: world_size] for tensor in files[name])
         for start in range(0, len(names), world_size):
             of_round = {name: files[name] for name in names[start : start + world_size]}
-            digests |= _write_round(of_round, weights, directory)
-        return digests
+            sizes |= _write_round(of_round, weights, directory)
+        return sizes
 
 
-def _write_round(
-    files: Mapping[str, list[StoredTensor]], weights: "MergedWeights", directory: Path
-) -> dict[str, FileDigest]:
+def _write_round(files: Mapping[str, list[StoredTensor]], weights: "MergedWeights", directory: Path) -> dict[str, int]:
     """Write at most one file of each rank, the n-th by rank n. Called by all ranks, also by those without a file.
 
     The files' tensors are gathered in turn, so that all ranks write at the same time. A rank writes a tensor while the
@@ -202,7 +196,7 @@ def _write_round(
                     weights.convert(tensor)
                 if tensor and owner == rank:
                     writing.result()
-                    if tensor.entry.num_bytes < MIN_HASHED_APART_BYTES:
+                    if tensor.entry.num_bytes < MIN_WRITTEN_APART_BYTES:
                         _write_pieces(file, weights.take(tensor))
                         continue
                     writing = background.submit(_write_pieces, file, weights.take(tensor))

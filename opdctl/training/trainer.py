@@ -12,19 +12,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from opdctl import console, distributed, signals
-from opdctl.artifacts import directories, files
+from opdctl.artifacts import files
 from opdctl.artifacts.manifests import ProbeRecord
 from opdctl.artifacts.records import Logprobs, ScoredResponse, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint
-from opdctl.artifacts.tensor_files import FileDigest
-from opdctl.artifacts.versions import versioned
 from opdctl.errors import OpdctlError, is_out_of_memory
 from opdctl.losses.objectives import TokenBatch
 from opdctl.losses.token_weights import Uniform, Weight
@@ -39,9 +37,9 @@ from opdctl.recipe.components import build_objective, build_token_weight, reads_
 from opdctl.registry import plugin_errors
 from opdctl.runs.fork import new_run_command
 from opdctl.runs.phases import phases_of_student
-from opdctl.runs.run import Run
+from opdctl.runs.run import Run, UnrecordedUpdate
 from opdctl.runs.scored_responses import check_ids, read_scored
-from opdctl.training import checkpoint, policy, publish, sharding
+from opdctl.training import checkpoint, policy, publish, sharding, writing
 from opdctl.training.adapters import adapters_disabled, set_dropout
 from opdctl.training.base_scorer import BaseScorer
 from opdctl.training.division import Division
@@ -83,8 +81,8 @@ class Trainer:
         shape = read_shape(run.student)
         self._attention_span = attention_span(shape) if shape else math.inf
         self._optimizer = make_adamw(self._model, self._settings)
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="trainer state")
-        self._saving: Future[None] | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._saving: Future[None] | None = None  # of a trainer state
         self._restore(distributed.call_on_main(run.current_step))
 
     def _restore(self, done: int) -> None:
@@ -101,12 +99,13 @@ class Trainer:
         if distributed.call_on_main(run.must_rewrite_student):
             self._rewrite_student(done)
         if distributed.call_on_main(run.must_save_trainer_state):
-            self._begin_save(done, run.student_digests(done))
+            self._begin_save(done, partial(run.student_digest, done))
 
     def _check_replay(self, done: int) -> None:
         """Warn if the replayed student is not bit-identical to the recorded one."""
         directory = self._run.path / ".replayed"
-        replayed = _write_student(directory, lambda directory: self._export(directory, done))
+        own = writing.write_student(directory, partial(self._export, step=done), flush=False)
+        replayed = writing.complete_student(directory, own)
         if not distributed.is_main():
             return
         files.remove_directory(directory)
@@ -125,10 +124,12 @@ class Trainer:
         run = self._run
         recorded, metrics = run.student_digests(step), run.update(step - 1)["metrics"]
         console.info(f"writing the missing student of step {step} from its checkpoint")
-        written = _write_student(run.student_path(step), lambda directory: self._export(directory, step, metrics))
+        path, export = run.student_path(step), partial(self._export, step=step, metrics=metrics)
+        own = writing.write_student(path, export, flush=True)
+        written = writing.complete_student(path, own)
         if distributed.is_main() and any(recorded.get(name) != digest for name, digest in written.items()):
             why = "the student written from the checkpoint differs from the recorded one"
-            raise files.corrupt_artifact(run.student_path(step), why, "start again in another --output")
+            raise files.corrupt_artifact(path, why, "start again in another --output")
 
     def train_step(self, step: int, stage_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
         """Update the student on the responses of `step`, write the next student, and return the step's metrics.
@@ -377,7 +378,8 @@ class Trainer:
 
         support = [] if batch.support_ids_NK is None else [batch.support_ids_NK]
         head = output_head(self._model, run.student.vocab_size, hidden_ND.dtype)
-        loss = map_vocab_chunks(head, hidden_ND, torch.cat([ids_N[:, None], *support], dim=-1), chunk_loss)
+        ids_NK = torch.cat([ids_N[:, None], *support], dim=-1)
+        loss = map_vocab_chunks(head, hidden_ND, ids_NK, chunk_loss, entropy=True)
         if not torch.isfinite(loss):
             sample_ids = [sample.response.sample_id for sample in batch.samples]
             raise _non_finite_error(run, f"the loss is {loss.item()}", sample_ids)
@@ -432,46 +434,38 @@ class Trainer:
         return rate
 
     def _write(self, step: int, metrics: dict[str, Any], probe: ProbeRecord) -> None:
-        """Write the student, then update.json, which completes the step. Begin to write the trainer state.
+        """Write the next student. Begin to complete the step in the background: `run.begin_update` waits for that.
 
-        The next rollout needs the student alone. After the last step there is none, so the state is complete first.
+        The next rollout begins meanwhile, but it writes nothing before the step is complete. After the last step there
+        is none, and the trainer state is complete before the step is.
 
         Raises:
-            OpdctlError: this process was suspended and lost the lease on the run.
+            OpdctlError: the disk is full; this process was suspended and lost the lease on the run.
         """
         run, done = self._run, step + 1
-        student = _write_student(run.student_path(done), lambda directory: self._export(directory, done, metrics))
+        fingerprint = distributed.call_on_main(partial(update_fingerprint, run, step))
+        record = {"step": step, "settings": dict(fingerprint.settings), "inputs": dict(fingerprint.inputs)}
+        record |= {"probe": probe, "metrics": metrics}
+        path, export = run.student_path(done), partial(self._export, step=done, metrics=metrics)
+        own = writing.write_student(path, export, flush=False)
         is_saved, is_last = run.saves_trainer_state(done), done == self._settings.steps
-        if is_saved and is_last:
-            self._begin_save(done, student)
-            self.finish_save()
-        if distributed.is_main():
-            fingerprint = update_fingerprint(run, step)
-            record = {
-                **versioned("update"),
-                "step": step,
-                "settings": dict(fingerprint.settings),
-                "inputs": dict(fingerprint.inputs),
-                "student": student,
-                "probe": probe,
-                "metrics": metrics,
-            }
-            files.write_json(run.update_path(step), record)
-            files.append_line(run.metrics_path, metrics)
-            run.mark_student_checked(done)
-        distributed.barrier()
-        distributed.wait_until_visible(run.update_path(step).exists, f"the update of step {step}")
-        if is_saved and not is_last:
-            self._begin_save(done, student)
+        state = checkpoint.state_tensors(self._model, self._optimizer) if is_saved and is_last else None
+        completing = self._background.submit(writing.complete_update, run, record, own, state)
+        run.begin_update(UnrecordedUpdate(step, metrics, probe, completing))
+        if is_last:
+            run.finish_update()
+        elif is_saved:
+            self._begin_save(done, completing.result)
 
-    def _begin_save(self, done: int, student: Mapping[str, str]) -> None:
+    def _begin_save(self, done: int, student: Callable[[], str]) -> None:
         """Write the trainer state in a background thread. Until `finish_save`, nothing may change weights and moments.
 
-        student: on rank 0, the digests of the student of the same step.
+        student: returns, on rank 0, the digest of the student of the same step.
         """
         self.finish_save()
         state = checkpoint.state_tensors(self._model, self._optimizer)
-        self._saving = self._background.submit(_write_trainer_state, self._run.trainer_path(done), state, student)
+        path = self._run.trainer_path(done)
+        self._saving = self._background.submit(writing.write_trainer_state, path, state, student)
 
     def finish_save(self) -> None:
         """Wait until the trainer state that is being written is complete.
@@ -487,15 +481,15 @@ class Trainer:
         """End the background thread, after it has finished its work. An error of it is left to `finish_save`."""
         self._background.shutdown()
 
-    def _export(self, directory: Path, step: int, metrics: Mapping[str, Any] | None = None) -> dict[str, FileDigest]:
+    def _export(self, directory: Path, step: int, metrics: Mapping[str, Any] | None = None) -> dict[str, int]:
         recipe = self._run.recipe
-        digests = self._exporter.export(directory)
+        sizes = self._exporter.export(directory)
         if distributed.is_main():
             if template := self._run.chat_templates.get("prompts"):  # transformers and vLLM prefer this file
                 (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
             phases = phases_of_student(self._run, step)
             publish.write_model_card(directory, recipe, step, metrics or {}, self._run.student.path, phases)
-        return digests
+        return sizes
 
 
 def latest_checkpoint(run: Run, done: int) -> int:
@@ -542,42 +536,8 @@ def _token_metrics(
     token_metrics |= mismatch_metrics(old_logp_C - batch.rollout_logp_N[chunk.rows])
     if "rollout_correction" in metrics:
         token_metrics[ROLLOUT_CORRECTION_SQUARED] = metrics["rollout_correction"].square()
-    return token_metrics | {"entropy": chunk.entropy_C()}
-
-
-def _write_together(directory: Path | None, write: Callable[[Path], Mapping[str, FileDigest]]) -> dict[str, FileDigest]:
-    """Let every rank write its files to rank 0's `directory`, and return the digests that all ranks took meanwhile."""
-    shared = cast(Path, distributed.broadcast_object(directory))
-    written = {name: digest for own in distributed.gather_objects(write(shared)) for name, digest in own.items()}
-    if distributed.is_main() and distributed.world_size() > 1:
-        distributed.wait_until_visible(
-            lambda: all(directories.has_size(shared / name, written[name].size) for name in written),
-            f"the files of the other ranks in {shared}",
-        )
-    return written
-
-
-def _write_student(path: Path, write: Callable[[Path], Mapping[str, FileDigest]]) -> dict[str, str]:
-    """Write a student's directory to `path` atomically. Rank 0 returns the files' digests. Called by all ranks."""
-    if distributed.is_main():
-        return directories.write_directory_with_digests(path, lambda directory: _write_together(directory, write))
-    _write_together(None, write)
-    return {}
-
-
-def _write_trainer_state(path: Path, state: Mapping[str, Tensor], student: Mapping[str, str]) -> None:
-    """Write a trainer state with its digests to `path` atomically. Called by all ranks, in a background thread."""
-    write = partial(checkpoint.save, state=state)
-    if not distributed.is_main():
-        _write_together(None, write)
-        return
-
-    def fill(directory: Path) -> None:
-        digests = {name: digest.sha256 for name, digest in _write_together(directory, write).items()}
-        record = {**versioned("trainer"), "student": files.digest_of(student), "files": digests}
-        files.write_json(directory / directories.DIGESTS_FILE, record)
-
-    directories.write_directory(path, fill)
+    assert chunk.entropy_C is not None
+    return token_metrics | {"entropy": chunk.entropy_C}
 
 
 def update_fingerprint(run: Run, step: int) -> Fingerprint:

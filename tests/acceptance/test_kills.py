@@ -17,7 +17,6 @@ from helpers.forks import kill_at_change
 from helpers.training import SHORT, max_difference, train, weights
 from torch import Tensor
 
-from opdctl.artifacts.tensor_files import FileDigest
 from opdctl.errors import ExitCode
 from opdctl.runs.repair import find_corrupt_artifacts
 from opdctl.runs.run import Run
@@ -75,11 +74,11 @@ def test_run_killed_while_a_trainer_state_is_written_resumes_to_the_same_artifac
     """The next rollout is made meanwhile. Commands cope with a step that has no trainer state yet."""
     output = tmp_path / "run"
 
-    def save_until_killed(directory: Path, state: Mapping[str, Tensor]) -> dict[str, FileDigest]:
-        digests = save(directory, state)
+    def save_until_killed(directory: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
+        sizes = save(directory, state)
         while not (output / "step-00002/rollout/manifest.json").exists():
             if list(output.glob("trainer/.tmp-*step-00001")):
-                return digests
+                return sizes
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
@@ -105,7 +104,7 @@ def test_trainer_state_is_complete_before_the_next_update(undisturbed, tmp_path,
     """A save that begins after the next rollout writes the weights and moments of its step."""
     output, save = tmp_path / "run", checkpoint.save
 
-    def save_late(directory: Path, state: Mapping[str, Tensor]) -> dict[str, FileDigest]:
+    def save_late(directory: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
         following = output / f"step-{int(directory.name[-5:]):05d}"
         while int(directory.name[-5:]) < 3 and not (following / "teacher/manifest.json").exists():
             time.sleep(0.01)

@@ -26,7 +26,7 @@ from opdctl.models.shards import WeightReader
 from opdctl.pipeline.loop import Clock, evaluate_if_due
 from opdctl.recipe.load import load_recipe
 from opdctl.runs.run import Run
-from opdctl.training import checkpoint, export
+from opdctl.training import checkpoint, export, writing
 from opdctl.training.base_scorer import BaseScorer
 
 SETTINGS = (*SHORT, "train.steps=2", "train.tokens_per_micro_batch=160")
@@ -150,6 +150,8 @@ def die_at(owner: object, name: str, lost: int, call: int) -> Callable[[int], No
         (1, checkpoint.ShardWriter, "write_data", 0),  # in the background, during the second rollout
         (0, checkpoint, "TensorFileWriter", 1),  # the last trainer state
         (1, export.MergedWeights, "_convert", 30),  # the second student
+        (0, writing, "complete_student", 1),  # its digests, in the background
+        (1, writing, "complete_student", 1),
     ],
 )
 def test_rank_that_is_lost_while_files_are_written_leaves_a_run_that_resumes(

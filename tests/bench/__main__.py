@@ -92,8 +92,8 @@ def against(args: argparse.Namespace, toy: bool, shapes: tuple[tuple[int, int], 
         for label, (trl, opdctl) in rows.items():
             unit = "GiB" if label == "peak memory" else "s"
             name = f"{'embedded task' if toy else f'V = {each.vocab:,}'}, {batch} x {completion}: {label}"
-            cells, least = (f"{opdctl:.2f} {unit}", f"{trl:.2f} {unit}"), LEAST.get((batch, completion), {})
-            yield Row(name, *cells, trl / opdctl, goals.get(label), least.get(label))
+            cells = [against_trl.format_cell(value, unit) for value in (opdctl, trl)]
+            yield Row(name, *cells, trl / opdctl, goals.get(label), LEAST.get((batch, completion), {}).get(label))
 
 
 def head(args: argparse.Namespace) -> Iterator[Row]:

@@ -12,9 +12,11 @@ The first step is a warm-up and is not counted. The part of a TRL step that is n
 import argparse
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,8 +106,9 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     prompts = [json.loads(line)["prompt"] for line in (args.models / "prompts.jsonl").read_text().splitlines()]
     answer = {"role": "assistant", "content": prompts[0].split()[0]}  # required, but unused on-policy
     rows = [{"messages": [{"role": "user", "content": prompt}, answer]} for prompt in prompts]
+    dtypes = {"student": torch.float32, "teacher": getattr(torch, args.dtype)}
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(args.models / name, dtype=torch.float32) for name in SHAPES
+        AutoModelForCausalLM.from_pretrained(args.models / name, dtype=dtype) for name, dtype in dtypes.items()
     )
     settings = IWOPDConfig(
         output_dir=tempfile.mkdtemp(),
@@ -121,7 +124,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
         temperature=1.0,
         top_p=1.0,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=args.dtype == "bfloat16",
         use_cpu=True,
         report_to=[],
         save_strategy="no",
@@ -157,9 +160,9 @@ def open_opdctl(args: argparse.Namespace) -> Iterator[Stages]:
     settings = {
         "name": "bench",
         "student.model": str(args.models / "student"),
-        "student.dtype": "float32",
+        "student.dtype": args.dtype,
         "teacher.model": str(args.models / "teacher"),
-        "teacher.dtype": "float32",
+        "teacher.dtype": args.dtype,
         "prompts.source": str(args.models / "prompts.jsonl"),
         "prompts.id_column": "id",
         "rollout.engine": "transformers",
@@ -202,14 +205,17 @@ def run_opdctl(args: argparse.Namespace) -> dict[str, Any]:
 def measure(python: str, system: str, options: list[str]) -> dict[str, Any]:
     print(f"{system} …", file=sys.stderr)
     command = [python, __file__, "--system", system, *options]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode == -signal.SIGKILL:  # by the kernel
+        return dict.fromkeys([*LABELS.values()], [math.inf] * 2) | {"peak_gib": math.inf}
+    result.check_returncode()
     measurement: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return measurement
 
 
 def compare(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Return what TRL and opdctl take for each part of a step: medians of seconds, and GiB."""
-    names = ("batch", "completion", "steps", "threads", "prompt_tokens", "models", "weight")
+    """Return what TRL and opdctl take for each part of a step: medians of seconds, and GiB; inf for lack of memory."""
+    names = ("batch", "completion", "steps", "threads", "prompt_tokens", "models", "weight", "dtype")
     options = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     make_prompts(args.models / "prompts.jsonl", args.batch * args.steps, args.toy)
     results = {"TRL": measure(args.trl, "trl", options), "opdctl": measure(sys.executable, "opdctl", options)}
@@ -225,7 +231,11 @@ def print_table(args: argparse.Namespace, rows: dict[str, tuple[float, float]]) 
     print("| | TRL | opdctl | TRL / opdctl |\n|---|---|---|---|")
     for label, (trl, opdctl) in rows.items():
         unit = "GiB" if label == "peak memory" else "s"
-        print(f"| {label} | {trl:.2f} {unit} | {opdctl:.2f} {unit} | {trl / opdctl:.2f} |")
+        print(f"| {label} | {format_cell(trl, unit)} | {format_cell(opdctl, unit)} | {trl / opdctl:.2f} |")
+
+
+def format_cell(value: float, unit: str) -> str:
+    return f"{value:.2f} {unit}" if math.isfinite(value) else "out of memory"
 
 
 @contextmanager
@@ -258,6 +268,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_WORDS + 2)
     parser.add_argument("--models", type=Path)
     parser.add_argument("--weight", default="iw_opd", help="opdctl's token weight; TRL has iw_opd only")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of engines and teacher; trained weights are float32, and TRL computes with them by autocast",
+    )
     return parser
 
 

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opdctl.engines.base import Request, ScoreRequest
 from opdctl.engines.pool import open_engine_pool
 from opdctl.engines.transformers import TransformersEngine
-from opdctl.models import CHUNK_LOGITS
+from opdctl.models import BLOCK_LOGITS, CHUNK_LOGITS
 from opdctl.models.shapes import head_parameters
 from opdctl.pipeline import costs, rollout, score
 from opdctl.pipeline.plan import make_plan
@@ -144,7 +144,7 @@ def estimate(stage: str, recipe: Recipe) -> tuple[int, float]:
 
     The chunks of logits are those of a CPU, which are smaller than the estimated ones of a GPU.
     """
-    costs.GPU_CHUNK_LOGITS = CHUNK_LOGITS
+    costs.GPU_CHUNK_LOGITS, costs.GPU_BLOCK_LOGITS = CHUNK_LOGITS, BLOCK_LOGITS
     cost = {
         "update": lambda: costs.update_cost(recipe, SHAPE, SHAPE),
         "score": lambda: costs.score_cost(recipe, SHAPE, recipe.student.dtype),

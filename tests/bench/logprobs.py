@@ -41,10 +41,9 @@ def chunked_loss(hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, target_N: Te
     def loss_of_chunk(chunk: Chunk) -> Tensor:
         logp_C = chunk.selected_logp_CK[:, 0]
         old_C = logp_C.detach()
-        chunk.entropy_C()
         return PolicyGradient()(TokenBatch(logp_C, old_C, old_C, target_N[chunk.rows]))[0].sum()
 
-    return map_vocab_chunks(Head(head_VD, len(head_VD)), hidden_ND, ids_N[:, None], loss_of_chunk)
+    return map_vocab_chunks(Head(head_VD, len(head_VD)), hidden_ND, ids_N[:, None], loss_of_chunk, entropy=True)
 
 
 def measure(name: str, tokens: int, args: argparse.Namespace) -> Measurement:

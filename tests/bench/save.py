@@ -1,8 +1,7 @@
-"""Seconds and memory of writing a student and a trainer state: `python tests/bench/save.py --out DIR [--before TREE]`.
+"""Seconds and memory of writing a student and a trainer state: `python tests/bench/save.py --out DIR`.
 
 A random Qwen3 with the sizes of Qwen3-0.6B, in files of at most 600 MB, is exported in bfloat16, and its trainer state
-saved, by one and by two processes on CPUs. `--before`: a checkout of an older commit, measured in the same run, in
-turns. Memory is the peak of a process during the call, less that before it.
+saved, by one and by two processes on CPUs. Memory is the peak of a process during the call, less that before it.
 """
 
 import argparse
@@ -58,44 +57,27 @@ def measure(student: Path, out: Path) -> dict[str, tuple[float, float]]:
     from helpers.commands import small_recipe
 
     from opdctl import distributed
-    from opdctl.artifacts import directories, files
     from opdctl.models.directory import ModelDir
-    from opdctl.training import checkpoint, export, policy
+    from opdctl.training import checkpoint, export, policy, writing
 
     torch.set_num_threads(1)
     distributed.init_process_group(use_gpu=False, on_peer_failure=print)
-    directory = ModelDir(student, "bfloat16")
+    directory, own = ModelDir(student, "bfloat16"), dict[str, int]()
     model = policy.load_policy(directory, small_recipe("student.dtype=bfloat16"), "cpu")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for parameter in model.parameters():
         optimizer.state[parameter] = {"step": torch.ones(())}
         optimizer.state[parameter] |= {key: torch.ones_like(parameter) for key in checkpoint.MOMENTS}
-
-    def finish(folder: Path, digests: Any) -> None:
-        """Take the digests that are left, and flush all files."""
-        gathered = distributed.gather_objects(digests or {})
-        if distributed.is_main():
-            known = {name: digest for own in gathered for name, digest in own.items()}
-            directories.directory_digests(folder, known) if known else directories.directory_digests(folder)
-            for file in folder.iterdir():
-                files.fsync_path(file)
-        distributed.barrier()
-
-    def export_student() -> None:
-        finish(out / "student", export.StudentExporter(model, directory, "bfloat16").export(out / "student"))
-
-    def save_state() -> None:
-        if hasattr(checkpoint, "state_tensors"):
-            digests = checkpoint.save(out / "state", checkpoint.state_tensors(model, optimizer))
-        else:
-            digests = checkpoint.save(out / "state", model, optimizer)
-        finish(out / "state", digests)
-
-    if distributed.is_main():
-        for name in ("student", "state"):
-            (out / name).mkdir(parents=True)
-    distributed.barrier()
-    result = {"student": measured(export_student), "state": measured(save_state)}
+    exporter = export.StudentExporter(model, directory, "bfloat16")
+    state = checkpoint.state_tensors(model, optimizer)
+    works = {
+        "student, before the next rollout": lambda: own.update(
+            writing.write_student(out / "student", exporter.export, flush=False)
+        ),
+        "student, in the background": lambda: writing.complete_student(out / "student", own),
+        "trainer state, in the background": lambda: writing.write_trainer_state(out / "state", state, lambda: "0" * 64),
+    }
+    result = {what: measured(work) for what, work in works.items()}
     distributed.barrier()
     distributed.destroy_process_group()
     return result
@@ -104,14 +86,14 @@ def measure(student: Path, out: Path) -> dict[str, tuple[float, float]]:
 # ── All ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(tree: Path, student: Path, out: Path, processes: int) -> list[dict[str, Any]]:
-    """Return what each rank measures with the opdctl of `tree`."""
+def run(student: Path, out: Path, processes: int) -> list[dict[str, Any]]:
+    """Return what each rank measures."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     if processes > 1:
         meeting |= {"WORLD_SIZE": str(processes)}
-    environment = {**os.environ, **meeting, "PYTHONPATH": f"{tree}:{tree / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **meeting, "PYTHONPATH": f"{TREE}:{TREE / 'tests'}", "OMP_NUM_THREADS": "1"}
     ranks = []
     for rank in range(processes):
         words = [sys.executable, str(Path(__file__).resolve()), "--measure", str(student), "--out", str(out)]
@@ -125,7 +107,6 @@ def run(tree: Path, student: Path, out: Path, processes: int) -> list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--before", type=Path)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -135,22 +116,15 @@ def main() -> None:
         return
     student = args.out / "initial"
     run_in_new_process(make_student, student, args.layers)
-    trees = {"before": args.before, "after": TREE} if args.before else {"after": TREE}
-    print(
-        "| processes | | what | s, median | s, each | MiB, rank 0 | MiB, last rank |\n|---|---|---|---:|---|---:|---:|"
-    )
+    print("| processes | what | s, median | s, each | MiB, rank 0 | MiB, last rank |\n|---|---|---:|---|---:|---:|")
     for processes in (1, 2):
-        found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in trees}
-        for _ in range(args.repeat):
-            for name, tree in trees.items():
-                found[name].append(run(tree.resolve(), student, args.out / "written", processes))
-        for name, results in found.items():
-            for what in ("student", "state"):
-                seconds = [max(rank[what][0] for rank in ranks) for ranks in results]
-                peaks = [max(ranks[rank][what][1] for ranks in results) for rank in range(processes)]
-                each = ", ".join(f"{value:.1f}" for value in sorted(seconds))
-                cells = [processes, name, what, f"{statistics.median(seconds):.1f}", each, f"{peaks[0]:,.0f}"]
-                print(f"| {' | '.join(map(str, cells))} | {peaks[-1]:,.0f} |", flush=True)
+        results = [run(student, args.out / "written", processes) for _ in range(args.repeat)]
+        for what in results[0][0]:
+            seconds = [max(rank[what][0] for rank in ranks) for ranks in results]
+            peaks = [max(ranks[rank][what][1] for ranks in results) for rank in range(processes)]
+            each = ", ".join(f"{value:.1f}" for value in sorted(seconds))
+            cells = [processes, what, f"{statistics.median(seconds):.1f}", each, f"{peaks[0]:,.0f}"]
+            print(f"| {' | '.join(map(str, cells))} | {peaks[-1]:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

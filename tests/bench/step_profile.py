@@ -22,8 +22,7 @@ SAMPLE_SECONDS = 0.002
 KINDS = {
     "flushes to disk": [
         "artifacts/files.py:fsync_path",
-        "artifacts/files.py:_flush",
-        "artifacts/tensor_files.py:finish",
+        "artifacts/files.py:_flush_content",
     ],
     "checksums": ["artifacts/files.py:sha256", "models/held_weights.py:"],
     "products with the output matrix": ["models/logprobs.py:_all_logits", "models/logprobs.py:_accumulate"],
@@ -34,6 +33,7 @@ KINDS = {
     "optimizer": ["training/trainer.py:_optimizer_step"],
     "weights of the student: export, reload": ["training/export.py:", "models/loading.py:"],
     "engine's own code": ["opdctl/engines/"],
+    "wait for the record of the update": ["runs/run.py:finish_update"],
     "records, parts, other files": ["opdctl/artifacts/", "opdctl/runs/", "training/publish.py:"],
 }
 """Parts of the places, "file:function", of each kind of work. The innermost function that has a kind decides."""

@@ -3,13 +3,13 @@ import os
 
 import pytest
 
-from opdctl.artifacts import directories
-from opdctl.artifacts.tensor_files import FileDigest
+from opdctl.artifacts import directories, files
 from opdctl.errors import ExitCode, OpdctlError
 
 
 def write(path, text="1"):
-    return directories.write_directory_with_digests(path, lambda folder: (folder / "a").write_text(text) and {})
+    directories.write_directory(path, lambda folder: (folder / "a").write_text(text))
+    return directories.complete_directory(path, {})
 
 
 def test_directory_is_written_completely_or_not_at_all(tmp_path):
@@ -21,25 +21,51 @@ def test_directory_is_written_completely_or_not_at_all(tmp_path):
         raise RuntimeError("torn")
 
     with pytest.raises(RuntimeError, match="torn"):
-        directories.write_directory_with_digests(tmp_path / "m", fail)
+        directories.write_directory(tmp_path / "m", fail)
     directories.check_directory(tmp_path / "m", digests)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     digests = write(tmp_path / "m", "3")
     directories.check_directory(tmp_path / "m", digests)
 
 
-def test_digest_taken_while_a_file_was_written_needs_no_reading(tmp_path):
-    def fill(folder, size):
-        (folder / "a").write_text("text")
-        (folder / "b").write_text("small")
-        return {"a": FileDigest("0" * 64, size)}
+def test_directory_may_be_flushed_and_hashed_by_several_processes_later(tmp_path, monkeypatch):
+    flushed, path = [], tmp_path / "m"
+    for module in (directories, files):
+        monkeypatch.setattr(module, "fsync_path", flushed.append)
 
-    digests = directories.write_directory_with_digests(tmp_path / "m", lambda folder: fill(folder, 4))
-    assert digests == {"a": "0" * 64, "b": hashlib.sha256(b"small").hexdigest()}
-    with pytest.raises(OpdctlError) as caught:  # another process has changed it
-        directories.write_directory_with_digests(tmp_path / "n", lambda folder: fill(folder, 5))
+    def fill(folder):
+        for name in ("a", "b", "c/d"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(name)
+
+    directories.write_directory(path, fill, flush=False)
+    assert flushed == []
+    known = directories.flush_and_hash(path, ["a"])
+    assert flushed == [path / "a"]
+    assert known == {"a": (hashlib.sha256(b"a").hexdigest(), 1)}
+
+    def read(paths):
+        assert path / "a" not in paths  # what is known is not read again
+        return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in paths}
+
+    monkeypatch.setattr(directories, "sha256_files", read)
+    digests = directories.complete_directory(path, known)
+    assert digests == {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a", "b", "c/d")}
+    assert flushed[-2:] == [path, tmp_path]
+    assert {path / name for name in ("a", "b", "c", "c/d")} <= {*flushed}
+
+
+def test_file_that_another_process_has_changed_is_corrupt(tmp_path):
+    write(tmp_path / "m")
+    known = directories.flush_and_hash(tmp_path / "m", ["a"])
+    (tmp_path / "m/a").write_text("more")
+    with pytest.raises(OpdctlError) as caught:
+        directories.complete_directory(tmp_path / "m", known)
     assert caught.value.kind == "corrupt_artifact"
-    assert not (tmp_path / "n").exists()
+    (tmp_path / "m/a").unlink()
+    with pytest.raises(OpdctlError) as caught:
+        directories.flush_and_hash(tmp_path / "m", ["a"])
+    assert caught.value.kind == "corrupt_artifact"
 
 
 @pytest.mark.parametrize(

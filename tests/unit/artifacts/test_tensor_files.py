@@ -1,6 +1,5 @@
 """Files written tensor by tensor are those of the safetensors library."""
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from opdctl.artifacts.tensor_files import DTYPE_ORDER, FileDigest, TensorEntry, TensorFileWriter, position_in_file
+from opdctl.artifacts.tensor_files import DTYPE_ORDER, TensorEntry, TensorFileWriter, position_in_file
 
 OF_TORCH = {
     "U64": torch.uint64,
@@ -37,7 +36,7 @@ def bits(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def write(path: Path, entries: list[TensorEntry], pieces: list[bytes] | list[memoryview]) -> FileDigest:
+def write(path: Path, entries: list[TensorEntry], pieces: list[bytes] | list[memoryview]) -> int:
     with TensorFileWriter(path, entries, {"format": "pt"}) as file:
         for piece in pieces:
             file.write(piece)
@@ -56,10 +55,10 @@ def test_file_has_the_bytes_of_the_library(tmp_path):
     entries.sort(key=position_in_file)
     chunks = [bits(tensors[entry.name]) for entry in entries]
     pieces = [chunk[i : i + 3] for chunk in chunks for i in range(0, len(chunk), 3)]
-    digest = write(tmp_path / "file", entries, pieces)
+    size = write(tmp_path / "file", entries, pieces)
     written = (tmp_path / "file").read_bytes()
     assert written == save(tensors, {"format": "pt"})
-    assert digest == (hashlib.sha256(written).hexdigest(), len(written))
+    assert size == len(written)
     assert set(DTYPE_ORDER) - set(OF_TORCH) == {"F6_E3M2", "F6_E2M3", "F4"}  # which torch has not, or only packed
     assert load_file(tmp_path / "file").keys() == tensors.keys()
 

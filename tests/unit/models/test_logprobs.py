@@ -133,10 +133,10 @@ def test_values_equal_the_plain_formula(kind, chunk):
     def read(part):
         rows.append(torch.arange(N)[part.rows])
         divergence_C = (part.logp_CV.exp() * (part.logp_CV - TEACHER_NV[part.rows])).sum(-1)
-        found.append((part.selected_logp_CK, part.entropy_C(), *part.top(5), part.logp_CV.clone(), divergence_C))
+        found.append((part.selected_logp_CK, part.entropy_C, *part.top(5), part.logp_CV.clone(), divergence_C))
 
     with in_chunks_of(chunk), torch.no_grad():
-        total = map_vocab_chunks(head, hidden_ND, ids_NK, read)
+        total = map_vocab_chunks(head, hidden_ND, ids_NK, read, entropy=True)
     assert [len(part) for part in rows] == [min(chunk, N - start) for start in range(0, N, chunk)]
     assert torch.cat(rows).tolist() == list(range(N))
     assert total.item() == 0
@@ -340,10 +340,10 @@ def test_zero_tokens_give_one_empty_chunk():
 
     def read(chunk):
         shapes.append(
-            [value.shape for value in (chunk.selected_logp_CK, chunk.entropy_C(), *chunk.top(3), chunk.logp_CV)]
+            [value.shape for value in (chunk.selected_logp_CK, chunk.entropy_C, *chunk.top(3), chunk.logp_CV)]
         )
 
-    map_vocab_chunks(head, hidden_ND, ids_NK, read)
+    map_vocab_chunks(head, hidden_ND, ids_NK, read, entropy=True)
     assert shapes == [[(0, 4), (0,), (0, 3), (0, 3), (0, V)]]
 
 
@@ -420,6 +420,7 @@ def float32_results(monkeypatch):
 
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, partial(emulate, getattr(torch, name)))
+    monkeypatch.setattr(logprobs, "_has_float32_results", lambda device: True)
 
 
 def rounded(hidden_ND, head):
@@ -485,16 +486,45 @@ def test_numbers_at_the_size_of_a_vocabulary(float32_results, dtype, gradient_bo
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "expected"),
+    ("device", "has_products", "dtype", "expected"),
     [
-        ("cuda", torch.bfloat16, torch.bfloat16),
-        ("cuda", torch.float16, torch.float32),
-        ("cuda", torch.float32, torch.float32),
-        ("cpu", torch.bfloat16, torch.float32),
+        ("cuda", False, torch.bfloat16, torch.bfloat16),
+        ("cuda", False, torch.float16, torch.float32),
+        ("cuda", False, torch.float32, torch.float32),
+        ("cpu", False, torch.bfloat16, torch.float32),
+        ("cpu", True, torch.bfloat16, torch.bfloat16),
+        ("cpu", True, torch.float32, torch.float32),
     ],
 )
-def test_dtype_of_the_operands(device, dtype, expected):
+def test_dtype_of_the_operands(monkeypatch, device, has_products, dtype, expected):
+    monkeypatch.setattr(logprobs, "_has_bfloat16_products", lambda: has_products)
     assert logprobs.product_dtype(torch.device(device), dtype) == expected
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 200])
+def test_products_of_a_cpu_are_those_of_the_rounded_operands(tokens):
+    """On a CPU without bfloat16 products oneDNN leaves the operands as they are: the weights are rounded before."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD = torch.randn(1000, 256, generator=generator).requires_grad_()
+    hidden_ND = torch.randn(tokens, 256, generator=generator).bfloat16()
+    ids_N1, logps = torch.randint(0, 1000, (tokens, 1), generator=generator), []
+
+    def loss(chunk):
+        logps.append(chunk.selected_logp_CK[:, 0].detach())
+        return chunk.selected_logp_CK.sum()
+
+    total = map_vocab_chunks(Head(weight_VD, 1000, dtype=torch.bfloat16), hidden_ND, ids_N1, loss)
+    found = torch.autograd.grad(total, weight_VD)[0]
+    exact_VD = weight_VD.detach().bfloat16().double().requires_grad_()
+    wanted_N = (hidden_ND.double() @ exact_VD.T).log_softmax(-1).gather(-1, ids_N1)[:, 0]
+    assert (torch.cat(logps) - wanted_N).abs().max() < 5e-5
+    wanted = torch.autograd.grad(wanted_N.sum(), exact_VD)[0]
+    assert float((found - wanted).norm()) <= 2**-8 * float(wanted.norm())
+    logits_NV = Head(weight_VD.detach().bfloat16().float(), 1000, dtype=torch.bfloat16).logits(hidden_ND)
+    torch.testing.assert_close(
+        logits_NV.double().log_softmax(-1).gather(-1, ids_N1)[:, 0], wanted_N.detach(), rtol=0, atol=5e-5
+    )
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 def test_extreme_logits_give_finite_log_probs_and_gradients():
@@ -504,10 +534,10 @@ def test_extreme_logits_give_finite_log_probs_and_gradients():
     finite = []
 
     def loss_fn(chunk):
-        finite.append(bool(chunk.logp_CV.isfinite().all() and chunk.entropy_C().isfinite().all()))
+        finite.append(bool(chunk.logp_CV.isfinite().all() and chunk.entropy_C.isfinite().all()))
         return LOSSES["both"](chunk.selected_logp_CK, lambda: chunk.logp_CV, chunk.rows)
 
-    map_vocab_chunks(head, hidden_ND, ids_NK, loss_fn).backward()
+    map_vocab_chunks(head, hidden_ND, ids_NK, loss_fn, entropy=True).backward()
     assert finite == [True]
     assert hidden_ND.grad.isfinite().all()
     assert head.weight_VD.grad.isfinite().all()
@@ -522,10 +552,10 @@ def test_no_tensor_has_size_tokens_times_vocabulary():
     def loss_fn(part):
         other_CV = teacher.logits(hidden_ND[part.rows]).log_softmax(-1)
         divergence = (part.logp_CV.exp() * (part.logp_CV - other_CV)).sum()
-        return divergence + part.selected_logp_CK.sum() + part.entropy_C().sum() + part.top(7)[1].sum()
+        return divergence + part.selected_logp_CK.sum() + part.entropy_C.sum() + part.top(7)[1].sum()
 
     with Watch() as watch, in_chunks_of(chunk, vocabulary):
-        map_vocab_chunks(head, hidden_ND, torch.randint(0, vocabulary, (tokens, 3)), loss_fn).backward()
+        map_vocab_chunks(head, hidden_ND, torch.randint(0, vocabulary, (tokens, 3)), loss_fn, entropy=True).backward()
     sizes = {math.prod(shape) for shape in watch.shapes}
     assert chunk * vocabulary in sizes
     assert max(sizes) <= chunk * vocabulary + vocabulary * hidden < tokens * vocabulary
@@ -537,10 +567,10 @@ def test_two_ids_of_equal_logit_by_hand():
     entropies = []
 
     def loss_fn(chunk):
-        entropies.append(chunk.entropy_C().item())
+        entropies.append(chunk.entropy_C.item())
         return chunk.selected_logp_CK.sum()
 
-    found = map_vocab_chunks(head, torch.ones(1, D), torch.tensor([[1]]), loss_fn)
+    found = map_vocab_chunks(head, torch.ones(1, D), torch.tensor([[1]]), loss_fn, entropy=True)
     found.backward()
     assert found.item() == pytest.approx(-np.log(2))
     assert entropies == pytest.approx([np.log(2)])

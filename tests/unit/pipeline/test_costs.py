@@ -102,7 +102,7 @@ def test_memory_of_the_papers_update_by_hand():
     assert memory["gathered"] == 2 * (2 * block + head) + 4 * block
     layer = 16 * 2560 + 10 * (4096 + 1024) + 8 * 9728
     assert memory["activations"] == 18_432 * (36 * 2 * 2560 + layer + 16 * 2560)
-    assert memory["logits"] == (2 * 4 + 2) * 2**27
+    assert memory["logits"] == (4 + 2) * 2**27 + 2 * 4 * 2**25
 
 
 def test_update_time_is_that_of_the_matrix_products():

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.commands import rewrite_json
+from helpers.commands import QUICKSTART, rewrite_json
 
 from opdctl.artifacts import files
 from opdctl.artifacts.versions import VERSIONS
@@ -314,6 +314,32 @@ def test_auto_engine_is_what_is_installed_and_then_what_the_run_recorded(
     resolved = resolve_open_settings(recipe, tmp_path / "run")
     assert (resolved.rollout.engine, resolved.score.engine) == (engine, engine)
     assert resolve_open_settings(recipe, finished_run).rollout.engine == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "settings", "dtypes"),
+    [
+        (40.0, (), ("float32", "float32")),
+        (1.5, (), ("bfloat16", "bfloat16")),
+        (40.0, ("teacher.dtype=bfloat16",), ("float32", "bfloat16")),
+        (40.0, ("rollout.engine=vllm",), ("bfloat16", "float32")),
+        (40.0, ("train.master_dtype=bfloat16",), ("bfloat16", "float32")),
+        (40.0, ("pipeline.launcher=ray",), ("bfloat16", "bfloat16")),
+    ],
+)
+def test_open_dtypes_are_fast_on_this_cpu_and_then_what_the_run_recorded(
+    tmp_path, monkeypatch, capsys, finished_run, ratio, settings, dtypes
+):
+    monkeypatch.setattr(opening, "bfloat16_time_ratio", lambda: ratio)
+    text = QUICKSTART.read_text().replace('dtype = "float32"\n', "")
+    (tmp_path / "open.toml").write_text(text)
+    recipe = load_recipe([tmp_path / "open.toml"], ["rollout.engine=transformers", *settings])
+    resolved = resolve_open_settings(recipe, tmp_path / "run")
+    assert (resolved.student.dtype, resolved.teacher.dtype) == dtypes
+    assert ("take 40 times as long" in " ".join(capsys.readouterr().err.split())) == ("float32" in dtypes)
+    continued = resolve_open_settings(recipe, finished_run)  # in float32
+    explicit = {name for name in ("student", "teacher") if f"{name}.dtype=bfloat16" in settings}
+    assert {name for name, model in continued.models().items() if model.dtype == "bfloat16"} == explicit
 
 
 def test_evaluations_of_a_run_keep_recorded_template_arguments(finished_copy):

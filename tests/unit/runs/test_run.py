@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from opdctl.artifacts import directories, files
 from opdctl.data.order import epoch_order
 from opdctl.data.prompts import load_problems
 from opdctl.errors import ExitCode, OpdctlError
-from opdctl.runs.run import Run, read_recipe
+from opdctl.runs.run import Run, UnrecordedUpdate, read_recipe
 
 
 def error_of(call) -> OpdctlError:
@@ -47,6 +48,56 @@ def test_incomplete_run_is_refused(finished_copy, remove, kind):
         assert (run.current_step(), run.finished_steps(), run.removed_steps()) == (2, [1], [0])
     else:
         assert error_of(lambda: Run.load(finished_copy)).kind == kind
+
+
+def begin_second_update(path: Path) -> tuple[Run, Future[None], str]:
+    """Return a run whose second update is not recorded, what is to end when it is, and the text of its record."""
+    text, written = (path / "step-00001/update.json").read_text(), Future()
+    (path / "step-00001/update.json").unlink()
+    run = Run.load(path)
+    record = json.loads(text)
+    run.begin_update(UnrecordedUpdate(1, record["metrics"], record["probe"], written))
+    return run, written, text
+
+
+def test_unrecorded_update_counts_without_a_wait(finished_copy):
+    recorded = Run.load(finished_copy)
+    probe, metrics = recorded.student_at(2).probe, recorded.update(1)["metrics"]
+    run, _, _ = begin_second_update(finished_copy)
+    assert (run.current_step(), run.finished_steps()) == (2, [0, 1])
+    assert (run.metrics(0), run.metrics(1)) == (recorded.metrics(0), metrics)
+    assert (run.student_at(2).path, run.student_at(2).probe) == (run.student_path(2), probe)
+    assert not run.rollout_stage(2).is_finished()
+    assert Run.load(finished_copy).current_step() == 1  # for others
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda run: run.update(1),
+        lambda run: run.student_digest(2),
+        lambda run: run.student_digests(2),
+        lambda run: run.rollout_stage(2).fingerprint.digest,
+        lambda run: run.begin_update(UnrecordedUpdate(2, {}, {"ids": [], "logprobs": []}, Future())),
+    ],
+)
+def test_what_needs_the_record_of_an_update_waits_for_it(finished_copy, wait):
+    run, written, text = begin_second_update(finished_copy)
+    with ThreadPoolExecutor(1) as waiting:
+        value = waiting.submit(wait, run)
+        with pytest.raises(TimeoutError):
+            value.result(0.2)
+        (finished_copy / "step-00001/update.json").write_text(text)
+        written.set_result(None)
+        assert value.result(10) == wait(Run.load(finished_copy))
+
+
+def test_update_that_could_not_be_recorded_is_an_error_for_all_that_need_it(finished_copy):
+    run, written, _ = begin_second_update(finished_copy)
+    written.set_exception(OpdctlError("disk_full", "no space"))
+    for _ in range(2):
+        assert error_of(lambda: run.student_digest(2)).kind == "disk_full"
+        assert error_of(run.finish_update).kind == "disk_full"
 
 
 def test_misspelt_run_gets_the_nearest_name(finished_copy):

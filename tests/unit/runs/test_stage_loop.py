@@ -8,7 +8,7 @@ import pytest
 from helpers.stages import fill, stage
 
 from opdctl.artifacts import leases
-from opdctl.artifacts.stage_dir import PartMakers, StageDir
+from opdctl.artifacts.stage_dir import Fingerprint, PartMakers, StageDir
 from opdctl.runs.stage_loop import Part, StageWork, make_missing_parts
 
 
@@ -43,6 +43,21 @@ def test_missing_parts_are_made_and_the_stage_is_finished(loop, tmp_path):
     assert loop.log == ["prepare", 0, 2]
     assert stage(tmp_path / "s").is_finished()
     assert [part["tokens"] for part in stage(tmp_path / "s").manifest()["parts"]] == [2, 10, 2]
+
+
+def test_first_part_waits_for_the_fingerprint_and_no_request_does(loop, tmp_path):
+    known = stage(tmp_path / "s").fingerprint
+
+    def find() -> Fingerprint:
+        loop.log.append("fingerprint")
+        assert not (tmp_path / "s").exists()
+        return known
+
+    waiting = stage(tmp_path / "s")
+    waiting._fingerprint = find
+    assert loop(waiting) == 3
+    assert loop.log == ["prepare", 0, "fingerprint", 1, 2]
+    assert stage(tmp_path / "s").is_finished()
 
 
 def test_engine_is_not_prepared_for_a_finished_stage(loop):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers.commands import small_recipe
 
-from opdctl.artifacts.files import sha256_file
 from opdctl.training import checkpoint, policy
 
 
@@ -17,7 +16,7 @@ def test_restored_state_is_identical(tmp_path, scored_run):
     for _ in range(2):
         sum(parameter.square().sum() for parameter in model.parameters()).backward()
         optimizer.step()
-    digests = checkpoint.save(tmp_path, checkpoint.state_tensors(model, optimizer))
+    sizes = checkpoint.save(tmp_path, checkpoint.state_tensors(model, optimizer))
     restored, restored_optimizer = fresh()
     checkpoint.restore(tmp_path, restored, restored_optimizer)
     for expected, parameter in zip(model.parameters(), restored.parameters(), strict=True):
@@ -25,6 +24,6 @@ def test_restored_state_is_identical(tmp_path, scored_run):
         for key, value in optimizer.state[expected].items():
             assert torch.equal(value, restored_optimizer.state[parameter][key]), key
     (file,) = tmp_path.iterdir()
-    assert digests == {file.name: (sha256_file(file), file.stat().st_size)}
+    assert sizes == {file.name: file.stat().st_size}
     with pytest.raises(ValueError, match="lora_A"):
         checkpoint.restore(tmp_path, *fresh("lora.rank=4"))

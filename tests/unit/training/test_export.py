@@ -20,7 +20,6 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from opdctl.artifacts.tensor_files import FileDigest
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.training import export
@@ -110,7 +109,7 @@ def test_ranks_share_the_files_of_one_process(num_ranks, overrides, tmp_path, mo
     monkeypatch.setattr(export, "MAX_WEIGHT_FILE_BYTES", 60_000)
     student = ModelDir(save(make("qwen3_moe"), tmp_path / "student"), "float32")
 
-    def export_to(name: str) -> dict[str, FileDigest]:
+    def export_to(name: str) -> dict[str, int]:
         policy, directory = load_policy(student, small_recipe(*overrides), "cpu"), tmp_path / name
         with torch.no_grad():
             for parameter in policy.parameters():
@@ -123,7 +122,7 @@ def test_ranks_share_the_files_of_one_process(num_ranks, overrides, tmp_path, mo
     written = in_ranks(num_ranks, lambda: export_to("ranks"))
     assert len(expected) == 3
     assert [list(of_rank) for of_rank in written] == [list(expected)[rank::num_ranks] for rank in range(num_ranks)]
-    assert {name: digest for of_rank in written for name, digest in of_rank.items()} == expected
+    assert {name: size for of_rank in written for name, size in of_rank.items()} == expected
     files = {file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*") if file.is_file()}
     assert all((tmp_path / "ranks" / file).read_bytes() == (tmp_path / "one" / file).read_bytes() for file in files)
 

@@ -230,7 +230,7 @@ def test_log_prob_of_the_trainer_that_is_not_finite(scored_run):
 def test_cached_memory_is_returned_after_a_step(scored_run, tmp_path, monkeypatch):
     """Engines on the same GPU are other processes, which cannot use what the trainer's allocator keeps."""
     run, written = Run.load(Path(shutil.copytree(scored_run.path, tmp_path / "run"))), []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: written.append(run.update_path(0).exists()))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: written.append(run.student_path(1).is_dir()))
     Trainer(run, "cpu").train_step(0)
     assert written == [True]
 

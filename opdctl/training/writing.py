@@ -1,0 +1,130 @@
+"""What training writes: students, the records of updates, and trainer states. All ranks call every function.
+
+A student is written before the next rollout; the digests of its files, their flush to disk, and then the record of the
+update are left to a background thread. So is a trainer state.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from opdctl import distributed
+from opdctl.artifacts import directories, files
+from opdctl.artifacts.directories import FileDigest
+from opdctl.artifacts.versions import versioned
+from opdctl.runs.run import Run
+from opdctl.training import checkpoint
+
+WriteFiles = Callable[[Path], Mapping[str, int]]
+"""Directory → the bytes of the files that this rank has written to it, by name."""
+
+
+def write_student(path: Path, write: WriteFiles, *, flush: bool) -> dict[str, int]:
+    """Write a student's directory atomically, and return the bytes of this rank's files by name.
+
+    flush: before the directory gets its name. Without it, a student may be read, but is not complete before
+    `complete_student`: after a loss of power, files with a name may lack content.
+    """
+    own: dict[str, int] = {}
+
+    def fill(directory: Path | None) -> None:
+        shared, written = _write_together(directory, write)
+        own.update(written)
+        if flush:
+            _hash_together(shared, own)
+
+    if distributed.is_main():
+        directories.write_directory(path, fill, flush=flush)
+    else:
+        fill(None)
+    distributed.barrier()
+    return own
+
+
+def complete_student(path: Path, own: Mapping[str, int]) -> dict[str, str]:
+    """Flush a student's files to disk, and on rank 0 return the SHA-256 of each by name.
+
+    own: the bytes of this rank's files by name.
+
+    Raises:
+        OpdctlError: the disk is full; another process has changed or removed a file.
+    """
+    _wait_for_files(path, own)
+    known = _hash_together(path, own)
+    return directories.complete_directory(path, known) if distributed.is_main() else {}
+
+
+def complete_update(
+    run: Run, record: Mapping[str, Any], own: Mapping[str, int], state: Mapping[str, Tensor] | None
+) -> str:
+    """Complete the student of an update, then write update.json, which completes the step; return as all ranks see it.
+
+    record: what update.json has beside the student's digests. own: as of `complete_student`. state: the trainer state,
+    if it must be complete before the step is. It returns the digest of the student, on rank 0.
+
+    Raises:
+        OpdctlError: the disk is full; this process was suspended and lost the lease on the run.
+    """
+    step, path = record["step"], run.student_path(record["step"] + 1)
+    states = directories.file_states(path) if distributed.is_main() else []  # before the files are read
+    student = complete_student(path, own)
+    digest = files.digest_of(student)
+    if state:
+        write_trainer_state(run.trainer_path(step + 1), state, lambda: digest)
+    if distributed.is_main():
+        files.write_json(run.update_path(step), {**versioned("update"), **record, "student": student})
+        files.append_line(run.metrics_path, record["metrics"])
+        run.mark_student_checked(step + 1, digest, states)
+    distributed.barrier()
+    distributed.wait_until_visible(run.update_path(step).exists, f"the update of step {step}")
+    return digest
+
+
+def write_trainer_state(path: Path, state: Mapping[str, Tensor], student: Callable[[], str]) -> None:
+    """Write a trainer state with its digests to `path` atomically.
+
+    student: returns, on rank 0, the digest of the student of the same step.
+    """
+
+    def fill(directory: Path | None) -> None:
+        shared, own = _write_together(directory, partial(checkpoint.save, state=state))
+        written = _hash_together(shared, own)
+        if directory:
+            digests = {name: digest.sha256 for name, digest in written.items()}
+            record = {**versioned("trainer"), "student": student(), "files": digests}
+            files.write_json(directory / directories.DIGESTS_FILE, record)
+
+    if distributed.is_main():
+        directories.write_directory(path, fill)
+    else:
+        fill(None)
+
+
+def _write_together(directory: Path | None, write: WriteFiles) -> tuple[Path, Mapping[str, int]]:
+    """Let every rank write its files to rank 0's `directory`. Return the directory, and the bytes of this rank's files.
+
+    Rank 0 waits until it sees those of all ranks.
+    """
+    shared = cast(Path, distributed.broadcast_object(directory))
+    own = write(shared)
+    written = {name: size for of_rank in distributed.gather_objects(own) for name, size in of_rank.items()}
+    if distributed.is_main():
+        _wait_for_files(shared, written)
+    return shared, own
+
+
+def _wait_for_files(directory: Path, sizes: Mapping[str, int]) -> None:
+    if distributed.world_size() > 1:
+        distributed.wait_until_visible(
+            lambda: all(directories.has_size(directory / name, size) for name, size in sizes.items()),
+            f"the files of all ranks in {directory}",
+        )
+
+
+def _hash_together(directory: Path, own: Mapping[str, int]) -> dict[str, FileDigest]:
+    """Let every rank flush its files and read them for their digests, and return those of all ranks by name."""
+    of_ranks = distributed.gather_objects(directories.flush_and_hash(directory, own))
+    return {name: digest for of_rank in of_ranks for name, digest in of_rank.items()}
