@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from opdctl import distributed
-from opdctl.artifacts import directories, files
+from opdctl.artifacts import directories, files, leases
 from opdctl.artifacts.directories import FileDigest
 from opdctl.artifacts.versions import versioned
 from opdctl.runs.run import Run
@@ -69,6 +69,7 @@ def complete_update(
         OpdctlError: the disk is full; this process was suspended and lost the lease on the run.
     """
     step, path = record["step"], run.student_path(record["step"] + 1)
+    leases.check_held(path)
     states = directories.file_states(path) if distributed.is_main() else []  # before the files are read
     student = complete_student(path, own)
     digest = files.digest_of(student)
@@ -86,15 +87,16 @@ def complete_update(
 def write_trainer_state(path: Path, state: Mapping[str, Tensor], student: Callable[[], str]) -> None:
     """Write a trainer state with its digests to `path` atomically.
 
-    student: returns, on rank 0, the digest of the student of the same step.
+    student: returns, on rank 0, the digest of the student of the same step, or raises what the writing of it raised.
     """
+    digest = student()  # on all ranks, before a collective: the group is of no use after a failure
 
     def fill(directory: Path | None) -> None:
         shared, own = _write_together(directory, partial(checkpoint.save, state=state))
         written = _hash_together(shared, own)
         if directory:
             digests = {name: digest.sha256 for name, digest in written.items()}
-            record = {**versioned("trainer"), "student": student(), "files": digests}
+            record = {**versioned("trainer"), "student": digest, "files": digests}
             files.write_json(directory / directories.DIGESTS_FILE, record)
 
     if distributed.is_main():

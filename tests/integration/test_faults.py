@@ -171,8 +171,8 @@ def test_non_finite_loss_or_gradient_stops_before_the_optimizer(tmp_path: Path, 
     before = artifacts(tmp_path / "run")
     over = trainer.map_vocab_chunks
 
-    def broken(*arguments: Any) -> Any:
-        loss = over(*arguments)
+    def broken(*arguments: Any, **options: Any) -> Any:
+        loss = over(*arguments, **options)
         return loss * float("nan") if where == "loss" else loss * torch.tensor(float("inf"))[None].expand(1).sqrt()[0]
 
     monkeypatch.setattr(trainer, "map_vocab_chunks", broken)

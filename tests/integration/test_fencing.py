@@ -1,6 +1,7 @@
 """Processes that were suspended past their leases, at every kind of file that they publish: they change nothing."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from helpers.forks import fork, wait
 from opdctl.artifacts import files, leases
 from opdctl.errors import ExitCode
 from opdctl.evaluation import evaluate
+from opdctl.training import writing
+from opdctl.training.export import StudentExporter
 
 PUBLISHED = {
     "student": "student/step-00001",
@@ -21,25 +24,44 @@ PUBLISHED = {
 }
 
 
+def call_when_written(monkeypatch: pytest.MonkeyPatch, wanted: Path, function: Callable[[Path], None]) -> None:
+    """Call a function with the temporary path of `wanted`, once, when that is written and not renamed yet."""
+    flush, export, called = files.fsync_path, StudentExporter.export, []
+
+    def call(path: Path) -> None:
+        if not called and path.parent == wanted.parent and path.name.endswith(f"-{wanted.name}"):
+            called.append(path)
+            function(path)
+
+    def flush_and_call(path: Path) -> None:
+        flush(path)
+        call(path)
+
+    def export_and_call(exporter: StudentExporter, directory: Path) -> dict[str, int]:
+        sizes = export(exporter, directory)
+        call(directory)
+        return sizes
+
+    monkeypatch.setattr(files, "fsync_path", flush_and_call)
+    monkeypatch.setattr(StudentExporter, "export", export_and_call)  # a student is flushed after its rename
+
+
 @pytest.mark.parametrize("name", PUBLISHED.values(), ids=PUBLISHED)
 def test_trainer_that_slept_past_its_lease_changes_nothing(finished_copy: Path, monkeypatch, name: str) -> None:
     """It sleeps before the rename of the file, until another process has the run's lease."""
-    run, wanted, flush, seen = finished_copy, finished_copy / name, files.fsync_path, {}
+    run, seen, heir = finished_copy, dict[str, bytes](), leases.Lease(finished_copy, "train")
     for path in (*run.glob("*/step-0000[12]"), run / "step-00000/update.json", run / "step-00001/update.json"):
         if path.is_dir() and path.parent.name in ("student", "trainer"):
             shutil.rmtree(path)
         elif path.is_file():
             path.unlink()
 
-    def flush_and_sleep(path: Path) -> None:
-        flush(path)
-        if not seen and path.parent == wanted.parent and path.name.endswith(f"-{wanted.name}"):
-            (run / ".train.lock").unlink()  # as the acquisition of a stale lease does
-            assert heir.acquire()
-            seen.update(contents(run))
+    def sleep(path: Path) -> None:
+        (run / ".train.lock").unlink()  # as the acquisition of a stale lease does
+        assert heir.acquire()
+        seen.update(contents(run))
 
-    heir = leases.Lease(run, "train")
-    monkeypatch.setattr(files, "fsync_path", flush_and_sleep)
+    call_when_written(monkeypatch, run / name, sleep)
     result = invoke("train", "--output", run, "--set", "eval.every_steps=0")
     assert (result.code, result.kind) == (ExitCode.UNAVAILABLE, "lost_lease"), result.err
     assert contents(run) == {each: data for each, data in seen.items() if "/.tmp-" not in each}
@@ -50,23 +72,40 @@ def test_trainer_that_slept_past_its_lease_changes_nothing(finished_copy: Path, 
 @pytest.mark.parametrize("name", ["student/step-00002", "trainer/step-00002"])
 def test_trainer_whose_temporary_files_are_gone_has_lost_its_lease(finished_copy: Path, monkeypatch, name: str) -> None:
     """It sleeps while it writes a directory. The new owner of the lease removes what others have left."""
-    run, wanted, flush, seen = finished_copy, finished_copy / name, files.fsync_path, {}
+    run, seen, heir = finished_copy, dict[str, bytes](), leases.Lease(finished_copy, "train")
     for path in (run / "student/step-00002", run / "trainer/step-00002", run / "step-00001/update.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def sleep_and_flush(path: Path) -> None:
-        if not seen and path.parent.parent == wanted.parent and path.parent.name.endswith(f"-{wanted.name}"):
-            (run / ".train.lock").unlink()
-            assert heir.acquire()
-            shutil.rmtree(path.parent)
-            seen.update(contents(run))
-        flush(path)
+    def sleep(path: Path) -> None:
+        (run / ".train.lock").unlink()
+        assert heir.acquire()
+        shutil.rmtree(path)
+        seen.update(contents(run))
 
-    heir = leases.Lease(run, "train")
-    monkeypatch.setattr(files, "fsync_path", sleep_and_flush)
+    call_when_written(monkeypatch, run / name, sleep)
     result = invoke("train", "--output", run, "--set", "eval.every_steps=0")
     assert (result.code, result.kind) == (ExitCode.UNAVAILABLE, "lost_lease"), result.err
     assert contents(run) == seen
+    heir.release()
+
+
+def test_trainer_that_slept_before_it_flushed_a_student_has_lost_its_lease(finished_copy: Path, monkeypatch) -> None:
+    """The new owner of the lease has removed the student, which has no record."""
+    run, complete, heir = finished_copy, writing.complete_update, leases.Lease(finished_copy, "train")
+    for path in (run / "student/step-00002", run / "trainer/step-00002", run / "step-00001/update.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(run)
+
+    def sleep_and_complete(*arguments: Any) -> str:
+        (run / ".train.lock").unlink()
+        assert heir.acquire()
+        shutil.rmtree(run / "student/step-00002")
+        return complete(*arguments)
+
+    monkeypatch.setattr(writing, "complete_update", sleep_and_complete)
+    result = invoke("train", "--output", run, "--set", "eval.every_steps=0")
+    assert (result.code, result.kind) == (ExitCode.UNAVAILABLE, "lost_lease"), result.err
+    assert contents(run) == before
     heir.release()
 
 
