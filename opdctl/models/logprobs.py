@@ -13,9 +13,9 @@ engines have. Other CPUs multiply in float32.
 Shape suffixes: see Notation in CONTRIBUTING.md.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -109,25 +109,28 @@ def _has_float32_results(device: torch.device) -> bool:
 
 def _operand(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an operand of a product, rounded to `dtype`. It is float32 where 16-bit ones have no float32 result."""
+    if value.dtype == dtype == torch.float32:
+        return value
     rounded = value.to(dtype)
     return rounded if _has_float32_results(value.device) else rounded.float()
 
 
-@contextlib.contextmanager
-def _products(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def _products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[dict[str, Any]]:
     """Round the operands of products to `dtype` on a CPU. Yield the arguments with which their result is float32."""
     if dtype == torch.float32:
+        return nullcontext({})
+    return nullcontext({"out_dtype": torch.float32}) if _has_float32_results(device) else _let_onednn_round()
+
+
+@contextmanager
+def _let_onednn_round() -> Iterator[dict[str, Any]]:
+    backend: Any = torch.backends.mkldnn
+    settings = backend.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
         yield {}
-    elif _has_float32_results(device):
-        yield {"out_dtype": torch.float32}
-    else:
-        backend: Any = torch.backends.mkldnn
-        settings = backend.matmul
-        before, settings.fp32_precision = settings.fp32_precision, "bf16"
-        try:
-            yield {}
-        finally:
-            settings.fp32_precision = before
+    finally:
+        settings.fp32_precision = before
 
 
 def output_head(model: PreTrainedModel, vocab_size: int, dtype: torch.dtype | None = None) -> Head:
@@ -174,6 +177,23 @@ def _gather(parameter: Tensor) -> Tensor:
     return on_mesh.full_tensor(grad_placements=[Partial()] * mesh.ndim)
 
 
+class _Blocks:
+    """Blocks of rows of a matrix with `width` columns, with two buffers of the size of a block."""
+
+    def __init__(self, width: int, max_rows: int, device: torch.device):
+        limit = BLOCK_LOGITS if device.type == "cpu" else GPU_BLOCK_LOGITS
+        self._rows = min(max(1, limit // width), max(1, max_rows))
+        self._buffers = [torch.empty(self._rows, width, device=device) for _ in range(2)]
+
+    def slices(self, count: int) -> list[slice]:
+        """Return the blocks of `count` rows."""
+        return [slice(start, min(start + self._rows, count)) for start in range(0, count, self._rows)]
+
+    def buffers(self, block: slice) -> tuple[Tensor, Tensor]:
+        first_BY, second_BY = (buffer_BY[: block.stop - block.start] for buffer_BY in self._buffers)
+        return first_BY, second_BY
+
+
 class Chunk:
     """Some tokens and their log-probs, valid only during the call of the function that receives it.
 
@@ -189,7 +209,7 @@ class Chunk:
         self,
         rows: slice,
         logits_CY: Tensor,
-        blocks: "_Blocks",
+        blocks: _Blocks,
         vocab_size: int,
         ids_CK: Tensor,
         *,
@@ -292,23 +312,6 @@ class Chunk:
             if head.softcap or head.scale != 1:
                 grad_BV *= derivative_BY[:, : self._vocab_size]
         return self._logits_CY
-
-
-class _Blocks:
-    """Blocks of rows of a matrix with `width` columns, with two buffers of the size of a block."""
-
-    def __init__(self, width: int, max_rows: int, device: torch.device):
-        limit = BLOCK_LOGITS if device.type == "cpu" else GPU_BLOCK_LOGITS
-        self._rows = min(max(1, limit // width), max(1, max_rows))
-        self._buffers = [torch.empty(self._rows, width, device=device) for _ in range(2)]
-
-    def slices(self, count: int) -> list[slice]:
-        """Return the blocks of `count` rows."""
-        return [slice(start, min(start + self._rows, count)) for start in range(0, count, self._rows)]
-
-    def buffers(self, block: slice) -> tuple[Tensor, Tensor]:
-        first_BY, second_BY = (buffer_BY[: block.stop - block.start] for buffer_BY in self._buffers)
-        return first_BY, second_BY
 
 
 ChunkFunction = Callable[[Chunk], Tensor | None]

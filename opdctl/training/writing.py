@@ -34,7 +34,7 @@ def write_student(path: Path, write: WriteFiles, *, flush: bool) -> dict[str, in
         shared, written = _write_together(directory, write)
         own.update(written)
         if flush:
-            _hash_together(shared, own)
+            _complete_others(shared, own)
 
     if distributed.is_main():
         directories.write_directory(path, fill, flush=flush)
@@ -53,7 +53,7 @@ def complete_student(path: Path, own: Mapping[str, int]) -> dict[str, str]:
         OpdctlError: the disk is full; another process has changed or removed a file.
     """
     _wait_for_files(path, own)
-    known = _hash_together(path, own)
+    known = _complete_others(path, own)
     return directories.complete_directory(path, known) if distributed.is_main() else {}
 
 
@@ -93,9 +93,9 @@ def write_trainer_state(path: Path, state: Mapping[str, Tensor], student: Callab
 
     def fill(directory: Path | None) -> None:
         shared, own = _write_together(directory, partial(checkpoint.save, state=state))
-        written = _hash_together(shared, own)
+        known = _complete_others(shared, own)
         if directory:
-            digests = {name: digest.sha256 for name, digest in written.items()}
+            digests = directories.directory_digests(directory, known)
             record = {**versioned("trainer"), "student": digest, "files": digests}
             files.write_json(directory / directories.DIGESTS_FILE, record)
 
@@ -126,7 +126,10 @@ def _wait_for_files(directory: Path, sizes: Mapping[str, int]) -> None:
         )
 
 
-def _hash_together(directory: Path, own: Mapping[str, int]) -> dict[str, FileDigest]:
-    """Let every rank flush its files and read them for their digests, and return those of all ranks by name."""
-    of_ranks = distributed.gather_objects(directories.flush_and_hash(directory, own))
+def _complete_others(directory: Path, own: Mapping[str, int]) -> dict[str, FileDigest]:
+    """Let every rank but rank 0 flush its files and read them for their digests. Return these digests by name.
+
+    Rank 0 flushes and reads the others: each process those that it has written.
+    """
+    of_ranks = distributed.gather_objects({} if distributed.is_main() else directories.flush_and_hash(directory, own))
     return {name: digest for of_rank in of_ranks for name, digest in of_rank.items()}

@@ -5,6 +5,7 @@ several processes; the first, which fills the caches of the file system, is not 
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def measure() -> dict[str, float]:
         result = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     moments: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     ends = [start, *(moments[moment] for moment in PHASES.values())]
-    return {phase: end - before for phase, before, end in zip(PHASES, ends, ends[1:], strict=True)}
+    return {phase: end - before for phase, (before, end) in zip(PHASES, itertools.pairwise(ends), strict=True)}
 
 
 def main() -> None:
