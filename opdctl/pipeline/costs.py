@@ -29,6 +29,8 @@ from opdctl.recipe.schema import Eval, Hardware, ModelShape, Recipe, Rollout
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GRADIENT_BYTES = 4  # per number of the gradient of the output matrix
 COLUMN_BYTES = 2 * 8 + 5 * 4  # per response token of a micro-batch: row, position, and five float32 columns
+FULL_MATRICES = 5
+"""Chunks with an objective on the full vocabulary: log-probs of both models, their gradient, two of the loss."""
 FIT_FRACTION = 0.92  # of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
 SAMPLING_COPIES = 3  # float32 copies of the next token's logits during sampling
 PROMPT_LOGPROB_ROWS = 1024  # vLLM computes the log-probs of a prompt in chunks of 1,024 tokens (prompt_logprob.py)
@@ -297,16 +299,16 @@ def update_cost(recipe: Recipe, shape: ModelShape, teacher: ModelShape | None) -
     is_known = has_known_components(recipe)  # otherwise the cost without what they might add
     if is_known and reads_trainer_logprobs(recipe):
         seconds += body + head
-    memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape)
+    is_full = teacher is not None and is_known and build_objective(recipe).support == "full"
+    memory = _trained_memory(recipe, shape) | _micro_batch_memory(recipe, shape, FULL_MATRICES if is_full else 1)
     # The process has all of its micro-batches at once: ids, positions and stored log-probs.
     longest = recipe.rollout.max_tokens
     token_bytes = 8 * (recipe.prompts.max_tokens + longest) + COLUMN_BYTES * longest
     memory["step's tokens"] = recipe.responses_per_step() * token_bytes // gpus
-    if teacher is not None and is_known and build_objective(recipe).support == "full":
+    if teacher is not None and is_full:
         teacher_dtype = next(iter(recipe.teacher_models().values())).dtype
         teacher_bytes = DTYPE_BYTES[_head_dtype("transformers", teacher_dtype)]
         memory["teacher's output matrix"] = teacher_bytes * head_parameters(teacher)
-        memory["logits"] *= 3  # also the teacher's, and the gradient with respect to all logits
         memory["activations"] += 4 * teacher.hidden_size * _batch_tokens(recipe, settings.tokens_per_micro_batch)
     of_node = recipe.hardware.gpus_per_node
     obstacle = ""
@@ -328,26 +330,31 @@ def base_scoring_cost(recipe: Recipe, shape: ModelShape) -> StageCost:
 
 
 def hand_over_cost(
-    recipe: Recipe, shape: ModelShape, starts: int, started_bytes: int, sampling_seconds: float
+    recipe: Recipe, shape: ModelShape, starts: int, started_bytes: int, *, sampling_seconds: float, colocated: bool
 ) -> StageCost:
-    """Return the cost of passing a student on: ranks write its files, hashing them meanwhile; engines hash and load it.
+    """Return the cost of passing a student on: ranks write its files, flush and hash them; engines hash and load it.
 
-    The trainer state is written while the next responses are sampled and scored: only the rest of its time counts.
+    On the machine of the trainer engines need not hash it, and the next responses are sampled while it is flushed and
+    hashed. The trainer state is written while they are sampled and scored. Only the rest of that time counts.
     starts, started_bytes: how often vLLM starts in a step, and the weights of the models that it reads besides.
     """
     storage, every = 1e9 * recipe.hardware.storage_gbs, recipe.train.save_every_steps
     student = DTYPE_BYTES[recipe.student.dtype] * count_parameters(shape)
     num_files = ceil(student / MAX_WEIGHT_FILE_BYTES)
-    writing = student / min(HASH_BYTES_PER_SECOND * min(num_files, recipe.hardware.train_gpus), storage)
-    hashing = student / (HASH_BYTES_PER_SECOND * min(num_files, HASH_THREADS))
-    loading = hashing + (student + started_bytes) / storage + starts * START_SECONDS
+    is_on_one_machine = colocated and recipe.hardware.train_gpus <= recipe.hardware.gpus_per_node
+    completing = student / min(HASH_BYTES_PER_SECOND * min(num_files, recipe.hardware.train_gpus), storage)
+    checking = student / (HASH_BYTES_PER_SECOND * min(num_files, HASH_THREADS))
+    seconds = student / storage + (0.0 if is_on_one_machine else completing + checking)
+    seconds += (student + started_bytes) / storage + starts * START_SECONDS
     trained = adapter_parameters(shape, recipe.lora.rank) if recipe.lora.rank else count_parameters(shape)
     state = state_bytes(recipe) * trained
     saving = state / min(HASH_BYTES_PER_SECOND * recipe.hardware.train_gpus, storage)
-    waiting = max(0.0, saving - sampling_seconds) / every
+    hidden = completing if is_on_one_machine else 0.0
+    rest, rest_with_state = (max(0.0, work - sampling_seconds) for work in (hidden, hidden + saving))
+    seconds += rest + (rest_with_state - rest) / every
     often = "every step" if every == 1 else f"every {every} steps"
     note = f"a trainer state of {state / 1e9:,.1f} GB {often}, in {saving:.1f} s beside the next rollout"
-    return StageCost(recipe.hardware.train_gpus, {}, writing + loading + waiting, note=note)
+    return StageCost(recipe.hardware.train_gpus, {}, seconds, note=note)
 
 
 def state_bytes(recipe: Recipe) -> int:
@@ -411,8 +418,11 @@ def _checkpointed_layers(recipe: Recipe, shape: ModelShape) -> int:
     return ceil(shape.num_hidden_layers / settings.checkpoint_every_n_layers) if settings.gradient_checkpointing else 0
 
 
-def _micro_batch_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Return the memory of a full micro-batch: of checkpointed layers, the inputs and the activations of one."""
+def _micro_batch_memory(recipe: Recipe, shape: ModelShape, matrices: int) -> dict[str, int]:
+    """Return the memory of a full micro-batch: of checkpointed layers, the inputs and the activations of one.
+
+    matrices: of the size of a chunk of logits that exist at the same time.
+    """
     tokens = _batch_tokens(recipe, recipe.train.tokens_per_micro_batch)
     is_bfloat16 = recipe.student.dtype == "bfloat16"
     per_layer = activation_bytes(shape, is_bfloat16)
@@ -421,5 +431,5 @@ def _micro_batch_memory(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     per_token = kept * per_layer + checkpointed * (2 if is_bfloat16 else 4) * shape.hidden_size
     # The last norm saves two arrays; response tokens have hidden states and their gradient.
     per_token += 4 * 4 * shape.hidden_size
-    per_logit = 4 + 2 * is_bfloat16  # the gradient is also rounded
+    per_logit = 4 * matrices + 2 * is_bfloat16  # the gradient is also rounded
     return {"activations": tokens * per_token, "logits": _chunk_bytes(shape, tokens, per_logit)}

@@ -213,7 +213,7 @@ def _stage_costs(recipe: Recipe, shapes: ModelShapes, colocated: bool) -> dict[s
         stages[f"score {name}"] = if_known(partial(_score_cost, recipe, name, colocated), shapes[name])
     stages["update"] = if_known(lambda shape: costs.update_cost(recipe, shape, shapes[teachers[0]]), student)
     sampling = sum(cost.seconds or 0.0 for name, cost in stages.items() if cost and name != "update")
-    hand_over = partial(costs.hand_over_cost, recipe, sampling_seconds=sampling)
+    hand_over = partial(costs.hand_over_cost, recipe, sampling_seconds=sampling, colocated=colocated)
     stages[HAND_OVER] = if_known(hand_over, student, *_restarts(recipe, shapes, colocated))
     for name in ("student", *teachers) if recipe.eval.every_steps else ():
         stages[f"eval {name}"] = if_known(partial(_evaluation_cost, recipe, name), shapes[name])

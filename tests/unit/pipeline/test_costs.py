@@ -255,16 +255,41 @@ def test_engine_that_cannot_start(override, obstacle):
 def test_passing_a_student_on():
     """8.04 GB of a student in two files, hashed twice at 2 × 1.5 GB/s and read at 5; vLLM reads 61 GB and starts."""
     recipe, parameters = paper(), 4_022_468_096
-    cost = costs.hand_over_cost(recipe, student(), 0, 0, 100.0)
-    assert cost.seconds == pytest.approx(2 * parameters * (2 / 3e9 + 1 / 5e9))
-    more = costs.hand_over_cost(recipe, student(), 2, 61e9, 100.0)
+    options = {"sampling_seconds": 100.0, "colocated": True}
+    cost = costs.hand_over_cost(recipe, student(), 0, 0, **options)
+    assert cost.seconds == pytest.approx(2 * parameters * (2 / 3e9 + 2 / 5e9))
+    more = costs.hand_over_cost(recipe, student(), 2, 61e9, **options)
     assert more.seconds == pytest.approx(cost.seconds + 120 + 61e9 / 5e9)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "every", "rest"),
+    [
+        (100.0, 2, 0.0),
+        (8.0, 2, (2 * 4.022468096 / 3 + 12 * 4.022468096 / 5 - 8.0) / 2),  # of the state, every other step
+        (1.0, 1, 2 * 4.022468096 / 3 + 12 * 4.022468096 / 5 - 1.0),
+    ],
+)
+def test_student_is_flushed_and_hashed_beside_the_next_rollout_of_the_same_machine(sampling, every, rest):
+    """8.04 GB in two files at 1.5 GB/s each; the state of 48.3 GB at the storage's 5 GB/s."""
+    recipe = paper("hardware.train_gpus=8", f"train.save_every_steps={every}")
+    apart, beside = (
+        costs.hand_over_cost(recipe, student(), 0, 0, sampling_seconds=sampling, colocated=colocated).seconds
+        for colocated in (False, True)
+    )
+    read_and_written = 2 * 2 * 4.022468096 / 5
+    assert beside == pytest.approx(read_and_written + rest, rel=1e-6)
+    state = max(0.0, 12 * 4.022468096 / 5 - sampling) / every
+    assert apart == pytest.approx(read_and_written + 2 * 2 * 4.022468096 / 3 + state, rel=1e-6)
 
 
 @pytest.mark.parametrize(("gpus", "rate"), [(2, 3e9), (32, 5e9)])
 def test_trainer_state_costs_what_the_next_rollout_does_not_hide(gpus, rate):
     """48.3 GB, hashed by each rank at 1.5 GB/s, all to a storage of 5 GB/s."""
     recipe, seconds = paper(f"hardware.train_gpus={gpus}", "train.save_every_steps=2"), 12 * 4_022_468_096 / rate
-    hidden, shown = (costs.hand_over_cost(recipe, student(), 0, 0, sampling) for sampling in (100.0, 4.0))
+    hidden, shown = (
+        costs.hand_over_cost(recipe, student(), 0, 0, sampling_seconds=sampling, colocated=False)
+        for sampling in (100.0, 4.0)
+    )
     assert shown.seconds == pytest.approx(hidden.seconds + (seconds - 4.0) / 2)
     assert hidden.note == f"a trainer state of 48.3 GB every 2 steps, in {seconds:.1f} s beside the next rollout"
