@@ -1,6 +1,7 @@
 """The calls of the workers of a stage, with workers that only return what the test says."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,7 +84,11 @@ class StartingPool:
 
 
 def test_a_worker_that_dies_while_its_engines_start_starts_them_again():
-    engines, pool = remote_engines.RemoteEngines(None, "cpu", None, keep_idle=True), StartingPool(2)
+    """No worker starts before the update that made the student is recorded: it reads the record."""
+    pool, recorded = StartingPool(2), []
+    run = SimpleNamespace(finish_update=lambda: recorded.append(len(pool.calls)))
+    engines = remote_engines.RemoteEngines(run, "cpu", None, keep_idle=True)
     engines._open_pool = pool
     engines.start({"teacher": ("transformers", None)})
     assert pool.calls == [{"teacher": ("transformers", None)}] * 3
+    assert recorded == [0]
