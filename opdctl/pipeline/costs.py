@@ -344,7 +344,7 @@ def hand_over_cost(
     is_on_one_machine = colocated and recipe.hardware.train_gpus <= recipe.hardware.gpus_per_node
     completing = student / min(HASH_BYTES_PER_SECOND * min(num_files, recipe.hardware.train_gpus), storage)
     checking = student / (HASH_BYTES_PER_SECOND * min(num_files, HASH_THREADS))
-    seconds = student / storage + (0.0 if is_on_one_machine else completing + checking)
+    seconds = 0.0 if is_on_one_machine else completing + checking  # files are written to memory first: that is fast
     seconds += (student + started_bytes) / storage + starts * START_SECONDS
     trained = adapter_parameters(shape, recipe.lora.rank) if recipe.lora.rank else count_parameters(shape)
     state = state_bytes(recipe) * trained

@@ -257,7 +257,7 @@ def test_passing_a_student_on():
     recipe, parameters = paper(), 4_022_468_096
     options = {"sampling_seconds": 100.0, "colocated": True}
     cost = costs.hand_over_cost(recipe, student(), 0, 0, **options)
-    assert cost.seconds == pytest.approx(2 * parameters * (2 / 3e9 + 2 / 5e9))
+    assert cost.seconds == pytest.approx(2 * parameters * (2 / 3e9 + 1 / 5e9))
     more = costs.hand_over_cost(recipe, student(), 2, 61e9, **options)
     assert more.seconds == pytest.approx(cost.seconds + 120 + 61e9 / 5e9)
 
@@ -277,10 +277,10 @@ def test_student_is_flushed_and_hashed_beside_the_next_rollout_of_the_same_machi
         costs.hand_over_cost(recipe, student(), 0, 0, sampling_seconds=sampling, colocated=colocated).seconds
         for colocated in (False, True)
     )
-    read_and_written = 2 * 2 * 4.022468096 / 5
-    assert beside == pytest.approx(read_and_written + rest, rel=1e-6)
+    read = 2 * 4.022468096 / 5
+    assert beside == pytest.approx(read + rest, rel=1e-6)
     state = max(0.0, 12 * 4.022468096 / 5 - sampling) / every
-    assert apart == pytest.approx(read_and_written + 2 * 2 * 4.022468096 / 3 + state, rel=1e-6)
+    assert apart == pytest.approx(read + 2 * 2 * 4.022468096 / 3 + state, rel=1e-6)
 
 
 @pytest.mark.parametrize(("gpus", "rate"), [(2, 3e9), (32, 5e9)])
