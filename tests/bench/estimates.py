@@ -172,6 +172,7 @@ def file_sizes(models: Path, args: argparse.Namespace) -> dict[str, tuple[int, i
             rollout.run_rollout(run, 0, engines)
             score.run_scoring(run, 0, engines)
         Trainer(run, "cpu").train_step(0)
+        run.finish_update()
         names = ("step-00000/rollout", "step-00000/teacher", "student", "trainer")
         measured = [sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file()) for name in names]
     parameters = plan.parameters["student"]

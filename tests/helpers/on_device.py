@@ -85,6 +85,7 @@ def train_step(device: str, run: Path, *overrides: str) -> tuple[dict[str, float
     """Update the student of a run's first step. Return the metrics, and the student that a restored trainer writes."""
     opened = dataclasses.replace(Run.load(run), recipe=small_recipe(*STORED_COLUMNS, *overrides))
     metrics = Trainer(opened, device).train_step(0)
+    opened.finish_update()
     student = load_file(opened.student_path(1) / "model.safetensors")
     shutil.rmtree(opened.student_path(1))
     Trainer(opened, device)  # restores the checkpoint and writes the missing student
@@ -115,6 +116,7 @@ def score_by_base(device: str, run: Path, *overrides: str) -> list[TokenScores]:
     )
     trainer = Trainer(opened, device)
     trainer.train_step(0)
+    opened.finish_update()
     requests = [ScoreRequest(s.response.prompt_ids, s.response.response_ids) for s in read_scored(opened, 0)]
     scores = [score for _, score in trainer.base_scorer().stream_scores(requests, Score())]
     trainer.close()

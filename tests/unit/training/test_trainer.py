@@ -232,6 +232,7 @@ def test_cached_memory_is_returned_after_a_step(scored_run, tmp_path, monkeypatc
     run, written = Run.load(Path(shutil.copytree(scored_run.path, tmp_path / "run"))), []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: written.append(run.student_path(1).is_dir()))
     Trainer(run, "cpu").train_step(0)
+    run.finish_update()
     assert written == [True]
 
 
