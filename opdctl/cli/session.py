@@ -68,11 +68,9 @@ def _report_stop(stop: signals.StopRequested) -> int:
 
 def _report_peer_failure(failure: distributed.Failure | None) -> int:
     """Report that another rank ended, and return the exit code: that of the other rank if it is known."""
-    if failure:
-        console.error(f"Failed rank: {failure.message}", None)
-    else:
-        hint = "the launcher's output may name the signal; if it is SIGKILL, the usual cause is that memory ran out"
-        console.error("Failed rank: another rank ended without a message, as by a signal", hint)
+    message = failure.message if failure else "another rank ended without a message, as by a signal"
+    hint = "the launcher's output may name the signal; if it is SIGKILL, the usual cause is that memory ran out"
+    console.error(f"Failed rank: {message}", hint if failure is None or failure.is_lost else None)
     return failure.exit_code if failure else ExitCode.FAILED
 
 

@@ -248,10 +248,11 @@ def _select_gpu() -> "torch.device":
 
 
 class Failure(NamedTuple):
-    """What the first rank that failed has reported, and its exit code."""
+    """What the first rank that failed has reported, and its exit code; if it `is_lost`, what another one noticed."""
 
     message: str
     exit_code: int
+    is_lost: bool = False
 
 
 def report_failure(message: str, exit_code: int) -> None:
@@ -268,7 +269,7 @@ def peer_failure() -> Failure | None:
 
 def _parse_failure(text: str) -> Failure:
     exit_code, _, message = text.partition(" ")
-    return Failure(message, int(exit_code)) if exit_code.isdecimal() else Failure(text, ExitCode.FAILED)
+    return Failure(message, int(exit_code)) if exit_code.isdecimal() else Failure(text, ExitCode.FAILED, is_lost=True)
 
 
 def is_peer_failure(error: BaseException) -> bool:
