@@ -434,10 +434,10 @@ class Trainer:
         return rate
 
     def _write(self, step: int, metrics: dict[str, Any], probe: ProbeRecord) -> None:
-        """Write the next student. Begin to complete the step in the background: `run.begin_update` waits for that.
+        """Write the next student. Begin to complete the step in the background; `run.finish_update` waits for that.
 
         The next rollout begins meanwhile, but it writes nothing before the step is complete. After the last step there
-        is none, and the trainer state is complete before the step is.
+        is none: this function waits, and the trainer state is complete before the step is.
 
         Raises:
             OpdctlError: the disk is full; this process was suspended and lost the lease on the run.

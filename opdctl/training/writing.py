@@ -60,10 +60,11 @@ def complete_student(path: Path, own: Mapping[str, int]) -> dict[str, str]:
 def complete_update(
     run: Run, record: Mapping[str, Any], own: Mapping[str, int], state: Mapping[str, Tensor] | None
 ) -> str:
-    """Complete the student of an update, then write update.json, which completes the step; return as all ranks see it.
+    """Complete the student of an update, then write update.json, which completes the step. On rank 0 return the
+    student's digest. Every rank waits until it sees update.json.
 
     record: what update.json has beside the student's digests. own: as of `complete_student`. state: the trainer state,
-    if it must be complete before the step is. It returns the digest of the student, on rank 0.
+    if it must be complete before the step is.
 
     Raises:
         OpdctlError: the disk is full; this process was suspended and lost the lease on the run.
