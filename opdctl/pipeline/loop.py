@@ -97,9 +97,9 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         for step in range(first, steps):
             distributed.call_on_main(partial(_check_before_step, run, fill))
             seconds = produce_inputs(step)
+            run.finish_update()
             if seconds is None:
                 break
-            run.finish_update()
             if distributed.is_main():
                 accuracies.log_new()
                 prune_students(run, earlier)  # by now the last trainer state is complete

@@ -4,18 +4,19 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import artifacts, invoke, names
+from helpers.commands import QUICKSTART, artifacts, invoke, names, sets
 from helpers.forks import fork, wait
 from helpers.training import train
 
 from opdctl.artifacts import files
 from opdctl.engines.transformers import TransformersEngine
-from opdctl.errors import ExitCode
+from opdctl.errors import ExitCode, OpdctlError
 from opdctl.runs.run import Run
 from opdctl.training import writing
 
@@ -117,3 +118,22 @@ def test_full_disk_meanwhile_is_one_error_and_repeats_the_update(undisturbed: Pa
     assert not list(output.glob("step-00002/rollout/*"))
     assert train(output, *SETTINGS).code == 0
     assert artifacts(output) == artifacts(undisturbed)
+
+
+def test_training_without_the_next_rollout_ends_with_the_error_of_the_record(tmp_path: Path, monkeypatch) -> None:
+    """No trainer state follows, and no rollout that would wait for the record."""
+    output, options = tmp_path / "run", sets(*SETTINGS, "train.save_every_steps=2")
+    for command in ("rollout", "score-teacher"):
+        assert invoke(command, "--recipe", QUICKSTART, *options, "--output", output).code == 0
+
+    def fail(path: Path, own: Any) -> dict[str, str]:
+        time.sleep(0.5)
+        raise OpdctlError("disk_full", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "complete_student", fail)
+        result = invoke("train", "--no-fill", "--output", output)
+    assert (result.code, result.kind) == (ExitCode.UNAVAILABLE, "disk_full"), result.err
+    assert Run.load(output).current_step() == 0
+    assert invoke("train", "--no-fill", "--output", output).code == 0
+    assert Run.load(output).current_step() == 1
