@@ -2,12 +2,13 @@
 
 import atexit
 
-from opdctl import signals
+from opdctl import garbage_collection, signals
 
 
 def main() -> None:
     """Run the command line. Until a command handles signals, they end the process without a traceback of an import."""
     signals.install_handlers()
+    garbage_collection.defer_collections()  # until `set_up_device`, after which a command imports little
     atexit.register(signals.ignore_signals)
     from opdctl.cli.main import main as run_command_line
 

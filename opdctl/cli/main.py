@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Data go to stdout, everything else to stderr. Imports no torch at the top."""
 
+import atexit
 import importlib.metadata
 import os
 import sys
@@ -68,9 +69,18 @@ def main() -> None:
     try:
         app(prog_name="opdctl")
     except SystemExit as end:
-        if any(thread.name.startswith(EPISODE_THREAD) for thread in threading.enumerate()):
-            # An episode that hangs: the interpreter would wait for the threads of its pools.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else bool(end.code))
+        _end_process(end)
         raise
+
+
+def _end_process(end: SystemExit) -> None:
+    """End the process if it needs no end of the interpreter. That takes more than a second to free what the system
+    frees at once, and would wait for the threads of an episode that hangs."""
+    threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if not any(thread.name.startswith(EPISODE_THREAD) for thread in threads):
+        if not all(thread.daemon for thread in threads):
+            return
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else bool(end.code))

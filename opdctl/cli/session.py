@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from opdctl import console, distributed, signals
+from opdctl import console, distributed, garbage_collection, signals
 from opdctl.errors import DISK_FULL_ERRNOS, WRITE_ERRNOS, ExitCode, OpdctlError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ def join_process_group(recipe: "Recipe", path: Path) -> None:
 
 
 def set_up_device(recipe: "Recipe") -> str:
-    """Set the number of torch's threads by the recipe, and return the device."""
+    """Set the number of torch's threads by the recipe, and return the device. Imports are done by now."""
+    garbage_collection.restore_collections()
     import torch
 
     from opdctl.environment import resolve_device
