@@ -1,8 +1,9 @@
-"""What this machine offers: vLLM, and a GPU for torch."""
+"""What this machine offers: vLLM, a GPU for torch, memory, and file systems."""
 
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,10 @@ from opdctl.errors import OpdctlError
 
 MAX_BFLOAT16_RATIO = 3.0
 """Of the time of a product, up to which nobody is warned: memory takes half of the time that it takes for float32."""
+
+LOCAL_FILE_SYSTEMS = frozenset(("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
+MOUNTS, MEMORY, CGROUP = Path("/proc/self/mountinfo"), Path("/proc/meminfo"), Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def has_vllm(*, on_gpus: bool = False) -> bool:
@@ -97,3 +102,45 @@ def resolve_device(name: str) -> str:
 def join_python_path() -> str:
     """Return the PYTHONPATH by which a child process finds the modules of this one."""
     return os.pathsep.join(path or os.getcwd() for path in sys.path)
+
+
+def waits_for_storage(path: Path) -> bool:
+    """Whether a process that writes below the directory `path` may have to wait until the content is stored.
+
+    So it is on a network file system, or a local one that is mounted with `sync`. On others the system's memory has the
+    content first. False where the system does not list its file systems.
+    """
+    if not MOUNTS.exists():
+        return False
+    path, found = path.resolve(), ("", [""])
+    for line in MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        mount, _, source = line.partition(" - ")
+        target = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), mount.split()[4])
+        kind, _, options = source.split(" ", 2)
+        if path.is_relative_to(target) and len(target) >= len(found[0]):  # of two at one place the later one is seen
+            found = target, [kind, *mount.split()[5].split(","), *options.split(",")]
+    return found[1][0] not in LOCAL_FILE_SYSTEMS or "sync" in found[1]
+
+
+def available_memory_bytes() -> int:
+    """Return the bytes of memory that processes can still take: of the machine, and of their control group (version 2)
+    and those above it. Cached content of files counts as free. 0 where the system has no such figures.
+    """
+    if not MEMORY.exists():
+        return 0
+    available = [1024 * _number(MEMORY, "MemAvailable:")]
+    group = re.search(r"^0::(.*)$", CGROUP.read_text(encoding="utf-8"), re.MULTILINE) if CGROUP.exists() else None
+    place = CGROUPS / group[1].lstrip("/") if group else CGROUPS
+    for directory in (place, *place.parents):
+        limit = directory / "memory.max"
+        if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
+            used = int((directory / "memory.current").read_text(encoding="utf-8"))
+            cached = sum(_number(directory / "memory.stat", name) for name in ("active_file", "inactive_file"))
+            available.append(int(text) - used + cached)
+    return max(0, min(available))
+
+
+def _number(path: Path, name: str) -> int:
+    """Return the number after a name, at the beginning of a line."""
+    found = re.search(rf"^{name}\s+(\d+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found[1]) if found else 0

@@ -90,11 +90,11 @@ def make_directory(path: Path) -> None:
 
 def temporary_path(final: Path, kind: str = "") -> Path:
     """Return the hidden name beside `final` that this process writes to first."""
-    return final.with_name(f".tmp-{_machine()}-{os.getpid()}-{leases.worker_token()}-{kind}{final.name}")
+    return final.with_name(f".tmp-{machine_id()}-{os.getpid()}-{leases.worker_token()}-{kind}{final.name}")
 
 
 @cache
-def _machine() -> str:
+def machine_id() -> str:
     """Return 12 hexadecimal digits that are equal for two processes only if a process number means the same to both.
 
     On Linux that needs the same boot and the same namespace of process numbers: containers often share a host name.
@@ -133,8 +133,8 @@ def remove_temporary_files(directory: Path, *, include_running: bool = False) ->
     Raises:
         OpdctlError: the lease was lost.
     """
-    for path in directory.glob(".tmp-*" if include_running else f".tmp-{_machine()}-*"):
-        process_id = path.name.removeprefix(f".tmp-{_machine()}-").partition("-")[0]
+    for path in directory.glob(".tmp-*" if include_running else f".tmp-{machine_id()}-*"):
+        process_id = path.name.removeprefix(f".tmp-{machine_id()}-").partition("-")[0]
         if include_running:
             leases.check_held(path)
         if include_running or (process_id.isdigit() and not _is_running(int(process_id))):

@@ -6,9 +6,12 @@ tensors and the text of the header are those of the safetensors library, so the 
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
+
+CreateFile = Callable[[Path], BinaryIO]
+"""Path → a new file there, open for writing."""
 
 DTYPE_ORDER = (
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
@@ -17,6 +20,10 @@ DTYPE_ORDER = (
 )
 """Names of dtypes, in the order in which a file stores its tensors: larger ones first, which keeps them aligned."""
 ALIGNMENT_BYTES = 8  # of the first tensor
+
+
+def create_on_disk(path: Path) -> BinaryIO:
+    return path.open("wb")
 
 
 class TensorEntry(NamedTuple):
@@ -36,11 +43,17 @@ def position_in_file(entry: TensorEntry) -> tuple[int, str]:
 class TensorFileWriter:
     """Writes a safetensors file piece by piece. A context manager, which closes the file."""
 
-    def __init__(self, path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str]):
-        """entries: sorted by `position_in_file`."""
+    def __init__(
+        self,
+        path: Path,
+        entries: Iterable[TensorEntry],
+        metadata: Mapping[str, str],
+        create_file: CreateFile = create_on_disk,
+    ):
+        """entries: sorted by `position_in_file`. create_file: opens the path."""
         header, num_bytes = _header(entries, metadata)
         self._path, self._expected = path, len(header) + num_bytes
-        self._file, self._size = path.open("wb"), 0
+        self._file, self._size = create_file(path), 0
         self.write(header)
 
     def __enter__(self) -> Self:

@@ -30,6 +30,10 @@ class RemoteEngines(EnginePool):
         self._open_pool = self._open_pool or WorkerPool(self._run, self._recipe)
         return self._open_pool
 
+    @property
+    def read_this_memory(self) -> bool:
+        return False
+
     def owns(self, engine: str) -> bool:
         return distributed.is_main()
 

@@ -32,6 +32,11 @@ class EnginePool:
         self._engines: dict[tuple[str, str], tuple[Engine, ModelDir]] = {}
         self._probe_rms: dict[tuple[str, str], float] = {}
 
+    @property
+    def read_this_memory(self) -> bool:
+        """Whether the student's engines are on this machine, where they can read memory files of this process."""
+        return not self._recipe.spans_nodes(self._recipe.rollout.engine)
+
     def owns(self, engine: str) -> bool:
         """Whether this process has engines of that name. An engine on several GPUs belongs to one of their ranks."""
         return self._gpus(engine) is not None

@@ -74,7 +74,8 @@ def run_training(run: Run, device: str, *, fill: bool = True, follow: bool = Fal
         engines = stack.enter_context(open_engines(run, device))
         trackers = stack.enter_context(tracking.open_trackers(run.recipe, run.path))
         accuracies = AccuracyLog(run, trackers)
-        open_trainer = cache(partial(_open_trainer, run, device, stack))
+        holds_students = fill and engines.read_this_memory
+        open_trainer = cache(partial(_open_trainer, run, device, stack, holds_students=holds_students))
         if fill:
             produce_inputs: ProduceInputs = partial(_make_inputs, run, engines, open_trainer, clock)
         else:
@@ -132,10 +133,10 @@ def _train_step(
     return metrics
 
 
-def _open_trainer(run: Run, device: str, stack: contextlib.ExitStack) -> Trainer:
+def _open_trainer(run: Run, device: str, stack: contextlib.ExitStack, *, holds_students: bool) -> Trainer:
     """Return a trainer. At the end of `stack` it finishes the trainer state that it is writing."""
     with measure_startup():
-        trainer = Trainer(run, device)
+        trainer = Trainer(run, device, holds_students=holds_students)
     stack.callback(trainer.close)
     return trainer
 

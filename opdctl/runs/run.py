@@ -72,6 +72,8 @@ class Run:
     """The digest of each model."""
     forked_from: StartRecord | None = None
     """The run and the step that a fork starts from."""
+    held_students: dict[int, Path] = field(default_factory=dict, repr=False, compare=False)
+    """The directories, by policy version, from which this process reads students instead of from the run's."""
     _unrecorded: list[UnrecordedUpdate] = field(default_factory=list, repr=False, compare=False)  # at most one
 
     @classmethod
@@ -353,6 +355,8 @@ class Run:
         """
         if step == 0:
             return self.student
+        if step in self.held_students:
+            return self.student.with_path(self.held_students[step], self._probe(step))
         path, current = self.student_path(step), self.current_step()
         if not self.start_step <= step <= current:
             raise OpdctlError(

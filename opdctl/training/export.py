@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opdctl import distributed
-from opdctl.artifacts.tensor_files import TensorEntry, TensorFileWriter, position_in_file
+from opdctl.artifacts.tensor_files import CreateFile, TensorEntry, TensorFileWriter, create_on_disk, position_in_file
 from opdctl.errors import OpdctlError
 from opdctl.models.directory import ModelDir
 from opdctl.models.dtypes import DTYPE_NAMES, DTYPES, tensor_bytes
@@ -153,12 +153,16 @@ class StudentExporter:
         self._model, self._student, self._dtype = model, student, dtype
         self._weights = MergedWeights(model, plain, student, getattr(torch, dtype))
         self._files = plan_files(self._weights.tensors, student)
+        self.num_bytes = sum(map(_total_bytes, self._files.values()))
+        """Of the weight files of all ranks."""
 
-    def export(self, directory: Path) -> dict[str, int]:
+    def export(self, directory: Path, create_file: CreateFile = create_on_disk) -> dict[str, int]:
         """Write the student's directory with the merged weights, and adapters also in `adapter/`. Called by all ranks.
 
         Every rank writes its share of the weight files, and keeps what one conversion returns for them until it is
         written. It returns the bytes of its weight files by name. They are not flushed to disk.
+
+        create_file: opens a weight file.
         """
         weights, files = self._weights, self._files
         adapter = adapters.gather_adapter(self._model)
@@ -172,11 +176,13 @@ class StudentExporter:
         weights.start_export(tensor for name in names[distributed.rank() :: world_size] for tensor in files[name])
         for start in range(0, len(names), world_size):
             of_round = {name: files[name] for name in names[start : start + world_size]}
-            sizes |= _write_round(of_round, weights, directory)
+            sizes |= _write_round(of_round, weights, directory, create_file)
         return sizes
 
 
-def _write_round(files: Mapping[str, list[StoredTensor]], weights: "MergedWeights", directory: Path) -> dict[str, int]:
+def _write_round(
+    files: Mapping[str, list[StoredTensor]], weights: "MergedWeights", directory: Path, create_file: CreateFile
+) -> dict[str, int]:
     """Write at most one file of each rank, the n-th by rank n. Called by all ranks, also by those without a file.
 
     The files' tensors are gathered in turn, so that all ranks write at the same time. A rank writes a tensor while the
@@ -187,7 +193,7 @@ def _write_round(files: Mapping[str, list[StoredTensor]], weights: "MergedWeight
     with ExitStack() as stack:
         if own:
             entries = [tensor.entry for tensor in files[own]]
-            file = stack.enter_context(TensorFileWriter(directory / own, entries, {"format": "pt"}))
+            file = stack.enter_context(TensorFileWriter(directory / own, entries, {"format": "pt"}, create_file))
         background, writing = stack.enter_context(ThreadPoolExecutor(1)), Future[None]()
         writing.set_result(None)
         for tensors in zip_longest(*files.values()):

@@ -21,8 +21,10 @@ from torch import Tensor
 from opdctl import console, distributed, signals
 from opdctl.artifacts import files
 from opdctl.artifacts.manifests import ProbeRecord
+from opdctl.artifacts.memory_directory import remove_temporary_directory
 from opdctl.artifacts.records import Logprobs, ScoredResponse, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint
+from opdctl.artifacts.tensor_files import CreateFile, create_on_disk
 from opdctl.errors import OpdctlError, is_out_of_memory
 from opdctl.losses.objectives import TokenBatch
 from opdctl.losses.token_weights import Uniform, Weight
@@ -70,7 +72,10 @@ LAST_UPDATE_METRICS = ("loss", "ratio", "clip_fraction", "dual_clip_fraction")
 class Trainer:
     """The student in training; keeps model and optimizer from step to step. All ranks call every public method."""
 
-    def __init__(self, run: Run, device: str):
+    def __init__(self, run: Run, device: str, *, holds_students: bool = False):
+        """holds_students: until the next update, keep a student in memory if the run's directory is slow to write."""
+        self._holds_students = holds_students
+        self._held: writing.HeldStudent | None = None
         self._run, self._device, self._settings = run, device, run.recipe.train
         self._token_budget = self._settings.tokens_per_micro_batch
         self._weight, self._objective = build_token_weight(run.recipe), build_objective(run.recipe)
@@ -140,6 +145,7 @@ class Trainer:
             OpdctlError: an artifact is corrupt; the loss or the gradient is not finite; memory is insufficient.
         """
         with measure_stage() as times:
+            self._release_student()
             scored = list(read_scored(self._run, step))
             update_metrics = self._update(step, self.make_micro_batches(step, scored))
         startup = stage_seconds.get("startup", 0.0) + times.startup
@@ -447,10 +453,13 @@ class Trainer:
         record = {"step": step, "settings": dict(fingerprint.settings), "inputs": dict(fingerprint.inputs)}
         record |= {"probe": probe, "metrics": metrics}
         path, export = run.student_path(done), partial(self._export, step=done, metrics=metrics)
-        own = writing.write_student(path, export, flush=False)
         is_saved, is_last = run.saves_trainer_state(done), done == self._settings.steps
+        if self._holds_students and not is_last and writing.can_hold_students(run.path, self._exporter.num_bytes):
+            self._held = writing.hold_student(path.name, export)
+            run.held_students[done] = self._held.directory.path
+        student = self._held or writing.write_student(path, export, flush=False)
         state = checkpoint.state_tensors(self._model, self._optimizer) if is_saved and is_last else None
-        completing = self._background.submit(writing.complete_update, run, record, own, state)
+        completing = self._background.submit(writing.complete_update, run, record, student, state)
         run.begin_update(UnrecordedUpdate(step, metrics, probe, completing))
         if is_last:
             run.finish_update()
@@ -480,10 +489,27 @@ class Trainer:
     def close(self) -> None:
         """End the background thread, after it has finished its work. An error of it is left to `finish_save`."""
         self._background.shutdown()
+        self._release_student()
 
-    def _export(self, directory: Path, step: int, metrics: Mapping[str, Any] | None = None) -> dict[str, int]:
+    def _release_student(self) -> None:
+        """Free the memory of the latest student, which is in the run's directory by now."""
+        self._run.held_students.clear()
+        if self._held:
+            self._held.directory.close()
+            if distributed.is_main():
+                remove_temporary_directory(self._held.directory.path)
+        self._held = None
+
+    def _export(
+        self,
+        directory: Path,
+        create_file: CreateFile = create_on_disk,
+        *,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> dict[str, int]:
         recipe = self._run.recipe
-        sizes = self._exporter.export(directory)
+        sizes = self._exporter.export(directory, create_file)
         if distributed.is_main():
             if template := self._run.chat_templates.get("prompts"):  # transformers and vLLM prefer this file
                 (directory / "chat_template.jinja").write_text(template, encoding="utf-8")

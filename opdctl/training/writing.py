@@ -1,23 +1,28 @@
 """What training writes: students, the records of updates, and trainer states. All ranks call every function.
 
 A student is written before the next rollout; the digests of its files, their flush to disk, and then the record of the
-update are left to a background thread. So is a trainer state.
+update are left to a background thread. So is a trainer state. On a file system that lets writers wait, the student is
+held in memory until that thread has copied it.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from opdctl import distributed
+from opdctl import distributed, environment
 from opdctl.artifacts import directories, files, leases
 from opdctl.artifacts.directories import FileDigest
+from opdctl.artifacts.memory_directory import MemoryDirectory, make_temporary_directory
+from opdctl.artifacts.tensor_files import CreateFile
 from opdctl.artifacts.versions import versioned
 from opdctl.runs.run import Run
 from opdctl.training import checkpoint
 
+HELD_STUDENTS = 2
+"""For which memory must be free before one is held: its files, and as much again for the engines that read them."""
 WriteFiles = Callable[[Path], Mapping[str, int]]
 """Directory → the bytes of the files that this rank has written to it, by name."""
 
@@ -57,27 +62,69 @@ def complete_student(path: Path, own: Mapping[str, int]) -> dict[str, str]:
     return directories.complete_directory(path, known) if distributed.is_main() else {}
 
 
+def can_hold_students(path: Path, num_bytes: int) -> bool:
+    """Whether a student for the directory `path` is better held in memory until it has been copied there.
+
+    So it is if writers to the file system wait, all ranks are on one machine, and its memory has room.
+    num_bytes: of the weight files.
+    """
+    machines = {*distributed.gather_objects(files.machine_id())}
+    return distributed.call_on_main(
+        lambda: (
+            len(machines) == 1
+            and environment.waits_for_storage(path)
+            and environment.available_memory_bytes() > HELD_STUDENTS * num_bytes
+        )
+    )
+
+
+def hold_student(name: str, write: Callable[[Path, CreateFile], Mapping[str, int]]) -> "HeldStudent":
+    """Write a student's directory, called `name`, outside of the run, with its weight files in memory.
+
+    write: as WriteFiles, with what creates a weight file.
+    """
+    path = distributed.call_on_main(partial(make_temporary_directory, name))
+    directory = MemoryDirectory(path)
+    own = write(path, directory.create_file)
+    distributed.barrier()
+    return HeldStudent(directory, own)
+
+
+class HeldStudent(NamedTuple):
+    """A student whose weight files are in the memory of the ranks. own: the bytes of this rank's files by name."""
+
+    directory: MemoryDirectory
+    own: Mapping[str, int]
+
+    def copy_to(self, directory: Path) -> Mapping[str, int]:
+        """Copy what this rank has written, and return the bytes of its weight files by name."""
+        others = self.directory.names_on_disk() if distributed.is_main() else []
+        self.directory.copy_files([*others, *self.own], directory)
+        return self.own
+
+
 def complete_update(
-    run: Run, record: Mapping[str, Any], own: Mapping[str, int], state: Mapping[str, Tensor] | None
+    run: Run, record: Mapping[str, Any], student: Mapping[str, int] | HeldStudent, state: Mapping[str, Tensor] | None
 ) -> str:
     """Complete the student of an update, then write update.json, which completes the step. On rank 0 return the
     student's digest. Every rank waits until it sees update.json.
 
-    record: what update.json has beside the student's digests. own: as of `complete_student`. state: the trainer state,
-    if it must be complete before the step is.
+    record: what update.json has beside the student's digests. student: what `write_student` or `hold_student` returned.
+    state: the trainer state, if it must be complete before the step is.
 
     Raises:
         OpdctlError: the disk is full; this process was suspended and lost the lease on the run.
     """
     step, path = record["step"], run.student_path(record["step"] + 1)
     leases.check_held(path)
+    own = write_student(path, student.copy_to, flush=False) if isinstance(student, HeldStudent) else student
     states = directories.file_states(path) if distributed.is_main() else []  # before the files are read
-    student = complete_student(path, own)
-    digest = files.digest_of(student)
+    digests = complete_student(path, own)
+    digest = files.digest_of(digests)
     if state:
         write_trainer_state(run.trainer_path(step + 1), state, lambda: digest)
     if distributed.is_main():
-        files.write_json(run.update_path(step), {**versioned("update"), **record, "student": student})
+        files.write_json(run.update_path(step), {**versioned("update"), **record, "student": digests})
         files.append_line(run.metrics_path, record["metrics"])
         run.mark_student_checked(step + 1, digest, states)
     distributed.barrier()

@@ -16,7 +16,7 @@ from helpers.commands import QUICKSTART, contents, invoke, sets
 from helpers.ranks import FORK, RankProcess, call_in_ranks, rank_variables, run_ranks, start_ranks
 from helpers.training import SHORT, max_difference, train, weights
 
-from opdctl import distributed
+from opdctl import distributed, environment
 from opdctl.cli.session import join_process_group
 from opdctl.distributed import peers
 from opdctl.engines.pool import open_engine_pool
@@ -164,6 +164,28 @@ def test_rank_that_is_lost_while_files_are_written_leaves_a_run_that_resumes(
     check_one_error(processes[1 - lost])
     assert Run.load(run).current_step() == 1
     run_ranks(tmp_path, 2, "train", *arguments(run))
+    check_same_students(one_process, run)
+    assert not list(run.rglob(".tmp-*"))
+    assert invoke("status", run, "--verify").code == 0
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_rank_that_is_lost_while_a_student_in_memory_is_copied_leaves_a_run_that_resumes(one_process, tmp_path, lost):
+    run, die = tmp_path / "run", die_at(writing.HeldStudent, "copy_to", lost, 0)
+
+    def hold_students(rank: int) -> None:
+        environment.waits_for_storage = lambda path: True
+
+    def prepare(rank: int) -> None:
+        hold_students(rank)
+        die(rank)
+
+    processes = start_ranks(tmp_path, 2, "train", *arguments(run), prepare=prepare)
+    assert [process.wait() for process in processes][lost] == -signal.SIGKILL
+    assert processes[1 - lost].wait() == ExitCode.FAILED
+    check_one_error(processes[1 - lost])
+    assert Run.load(run).current_step() == 0
+    run_ranks(tmp_path, 2, "train", *arguments(run), prepare=hold_students)
     check_same_students(one_process, run)
     assert not list(run.rglob(".tmp-*"))
     assert invoke("status", run, "--verify").code == 0

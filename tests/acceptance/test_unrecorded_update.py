@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from helpers.commands import QUICKSTART, artifacts, invoke, names, sets
 from helpers.forks import fork, wait
 from helpers.training import train
 
+from opdctl import environment
 from opdctl.artifacts import files
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode, OpdctlError
@@ -29,6 +31,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("undisturbed") / "run"
     assert train(path, *SETTINGS).code == 0
     return path
+
+
+@pytest.fixture(params=["page cache", "memory"])
+def is_held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether engines read the student from memory, as where the run's file system lets writers wait."""
+    is_held: bool = request.param == "memory"
+    monkeypatch.setattr(environment, "waits_for_storage", lambda path: is_held)
+    return is_held
 
 
 def wait_for_responses(patch: pytest.MonkeyPatch, before_record: Callable[[Path], None], student: int) -> None:
@@ -65,10 +75,17 @@ def train_with(output: Path, before_record: Callable[[Path], None], student: int
     return wait(fork(work))
 
 
-def test_next_rollout_is_sampled_meanwhile_and_not_written(undisturbed: Path, tmp_path: Path) -> None:
+def test_next_rollout_is_sampled_meanwhile_and_not_written(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_held: bool
+) -> None:
     output, seen = tmp_path / "run", tmp_path / "seen"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "held"))
+    (tmp_path / "held").mkdir()
 
     def note_files(student: Path) -> None:
+        held = list(tmp_path.glob("held/opdctl-*/step-00001/model.safetensors"))
+        assert bool(held) == is_held
+        assert all(str(path.resolve()).startswith("/memfd:") for path in held)
         seen.write_text("\n".join(sorted(str(path.relative_to(output)) for path in output.rglob("*"))))
 
     assert train_with(output, note_files, student=1) == 0
@@ -76,12 +93,15 @@ def test_next_rollout_is_sampled_meanwhile_and_not_written(undisturbed: Path, tm
     assert "student/step-00001/model.safetensors" in at_the_time
     assert "step-00000/update.json" not in at_the_time
     assert not [name for name in at_the_time if name.startswith("step-00001/") and "/." not in name]
+    assert not list(tmp_path.glob("held/*"))
     assert artifacts(output) == artifacts(undisturbed)
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("student", [1, 2])
-def test_run_killed_meanwhile_repeats_the_update(undisturbed: Path, tmp_path: Path, student: int) -> None:
+def test_run_killed_meanwhile_repeats_the_update(
+    undisturbed: Path, tmp_path: Path, is_held: bool, student: int
+) -> None:
     output = tmp_path / "run"
     code = train_with(output, lambda path: os.kill(os.getpid(), signal.SIGKILL), student)
     assert code == -signal.SIGKILL
@@ -102,7 +122,9 @@ def test_signal_meanwhile_ends_the_run_after_the_record(undisturbed: Path, tmp_p
     assert artifacts(output) == artifacts(undisturbed)
 
 
-def test_full_disk_meanwhile_is_one_error_and_repeats_the_update(undisturbed: Path, tmp_path: Path) -> None:
+def test_full_disk_meanwhile_is_one_error_and_repeats_the_update(
+    undisturbed: Path, tmp_path: Path, is_held: bool
+) -> None:
     output, flush = tmp_path / "run", files.fsync_path
 
     def fail(path: Path) -> None:

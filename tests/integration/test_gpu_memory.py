@@ -96,7 +96,7 @@ def record_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict
     monkeypatch.setattr(loop, "run_scoring", in_stage("score teacher", loop.run_scoring))
     monkeypatch.setattr(loop.evaluate, "run_eval", in_stage("eval", loop.evaluate.run_eval))
     monkeypatch.setattr(Trainer, "train_step", in_stage("update", Trainer.train_step))
-    monkeypatch.setattr(loop, "Trainer", lambda run, device: Trainer(run, "cpu"))
+    monkeypatch.setattr(loop, "Trainer", lambda run, device, **options: Trainer(run, "cpu", **options))
     monkeypatch.setattr(loop.distributed, "barrier", wait)
     loop.run_training(run, "cuda")
     return states

@@ -1,4 +1,6 @@
-"""The device of a run."""
+"""What the machine offers: the device of a run, memory, file systems."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +85,89 @@ def test_slow_bfloat16_is_reported(monkeypatch, capsys, ratio, dtypes, named):
 
 def test_time_ratio_is_that_of_two_products():
     assert 0.05 < bfloat16_time_ratio() < 1000
+
+
+# ── File systems ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MOUNT_LINES = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+30 22 0:40 / {folder}/nfs rw,relatime - nfs4 server:/data rw,vers=4.2,sync
+31 22 0:41 / {folder}/my\\040lustre rw - lustre mgs@tcp:/fs rw
+32 22 8:2 / {folder}/waiting rw,sync,noatime - ext4 /dev/sdb1 rw
+33 22 8:3 / {folder}/nfs/scratch rw - xfs /dev/sdc1 rw
+34 22 8:4 / {folder}/hidden rw - ext4 /dev/sdd1 rw
+35 34 0:42 / {folder}/hidden rw - beegfs beegfs_nodev rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("directory", "expected"),
+    [
+        ("", False),
+        ("nfs", True),
+        ("nfs/run", True),
+        ("nfs-like", False),
+        ("my lustre/run", True),
+        ("waiting", True),
+        ("nfs/scratch/run", False),
+        ("hidden", True),
+        ("link", True),
+    ],
+)
+def test_writers_to_network_file_systems_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str, expected: bool
+) -> None:
+    (tmp_path / "mountinfo").write_text(MOUNT_LINES.format(folder=tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path / "nfs")
+    monkeypatch.setattr(environment, "MOUNTS", tmp_path / "mountinfo")
+    assert environment.waits_for_storage(tmp_path / directory) == expected
+
+
+def test_no_writer_waits_where_the_system_lists_no_file_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "MOUNTS", tmp_path / "missing")
+    assert not environment.waits_for_storage(tmp_path)
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+GIB = 2**30
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The control groups of a machine with 8 GiB of available memory; this process is in `job/step`."""
+    (tmp_path / "meminfo").write_text(f"MemTotal: {9 * GIB // 1024} kB\nMemAvailable:   {8 * GIB // 1024} kB\n")
+    (tmp_path / "cgroup").write_text("1:name=systemd:/\n0::/job/step\n")
+    (tmp_path / "groups/job/step").mkdir(parents=True)
+    names = {"MEMORY": "meminfo", "CGROUP": "cgroup", "CGROUPS": "groups"}
+    for constant, name in names.items():
+        monkeypatch.setattr(environment, constant, tmp_path / name)
+    return tmp_path / "groups"
+
+
+def limit(group: Path, gib: str, used: int, cached: int) -> None:
+    (group / "memory.max").write_text(gib if gib == "max" else str(int(gib) * GIB))
+    (group / "memory.current").write_text(str(used * GIB))
+    (group / "memory.stat").write_text(f"file 99\ninactive_file {cached * GIB}\nactive_file 0\n")
+
+
+def test_available_memory_is_the_machines_without_a_limit(groups: Path) -> None:
+    limit(groups / "job/step", "max", used=1, cached=0)
+    assert environment.available_memory_bytes() == 8 * GIB
+
+
+def test_available_memory_is_the_least_of_all_limits_with_cached_files(groups: Path) -> None:
+    limit(groups / "job/step", "7", used=1, cached=0)
+    limit(groups / "job", "6", used=5, cached=2)
+    assert environment.available_memory_bytes() == 3 * GIB
+
+
+def test_no_memory_is_available_beyond_a_limit_or_without_figures(
+    groups: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(groups / "job/step", "1", used=2, cached=0)
+    assert environment.available_memory_bytes() == 0
+    monkeypatch.setattr(environment, "MEMORY", groups / "missing")
+    assert environment.available_memory_bytes() == 0

@@ -105,7 +105,7 @@ def test_temporary_file_of_another_container_is_never_removed(tmp_path, monkeypa
         monkeypatch.setattr(Path, "read_text", raise_error)
     names = []
     for container in ("first", "second"):
-        files._machine.cache_clear()
+        files.machine_id.cache_clear()
         leases._worker_token.cache_clear()
         if is_missing:
             monkeypatch.setattr(files.uuid, "getnode", lambda container=container: container)
@@ -116,7 +116,7 @@ def test_temporary_file_of_another_container_is_never_removed(tmp_path, monkeypa
         path.write_text("half")
     files.remove_temporary_files(tmp_path)  # as the second container: its process of this number has ended
     assert [path.exists() for path in names] == [True, False]
-    files._machine.cache_clear()
+    files.machine_id.cache_clear()
     leases._worker_token.cache_clear()
 
 
