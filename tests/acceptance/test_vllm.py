@@ -586,6 +586,8 @@ def test_student_trained_on_vllm_responses_reaches_the_same_accuracy(tmp_path, m
         monkeypatch.setattr(environment, "waits_for_storage", lambda path, engine=engine: engine == "vllm")
         steps = (
             "train.steps=8",
+            "train.learning_rate=2e-4",
+            "rollout.prompts_per_step=64",
             "eval.every_steps=0",
             "eval.limit=128",
             "vllm.enforce_eager=true",

@@ -18,6 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+SETTINGS = (
+    "prompts.limit=4096",
+    "rollout.prompts_per_step=64",
+    "train.learning_rate=2e-4",
+    "eval.every_steps=0",
+    "pipeline.threads=1",
+)
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 STAGES = ("rollout", "score-teacher", "train")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -35,7 +42,7 @@ class Measurement:
 
 def measure(run_dir: Path, seed: int, steps: int, problems: int, staleness: int | None) -> Measurement:
     """Train with three followers and this max_staleness, or in a single process if it is None."""
-    settings = [f"seed={seed}", f"train.steps={steps}", "eval.every_steps=0", "pipeline.threads=1"]
+    settings = [f"seed={seed}", f"train.steps={steps}", *SETTINGS]
     settings += [f"pipeline.max_staleness={staleness or 0}"]
     options = ["--recipe", str(RECIPE), "--output", str(run_dir), "--quiet"]
     options += [word for setting in settings for word in ("--set", setting)]

@@ -20,7 +20,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.ray_cluster import start_cluster
 
 THREADS = ("--set", "pipeline.threads=1")  # two workers share two cores; Ray gives a process as many as it has CPUs
-TRAIN = ("train", "--recipe", "quickstart", "--set", "train.steps=16", "--set", "eval.every_steps=0", *THREADS)
+TRAIN = (
+    "train",
+    "--recipe",
+    "quickstart",
+    "--set",
+    "train.steps=16",
+    "--set",
+    "rollout.prompts_per_step=64",
+    "--set",
+    "eval.every_steps=0",
+    *THREADS,
+)
 ROLLOUT = (
     "rollout",
     "--recipe",
@@ -54,8 +65,8 @@ def main() -> None:
     out, repeats = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3
     with start_cluster():
         cases = {
-            "quickstart, 16 steps": (1, TRAIN),
-            "quickstart, 16 steps, Ray": (1, (*TRAIN, "--launcher", "ray")),
+            "quickstart, 16 steps of 64 prompts": (1, TRAIN),
+            "quickstart, 16 steps of 64 prompts, Ray": (1, (*TRAIN, "--launcher", "ray")),
             "64 parts, 2 workers": (2, ROLLOUT),
             "64 parts, 2 workers, Ray": (1, (*ROLLOUT, *RAY)),
         }

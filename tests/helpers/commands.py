@@ -31,6 +31,7 @@ SMALL = (
     "rollout.prompts_per_step=8",
     "rollout.num_parts=2",
     "train.steps=2",
+    "train.learning_rate=2e-4",
     "eval.limit=8",
     "eval.every_steps=0",
     "pipeline.threads=1",

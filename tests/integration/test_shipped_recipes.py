@@ -450,9 +450,9 @@ def test_dry_run_writes_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.
 def test_dry_run_prints_the_plan_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = invoke("train", "--recipe", ROOT / "recipes" / "quickstart.toml", "--dry-run", "--json").json()
-    # 64 prompts of 13 tokens and as many responses of 160; 4,096 prompts are 64 steps of 64.
-    assert (plan["prompt_tokens_per_step"], plan["response_tokens_per_step"]) == (832, 10240)
-    assert (plan["steps"], plan["epochs"]) == (64, 1.0)
+    # 128 prompts of 13 tokens and as many responses of 160; 3,584 prompts are 28 steps of 128.
+    assert (plan["prompt_tokens_per_step"], plan["response_tokens_per_step"]) == (1664, 20480)
+    assert (plan["steps"], plan["epochs"]) == (28, 1.0)
     assert plan["parameters"] == {"student": 110528, "teacher": 365664}
 
 
