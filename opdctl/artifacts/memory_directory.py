@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 from opdctl.artifacts.files import discard, translate_write_errors
 
+COPIED_BYTES = 2**24  # at a time
+
 
 class MemoryDirectory:
     """An existing directory, to which this process adds memory files. They last until `close`."""
@@ -37,7 +39,9 @@ class MemoryDirectory:
         for name in names:
             with translate_write_errors(target / name):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.path / name, target / name)
+                with (self.path / name).open("rb") as source, (target / name).open("wb") as copy:
+                    # Not by shutil.copyfile: the system's calls for it write 64 KB at a time, and each may wait.
+                    shutil.copyfileobj(source, copy, COPIED_BYTES)
 
     def names_on_disk(self) -> list[str]:
         """Return the relative names of the files that are not in memory."""

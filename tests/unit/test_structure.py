@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "opdctl"
 LAYERS = [  # a module imports from lines above its own only; modules on one line do not import one another
     {"errors"},
-    {"console", "distributed", "environment", "registry", "signals"},
+    {"console", "distributed", "environment", "garbage_collection", "registry", "signals"},
     {"losses", "artifacts"},
     {"recipe"},
     {"models", "data"},
