@@ -99,7 +99,7 @@ def _properties(batch: Batch) -> dict[str, Floats]:
     }
     for name, column in (("teacher_entropy", "teacher_entropies"), ("student_entropy", "student_entropies")):
         if all(column in tokens.columns for tokens in batch.responses):
-            columns[name] = concatenate([tokens.columns[column] for tokens in batch.responses])
+            columns[name] = concatenate([tokens.column(column) for tokens in batch.responses])
     columns["position"] = batch.position_N.astype(np.float64)
     columns["relative_position"] = batch.position_N / batch.length_R[batch.response_N]
     return columns

@@ -185,7 +185,7 @@ def target_logprobs(scored: ScoredResponse, extrapolation: float, weight_T: Floa
 
 
 def to_weight_inputs(scored: ScoredResponse, step: int, student_logprobs: Logprobs | None = None) -> ResponseTokens:
-    """Return a response's tokens as the input of token weights, float64.
+    """Return a response's tokens as the input of token weights, log-probs in float64.
 
     student_logprobs: the student's log-probs of the tokens, [T], in nats; by default those that the rollout stored.
     """
@@ -193,13 +193,7 @@ def to_weight_inputs(scored: ScoredResponse, step: int, student_logprobs: Logpro
     columns = {name: value for name in COLUMN_SETTINGS if (value := _stored_column(scored, name)) is not None}
     student_logp_T = student_logprobs.astype(np.float64)
     teacher_logp_T = scored.teacher.logprobs.astype(np.float64)
-    return ResponseTokens(
-        student_logp_T,
-        teacher_logp_T,
-        teacher_logp_T - student_logp_T,
-        step,
-        {name: value.astype(np.float64) if value.dtype == np.float32 else value for name, value in columns.items()},
-    )
+    return ResponseTokens(student_logp_T, teacher_logp_T, teacher_logp_T - student_logp_T, step, columns)
 
 
 def _stored_column(scored: ScoredResponse, name: str) -> npt.NDArray[Any] | None:

@@ -31,7 +31,6 @@ class MicroBatch:
     loss_scale_N: the factor of a token's loss in the step's loss: weight / denominator, or 1 / denominator if the
     weight modulates the extrapolation, which is in target_logp_N. Tokens whose factor is 0 are left out of everything
     but `left_out`, and so are the tokens after the last one that counts: the model need not read them.
-    support_ids_NK, teacher_logp_NK: the ids of a top-k objective and the teacher's log-probs of them.
     """
 
     samples: list[ScoredResponse]
@@ -42,14 +41,19 @@ class MicroBatch:
     target_logp_N: Tensor
     weight_N: Tensor
     loss_scale_N: Tensor
-    support_ids_NK: Tensor | None
-    teacher_logp_NK: Tensor | None
     left_out: Sequence["LeftOut"] = ()
     """Of each response."""
     old_logp_N: Tensor | None = None
     """The student's log-probs before the step's first update; None until they are computed."""
     is_filler: bool = False
     """Whether it only keeps the collective calls of the ranks aligned. Its loss scales are 0."""
+
+
+class Support(NamedTuple):
+    """The ids of a top-k objective for each token, and the teacher's log-probs of them in nats, [N, K] each."""
+
+    ids_NK: Tensor
+    teacher_logp_NK: Tensor
 
 
 class LeftOut(NamedTuple):
@@ -87,7 +91,6 @@ def make_micro_batches(
     step: int,
     scored: Sequence[ScoredResponse],
     weight: Weight,
-    objective: Objective,
     device: str,
     old_logprobs: Mapping[str, Logprobs] | None = None,
     division: Division = Division(),  # noqa: B008 - immutable
@@ -113,7 +116,7 @@ def make_micro_batches(
         rows, scale = share.indices, 0.0 if share.is_filler else 1.0
         loss_scales = [scale * factors[i][counts[i]] / denominators[i] for i in rows]
         samples, batch_weights = [selected[i] for i in rows], [weights[i][counts[i]] for i in rows]
-        batch = _micro_batch(recipe, samples, batch_weights, loss_scales, objective, device, division.packs)
+        batch = _micro_batch(recipe, samples, batch_weights, loss_scales, device, division.packs)
         old = [logp_T[counts[i]] for i in rows if (logp_T := own[i]) is not None]
         old_logp_N = _column(old, device) if old_logprobs else None
         left_out = [_left_out(scored[i], ~counts[i]) for i in rows]
@@ -147,20 +150,11 @@ def _micro_batch(
     samples: list[ScoredResponse],
     weights: list[Floats],
     loss_scales: list[Floats],
-    objective: Objective,
     device: str,
     packs: bool,
 ) -> MicroBatch:
     column = partial(_column, device=device)
     responses, teachers = [sample.response for sample in samples], [sample.teacher for sample in samples]
-    ids_NK, logp_NK = None, None
-    if objective.support == "teacher":
-        ids_NK = column([teacher.top_ids for teacher in teachers], dtype=np.int64)
-        logp_NK = column([teacher.top_logprobs for teacher in teachers])
-    elif objective.support == "student":
-        ids_NK = column([response.top_ids for response in responses], dtype=np.int64)
-        logp_NK = column([teacher.student_top_logprobs for teacher in teachers])
-    top_k = getattr(objective, "top_k", None)  # the stored columns may be wider
     factors = weights if recipe.weight.modulates == "extrapolation" else [None] * len(samples)
     targets = [target_logprobs(s, recipe.train.extrapolation, w) for s, w in zip(samples, factors, strict=True)]
     return MicroBatch(
@@ -172,9 +166,24 @@ def _micro_batch(
         target_logp_N=column(targets),
         weight_N=column(weights),
         loss_scale_N=column(loss_scales),
-        support_ids_NK=None if ids_NK is None else ids_NK[:, :top_k],
-        teacher_logp_NK=None if logp_NK is None else logp_NK[:, :top_k],
     )
+
+
+def read_support(samples: Sequence[ScoredResponse], objective: Objective, device: str) -> Support | None:
+    """Return the support of a top-k objective for the tokens of a micro-batch, None if the objective has none.
+
+    The widest columns: they are copied for one micro-batch at a time.
+    """
+    responses, teachers = [sample.response for sample in samples], [sample.teacher for sample in samples]
+    if objective.support == "teacher":
+        ids, logprobs = [teacher.top_ids for teacher in teachers], [teacher.top_logprobs for teacher in teachers]
+    elif objective.support == "student":
+        ids = [response.top_ids for response in responses]
+        logprobs = [teacher.student_top_logprobs for teacher in teachers]
+    else:
+        return None
+    top_k = getattr(objective, "top_k", None)  # the stored columns may be wider
+    return Support(_column(ids, device, np.int64)[:, :top_k], _column(logprobs, device)[:, :top_k])
 
 
 def _column(values: Sequence[npt.NDArray[np.generic] | None], device: str, dtype: type = np.float32) -> Tensor:

@@ -53,7 +53,7 @@ from opdctl.training.metrics import (
     peak_memory_gib,
     response_stats,
 )
-from opdctl.training.microbatches import MicroBatch, make_micro_batches, split_in_half
+from opdctl.training.microbatches import MicroBatch, Support, make_micro_batches, read_support, split_in_half
 from opdctl.training.optimizer import learning_rate, make_adamw
 from opdctl.training.router_replay import given_experts, token_places
 
@@ -184,8 +184,8 @@ class Trainer:
     ) -> list[MicroBatch]:
         settings = self._settings.model_copy(update={"tokens_per_micro_batch": self._token_budget})
         recipe = self._run.recipe.model_copy(update={"train": settings})
-        inputs = (weight, self._objective, self._device, old_logprobs)
-        return make_micro_batches(recipe, step, scored, *inputs, self._division(), distributed.rank())
+        inputs = (weight, self._device, old_logprobs, self._division(), distributed.rank())
+        return make_micro_batches(recipe, step, scored, *inputs)
 
     def _old_logprobs(self, step: int, scored: list[ScoredResponse]) -> dict[str, Logprobs]:
         """Return the log-probs of all responses under the student before the step's updates, by sample id, [T] each.
@@ -371,20 +371,20 @@ class Trainer:
         sums, run = MetricSums(), self._run
         hidden_ND, ids_N = self._response_states(batch.sequences)
         teacher_hidden_ND = self._teacher_states(batch)
+        support = read_support(batch.samples, self._objective, self._device)
 
         def chunk_loss(chunk: Chunk) -> Tensor:
             logp_C = chunk.selected_logp_CK[:, 0].detach()
             old_logp_C = logp_C if batch.old_logp_N is None else batch.old_logp_N[chunk.rows]
-            tokens = self._token_batch(batch, chunk, old_logp_C, teacher_hidden_ND)
+            tokens = self._token_batch(batch, chunk, old_logp_C, teacher_hidden_ND, support)
             with plugin_errors(self._objective):
                 loss_C, metrics = self._objective(tokens)
             sums.add({**metrics, **_token_metrics(batch, chunk, old_logp_C, metrics)})
             sums.logps.append(logp_C)
             return (loss_C * batch.loss_scale_N[chunk.rows]).sum()
 
-        support = [] if batch.support_ids_NK is None else [batch.support_ids_NK]
         head = output_head(self._model, run.student.vocab_size, hidden_ND.dtype)
-        ids_NK = torch.cat([ids_N[:, None], *support], dim=-1)
+        ids_NK = torch.cat([ids_N[:, None], *([support.ids_NK] if support else [])], dim=-1)
         loss = map_vocab_chunks(head, hidden_ND, ids_NK, chunk_loss, entropy=True)
         if not torch.isfinite(loss):
             sample_ids = [sample.response.sample_id for sample in batch.samples]
@@ -399,17 +399,21 @@ class Trainer:
         return torch.cat(sums.logps) if batch.old_logp_N is None else batch.old_logp_N, totals
 
     def _token_batch(
-        self, batch: MicroBatch, chunk: Chunk, old_logp_C: Tensor, teacher_hidden_ND: Tensor | None
+        self,
+        batch: MicroBatch,
+        chunk: Chunk,
+        old_logp_C: Tensor,
+        teacher_hidden_ND: Tensor | None,
+        support: Support | None,
     ) -> TokenBatch:
         """Return the chunk's tokens as the input of the objective, with all log-probs of its support."""
         rows, student_logp, teacher_logp, student_tail = chunk.rows, None, None, None
         if teacher_hidden_ND is not None:
             head = self._teacher_head(batch.samples[0].response.teacher)
             student_logp, teacher_logp = chunk.logp_CV, head.logits(teacher_hidden_ND[rows]).log_softmax(-1)
-        elif batch.teacher_logp_NK is not None:
-            assert batch.support_ids_NK is not None
-            student_logp, teacher_logp = chunk.selected_logp_CK[:, 1:], batch.teacher_logp_NK[rows]
-            student_tail = chunk.tail_logp_C(batch.support_ids_NK[rows])
+        elif support:
+            student_logp, teacher_logp = chunk.selected_logp_CK[:, 1:], support.teacher_logp_NK[rows]
+            student_tail = chunk.tail_logp_C(support.ids_NK[rows])
         return TokenBatch(
             chunk.selected_logp_CK[:, 0],
             old_logp_C,

@@ -22,7 +22,6 @@ from opdctl.artifacts.records import Logprobs, ScoredResponse
 from opdctl.engines.pool import open_engine_pool
 from opdctl.losses.token_weights import Weight, build_weight, weigh
 from opdctl.pipeline import rollout, score
-from opdctl.recipe.components import build_objective
 from opdctl.recipe.load import load_recipe
 from opdctl.recipe.schema import ModelShape
 from opdctl.runs.open import open_run
@@ -98,7 +97,7 @@ def gradient(run: Run, samples: list[ScoredResponse], weight: Weight, own: Mappi
     """Return the gradient of the step, concatenated; in float32: bfloat16 rounds it by more than the weights do."""
     student = run.recipe.student.model_copy(update={"dtype": "float32"})
     trainer = Trainer(dataclasses.replace(run, recipe=run.recipe.model_copy(update={"student": student})), "cpu")
-    for batch in make_micro_batches(run.recipe, 0, samples, weight, build_objective(run.recipe), "cpu", own):
+    for batch in make_micro_batches(run.recipe, 0, samples, weight, "cpu", own):
         trainer._backward(dataclasses.replace(batch, old_logp_N=None))
     return torch.cat([p.grad.flatten() for p in trainer._model.parameters() if p.grad is not None])
 

@@ -24,8 +24,7 @@ from opdctl.data.toy import sort12
 from opdctl.engines.pool import EnginePool, open_engine_pool
 from opdctl.engines.transformers import TransformersEngine
 from opdctl.errors import ExitCode
-from opdctl.losses.objectives import PolicyGradient
-from opdctl.losses.token_weights import IwOpd, weigh
+from opdctl.losses.token_weights import COLUMN_SETTINGS, IwOpd, weigh
 from opdctl.models import logprobs
 from opdctl.models.loading import load_model
 from opdctl.pipeline import rollout, score
@@ -230,7 +229,7 @@ def test_extrapolation_by_hand():
     targets = {}
     for modulates in ("loss", "extrapolation"):
         recipe = small_recipe(*settings, f"weight.modulates={modulates}")
-        (batch,) = make_micro_batches(recipe, 0, scored, IwOpd(0.5), PolicyGradient(), "cpu")
+        (batch,) = make_micro_batches(recipe, 0, scored, IwOpd(0.5), "cpu")
         assert batch.weight_N.tolist() == pytest.approx([1.5, 4 / 3])
         targets[modulates] = batch.target_logp_N.tolist(), (2 * batch.loss_scale_N).tolist()
     # 2 (log T - log R) + log R = 1 and -5, weighted by w; with w in the factor 3 · 2 - 3 and 8/3 · -1 - 3
@@ -307,6 +306,16 @@ def test_every_objective_trains(name, tmp_path):
     assert metrics["grad_norm"] > 0
 
 
+def test_inputs_of_token_weights_share_the_memory_of_the_stored_columns(stored):
+    for sample in read_scored(stored, 0):
+        tokens = to_weight_inputs(sample, 0)
+        assert {*tokens.columns} == {*COLUMN_SETTINGS}
+        assert np.shares_memory(tokens.columns["student_top_logprobs"], sample.response.top_logprobs)
+        assert np.shares_memory(tokens.columns["teacher_entropies"], sample.teacher.entropies)
+        assert tokens.column("student_top_logprobs").dtype == np.float64
+        np.testing.assert_array_equal(tokens.column("teacher_top_ids"), sample.teacher.top_ids)
+
+
 def test_step_weights_are_computed_before_batching(stored):
     """tip keeps half of the tokens of the step, not half of each micro-batch."""
     step = [to_weight_inputs(sample, 0) for sample in read_scored(stored, 0)]
@@ -353,7 +362,7 @@ def two_teachers(tmp_path) -> Path:
     recipe.write_text(
         QUICKSTART.read_text()
         .replace('[teacher]\nmodel = "toy:teacher"\ndtype = "float32"', TEACHERS)
-        .replace('source = "toy:sort12"\nlimit = 4096', PROMPTS.format(tmp_path / "prompts.jsonl"))
+        .replace('source = "toy:sort12"\nlimit = 3584', PROMPTS.format(tmp_path / "prompts.jsonl"))
     )
     return recipe
 

@@ -39,7 +39,8 @@ class ResponseTokens:
     """The tokens of one complete response; log-probs and advantages in nats.
 
     advantage_T: log p_teacher - log p_student, also with a reference model: reward extrapolation changes the loss only.
-    step: the step of the response. columns: the optional columns that are stored, by the names in `COLUMN_SETTINGS`.
+    step: the step of the response. columns: the optional columns as they are stored, by the
+    names in `COLUMN_SETTINGS`; `column` converts those that are read.
     """
 
     student_logp_T: Floats
@@ -52,7 +53,7 @@ class ResponseTokens:
         return len(self.advantage_T)
 
     def column(self, column: str) -> npt.NDArray[Any]:
-        """Return an optional column: [T], or [T, K] for the top-k columns.
+        """Return an optional column: [T], or [T, K] for the top-k columns; numbers in float64.
 
         Raises:
             OpdctlError: the name is unknown, or the run does not store the column.
@@ -65,7 +66,8 @@ class ResponseTokens:
                 f"a token weight reads the column `{column}`, which this run does not store",
                 hint=f"add `{COLUMN_SETTINGS[column]}` to the `needs` of the weight",
             )
-        return self.columns[column]
+        values = self.columns[column]
+        return values.astype(np.float64) if values.dtype == np.float32 else values
 
 
 class Weight:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import QUICKSTART, invoke
+from helpers.commands import QUICKSTART, invoke, small_recipe
 from helpers.planted import planted_run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ from opdctl.runs.run import Run
 
 def update_settings(*overrides: str) -> dict[str, Any]:
     base = ("train.steps=8", "weight.gamma=1.0", *overrides)
-    return fingerprint_settings(load_recipe([QUICKSTART], base), "update")
+    return fingerprint_settings(small_recipe(*base), "update")
 
 
 def record_update(run: Run, step: int, settings: Mapping[str, Any]) -> None:

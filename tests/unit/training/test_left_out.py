@@ -8,7 +8,6 @@ import torch
 from helpers.commands import small_recipe
 from helpers.planted import plant, planted_run
 
-from opdctl.losses.objectives import PolicyGradient
 from opdctl.losses.token_weights import Weight
 from opdctl.models.loading import load_model
 from opdctl.runs.scored_responses import read_scored
@@ -69,7 +68,7 @@ def test_tokens_of_weight_0_are_left_out(tmp_path):
     run = planted_run(tmp_path / "run")
     plant(run, 0, [np.array([0.5, -1, 2, 4]), np.array([1.0, -3]), np.ones(3)])
     weight, scored = FixedWeights(), list(read_scored(run, 0))
-    (batch,) = make_micro_batches(run.recipe, 0, scored, weight, PolicyGradient(), "cpu")
+    (batch,) = make_micro_batches(run.recipe, 0, scored, weight, "cpu")
     kept = {sample.sample_id: (3, [0, 2]) for sample in [scored[0].response]}
     kept |= {scored[1].response.sample_id: (2, [0, 1]), scored[2].response.sample_id: (0, [])}
     left_out = dict(zip([0, 1, 2], [(2, 3, 5), (0, 0, 0), (3, 3, 3)], strict=True))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers.planted import plant, planted_run
 
-from opdctl.losses.objectives import PolicyGradient
 from opdctl.losses.token_weights import IwOpd, Weight
 from opdctl.runs.scored_responses import read_scored, to_weight_inputs
 from opdctl.training.division import Division
@@ -37,7 +36,7 @@ def test_fillers_have_no_loss(tmp_path):
     plant(run, 0, [np.ones(4), np.ones(2)])
     scored, weight = list(read_scored(run, 0)), FixedWeights(((1, 1, 1, 1), (1, 1)))
     for rank in range(3):
-        given = (run.recipe, 0, scored, weight, PolicyGradient(), "cpu", None, Division(3), rank)
+        given = (run.recipe, 0, scored, weight, "cpu", None, Division(3), rank)
         (batch,) = make_micro_batches(*given)
         assert batch.is_filler == (rank == 2)
         assert bool(batch.loss_scale_N.any()) != batch.is_filler
@@ -49,7 +48,7 @@ def test_packed_micro_batches_have_no_padding(tmp_path):
     scored, weight = list(read_scored(run, 0)), FixedWeights(((1, 1, 1, 1), (1, 1), (1, 1, 1)))
     tokens = sum(len(sample.response.prompt_ids) + len(sample.response.response_ids) for sample in scored)
     for packs in (True, False):
-        given = (run.recipe, 0, scored, weight, PolicyGradient(), "cpu", None, Division(packs=packs))
+        given = (run.recipe, 0, scored, weight, "cpu", None, Division(packs=packs))
         (batch,) = make_micro_batches(*given)
         assert (batch.sequences.input_ids_BT.numel() == tokens) == packs
         for half in split_in_half(batch):
@@ -85,7 +84,7 @@ def test_denominators_by_hand(settings, expected, tmp_path):
     run = planted_run(tmp_path / "run", *(f"train.{setting}" for setting in settings))
     plant(run, 0, [np.ones(4), np.ones(2), np.ones(3)])
     weight, scored = FixedWeights(((1, 2, 0, 0), (3, 0), (0, 0, 0))), list(read_scored(run, 0))
-    batches = make_micro_batches(run.recipe, 0, scored, weight, PolicyGradient(), "cpu")
+    batches = make_micro_batches(run.recipe, 0, scored, weight, "cpu")
     scales = {}
     for batch in batches:
         pairs = zip(batch.samples, batch.sequences.split(batch.loss_scale_N), strict=True)
