@@ -114,8 +114,8 @@ def test_help_of_every_command_shows_an_example_and_imports_no_torch() -> None:
 def test_invalid_recipe_or_option_imports_no_torch(args: list[str], tmp_path: Path) -> None:
     script = (
         "import json, sys\n"
-        "from opdctl.cli.main import main\n"
-        "try: main()\n"
+        "from opdctl.cli.main import app\n"
+        "try: app()\n"
         "except SystemExit as end: code = end.code\n"
         "print(json.dumps([code, sorted({'torch', 'transformers'} & set(sys.modules))]))\n"
     )
