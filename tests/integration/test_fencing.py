@@ -1,7 +1,7 @@
 """Processes that were suspended past their leases, at every kind of file that they publish: they change nothing."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 from helpers.commands import contents, invoke, sets
 from helpers.forks import fork, wait
 
+from opdctl import environment
 from opdctl.artifacts import files, leases
 from opdctl.errors import ExitCode
 from opdctl.evaluation import evaluate
@@ -28,7 +29,7 @@ WRITTEN_AT_THE_START = ("recipe.toml", "metrics.jsonl")
 
 def call_when_written(monkeypatch: pytest.MonkeyPatch, wanted: Path, function: Callable[[Path], None]) -> None:
     """Call a function with the temporary path of `wanted`, once, when that is written and not renamed yet."""
-    flush, export, called = files.fsync_path, StudentExporter.export, []
+    flush, export, copy, called = files.fsync_path, StudentExporter.export, writing.HeldStudent.copy_to, []
 
     def call(path: Path) -> None:
         if not called and path.parent == wanted.parent and path.name.endswith(f"-{wanted.name}"):
@@ -39,18 +40,31 @@ def call_when_written(monkeypatch: pytest.MonkeyPatch, wanted: Path, function: C
         flush(path)
         call(path)
 
-    def export_and_call(exporter: StudentExporter, directory: Path) -> dict[str, int]:
-        sizes = export(exporter, directory)
+    def export_and_call(exporter: StudentExporter, directory: Path, *arguments: Any) -> dict[str, int]:
+        sizes = export(exporter, directory, *arguments)
+        call(directory)
+        return sizes
+
+    def copy_and_call(student: writing.HeldStudent, directory: Path) -> Mapping[str, int]:
+        sizes = copy(student, directory)
         call(directory)
         return sizes
 
     monkeypatch.setattr(files, "fsync_path", flush_and_call)
     monkeypatch.setattr(StudentExporter, "export", export_and_call)  # a student is flushed after its rename
+    monkeypatch.setattr(writing.HeldStudent, "copy_to", copy_and_call)
 
 
-@pytest.mark.parametrize("name", PUBLISHED.values(), ids=PUBLISHED)
-def test_trainer_that_slept_past_its_lease_changes_nothing(finished_copy: Path, monkeypatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "is_held"),
+    [*((name, False) for name in PUBLISHED.values()), ("student/step-00001", True)],
+    ids=[*PUBLISHED, "student in memory"],
+)
+def test_trainer_that_slept_past_its_lease_changes_nothing(
+    finished_copy: Path, monkeypatch, name: str, is_held: bool
+) -> None:
     """It sleeps before the rename of the file, until another process has the run's lease."""
+    monkeypatch.setattr(environment, "waits_for_storage", lambda path: is_held)
     run, seen, heir = finished_copy, dict[str, bytes](), leases.Lease(finished_copy, "train")
     for path in (*run.glob("*/step-0000[12]"), run / "step-00000/update.json", run / "step-00001/update.json"):
         if path.is_dir() and path.parent.name in ("student", "trainer"):
