@@ -34,8 +34,10 @@ PHASES = {
 def report_moments(folder: str) -> None:
     """Train in this process until the first token, and print the moments as a JSON object: seconds since the epoch."""
     moments = {"start": time.time()}
-    from opdctl import signals
-    from opdctl.cli.main import main  # as __main__.py does
+    from opdctl import garbage_collection, signals
+
+    garbage_collection.defer_collections()  # as __main__.py does
+    from opdctl.cli.main import main
 
     moments["cli"] = time.time()
 
