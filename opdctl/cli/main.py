@@ -74,8 +74,8 @@ def main() -> None:
 
 
 def _end_process(end: SystemExit) -> None:
-    """End the process if it needs no end of the interpreter. That takes more than a second to free what the system
-    frees at once, and would wait for the threads of an episode that hangs."""
+    """End the process at once if nothing needs the interpreter's own end. That frees a million objects in more than a
+    second, and would wait for the threads of an episode that hangs."""
     threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     if not any(thread.name.startswith(EPISODE_THREAD) for thread in threads):
         if not all(thread.daemon for thread in threads):

@@ -49,7 +49,7 @@ class MicroBatch:
     """Whether it only keeps the collective calls of the ranks aligned. Its loss scales are 0."""
 
 
-class Support(NamedTuple):
+class TokenSupport(NamedTuple):
     """The ids of a top-k objective for each token, and the teacher's log-probs of them in nats, [N, K] each."""
 
     ids_NK: Tensor
@@ -169,7 +169,7 @@ def _micro_batch(
     )
 
 
-def read_support(samples: Sequence[ScoredResponse], objective: Objective, device: str) -> Support | None:
+def read_support(samples: Sequence[ScoredResponse], objective: Objective, device: str) -> TokenSupport | None:
     """Return the support of a top-k objective for the tokens of a micro-batch, None if the objective has none.
 
     The widest columns: they are copied for one micro-batch at a time.
@@ -183,7 +183,7 @@ def read_support(samples: Sequence[ScoredResponse], objective: Objective, device
     else:
         return None
     top_k = getattr(objective, "top_k", None)  # the stored columns may be wider
-    return Support(_column(ids, device, np.int64)[:, :top_k], _column(logprobs, device)[:, :top_k])
+    return TokenSupport(_column(ids, device, np.int64)[:, :top_k], _column(logprobs, device)[:, :top_k])
 
 
 def _column(values: Sequence[npt.NDArray[np.generic] | None], device: str, dtype: type = np.float32) -> Tensor:

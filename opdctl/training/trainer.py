@@ -53,7 +53,7 @@ from opdctl.training.metrics import (
     peak_memory_gib,
     response_stats,
 )
-from opdctl.training.microbatches import MicroBatch, Support, make_micro_batches, read_support, split_in_half
+from opdctl.training.microbatches import MicroBatch, TokenSupport, make_micro_batches, read_support, split_in_half
 from opdctl.training.optimizer import learning_rate, make_adamw
 from opdctl.training.router_replay import given_experts, token_places
 
@@ -145,6 +145,7 @@ class Trainer:
             OpdctlError: an artifact is corrupt; the loss or the gradient is not finite; memory is insufficient.
         """
         with measure_stage() as times:
+            self._run.finish_update()
             self._release_student()
             scored = list(read_scored(self._run, step))
             update_metrics = self._update(step, self.make_micro_batches(step, scored))
@@ -404,7 +405,7 @@ class Trainer:
         chunk: Chunk,
         old_logp_C: Tensor,
         teacher_hidden_ND: Tensor | None,
-        support: Support | None,
+        support: TokenSupport | None,
     ) -> TokenBatch:
         """Return the chunk's tokens as the input of the objective, with all log-probs of its support."""
         rows, student_logp, teacher_logp, student_tail = chunk.rows, None, None, None
