@@ -42,7 +42,7 @@ def test_the_notebook_loads_a_run(tutorial_directory, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "192 3"  # three steps of 64 responses
+    assert result.stdout.splitlines()[-1] == "384 3"  # three steps of 128 responses
 
 
 def test_custom_components_are_short_and_run(tmp_path):
