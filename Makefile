@@ -11,7 +11,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+# Python compiles the modules that a command imports. pip would compile all of torch and transformers first: 50 s.
+PIP := $(VENV)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 # The tests of a process that dies, for lack of memory for example, are not given to others: pytest would wait for ever.
 PYTEST := $(VENV)/bin/pytest --numprocesses auto --max-worker-restart 0
 
