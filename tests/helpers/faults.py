@@ -22,6 +22,7 @@ be correct, and the same command must end as without the fault.
 """
 
 import argparse
+import atexit
 import errno
 import faulthandler
 import importlib
@@ -255,6 +256,7 @@ def start(output: Path, settings: tuple[str, ...], *, spawn: bool) -> int:
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
         sys.argv = ["opdctl", *words]
+        atexit._clear()  # the exit functions of the process that forked, which remove its folder
         try:
             opdctl.__main__.main()
         except SystemExit as end:
