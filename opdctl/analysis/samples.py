@@ -78,7 +78,7 @@ class Sample:
         if by == "weight":
             return next(iter(self.weights.values()))
         if by == "entropy":
-            return np.asarray(self.tokens.columns["student_entropies"], np.float64)
+            return self.tokens.column("student_entropies")
         return np.abs(self.tokens.advantage_T) if by == "signal" else np.maximum(-self.log_ratios(), 0)
 
     def log_ratios(self) -> Floats:

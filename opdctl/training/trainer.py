@@ -21,7 +21,6 @@ from torch import Tensor
 from opdctl import console, distributed, signals
 from opdctl.artifacts import files
 from opdctl.artifacts.manifests import ProbeRecord
-from opdctl.artifacts.memory_directory import remove_temporary_directory
 from opdctl.artifacts.records import Logprobs, ScoredResponse, sample_seed
 from opdctl.artifacts.stage_dir import Fingerprint
 from opdctl.artifacts.tensor_files import CreateFile, create_on_disk
@@ -74,7 +73,7 @@ class Trainer:
 
     def __init__(self, run: Run, device: str, *, holds_students: bool = False):
         """holds_students: until the next update, keep a student in memory if the run's directory is slow to write."""
-        self._holds_students = holds_students
+        self._holds_students = holds_students and writing.should_hold_students(run.path)
         self._held: writing.HeldStudent | None = None
         self._run, self._device, self._settings = run, device, run.recipe.train
         self._token_budget = self._settings.tokens_per_micro_batch
@@ -459,7 +458,7 @@ class Trainer:
         record |= {"probe": probe, "metrics": metrics}
         path, export = run.student_path(done), partial(self._export, step=done, metrics=metrics)
         is_saved, is_last = run.saves_trainer_state(done), done == self._settings.steps
-        if self._holds_students and not is_last and writing.can_hold_students(run.path, self._exporter.num_bytes):
+        if self._holds_students and not is_last and writing.has_room(self._exporter.num_bytes):
             self._held = writing.hold_student(path.name, export)
             run.held_students[done] = self._held.directory.path
         student = self._held or writing.write_student(path, export, flush=False)
@@ -500,9 +499,7 @@ class Trainer:
         """Free the memory of the latest student, which is in the run's directory by now."""
         self._run.held_students.clear()
         if self._held:
-            self._held.directory.close()
-            if distributed.is_main():
-                remove_temporary_directory(self._held.directory.path)
+            self._held.release()
         self._held = None
 
     def _export(

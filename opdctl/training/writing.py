@@ -15,7 +15,11 @@ from torch import Tensor
 from opdctl import distributed, environment
 from opdctl.artifacts import directories, files, leases
 from opdctl.artifacts.directories import FileDigest
-from opdctl.artifacts.memory_directory import MemoryDirectory, make_temporary_directory
+from opdctl.artifacts.memory_directory import (
+    MemoryDirectory,
+    make_temporary_directory,
+    remove_temporary_directory,
+)
 from opdctl.artifacts.tensor_files import CreateFile
 from opdctl.artifacts.versions import versioned
 from opdctl.runs.run import Run
@@ -62,20 +66,18 @@ def complete_student(path: Path, own: Mapping[str, int]) -> dict[str, str]:
     return directories.complete_directory(path, known) if distributed.is_main() else {}
 
 
-def can_hold_students(path: Path, num_bytes: int) -> bool:
-    """Whether a student for the directory `path` is better held in memory until it has been copied there.
+def should_hold_students(path: Path) -> bool:
+    """Whether students for the run `path` are better held in memory until they have been copied there.
 
-    So it is if writers to the file system wait, all ranks are on one machine, and its memory has room.
-    num_bytes: of the weight files.
+    So they are if writers to its file system wait, and all ranks are on one machine.
     """
     machines = {*distributed.gather_objects(files.machine_id())}
-    return distributed.call_on_main(
-        lambda: (
-            len(machines) == 1
-            and environment.waits_for_storage(path)
-            and environment.available_memory_bytes() > HELD_STUDENTS * num_bytes
-        )
-    )
+    return distributed.call_on_main(lambda: len(machines) == 1 and environment.waits_for_storage(path))
+
+
+def has_room(num_bytes: int) -> bool:
+    """Whether memory has room for a student whose weight files have as many bytes."""
+    return distributed.call_on_main(lambda: environment.available_memory_bytes() > HELD_STUDENTS * num_bytes)
 
 
 def hold_student(name: str, write: Callable[[Path, CreateFile], Mapping[str, int]]) -> "HeldStudent":
@@ -101,6 +103,12 @@ class HeldStudent(NamedTuple):
         others = self.directory.names_on_disk() if distributed.is_main() else []
         self.directory.copy_files([*others, *self.own], directory)
         return self.own
+
+    def release(self) -> None:
+        """Free its memory, and remove its directory."""
+        self.directory.close()
+        if distributed.is_main():
+            remove_temporary_directory(self.directory.path)
 
 
 def complete_update(

@@ -39,8 +39,8 @@ class ResponseTokens:
     """The tokens of one complete response; log-probs and advantages in nats.
 
     advantage_T: log p_teacher - log p_student, also with a reference model: reward extrapolation changes the loss only.
-    step: the step of the response. columns: the optional columns as they are stored, by the
-    names in `COLUMN_SETTINGS`; `column` converts those that are read.
+    step: the step of the response. columns: the optional columns as they are stored, by the names in `COLUMN_SETTINGS`;
+    `column` converts those that are read.
     """
 
     student_logp_T: Floats
