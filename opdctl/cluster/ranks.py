@@ -69,13 +69,11 @@ def run_ranks(recipe: Recipe, path: Path, arguments: Sequence[str]) -> int:
         name, mailbox = start_mailbox()
         setup = RankSetup(arguments, path.resolve(), Path.cwd(), code_identity(), name)
         driver = _Driver(mailbox)
-        training = threading.Thread(target=driver.fit, args=(recipe, setup), daemon=True)
-        training.start()
+        threading.Thread(target=driver.fit, args=(recipe, setup), daemon=True).start()
         try:
-            while training.is_alive() and not driver.error:
+            while not (driver.ended.wait(CALL_POLL_SECONDS) or driver.error):
                 signals.check()
                 driver.read_mailbox()
-                training.join(CALL_POLL_SECONDS)
         finally:
             driver.stop()
             with contextlib.suppress(ray.exceptions.RayError):
@@ -88,39 +86,27 @@ def run_ranks(recipe: Recipe, path: Path, arguments: Sequence[str]) -> int:
 class _Driver:
     """What the process that started the command knows of the ranks.
 
-    failures: exit codes of ranks that have failed since all have started. error: what ends training.
+    failures: exit codes of ranks that have failed since all have started. error: what ends training. ended: set after
+    Ray Train has ended. (A thread's `is_alive` is no longer right once a signal has interrupted its `join`: bpo-45274.)
     """
 
     def __init__(self, mailbox: Any):
         self.failures: dict[str, int] = {}
         self.error: OpdctlError | None = None
+        self.ended = threading.Event()
         self._mailbox = mailbox
-        self._running: set[str] = set()
         self._losses, self._step = 0, -1
+        self._has_ranks = False
         self._begin: float | None = time.monotonic()
 
     def fit(self, recipe: Recipe, setup: RankSetup) -> None:
         """Run the trainer of Ray Train until its end."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-        os.environ.update(RAY_TRAIN_SETTINGS)
-        use_gpu, hardware = has_gpus(recipe.pipeline.device), recipe.hardware
-        with TemporaryDirectory(prefix="opdctl-ranks-") as storage:  # what Ray Train writes; ranks do not use it
-            trainer = DataParallelTrainer(
-                supervise_rank,
-                train_loop_config={"setup": setup},
-                scaling_config=ScalingConfig(
-                    num_workers=hardware.train_gpus,
-                    use_gpu=use_gpu,
-                    resources_per_worker={"CPU": max(1, recipe.pipeline.threads), **({"GPU": 1} if use_gpu else {})},
-                ),
-                run_config=RunConfig(storage_path=storage, name="ranks", failure_config=FailureConfig(max_failures=-1)),
-            )
-            try:
-                trainer.fit()
-            except Exception as error:  # of Ray; after a request to stop nobody reads it
-                self.error = self.error or OpdctlError("failed_rank", describe_failure(error), hint=LOGS_HINT)
+        try:
+            _fit(recipe, setup)
+        except Exception as error:  # of Ray; after a request to stop nobody reads it
+            self.error = self.error or OpdctlError("failed_rank", describe_failure(error), hint=LOGS_HINT)
+        finally:
+            self.ended.set()
 
     def read_mailbox(self, *, stop: bool = False) -> None:
         """Print and note what the ranks have reported."""
@@ -129,6 +115,7 @@ class _Driver:
             self._begin = None
             console.info("the ranks have not started yet: Ray waits for nodes with room for all of them")
         for sender, kind, value in events:
+            self._has_ranks = True
             if kind == "out":
                 sys.stdout.write(value)
                 sys.stdout.flush()
@@ -136,17 +123,14 @@ class _Driver:
                 console.print_line(value.rstrip("\n"))
             elif kind == "started":
                 self._note_start(sender, value)
-            elif kind == "ended":
-                self._running.discard(sender)
-                if value:
-                    self.failures[sender] = value
+            elif kind == "ended" and value:
+                self.failures[sender] = value
             elif kind == "error":
                 self.error = self.error or value
 
     def _note_start(self, sender: str, step: int) -> None:
         """Note that a rank has started, with the number of steps that exist. With rank 0, all others start again."""
         self._begin = None
-        self._running.add(sender)
         if sender != "rank 0":
             return
         if self._step >= 0:
@@ -158,12 +142,34 @@ class _Driver:
             self.error = OpdctlError("failed_rank", why, hint=LOGS_HINT)
 
     def stop(self) -> None:
-        """Let the ranks that run end as by SIGTERM, within STOP_SECONDS, and print what they have reported."""
+        """Let the ranks that run end as by SIGTERM, within STOP_SECONDS, and print what they have reported.
+
+        Ray Train ends after them. If it used the connection after its end, Ray would end this process with code 1.
+        """
         self.read_mailbox()
         deadline = time.monotonic() + STOP_SECONDS
-        while self._running and time.monotonic() < deadline:
+        while self._has_ranks and not self.ended.wait(CALL_POLL_SECONDS) and time.monotonic() < deadline:
             self.read_mailbox(stop=True)
-            time.sleep(CALL_POLL_SECONDS)
+        self.read_mailbox()
+
+
+def _fit(recipe: Recipe, setup: RankSetup) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    os.environ.update(RAY_TRAIN_SETTINGS)
+    use_gpu, hardware = has_gpus(recipe.pipeline.device), recipe.hardware
+    with TemporaryDirectory(prefix="opdctl-ranks-") as storage:  # what Ray Train writes; ranks do not use it
+        DataParallelTrainer(
+            supervise_rank,
+            train_loop_config={"setup": setup},
+            scaling_config=ScalingConfig(
+                num_workers=hardware.train_gpus,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": max(1, recipe.pipeline.threads), **({"GPU": 1} if use_gpu else {})},
+            ),
+            run_config=RunConfig(storage_path=storage, name="ranks", failure_config=FailureConfig(max_failures=-1)),
+        ).fit()
 
 
 # ── A rank ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -166,10 +166,10 @@ def test_what_dies_is_started_again(cluster, whole, tmp_path, kind):
 
 def test_sigterm_ends_the_command_and_releases_the_leases(cluster, whole, tmp_path):
     run = tmp_path / "run"
-    process = train(run, *APART, "train.steps=40", "eval.every_steps=0")
-    wait_for(lambda: (run / "step-00001/rollout/manifest.json").exists(), process)
-    status = invoke("status", run)
-    assert re.search(r"cluster +step \d+, .*rollout: 2 of 2 workers run, 2 on ", status.out)
+    process = train(run, *APART, "train.steps=40", "train.keep_latest=40", "eval.every_steps=0")
+    wait_for((run / "step-00001/rollout/manifest.json").exists, process)
+    both = r"cluster +step \d+, .*rollout: 2 of 2 workers run, 2 on "
+    wait_for(lambda: re.search(both, invoke("status", run).out), process)
     process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=90)[0]
     assert process.returncode == 75, out
