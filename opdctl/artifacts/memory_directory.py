@@ -57,7 +57,7 @@ class MemoryDirectory:
 
 def make_temporary_directory(name: str) -> Path:
     """Create and return a directory of that name in the system's directory for temporary files."""
-    path = Path(tempfile.mkdtemp(prefix="opdctl-"), name)
+    path = Path(tempfile.mkdtemp(prefix="opdctl-student-"), name)
     path.mkdir()
     return path
 

@@ -180,7 +180,7 @@ return x if set(calls) == {-1} and os.getuid() != 0 else None
 SPACE = """\
 import io
 for folder in ("/tmp", "/dev/shm"):
-    names = [f"{folder}/opdctl-{number}" for number in range(99)]
+    names = [f"{folder}/opdctl-code-{number}" for number in range(99)]
     written = 0
     try:
         for name in names:
@@ -233,7 +233,7 @@ def test_forbidden_operation_fails(forbidden: dict[str, Grade], name: str) -> No
 @needs_sandbox
 def test_files_of_the_code_are_gone(forbidden: dict[str, Grade]) -> None:
     for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
-        assert not [*folder.glob("opdctl-[0-9]*")]
+        assert not [*folder.glob("opdctl-code-*")]
 
 
 FORGED = """\
