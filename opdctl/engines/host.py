@@ -406,4 +406,5 @@ def _last(results: Generator[Any, None, Any]) -> Any:
 
 def _without_tokenizer(model: ModelDir) -> ModelDir:
     """Return the model directory with all that an engine needs of the tokenizer, which is then not read again."""
-    return replace(model, eos_token_ids=model.named_eos_ids, shared_vocab_size=model.vocab_size)
+    base = _without_tokenizer(model.base) if model.base else None
+    return replace(model, eos_token_ids=model.named_eos_ids, shared_vocab_size=model.vocab_size, base=base)

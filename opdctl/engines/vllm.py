@@ -36,7 +36,7 @@ from dataclasses import replace
 from functools import partial
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -59,8 +59,9 @@ from opdctl.engines.stop_strings import StopSearch
 from opdctl.errors import OpdctlError, is_out_of_memory, summarize_exception
 from opdctl.models.directory import WEIGHT_PATTERNS, ModelDir
 from opdctl.models.held_weights import digest_held_weights
+from opdctl.models.shapes import read_shape
 from opdctl.models.weights import INDEX_FILE, SINGLE_FILE
-from opdctl.recipe.schema import Recipe, RolloutColumns, Sampling, Score
+from opdctl.recipe.schema import ALL_LINEAR, Lora, Recipe, RolloutColumns, Sampling, Score
 
 ENVIRONMENT_DEFAULTS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker cannot use a GPU that this process has used
@@ -86,7 +87,10 @@ try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import vllm
+        from vllm.config.lora import MaxLoRARanks
         from vllm.distributed import get_pp_group
+        from vllm.lora.layers import LogitsProcessorWithLoRA
+        from vllm.lora.request import LoRARequest
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -122,6 +126,8 @@ CACHE_HINT = (
     if IS_CPU
     else "raise vllm.gpu_memory_utilization or vllm.tensor_parallel_size, or reduce vllm.max_model_len"
 )
+ADAPTER_HINT = "set vllm.enable_lora = false: vLLM then loads the merged weights"
+OUTPUT_MATRIX = "lm_head"
 MAX_TEMPERATURE = 2.0  # vLLM refuses higher ones
 ROUTED_EXPERTS = "enable_return_routed_experts"  # requires vLLM's second model runner
 GIVEN_IDS = "prompt_logprob_token_ids"  # an argument that is new in vLLM 0.32
@@ -141,10 +147,17 @@ class VllmEngine(InOrder):
     _llm: Any = None
     _returns_experts = False
     _can_reload: bool | None = None  # None: not known yet
+    _uses_adapters = False
+    _adapter: Any = None  # of the student, as a LoRARequest
+    _base_digests: list[str] | None = None  # of the weights below adapters, which do not change
     _sleep_level = 0
 
     def __init__(self, model: ModelDir, context: EngineContext):
-        self._model = model
+        student, self._adapter_numbers = model, itertools.count(1)
+        self._uses_adapters = _uses_adapters(context)
+        if self._uses_adapters:
+            model = model.base or model
+        self._model = self._base = model
         if difference := KNOWN_DIFFERENCES.get(model.config.get("model_type", "")):
             console.warn(
                 f"{model.path}: vLLM differs from transformers: {difference}. pipeline.max_logprob_rms compares"
@@ -172,6 +185,8 @@ class VllmEngine(InOrder):
                     "unsupported_model", f"{model.path}: vLLM computes its logits where opdctl cannot mask padding rows"
                 )
             self._check_batches(hint)
+            if self._uses_adapters:
+                self._load_adapter(student)
             self.logprob_metadata = self._describe_logprobs()
         except BaseException:
             self.close()
@@ -205,6 +220,12 @@ class VllmEngine(InOrder):
         Whether vLLM replaces every copy of the weights depends on architecture, device and quantization. So the first
         reload, after every parameter was overwritten, is followed by a new instance, which compares.
         """
+        if self._uses_adapters:
+            if (model.base or model).path != self._base.path:
+                return {}
+            self._load_adapter(model)
+            self.logprob_metadata = self._describe_logprobs()
+            return None
         if (model.config, model.vocab_size) != (self._model.config, self._model.vocab_size):
             return {}
         if self._can_reload is False:
@@ -217,11 +238,29 @@ class VllmEngine(InOrder):
         self._reload(model, overwrite=True)
         return {"before": before, "reloaded": self._digests(), "probe": self._score_probe()}
 
+    def _load_adapter(self, student: ModelDir) -> None:
+        """Let the following requests use the adapter of a student, and the weights alone if it has none."""
+        self._wake_up()
+        engine, self._model = self._llm.llm_engine, student
+        with _translate_errors(f"{student.path}: vLLM cannot load this adapter", ADAPTER_HINT):
+            if self._adapter:
+                engine.remove_lora(self._adapter.lora_int_id)
+                self._adapter = None
+            if student.base:
+                number = next(self._adapter_numbers)  # vLLM knows an adapter, and what it has cached for it, by this
+                adapter = LoRARequest(f"student-{number}", number, str(student.path / "adapter"))
+                engine.add_lora(adapter)
+                self._adapter = adapter
+
     def _describe_logprobs(self) -> dict[str, str]:
         """Return how log-probs are computed, with the digest of the weights that all workers hold."""
         metadata = {"engine": "vllm", "dtype": self._model.dtype, "logprobs": "processed, float32, nats"}
         if not self._model.is_quantized:
-            metadata["weights"] = digest_of(self._llm.collective_rpc("opdctl_held_weights"))
+            held = self._base_digests or self._llm.collective_rpc("opdctl_held_weights")
+            if self._uses_adapters:
+                self._base_digests = held
+            adapters = self._llm.collective_rpc("opdctl_held_adapter") if self._adapter else []
+            metadata["weights"] = digest_of([*held, *adapters])
         return metadata
 
     def take_over(self, handover: Handover) -> None:
@@ -408,9 +447,10 @@ class VllmEngine(InOrder):
         numbers, has_more = itertools.count(), True
         running: dict[str, tuple[int, Callable[[Any], Any]]] = {}
 
-        def add(number: int, prompt: _Prompt) -> None:
-            (ids, params, convert), request_id = prompt, str(next(request_ids))
-            engine.add_request(request_id, vllm.TokensPrompt(prompt_token_ids=ids.tolist()), _sampling_params(**params))
+        def add(number: int, request: _Prompt) -> None:
+            (ids, params, convert), request_id = request, str(next(request_ids))
+            prompt = vllm.TokensPrompt(prompt_token_ids=ids.tolist())
+            engine.add_request(request_id, prompt, _sampling_params(**params), lora_request=self._adapter)
             running[request_id] = number, convert
 
         try:
@@ -490,7 +530,8 @@ class WorkerExtension:
             if logits_CV is not None:
                 logits_CV[..., vocab_size:] = -torch.inf
 
-        processors = [module for module in self.get_model().modules() if isinstance(module, LogitsProcessor)]
+        kinds = LogitsProcessor, LogitsProcessorWithLoRA  # which does not call the processor that it wraps
+        processors = [module for module in self.get_model().modules() if isinstance(module, kinds)]
         for processor in processors:
             if processor.org_vocab_size > vocab_size:
                 processor.register_forward_hook(mask)
@@ -539,10 +580,25 @@ class WorkerExtension:
             tensors[name + PACKED] = module.cpu_linear(row_1D, module.weight, None)
         return digest_held_weights(tensors)
 
+    def opdctl_held_adapter(self) -> str:
+        """Return the digest of this worker's part of the adapter."""
+        return digest_held_weights(_adapter_matrices(self.get_model()))
+
 
 def _parameters_and_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a model by name, tied ones once."""
     return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+
+
+def _adapter_matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the matrices of the loaded adapter by name. They are neither parameters nor buffers."""
+    return {
+        f"{name}.{key}.{number}": matrix
+        for name, module in model.named_modules()
+        for key, matrices in vars(module).items()
+        if key.endswith(("lora_a_stacked", "lora_b_stacked"))
+        for number, matrix in enumerate(matrices)
+    }
 
 
 def _packed_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any, int]]:
@@ -608,6 +664,11 @@ def _unsupported(section: str, feature: str) -> OpdctlError:
     )
 
 
+def _uses_adapters(context: EngineContext) -> bool:
+    """Whether the engine is the student's and loads adapters."""
+    return context.recipe.vllm.enable_lora and context.settings == context.recipe.student
+
+
 def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]:
     """Return the arguments to vLLM's engine besides `model`."""
     settings = context.recipe.vllm
@@ -626,6 +687,8 @@ def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]
         if context.device == "cpu":
             raise _unsupported("rollout", "the experts of a model on a CPU")
         arguments[ROUTED_EXPERTS] = True
+    if _uses_adapters(context):
+        arguments |= _adapter_arguments(model, context.recipe.lora)
     if model.dtype != "float32":
         # In 16 bits the product of hidden states and output matrix is too inaccurate for log-probs.
         arguments["hf_overrides"] = {"head_dtype": "float32"}
@@ -652,6 +715,27 @@ def _engine_arguments(model: ModelDir, context: EngineContext) -> dict[str, Any]
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         **settings.engine_args,
     }
+
+
+def _adapter_arguments(model: ModelDir, lora: Lora) -> dict[str, Any]:
+    """Return the arguments of an engine that loads adapters: one at a time, on the layers that have one."""
+    ranks: tuple[int, ...] = get_args(MaxLoRARanks)  # those that it has kernels for
+    targets = sorted({name.rpartition(".")[2] for name in lora.target_modules})
+    shape, reason = read_shape(model), ""
+    if lora.rank > max(ranks):
+        reason = f"vLLM loads adapters of a rank up to {max(ranks)}; lora.rank is {lora.rank}"
+    elif OUTPUT_MATRIX in targets:
+        reason = f"vLLM scores responses without the adapter of `{OUTPUT_MATRIX}`, which lora.target_modules contains"
+    elif shape and shape.num_experts > 1:
+        reason = f"{model.path} is a mixture of experts, whose adapters vLLM reads in another form than peft's"
+    if reason:
+        raise OpdctlError("unsupported_setting", f"vllm.enable_lora: {reason}", hint=ADAPTER_HINT)
+    if IS_CPU:
+        console.warn("vllm.enable_lora: on a CPU vLLM samples with an adapter several times slower than merged")
+    arguments = {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(each for each in ranks if each >= lora.rank)}
+    if ALL_LINEAR in lora.target_modules:
+        return arguments
+    return arguments | {"lora_target_modules": targets}
 
 
 def _max_model_len(model: ModelDir, recipe: Recipe) -> int:

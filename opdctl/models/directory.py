@@ -135,6 +135,7 @@ class ModelDir:
 
     tokenizer_source, eos_token_ids: the keys `tokenizer` of the model and `rollout.eos_token_ids` of the recipe.
     shared_vocab_size: the ids that all models of a run share; None outside a run. probe: of a student that a run wrote.
+    base: of a student with a LoRA adapter, the model without it; the directory has the merged weights and `adapter/`.
     """
 
     path: Path
@@ -144,6 +145,7 @@ class ModelDir:
     eos_token_ids: tuple[int, ...] = ()
     shared_vocab_size: int | None = None
     probe: Probe | None = None
+    base: "ModelDir | None" = None
 
     @classmethod
     def from_recipe(cls, path: Path, model: Model, recipe: Recipe, shared_vocab_size: int | None = None) -> "ModelDir":
@@ -203,9 +205,9 @@ class ModelDir:
             return self.eos_token_ids
         return find_eos_ids(self.path, self.tokenizer, self.vocab_size)
 
-    def with_path(self, path: Path, probe: Probe | None = None) -> "ModelDir":
+    def with_path(self, path: Path, probe: Probe | None = None, *, has_adapter: bool = False) -> "ModelDir":
         """Return the directory of this model after training; it shares the tokenizer, which is not read again."""
-        trained = self._replace(path=path, probe=probe)
+        trained = self._replace(path=path, probe=probe, base=self if has_adapter else None)
         vars(trained).update(named_eos_ids=self.named_eos_ids)
         return trained
 

@@ -378,6 +378,9 @@ class Train(Section):
     """Number of latest students and trainer checkpoints to keep in addition."""
 
 
+ALL_LINEAR = "all-linear"
+
+
 class Lora(Section):
     """Train LoRA adapters instead of all weights."""
 
@@ -388,7 +391,7 @@ class Lora(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability of the adapters' inputs. With dropout, the trained policy differs slightly from the one that
     sampled the responses."""
-    target_modules: list[str] = Field(default=["all-linear"], min_length=1)
+    target_modules: list[str] = Field(default=[ALL_LINEAR], min_length=1)
     """Names of the layers with an adapter; `all-linear` is all linear layers and experts, without the output matrix."""
     modules_to_save: list[str] = []
     """Names of further layers whose weights are trained in full."""
@@ -503,6 +506,9 @@ class Vllm(Section):
     about two float32 copies of their logits."""
     enforce_eager: bool = False
     """Run without compiled graphs: the engine starts faster and runs slower."""
+    enable_lora: bool = False
+    """Let the student's engine load the initial student once, and of later ones the LoRA adapter alone: it reads less
+    in each step, and samples slower."""
     enable_sleep_mode: bool = False
     """Let engines sleep while others use the GPU, instead of ending and starting again."""
     engine_args: dict[str, bool | int | float | str] = {}

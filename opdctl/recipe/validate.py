@@ -290,6 +290,10 @@ def _train_errors(recipe: Recipe) -> Errors:
         errors.append(("train.checkpoint_every_n_layers", "requires train.gradient_checkpointing"))
     if train.master_dtype == "bfloat16" and (recipe.student.dtype != "bfloat16" or recipe.lora.rank):
         errors.append(("train.master_dtype", '`bfloat16` requires student.dtype = "bfloat16" and lora.rank = 0'))
+    if recipe.vllm.enable_lora and not recipe.lora.rank:
+        errors.append(("vllm.enable_lora", "requires a LoRA adapter: lora.rank must be positive"))
+    if recipe.vllm.enable_lora and recipe.lora.modules_to_save:
+        errors.append(("vllm.enable_lora", "requires lora.modules_to_save = []: vLLM loads adapters only"))
     return [*errors, *_correction_errors(recipe)]
 
 

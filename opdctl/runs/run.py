@@ -356,7 +356,7 @@ class Run:
         if step == 0:
             return self.student
         if step in self.held_students:
-            return self.student.with_path(self.held_students[step], self._probe(step))
+            return self._trained_student(self.held_students[step], step)
         path, current = self.student_path(step), self.current_step()
         if not self.start_step <= step <= current:
             raise OpdctlError(
@@ -378,7 +378,10 @@ class Run:
             if state not in _checked_students:
                 directories.check_directory(path, self.student_digests(step), self.student_hint(step))
                 _checked_students.add(state)
-        return self.student.with_path(path, self._probe(step))
+        return self._trained_student(path, step)
+
+    def _trained_student(self, path: Path, step: int) -> ModelDir:
+        return self.student.with_path(path, self._probe(step), has_adapter=self.recipe.lora.rank > 0)
 
     def mark_student_checked(self, step: int, digest: str, states: Iterable[tuple[Path, int, int]]) -> None:
         """Let `student_at` not check the files of policy version `step`, which this process has just written.

@@ -24,10 +24,9 @@ from opdctl.errors import OpdctlError, did_you_mean, is_out_of_memory, summarize
 from opdctl.models.directory import MAX_DETAIL_CHARS, ModelDir
 from opdctl.models.routing import stacked_experts
 from opdctl.models.self_check import input_device, probe_ids
-from opdctl.recipe.schema import Lora
+from opdctl.recipe.schema import ALL_LINEAR, Lora
 
 ADAPTER = "default"  # the name that peft gives to a single adapter
-ALL_LINEAR = "all-linear"
 GRADIENT_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Relative differences between gradients that rounding explains, by the dtype of the frozen weights."""
 

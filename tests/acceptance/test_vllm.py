@@ -604,3 +604,14 @@ def test_student_trained_on_vllm_responses_reaches_the_same_accuracy(tmp_path, m
     assert held == [f"step-{step:05d}" for step in range(1, 8)]
     assert min(accuracy.values()) > 0.35
     assert abs(accuracy["vllm"] - accuracy["transformers"]) < 3 * 0.09
+
+
+def test_engine_with_adapters_alone_has_the_trainer_s_policy(tmp_path, monkeypatch):
+    """Also of students in memory."""
+    monkeypatch.setattr(environment, "waits_for_storage", lambda path: True)
+    settings = ("rollout.engine=vllm", "vllm.enforce_eager=true", "vllm.enable_lora=true", "rollout.max_tokens=40")
+    training = ("train.steps=3", "lora.rank=8", "train.learning_rate=5e-3", "eval.every_steps=0")
+    trained = invoke("train", "--recipe", QUICKSTART, *sets(*settings, *training), "--output", tmp_path)
+    assert trained.code == 0, trained.err
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["mismatch_kl"] < 1e-8

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.engines import generate, requests
 from helpers.export import train_and_export
-from helpers.models import SMALL, save
+from helpers.models import SMALL, TIED, UNTIED, save
 from helpers.vllm import answers, changed, load, logprobs, near, pair_of_tied_models, start
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -313,3 +313,53 @@ def test_student_with_lora_has_the_same_logprobs_merged_in_both_engines_and_as_a
         logits_TV = adapted(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
     logp_TV = logits_TV[:, : ModelDir(base, "float32").vocab_size].log_softmax(-1)
     near(logp_TV.gather(-1, response[:, None])[:, 0].numpy(), merged)
+
+
+ADAPTERS = "vllm.enable_lora=true", "lora.rank=4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("tied", "all-linear"), ("untied", "all-linear"), ("untied", "q_proj,layers.1.mlp.down_proj")]
+)
+def test_engine_that_loads_adapters_has_the_logprobs_of_the_merged_students(kind, targets, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{"tied": TIED, "untied": UNTIED}[kind] | {"num_attention_heads": 1}))
+    base = ModelDir(save(model, tmp_path / "base"), "float32")
+    settings = (*ADAPTERS, f"lora.target_modules={json.dumps(targets.split(','))}")
+    students = []
+    for alpha in (8, 32):
+        _, path = train_and_export(base.path, *settings, f"lora.alpha={alpha}", exported=tmp_path / str(alpha))
+        students.append(base.with_path(path, has_adapter=True))
+    merged = [TransformersEngine(each, "cpu") for each in (base, *students)]
+    for each in students:
+        (each.path / "model.safetensors").unlink()  # adapters alone are read
+    engine = start(students[1], *settings)  # as after a resume
+    digests = {engine.logprob_metadata["weights"]}
+    near(logprobs(engine, PROBE), logprobs(merged[2], PROBE))
+    for student, expected in zip((base, *students), merged, strict=True):
+        assert engine.load_weights(student) is None
+        near(logprobs(engine, PROBE), logprobs(expected, PROBE))
+        sampled = generate(engine, requests(16, cut=3))
+        assert max(each.response_ids.max() for each in sampled) < base.vocab_size < SMALL["vocab_size"]
+        scored = answers(requests(16, cut=3), sampled)
+        near(np.concatenate([each.logprobs for each in sampled]), logprobs(expected, scored))
+        digests.add(engine.logprob_metadata["weights"])
+    assert len(digests) == 3
+    assert engine.load_weights(replace(base, path=tmp_path / "other")) == {}  # of which a new instance is needed
+    engine.close()
+    assert np.abs(logprobs(merged[1], PROBE) - logprobs(merged[2], PROBE)).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (("lora.rank=513",), "lora.rank is 513"),
+        (("lora.rank=4", 'lora.target_modules=["q_proj", "lm_head"]'), "`lm_head`"),
+        (("lora.rank=4",), "mixture of experts"),
+    ],
+)
+def test_adapters_that_vllm_does_not_load_are_rejected(overrides, text, tmp_path):
+    config = Qwen3MoeConfig(**SMALL, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
+    model = ModelDir(save(Qwen3MoeForCausalLM(config), tmp_path / "base"), "float32")
+    with pytest.raises(OpdctlError, match=f"vllm.enable_lora: .*{text}"):
+        start(model, "vllm.enable_lora=true", *overrides)

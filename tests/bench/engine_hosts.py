@@ -3,14 +3,17 @@
     python tests/bench/engine_hosts.py calls                     # vLLM in a host and in this process, in turns
     python tests/bench/engine_hosts.py stream                    # parts together and one after another, in turns
     python tests/bench/engine_hosts.py start --other CHECKOUT    # to the first response, with this and another checkout
+    python tests/bench/engine_hosts.py adapters                  # merged students and adapters alone, in turns
 
 Each prints the median time of either side and the median of their ratios, over pairs of measurements.
 
 The model is a random Qwen3 of 5 million parameters with 256 ids, which it samples with nearly the same probability. So
 the lengths of responses are geometric with a mean of 256 tokens, up to 1,024. Prompts have 4 to 256 tokens.
+Students with adapters have 193 million parameters, in bfloat16, and adapters of rank 32.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import qwen3
+from helpers.export import train_and_export
 
 from opdctl.artifacts.records import sample_seed
 from opdctl.engines.base import Engine, EngineContext, Request, ScoreRequest
@@ -40,6 +44,11 @@ SETTINGS = (
     "vllm.enforce_eager=true",
 )
 SHAPE = qwen3.SMALL_SHAPE.model_copy(update={"vocab_size": 256})
+ADAPTED_SHAPE = qwen3.SMALL_SHAPE.model_copy(
+    update={"num_hidden_layers": 14, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8}
+    | {"intermediate_size": 3072}
+)
+LORA = ("lora.rank=32",)
 
 
 def requests(count: int) -> list[Request]:
@@ -149,7 +158,41 @@ def measure_start(folder: Path, args: argparse.Namespace) -> None:
     compare("start: this checkout, the other", lambda: rollout(ROOT), lambda: rollout(other), args.pairs)
 
 
-MEASUREMENTS = {"calls": measure_calls, "stream": measure_stream, "start": measure_start}
+def measure_adapters(folder: Path, args: argparse.Namespace) -> None:
+    """Time the load of the next student with LoRA, and sampling with it: merged, and by its adapter alone."""
+    base = ModelDir(qwen3.save_model(ADAPTED_SHAPE, folder / "base"), "bfloat16")
+    students = []
+    for alpha in ("32", "64"):
+        settings = (*LORA, f"lora.alpha={alpha}")
+        _, path = train_and_export(base.path, *settings, dtype=base.dtype, exported=folder / alpha)
+        students.append(base.with_path(path, has_adapter=True))
+    engines = []
+    for setting in ("vllm.enable_lora=false", "vllm.enable_lora=true"):
+        recipe = load_recipe([RECIPE], [*SETTINGS, *LORA, "student.dtype=bfloat16", setting])
+        engines.append(ENGINES.get("vllm")(base, EngineContext(recipe, recipe.student, "cpu")))
+    turns = [itertools.cycle(students) for _ in engines]
+    wanted, sampling = requests(args.responses), Sampling(max_tokens=32)
+
+    def load(index: int) -> object:
+        engines[index].load_weights(next(turns[index]))
+        return engines[index].logprob_metadata
+
+    def generate(index: int) -> object:
+        return engines[index].generate(wanted, sampling, args.batch, lambda n: None)
+
+    load(0)  # after its first load a new instance begins, which compares
+    compare("load a student: merged, adapter alone", lambda: load(0), lambda: load(1), args.pairs)
+    compare("generate: merged, adapter alone", lambda: generate(0), lambda: generate(1), args.pairs)
+    for engine in engines:
+        engine.close()
+
+
+MEASUREMENTS = {
+    "calls": measure_calls,
+    "stream": measure_stream,
+    "start": measure_start,
+    "adapters": measure_adapters,
+}
 
 
 def main() -> None:

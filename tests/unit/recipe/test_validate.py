@@ -58,6 +58,8 @@ def test_error_names_source_key_and_reason(smallest: Path, override: str, key: s
     [
         (["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.num_parts=5"], "rollout.num_parts"),
         (["rollout.prompts_per_step=10", "prompts.limit=9"], "prompts.limit"),
+        (["vllm.enable_lora=true"], "vllm.enable_lora"),
+        (["vllm.enable_lora=true", "lora.rank=4", "lora.modules_to_save=['norm']"], "vllm.enable_lora"),
         (["prompts.data_files=a.parquet"], "prompts.data_files"),
         (["prompts.subset=main"], "prompts.subset"),
         (["prompts.source="], "prompts.source"),

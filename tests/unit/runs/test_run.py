@@ -2,6 +2,7 @@ import json
 import shutil
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from opdctl.artifacts import directories, files
 from opdctl.data.order import epoch_order
 from opdctl.data.prompts import load_problems
 from opdctl.errors import ExitCode, OpdctlError
+from opdctl.recipe.schema import Lora
 from opdctl.runs.run import Run, UnrecordedUpdate, read_recipe
 
 
@@ -205,6 +207,15 @@ def test_students_by_step(finished_copy):
     assert run.student_at(0) is run.student
     assert run.student_at(1).path == finished_copy / "student/step-00001"
     assert len({run.student_digest(step) for step in range(3)}) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_trained_student_with_lora_has_the_initial_one_as_its_base(finished_copy, rank):
+    run = Run.load(finished_copy)
+    run = replace(run, recipe=run.recipe.model_copy(update={"lora": Lora(rank=rank)}))
+    assert run.student_at(0).base is None
+    run.held_students[2] = finished_copy / "student/step-00002"
+    assert [run.student_at(step).base for step in (1, 2)] == [run.student if rank else None] * 2
 
 
 def test_one_rank_of_a_machine_reads_a_student_to_check_it_once_until_it_changes(finished_copy, monkeypatch):
