@@ -20,7 +20,8 @@ from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from opdctl.artifacts.records import Ids
-from opdctl.models.tracing import DecodeInputs, TracedDecoding
+from opdctl.models import cuda_graphs
+from opdctl.models.tracing import DecodeInputs, StaticInputs, TracedDecoding
 
 MIN_ADDED_TOKENS = 64
 """By which the memory of a cache grows; a quarter of its length if that is more."""
@@ -63,6 +64,10 @@ class _GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[..., : self._length, :] for room in self._room)
         return self.keys, self.values
 
+    def rooms(self) -> list[Tensor]:
+        """Return keys and values with the places of further tokens."""
+        return self._room
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Return the keys and values of the tokens."""
         assert self.keys is not None
@@ -80,7 +85,7 @@ class DecodeBatch:
     Prompts of several lengths are padded on the left, with position ids from the mask. There is no mask if no prompt
     needs padding, which is faster. A model without a cache gets the entire sequences for every token.
 
-    traced: runs the passes of further tokens where it can.
+    traced: runs the passes of further tokens where it can; on a GPU they are CUDA graphs then.
     """
 
     hidden_BD: Tensor
@@ -107,6 +112,8 @@ class DecodeBatch:
         self._ids_BT, self._positions_BT = ids_BT.to(device), (mask_BT.cumsum(-1) - 1).clamp(min=0).to(device)
         self._forward(is_first=True)
         self._traced = traced if self._growing_layers() else None
+        self._uses_graphs = cuda_graphs.are_available(device)
+        self._captured: cuda_graphs.CapturedPass | None = None
 
     def _forward(self, *, is_first: bool) -> None:
         inputs = self._model.prepare_inputs_for_generation(
@@ -160,9 +167,21 @@ class DecodeBatch:
         cache = [tensor for layer in layers for tensor in layer.tensors()]
         inputs = DecodeInputs(self._ids_BT, self._positions_BT, self._mask_BT, cache)
         if is_recorded:
-            self.hidden_BD = traced.run(inputs)
+            self.hidden_BD = self._run_recorded(traced, inputs, [room for layer in layers for room in layer.rooms()])
         elif not traced.record(inputs, self.hidden_BD):
             self._traced = None
+
+    def _run_recorded(self, traced: TracedDecoding, inputs: DecodeInputs, rooms: Sequence[Tensor]) -> Tensor:
+        """Run the recorded pass: as a CUDA graph where possible, which is captured again for new rooms of the cache."""
+        if self._captured and self._captured.fits(rooms):
+            return self._captured.run(inputs)
+        self._captured = None  # which frees its memory
+        hidden_BD = traced.run(inputs)
+        if self._uses_graphs:
+            static = traced.static_pass(inputs, rooms, hidden_BD)
+            self._captured = static and cuda_graphs.capture_pass(static, StaticInputs.of(inputs, rooms))
+            self._uses_graphs = self._captured is not None
+        return hidden_BD
 
     def _growing_layers(self) -> list["_GrowingLayer"]:
         """Return the layers of the cache if all are of this class, else none."""

@@ -8,6 +8,7 @@ from helpers.on_device import TRAINING, assert_same_columns, sample_and_score, s
 from torch.distributed.device_mesh import init_device_mesh
 
 from opdctl import distributed
+from opdctl.models.cuda_graphs import CapturedPass
 from opdctl.models.logprobs import Head, map_vocab_chunks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
@@ -27,6 +28,13 @@ def test_engine_gives_the_numbers_of_the_cpu():
     expected_completions, expected_scores = sample_and_score("cpu", *arguments)
     assert_same_columns(completions, expected_completions, ROUNDING)
     assert_same_columns(scores, expected_scores, ROUNDING)
+
+
+def test_engine_gives_these_numbers_by_cuda_graphs(monkeypatch):
+    replays, run = [], CapturedPass.run
+    monkeypatch.setattr(CapturedPass, "run", lambda *arguments: replays.append(None) or run(*arguments))
+    test_engine_gives_the_numbers_of_the_cpu()
+    assert replays
 
 
 @pytest.mark.parametrize("name", [*TRAINING, COMPILED])

@@ -13,6 +13,7 @@ import torch
 import transformers
 from helpers import engines
 from helpers.commands import QUICKSTART, Result, invoke, sets, small_recipe
+from helpers.decoding import emulated_graphs
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
@@ -71,6 +72,13 @@ def sample_and_score(
     engine.close()
     # A process cannot send the function that reads hidden states.
     return completions, [dataclasses.replace(s, hidden_states=s.hidden_states and s.hidden_states()) for s in scores]
+
+
+def sample_and_score_by_graphs(device: str) -> tuple[list[Completion], list[TokenScores], int]:
+    """Like `sample_and_score`, with an emulation of CUDA graphs. Return also the number of their replays."""
+    with emulated_graphs() as graphs:
+        completions, scores = sample_and_score(device, "float32", {}, {}, {})
+    return completions, scores, graphs.replays
 
 
 def score_first_step(run: Path) -> Path:

@@ -15,6 +15,7 @@ from helpers.on_device import (
     gather_offloaded_head,
     run_command,
     sample_and_score,
+    sample_and_score_by_graphs,
     score_by_base,
     score_first_step,
     train_step,
@@ -60,6 +61,14 @@ def test_engine_gives_the_numbers_of_the_cpu(gpu, sampling, columns, settings):
     expected_completions, expected_scores = sample_and_score("cpu", *arguments)
     assert_same_columns(completions, expected_completions, ROUNDING)
     assert_same_columns(scores, expected_scores, ROUNDING)
+
+
+def test_engine_with_emulated_cuda_graphs_gives_the_numbers_of_the_cpu(gpu):
+    completions, scores, replays = gpu(sample_and_score_by_graphs, DEVICE)
+    expected_completions, expected_scores = sample_and_score("cpu", "float32", {}, {}, {})
+    assert_same_columns(completions, expected_completions, ROUNDING)
+    assert_same_columns(scores, expected_scores, ROUNDING)
+    assert replays > 0
 
 
 @pytest.mark.parametrize("overrides", TRAINING.values(), ids=TRAINING)

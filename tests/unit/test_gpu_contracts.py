@@ -86,6 +86,7 @@ def test_device_of_a_process_group_is_an_index_of_a_visible_gpu(monkeypatch):
         (torch.distributed.init_process_group, {"backend", "timeout", "device_id"}),
         (torch.distributed.new_group, {"backend", "timeout"}),
         (fully_shard, {"mesh", "mp_policy", "offload_policy"}),
+        (torch.cuda.graph, {"cuda_graph", "capture_error_mode"}),
         (FSDPModule.set_gradient_divide_factor, {"factor"}),
         (FSDPModule.set_force_sum_reduction_for_comms, {"enable"}),
         (varlen_attn, {"cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa"}),

@@ -2,12 +2,11 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from helpers.architectures import make
+from helpers.decoding import decode
 
-from opdctl.models.decoding import BatchRules, DecodeBatch
 from opdctl.models.tracing import TracedDecoding
 
 RECORDED = ("qwen3", "llama", "gemma", "granite", "olmo2", "olmoe")
@@ -17,22 +16,6 @@ NOT_RECORDED = ("cohere2", "bamba", "llama, rope dynamic")
 
 def model_of(name):
     return make(name).eval().requires_grad_(False)
-
-
-def decode(model, lengths, tokens, traced, drop_after=None):
-    """Return the last hidden states of each pass. drop_after: the pass after which only the last sequence is left."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 200, length).astype(np.int32) for length in lengths]
-    with torch.inference_mode():
-        batch, hidden = DecodeBatch(model, prompts, BatchRules(), "cpu", traced), []
-        count = len(prompts)
-        for t in range(tokens):
-            batch.feed(torch.from_numpy(rng.integers(3, 200, len(prompts)))[-count:])
-            hidden.append(batch.hidden_BD.clone())
-            if t == drop_after:
-                batch.select(torch.tensor([len(prompts) - 1]))
-                count = 1
-    return hidden
 
 
 @pytest.mark.parametrize("name", RECORDED)
