@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class DecodeInputs:
     positions_B1: Tensor
     mask_BT: Tensor | None
     cache: Sequence[Tensor]
+
+    @property
+    def kind(self) -> Literal["masked", "unmasked"]:
+        return "unmasked" if self.mask_BT is None else "masked"
 
     def tensors(self) -> list[Tensor]:
         return [self.ids_B1, self.positions_B1, *([] if self.mask_BT is None else [self.mask_BT]), *self.cache]
@@ -152,23 +157,23 @@ def run_recorded(recorded: Pass, tensors: Sequence[Tensor]) -> Tensor:
 
 
 class TracedDecoding:
-    """The recorded pass of a model, one for batches with a mask and one for those without.
+    """The recorded passes of a model: for batches with a mask, for those without, and over a cache of a fixed size.
 
     A pass is used only if none of its steps depends on values of tensors, or on their sizes, and if it gives the bits
-    of the model's own pass, also for another number and length of sequences. Weights may change in place.
+    of the model's own pass, also for another number and length of sequences; over a cache of a fixed size, the numbers
+    but for rounding. Weights may change in place.
     """
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
-        self._passes: dict[bool, Pass | None] = {}  # by whether there is a mask; None: not possible
-        self._static: list[Pass | None] = []  # at most one
+        self._passes: dict[Literal["masked", "unmasked", "static"], Pass | None] = {}  # None: not possible
 
     def is_recorded(self, has_mask: bool) -> bool:
-        return self._passes.get(has_mask) is not None
+        return self._passes.get("masked" if has_mask else "unmasked") is not None
 
     def run(self, inputs: DecodeInputs) -> Tensor:
         """Return the last hidden states, [B, D], and write the new tokens into the cache. The pass must be recorded."""
-        recorded = self._passes[inputs.mask_BT is not None]
+        recorded = self._passes[inputs.kind]
         assert recorded
         return run_recorded(recorded, inputs.tensors())
 
@@ -177,28 +182,27 @@ class TracedDecoding:
 
         inputs: with what the model's own code has written into the cache. hidden_BD: what it returned.
         """
-        kind = inputs.mask_BT is not None
-        if kind not in self._passes:
+        if inputs.kind not in self._passes:
             written = [column.clone() for column in inputs.new_columns()]
             try:
-                self._passes[kind] = self._trace(inputs.resize())
+                self._passes[inputs.kind] = self._trace(inputs.resize())
                 is_equal = self._is_equal(inputs, hidden_BD, written)
             except Exception as error:  # of any class: of the tracer, or of a model that takes no such inputs
                 if is_out_of_memory(error):
                     raise
                 is_equal = False
             if not is_equal:
-                self._passes[kind] = None
+                self._passes[inputs.kind] = None
                 for column, values in zip(inputs.new_columns(), written, strict=True):
                     column.copy_(values)
-        return self.is_recorded(kind)
+        return self._passes[inputs.kind] is not None
 
     def static_pass(self, inputs: DecodeInputs, rooms: Sequence[Tensor], hidden_BD: Tensor) -> Pass | None:
         """Return the pass over a cache of a fixed size, of StaticInputs; None if it differs from the model's own.
 
         It is recorded and compared once. inputs, hidden_BD: of a pass that has run. rooms: as in StaticInputs.
         """
-        if not self._static:
+        if "static" not in self._passes:
             written = [column.clone() for column in inputs.new_columns()]
             resized = StaticInputs.of(inputs.resize(), inputs.resize_rooms(rooms))
             try:
@@ -208,8 +212,8 @@ class TracedDecoding:
                 is_close = False
             for column, values in zip(inputs.new_columns(), written, strict=True):
                 column.copy_(values)
-            self._static.append(static if is_close else None)
-        return self._static[0]
+            self._passes["static"] = static if is_close else None
+        return self._passes["static"]
 
     def _is_close(self, static: Pass, inputs: DecodeInputs, rooms: Sequence[Tensor], hidden_BD: Tensor) -> bool:
         """Return whether the pass over a cache of a fixed size computes what the model does, for other sizes too.
