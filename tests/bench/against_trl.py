@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from processes import peak_bytes
 
 SHAPES = {"student": (256, 4, 4, 768), "teacher": (384, 6, 6, 1152)}  # hidden, layers, heads, intermediate
 TOY_MODELS = Path(__file__).parents[2] / "opdctl/data/toy/models"
@@ -283,7 +284,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.system:
         seconds = {"trl": run_trl, "opdctl": run_opdctl}[args.system](args)
-        print(json.dumps(seconds | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        print(json.dumps(seconds | {"peak_gib": peak_bytes() / 2**30}))
         return
     if args.trl is None or not has_trl(args.trl):
         parser.error("--trl must be the Python of an environment with TRL")

@@ -22,7 +22,7 @@ import numpy as np
 import qwen3
 import torch
 from growth import random_response
-from processes import run_in_new_process
+from processes import peak_bytes, reset_peak, resident_bytes, run_in_new_process
 from torch.utils.flop_counter import FlopCounterMode
 
 from opdctl.engines.base import Request, ScoreRequest
@@ -110,23 +110,18 @@ def measure(stage: str, recipe: Recipe) -> Measurement:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(recipe, Path(folder) / "run")
-        before = memory_bytes("VmRSS")
+        before = resident_bytes()
         run_once = prepare(run, stage)
         run_once()  # gradients and moments exist from the second update on
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, so that it excludes loading
+        reset_peak()  # so that it excludes loading
         start = time.process_time()
         run_once()
         seconds = time.process_time() - start
-        peak = memory_bytes("VmHWM") - before
+        peak = peak_bytes() - before
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS) as counter:
             run_once()
     flops = counter.get_total_flops()
     return Measurement(peak, flops, seconds, product_seconds(flops, recipe.student.dtype))
-
-
-def memory_bytes(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
 
 
 def product_seconds(flops: int, dtype: str) -> float:

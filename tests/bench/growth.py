@@ -6,7 +6,6 @@ a separate process. Memory is the peak resident memory; the memory before the up
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from against_trl import make_models
 from matplotlib import pyplot as plt
-from processes import run_in_new_process
+from processes import peak_bytes, run_in_new_process
 
 from opdctl.artifacts.records import Response, ScoredResponse, TokenScores
 from opdctl.recipe.load import load_recipe
@@ -72,15 +71,11 @@ def measure(batch: int, length: int, args: argparse.Namespace) -> dict[str, floa
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(open_run(recipe, Path(folder) / "run"), "cpu")
         samples = [random_response(index, length, args.vocab) for index in range(batch)]
-        before = peak_gib()
+        before = peak_bytes() / 2**30
         trainer._update(0, trainer.make_micro_batches(0, samples[:1]))
         start = time.perf_counter()
         trainer._update(0, trainer.make_micro_batches(0, samples))
-    return {"seconds": time.perf_counter() - start, "before": before, "peak": peak_gib()}
-
-
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": time.perf_counter() - start, "before": before, "peak": peak_bytes() / 2**30}
 
 
 def draw(points: dict[str, list[tuple[int, dict[str, float]]]], file: Path) -> None:

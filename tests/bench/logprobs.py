@@ -8,13 +8,12 @@ Shapes: N tokens, C tokens of a chunk, K selected tokens, V vocabulary, D hidden
 """
 
 import argparse
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from processes import run_in_new_process
+from processes import peak_bytes, resident_bytes, run_in_new_process
 from torch import Tensor
 
 from opdctl.losses.objectives import PolicyGradient, TokenBatch
@@ -82,9 +81,7 @@ def memory_bytes(device: str, *, peak: bool = False) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return peak_bytes() if peak else resident_bytes()
 
 
 def plain_fits(tokens: int, args: argparse.Namespace) -> bool:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from processes import run_in_new_process
+from processes import peak_bytes, reset_peak, resident_bytes, run_in_new_process
 
 TREE = Path(__file__).parents[2]
 SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
@@ -39,18 +39,13 @@ def make_student(folder: Path, layers: int) -> None:
 # ── One process ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def memory_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) / 1024
-
-
 def measured(call: Any) -> tuple[float, float]:
     """Return the seconds and the MiB of a call."""
-    before = memory_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident_bytes()
+    reset_peak()
     start = time.perf_counter()
     call()
-    return time.perf_counter() - start, memory_mib("VmHWM") - before
+    return time.perf_counter() - start, (peak_bytes() - before) / 2**20
 
 
 def measure(student: Path, out: Path) -> dict[str, tuple[float, float]]:
