@@ -725,7 +725,7 @@ def _adapter_arguments(model: ModelDir, lora: Lora) -> dict[str, Any]:
     if lora.rank > max(ranks):
         reason = f"vLLM loads adapters of a rank up to {max(ranks)}; lora.rank is {lora.rank}"
     elif OUTPUT_MATRIX in targets:
-        reason = f"vLLM scores responses without the adapter of `{OUTPUT_MATRIX}`, which lora.target_modules contains"
+        reason = f"with an adapter of `{OUTPUT_MATRIX}`, which lora.target_modules contains, vLLM scores wrongly"
     elif shape and shape.num_experts > 1:
         reason = f"{model.path} is a mixture of experts, whose adapters vLLM reads in another form than peft's"
     if reason:

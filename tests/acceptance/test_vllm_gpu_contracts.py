@@ -191,6 +191,27 @@ def test_level_2_discards_the_weights_and_level_1_copies_them_to_the_cpu():
     assert "weights" not in offloaded[2]
 
 
+@pytest.mark.parametrize("file", MODEL_RUNNERS)
+def test_adapters_sleep_with_the_weights(file):
+    """Their matrices are made while the worker loads the model, with the allocator of `weights`."""
+    calls = {
+        node.func.attr
+        for method in ast.walk(source(file))
+        if isinstance(method, ast.FunctionDef) and method.name == "load_model"
+        for node in ast.walk(method)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert "load_lora_model" in calls
+
+
+def test_engine_arguments_of_adapters():
+    given = engine_arguments("vllm.enable_lora=true", "lora.rank=20", 'lora.target_modules=["mlp.up_proj", "q_proj"]')
+    wanted = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 32, "lora_target_modules": ["q_proj", "up_proj"]}
+    assert given.items() >= wanted.items()
+    assert "lora_target_modules" not in engine_arguments("vllm.enable_lora=true", "lora.rank=20")
+    assert "enable_lora" not in engine_arguments("lora.rank=20")
+
+
 def test_a_process_has_one_engine_that_can_sleep():
     texts = {node.value for node in ast.walk(source(GPU_WORKER)) if isinstance(node, ast.Constant)}
     assert "CuMem allocator can only be used for one instance per process." in texts
