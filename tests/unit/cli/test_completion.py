@@ -67,6 +67,7 @@ def test_completed_settings_are_valid():
         needs = ["train.decay_steps=9"] if setting.startswith("train.lr_scheduler_type") else []
         needs += ["train.extrapolation=1.25"] if setting.startswith("weight.modulates") else []
         needs += ["student.dtype=bfloat16"] if setting == "train.master_dtype=bfloat16" else []
+        needs += ["lora.rank=4"] if setting == "vllm.enable_lora=true" else []
         if section not in ("weight", "objective") or key not in own:
             load_recipe([QUICKSTART], [*needs, setting])
 
