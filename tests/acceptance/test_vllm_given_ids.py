@@ -33,13 +33,13 @@ class SecondRunner:
     def __init__(self, engine, model):
         self._engine, self._model, self.requests = engine, model, {}
 
-    def add_request(self, request_id, prompt, params):
+    def add_request(self, request_id, prompt, params, **options):
         tasks = self._engine.get_supported_tasks()
         checked = self._engine.input_processor.process_inputs(request_id, prompt, params, tasks).params
         self.requests[request_id] = prompt["prompt_token_ids"], checked
         others = {name: getattr(params, name) for name in params.__struct_fields__} | NO_IDS
         del others["_all_stop_token_ids"], others["_bad_words_token_ids"]
-        self._engine.add_request(request_id, prompt, vllm.vllm.SamplingParams(**others))
+        self._engine.add_request(request_id, prompt, vllm.vllm.SamplingParams(**others), **options)
 
     def step(self):
         outputs = self._engine.step()
