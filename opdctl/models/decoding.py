@@ -167,20 +167,20 @@ class DecodeBatch:
         cache = [tensor for layer in layers for tensor in layer.tensors()]
         inputs = DecodeInputs(self._ids_BT, self._positions_BT, self._mask_BT, cache)
         if is_recorded:
-            self.hidden_BD = self._run_recorded(traced, inputs, [room for layer in layers for room in layer.rooms()])
+            self.hidden_BD = self._run_graph(traced, inputs, layers) if self._uses_graphs else traced.run(inputs)
         elif not traced.record(inputs, self.hidden_BD):
             self._traced = None
 
-    def _run_recorded(self, traced: TracedDecoding, inputs: DecodeInputs, rooms: Sequence[Tensor]) -> Tensor:
-        """Run the recorded pass: as a CUDA graph where possible, which is captured again for new rooms of the cache."""
+    def _run_graph(self, traced: TracedDecoding, inputs: DecodeInputs, layers: Sequence["_GrowingLayer"]) -> Tensor:
+        """Run the recorded pass as a CUDA graph if possible. It is captured again for new rooms of the cache."""
+        rooms = [room for layer in layers for room in layer.rooms()]
         if self._captured and self._captured.fits(rooms):
             return self._captured.run(inputs)
         self._captured = None  # which frees its memory
         hidden_BD = traced.run(inputs)
-        if self._uses_graphs:
-            static = traced.static_pass(inputs, rooms, hidden_BD)
-            self._captured = static and cuda_graphs.capture_pass(static, StaticInputs.of(inputs, rooms))
-            self._uses_graphs = self._captured is not None
+        static = traced.static_pass(inputs, rooms, hidden_BD)
+        self._captured = static and cuda_graphs.capture_pass(static, StaticInputs.of(inputs, rooms))
+        self._uses_graphs = self._captured is not None
         return hidden_BD
 
     def _growing_layers(self) -> list["_GrowingLayer"]:

@@ -107,29 +107,6 @@ class StaticInputs:
         return [self.ids_B1, self.positions_B1, self.mask_BR, self.place_1, *self.rooms]
 
 
-class _StaticLayer(DynamicLayer):
-    """A layer of a DynamicCache of a fixed size, in which the new token has the place `place_1`."""
-
-    def __init__(self, keys: Tensor, values: Tensor, place_1: Tensor):
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.dtype, self.device = keys.dtype, keys.device
-        self._place_1 = place_1
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.index_copy_(-2, self._place_1, key_states)
-        self.values.index_copy_(-2, self._place_1, value_states)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        assert self.keys is not None
-        return self.keys.shape[-2] - 1  # the query may see all that the mask allows
-
-
 class _WrittenLayer(DynamicLayer):
     """A layer of a DynamicCache that has room for the new token at its end."""
 
@@ -149,6 +126,26 @@ class _WrittenLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         assert self.keys is not None
         return self.keys.shape[-2] - 1
+
+
+class _StaticLayer(_WrittenLayer):
+    """A layer of a DynamicCache of a fixed size, in which the new token has the place `place_1`, not the last one.
+
+    Its length is that of all places but one, so that the query may see all that the mask allows.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, place_1: Tensor):
+        super().__init__(keys, values)
+        self._place_1 = place_1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(-2, self._place_1, key_states)
+        self.values.index_copy_(-2, self._place_1, value_states)
+        return self.keys, self.values
 
 
 def run_recorded(recorded: Pass, tensors: Sequence[Tensor]) -> Tensor:

@@ -28,12 +28,12 @@ GOALS = {"score and update": 2.5, "complete step": 2.5, "peak memory": 3.0}
 TOY_GOALS = {"generation": 2.0, "score and update": 2.0, "complete step": 2.0}
 LEAST = {
     (8, 64): {"score and update": 1.0, "complete step": 1.5},
-    (8, 256): {"score and update": 1.5, "complete step": 1.8, "peak memory": 3.0},
+    (8, 256): {"score and update": 1.6, "complete step": 2.0, "peak memory": 3.2},
     (8, 116): {"generation": 1.0, "complete step": 0.75},
     (64, 116): {"generation": 1.0, "complete step": 0.85},
 }
-"""By shape: a sixth less than the least that was measured, with AVX2 and with AVX-512, on shared machines. Lower ratios
-are regressions."""
+"""By shape: up to a fifth less than the least that was measured, with AVX2 and with AVX-512, on shared machines. Lower
+ratios are regressions."""
 MAX_HEAD_RATIO = 1.3
 MAX_PREFIX_RATIO, PREFIX_REGRESSION = 0.45, 0.5
 HEAD_TOKENS = 2048

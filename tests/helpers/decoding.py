@@ -6,11 +6,21 @@ from unittest import mock
 
 import numpy as np
 import torch
+from helpers.architectures import make
 from torch import Tensor
 
 from opdctl.models import cuda_graphs
 from opdctl.models.decoding import BatchRules, DecodeBatch
 from opdctl.models.tracing import Pass, run_recorded
+
+PLAIN_CACHES = ("qwen3", "llama", "gemma", "granite", "olmo2", "olmoe")
+"""Architectures whose passes are recorded."""
+OTHER_CACHES = ("cohere2", "bamba", "llama, rope dynamic")
+"""A cache of a sliding window, one of states, and frequencies that depend on the length."""
+
+
+def model_of(name):
+    return make(name).eval().requires_grad_(False)
 
 
 def decode(model, lengths, tokens, traced, drop_after=None, *, copy=True):

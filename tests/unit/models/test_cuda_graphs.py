@@ -4,15 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.architectures import make
-from helpers.decoding import decode, emulated_graphs
+from helpers.decoding import OTHER_CACHES, PLAIN_CACHES, decode, emulated_graphs, model_of
 
 from opdctl.models import cuda_graphs
 from opdctl.models.tracing import StaticInputs, TracedDecoding
 
-CAPTURED = ("qwen3", "llama", "gemma", "granite", "olmo2", "olmoe")
-NOT_CAPTURED = ("cohere2", "bamba", "llama, rope dynamic")
-"""A cache of a sliding window, one of states, and frequencies that depend on the length."""
 TOKENS, DROP_AFTER = 140, 30
 
 
@@ -22,12 +18,8 @@ def graphs():
         yield emulation
 
 
-def model_of(name):
-    return make(name).eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [3, 7, 6], [5]], ids=str)
-@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("name", PLAIN_CACHES)
 def test_captured_passes_have_the_numbers_of_the_model(name, lengths, graphs):
     """The cache grows, and sequences leave the batch."""
     model = model_of(name)
@@ -53,7 +45,7 @@ def test_weights_may_change_in_place(graphs):
     assert graphs.captures == 2  # one for each batch
 
 
-@pytest.mark.parametrize("name", NOT_CAPTURED)
+@pytest.mark.parametrize("name", OTHER_CACHES)
 def test_other_models_run_their_own_code(name, graphs):
     model = model_of(name)
     own = decode(model, [6, 6, 6], 12, None)

@@ -4,21 +4,12 @@ import itertools
 
 import pytest
 import torch
-from helpers.architectures import make
-from helpers.decoding import decode
+from helpers.decoding import OTHER_CACHES, PLAIN_CACHES, decode, model_of
 
 from opdctl.models.tracing import TracedDecoding
 
-RECORDED = ("qwen3", "llama", "gemma", "granite", "olmo2", "olmoe")
-NOT_RECORDED = ("cohere2", "bamba", "llama, rope dynamic")
-"""A cache of a sliding window, one of states, and frequencies that depend on the length."""
 
-
-def model_of(name):
-    return make(name).eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", PLAIN_CACHES)
 def test_recorded_passes_have_the_bits_of_the_model(name):
     model = model_of(name)
     traced = TracedDecoding(model)
@@ -73,7 +64,7 @@ def test_pass_that_depends_on_more_than_its_inputs_is_not_recorded(change, monke
         assert all(map(torch.equal, recorded, decode(model, [6, 6, 6], 12, None, drop_after=4)))
 
 
-@pytest.mark.parametrize("name", NOT_RECORDED)
+@pytest.mark.parametrize("name", OTHER_CACHES)
 def test_other_models_run_their_own_code(name):
     model = model_of(name)
     traced = TracedDecoding(model)
